@@ -1,0 +1,37 @@
+# Two commands: `make demo` runs the main job, `make test` passes the tests. Both set up what they need in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The newest CUDA build where an NVIDIA driver answers; elsewhere one fixed version, of which a CPU build is enough.
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+TORCH ?= $(if $(GPU),torch>=2.11,torch==2.13.0)
+# What a change of must be installed (and compiled) again; Python files of an editable install need nothing.
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+DEMO := runs/demo
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/.installed
+	$(BIN)/fastmae pretrain --data_path digits --output_dir $(DEMO) --resume auto
+
+test: check
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.installed: $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fastmae needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 2; }
+	@c++ --version >/dev/null 2>&1 || { echo "fastmae needs a C++ compiler, such as g++; install one"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check '$(TORCH)' -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check '$(TORCH)' -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info fastmae/_C*.so

@@ -1,0 +1,133 @@
+"""The command line: argv to a configuration to one function call. The only reader of argv."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastmae.config import InfoConfig, PretrainConfig, ProbeConfig, ReconstructConfig
+from fastmae.errors import UserError
+
+Command = (
+    Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
+    | Annotated[ProbeConfig, tyro.conf.subcommand("probe")]
+    | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
+    | Annotated[InfoConfig, tyro.conf.subcommand("info")]
+)
+EXIT_WRONG_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status: 0, 2 for wrong input, 75 when a signal stopped a run."""
+    try:
+        command = _parse(sys.argv[1:] if argv is None else list(argv))
+        match command:
+            case PretrainConfig():
+                from fastmae.train.pretrain import pretrain
+
+                return pretrain(command)
+            case ProbeConfig():
+                _probe(command)
+            case ReconstructConfig():
+                _reconstruct(command)
+            case InfoConfig():
+                _info(command)
+        return 0
+    except UserError as error:
+        print(f"fastmae: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse(argv: list[str]) -> PretrainConfig | ProbeConfig | ReconstructConfig | InfoConfig:
+    """tyro's parse, with its boxed messages folded into the one line that every error of this program is."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(Command, prog="fastmae", args=argv, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as error:
+        if error.code in (0, None):
+            raise
+        lines = [re.sub(r"[╭╮╰╯│─]+", " ", line).strip() for line in complaint.getvalue().splitlines()]
+        message = [line for line in lines[1:] if line and not line.startswith(("For full helptext", "fastmae "))]
+        text = "; ".join(" ".join(message).split(" Argument helptext:")[0].split(" Got errors: "))
+        command = f"fastmae {argv[0]}" if argv and not argv[0].startswith("-") else "fastmae"
+        known = argv and argv[0] in ("pretrain", "probe", "reconstruct", "info")
+        raise UserError(f"{text}; see `{command if known else 'fastmae'} --help`") from None
+
+
+def _probe(config: ProbeConfig) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastmae.data.loader import default_workers
+    from fastmae.data.sources import train_and_val
+    from fastmae.evaluate.probe import probe
+    from fastmae.train.checkpoint import load_model
+    from fastmae.train.parallel import choose_device
+
+    model = load_model(config.checkpoint, config.model).to(choose_device(config.device))
+    train, test = train_and_val(config.data_path)
+    results = probe(
+        model,
+        train,
+        test,
+        pool=config.pool,
+        k=config.k,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers or default_workers(),
+    )
+    if config.json:
+        print(json.dumps(results))
+        return
+    table = Table(title=f"{config.checkpoint} on {config.data_path}: {results['train']} train, {results['test']} test")
+    table.add_column("frozen features")
+    table.add_column("top-1", justify="right")
+    table.add_row(f"k-NN (k = {results['k']}, {results['pool']})", f"{results['knn']:.2f} %")
+    table.add_row(f"logistic regression ({results['pool']})", f"{results['linear']:.2f} %")
+    Console().print(table)
+
+
+def _reconstruct(config: ReconstructConfig) -> None:
+    from fastmae.data.sources import open_train
+    from fastmae.evaluate.reconstruct import caption, fixed_images, reconstruct, save_grid
+    from fastmae.train.checkpoint import load_model
+    from fastmae.train.parallel import choose_device
+
+    model = load_model(config.checkpoint, config.model, needs_decoder=True).to(choose_device(config.device))
+    images = fixed_images(model, open_train(config.images), config.count)
+    rows = reconstruct(model, images, mask_ratio=config.mask_ratio, seed=config.seed)
+    save_grid(Path(config.output), rows, caption(model, config.mask_ratio))
+    print(config.output)
+
+
+def _info(config: InfoConfig) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastmae.environment import hardware, versions
+    from fastmae.train.parallel import choose_device
+    from fastmae.train.precision import choose_precision
+    from fastmae.train.pretrain import chosen_backends
+
+    device = choose_device(None)
+    backends = chosen_backends(device, choose_precision("auto", device))
+    sections = {"versions": versions(), "hardware": hardware(), "backends": backends}
+    if config.json:
+        print(json.dumps(sections))
+        return
+    table = Table(show_header=False)
+    for section, entries in sections.items():
+        table.add_row(f"[bold]{section}", "")
+        for name, value in entries.items():
+            table.add_row(name, ", ".join(value) or "none" if isinstance(value, list) else str(value))
+    Console().print(table)

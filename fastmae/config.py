@@ -1,0 +1,280 @@
+"""Every setting of every command: typed, documented, frozen, and checked before anything loads.
+
+It is the list of flags as well: fastmae/cli.py makes them from these fields and their docstrings. A setting that is
+None is filled in from the data by ``resolve``, and what was chosen is written into the run folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+from fastmae.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Pretrain a masked autoencoder. Flags of the published script have their published names and meanings."""
+
+    data_path: str = "digits"
+    """`digits` (built in), a folder of images (DATA_PATH/train/CLASS/*.JPEG, or flat), or a .npy, .npz, IDX or CIFAR
+    file or folder."""
+    output_dir: str = "./output_dir"
+    """The run folder: checkpoints, log.txt, metrics.jsonl, config.json, reconstructions."""
+    model: str | None = None
+    """A preset, such as mae_vit_large_patch16 (the default for images over 64 pixels) or mae_vit_tiny_patch4 (the
+    default for smaller ones)."""
+    input_size: tuple[int, ...] | None = None
+    """Side of the training crops in pixels, or height and width. Default: 224, or about the size of small images."""
+    mask_ratio: float = 0.75
+    """Share of the patches that is masked."""
+    norm_pix_loss: bool = False
+    """Predict pixels normalised by the mean and variance of their patch."""
+
+    batch_size: int = 64
+    """Images a rank and micro-step; the global batch is batch_size · accum_iter · ranks."""
+    epochs: int | None = None
+    """Default: 400, as published; 60 for the built-in digits."""
+    accum_iter: int = 1
+    """Micro-steps whose gradients are added up before the optimiser steps."""
+    lr: float | None = None
+    """Absolute learning rate. Default: blr · global batch / 256."""
+    blr: float | None = None
+    """Learning rate for a global batch of 256. Default: 1e-3, as published; 3e-3 for the built-in digits."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up. Default: 40, as published; a tenth of the epochs for the built-in digits."""
+    weight_decay: float = 0.05
+    """On parameters of two or more dimensions, the class token and the mask token."""
+
+    crop_scale: tuple[float, float] | None = None
+    """Smallest and largest share of an image's area that a crop takes. Default: 0.2 1; for the digits 0.7 1."""
+    flip: bool | None = None
+    """Flip half of the crops horizontally. Default: for colour images."""
+    in_chans: int | None = None
+    """Channels of the model: 1 turns colour into gray, 3 repeats gray. Default: those of the data."""
+    mean: tuple[float, ...] | None = None
+    """A number a channel in [0, 1]. Default: ImageNet's for colour folders, otherwise measured on the data."""
+    std: tuple[float, ...] | None = None
+    """A number a channel in [0, 1]; as for mean."""
+
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 is autocast over float32 weights. auto: bf16 on a GPU that has it, otherwise fp32."""
+    seed: int = 0
+    """Of weights, order, crops, flips and masks."""
+    num_workers: int | None = None
+    """Decoding threads a rank. Default: the cores that this process may use, at most 10."""
+    pin_mem: bool = True
+    """Copy batches to a GPU from page-locked memory."""
+
+    resume: str = ""
+    """`auto` continues output_dir's newest intact checkpoint, or starts if there is none; or a run folder, one of its
+    checkpoints, or an official .pth file."""
+    start_epoch: int = 0
+    """Epoch to start at; a resumed checkpoint overrules it."""
+    save_freq: int = 20
+    """Epochs between official-format checkpoint-EPOCH.pth files and reconstruction pictures."""
+    checkpoint_freq: int | None = None
+    """Optimiser steps between resumable checkpoints. Default: the fewest whole epochs of at least 300 steps."""
+    keep: int = 2
+    """How many of the newest resumable checkpoints stay."""
+
+    log_freq: int = 20
+    """Optimiser steps between reads of the losses; each step's loss is logged all the same."""
+    log_dir: str | None = None
+    """Also write TensorBoard files here (needs the extra `track`)."""
+    probe: bool | None = None
+    """Measure k-NN and linear-probe accuracy before and after. Default: where labels exist, up to 20,000 images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Measure frozen features: weighted k-NN and logistic regression on the data's labels."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """A run folder, one of its checkpoints, or an official .pth file."""
+    data_path: str = "digits"
+    """Labelled data; its train part fits, its val or test part is scored (without one, a fifth is held out)."""
+    pool: Literal["mean", "cls"] = "mean"
+    """The mean of the patch tokens, or the class token (on which pretraining puts no loss)."""
+    k: int = 20
+    """Neighbours of the k-NN."""
+    batch_size: int = 256
+    """Images a forward pass."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    num_workers: int | None = None
+    """Decoding threads. Default: the cores that this process may use, at most 10."""
+    model: str | None = None
+    """The preset, for a checkpoint that does not say."""
+    json: bool = False
+    """Print one line of JSON instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """Draw originals, masked images and reconstructions side by side."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """A run folder, one of its checkpoints, or an official .pth file with its decoder."""
+    images: str = "digits"
+    """An image file, or any data that --data_path of pretrain accepts."""
+    output: str = "grid.png"
+    """The picture to write."""
+    count: int = 8
+    """How many of the images, evenly spaced."""
+    mask_ratio: float = 0.75
+    """Share of the patches that is masked."""
+    seed: int = 0
+    """Of the masks."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    model: str | None = None
+    """The preset, for a checkpoint that does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """Show versions, devices, and which backend of what would be used and why."""
+
+    json: bool = False
+    """Print one line of JSON instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """What the defaults depend on."""
+
+    kind: str
+    """`digits`, `array` or `folder`."""
+    channels: int
+    size: tuple[int, int] | None
+    """(height, width) of the images in pixels; None where they differ."""
+    labelled: bool
+    length: int
+
+
+SMALL_SIDE = 64
+PROBE_LIMIT = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(PretrainConfig):
+    """A PretrainConfig in which nothing is left open; what the run folder keeps."""
+
+    model: str
+    input_size: tuple[int, int]
+    epochs: int
+    lr: float
+    blr: float
+    warmup_epochs: float
+    crop_scale: tuple[float, float]
+    flip: bool
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    num_workers: int
+    probe: bool
+    global_batch: int
+    """batch_size · accum_iter · ranks."""
+    dataset_length: int
+
+
+# What the meaning of "step k" depends on: a run cannot be continued with another value of any of these.
+FIXED_IN_A_RUN = (
+    "model", "input_size", "in_chans", "norm_pix_loss", "mask_ratio", "mean", "std", "crop_scale", "flip",
+    "batch_size", "accum_iter", "seed", "global_batch", "dataset_length",
+)  # fmt: skip
+
+
+def resolve(
+    config: PretrainConfig,
+    facts: DataFacts,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    ranks: int,
+    num_workers: int,
+) -> ResolvedConfig:
+    """Fills in what was left open, from the data (``facts``, its ``mean`` and ``std``) and the machine."""
+    digits = facts.kind == "digits"
+    in_chans = config.in_chans or facts.channels
+    input_size: tuple[int, ...] = (224, 224)
+    small = facts.size is not None and max(facts.size) <= SMALL_SIDE
+    if config.input_size is not None:
+        input_size = config.input_size
+    elif digits:
+        input_size = (16, 16)
+    elif facts.size is not None and small:
+        input_size = tuple(4 * math.ceil(max(side, 8) / 4) for side in facts.size)
+    epochs = _given(config.epochs, 60 if digits else 400)
+    blr = _given(config.blr, 3e-3 if digits else 1e-3)
+    global_batch = config.batch_size * config.accum_iter * ranks
+    chosen = dict(
+        model=_given(config.model, "mae_vit_tiny_patch4" if digits or small else "mae_vit_large_patch16"),
+        input_size=(input_size[0], input_size[-1]),
+        epochs=epochs,
+        lr=_given(config.lr, blr * global_batch / 256),
+        blr=blr,
+        warmup_epochs=_given(config.warmup_epochs, epochs / 10 if digits else 40.0),
+        crop_scale=_given(config.crop_scale, (0.7, 1.0) if digits else (0.2, 1.0)),
+        flip=_given(config.flip, in_chans == 3),
+        in_chans=in_chans,
+        mean=_given(config.mean, mean),
+        std=_given(config.std, std),
+        num_workers=_given(config.num_workers, num_workers),
+        probe=_given(config.probe, facts.labelled and facts.length <= PROBE_LIMIT),
+        global_batch=global_batch,
+        dataset_length=facts.length,
+    )
+    return ResolvedConfig(**{**dataclasses.asdict(config), **chosen})
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def check_pretrain(config: PretrainConfig) -> None:
+    """Refuses settings that cannot work, whatever the data.
+
+    Raises:
+        UserError: naming the flag, its value and what it must be.
+    """
+
+    def need(holds: bool, flag: str, expected: str) -> None:
+        if not holds:
+            value = getattr(config, flag)
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UserError(f"--{flag} {shown}: must be {expected}")
+
+    need(0 < config.mask_ratio < 1, "mask_ratio", "above 0 and below 1; the published ratio is 0.75")
+    for flag in ("batch_size", "accum_iter", "save_freq", "log_freq", "keep"):
+        need(getattr(config, flag) >= 1, flag, "at least 1")
+    for flag in ("epochs", "num_workers", "checkpoint_freq", "in_chans"):
+        need(getattr(config, flag) is None or getattr(config, flag) >= 1, flag, "at least 1")
+    for flag in ("lr", "blr"):
+        value = getattr(config, flag)
+        need(value is None or (math.isfinite(value) and value > 0), flag, "a positive number")
+    for flag in ("min_lr", "weight_decay", "start_epoch", "warmup_epochs"):
+        value = getattr(config, flag)
+        need(value is None or (math.isfinite(value) and value >= 0), flag, "0 or more")
+    if config.epochs is not None:
+        need(config.start_epoch < config.epochs, "start_epoch", f"below --epochs {config.epochs}")
+    need(0 <= config.seed < 2**63, "seed", "in [0, 2**63)")
+    if config.input_size is not None:
+        size = config.input_size
+        need(len(size) in (1, 2) and min(size) >= 1, "input_size", "one or two positive numbers of pixels")
+    if config.crop_scale is not None:
+        low, high = config.crop_scale
+        need(0 < low <= high <= 1, "crop_scale", "two numbers with 0 < smallest ≤ largest ≤ 1")
+    if config.std is not None:
+        need(all(s > 0 for s in config.std), "std", "positive")

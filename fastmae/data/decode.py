@@ -1,0 +1,91 @@
+"""From bytes to pixels: decode, convert channels, crop, antialiased bicubic resize and flip one image, all in uint8.
+
+Channels follow Pillow's ``convert``: colour becomes gray by ITU-R 601 luma, gray is repeated, alpha is dropped. 16-bit
+images keep their high byte, of animations the first frame counts, and EXIF rotation is not applied, as published.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from fastmae.data.plan import Box
+
+# Above this an image is refused unread: a few hundred bytes can claim gigabytes ("decompression bomb").
+MAX_PIXELS = 178_956_970
+FOLDER_CHANNELS = (1, 3, 4)
+_PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class BadImageError(ValueError):
+    """Bytes that are not a usable image; the message says why."""
+
+
+def decode(data: bytes | np.ndarray, in_chans: int) -> np.ndarray:
+    """The bytes of an image file, or pixels uint8 [H, W, c], as pixels uint8 [H, W, in_chans].
+
+    Raises:
+        BadImageError: truncated or foreign bytes, too many pixels, or channels with no rule.
+    """
+    if isinstance(data, np.ndarray):
+        return convert_channels(data, in_chans)
+    try:
+        if data[:3] == b"\xff\xd8\xff" and in_chans in (1, 3):
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+            _check_pixels(height, width)
+            if colorspace not in ("CMYK", "YCCK"):
+                return simplejpeg.decode_jpeg(data, colorspace="GRAY" if in_chans == 1 else "RGB")
+        return _decode_pillow(data, in_chans)
+    except BadImageError:
+        raise
+    except Exception as error:  # decoders raise anything at all on broken bytes: ValueError, OSError, struct.error …
+        raise BadImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _check_pixels(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadImageError(f"{width}×{height} pixels, over the limit of {MAX_PIXELS}")
+
+
+def _decode_pillow(data: bytes, in_chans: int) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        _check_pixels(image.height, image.width)
+        if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip at 255
+            high_byte = np.asarray(image).astype(np.int64) >> 8
+            return convert_channels(high_byte.clip(0, 255).astype(np.uint8)[..., None], in_chans)
+        if in_chans not in _PIL_MODES:
+            raise BadImageError(f"an image file gives 1, 3 or 4 channels, not {in_chans}")
+        pixels = np.asarray(image.convert(_PIL_MODES[in_chans]))
+    return pixels[..., None] if in_chans == 1 else pixels
+
+
+def convert_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
+    """Pixels uint8 [H, W, c] with ``in_chans`` channels, by the rule at the top of this file."""
+    channels = pixels.shape[2]
+    if channels == in_chans:
+        return pixels
+    if channels in (2, 4):  # gray or colour with alpha
+        return convert_channels(pixels[..., : channels - 1], in_chans)
+    if channels == 1:
+        return np.repeat(pixels, in_chans, axis=2)
+    if channels == 3 and in_chans == 1:
+        return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))[..., None]
+    raise BadImageError(f"no rule turns {channels} channels into {in_chans}; set --in_chans {channels}")
+
+
+def crop_and_resize(pixels: np.ndarray, box: Box, flip: bool, size: tuple[int, int]) -> torch.Tensor:
+    """The region ``box`` of pixels uint8 [H, W, C] at ``size`` (h, w), mirrored or not: uint8 [h, w, C].
+
+    Within one grey level of Pillow's ``crop(box).resize(size, BICUBIC)``: antialiased, the filter confined to the box.
+    """
+    region = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+    image = torch.from_numpy(np.array(region))  # a copy: mapped arrays are read-only
+    if (box.height, box.width) != size:
+        planes = image.permute(2, 0, 1)[None]
+        image = F.interpolate(planes, size=size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    return image.flip(1) if flip else image

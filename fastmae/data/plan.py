@@ -1,0 +1,99 @@
+"""Which sample comes when, cropped how: pure functions of (seed, epoch), with no state to lose.
+
+Global batch k of an epoch is the same samples with the same crops whatever the number of ranks or threads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastmae.philox import STREAM_CROP, STREAM_ORDER, STREAM_SPLIT, permutation_numpy, uniforms_numpy
+
+CROP_ATTEMPTS = 10
+RATIO = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A region of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """One epoch's order for one rank: ``batch(i)`` is micro-batch i of that rank."""
+
+    order: np.ndarray
+    """int64 [length], a permutation of the data set."""
+    epoch: int
+    batch_size: int
+    rank: int
+    ranks: int
+
+    def __len__(self) -> int:
+        """Micro-batches in the epoch; the last partial global batch is dropped, as published."""
+        return len(self.order) // (self.batch_size * self.ranks)
+
+    def batch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(indices, draw_ids) of micro-batch ``index``, int64 [batch_size] each."""
+        start = (index * self.ranks + self.rank) * self.batch_size
+        indices = self.order[start : start + self.batch_size]
+        return indices, self.epoch * len(self.order) + indices
+
+
+def plan_epoch(seed: int, epoch: int, length: int, batch_size: int, rank: int = 0, ranks: int = 1) -> EpochPlan:
+    """A full shuffle of ``length`` samples."""
+    return EpochPlan(permutation_numpy(seed, STREAM_ORDER, epoch, length), epoch, batch_size, rank, ranks)
+
+
+def holdout(length: int, share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
+    """A fixed split of a data set that has none: sorted indices of the train part and of the held-out part."""
+    order = permutation_numpy(0, STREAM_SPLIT, 0, length)
+    held = max(1, round(length * share))
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def crop_draws(seed: int, draw_ids: np.ndarray) -> np.ndarray:
+    """The uniform numbers that decide a sample's crop and flip: float64 [N, CROP_ATTEMPTS + 1, 4]."""
+    draws = uniforms_numpy(seed, STREAM_CROP, draw_ids, 4 * (CROP_ATTEMPTS + 1))
+    return draws.reshape(len(draw_ids), CROP_ATTEMPTS + 1, 4)
+
+
+def random_box(draws: np.ndarray, height: int, width: int, scale: tuple[float, float]) -> Box:
+    """RandomResizedCrop's box, from one row of ``crop_draws``.
+
+    Area uniform in ``scale``, the log of the aspect ratio uniform in (3/4, 4/3); the first of ten attempts that fits,
+    or else the largest central region within those ratios (Szegedy et al. 2014, section 6; recipe of the MAE paper).
+    """
+    for area_draw, ratio_draw, top_draw, left_draw in draws[:CROP_ATTEMPTS].tolist():
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
+        low, high = math.log(RATIO[0]), math.log(RATIO[1])
+        ratio = math.exp(low + (high - low) * ratio_draw)
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return Box(int(top_draw * (height - h + 1)), int(left_draw * (width - w + 1)), h, w)
+    h, w = height, width
+    if width / height < RATIO[0]:
+        h = round(width / RATIO[0])
+    elif width / height > RATIO[1]:
+        w = round(height * RATIO[1])
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def is_flipped(draws: np.ndarray) -> bool:
+    """Whether a sample is mirrored, from the same row of ``crop_draws``."""
+    return bool(draws[CROP_ATTEMPTS, 0] < 0.5)
+
+
+def central_box(height: int, width: int, size: tuple[int, int], share: float = 1.0) -> Box:
+    """The largest central region of the aspect ratio of ``size``, each side times ``share``; for evaluation."""
+    zoom = min(height / size[0], width / size[1]) * share
+    h, w = max(1, min(height, round(size[0] * zoom))), max(1, min(width, round(size[1] * zoom)))
+    return Box((height - h) // 2, (width - w) // 2, h, w)

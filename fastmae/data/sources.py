@@ -1,0 +1,353 @@
+"""Sources: who has the bytes. Built-in digits, uint8 arrays in common files, and folders of image files.
+
+A source has a length, ``read(i)``, a name for sample i and labels or none. It knows nothing of order, crops or models.
+Nothing is unpickled, and sizes are compared with the file before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from fastmae.config import DataFacts
+from fastmae.data.plan import holdout
+from fastmae.errors import UserError
+
+Split = Literal["train", "val"]
+
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"))
+VAL_FOLDERS = ("val", "test", "valid", "validation")
+# Names of arrays inside an .npz, by part: ours, Keras' and MedMNIST's.
+NPZ_IMAGES = {
+    "train": ("train_images", "x_train", "images", "x", "arr_0"),
+    "val": ("test_images", "x_test", "val_images", "x_val"),
+}
+NPZ_LABELS = {
+    "train": ("train_labels", "y_train", "labels", "y"),
+    "val": ("test_labels", "y_test", "val_labels", "y_val"),
+}
+IDX_PREFIX = {"train": "train", "val": "t10k"}
+CIFAR_SIDE = 32
+
+
+class Source(Protocol):
+    """What the loader needs of a data set."""
+
+    @property
+    def kind(self) -> str:
+        """`digits`, `array` or `folder`."""
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 [length], or None."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """Sample ``index``: the bytes of an image file, or pixels uint8 [H, W, C]."""
+
+    def name(self, index: int) -> str:
+        """Where sample ``index`` comes from, for people."""
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Images that lie in one uint8 array, in memory or mapped from a file."""
+
+    images: np.ndarray
+    """uint8 [length, H, W, C]."""
+    labels: np.ndarray | None
+    origin: str
+    kind: str = "array"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> np.ndarray:
+        return np.asarray(self.images[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.origin}[{index}]"
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Image files, one a sample."""
+
+    paths: tuple[str, ...]
+    labels: np.ndarray | None
+    classes: tuple[str, ...]
+    kind: str = "folder"
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> bytes:
+        return Path(self.paths[index]).read_bytes()
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some samples of another source."""
+
+    source: Source
+    indices: np.ndarray
+
+    @property
+    def kind(self) -> str:
+        return self.source.kind
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return None if self.source.labels is None else self.source.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        return self.source.read(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+
+def open_train(data_path: str) -> Source:
+    """Finds out what ``data_path`` is and opens it, or its train part if it has parts.
+
+    Raises:
+        UserError: nothing there, nothing usable in it, or a file that is not what it says.
+    """
+    source = _open(data_path, "train")
+    if source is None or len(source) == 0:
+        raise UserError(f"--data_path {data_path}: holds no images; give data that does")
+    return source
+
+
+def open_val(data_path: str) -> Source | None:
+    """The val (or test) part of the data; None when it has none. Errors as ``open_train``."""
+    source = _open(data_path, "val")
+    return source if source is not None and len(source) else None
+
+
+def _open(data_path: str, split: Split) -> Source | None:
+    if data_path == "digits":
+        return _digits(split)
+    path = Path(data_path).expanduser()
+    if not path.exists():
+        raise UserError(f"--data_path {data_path}: no such file or folder; give an existing one, or `digits`")
+    try:
+        return _open_folder(path, split) if path.is_dir() else _open_file(path, split)
+    except (OSError, EOFError, ValueError, KeyError, struct.error, zipfile.BadZipFile) as error:
+        raise UserError(f"--data_path {data_path}: cannot be read ({error}); check or replace the file") from error
+
+
+def describe(source: Source) -> DataFacts:
+    """What the training defaults need to know. Image files differ in size and are taken to be colour."""
+    size, channels = None, 3
+    if source.kind != "folder":
+        height, width, channels = np.shape(source.read(0))
+        size = (height, width)
+    labelled = source.labels is not None and len(np.unique(source.labels)) > 1
+    return DataFacts(kind=source.kind, channels=channels, size=size, labelled=labelled, length=len(source))
+
+
+def train_and_val(data_path: str) -> tuple[Source, Source]:
+    """Both parts of a data set; without a val part, a fixed fifth of the train part is held out."""
+    train, val = open_train(data_path), open_val(data_path)
+    if val is not None:
+        return train, val
+    kept, held = holdout(len(train))
+    return Subset(train, kept), Subset(train, held)
+
+
+def _digits(split: Split) -> Source:
+    """scikit-learn's 1797 digits of 8×8 pixels: a fixed fifth is the val part."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]
+    indices = holdout(len(images))[split == "val"]
+    return ArraySource(images[indices], data.target[indices].astype(np.int64), f"digits/{split}", kind="digits")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _open_file(path: Path, split: Split) -> Source | None:
+    name = path.name.lower()
+    if name.endswith(".npz"):
+        return _npz(path, split)
+    if split == "val":
+        return None
+    if name.endswith(".npy"):
+        labels_path = path.with_name(f"{path.stem}_labels.npy")
+        labels = np.load(labels_path, allow_pickle=False) if labels_path.exists() else None
+        return _array_source(np.load(path, mmap_mode="r", allow_pickle=False), labels, str(path))
+    if _is_idx(path):
+        return _array_source(_idx(path), _idx_labels(path), str(path))
+    if name.endswith(".bin"):
+        return _cifar([path])
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return FolderSource((str(path),), None, ())
+    raise ValueError("not an image, .npy, .npz, IDX or CIFAR .bin file")
+
+
+def _array_source(images: np.ndarray, labels: np.ndarray | None, origin: str) -> ArraySource:
+    """Checks an array's dtype and axes; [N, H, W] gains a channel axis."""
+    if images.dtype != np.uint8:
+        raise ValueError(f"images must be uint8, {origin} holds {images.dtype}")
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or (len(images) and min(images.shape[1:]) < 1):
+        raise ValueError(f"images must have shape [N, H, W] or [N, H, W, C], {origin} has {list(images.shape)}")
+    if labels is not None:
+        labels = np.asarray(labels)
+        if labels.size != len(images) or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"{origin} has {len(images)} images but labels {labels.dtype} {list(labels.shape)}")
+        labels = labels.reshape(-1).astype(np.int64)
+    return ArraySource(images, labels, origin)
+
+
+def _npz(path: Path, split: Split) -> Source | None:
+    with zipfile.ZipFile(path) as archive:
+        members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        images_name = next((name for name in NPZ_IMAGES[split] if name in members), None)
+        if images_name is None:
+            if split == "val":
+                return None
+            raise ValueError(f"holds {', '.join(members)} but none of {', '.join(NPZ_IMAGES[split])}")
+        labels_name = next((name for name in NPZ_LABELS[split] if name in members), None)
+        images = _npz_member(path, archive, members[images_name])
+        labels = None if labels_name is None else _npz_member(path, archive, members[labels_name])
+    return _array_source(images, labels, f"{path}:{images_name}")
+
+
+def _npz_member(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array of an .npz: mapped if it is stored uncompressed, otherwise read after its size was checked."""
+    info = archive.getinfo(name)
+    with archive.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(member)
+        header_size = member.tell()
+        if dtype.hasobject or fortran:
+            raise ValueError(f"{name} must be a C-ordered array of numbers")
+        if math.prod(shape) * dtype.itemsize != info.file_size - header_size:
+            raise ValueError(f"{name} says {list(shape)} {dtype} but holds {info.file_size - header_size} bytes")
+        if info.compress_type != zipfile.ZIP_STORED:
+            return np.frombuffer(member.read(), dtype=dtype).reshape(shape)
+    with open(path, "rb") as file:  # the local header's own name and extra field decide where the data begin
+        file.seek(info.header_offset + 26)
+        name_length, extra_length = struct.unpack("<HH", file.read(4))
+    start = info.header_offset + 30 + name_length + extra_length + header_size
+    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape)
+
+
+def _is_idx(path: Path) -> bool:
+    """IDX files begin with two zero bytes and a type code (0x08: unsigned byte)."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as file:
+        return file.read(3) == b"\x00\x00\x08"
+
+
+def _idx(path: Path) -> np.ndarray:
+    """An IDX file of unsigned bytes (the MNIST format), mapped, or unpacked if gzipped."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as file:
+        zeros, code, axes = struct.unpack(">HBB", file.read(4))
+        if zeros != 0 or code != 8 or not 1 <= axes <= 4:
+            raise ValueError(f"{path.name} is not an IDX file of unsigned bytes")
+        shape = struct.unpack(f">{axes}I", file.read(4 * axes))
+        size, start = math.prod(shape), 4 + 4 * axes
+        if path.suffix != ".gz":
+            held = path.stat().st_size - start
+            if held != size:
+                raise ValueError(f"{path.name} says {list(shape)} but holds {held} bytes")
+            return np.memmap(path, dtype=np.uint8, mode="r", offset=start, shape=shape)
+        # DEFLATE cannot shrink by more than 1032 times, so a larger claim is a lie and must not be believed.
+        if size > 1032 * path.stat().st_size:
+            raise ValueError(f"{path.name} says {list(shape)}, more than its {path.stat().st_size} bytes can unpack to")
+        data = file.read(size + 1)
+        if len(data) != size:
+            raise ValueError(f"{path.name} says {list(shape)} but holds {len(data)} bytes or more")
+        return np.frombuffer(data, dtype=np.uint8).reshape(shape)
+
+
+def _idx_labels(images: Path) -> np.ndarray | None:
+    """MNIST's naming: X-images-idx3-ubyte has its labels in X-labels-idx1-ubyte."""
+    labels = images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
+    return _idx(labels) if labels != images and labels.exists() else None
+
+
+def _cifar(paths: list[Path]) -> ArraySource:
+    """CIFAR binary batches: records of one (CIFAR-10) or two (CIFAR-100: coarse, fine) label bytes and 3×32×32."""
+    pixels = 3 * CIFAR_SIDE * CIFAR_SIDE
+    batches = []
+    for path in paths:
+        size = path.stat().st_size
+        label_bytes = next((n for n in (1, 2) if size and size % (pixels + n) == 0), None)
+        if label_bytes is None:
+            raise ValueError(f"{path.name}: {size} bytes are not whole CIFAR records")
+        batches.append(np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, pixels + label_bytes))
+    records = batches[0] if len(batches) == 1 else np.concatenate(batches)
+    label_bytes = records.shape[1] - pixels
+    images = records[:, label_bytes:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE).transpose(0, 2, 3, 1)
+    return ArraySource(images, records[:, label_bytes - 1].astype(np.int64), str(paths[0].parent))
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def _open_folder(path: Path, split: Split) -> Source | None:
+    arrays = _array_folder(path, split)
+    if arrays is not None:
+        return arrays
+    if split == "val":
+        parts = [path / name for name in VAL_FOLDERS if (path / name).is_dir()]
+        return _image_folder(parts[0]) if parts else None
+    return _image_folder(path / "train" if (path / "train").is_dir() else path)
+
+
+def _array_folder(path: Path, split: Split) -> Source | None:
+    """A folder with MNIST's IDX files or CIFAR's binary batches."""
+    for suffix in ("", ".gz"):
+        images = path / f"{IDX_PREFIX[split]}-images-idx3-ubyte{suffix}"
+        if images.exists():
+            return _array_source(_idx(images), _idx_labels(images), str(images))
+    names = {"train": ("data_batch_*.bin", "train.bin"), "val": ("test_batch.bin", "test.bin")}[split]
+    batches = [file for name in names for file in sorted(path.glob(name))]
+    return _cifar(batches) if batches else None
+
+
+def _image_folder(path: Path) -> FolderSource:
+    """Class folders with images below them, or images directly inside; sorted, so that the order is everyone's."""
+    classes = tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != "."))
+    found: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        inside = _images_below(path / name)
+        found += inside
+        labels += [label] * len(inside)
+    if found:
+        return FolderSource(tuple(found), np.array(labels, dtype=np.int64), classes)
+    return FolderSource(tuple(_images_below(path)), None, ())
+
+
+def _images_below(folder: Path) -> list[str]:
+    return sorted(
+        os.path.join(parent, name)
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+    )

@@ -1,0 +1,36 @@
+"""The mean and standard deviation of a data set's channels, for data that are not ImageNet-like."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastmae.data.decode import BadImageError, decode
+from fastmae.data.sources import Source
+from fastmae.errors import UserError
+
+SAMPLES = 2048
+
+
+def channel_statistics(source: Source, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) a channel in units of [0, 1], over up to 2048 evenly spaced images; a pure function of the data.
+
+    Raises:
+        UserError: none of them can be decoded.
+    """
+    count = np.zeros(1)
+    total, squares = np.zeros(in_chans), np.zeros(in_chans)
+    for index in np.unique(np.linspace(0, len(source) - 1, min(len(source), SAMPLES)).astype(np.int64)).tolist():
+        try:
+            pixels = decode(source.read(index), in_chans).reshape(-1, in_chans) / 255.0
+        except (BadImageError, OSError) as error:
+            last = f"{source.name(index)} ({error})"
+            continue
+        count += len(pixels)
+        total += pixels.sum(axis=0)
+        squares += np.square(pixels).sum(axis=0)
+    if count == 0:
+        raise UserError(f"no image can be decoded; the last one was {last}; mend the data or set --in_chans")
+    mean = total / count
+    # A constant channel gets a deviation of one grey level rather than a division by zero.
+    std = np.sqrt(np.maximum(squares / count - mean**2, 255.0**-2))
+    return tuple(mean.round(6).tolist()), tuple(std.round(6).tolist())

@@ -1,0 +1,1 @@
+"""Evaluation of a frozen model: features, k-NN, linear probe, reconstruction pictures. Knows no trainer."""

@@ -1,0 +1,324 @@
+"""The masked autoencoder (He et al. 2021) and its presets.
+
+``forward`` speaks the published interface; ``training_loss`` is the same mathematics without the work that the loss
+does not need, and is what the trainer runs. State-dict keys and shapes are the published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastmae.model.vit import Block, NormLayer, PatchEmbed, sincos_positions
+from fastmae.ops.assemble_tokens import assemble_tokens
+from fastmae.ops.gather_patches import gather_patches
+from fastmae.ops.masked_mse import masked_mse
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Size = int | tuple[int, int]
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+class MaskedAutoencoderViT(nn.Module):
+    """A masked autoencoder with a vision transformer as encoder and a lighter one as decoder.
+
+    Args:
+        img_size, patch_size: in pixels, square or (height, width); the image must be a multiple of the patch.
+        in_chans: channels C of an image.
+        embed_dim, depth, num_heads: the encoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder.
+        mlp_ratio: hidden width of an MLP over the width of a token.
+        norm_layer: makes a norm for a width.
+        norm_pix_loss: predict pixels normalised by their patch's own mean and variance (paper, table 1d).
+        mean, std: C numbers each, in units of [0, 1], with which uint8 images are normalised. Without them: ImageNet's
+            for 3 channels, 0.5 and 0.25 for any other number.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        in_chans: int = 3,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_layer: NormLayer = nn.LayerNorm,
+        norm_pix_loss: bool = False,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
+        (height, width), (ph, pw) = self.img_size, self.patch_size
+        if min(ph, pw) < 1 or min(height, width) < 1 or height % ph or width % pw:
+            raise ValueError(f"an image of {height}×{width} pixels is not a multiple of a patch of {ph}×{pw}")
+        if decoder_depth < 1:
+            raise ValueError("the decoder needs at least one block")
+        self.grid_size = (height // ph, width // pw)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.in_chans = in_chans
+        self.norm_pix_loss = norm_pix_loss
+
+        # Parameters are registered in the published order: a saved optimiser refers to them by number.
+        self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.grid_size)[None], requires_grad=False)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_layer) for _ in range(depth))
+        self.norm = norm_layer(embed_dim)
+
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(
+            sincos_positions(decoder_embed_dim, self.grid_size)[None], requires_grad=False
+        )
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, norm_layer) for _ in range(decoder_depth)
+        )
+        self.decoder_norm = norm_layer(decoder_embed_dim)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, ph * pw * in_chans)
+
+        # Not in the state dict, whose keys are the published ones.
+        imagenet = in_chans == 3
+        self._register_statistics("mean", mean, IMAGENET_MEAN if imagenet else (0.5,) * in_chans)
+        self._register_statistics("std", std, IMAGENET_STD if imagenet else (0.25,) * in_chans)
+        self.register_buffer("_zeros", torch.zeros(in_chans), persistent=False)
+        self.register_buffer("_ones", torch.ones(in_chans), persistent=False)
+        self._initialise()
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    _zeros: torch.Tensor
+    _ones: torch.Tensor
+
+    def _register_statistics(self, name: str, given: Sequence[float] | None, default: Sequence[float]) -> None:
+        values = torch.tensor(default if given is None else list(given), dtype=torch.float32)
+        if values.shape != (self.in_chans,):
+            raise ValueError(f"{name} needs {self.in_chans} numbers, one a channel, got {values.numel()}")
+        if name == "std" and not (values > 0).all():
+            raise ValueError(f"std must be positive, got {values.tolist()}")
+        self.register_buffer(name, values, persistent=False)
+
+    def _initialise(self) -> None:
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
+        if self.patch_embed.proj.bias is not None:
+            nn.init.zeros_(self.patch_embed.proj.bias)
+
+    # --- pixels -----------------------------------------------------------------------------------------------------
+
+    def num_visible(self, mask_ratio: float) -> int:
+        """K, the patches that the encoder sees.
+
+        Raises:
+            ValueError: no patch would be visible, or none masked.
+        """
+        K = int(self.num_patches * (1 - mask_ratio))
+        if not 1 <= K < self.num_patches:
+            raise ValueError(
+                f"mask ratio {mask_ratio} leaves {K} of {self.num_patches} patches visible; "
+                "at least one must be visible and one masked"
+            )
+        return K
+
+    def _pixels(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Images of either form as (view [N, H, W, C], mean, std)."""
+        uint8 = images.dtype == torch.uint8
+        shape = (*self.img_size, self.in_chans) if uint8 else (self.in_chans, *self.img_size)
+        if images.ndim != 4 or images.shape[1:] != shape:
+            form = "uint8 images [N, H, W, C]" if uint8 else "float images [N, C, H, W]"
+            raise ValueError(f"{form} must have shape [N, {', '.join(map(str, shape))}], got {list(images.shape)}")
+        if uint8:
+            return images, self.mean, self.std
+        return images.permute(0, 2, 3, 1), self._zeros, self._ones
+
+    def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
+        """Images [N, C, H, W] to patches [N, L, P], P in (row, column, channel) order."""
+        N, C, H, W = imgs.shape
+        ph, pw = self.patch_size
+        if H % ph or W % pw:
+            raise ValueError(f"an image of {H}×{W} pixels is not a multiple of a patch of {ph}×{pw}")
+        return imgs.reshape(N, C, H // ph, ph, W // pw, pw).permute(0, 2, 4, 3, 5, 1).reshape(N, -1, ph * pw * C)
+
+    def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
+        """Patches [N, L, P] of an image of ``img_size`` back to [N, C, H, W]."""
+        N = x.shape[0]
+        (gh, gw), (ph, pw) = self.grid_size, self.patch_size
+        images = x.reshape(N, gh, gw, ph, pw, self.in_chans).permute(0, 5, 1, 3, 2, 4)
+        return images.reshape(N, self.in_chans, gh * ph, gw * pw)
+
+    # --- encoder and decoder ----------------------------------------------------------------------------------------
+
+    def _encode(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The encoder on the patches ``ids`` [N, K] alone: tokens [N, 1+K, D], class token first."""
+        pixels, mean, std = self._pixels(images)
+        device = images.device.type
+        weight = self.patch_embed.proj.weight
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        x = self.patch_embed(gather_patches(pixels, ids, self.patch_size, mean, std, dtype))
+        x = x + self.pos_embed[0, 1:][ids.long()]
+        cls_token = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """The encoder on whole images, nothing masked: normalised tokens [N, 1+L, D], class token first."""
+        ids = torch.arange(self.num_patches, device=images.device)
+        return self._encode(images, ids.expand(images.shape[0], -1))
+
+    def forward_encoder(
+        self, imgs: torch.Tensor, mask_ratio: float = 0.75, *, ids_shuffle: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The encoder on the visible patches.
+
+        Args:
+            imgs: float [N, C, H, W], normalised, or uint8 [N, H, W, C].
+            mask_ratio: K = int(L · (1 − mask_ratio)) patches are seen.
+            ids_shuffle: int [N, L], a permutation a row, its first K entries visible. Without it: drawn from torch's
+                generator of the device, as the published model does.
+
+        Returns:
+            latent [N, 1+K, D]; mask [N, L] with 1 at masked patches; ids_restore int64 [N, L], the inverse permutation.
+        """
+        N, L = imgs.shape[0], self.num_patches
+        if ids_shuffle is None:
+            ids_shuffle = torch.rand(N, L, device=imgs.device).argsort(dim=1)
+        elif ids_shuffle.shape != (N, L):
+            raise ValueError(f"ids_shuffle must have shape [{N}, {L}], got {list(ids_shuffle.shape)}")
+        K = self.num_visible(mask_ratio)
+        ids_restore = ids_shuffle.argsort(dim=1)
+        mask = (ids_restore >= K).to(self.cls_token.dtype)
+        return self._encode(imgs, ids_shuffle[:, :K]), mask, ids_restore
+
+    def forward_decoder(self, x: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
+        """The decoder on latents [N, 1+K, D]: predictions [N, L, P] for every patch, in the image's order."""
+        pred = self._decode(x, ids_restore.argsort(dim=1), start=1)
+        return pred.gather(1, ids_restore[:, :, None].expand(-1, -1, pred.shape[2]))
+
+    def _decode(self, latent: torch.Tensor, ids_shuffle: torch.Tensor, start: int) -> torch.Tensor:
+        """Predictions [N, L+1−start, P] of the shuffled tokens from ``start`` on (0 is the class token)."""
+        x = self.decoder_embed(latent)
+        x = assemble_tokens(x, self.mask_token[0, 0], self.decoder_pos_embed[0], ids_shuffle)
+        for block in self.decoder_blocks[:-1]:
+            x = block(x)
+        x = self.decoder_blocks[-1](x, start)
+        return self.decoder_pred(self.decoder_norm(x))
+
+    # --- losses -----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, imgs: torch.Tensor, mask_ratio: float = 0.75, *, ids_shuffle: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The published forward pass; arguments as in ``forward_encoder``.
+
+        Returns:
+            loss, a scalar: the mean over masked pixels; pred [N, L, P] for every patch; mask [N, L], 1 where masked.
+        """
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, ids_shuffle=ids_shuffle)
+        pred = self.forward_decoder(latent, ids_restore)
+        ids_masked = ids_restore.argsort(dim=1)[:, self.num_visible(mask_ratio) :]
+        masked = pred.gather(1, ids_masked[:, :, None].expand(-1, -1, pred.shape[2]))
+        pixels, mean, std = self._pixels(imgs)
+        return masked_mse(masked, pixels, ids_masked, self.patch_size, mean, std, self.norm_pix_loss), pred, mask
+
+    def training_loss(self, images: torch.Tensor, ids_shuffle: torch.Tensor, mask_ratio: float = 0.75) -> torch.Tensor:
+        """The loss of ``forward``, computing nothing that it does not need.
+
+        Only visible patches are embedded, the decoder keeps the shuffled order, and its last block, norm and head run
+        on the masked tokens alone. Exact: loss and gradients are those of ``forward`` to rounding.
+
+        Args:
+            images: uint8 [N, H, W, C], or float [N, C, H, W], normalised.
+            ids_shuffle: int [N, L], from ``fastmae.ops.random_masking``.
+            mask_ratio: as in ``forward_encoder``.
+        """
+        K = self.num_visible(mask_ratio)
+        latent = self._encode(images, ids_shuffle[:, :K])
+        pred = self._decode(latent, ids_shuffle, start=K + 1)
+        pixels, mean, std = self._pixels(images)
+        return masked_mse(pred, pixels, ids_shuffle[:, K:], self.patch_size, mean, std, self.norm_pix_loss)
+
+
+def _preset(overrides: dict[str, Any], **preset: Any) -> MaskedAutoencoderViT:
+    return MaskedAutoencoderViT(**{"norm_layer": partial(nn.LayerNorm, eps=1e-6), **preset, **overrides})
+
+
+def mae_vit_tiny_patch4(**kwargs: Any) -> MaskedAutoencoderViT:
+    """For images of 16 to 64 pixels: encoder 128 wide, 4 blocks; decoder 96 wide, 2 blocks."""
+    encoder = dict(embed_dim=128, depth=4, num_heads=4)
+    decoder = dict(decoder_embed_dim=96, decoder_depth=2, decoder_num_heads=3)
+    return _preset(kwargs, img_size=28, patch_size=4, **encoder, **decoder)
+
+
+def mae_vit_tiny_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
+    """ViT-Ti/16: encoder 192 wide, 12 blocks; decoder 192 wide, 4 blocks."""
+    encoder = dict(embed_dim=192, depth=12, num_heads=3)
+    decoder = dict(decoder_embed_dim=192, decoder_depth=4, decoder_num_heads=6)
+    return _preset(kwargs, patch_size=16, **encoder, **decoder)
+
+
+def mae_vit_small_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
+    """ViT-S/16: encoder 384 wide, 12 blocks; decoder 256 wide, 4 blocks."""
+    encoder = dict(embed_dim=384, depth=12, num_heads=6)
+    decoder = dict(decoder_embed_dim=256, decoder_depth=4, decoder_num_heads=8)
+    return _preset(kwargs, patch_size=16, **encoder, **decoder)
+
+
+_PUBLISHED_DECODER = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
+
+
+def mae_vit_base_patch16_dec512d8b(**kwargs: Any) -> MaskedAutoencoderViT:
+    """The published ViT-B/16 with its decoder of 512 wide, 8 blocks."""
+    return _preset(kwargs, patch_size=16, embed_dim=768, depth=12, num_heads=12, **_PUBLISHED_DECODER)
+
+
+def mae_vit_large_patch16_dec512d8b(**kwargs: Any) -> MaskedAutoencoderViT:
+    """The published ViT-L/16 with its decoder of 512 wide, 8 blocks."""
+    return _preset(kwargs, patch_size=16, embed_dim=1024, depth=24, num_heads=16, **_PUBLISHED_DECODER)
+
+
+def mae_vit_huge_patch14_dec512d8b(**kwargs: Any) -> MaskedAutoencoderViT:
+    """The published ViT-H/14 with its decoder of 512 wide, 8 blocks."""
+    return _preset(kwargs, patch_size=14, embed_dim=1280, depth=32, num_heads=16, **_PUBLISHED_DECODER)
+
+
+mae_vit_base_patch16 = mae_vit_base_patch16_dec512d8b
+mae_vit_large_patch16 = mae_vit_large_patch16_dec512d8b
+mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b
+
+# What --model accepts.
+PRESETS: dict[str, Callable[..., MaskedAutoencoderViT]] = {
+    "mae_vit_tiny_patch4": mae_vit_tiny_patch4,
+    "mae_vit_tiny_patch16": mae_vit_tiny_patch16,
+    "mae_vit_small_patch16": mae_vit_small_patch16,
+    "mae_vit_base_patch16": mae_vit_base_patch16,
+    "mae_vit_base_patch16_dec512d8b": mae_vit_base_patch16_dec512d8b,
+    "mae_vit_large_patch16": mae_vit_large_patch16,
+    "mae_vit_large_patch16_dec512d8b": mae_vit_large_patch16_dec512d8b,
+    "mae_vit_huge_patch14": mae_vit_huge_patch14,
+    "mae_vit_huge_patch14_dec512d8b": mae_vit_huge_patch14_dec512d8b,
+}

@@ -1,0 +1,153 @@
+"""The published checkpoint file: {'model', 'optimizer', 'epoch', 'scaler', 'args'} in a .pth, read and written.
+
+Written files load with ``weights_only=True``. Read files may carry the published ``argparse.Namespace``, the one class
+that is let through; anything else that a pickle could hold is refused by torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmae.errors import UserError
+from fastmae.files import write_whole
+from fastmae.model.mae import PRESETS, MaskedAutoencoderViT
+
+# The state of a fresh gradient scaler. bf16 and fp32 need none, but the published loader asks for one.
+_SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
+_PRESET_OF_WIDTH = {
+    (128, 4): "mae_vit_tiny_patch4",
+    (192, 16): "mae_vit_tiny_patch16",
+    (384, 16): "mae_vit_small_patch16",
+    (768, 16): "mae_vit_base_patch16",
+    (1024, 16): "mae_vit_large_patch16",
+    (1280, 14): "mae_vit_huge_patch14",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OfficialFile:
+    """What a .pth holds."""
+
+    path: Path
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, Any] | None
+    epoch: int | None
+    args: dict[str, Any]
+
+    @property
+    def has_decoder(self) -> bool:
+        return "decoder_pred.weight" in self.model
+
+
+def save_official(
+    path: Path, model: MaskedAutoencoderViT, optimizer: torch.optim.Optimizer, epoch: int, args: dict[str, Any]
+) -> None:
+    """Writes the published training file whole or not at all; ``args`` holds plain numbers, strings and lists.
+
+    Raises:
+        UserError: the file system refused.
+    """
+    content = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch,
+        "scaler": _SCALER,
+        "args": args,
+    }
+    try:
+        write_whole(path, lambda file: torch.save(content, file))
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+        raise UserError(
+            f"{path} could not be saved ({error}); earlier checkpoints are intact: free space or mend the "
+            "permissions, then continue with --resume auto"
+        ) from error
+
+
+def read_official(path: Path) -> OfficialFile:
+    """Reads a training file, or one with the weights alone.
+
+    Raises:
+        UserError: not such a file, or one that holds more than data.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises pickle, zip, EOF and runtime errors on foreign bytes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: not a readable checkpoint ({reason}); give an intact .pth or a run folder") from error
+    model = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(model, dict) or not model or not all(isinstance(t, torch.Tensor) for t in model.values()):
+        raise UserError(f"{path}: holds no model; give a file with the keys of the published checkpoints")
+    args = content.get("args")
+    if not isinstance(args, dict):
+        args = vars(args) if isinstance(args, argparse.Namespace) else {}
+    epoch = content.get("epoch")
+    return OfficialFile(path, model, content.get("optimizer"), epoch if isinstance(epoch, int) else None, args)
+
+
+def load_weights(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
+    """Copies a file's weights into the model, every key accounted for; the decoder may be missing as a whole.
+
+    Raises:
+        UserError: keys or shapes that do not fit.
+    """
+    own = model.state_dict()
+    wanted = own.keys() if file.has_decoder else {k for k in own if not k.startswith(("decoder_", "mask_token"))}
+    missing, unknown = sorted(wanted - file.model.keys()), sorted(file.model.keys() - own.keys())
+    shapes = [k for k in wanted & file.model.keys() if own[k].shape != file.model[k].shape]
+    for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", sorted(shapes))):
+        if keys:
+            raise UserError(f"{file.path}: {len(keys)} tensors are {what} ({keys[0]} …); name its preset with --model")
+    with torch.no_grad():
+        for key in wanted:
+            own[key].copy_(file.model[key])
+
+
+def model_of_file(file: OfficialFile, preset: str | None) -> MaskedAutoencoderViT:
+    """A model with a file's weights; what the file does not say is taken from ``preset`` and the shapes.
+
+    Raises:
+        UserError: no preset is known to fit.
+    """
+    weight = file.model.get("patch_embed.proj.weight")
+    if weight is None or weight.ndim != 4:
+        raise UserError(f"{file.path}: has no patch_embed.proj.weight; it is not a checkpoint of a masked autoencoder")
+    name = preset or file.args.get("model") or _PRESET_OF_WIDTH.get((weight.shape[0], weight.shape[3]))
+    size = file.args.get("input_size", 224)
+    settings = {
+        "model": name,
+        "input_size": size if isinstance(size, int) else tuple(size),
+        "in_chans": weight.shape[1],
+        "norm_pix_loss": bool(file.args.get("norm_pix_loss", False)),
+        "mean": file.args.get("mean"),
+        "std": file.args.get("std"),
+    }
+    model = build_model(settings)
+    load_weights(model, file)
+    return model
+
+
+def build_model(settings: dict[str, Any]) -> MaskedAutoencoderViT:
+    """A fresh model from the settings model, input_size, in_chans, norm_pix_loss, mean and std of a configuration.
+
+    Raises:
+        UserError: an unknown preset, or sizes that do not fit each other.
+    """
+    name = settings["model"]
+    if name not in PRESETS:
+        raise UserError(f"--model {name}: unknown; one of {', '.join(PRESETS)}")
+    try:
+        return PRESETS[name](
+            img_size=settings["input_size"],
+            in_chans=settings["in_chans"],
+            norm_pix_loss=settings["norm_pix_loss"],
+            mean=settings["mean"],
+            std=settings["std"],
+        )
+    except ValueError as error:
+        raise UserError(f"--model {name}: {error}; choose another --input_size or --model") from error

@@ -1,0 +1,93 @@
+"""The vision transformer's parts: patch embedding, fixed positions, attention, MLP, block. Knows nothing of masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NormLayer = Callable[[int], nn.Module]
+
+
+def sincos_positions(dim: int, grid_size: tuple[int, int]) -> torch.Tensor:
+    """Fixed 2-D sine-cosine positions with a zero row for the class token: float32 [1 + gh·gw, dim].
+
+    The first half of the channels encodes the column, the second the row; each half is sines, then cosines, of
+    frequencies 10000^(-2i/(dim/2)) (Vaswani et al. 2017, section 3.5, once an axis).
+    """
+    if dim % 4:
+        raise ValueError(f"the width of a token must be a multiple of 4 for 2-D sine-cosine positions, got {dim}")
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid_size), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequency for axis in (column, row)]
+    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table]).float()
+
+
+class PatchEmbed(nn.Module):
+    """A linear map from a patch's P pixels to D. Its weight has the published shape, [D, C, ph, pw]."""
+
+    def __init__(self, patch_size: tuple[int, int], in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patches [N, K, P] in (row, column, channel) order give tokens [N, K, D]."""
+        return F.linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one packed projection for queries, keys and values."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"the width of a token, {dim}, must be a multiple of the number of heads, {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Tokens [N, S, D] give the attention output of the tokens from ``start`` on, [N, S − start, D].
+
+        Keys and values come from every token; the queries before ``start`` are never computed.
+        """
+        N, S, D = x.shape
+        if start == 0:
+            q, k, v = self.qkv(x).view(N, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = F.linear(x[:, start:], weight[:D], bias[:D]).view(N, S - start, self.num_heads, -1).transpose(1, 2)
+            k, v = F.linear(x, weight[D:], bias[D:]).view(N, S, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(N, S - start, D))
+
+
+class Mlp(nn.Module):
+    """Two linear maps with an exact (erf) GELU between them."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, norm_layer: NormLayer) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Tokens [N, S, D] give the block's output for the tokens from ``start`` on, [N, S − start, D]."""
+        x = x[:, start:] + self.attn(self.norm1(x), start)
+        return x + self.mlp(self.norm2(x))

@@ -1,0 +1,13 @@
+"""The five operations that make a masked autoencoder, one file each.
+
+Shapes: N images, H×W×C pixels, patches of ph×pw pixels on a gh×gw grid, L = gh·gw patches of which K are visible and
+M = L−K masked, P = ph·pw·C numbers a patch in (row, column, channel) order, D width of a token.
+"""
+
+from fastmae.ops.assemble_tokens import assemble_tokens
+from fastmae.ops.gather_patches import gather_patches
+from fastmae.ops.masked_mse import masked_mse
+from fastmae.ops.random_masking import random_masking
+from fastmae.ops.scatter_patches import scatter_patches
+
+__all__ = ["assemble_tokens", "gather_patches", "masked_mse", "random_masking", "scatter_patches"]

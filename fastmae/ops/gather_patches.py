@@ -1,0 +1,59 @@
+"""gather_patches: the chosen patches of an image, normalised and cast on the way; no float image exists."""
+
+from __future__ import annotations
+
+import torch
+
+from fastmae.ops.checks import check_channels, check_ids, check_images, check_range
+
+
+def gather_patches(
+    images: torch.Tensor,
+    ids: torch.Tensor,
+    patch_size: tuple[int, int],
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Cuts out the patches ``ids`` of every image and normalises them as ``(x − mean) / std``.
+
+    Args:
+        images: uint8 (divided by 255 first) or floating (taken as they are) [N, H, W, C], any strides. An already
+            normalised image goes with mean 0 and std 1.
+        ids: int32 or int64 [N, K], patch numbers in row-major order of the grid.
+        patch_size: (ph, pw) in pixels; H and W must be multiples.
+        mean, std: floating [C], in units of [0, 1].
+        dtype: of the result; the arithmetic is float32, or float64 when ``dtype`` is.
+
+    Returns:
+        [N, K, P] with P = ph·pw·C in (row, column, channel) order. No gradient flows to the images. Equivalent to
+        ``gather_patches_reference``.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype or shape. IndexError: an id outside the grid (looked at on the CPU only).
+    """
+    gh, gw = check_images(images, patch_size)
+    check_ids("ids", ids, images.shape[0])
+    check_range("ids", ids, gh * gw)
+    check_channels(images.shape[3], mean, std)
+    with torch.no_grad():
+        return gather_patches_reference(images, ids, patch_size, mean, std, dtype)
+
+
+def gather_patches_reference(
+    images: torch.Tensor,
+    ids: torch.Tensor,
+    patch_size: tuple[int, int],
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The definition, in PyTorch: a strided view of all patches, indexed, then normalised."""
+    ph, pw = patch_size
+    patches = images.unfold(1, ph, ph).unfold(2, pw, pw)  # [N, gh, gw, C, ph, pw], a view
+    gw = patches.shape[2]
+    rows = torch.arange(images.shape[0], device=images.device)[:, None]
+    chosen = patches[rows, ids.long() // gw, ids.long() % gw].permute(0, 1, 3, 4, 2)  # [N, K, ph, pw, C]
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    pixels = chosen.to(compute) / 255 if images.dtype == torch.uint8 else chosen.to(compute)
+    return ((pixels - mean.to(compute)) / std.to(compute)).flatten(2).to(dtype)

@@ -1,0 +1,46 @@
+"""random_masking: which patches of an image are visible, as a pure function of (seed, draw_id)."""
+
+from __future__ import annotations
+
+import torch
+
+from fastmae import _C
+from fastmae.philox import STREAM_MASK, words_torch
+
+MAX_PATCHES = 65536
+
+
+def random_masking(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch.Tensor:
+    """A random permutation of the patches for every image; the first K are the visible ones (paper, section 3).
+
+    Args:
+        draw_ids: int64 [N]; one number a draw. Training uses ``epoch · len(dataset) + index``.
+        seed: in [0, 2**64).
+        num_patches: L, in [1, 65536].
+
+    Returns:
+        ids_shuffle int32 [N, L] on the device of ``draw_ids``: row n lists the patches by rising random key, ties by
+        patch. The same bits on every device. Equivalent to ``random_masking_reference``.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, seed or number of patches.
+    """
+    if draw_ids.dtype != torch.int64:
+        raise TypeError(f"draw_ids must be int64, got {draw_ids.dtype}")
+    if draw_ids.ndim != 1:
+        raise ValueError(f"draw_ids must have shape [N], got {list(draw_ids.shape)}")
+    if not 1 <= num_patches <= MAX_PATCHES:
+        raise ValueError(f"num_patches must be in [1, {MAX_PATCHES}], got {num_patches}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+    if draw_ids.device.type == "cpu":
+        return torch.from_numpy(_C.random_masking(draw_ids.contiguous().numpy(), seed, num_patches))
+    return random_masking_reference(draw_ids, seed, num_patches)
+
+
+def random_masking_reference(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch.Tensor:
+    """The definition, in PyTorch: rank the Philox words of a row, ties by index."""
+    keys = words_torch(seed, STREAM_MASK, draw_ids, num_patches)
+    index = torch.arange(num_patches, device=draw_ids.device)
+    # The index below the 32-bit key (48 bits in all) breaks ties without asking for a stable sort.
+    return (keys * MAX_PATCHES + index).argsort(dim=1).to(torch.int32)

@@ -1,0 +1,39 @@
+"""Which number format the step computes in: float32, or bfloat16 autocast over float32 weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastmae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The chosen format and why."""
+
+    name: str
+    reason: str
+    autocast: torch.dtype | None
+
+    def context(self, device: torch.device) -> torch.autocast:
+        """The autocast region of a forward pass; does nothing for fp32."""
+        return torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+
+def choose_precision(flag: str, device: torch.device) -> Precision:
+    """``auto`` is bf16 on a GPU that has it, otherwise fp32.
+
+    Raises:
+        UserError: bf16 was asked of a GPU without it.
+    """
+    supported = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if flag == "bf16" and not supported:
+        raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bfloat16; use fp32")
+    if flag != "auto":
+        return Precision(flag, "asked for", torch.bfloat16 if flag == "bf16" else None)
+    if device.type == "cuda" and supported:
+        return Precision("bf16", "the GPU has bfloat16", torch.bfloat16)
+    reason = "the GPU has no bfloat16" if device.type == "cuda" else "exact and reproducible on a CPU"
+    return Precision("fp32", reason, None)

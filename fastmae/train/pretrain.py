@@ -1,0 +1,325 @@
+"""Pretraining, in the order in which it happens: settings, data, model, resume, the loop, and what is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastmae.config import FIXED_IN_A_RUN, DataFacts, PretrainConfig, ResolvedConfig, check_pretrain, resolve
+from fastmae.data.decode import FOLDER_CHANNELS
+from fastmae.data.loader import Batch, View, default_workers, load_batches
+from fastmae.data.plan import plan_epoch
+from fastmae.data.quarantine import Quarantine
+from fastmae.data.sources import Source, describe, open_train, train_and_val
+from fastmae.data.statistics import channel_statistics
+from fastmae.environment import hardware, versions
+from fastmae.errors import UserError
+from fastmae.evaluate.probe import probe
+from fastmae.evaluate.reconstruct import caption, fixed_images, reconstruct, save_grid
+from fastmae.files import write_text
+from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD, MaskedAutoencoderViT
+from fastmae.model.official import build_model, save_official
+from fastmae.ops.random_masking import random_masking
+from fastmae.train import parallel
+from fastmae.train.checkpoint import prune_checkpoints, restore, save_checkpoint
+from fastmae.train.health import EXIT_INTERRUPTED, StopSignals
+from fastmae.train.metrics import Screen, StepLog
+from fastmae.train.optim import learning_rate, make_optimizer
+from fastmae.train.precision import Precision, choose_precision
+from fastmae.train.step import TrainingLoss, train_step
+
+PICTURE_IMAGES = 8
+MIN_CHECKPOINT_STEPS = 300
+
+Say = Callable[[str], None]
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Runs or continues a pretraining and returns the exit status: 0 when done, 75 when stopped by a signal.
+
+    Raises:
+        UserError: settings, data or checkpoints that cannot work.
+    """
+    check_pretrain(config)
+    world = parallel.start(config.device)
+    try:
+        with StopSignals() as stop:
+            return _pretrain(config, world, stop)
+    finally:
+        parallel.stop(world)
+
+
+def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -> int:
+    # Settings and data: from here on nothing is left open.
+    source = open_train(flags.data_path)
+    facts = describe(source)
+    config = _resolve(flags, source, facts, world)
+    settings = _as_json(config)
+    precision = choose_precision(config.precision, world.device)
+    iterations = facts.length // (config.batch_size * world.size)
+    steps_per_epoch = iterations // config.accum_iter
+    _check_batches(config, world, steps_per_epoch)
+    total_steps = config.epochs * steps_per_epoch
+    checkpoint_freq = config.checkpoint_freq or steps_per_epoch * math.ceil(MIN_CHECKPOINT_STEPS / steps_per_epoch)
+    run = Path(config.output_dir)
+
+    # Model and optimiser, the same on every rank.
+    torch.manual_seed(config.seed)
+    model = _model(settings, config.mask_ratio).to(world.device)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+
+    # Where to begin.
+    restored = restore(
+        config.resume,
+        run,
+        model,
+        optimizer,
+        fixed={key: settings[key] for key in FIXED_IN_A_RUN},
+        fresh_step=config.start_epoch * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+    )
+    world.barrier()  # every rank has looked before the first one writes
+    log = StepLog(
+        run,
+        device=world.device,
+        log_freq=config.log_freq,
+        mean_over_ranks=world.mean,
+        writes=world.is_first,
+        log_dir=config.log_dir,
+    )
+    screen = Screen(total_steps=total_steps, epochs=config.epochs, start_step=restored.step, shows=world.is_first)
+    say = screen.say
+    if world.is_first:
+        _open_run_folder(run, settings, world, precision)
+        _announce(say, config, facts, world, precision, model)
+        if restored.origin is not None:
+            say(f"resumed         {restored.origin}, after step {restored.step}")
+        if config.probe and restored.step == 0:
+            _probe(say, run, "before", config, model)
+    log.resume(restored.step, restored.step // steps_per_epoch, restored.epoch_sums)
+    world.barrier()
+
+    # The loop.
+    loss_of = parallel.share_gradients(TrainingLoss(model, config.mask_ratio), world)
+    quarantine = Quarantine(run / ("quarantine.jsonl" if world.size == 1 else f"quarantine-{world.rank}.jsonl"))
+    batches = load_batches(
+        source,
+        _requests(config, world, restored.step, total_steps, steps_per_epoch),
+        View(config.input_size, config.in_chans, seed=config.seed, scale=config.crop_scale, flip=config.flip),
+        device=world.device,
+        num_workers=config.num_workers,
+        pin_memory=config.pin_mem and world.device.type == "cuda",
+    )
+    with screen:
+        for step in range(restored.step, total_steps):
+            epoch, index = divmod(step, steps_per_epoch)
+            lr = learning_rate(
+                epoch + index * config.accum_iter / iterations,
+                lr=config.lr,
+                min_lr=config.min_lr,
+                warmup_epochs=config.warmup_epochs,
+                epochs=config.epochs,
+            )
+            micro = _MicroBatches(batches, config, model.num_patches, quarantine)
+            loss = train_step(loss_of, optimizer, micro, config.accum_iter, lr, precision.context(world.device))
+            done = step + 1
+            log.add(step=done, epoch=epoch, loss=loss, lr=lr, images=config.global_batch, wait=micro.wait)
+            screen.update(done, epoch, log.latest)
+
+            if index + 1 == steps_per_epoch:
+                log.end_epoch(epoch)
+                if world.is_first and (epoch % config.save_freq == 0 or epoch + 1 == config.epochs):
+                    save_official(_official_path(run, epoch), model, optimizer, epoch, settings)
+                    _picture(_picture_path(run, epoch), config, model, source)
+            stopping = world.any(stop.received is not None)
+            if done % checkpoint_freq == 0 or done == total_steps or stopping:
+                log.flush()
+                if world.is_first:
+                    position = {"settings": settings, "epoch_sums": log.epoch_sums}
+                    save_checkpoint(run, done, model, optimizer, position)
+                    prune_checkpoints(run, config.keep)
+                world.barrier()
+            if stopping and done < total_steps:
+                batches.close()
+                log.close()
+                why = stop.received or "a signal to another rank"
+                say(f"stopped         by {why} after step {done}, which is saved; continue with --resume auto")
+                return EXIT_INTERRUPTED
+
+    # What is left behind.
+    log.close()
+    if world.is_first:
+        if config.probe:
+            _show_probe(say, _probe(say, run, "after", config, model))
+        if len(quarantine):
+            say(f"skipped         {len(quarantine)} unusable images, listed in {quarantine.path}")
+        say(f"reconstruction  {_picture_path(run, config.epochs - 1)}")
+        say(f"checkpoint      {_official_path(run, config.epochs - 1)}")
+    world.barrier()
+    return 0
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _resolve(flags: PretrainConfig, source: Source, facts: DataFacts, world: parallel.World) -> ResolvedConfig:
+    """The configuration with every default filled in."""
+    in_chans = flags.in_chans or facts.channels
+    if facts.kind == "folder" and in_chans not in FOLDER_CHANNELS:
+        raise UserError(f"--in_chans {in_chans}: image files give 1, 3 or 4 channels; use an array for others")
+    mean, std = flags.mean, flags.std
+    if mean is None or std is None:
+        imagenet = facts.kind == "folder" and in_chans == 3
+        measured = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else channel_statistics(source, in_chans)
+        mean, std = mean or measured[0], std or measured[1]
+    return resolve(flags, facts, mean=mean, std=std, ranks=world.size, num_workers=default_workers())
+
+
+def _check_batches(config: ResolvedConfig, world: parallel.World, steps_per_epoch: int) -> None:
+    if steps_per_epoch < 1:
+        size = f"--batch_size {config.batch_size}"
+        size += f" × --accum_iter {config.accum_iter}" if config.accum_iter > 1 else ""
+        size += f" × {world.size} ranks" if world.size > 1 else ""
+        fits = config.dataset_length // (config.accum_iter * world.size)
+        remedy = f"lower --batch_size to at most {fits}" if fits else "lower --accum_iter or the ranks"
+        raise UserError(f"{size} is more than the {config.dataset_length} images of {config.data_path}; {remedy}")
+
+
+def _model(settings: dict[str, Any], mask_ratio: float) -> MaskedAutoencoderViT:
+    model = build_model(settings)
+    try:
+        model.num_visible(mask_ratio)
+    except ValueError as error:
+        raise UserError(f"--mask_ratio {mask_ratio}: {error}; choose another ratio or --input_size") from error
+    return model
+
+
+def _as_json(config: ResolvedConfig) -> dict[str, Any]:
+    """The configuration as it looks after a round trip through JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def chosen_backends(device: torch.device, precision: Precision) -> dict[str, str]:
+    """Which implementation of what a run on ``device`` uses, and why."""
+    return {
+        "device": str(device),
+        "precision": f"{precision.name} ({precision.reason})",
+        "random_masking": "C++ (always on the CPU)",
+        "other ops": "PyTorch (the only implementation)",
+        "attention": "torch scaled_dot_product_attention (the only implementation)",
+        "optimizer": "fused AdamW",
+        "decoder": "thread pool: simplejpeg for JPEG, Pillow for the rest, torch for resizing",
+    }
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def _requests(
+    config: ResolvedConfig, world: parallel.World, start: int, total: int, steps_per_epoch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Micro-batches from step ``start`` to the end of the run, each epoch planned when it is reached."""
+    plan = None
+    for step in range(start, total):
+        epoch, index = divmod(step, steps_per_epoch)
+        if plan is None or plan.epoch != epoch:
+            plan = plan_epoch(config.seed, epoch, config.dataset_length, config.batch_size, world.rank, world.size)
+        for micro in range(config.accum_iter):
+            yield plan.batch(index * config.accum_iter + micro)
+
+
+class _MicroBatches:
+    """One step's micro-batches as (images, ids_shuffle), with the seconds that were waited for them."""
+
+    def __init__(
+        self, batches: Iterator[Batch], config: ResolvedConfig, num_patches: int, quarantine: Quarantine
+    ) -> None:
+        self._batches, self._config, self._num_patches, self._quarantine = batches, config, num_patches, quarantine
+        self.wait = 0.0
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for _ in range(self._config.accum_iter):
+            batch = next(self._batches)
+            self.wait += batch.wait
+            self._quarantine.add(batch.skipped)
+            ids_shuffle = random_masking(batch.draw_ids, self._config.seed, self._num_patches)
+            yield batch.images, ids_shuffle.to(batch.images.device, non_blocking=True)
+
+
+# --- the run folder ---------------------------------------------------------------------------------------------------
+
+
+def _official_path(run: Path, epoch: int) -> Path:
+    return run / f"checkpoint-{epoch}.pth"
+
+
+def _picture_path(run: Path, epoch: int) -> Path:
+    return run / "reconstructions" / f"epoch-{epoch:04d}.png"
+
+
+def _open_run_folder(run: Path, settings: dict[str, Any], world: parallel.World, precision: Precision) -> None:
+    """Writes config.json, and a line for this start in environment.jsonl."""
+    start = {
+        "command": sys.argv,
+        "ranks": world.size,
+        "versions": versions(),
+        "hardware": hardware(),
+        "backends": chosen_backends(world.device, precision),
+    }
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / "config.json", json.dumps(settings, indent=1))
+        with open(run / "environment.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(start) + "\n")
+    except OSError as error:
+        raise UserError(f"--output_dir {run}: cannot be written ({error}); name another") from error
+
+
+def _announce(
+    say: Say,
+    config: ResolvedConfig,
+    facts: DataFacts,
+    world: parallel.World,
+    precision: Precision,
+    model: MaskedAutoencoderViT,
+) -> None:
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    height, width = config.input_size
+    say(f"data            {config.data_path}: {facts.length:,} images ({facts.kind})")
+    say(f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}")
+    say(f"batch           {config.global_batch} images a step, lr {config.lr:.2e}, {config.epochs} epochs")
+    for name, choice in chosen_backends(world.device, precision).items():
+        say(f"{name:15} {choice}")
+
+
+def _picture(path: Path, config: ResolvedConfig, model: MaskedAutoencoderViT, source: Source) -> None:
+    """Fixed images with fixed masks, so that the pictures of a run can be compared."""
+    images = fixed_images(model, source, PICTURE_IMAGES)
+    rows = reconstruct(model, images, mask_ratio=config.mask_ratio, seed=config.seed)
+    save_grid(path, rows, caption(model, config.mask_ratio))
+
+
+def _probe(say: Say, run: Path, when: str, config: ResolvedConfig, model: MaskedAutoencoderViT) -> dict[str, Any]:
+    """Adds the accuracies before or after to probe.json, if they are not there yet, and returns all of it."""
+    path = run / "probe.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if when not in results:
+        say(f"probe           measuring k-NN and linear-probe accuracy {when} pretraining …")
+        train, val = train_and_val(config.data_path)
+        results[when] = probe(model, train, val, num_workers=config.num_workers)
+        write_text(path, json.dumps(results, indent=1))
+    return results
+
+
+def _show_probe(say: Say, results: dict[str, Any]) -> None:
+    for key, name in (("knn", "k-NN"), ("linear", "linear probe")):
+        before = f"{results['before'][key]:.1f} % before, " if "before" in results else ""
+        say(f"{name:15} {before}{results['after'][key]:.1f} % after pretraining")

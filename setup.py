@@ -1,0 +1,49 @@
+"""Builds fastmae._C through CMake; everything else about the package is in pyproject.toml."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-S", str(ROOT),
+            "-B", str(build),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]  # fmt: skip
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
+
+
+setup(
+    ext_modules=[Extension("fastmae._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    # `kernels/` stands beside the package in the repository and is installed inside it; a top-level `kernels` would
+    # collide with another distribution of that name.
+    packages=[
+        "fastmae",
+        "fastmae.data",
+        "fastmae.evaluate",
+        "fastmae.kernels",
+        "fastmae.model",
+        "fastmae.ops",
+        "fastmae.train",
+    ],
+    package_dir={"fastmae.kernels": "kernels"},
+    package_data={"fastmae": ["py.typed", "_C.pyi"]},
+)

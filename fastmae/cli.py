@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,12 +56,17 @@ def _parse(argv: list[str]) -> PretrainConfig | ProbeConfig | ReconstructConfig 
     except SystemExit as error:
         if error.code in (0, None):
             raise
-        lines = [re.sub(r"[╭╮╰╯│─]+", " ", line).strip() for line in complaint.getvalue().splitlines()]
-        message = [line for line in lines[1:] if line and not line.startswith(("For full helptext", "fastmae "))]
-        text = "; ".join(" ".join(message).split(" Argument helptext:")[0].split(" Got errors: "))
+        text = _first_section(complaint.getvalue())
         command = f"fastmae {argv[0]}" if argv and not argv[0].startswith("-") else "fastmae"
         known = argv and argv[0] in ("pretrain", "probe", "reconstruct", "info")
         raise UserError(f"{text}; see `{command if known else 'fastmae'} --help`") from None
+
+
+def _first_section(box: str) -> str:
+    """The lines between the title of a boxed message and its first rule, as one."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    end = next((i for i, line in enumerate(lines) if not line or line[0] in "─╰"), len(lines))
+    return " ".join(" ".join(lines[:end]).split()).rstrip(".")
 
 
 def _probe(config: ProbeConfig) -> None:

@@ -100,7 +100,7 @@ class PretrainConfig:
 class ProbeConfig:
     """Measure frozen features: weighted k-NN and logistic regression on the data's labels."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run folder, one of its checkpoints, or an official .pth file."""
     data_path: str = "digits"
     """Labelled data; its train part fits, its val or test part is scored (without one, a fifth is held out)."""
@@ -124,7 +124,7 @@ class ProbeConfig:
 class ReconstructConfig:
     """Draw originals, masked images and reconstructions side by side."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run folder, one of its checkpoints, or an official .pth file with its decoder."""
     images: str = "digits"
     """An image file, or any data that --data_path of pretrain accepts."""

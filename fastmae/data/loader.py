@@ -69,7 +69,7 @@ def default_workers() -> int:
     return min(10, len(os.sched_getaffinity(0)))
 
 
-def load_sample(source: Source, index: int, view: View, draws: np.ndarray | None, out: torch.Tensor) -> list[Skipped]:
+def load_sample(source: Source, index: int, view: View, draws: np.ndarray | None, out: np.ndarray) -> list[Skipped]:
     """Writes sample ``index`` into ``out`` uint8 [H, W, C]; an unusable image gives way to the next usable one."""
     skipped: list[Skipped] = []
     for attempt in range(min(len(source), MAX_REPLACEMENTS)):
@@ -85,7 +85,7 @@ def load_sample(source: Source, index: int, view: View, draws: np.ndarray | None
         else:
             box = random_box(draws, height, width, view.scale)
         flip = view.flip and draws is not None and is_flipped(draws)
-        out.copy_(crop_and_resize(pixels, box, flip, view.size))
+        out[:] = crop_and_resize(pixels, box, flip, view.size)
         return skipped
     first = skipped[0]
     raise UserError(f"{len(skipped)} images in a row cannot be used, from {first.name} ({first.reason}); mend the data")
@@ -113,13 +113,14 @@ def load_batches(
     Raises:
         UserError: no usable image within reach.
     """
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="fastmae-decode", initializer=_one_torch_thread)
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="fastmae-decode")
 
     def submit(indices: np.ndarray, draw_ids: np.ndarray) -> _Pending:
         images = torch.empty(len(indices), *view.size, view.in_chans, dtype=torch.uint8, pin_memory=pin_memory)
+        slots = images.numpy()
         draws = None if view.seed is None else crop_draws(view.seed, draw_ids)
         futures = [
-            pool.submit(load_sample, source, index, view, None if draws is None else draws[i], images[i])
+            pool.submit(load_sample, source, index, view, None if draws is None else draws[i], slots[i])
             for i, index in enumerate(indices.tolist())
         ]
         return _Pending(images, torch.from_numpy(draw_ids.copy()), futures)
@@ -146,8 +147,3 @@ class _Pending:
     images: torch.Tensor
     draw_ids: torch.Tensor
     futures: list[Future[list[Skipped]]]
-
-
-def _one_torch_thread() -> None:
-    # The pool's threads are the parallelism; a resize must not start threads of its own in each of them.
-    torch.set_num_threads(1)

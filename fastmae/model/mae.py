@@ -108,12 +108,12 @@ class MaskedAutoencoderViT(nn.Module):
     _ones: torch.Tensor
 
     def _register_statistics(self, name: str, given: Sequence[float] | None, default: Sequence[float]) -> None:
-        values = torch.tensor(default if given is None else list(given), dtype=torch.float32)
-        if values.shape != (self.in_chans,):
-            raise ValueError(f"{name} needs {self.in_chans} numbers, one a channel, got {values.numel()}")
-        if name == "std" and not (values > 0).all():
-            raise ValueError(f"std must be positive, got {values.tolist()}")
-        self.register_buffer(name, values, persistent=False)
+        values = default if given is None else given
+        if len(values) != self.in_chans:
+            raise ValueError(f"{name} needs {self.in_chans} numbers, one a channel, got {len(values)}")
+        if name == "std" and min(values) <= 0:
+            raise ValueError(f"std must be positive, got {list(values)}")
+        self.register_buffer(name, torch.tensor(list(values), dtype=torch.float32), persistent=False)
 
     def _initialise(self) -> None:
         nn.init.normal_(self.cls_token, std=0.02)

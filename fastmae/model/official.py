@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +78,12 @@ def read_official(path: Path) -> OfficialFile:
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises pickle, zip, EOF and runtime errors on foreign bytes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "not a torch file, or one with objects that could run code"
+        else:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: not a readable checkpoint ({reason}); give an intact .pth or a run folder") from error
     model = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(model, dict) or not model or not all(isinstance(t, torch.Tensor) for t in model.values()):

@@ -216,7 +216,7 @@ def chosen_backends(device: torch.device, precision: Precision) -> dict[str, str
         "other ops": "PyTorch (the only implementation)",
         "attention": "torch scaled_dot_product_attention (the only implementation)",
         "optimizer": "fused AdamW",
-        "decoder": "thread pool: simplejpeg for JPEG, Pillow for the rest, torch for resizing",
+        "decoder": "thread pool: simplejpeg for JPEG, Pillow for other formats and resizing",
     }
 
 

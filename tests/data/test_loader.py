@@ -1,0 +1,105 @@
+"""The loader: the asked-for batches in order, whatever the threads; bad images replaced and reported; no thread left."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from fastmae.data.loader import View, load_batches
+from fastmae.data.plan import central_box, crop_draws, is_flipped, plan_epoch, random_box
+from fastmae.data.quarantine import Quarantine
+from fastmae.data.sources import ArraySource, open_train
+from fastmae.data.statistics import channel_statistics
+from fastmae.errors import UserError
+
+CPU = torch.device("cpu")
+IMAGES = np.random.default_rng(0).integers(0, 256, (40, 20, 24, 3), dtype=np.uint8)
+TRAIN = View((16, 16), 3, seed=7, scale=(0.2, 1.0), flip=True)
+
+
+def batches(source, view=TRAIN, num_workers=2, batch_size=8, epoch=0):
+    plan = plan_epoch(0, epoch, len(source), batch_size)
+    requests = (plan.batch(k) for k in range(len(plan)))
+    return load_batches(source, requests, view, device=CPU, num_workers=num_workers)
+
+
+def decode_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("fastmae-decode")]
+
+
+def test_threads_change_nothing():
+    source = ArraySource(IMAGES, None, "x")
+    one, four = (list(batches(source, num_workers=n)) for n in (1, 4))
+    assert len(one) == 5
+    for a, b in zip(one, four, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.draw_ids, b.draw_ids)
+        assert a.images.shape == (8, 16, 16, 3)
+
+
+def test_an_image_is_its_crop_flipped_or_not():
+    source = ArraySource(IMAGES, None, "x")
+    batch = next(batches(source, View((20, 24), 3, seed=7, scale=(1.0, 1.0), flip=True), epoch=3))
+    for image, draw_id in zip(batch.images, batch.draw_ids.tolist(), strict=True):
+        draws = crop_draws(7, np.array([draw_id]))[0]
+        if random_box(draws, 20, 24, (1.0, 1.0)) == central_box(20, 24, (20, 24)):
+            expected = IMAGES[draw_id - 3 * 40]
+            assert np.array_equal(image.numpy(), expected[:, ::-1] if is_flipped(draws) else expected)
+
+
+def test_files_and_arrays_go_the_same_way(image_folder):
+    batch = next(batches(open_train(str(image_folder))))
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.float().std() > 10
+
+
+def test_bad_images_give_way_to_the_next_and_are_listed_once(image_folder, tmp_path):
+    source = open_train(str(image_folder))
+    for index in (4, 5):
+        with open(source.paths[index], "wb") as file:
+            file.write(b"\xff\xd8\xff garbage")
+    (image_folder / "train" / "n02" / "0.JPEG").unlink()
+    view = View((16, 16), 3)
+    loaded = {}
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    for _ in range(2):
+        for batch in batches(source, view):
+            quarantine.add(batch.skipped)
+            loaded |= dict(zip(batch.draw_ids.tolist(), batch.images, strict=True))
+    assert torch.equal(loaded[4], loaded[6])
+    assert torch.equal(loaded[5], loaded[6])
+    assert torch.equal(loaded[12], loaded[13])
+    assert len(quarantine) == 3
+    lines = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    assert source.paths[4] in "".join(lines)
+    again = Quarantine(tmp_path / "quarantine.jsonl")
+    assert len(again) == 3
+
+
+def test_nothing_usable_is_an_error_and_leaves_no_thread(tmp_path):
+    for i in range(10):
+        (tmp_path / f"{i}.png").write_bytes(b"junk")
+    with pytest.raises(UserError, match="10 images in a row cannot be used"):
+        list(batches(open_train(str(tmp_path))))
+    assert not decode_threads()
+    with pytest.raises(UserError, match="no image can be decoded"):
+        channel_statistics(open_train(str(tmp_path)), 1)
+
+
+def test_leaving_early_leaves_no_thread():
+    iterator = batches(ArraySource(IMAGES, None, "x"))
+    next(iterator)
+    assert decode_threads()
+    iterator.close()
+    assert not decode_threads()
+
+
+def test_statistics_are_those_of_the_pixels():
+    mean, std = channel_statistics(ArraySource(IMAGES, None, "x"), 3)
+    pixels = IMAGES.reshape(-1, 3) / 255
+    np.testing.assert_allclose(mean, pixels.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(std, pixels.std(axis=0), atol=1e-6)
+    _, flat = channel_statistics(ArraySource(np.zeros((4, 4, 4, 1), np.uint8), None, "x"), 1)
+    assert flat[0] > 0

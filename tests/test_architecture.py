@@ -1,0 +1,79 @@
+"""The arrows between the parts run one way (README, "How it is built")."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEAVES = {"errors", "files", "philox"}
+# Who may import whom; leaves may be imported by all.
+ALLOWED = {
+    "errors": set(),
+    "files": set(),
+    "philox": set(),
+    "environment": set(),
+    "config": LEAVES,
+    "_C": set(),
+    "kernels": LEAVES,
+    "ops": LEAVES | {"_C", "kernels"},
+    "model": LEAVES | {"ops"},
+    "data": LEAVES | {"config", "ops"},
+    "evaluate": LEAVES | {"config", "ops", "model", "data"},
+    "train": LEAVES | {"config", "environment", "ops", "model", "data", "evaluate"},
+    "cli": LEAVES | {"config", "environment", "model", "data", "evaluate", "train"},
+    "__init__": {"ops", "model"},
+    "__main__": {"cli"},
+}
+FILES = [*sorted((ROOT / "fastmae").rglob("*.py")), *sorted((ROOT / "kernels").rglob("*.py"))]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Full names of the fastmae modules that a file imports, at its top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "fastmae"}
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    return "kernels" if relative.parts[0] == "kernels" else relative.parts[1].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows_run_one_way(path):
+    part = part_of(path)
+    for name in imports_of(path):
+        target = name.split(".")[1]
+        assert target == part or target in ALLOWED[part], f"{path} imports {name}"
+
+
+def test_the_parts_of_training_do_not_know_each_other():
+    for path in (ROOT / "fastmae" / "train").glob("*.py"):
+        if path.stem != "pretrain":
+            assert not {name for name in imports_of(path) if name.startswith("fastmae.train")}, path
+
+
+def test_nothing_is_called_kernels_at_the_top():
+    for path in ROOT.glob("**/*.py"):
+        if ".venv" in path.parts or "build" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "kernels" for name in names), path
+
+
+def test_every_package_is_installed():
+    listed = set(ast.literal_eval(next(
+        keyword.value for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"
+        for keyword in node.keywords if keyword.arg == "packages"
+    )))  # fmt: skip
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fastmae").rglob("__init__.py")}
+    assert listed == found | {"fastmae.kernels"}

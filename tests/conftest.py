@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +30,15 @@ def image_folder(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture
-def png() -> bytes:
-    """The bytes of a small picture."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(buffer, format="PNG")
-    return buffer.getvalue()
+@pytest.fixture(scope="session")
+def blobs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An .npz of 96 gray 16×16 images of three classes (bright blobs in different places), 72 of them to train on."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(96) % 3
+    y, x = np.mgrid[:16, :16]
+    centres = np.array([[4, 4], [8, 12], [12, 5]])[labels] + rng.normal(0, 1, (96, 2))
+    distance = (y - centres[:, :1, None]) ** 2 + (x - centres[:, 1:, None]) ** 2
+    images = (230 * np.exp(-distance / 12) + rng.integers(0, 25, (96, 16, 16))).astype(np.uint8)
+    path = tmp_path_factory.mktemp("data") / "blobs.npz"
+    np.savez(path, x_train=images[:72], y_train=labels[:72], x_test=images[72:], y_test=labels[72:])
+    return str(path)

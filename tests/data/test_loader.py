@@ -1,4 +1,4 @@
-"""The loader: the asked-for batches in order, whatever the threads; bad images replaced and reported; no thread left."""
+"""The loader: batches in order whatever the threads, bad images replaced and reported, no thread left."""
 
 import threading
 

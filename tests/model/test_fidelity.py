@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peers.vitmae import as_transformers, vitmae_like
 from torch import nn
 
 from fastmae.model.mae import MaskedAutoencoderViT
@@ -95,17 +96,10 @@ def test_uint8_images_are_normalised_ones(channels):
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_transformers_agrees(channels, mask_ratio, norm_pix):
     """Square images, the only ones that its ViTMAE takes."""
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     size, patch = SQUARE
     ours, _ = models(size, patch, channels, norm_pix)
-    config = transformers.ViTMAEConfig(
-        image_size=size[0], patch_size=patch[0], num_channels=channels, mask_ratio=mask_ratio, norm_pix_loss=norm_pix,
-        hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=192, layer_norm_eps=1e-6,
-        decoder_hidden_size=32, decoder_num_hidden_layers=2, decoder_num_attention_heads=2,
-        decoder_intermediate_size=128,
-    )  # fmt: skip
-    theirs = transformers.ViTMAEForPreTraining(config)
-    theirs.load_state_dict(as_transformers(ours.state_dict(), theirs.state_dict().keys()), strict=True)
+    theirs = vitmae_like(ours, mask_ratio)
     images, ids = batch(size, channels, ours.num_patches)
     noise = ids.argsort(dim=1).float()  # sorted, it gives ids back
     out = theirs(images, noise=noise)
@@ -113,42 +107,3 @@ def test_transformers_agrees(channels, mask_ratio, norm_pix):
     for loss in (ours(images, mask_ratio, ids_shuffle=ids)[0], ours.training_loss(images, ids, mask_ratio)):
         grads = as_transformers(gradients(ours, loss), true_grads.keys())
         assert_same((loss, grads), (out.loss, true_grads))
-
-
-def as_transformers(state, expected):
-    """Published names as those of transformers 5 (or 4, if those are ``expected``); qkv in three."""
-    old = any(".encoder.layer." in key for key in expected)
-    names = {
-        "attn.q": "attention.attention.query" if old else "attention.q_proj",
-        "attn.k": "attention.attention.key" if old else "attention.k_proj",
-        "attn.v": "attention.attention.value" if old else "attention.v_proj",
-        "attn.proj": "attention.output.dense" if old else "attention.o_proj",
-        "mlp.fc1": "intermediate.dense" if old else "mlp.fc1",
-        "mlp.fc2": "output.dense" if old else "mlp.fc2",
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-    }
-    outside = {
-        "cls_token": "vit.embeddings.cls_token",
-        "pos_embed": "vit.embeddings.position_embeddings",
-        "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
-        "norm": "vit.layernorm",
-        **{k: f"decoder.{k}" for k in ("mask_token", "decoder_pos_embed", "decoder_embed", "decoder_norm", "decoder_pred")},
-    }  # fmt: skip
-    found = {}
-    for key, tensor in state.items():
-        module, _, leaf = key.rpartition(".")
-        if key in outside:
-            found[outside[key]] = tensor
-        elif module in outside:
-            found[f"{outside[module]}.{leaf}"] = tensor
-        else:
-            stack, number, part = module.split(".", 2)
-            encoder = "vit.encoder.layer" if old else "vit.layers"
-            prefix = f"{encoder if stack == 'blocks' else 'decoder.decoder_layers'}.{number}"
-            if part == "attn.qkv":
-                for name, third in zip("qkv", tensor.chunk(3), strict=True):
-                    found[f"{prefix}.{names['attn.' + name]}.{leaf}"] = third
-            else:
-                found[f"{prefix}.{names[part]}.{leaf}"] = tensor
-    return found

@@ -1,0 +1,67 @@
+"""Small runs for the tests of training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
+
+from fastmae.config import PretrainConfig
+
+# 72 images: 9 steps an epoch.
+RUN: dict[str, Any] = {
+    "batch_size": 8,
+    "epochs": 4,
+    "warmup_epochs": 1.0,
+    "log_freq": 5,
+    "save_freq": 1,
+    "checkpoint_freq": 7,
+    "probe": False,
+}
+
+
+def small_run(data_path: str, output_dir: Path, **changes: Any) -> PretrainConfig:
+    """A configuration of 36 steps that takes seconds."""
+    return PretrainConfig(data_path=data_path, output_dir=str(output_dir), device="cpu", **{**RUN, **changes})
+
+
+def command(data_path: str, output_dir: Path, **changes: Any) -> list[str]:
+    """The same as a command line."""
+    words = [sys.executable, "-m", "fastmae", "pretrain", "--data_path", data_path, "--output_dir", str(output_dir)]
+    for name, value in {**RUN, "device": "cpu", **changes}.items():
+        words += [f"--{name}", str(value)]
+    return words
+
+
+def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a command outside the repository, so that the installed package is what is tested."""
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, cwd="/", env=environment(), **options)
+
+
+def environment() -> dict[str, str]:
+    """This process's, without what would change the arithmetic or the ranks."""
+    return {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
+def metrics(output_dir: Path) -> list[tuple[int, int, float, float]]:
+    """(step, epoch, loss, lr) of every line of metrics.jsonl, exactly as written."""
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["epoch"], row["loss"], row["lr"]) for row in rows]
+
+
+def final_state(output_dir: Path) -> dict[str, bytes]:
+    """Every tensor of the newest checkpoint, as bytes."""
+    newest = max((output_dir / "checkpoints").glob("step-*"))
+    return {name: array.tobytes() for name, array in load_file(newest / "state.safetensors").items()}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, moments, every logged loss and every epoch's line are the same bits."""
+    assert metrics(one) == metrics(other)
+    assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
+    assert final_state(one) == final_state(other)

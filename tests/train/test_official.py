@@ -1,0 +1,141 @@
+"""Official files: written so that the published tools read them, read whatever the published tools wrote."""
+
+import argparse
+import pickle
+
+import pytest
+import torch
+from helpers import small_run
+
+from fastmae.errors import UserError
+from fastmae.model.mae import mae_vit_tiny_patch4
+from fastmae.model.official import model_of_file, read_official
+from fastmae.train.checkpoint import load_model
+from fastmae.train.optim import make_optimizer
+from fastmae.train.pretrain import pretrain
+
+
+@pytest.fixture(scope="module")
+def finished(blobs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("official") / "run"
+    assert pretrain(small_run(blobs, folder, epochs=2)) == 0
+    return folder
+
+
+def published(model, optimizer):
+    """A file as the published script writes it, with its Namespace."""
+    args = argparse.Namespace(model="mae_vit_tiny_patch4", input_size=16, norm_pix_loss=True, lr=1e-3, output_dir="x")
+    scaler = torch.amp.GradScaler("cpu").state_dict()
+    return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=3, scaler=scaler, args=args)
+
+
+def test_our_file_loads_with_weights_only_and_has_the_published_keys(finished):
+    content = torch.load(finished / "checkpoint-1.pth", weights_only=True)
+    assert content.keys() == {"model", "optimizer", "epoch", "scaler", "args"}
+    assert content["epoch"] == 1
+    assert content["args"]["mask_ratio"] == 0.75
+    torch.amp.GradScaler("cpu").load_state_dict(content["scaler"])
+    model = mae_vit_tiny_patch4(img_size=16, in_chans=1)
+    model.load_state_dict(content["model"], strict=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [[p for p in parameters if p.ndim == 1], [p for p in parameters if p.ndim > 1]]
+    theirs = torch.optim.AdamW([{"params": group} for group in groups])
+    theirs.load_state_dict(content["optimizer"])
+    assert all(theirs.state[p]["exp_avg"].shape == p.shape for p in parameters)
+
+
+def test_a_published_training_file_resumes(blobs, tmp_path):
+    torch.manual_seed(0)
+    model = mae_vit_tiny_patch4(img_size=16, in_chans=1)
+    optimizer = make_optimizer(model, 1e-3, 0.05)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.01)
+    optimizer.step()
+    torch.save(published(model, optimizer), tmp_path / "checkpoint-3.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "checkpoint-3.pth", weights_only=True)
+    file = read_official(tmp_path / "checkpoint-3.pth")
+    assert file.args["norm_pix_loss"] is True
+    config = small_run(blobs, tmp_path / "run", epochs=5, resume=str(tmp_path / "checkpoint-3.pth"))
+    assert pretrain(config) == 0
+    steps = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(steps) == 9
+    assert '"step": 37, "epoch": 4' in steps[0]
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "bare", "legacy"])
+def test_weights_alone_load(tmp_path, kind):
+    model = mae_vit_tiny_patch4(img_size=16)
+    encoder = {k: v for k, v in model.state_dict().items() if not k.startswith(("decoder_", "mask_token"))}
+    content = encoder if kind == "bare" else {"model": encoder}
+    torch.save(content, tmp_path / "e.pth", _use_new_zipfile_serialization=kind != "legacy")
+    file = read_official(tmp_path / "e.pth")
+    assert not file.has_decoder
+    with pytest.raises(UserError, match="holds the encoder alone"):
+        load_model(str(tmp_path / "e.pth"), needs_decoder=True)
+    # Such a file does not say its image size; positions of 224 pixels do not fit its table.
+    with pytest.raises(UserError, match="of another shape"):
+        load_model(str(tmp_path / "e.pth"))
+
+
+def test_a_file_that_says_its_size_gives_the_same_features(finished):
+    images = torch.randint(0, 256, (4, 16, 16, 1), dtype=torch.uint8)
+    from_file, from_run = load_model(str(finished / "checkpoint-1.pth")), load_model(str(finished))
+    assert torch.equal(from_file.forward_features(images), from_run.forward_features(images))
+    assert torch.equal(from_file.mean, from_run.mean)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("/tmp/fastmae-bomb-went-off", "w"))
+
+
+def _hostile(tmp_path):
+    state = mae_vit_tiny_patch4(img_size=16).state_dict()
+    extra, missing, reshaped = dict(state), dict(state), dict(state)
+    extra["head.weight"] = torch.zeros(2)
+    del missing["blocks.0.norm1.bias"]
+    reshaped["norm.weight"] = torch.zeros(5)
+    args = {"model": "mae_vit_tiny_patch4", "input_size": 16}
+    contents = {
+        "bomb": {"model": state, "args": Bomb()},
+        "no model": {"weights": 3},
+        "not tensors": {"model": {"a": 1}},
+        "unknown key": {"model": extra, "args": args},
+        "missing key": {"model": missing, "args": args},
+        "other shape": {"model": reshaped, "args": args},
+        "not a MAE": {"model": {"conv1.weight": torch.zeros(2)}},
+        "unknown preset": {"model": state, "args": {"model": "resnet50"}},
+        "absurd size": {"model": state, "args": {"model": "mae_vit_tiny_patch4", "input_size": 15}},
+    }
+    for name, content in contents.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+    whole = (tmp_path / "missing key.pth").read_bytes()
+    (tmp_path / "truncated.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "text.pth").write_bytes(b"hello")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("bomb", "could run code"),
+        ("no model", "holds no model"),
+        ("not tensors", "holds no model"),
+        ("unknown key", "1 tensors are unknown"),
+        ("missing key", "1 tensors are missing"),
+        ("other shape", "1 tensors are of another shape"),
+        ("not a MAE", "not a checkpoint of a masked autoencoder"),
+        ("unknown preset", "resnet50: unknown"),
+        ("absurd size", "not a multiple"),
+        ("truncated", "not a readable checkpoint"),
+        ("empty", "not a readable checkpoint"),
+        ("text", "not a readable checkpoint"),
+    ],
+)
+def test_hostile_and_foreign_files_are_refused_in_one_line(tmp_path, name, words):
+    _hostile(tmp_path)
+    with pytest.raises(UserError, match=words) as caught:
+        model_of_file(read_official(tmp_path / f"{name}.pth"), None)
+    assert "\n" not in str(caught.value)
+    assert not __import__("os").path.exists("/tmp/fastmae-bomb-went-off")

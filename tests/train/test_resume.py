@@ -1,0 +1,186 @@
+"""A run that is killed, stopped, damaged or moved goes on as if nothing had happened, to the last bit."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from helpers import assert_same_run, command, environment, final_state, metrics, run, small_run
+
+from fastmae.errors import UserError
+from fastmae.train.health import EXIT_INTERRUPTED
+from fastmae.train.pretrain import pretrain
+
+LONG = dict(epochs=12, save_freq=4, checkpoint_freq=5)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(blobs, tmp_path_factory) -> Path:
+    """108 steps in one go."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert pretrain(small_run(blobs, folder / "run", **LONG)) == 0
+    return folder / "run"
+
+
+def start(words: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", env=environment()
+    )
+
+
+def wait_for_checkpoint(process: subprocess.Popen, output_dir: Path, besides: set[str] = frozenset()) -> None:
+    deadline = time.monotonic() + 120
+    while not {path.name for path in (output_dir / "checkpoints").glob("step-*")} - besides:
+        if process.poll() is not None:
+            assert process.returncode == 0, process.communicate()
+            return  # a fast machine was done before it could be disturbed
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_sigkill_at_random_instants_changes_nothing(blobs, tmp_path, undisturbed):
+    """Killed three times, each time gone on with another number of decoding threads."""
+    output_dir, seen = tmp_path / "run", set()
+    dice = random.Random(os.getpid())
+    for workers in (1, 2, 3):
+        process = start(command(blobs, output_dir, **LONG, resume="auto", num_workers=workers))
+        wait_for_checkpoint(process, output_dir, seen)
+        time.sleep(dice.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        seen = {path.name for path in (output_dir / "checkpoints").glob("step-*")}
+    finished = run(command(blobs, output_dir, **LONG, resume="auto", num_workers=1))
+    assert finished.returncode == 0, finished.stderr
+    assert_same_run(output_dir, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_finish_the_step_save_and_say_so(blobs, tmp_path, undisturbed, number):
+    output_dir = tmp_path / "run"
+    process = start(command(blobs, output_dir, **LONG))
+    wait_for_checkpoint(process, output_dir)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED, err
+    assert signal.Signals(number).name in out
+    assert "--resume auto" in out
+    assert "Traceback" not in err
+    step = metrics(output_dir)[-1][0]
+    assert f"after step {step}," in out
+    assert (output_dir / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert 5 <= step < 108
+    assert pretrain(small_run(blobs, output_dir, **LONG, resume="auto")) == 0
+    assert_same_run(output_dir, undisturbed)
+
+
+def test_a_finished_run_resumes_to_nothing(blobs, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    assert pretrain(small_run(blobs, tmp_path / "run", **LONG, resume="auto")) == 0
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "no tensors", "no manifest", "manifest cut"])
+def test_a_damaged_newest_checkpoint_is_refused_by_name_and_the_one_before_used(
+    blobs, undisturbed, tmp_path, capsys, damage
+):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    older, newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    tensors, manifest = newest / "state.safetensors", newest / "manifest.json"
+    if damage == "truncated":
+        os.truncate(tensors, tensors.stat().st_size - 1)
+    elif damage == "bit flipped":
+        data = bytearray(tensors.read_bytes())
+        data[len(data) // 2] ^= 1
+        tensors.write_bytes(data)
+    elif damage == "no tensors":
+        tensors.unlink()
+    elif damage == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_bytes(manifest.read_bytes()[:100])
+    assert pretrain(small_run(blobs, tmp_path / "run", **LONG, resume="auto")) == 0
+    captured = capsys.readouterr()
+    assert f"refused checkpoint {newest}" in captured.err
+    assert f"{older}, after step {int(older.name[5:])}" in captured.out
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_with_nothing_intact_the_run_does_not_start_over(blobs, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*/state.safetensors"):
+        os.truncate(path, 100)
+    with pytest.raises(UserError, match="no intact checkpoint"):
+        pretrain(small_run(blobs, tmp_path / "run", **LONG, resume="auto"))
+    assert metrics(tmp_path / "run") == metrics(undisturbed)
+
+
+def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(blobs, tmp_path, undisturbed):
+    """A file-size limit stands in for a full disk: the write fails half-way, as it would there."""
+    output_dir = tmp_path / "run"
+    process = start(command(blobs, output_dir, **LONG))
+    wait_for_checkpoint(process, output_dir)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    before = {path: path.stat().st_mtime_ns for path in (output_dir / "checkpoints").rglob("*")}
+    limit = 4 * 2**20
+    failed = run(
+        command(blobs, output_dir, **LONG, resume="auto"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert failed.returncode == 2
+    assert len(failed.stderr.strip().splitlines()) == 1, failed.stderr
+    assert "could not be saved" in failed.stderr
+    assert "--resume auto" in failed.stderr
+    assert {path: path.stat().st_mtime_ns for path in (output_dir / "checkpoints").rglob("*")} == before
+    assert not list(output_dir.rglob("*partial*"))
+    assert pretrain(small_run(blobs, output_dir, **LONG, resume="auto")) == 0
+    assert_same_run(output_dir, undisturbed)
+
+
+def test_the_official_file_resumes_too(blobs, undisturbed, tmp_path):
+    """After the epoch of the file, in another folder, with the same end."""
+    config = small_run(blobs, tmp_path / "run", **LONG, resume=str(undisturbed / "checkpoint-4.pth"))
+    assert pretrain(config) == 0
+    assert metrics(tmp_path / "run") == metrics(undisturbed)[45:]
+    assert final_state(tmp_path / "run") == final_state(undisturbed)
+
+
+def test_another_recipe_is_refused_by_name(blobs, undisturbed, tmp_path):
+    for change in (dict(batch_size=9), dict(seed=1), dict(mask_ratio=0.5), dict(norm_pix_loss=True)):
+        (name,) = change
+        with pytest.raises(UserError, match=f"was made with {name}"):
+            pretrain(small_run(blobs, tmp_path / "run", **{**LONG, **change}, resume=str(undisturbed)))
+    with pytest.raises(UserError, match="holds a run already"):
+        pretrain(small_run(blobs, undisturbed, **LONG))
+
+
+def test_the_run_folder_says_everything(undisturbed):
+    config = json.loads((undisturbed / "config.json").read_text())
+    assert config["model"] == "mae_vit_tiny_patch4"
+    assert config["input_size"] == [16, 16]
+    assert config["lr"] == pytest.approx(1e-3 * 8 / 256)
+    assert all(
+        value is not None for key, value in config.items() if key not in ("log_dir", "checkpoint_freq", "device")
+    )
+    start = json.loads((undisturbed / "environment.jsonl").read_text().splitlines()[0])
+    assert start["versions"]["torch"]
+    assert "C++" in start["backends"]["random_masking"]
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 109))
+    for row in rows:
+        extras = {"images_per_second", "data_wait", "peak_memory"} & row.keys()
+        assert len(extras) == (3 if row["step"] % 5 == 0 else 0)
+    log = [json.loads(line) for line in (undisturbed / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == list(range(12))
+    assert all(line.keys() == {"train_lr", "train_loss", "epoch"} for line in log)
+    assert log[3]["train_loss"] == pytest.approx(sum(row["loss"] for row in rows[27:36]) / 9)
+    assert log[3]["train_lr"] == pytest.approx(sum(row["lr"] for row in rows[27:36]) / 9)
+    assert sorted(path.name for path in undisturbed.glob("*.pth")) == [f"checkpoint-{e}.pth" for e in (0, 11, 4, 8)]
+    assert len(list((undisturbed / "checkpoints").iterdir())) == 2
+    assert len(list((undisturbed / "reconstructions").glob("epoch-*.png"))) == 4

@@ -76,7 +76,8 @@ def save_checkpoint(
 
 def prune_checkpoints(run: Path, keep: int) -> None:
     """Deletes all but the newest ``keep`` checkpoints; called after a newer one is safe."""
-    for path in _newest_first(run)[keep:]:
+    unfinished = list((run / FOLDER).glob(f"{PARTIAL}*"))  # of a run that was killed while saving
+    for path in [*_newest_first(run)[keep:], *unfinished]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -102,6 +103,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         expected = manifest["files"][TENSORS]
+        if not {"step", "settings", "epoch_sums"} <= manifest.keys():
+            raise BadCheckpointError(f"{MANIFEST} lacks the position or the settings of the run")
         size = (path / TENSORS).stat().st_size
         if size != expected["size"]:
             raise BadCheckpointError(f"{TENSORS} has {size} bytes instead of {expected['size']}")
@@ -125,10 +128,10 @@ def load_checkpoint(
     """
     manifest = read_manifest(path)
     for key, value in (fixed or {}).items():
-        if manifest["settings"][key] != value:
+        saved = manifest["settings"].get(key)
+        if saved != value:
             raise BadCheckpointError(
-                f"was made with {key} {manifest['settings'][key]}, not {value}; use the same settings, or start anew "
-                "in another --output_dir"
+                f"was made with {key} {saved}, not {value}; use the same settings, or start in another --output_dir"
             )
     try:
         with safe_open(path / TENSORS, framework="pt", device="cpu") as file:
@@ -188,11 +191,12 @@ def restore(
         UserError: the output folder holds a run that was not asked for, or there is nothing intact to continue.
     """
     fresh = Restored(fresh_step, None, None)
-    if not resume:
-        if (run / FOLDER).exists() or (run / "metrics.jsonl").exists():
-            raise UserError(f"--output_dir {run}: holds a run already; continue it with --resume auto or name another")
-        return fresh
     path = run if resume == "auto" else Path(resume)
+    continues_run = bool(resume) and path.resolve().is_relative_to(run.resolve())
+    if not continues_run and ((run / FOLDER).exists() or (run / "metrics.jsonl").exists()):
+        raise UserError(f"--output_dir {run}: holds a run already; continue it with --resume auto or name another")
+    if not resume:
+        return fresh
     if path.is_file():
         return _restore_official(path, model, optimizer, fresh, steps_per_epoch)
     if resume != "auto" and not path.exists():
@@ -230,13 +234,21 @@ def _restore_official(
     load_weights(model, file)
     if file.optimizer is None or file.epoch is None:
         return Restored(fresh.step, None, str(path))
-    own = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(file.optimizer)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--resume {path}: its optimiser does not fit the model ({error})") from error
-    for group, (lr, weight_decay) in zip(optimizer.param_groups, own, strict=True):
-        group.update(lr=lr, weight_decay=weight_decay, fused=True, foreach=None)
+        for group, settings in zip(optimizer.param_groups, own, strict=True):
+            group.update(settings)  # ours, not the file's: rates, decay, and the fused kernel
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                if not state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape:
+                    raise ValueError(f"moments of {list(state['exp_avg'].shape)} for {list(parameter.shape)}")
+                # Old files count steps in plain integers; the fused kernel wants them beside the parameter.
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--resume {path}: its optimiser does not fit the model ({error}); give another file"
+        ) from error
     return Restored((file.epoch + 1) * steps_per_epoch, None, str(path))
 
 

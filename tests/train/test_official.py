@@ -44,14 +44,22 @@ def test_our_file_loads_with_weights_only_and_has_the_published_keys(finished):
     assert all(theirs.state[p]["exp_avg"].shape == p.shape for p in parameters)
 
 
-def test_a_published_training_file_resumes(blobs, tmp_path):
+@pytest.mark.parametrize("age", ["new", "old"])
+def test_a_published_training_file_resumes(blobs, tmp_path, age):
+    """Also one of the torch of 2021, which counted steps in integers and knew fewer settings of a group."""
     torch.manual_seed(0)
     model = mae_vit_tiny_patch4(img_size=16, in_chans=1)
     optimizer = make_optimizer(model, 1e-3, 0.05)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 0.01)
     optimizer.step()
-    torch.save(published(model, optimizer), tmp_path / "checkpoint-3.pth")
+    content = published(model, optimizer)
+    if age == "old":
+        known = ("params", "lr", "betas", "eps", "weight_decay", "amsgrad")
+        groups = [{key: group[key] for key in known} for group in content["optimizer"]["param_groups"]]
+        state = {i: {**moments, "step": 1} for i, moments in content["optimizer"]["state"].items()}
+        content["optimizer"] = {"state": state, "param_groups": groups}
+    torch.save(content, tmp_path / "checkpoint-3.pth")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "checkpoint-3.pth", weights_only=True)
     file = read_official(tmp_path / "checkpoint-3.pth")
@@ -61,6 +69,16 @@ def test_a_published_training_file_resumes(blobs, tmp_path):
     steps = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(steps) == 9
     assert '"step": 37, "epoch": 4' in steps[0]
+
+
+def test_moments_of_another_model_are_refused(blobs, tmp_path):
+    model = mae_vit_tiny_patch4(img_size=16, in_chans=1)
+    content = published(model, make_optimizer(model, 1e-3, 0.05))
+    for state in ({}, {i: {"step": 1, "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)} for i in range(90)}):
+        content["optimizer"]["state"] = state
+        torch.save(content, tmp_path / "checkpoint-3.pth")
+        with pytest.raises(UserError, match="optimiser does not fit"):
+            pretrain(small_run(blobs, tmp_path / "run", epochs=5, resume=str(tmp_path / "checkpoint-3.pth")))
 
 
 @pytest.mark.parametrize("kind", ["wrapped", "bare", "legacy"])

@@ -156,8 +156,9 @@ def test_another_recipe_is_refused_by_name(blobs, undisturbed, tmp_path):
         (name,) = change
         with pytest.raises(UserError, match=f"was made with {name}"):
             pretrain(small_run(blobs, tmp_path / "run", **{**LONG, **change}, resume=str(undisturbed)))
-    with pytest.raises(UserError, match="holds a run already"):
-        pretrain(small_run(blobs, undisturbed, **LONG))
+    for resume in ("", str(tmp_path)):
+        with pytest.raises(UserError, match="holds a run already"):
+            pretrain(small_run(blobs, undisturbed, **LONG, resume=resume))
 
 
 def test_the_run_folder_says_everything(undisturbed):

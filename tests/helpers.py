@@ -22,18 +22,19 @@ RUN: dict[str, Any] = {
     "save_freq": 1,
     "checkpoint_freq": 7,
     "probe": False,
+    "device": "cpu",
 }
 
 
 def small_run(data_path: str, output_dir: Path, **changes: Any) -> PretrainConfig:
     """A configuration of 36 steps that takes seconds."""
-    return PretrainConfig(data_path=data_path, output_dir=str(output_dir), device="cpu", **{**RUN, **changes})
+    return PretrainConfig(data_path=data_path, output_dir=str(output_dir), **{**RUN, **changes})
 
 
 def command(data_path: str, output_dir: Path, **changes: Any) -> list[str]:
     """The same as a command line."""
     words = [sys.executable, "-m", "fastmae", "pretrain", "--data_path", data_path, "--output_dir", str(output_dir)]
-    for name, value in {**RUN, "device": "cpu", **changes}.items():
+    for name, value in {**RUN, **changes}.items():
         words += [f"--{name}", str(value)]
     return words
 

@@ -9,7 +9,19 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("fastmae", "torch", "numpy", "pillow", "safetensors", "scikit-learn", "simplejpeg", "tensorboard", "tyro")
+PACKAGES = (
+    "fastmae",
+    "torch",
+    "triton",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "scikit-learn",
+    "simplejpeg",
+    "tensorboard",
+    "transformers",
+    "tyro",
+)
 
 
 def versions() -> dict[str, str]:

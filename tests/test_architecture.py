@@ -1,6 +1,8 @@
 """The arrows between the parts run one way (README, "How it is built")."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,12 @@ def test_the_parts_of_training_do_not_know_each_other():
     for path in (ROOT / "fastmae" / "train").glob("*.py"):
         if path.stem != "pretrain":
             assert not {name for name in imports_of(path) if name.startswith("fastmae.train")}, path
+
+
+def test_importing_touches_no_device_and_starts_no_thread():
+    code = "import threading, fastmae, torch; print(threading.active_count(), torch.cuda.is_initialized())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
+    assert done.stdout.split() == ["1", "False"]
 
 
 def test_nothing_is_called_kernels_at_the_top():

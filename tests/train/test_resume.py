@@ -143,6 +143,21 @@ def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(blobs, tmp_path,
     assert_same_run(output_dir, undisturbed)
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_and_poisons_no_checkpoint(blobs, tmp_path):
+    with pytest.raises(UserError, match=r"the loss at step \d+ is not finite"):
+        pretrain(small_run(blobs, tmp_path, lr=1e30, log_freq=100, checkpoint_freq=4))
+    assert [row[0] for row in metrics(tmp_path)] == [1, 2, 3, 4]
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_more_epochs_may_be_asked_for(blobs, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    assert pretrain(small_run(blobs, tmp_path / "run", **{**LONG, "epochs": 13}, resume="auto")) == 0
+    assert metrics(tmp_path / "run")[:108] == metrics(undisturbed)
+    assert len(metrics(tmp_path / "run")) == 117
+
+
 def test_the_official_file_resumes_too(blobs, undisturbed, tmp_path):
     """After the epoch of the file, in another folder, with the same end."""
     config = small_run(blobs, tmp_path / "run", **LONG, resume=str(undisturbed / "checkpoint-4.pth"))

@@ -33,9 +33,8 @@ def random_masking(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch
         raise ValueError(f"num_patches must be in [1, {MAX_PATCHES}], got {num_patches}")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
-    if draw_ids.device.type == "cpu":
-        return torch.from_numpy(_C.random_masking(draw_ids.contiguous().numpy(), seed, num_patches))
-    return random_masking_reference(draw_ids, seed, num_patches)
+    # Schemas know signed numbers only: seeds from 2**63 on travel as their two's complement.
+    return _random_masking(draw_ids, seed - 2**64 if seed >= 2**63 else seed, num_patches)
 
 
 def random_masking_reference(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch.Tensor:
@@ -44,3 +43,25 @@ def random_masking_reference(draw_ids: torch.Tensor, seed: int, num_patches: int
     index = torch.arange(num_patches, device=draw_ids.device)
     # The index below the 32-bit key (48 bits in all) breaks ties without asking for a stable sort.
     return (keys * MAX_PATCHES + index).argsort(dim=1).to(torch.int32)
+
+
+@torch.library.custom_op("fastmae::random_masking", mutates_args=())
+def _random_masking(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch.Tensor:
+    return random_masking_reference(draw_ids, seed % 2**64, num_patches)
+
+
+@_random_masking.register_kernel("cpu")
+def _(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch.Tensor:
+    return torch.from_numpy(_C.random_masking(draw_ids.contiguous().numpy(), seed % 2**64, num_patches))
+
+
+@_random_masking.register_kernel("cuda")
+def _(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch.Tensor:
+    from fastmae.kernels.random_masking import random_masking_triton
+
+    return random_masking_triton(draw_ids, seed, num_patches)
+
+
+@_random_masking.register_fake
+def _(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch.Tensor:
+    return draw_ids.new_empty(draw_ids.shape[0], num_patches, dtype=torch.int32)

@@ -212,7 +212,7 @@ def chosen_backends(device: torch.device, precision: Precision) -> dict[str, str
     return {
         "device": str(device),
         "precision": f"{precision.name} ({precision.reason})",
-        "random_masking": "C++ (always on the CPU)",
+        "random_masking": "Triton (on a GPU)" if device.type == "cuda" else "C++ (on a CPU)",
         "other ops": "PyTorch (the only implementation)",
         "attention": "torch scaled_dot_product_attention (the only implementation)",
         "optimizer": "fused AdamW",
@@ -250,8 +250,8 @@ class _MicroBatches:
             batch = next(self._batches)
             self.wait += batch.wait
             self._quarantine.add(batch.skipped)
-            ids_shuffle = random_masking(batch.draw_ids, self._config.seed, self._num_patches)
-            yield batch.images, ids_shuffle.to(batch.images.device, non_blocking=True)
+            draw_ids = batch.draw_ids.to(batch.images.device, non_blocking=True)
+            yield batch.images, random_masking(draw_ids, self._config.seed, self._num_patches)
 
 
 # --- the run folder ---------------------------------------------------------------------------------------------------

@@ -96,7 +96,6 @@ def test_uint8_images_are_normalised_ones(channels):
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_transformers_agrees(channels, mask_ratio, norm_pix):
     """Square images, the only ones that its ViTMAE takes."""
-    pytest.importorskip("transformers")
     size, patch = SQUARE
     ours, _ = models(size, patch, channels, norm_pix)
     theirs = vitmae_like(ours, mask_ratio)

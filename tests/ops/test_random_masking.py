@@ -63,6 +63,13 @@ def test_wrong_arguments_are_named(draw_ids, seed, num_patches, error):
         random_masking(draw_ids, seed, num_patches)
 
 
+def test_it_is_a_well_behaved_torch_op():
+    op = torch.ops.fastmae.random_masking.default
+    torch.library.opcheck(op, (torch.arange(5), 3, 49))
+    compiled = torch.compile(lambda ids: random_masking(ids, 2**64 - 1, 49) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(torch.arange(5)), random_masking(torch.arange(5), 2**64 - 1, 49) + 1)
+
+
 def test_the_extension_checks_for_itself():
     from fastmae import _C
 

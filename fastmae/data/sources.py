@@ -36,6 +36,8 @@ NPZ_LABELS = {
 }
 IDX_PREFIX = {"train": "train", "val": "t10k"}
 CIFAR_SIDE = 32
+# DEFLATE cannot shrink by more, so a larger claim is a lie and nothing is allocated for it.
+MAX_DEFLATE_RATIO = 1032
 
 
 class Source(Protocol):
@@ -192,8 +194,8 @@ def _open_file(path: Path, split: Split) -> Source | None:
         return None
     if name.endswith(".npy"):
         labels_path = path.with_name(f"{path.stem}_labels.npy")
-        labels = np.load(labels_path, allow_pickle=False) if labels_path.exists() else None
-        return _array_source(np.load(path, mmap_mode="r", allow_pickle=False), labels, str(path))
+        labels = _npy(labels_path) if labels_path.exists() else None
+        return _array_source(_npy(path), labels, str(path))
     if _is_idx(path):
         return _array_source(_idx(path), _idx_labels(path), str(path))
     if name.endswith(".bin"):
@@ -217,6 +219,10 @@ def _array_source(images: np.ndarray, labels: np.ndarray | None, origin: str) ->
             raise ValueError(f"{origin} has {len(images)} images but labels {labels.dtype} {list(labels.shape)}")
         labels = labels.reshape(-1).astype(np.int64)
     return ArraySource(images, labels, origin)
+
+
+def _npy(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _npz(path: Path, split: Split) -> Source | None:
@@ -245,6 +251,8 @@ def _npz_member(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
             raise ValueError(f"{name} must be a C-ordered array of numbers")
         if math.prod(shape) * dtype.itemsize != info.file_size - header_size:
             raise ValueError(f"{name} says {list(shape)} {dtype} but holds {info.file_size - header_size} bytes")
+        if info.file_size > MAX_DEFLATE_RATIO * info.compress_size:
+            raise ValueError(f"{name} says {info.file_size} bytes, more than {info.compress_size} can unpack to")
         if info.compress_type != zipfile.ZIP_STORED:
             return np.frombuffer(member.read(), dtype=dtype).reshape(shape)
     with open(path, "rb") as file:  # the local header's own name and extra field decide where the data begin
@@ -275,8 +283,7 @@ def _idx(path: Path) -> np.ndarray:
             if held != size:
                 raise ValueError(f"{path.name} says {list(shape)} but holds {held} bytes")
             return np.memmap(path, dtype=np.uint8, mode="r", offset=start, shape=shape)
-        # DEFLATE cannot shrink by more than 1032 times, so a larger claim is a lie and must not be believed.
-        if size > 1032 * path.stat().st_size:
+        if size > MAX_DEFLATE_RATIO * path.stat().st_size:
             raise ValueError(f"{path.name} says {list(shape)}, more than its {path.stat().st_size} bytes can unpack to")
         data = file.read(size + 1)
         if len(data) != size:

@@ -31,7 +31,7 @@ class PretrainConfig:
     """A preset, such as mae_vit_large_patch16 (the default for images over 64 pixels) or mae_vit_tiny_patch4 (the
     default for smaller ones)."""
     input_size: tuple[int, ...] | None = None
-    """Side of the training crops in pixels, or height and width. Default: 224, or about the size of small images."""
+    """Side of the training crops in pixels, or height and width. Default: 224; for tiny_patch4 the images' own size."""
     mask_ratio: float = 0.75
     """Share of the patches that is masked."""
     norm_pix_loss: bool = False
@@ -164,6 +164,7 @@ class DataFacts:
 
 
 SMALL_SIDE = 64
+SMALL_MODEL = "mae_vit_tiny_patch4"
 PROBE_LIMIT = 20_000
 
 
@@ -209,18 +210,20 @@ def resolve(
     digits = facts.kind == "digits"
     in_chans = config.in_chans or facts.channels
     input_size: tuple[int, ...] = (224, 224)
-    small = facts.size is not None and max(facts.size) <= SMALL_SIDE
+    model = config.model
+    if model is None:
+        small = facts.size is not None and max(facts.size) <= SMALL_SIDE
+        model = SMALL_MODEL if small else "mae_vit_large_patch16"
     if config.input_size is not None:
         input_size = config.input_size
-    elif digits:
-        input_size = (16, 16)
-    elif facts.size is not None and small:
-        input_size = tuple(4 * math.ceil(max(side, 8) / 4) for side in facts.size)
+    elif model == SMALL_MODEL and facts.size is not None:
+        # Patches of 4×4, at least 16 of them: the images' own size if it is that large, rounded up to whole patches.
+        input_size = tuple(4 * math.ceil(max(side, 16) / 4) for side in facts.size)
     epochs = _given(config.epochs, 60 if digits else 400)
     blr = _given(config.blr, 3e-3 if digits else 1e-3)
     global_batch = config.batch_size * config.accum_iter * ranks
     chosen = dict(
-        model=_given(config.model, "mae_vit_tiny_patch4" if digits or small else "mae_vit_large_patch16"),
+        model=model,
         input_size=(input_size[0], input_size[-1]),
         epochs=epochs,
         lr=_given(config.lr, blr * global_batch / 256),

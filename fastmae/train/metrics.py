@@ -160,7 +160,7 @@ class Screen:
         shown: dict[str, Any] = {"epoch": epoch + 1}
         if latest:
             shown |= {"loss": f"{latest['loss']:.4f}", "lr": f"{latest['lr']:.2e}"}
-            shown["speed"] = f"{latest.get('images_per_second', 0):,.0f}"
+            shown["speed"] = f"{latest['images_per_second']:,.0f}" if "images_per_second" in latest else "–"
         self._bar.update(self._task, completed=step, **shown)
         due = time.perf_counter() - self._said > QUIET_SECONDS
         if not self.console.is_terminal and latest and (due or step == self._total):

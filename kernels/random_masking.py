@@ -61,6 +61,7 @@ def random_masking_triton(draw_ids: torch.Tensor, seed: int, num_patches: int) -
     draw_ids = draw_ids.contiguous()
     ids_shuffle = torch.empty(len(draw_ids), num_patches, dtype=torch.int32, device=draw_ids.device)
     if len(draw_ids):
-        grid = (len(draw_ids),)
-        random_masking_kernel[grid](draw_ids, ids_shuffle, seed, **block_sizes(num_patches), num_warps=NUM_WARPS)
+        grid, blocks = (len(draw_ids),), block_sizes(num_patches)
+        with torch.cuda.device_of(draw_ids):
+            random_masking_kernel[grid](draw_ids, ids_shuffle, seed, **blocks, num_warps=NUM_WARPS)
     return ids_shuffle

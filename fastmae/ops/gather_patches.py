@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from fastmae.ops.checks import check_channels, check_ids, check_images, check_range
@@ -32,18 +35,16 @@ def gather_patches(
     Raises:
         TypeError, ValueError: a wrong dtype or shape. IndexError: an id outside the grid (looked at on the CPU only).
     """
-    gh, gw = check_images(images, patch_size)
+    check_images(images, patch_size)
     check_ids("ids", ids, images.shape[0])
-    check_range("ids", ids, gh * gw)
     check_channels(images.shape[3], mean, std)
-    with torch.no_grad():
-        return gather_patches_reference(images, ids, patch_size, mean, std, dtype)
+    return _gather_patches(images, ids, patch_size, mean, std, dtype)
 
 
 def gather_patches_reference(
     images: torch.Tensor,
     ids: torch.Tensor,
-    patch_size: tuple[int, int],
+    patch_size: Sequence[int],
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
@@ -51,9 +52,29 @@ def gather_patches_reference(
     """The definition, in PyTorch: a strided view of all patches, indexed, then normalised."""
     ph, pw = patch_size
     patches = images.unfold(1, ph, ph).unfold(2, pw, pw)  # [N, gh, gw, C, ph, pw], a view
-    gw = patches.shape[2]
+    gh, gw = patches.shape[1:3]
+    check_range("ids", ids, gh * gw)
     rows = torch.arange(images.shape[0], device=images.device)[:, None]
     chosen = patches[rows, ids.long() // gw, ids.long() % gw].permute(0, 1, 3, 4, 2)  # [N, K, ph, pw, C]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     pixels = chosen.to(compute) / 255 if images.dtype == torch.uint8 else chosen.to(compute)
     return ((pixels - mean.to(compute)) / std.to(compute)).flatten(2).to(dtype)
+
+
+_gather_patches = torch.library.custom_op("fastmae::gather_patches", gather_patches_reference, mutates_args=())
+
+
+@_gather_patches.register_kernel("cuda")
+def _(*arguments: Any) -> torch.Tensor:
+    if arguments[-1] == torch.float64:  # the kernel computes in float32
+        return gather_patches_reference(*arguments)
+    from fastmae.kernels.gather_patches import gather_patches_triton
+
+    return gather_patches_triton(*arguments)
+
+
+@_gather_patches.register_fake
+def _(
+    images: torch.Tensor, ids: torch.Tensor, patch_size: Sequence[int], mean: object, std: object, dtype: torch.dtype
+) -> torch.Tensor:
+    return images.new_empty(*ids.shape, patch_size[0] * patch_size[1] * images.shape[3], dtype=dtype)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
-from fastmae.ops.checks import check_channels, check_ids, check_images, check_range
+from fastmae.ops.checks import check_channels, check_ids, check_images
 from fastmae.ops.gather_patches import gather_patches_reference
 
 VARIANCE_EPS = 1e-6
@@ -37,16 +40,16 @@ def masked_mse(
     Raises:
         TypeError, ValueError: a wrong dtype or shape. IndexError: an id outside the grid (looked at on the CPU only).
     """
-    gh, gw = check_images(images, patch_size)
+    check_images(images, patch_size)
     check_ids("ids", ids, images.shape[0])
-    check_range("ids", ids, gh * gw)
     check_channels(images.shape[3], mean, std)
     if not pred.dtype.is_floating_point:
         raise TypeError(f"pred must be floating point, got {pred.dtype}")
     expected = (*ids.shape, patch_size[0] * patch_size[1] * images.shape[3])
     if pred.shape != expected:
         raise ValueError(f"pred must have shape {list(expected)}, got {list(pred.shape)}")
-    return masked_mse_reference(pred, images, ids, patch_size, mean, std, norm_pix)
+    loss, _ = _masked_mse(pred, images, ids, patch_size, mean, std, norm_pix)
+    return loss
 
 
 def masked_mse_reference(
@@ -59,16 +62,73 @@ def masked_mse_reference(
     norm_pix: bool,
 ) -> torch.Tensor:
     """The definition, in PyTorch."""
-    compute = torch.float64 if pred.dtype == torch.float64 else torch.float32
-    with torch.no_grad():
-        target = gather_patches_reference(images, ids, patch_size, mean, std, compute)
-        if norm_pix:
-            average, deviation = patch_statistics(target)
-            target = (target - average) / deviation
-    return (pred.to(compute) - target).square().mean()
+    return _error(pred, images, ids, patch_size, mean, std, norm_pix).square().mean()
 
 
 def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and root of (unbiased variance + 1e-6) of each patch: [..., P] gives two of [..., 1]."""
     variance, average = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
     return average, (variance + VARIANCE_EPS).sqrt()
+
+
+def _error(
+    pred: torch.Tensor,
+    images: torch.Tensor,
+    ids: torch.Tensor,
+    patch_size: Sequence[int],
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    norm_pix: bool,
+) -> torch.Tensor:
+    """Prediction minus target [N, M, P] in the dtype of the arithmetic."""
+    compute = torch.float64 if pred.dtype == torch.float64 else torch.float32
+    target = gather_patches_reference(images, ids, patch_size, mean, std, compute)
+    if norm_pix:
+        average, deviation = patch_statistics(target)
+        target = (target - average) / deviation
+    return pred.to(compute) - target
+
+
+def _loss_and_gradient(
+    pred: torch.Tensor,
+    images: torch.Tensor,
+    ids: torch.Tensor,
+    patch_size: Sequence[int],
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    norm_pix: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss and its gradient for ``pred``, made in one go while the error is at hand."""
+    error = _error(pred, images, ids, patch_size, mean, std, norm_pix)
+    return error.square().mean(), (error * (2 / max(1, error.numel()))).to(pred.dtype)
+
+
+_masked_mse = torch.library.custom_op("fastmae::masked_mse", _loss_and_gradient, mutates_args=())
+
+
+@_masked_mse.register_kernel("cuda")
+def _(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if arguments[0].dtype == torch.float64:  # the kernel computes in float32
+        return _loss_and_gradient(*arguments)
+    from fastmae.kernels.masked_mse import masked_mse_triton
+
+    return masked_mse_triton(*arguments, eps=VARIANCE_EPS)
+
+
+@_masked_mse.register_fake
+def _(pred: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    compute = torch.float64 if pred.dtype == torch.float64 else torch.float32
+    return pred.new_empty((), dtype=compute), torch.empty_like(pred, memory_format=torch.contiguous_format)
+
+
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_loss: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return None if grad_loss is None else gradient * grad_loss, None, None, None, None, None, None
+
+
+_masked_mse.register_autograd(_backward, setup_context=_save_gradient)

@@ -209,11 +209,14 @@ def _as_json(config: ResolvedConfig) -> dict[str, Any]:
 
 def chosen_backends(device: torch.device, precision: Precision) -> dict[str, str]:
     """Which implementation of what a run on ``device`` uses, and why."""
+    gpu = device.type == "cuda"
     return {
         "device": str(device),
         "precision": f"{precision.name} ({precision.reason})",
-        "random_masking": "Triton (on a GPU)" if device.type == "cuda" else "C++ (on a CPU)",
-        "other ops": "PyTorch (the only implementation)",
+        "random_masking": "Triton (on a GPU)" if gpu else "C++ (on a CPU)",
+        "gather_patches": "Triton (on a GPU)" if gpu else "PyTorch (on a CPU)",
+        "masked_mse": "Triton (on a GPU)" if gpu else "PyTorch (on a CPU)",
+        "assemble_tokens": "PyTorch (the only implementation)",
         "attention": "torch scaled_dot_product_attention (the only implementation)",
         "optimizer": "fused AdamW",
         "decoder": "thread pool: simplejpeg for JPEG, Pillow for other formats and resizing",

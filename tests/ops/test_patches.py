@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmae.ops import assemble_tokens, gather_patches, masked_mse, random_masking, scatter_patches
+from fastmae.ops.masked_mse import masked_mse_reference
 
 CASES = [((28, 28), (4, 4), 1), ((24, 40), (4, 8), 3), ((28, 14), (14, 7), 5)]
 
@@ -142,6 +143,29 @@ def test_mse_sums_in_float32_whatever_comes_in():
     assert loss.dtype == torch.float32
     truth = masked_mse(pred.double(), images, ids, (4, 8), mean.double(), std.double(), True)
     torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("pred_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_they_are_well_behaved_torch_ops(pred_dtype):
+    images, ids, mean, std = sample((24, 40), (4, 8), 3)
+    gather = torch.ops.fastmae.gather_patches.default
+    torch.library.opcheck(gather, (images, ids[:, :5], (4, 8), mean, std, pred_dtype))
+    pred = torch.randn(3, 25, 96, dtype=pred_dtype, requires_grad=True)
+    torch.library.opcheck(torch.ops.fastmae.masked_mse.default, (pred, images, ids[:, 5:], (4, 8), mean, std, True))
+
+
+def test_the_gradient_does_not_depend_on_how_it_is_asked_for():
+    images, ids, mean, std = sample((24, 40), (4, 8), 3)
+    pred = torch.randn(3, 30, 96, requires_grad=True)
+
+    def loss_of(pred):
+        return masked_mse(pred, images, ids, (4, 8), mean, std, True) * 0.25
+
+    (eager,) = torch.autograd.grad(loss_of(pred), pred)
+    (compiled,) = torch.autograd.grad(torch.compile(loss_of, fullgraph=True, backend="aot_eager")(pred), pred)
+    (plain,) = torch.autograd.grad(masked_mse_reference(pred, images, ids, (4, 8), mean, std, True) * 0.25, pred)
+    assert torch.equal(eager, compiled)
+    torch.testing.assert_close(eager, plain, rtol=1e-6, atol=1e-9)
 
 
 def _wrong():

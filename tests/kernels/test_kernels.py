@@ -23,7 +23,7 @@ IMAGES = [(16, 3, True), (14, 3, False), (4, 1, False), (4, 3, False)]
 
 def cases():
     """Every kernel with the shapes and types that training uses: (name, module, kernel, signature, constants, wide)."""
-    for L in (49, 196, 256, 1024):
+    for L in (49, 196, 256, 1024, 4096):
         signature = {"p_draw_ids": "*i64", "p_ids_shuffle": "*i32", "seed": "i64"}
         constants = random_masking.block_sizes(L)
         yield f"random_masking L={L}", random_masking, random_masking.random_masking_kernel, signature, constants, 0

@@ -190,10 +190,11 @@ class ResolvedConfig(PretrainConfig):
     dataset_length: int
 
 
-# What the meaning of "step k" depends on: a run cannot be continued with another value of any of these.
+# What the meaning of "step k" depends on: a run cannot be continued with another value of any of these. The split of
+# the global batch into ranks, batches and micro-steps is not among them.
 FIXED_IN_A_RUN = (
     "model", "input_size", "in_chans", "norm_pix_loss", "mask_ratio", "mean", "std", "crop_scale", "flip",
-    "batch_size", "accum_iter", "seed", "global_batch", "dataset_length",
+    "seed", "global_batch", "dataset_length",
 )  # fmt: skip
 
 

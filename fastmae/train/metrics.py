@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmae.errors import UserError
-from fastmae.files import write_text
+from fastmae.files import fsync_file, write_text
 
 METRICS = "metrics.jsonl"
 LOG = "log.txt"
@@ -27,7 +27,7 @@ QUIET_SECONDS = 15.0
 
 
 class StepLog:
-    """Collects steps and writes them out; ``state`` is what resuming needs to go on with the epoch's averages."""
+    """Collects steps and writes them out; ``epoch_sums`` is what resuming needs to go on with the epoch's averages."""
 
     def __init__(
         self,
@@ -103,6 +103,13 @@ class StepLog:
                 f"the loss at step {bad} is not finite; nothing was saved after it: lower --blr (or use --precision "
                 "fp32), then continue with --resume auto"
             )
+
+    def sync(self) -> None:
+        """Flushes, and makes what was written survive a power cut: a checkpoint must not be newer than its log."""
+        self.flush()
+        for name in (METRICS, LOG) if self._writes else ():
+            if (self._run / name).exists():
+                fsync_file(self._run / name)
 
     def end_epoch(self, epoch: int) -> None:
         """Writes the published line of an epoch: its mean loss and learning rate."""

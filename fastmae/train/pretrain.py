@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from fastmae.model.official import build_model, save_official
 from fastmae.ops.random_masking import random_masking
 from fastmae.train import parallel
 from fastmae.train.checkpoint import prune_checkpoints, restore, save_checkpoint
-from fastmae.train.health import EXIT_INTERRUPTED, StopSignals
+from fastmae.train.health import EXIT_INTERRUPTED, StopSignals, require_finite
 from fastmae.train.metrics import Screen, StepLog
 from fastmae.train.optim import learning_rate, make_optimizer
 from fastmae.train.precision import Precision, choose_precision
@@ -118,7 +119,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
         num_workers=config.num_workers,
         pin_memory=config.pin_mem and world.device.type == "cuda",
     )
-    with screen:
+    with screen, closing(batches):
         for step in range(restored.step, total_steps):
             epoch, index = divmod(step, steps_per_epoch)
             lr = learning_rate(
@@ -137,18 +138,19 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
             if index + 1 == steps_per_epoch:
                 log.end_epoch(epoch)
                 if world.is_first and (epoch % config.save_freq == 0 or epoch + 1 == config.epochs):
+                    require_finite(model.parameters(), done)
                     save_official(_official_path(run, epoch), model, optimizer, epoch, settings)
                     _picture(_picture_path(run, epoch), config, model, source)
             stopping = world.any(stop.received is not None)
             if done % checkpoint_freq == 0 or done == total_steps or stopping:
-                log.flush()
+                log.sync()
                 if world.is_first:
+                    require_finite(model.parameters(), done)
                     position = {"settings": settings, "epoch_sums": log.epoch_sums}
                     save_checkpoint(run, done, model, optimizer, position)
                     prune_checkpoints(run, config.keep)
                 world.barrier()
             if stopping and done < total_steps:
-                batches.close()
                 log.close()
                 why = stop.received or "a signal to another rank"
                 say(f"stopped         by {why} after step {done}, which is saved; continue with --resume auto")

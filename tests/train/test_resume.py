@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import assert_same_run, command, environment, final_state, metrics, run, small_run
 
@@ -151,6 +152,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_poisons_no_checkpoint(blobs
     assert not list(tmp_path.glob("*.pth"))
 
 
+def test_weights_that_are_not_finite_are_not_saved(blobs, tmp_path):
+    """The loss of the step that ruins the weights is still finite."""
+    with pytest.raises(UserError, match="the weights after step 2 are not finite"):
+        pretrain(small_run(blobs, tmp_path, lr=1e300, log_freq=100, checkpoint_freq=2))
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_the_global_batch_may_be_split_anew(blobs, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir()))
+    assert pretrain(small_run(blobs, tmp_path / "run", **{**LONG, "batch_size": 4}, accum_iter=2, resume="auto")) == 0
+    assert metrics(tmp_path / "run")[:105] == metrics(undisturbed)[:105]
+    np.testing.assert_allclose(metrics(tmp_path / "run"), metrics(undisturbed), rtol=1e-5)
+
+
 def test_more_epochs_may_be_asked_for(blobs, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     assert pretrain(small_run(blobs, tmp_path / "run", **{**LONG, "epochs": 13}, resume="auto")) == 0
@@ -168,7 +184,7 @@ def test_the_official_file_resumes_too(blobs, undisturbed, tmp_path):
 
 def test_another_recipe_is_refused_by_name(blobs, undisturbed, tmp_path):
     for change in (dict(batch_size=9), dict(seed=1), dict(mask_ratio=0.5), dict(norm_pix_loss=True)):
-        (name,) = change
+        name = next(iter(change)).replace("batch_size", "global_batch")
         with pytest.raises(UserError, match=f"was made with {name}"):
             pretrain(small_run(blobs, tmp_path / "run", **{**LONG, **change}, resume=str(undisturbed)))
     for resume in ("", str(tmp_path)):

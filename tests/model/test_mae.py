@@ -162,3 +162,14 @@ def test_wrong_images_and_ratios_are_refused(tiny, images, mask_ratio, words):
 def test_wrong_ids_are_refused(tiny):
     with pytest.raises(ValueError, match="ids_shuffle"):
         tiny(torch.zeros(2, 3, 28, 28), ids_shuffle=torch.zeros(2, 48, dtype=torch.int64))
+
+
+def test_training_loss_compiles_as_one_graph(tiny):
+    images = torch.randint(0, 256, (4, 28, 28, 3), dtype=torch.uint8)
+    ids = fastmae.ops.random_masking(torch.arange(4), 0, 49)
+    compiled = torch.compile(tiny.training_loss, fullgraph=True, backend="aot_eager")
+    losses = [loss_of(images, ids) for loss_of in (tiny.training_loss, compiled)]
+    assert losses[0] == losses[1]
+    parameters = [p for p in tiny.parameters() if p.requires_grad]
+    eager, traced = (torch.autograd.grad(loss, parameters) for loss in losses)
+    assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))

@@ -51,7 +51,7 @@ def save_checkpoint(
     Raises:
         UserError: the file system refused (full, read-only …); earlier checkpoints are untouched.
     """
-    final = run / FOLDER / f"step-{step:08d}"
+    final = run / FOLDER / _name(step)
     partial = final.with_name(PARTIAL + final.name)
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -79,6 +79,20 @@ def prune_checkpoints(run: Path, keep: int) -> None:
     unfinished = list((run / FOLDER).glob(f"{PARTIAL}*"))  # of a run that was killed while saving
     for path in [*_newest_first(run)[keep:], *unfinished]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside_newer(run: Path, step: int) -> list[Path]:
+    """Renames checkpoints after ``step``, from which a run is about to go on, and returns their new paths.
+
+    They are damaged, or of a course that is being left; as ``step-…`` they would count among the newest to keep.
+    """
+    moved = []
+    for path in _newest_first(run):
+        if path.name > _name(step):
+            aside = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(path.rename(aside))
+    return moved
 
 
 def find_checkpoint(run: Path) -> Found:
@@ -279,7 +293,7 @@ def load_model(checkpoint: str, preset: str | None = None, *, needs_decoder: boo
     try:
         model = build_model(read_manifest(path)["settings"])
         load_checkpoint(path, model)
-    except BadCheckpointError as error:
+    except (BadCheckpointError, KeyError, TypeError) as error:
         raise UserError(f"{path}: {error}; give another checkpoint") from error
     return model.eval()
 
@@ -293,6 +307,10 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _newest_first(run: Path) -> list[Path]:

@@ -30,7 +30,7 @@ from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD, MaskedAutoencoderViT
 from fastmae.model.official import build_model, save_official
 from fastmae.ops.random_masking import random_masking
 from fastmae.train import parallel
-from fastmae.train.checkpoint import prune_checkpoints, restore, save_checkpoint
+from fastmae.train.checkpoint import prune_checkpoints, restore, save_checkpoint, set_aside_newer
 from fastmae.train.health import EXIT_INTERRUPTED, StopSignals, require_finite
 from fastmae.train.metrics import Screen, StepLog
 from fastmae.train.optim import learning_rate, make_optimizer
@@ -103,6 +103,8 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
         _announce(say, config, facts, world, precision, model)
         if restored.origin is not None:
             say(f"resumed         {restored.origin}, after step {restored.step}")
+        for path in set_aside_newer(run, restored.step):
+            say(f"set aside       {path}, as the run goes on from before it; delete it when nobody needs it")
         if config.probe and restored.step == 0:
             _probe(say, run, "before", config, model)
     log.resume(restored.step, restored.step // steps_per_epoch, restored.epoch_sums)

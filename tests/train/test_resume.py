@@ -108,8 +108,19 @@ def test_a_damaged_newest_checkpoint_is_refused_by_name_and_the_one_before_used(
     assert pretrain(small_run(blobs, tmp_path / "run", **LONG, resume="auto")) == 0
     captured = capsys.readouterr()
     assert f"refused checkpoint {newest}" in captured.err
+    assert f"{newest.with_name('abandoned-' + newest.name)}, as the run goes on from before it" in captured.out
     assert f"{older}, after step {int(older.name[5:])}" in captured.out
     assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_going_back_to_an_older_checkpoint_leaves_the_newer_course(blobs, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    older, newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    stopped = small_run(blobs, tmp_path / "run", **{**LONG, "checkpoint_freq": 1}, resume=str(older), weight_decay=0.5)
+    assert pretrain(stopped) == 0
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == [f"abandoned-{newest.name}", "step-00000107", "step-00000108"]
+    assert final_state(tmp_path / "run") != final_state(undisturbed)
 
 
 def test_with_nothing_intact_the_run_does_not_start_over(blobs, undisturbed, tmp_path):

@@ -1,5 +1,7 @@
 """random_masking: C++ and PyTorch give the same bits, which are permutations."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,7 +39,7 @@ def test_every_patch_is_visible_equally_often():
 
 
 def test_ties_are_broken_by_index(monkeypatch):
-    module = __import__("sys").modules["fastmae.ops.random_masking"]
+    module = sys.modules["fastmae.ops.random_masking"]  # the package's attribute of that name is the function
     monkeypatch.setattr(module, "words_torch", lambda seed, stream, ids, n: torch.full((len(ids), n), 2**32 - 1))
     assert random_masking_reference(torch.arange(2), 0, 9).tolist() == [list(range(9))] * 2
 

@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"fastmae: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
+    except OSError as error:  # a disk that fills up, or a folder that loses its permissions, anywhere else in a run
+        print(f"fastmae: {error}; free space or mend the permissions, then run the command again", file=sys.stderr)
+        return EXIT_WRONG_INPUT
     except KeyboardInterrupt:
         return 130
 

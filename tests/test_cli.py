@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 
 import numpy as np
@@ -146,6 +147,16 @@ def test_wrong_input_is_one_line_and_status_2(case, finished, tmp_path, capsys):
     assert expected in lines[0]
     assert not re.search(r"[╭│]", lines[0])
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.pth"))
+
+
+def test_a_file_that_cannot_be_written_anywhere_in_a_run_is_one_line(finished, blobs, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "probe.json").mkdir()
+    words = ["--output_dir", str(tmp_path / "run"), "--data_path", blobs, "--resume", "auto", "--epochs", "1"]
+    assert main(["pretrain", *words, "--batch_size", "8", "--probe", "True"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert "probe.json" in lines[0]
 
 
 def test_help_names_every_flag(capsys):

@@ -82,7 +82,8 @@ def crop_and_resize(pixels: np.ndarray, box: Box, flip: bool, size: tuple[int, i
     """The region ``box`` of pixels uint8 [H, W, C] at ``size`` (h, w), mirrored or not: uint8 [h, w, C].
 
     Pillow's ``crop(box).resize(size, BICUBIC)``, the published one: antialiased, the filter confined to the box.
-    torch's faster resize differs by up to 25 grey levels where one axis grows and the other shrinks.
+    torch's faster uint8 resize stays within 2 grey levels of it on smooth photograph-sized crops, but not on noise
+    (over 20 where the width grows and the height shrinks: Pillow resizes the height first there) nor on tiny images.
     """
     region = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
     if (box.height, box.width) != size:

@@ -47,7 +47,7 @@ def wait_for_checkpoint(process: subprocess.Popen, output_dir: Path, besides: se
 
 def test_sigkill_at_random_instants_changes_nothing(blobs, tmp_path, undisturbed):
     """Killed three times, each time gone on with another number of decoding threads."""
-    output_dir, seen = tmp_path / "run", set()
+    output_dir, seen, killed = tmp_path / "run", set(), 0
     dice = random.Random(os.getpid())
     for workers in (1, 2, 3):
         process = start(command(blobs, output_dir, **LONG, resume="auto", num_workers=workers))
@@ -55,7 +55,9 @@ def test_sigkill_at_random_instants_changes_nothing(blobs, tmp_path, undisturbed
         time.sleep(dice.uniform(0, 0.5))
         process.kill()
         process.communicate()
+        killed += process.returncode == -signal.SIGKILL
         seen = {path.name for path in (output_dir / "checkpoints").glob("step-*")}
+    assert killed, "every run was done before it could be killed, so nothing was tested"
     finished = run(command(blobs, output_dir, **LONG, resume="auto", num_workers=1))
     assert finished.returncode == 0, finished.stderr
     assert_same_run(output_dir, undisturbed)

@@ -8,14 +8,24 @@ TORCH ?= $(if $(GPU),torch>=2.11,torch==2.13.0)
 # What a change of must be installed (and compiled) again; Python files of an editable install need nothing.
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 DEMO := runs/demo
+SANITIZED := build/sanitize
 
-.PHONY: demo test check clean
+.PHONY: demo test test-native check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastmae pretrain --data_path digits --output_dir $(DEMO) --resume auto
 
 test: check
 	$(BIN)/python -m pytest -q
+
+# The C++ ops once more, built with the address and undefined-behaviour sanitizers.
+test-native: $(VENV)/.installed-dev
+	cmake -S . -B $(SANITIZED) -DFASTMAE_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+		-Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(SANITIZED)
+	cmake --build $(SANITIZED) --parallel $$(nproc)
+	FASTMAE_SANITIZED=$(CURDIR)/$(SANITIZED) PYTHONPATH=tests ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		$(BIN)/python -m pytest -q --capture=sys -p sanitized tests/ops/test_native.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

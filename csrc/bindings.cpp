@@ -1,38 +1,143 @@
-// fastmae._C: the C++ ops, over NumPy arrays so that building needs no torch. Shapes and ranges are checked here.
+// fastmae._C: the C++ ops, over NumPy arrays so that building needs no torch. NumPy has no bfloat16: uint16 means it.
+// An array becomes a view of memory here, checks.h looks at all views of a call, then the op runs without the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include <stdexcept>
-
-#include "random_masking.h"
+#include "checks.h"
+#include "instruction_set.h"
+#include "ops.h"
 
 namespace py = pybind11;
 
 namespace {
 
-constexpr std::int64_t kMaxPatches = 65536;
+using fastmae::Array;
+using fastmae::Checked;
+using fastmae::DType;
+using fastmae::Ids;
+using fastmae::Pair;
+using fastmae::refuse;
+using fastmae::size_of;
 
-using DrawIds = py::array_t<std::int64_t, py::array::c_style>;
-
-py::array_t<std::int32_t> random_masking(const DrawIds& draw_ids, std::uint64_t seed, std::int64_t num_patches) {
-  if (draw_ids.ndim() != 1) throw std::invalid_argument("draw_ids must have one dimension");
-  if (num_patches < 1 || num_patches > kMaxPatches)
-    throw std::invalid_argument("num_patches must be in [1, 65536], got " + std::to_string(num_patches));
-  const py::ssize_t rows = draw_ids.shape(0);
-  py::array_t<std::int32_t> ids_shuffle({rows, static_cast<py::ssize_t>(num_patches)});
-  const std::int64_t* in = draw_ids.data();
-  std::int32_t* out = ids_shuffle.mutable_data();
-  {
-    py::gil_scoped_release release;
-    fastmae::random_masking(in, static_cast<std::size_t>(rows), seed, static_cast<std::uint32_t>(num_patches), out);
+DType dtype_of(const char* name, const py::array& array) {
+  const py::dtype dtype = array.dtype();
+  if (dtype.byteorder() == '=' || dtype.byteorder() == '|') {
+    const auto is = [&](char kind, int size) { return dtype.kind() == kind && dtype.itemsize() == size; };
+    if (is('u', 1)) return DType::kUint8;
+    if (is('u', 2)) return DType::kBfloat16;
+    if (is('f', 2)) return DType::kFloat16;
+    if (is('f', 4)) return DType::kFloat32;
+    if (is('i', 4)) return DType::kInt32;
+    if (is('i', 8)) return DType::kInt64;
   }
-  return ids_shuffle;
+  refuse(std::string(name) + " must be uint8, float16, bfloat16 (as uint16), float32, int32 or int64, got " +
+         std::string(py::str(dtype)));
+}
+
+Array view(const char* name, const py::array& array) {
+  Array result = {name, nullptr, dtype_of(name, array), static_cast<int>(array.ndim()), {}, {}, array.writeable()};
+  if (array.ndim() > 4) refuse(std::string(name) + " must have at most 4 axes, got " + std::to_string(array.ndim()));
+  result.data = static_cast<char*>(const_cast<void*>(array.data()));
+  const std::int64_t size = size_of(result.dtype);
+  bool aligned = reinterpret_cast<std::uintptr_t>(result.data) % static_cast<std::uintptr_t>(size) == 0;
+  for (int axis = 0; axis < result.ndim; ++axis) {
+    result.shape[axis] = array.shape(axis);
+    result.strides[axis] = array.strides(axis);
+    aligned = aligned && (result.shape[axis] < 2 || result.strides[axis] % size == 0);
+  }
+  if (!aligned) refuse(std::string(name) + " must be aligned to its numbers of " + std::to_string(size) + " bytes");
+  return result;
+}
+
+// Each op: views, checks, work. The views stay valid without the GIL, for the caller holds the arrays.
+
+void random_masking(const py::array& draw_ids, std::uint64_t seed, std::int64_t threads,
+                    const py::array& ids_shuffle) {
+  const Array in = view("draw_ids", draw_ids), out = view("ids_shuffle", ids_shuffle);
+  const int workers = fastmae::check_threads(threads);
+  fastmae::check_random_masking(in, out);
+  const py::gil_scoped_release release;
+  fastmae::random_masking(in, seed, workers, out);
+}
+
+void gather_patches(const py::array& images, const py::array& ids, Pair patch_size, const py::array& mean,
+                    const py::array& std, std::int64_t threads, const py::array& patches) {
+  const Array in = view("images", images), means = view("mean", mean), stds = view("std", std);
+  const Array out = view("patches", patches);
+  const int workers = fastmae::check_threads(threads);
+  const Checked checked = fastmae::check_gather_patches(in, view("ids", ids), patch_size, means, stds, out);
+  const py::gil_scoped_release release;
+  fastmae::gather_patches(in, checked.ids, checked.grid, means, stds, workers, out);
+}
+
+void assemble_tokens(const py::array& visible, const py::array& mask_token, const py::array& pos_embed,
+                     const py::array& ids_shuffle, std::int64_t threads, const py::array& tokens) {
+  const Array in = view("visible", visible), mask = view("mask_token", mask_token);
+  const Array positions = view("pos_embed", pos_embed), out = view("tokens", tokens);
+  const int workers = fastmae::check_threads(threads);
+  const Ids ids = fastmae::check_assemble_tokens(in, mask, positions, view("ids_shuffle", ids_shuffle), out);
+  const py::gil_scoped_release release;
+  fastmae::assemble_tokens(in, mask, positions, ids, workers, out);
+}
+
+void assemble_tokens_backward(const py::array& grad, std::int64_t threads, const py::array& grad_visible,
+                              const py::array& grad_mask_token) {
+  const Array in = view("grad", grad);
+  const Array out = view("grad_visible", grad_visible), mask = view("grad_mask_token", grad_mask_token);
+  const int workers = fastmae::check_threads(threads);
+  fastmae::check_assemble_tokens_backward(in, out, mask);
+  const py::gil_scoped_release release;
+  fastmae::assemble_tokens_backward(in, workers, out, mask);
+}
+
+void masked_mse(const py::array& pred, const py::array& images, const py::array& ids, Pair patch_size,
+                const py::array& mean, const py::array& std, bool norm_pix, double eps, std::int64_t threads,
+                const py::array& loss, const py::array& gradient) {
+  const Array in = view("pred", pred), pixels = view("images", images);
+  const Array means = view("mean", mean), stds = view("std", std);
+  const Array sum = view("loss", loss), out = view("gradient", gradient);
+  const int workers = fastmae::check_threads(threads);
+  const Checked checked =
+      fastmae::check_masked_mse(in, pixels, view("ids", ids), patch_size, means, stds, eps, sum, out);
+  const py::gil_scoped_release release;
+  fastmae::masked_mse(in, pixels, checked.ids, checked.grid, means, stds, norm_pix, eps, workers, sum, out);
+}
+
+void scatter_patches(const py::array& patches, const py::array& ids, Pair grid_size, Pair patch_size,
+                     const py::array& mean, const py::array& std, std::int64_t threads, const py::array& images) {
+  const Array in = view("patches", patches), means = view("mean", mean), stds = view("std", std);
+  const Array out = view("images", images);
+  const int workers = fastmae::check_threads(threads);
+  const Checked checked = fastmae::check_scatter_patches(in, view("ids", ids), grid_size, patch_size, means, stds, out);
+  const py::gil_scoped_release release;
+  fastmae::scatter_patches(in, checked.ids, checked.grid, means, stds, workers, out);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "fastmae's C++ ops; use them through fastmae.ops";
-  m.def("random_masking", &random_masking, py::arg("draw_ids").noconvert(), py::arg("seed"), py::arg("num_patches"),
-        "draw_ids int64 [N], seed, num_patches L -> ids_shuffle int32 [N, L]");
+  using py::arg;
+  m.doc() = "fastmae's C++ ops; use them through fastmae.ops. The last arrays of each are written to.";
+  m.def("random_masking", &random_masking, arg("draw_ids"), arg("seed"), arg("threads"), arg("ids_shuffle"),
+        "draw_ids int64 [N] -> ids_shuffle int32 [N, L]");
+  m.def("gather_patches", &gather_patches, arg("images"), arg("ids"), arg("patch_size"), arg("mean"),
+        arg("std"), arg("threads"), arg("patches"),
+        "images [N, H, W, C], ids [N, K], mean and std [C] -> patches [N, K, P]");
+  m.def("assemble_tokens", &assemble_tokens, arg("visible"), arg("mask_token"), arg("pos_embed"),
+        arg("ids_shuffle"), arg("threads"), arg("tokens"),
+        "visible [N, K+1, D], mask_token [D], pos_embed [L+1, D], ids_shuffle [N, L] -> tokens [N, L+1, D]");
+  m.def("assemble_tokens_backward", &assemble_tokens_backward, arg("grad"), arg("threads"),
+        arg("grad_visible"), arg("grad_mask_token"),
+        "grad [N, L+1, D] -> grad_visible [N, K+1, D], grad_mask_token float32 [D]");
+  m.def("masked_mse", &masked_mse, arg("pred"), arg("images"), arg("ids"), arg("patch_size"), arg("mean"),
+        arg("std"), arg("norm_pix"), arg("eps"), arg("threads"), arg("loss"), arg("gradient"),
+        "pred [N, M, P], images [N, H, W, C], ids [N, M], mean and std [C] -> loss float32 [], gradient [N, M, P]");
+  m.def("scatter_patches", &scatter_patches, arg("patches"), arg("ids"), arg("grid_size"), arg("patch_size"),
+        arg("mean"), arg("std"), arg("threads"), arg("images"),
+        "patches [N, M, P], ids [N, M], mean and std [C] -> images [N, H, W, C]");
+  m.def("instruction_sets", &fastmae::instruction_sets, "Names of those that run here, the best one last.");
+  m.def("instruction_set", [] { return fastmae::kernels().name; }, "The name of the one in use.");
+  m.def("set_instruction_set", &fastmae::set_instruction_set, arg("name"), "Uses another one from now on.");
+  m.attr("sanitized") = bool{FASTMAE_SANITIZED};
 }

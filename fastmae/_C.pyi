@@ -1,4 +1,55 @@
-import numpy as np
+from typing import Any
+
 import numpy.typing as npt
 
-def random_masking(draw_ids: npt.NDArray[np.int64], seed: int, num_patches: int) -> npt.NDArray[np.int32]: ...
+# NumPy has no bfloat16: uint16 means it. Arrays have any strides, but those after `threads`, which are written to, must
+# be contiguous. csrc/ops.h gives shapes.
+_Array = npt.NDArray[Any]
+
+sanitized: bool
+
+def instruction_sets() -> list[str]: ...
+def instruction_set() -> str: ...
+def set_instruction_set(name: str) -> None: ...
+def random_masking(draw_ids: _Array, seed: int, threads: int, ids_shuffle: _Array) -> None: ...
+def gather_patches(
+    images: _Array,
+    ids: _Array,
+    patch_size: tuple[int, int],
+    mean: _Array,
+    std: _Array,
+    threads: int,
+    patches: _Array,
+) -> None: ...
+def assemble_tokens(
+    visible: _Array,
+    mask_token: _Array,
+    pos_embed: _Array,
+    ids_shuffle: _Array,
+    threads: int,
+    tokens: _Array,
+) -> None: ...
+def assemble_tokens_backward(grad: _Array, threads: int, grad_visible: _Array, grad_mask_token: _Array) -> None: ...
+def masked_mse(
+    pred: _Array,
+    images: _Array,
+    ids: _Array,
+    patch_size: tuple[int, int],
+    mean: _Array,
+    std: _Array,
+    norm_pix: bool,
+    eps: float,
+    threads: int,
+    loss: _Array,
+    gradient: _Array,
+) -> None: ...
+def scatter_patches(
+    patches: _Array,
+    ids: _Array,
+    grid_size: tuple[int, int],
+    patch_size: tuple[int, int],
+    mean: _Array,
+    std: _Array,
+    threads: int,
+    images: _Array,
+) -> None: ...

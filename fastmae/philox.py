@@ -4,7 +4,7 @@ Order, crops, flips and masks are pure functions of (seed, stream, id) through t
 state to save, to lose or to keep in step between workers. It knows nothing of images or models.
 
 One 128-bit counter is ``(block, stream, id low, id high)`` and the key is ``(seed low, seed high)``; word ``i`` of an
-id is word ``i % 4`` of block ``i // 4``. csrc/philox.h computes the same bits.
+id is word ``i % 4`` of block ``i // 4``. csrc/loops.h computes the same bits.
 """
 
 from __future__ import annotations

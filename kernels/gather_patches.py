@@ -65,7 +65,7 @@ def gather_patches_triton(
         grid = (N, triton.cdiv(K, blocks["BK"]))
         with torch.cuda.device_of(images):
             gather_patches_kernel[grid](
-                images, ids, mean, std, out, K, ids.stride(0), ids.stride(1), **strides, **constants, **blocks,
-                num_warps=NUM_WARPS,
+                images, ids, mean.contiguous(), std.contiguous(), out, K, ids.stride(0), ids.stride(1),
+                **strides, **constants, **blocks, num_warps=NUM_WARPS,
             )  # fmt: skip
     return out

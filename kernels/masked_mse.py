@@ -79,12 +79,12 @@ def masked_mse_triton(
     programs = triton.cdiv(M, blocks["BM"])
     sums = torch.empty(N, programs, dtype=torch.float32, device=pred.device)
     grad = torch.empty_like(pred)
-    scale = 1.0 / pred.numel() if pred.numel() else float("nan")  # the mean of nothing, as torch has it
-    if pred.numel():
-        strides, constants = image_arguments(images, patch_size)
-        with torch.cuda.device_of(pred):
-            masked_mse_kernel[(N, programs)](
-                pred, images, ids, mean, std, sums, grad, M, scale, ids.stride(0), ids.stride(1), **strides,
-                NORM_PIX=norm_pix, EPS=eps, **constants, **blocks, num_warps=NUM_WARPS,
-            )  # fmt: skip
+    scale = 1.0 / pred.numel()
+    strides, constants = image_arguments(images, patch_size)
+    with torch.cuda.device_of(pred):
+        masked_mse_kernel[(N, programs)](
+            pred, images, ids, mean.contiguous(), std.contiguous(), sums, grad, M, scale,
+            ids.stride(0), ids.stride(1), **strides, NORM_PIX=norm_pix, EPS=eps, **constants, **blocks,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
     return sums.sum() * scale, grad

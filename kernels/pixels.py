@@ -1,4 +1,4 @@
-"""What the kernels that read images share: where a patch's pixels lie, and how they are normalised."""
+"""What the kernels that touch images share: where a patch's pixels lie, and how they are normalised and back."""
 
 import torch
 import triton
@@ -34,6 +34,18 @@ def normalise(b_x, p, p_mean, p_std, C: tl.constexpr, UINT8: tl.constexpr):
     if UINT8:
         b_x = b_x * (1.0 / 255.0)
     return (b_x - b_mean[None, :]) / b_std[None, :]
+
+
+@triton.jit
+def denormalise(b_x, p, p_mean, p_std, C: tl.constexpr, UINT8: tl.constexpr):
+    """x · std + mean in float32, for uint8 times 255, clamped (NaN to 0) and rounded half to even: pixels [BM, BP]."""
+    b_mean = tl.load(p_mean + p % C).to(tl.float32)  # [BP]
+    b_std = tl.load(p_std + p % C).to(tl.float32)  # [BP]
+    b_x = b_x.to(tl.float32) * b_std[None, :] + b_mean[None, :]
+    if UINT8:
+        b_x = tl.minimum(tl.maximum(b_x * 255.0, 0.0), 255.0)
+        b_x = (b_x + 12582912.0) - 12582912.0  # 1.5 · 2^23: its neighbours are whole numbers
+    return b_x
 
 
 def image_arguments(images: torch.Tensor, patch_size: tuple[int, int]) -> tuple[dict[str, int], dict[str, object]]:

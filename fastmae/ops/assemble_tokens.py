@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from fastmae.ops.checks import check_ids, check_range
+from fastmae.ops import native
+from fastmae.ops.backends import ops_backend
+from fastmae.ops.checks import check_devices, check_floating, check_ids, check_range
 
 
 def assemble_tokens(
@@ -16,31 +20,38 @@ def assemble_tokens(
     tokens form a contiguous suffix (paper, section 3, "Simple implementation", without the unshuffle).
 
     Args:
-        visible: floating [N, K+1, D], the class token first.
-        mask_token: [D].
-        pos_embed: [L+1, D], the class token's row first.
+        visible: floating [N, K+1, D], the class token first; at least one patch is visible and one masked.
+        mask_token: floating [D].
+        pos_embed: floating [L+1, D], the class token's row first; fixed, as in the paper.
         ids_shuffle: int32 or int64 [N, L], a permutation a row whose first K entries are the visible patches.
 
     Returns:
-        [N, L+1, D] in the dtype of ``visible``. Differentiable in ``visible``, ``mask_token`` and ``pos_embed``.
-        Equivalent to ``assemble_tokens_reference``.
+        [N, L+1, D] in the dtype that the three promote to: under autocast visible tokens are bfloat16, and the sum is
+        float32 as the positions are. Differentiable in ``visible`` and ``mask_token``. Equivalent to
+        ``assemble_tokens_reference``.
 
     Raises:
-        TypeError, ValueError: a wrong dtype or shape. IndexError: an id outside [0, L) (looked at on the CPU only).
+        ValueError: a wrong dtype, shape or device, positions that ask for a gradient, or an id outside [0, L) (on a
+            GPU looked at when debugging only).
     """
     if visible.ndim != 3:
         raise ValueError(f"visible must have shape [N, K+1, D], got {list(visible.shape)}")
     N, visible_tokens, D = visible.shape
     check_ids("ids_shuffle", ids_shuffle, N)
     L = ids_shuffle.shape[1]
-    check_range("ids_shuffle", ids_shuffle, L)
-    if not 1 <= visible_tokens <= L + 1:
-        raise ValueError(f"visible must hold 1 to {L + 1} tokens an image, got {visible_tokens}")
+    if not 2 <= visible_tokens <= L:
+        raise ValueError(f"visible must hold 2 to {L} tokens an image, one of them the class's, got {visible_tokens}")
     if mask_token.shape != (D,):
         raise ValueError(f"mask_token must have shape [{D}], got {list(mask_token.shape)}")
     if pos_embed.shape != (L + 1, D):
         raise ValueError(f"pos_embed must have shape [{L + 1}, {D}], got {list(pos_embed.shape)}")
-    return assemble_tokens_reference(visible, mask_token, pos_embed, ids_shuffle)
+    for name, tensor in (("visible", visible), ("mask_token", mask_token), ("pos_embed", pos_embed)):
+        check_floating(name, tensor.dtype)
+    if pos_embed.requires_grad:
+        raise ValueError("pos_embed must not require a gradient: the positions of a masked autoencoder are fixed")
+    check_devices(visible=visible, mask_token=mask_token, pos_embed=pos_embed, ids_shuffle=ids_shuffle)
+    dtype = torch.promote_types(torch.promote_types(visible.dtype, mask_token.dtype), pos_embed.dtype)
+    return _assemble_tokens(visible, mask_token, pos_embed, ids_shuffle, dtype)
 
 
 def assemble_tokens_reference(
@@ -49,6 +60,70 @@ def assemble_tokens_reference(
     """The definition, in PyTorch: concatenate, then add the positions picked by index."""
     N, visible_tokens, D = visible.shape
     masked = ids_shuffle.shape[1] + 1 - visible_tokens
-    tokens = torch.cat([visible, mask_token.to(visible.dtype).expand(N, masked, D)], dim=1)
+    tokens = torch.cat([visible, mask_token.expand(N, masked, D)], dim=1)
     positions = torch.cat([pos_embed[:1].expand(N, 1, D), pos_embed[1:][ids_shuffle.long()]], dim=1)
-    return tokens + positions.to(visible.dtype)
+    return tokens + positions
+
+
+@torch.library.custom_op("fastmae::assemble_tokens", mutates_args=())
+def _assemble_tokens(
+    visible: torch.Tensor,
+    mask_token: torch.Tensor,
+    pos_embed: torch.Tensor,
+    ids_shuffle: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    arguments = visible, mask_token, pos_embed, ids_shuffle
+    backend = ops_backend(visible.device, dtype)
+    if backend == "native":  # checks the ids itself
+        return native.assemble_tokens(*arguments, dtype)
+    check_range("ids_shuffle", ids_shuffle, ids_shuffle.shape[1])
+    if backend == "reference":
+        return assemble_tokens_reference(*arguments).to(dtype)
+    from fastmae.kernels.assemble_tokens import assemble_tokens_triton
+
+    return assemble_tokens_triton(*arguments, dtype)
+
+
+@_assemble_tokens.register_fake
+def _(visible: torch.Tensor, _: object, __: object, ids_shuffle: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return visible.new_empty(visible.shape[0], ids_shuffle.shape[1] + 1, visible.shape[2], dtype=dtype)
+
+
+@torch.library.custom_op("fastmae::assemble_tokens_backward", mutates_args=())
+def _assemble_tokens_backward(
+    grad: torch.Tensor, visible_tokens: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad [N, L+1, D]: (of the visible tokens [N, K+1, D] in ``dtype``, of the mask token [D] in float32 or 64)."""
+    backend = ops_backend(grad.device, grad.dtype, dtype)
+    if backend == "native":
+        return native.assemble_tokens_backward(grad, visible_tokens, dtype)
+    if backend == "reference":
+        masked = grad[:, visible_tokens:].to(_sum_dtype(grad.dtype))
+        return grad[:, :visible_tokens].to(dtype, copy=True).contiguous(), masked.sum(dim=1).sum(dim=0)
+    from fastmae.kernels.assemble_tokens import assemble_tokens_backward_triton
+
+    return assemble_tokens_backward_triton(grad, visible_tokens, dtype)
+
+
+@_assemble_tokens_backward.register_fake
+def _(grad: torch.Tensor, visible_tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    N, _, D = grad.shape
+    return grad.new_empty(N, visible_tokens, D, dtype=dtype), grad.new_empty(D, dtype=_sum_dtype(grad.dtype))
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    visible, mask_token = inputs[:2]
+    ctx.visible_tokens, ctx.dtypes = visible.shape[1], (visible.dtype, mask_token.dtype)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    grad_visible, grad_mask_token = _assemble_tokens_backward(grad, ctx.visible_tokens, ctx.dtypes[0])
+    return grad_visible, grad_mask_token.to(ctx.dtypes[1]), None, None, None
+
+
+_assemble_tokens.register_autograd(_backward, setup_context=_setup_context)

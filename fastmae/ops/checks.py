@@ -1,41 +1,71 @@
-"""What every op asks of its arguments, so that a wrong one is named before anything is computed."""
+"""What every op asks of its arguments, so that a wrong one is named, in a ValueError, before anything is computed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from fastmae.ops.backends import asked_backends
 
 
 def check_ids(name: str, ids: torch.Tensor, rows: int) -> None:
     """``ids`` must be an integer matrix with ``rows`` rows."""
     if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {ids.dtype}")
+        raise ValueError(f"{name} must be int32 or int64, got {ids.dtype}")
     if ids.ndim != 2 or ids.shape[0] != rows:
         raise ValueError(f"{name} must have shape [{rows}, …], got {list(ids.shape)}")
+    if ids.shape[1] == 0:
+        raise ValueError(f"{name} must name at least one patch an image, got shape {list(ids.shape)}")
 
 
 def check_range(name: str, ids: torch.Tensor, limit: int) -> None:
-    """Every id must be in [0, limit). Only looked at on the CPU, on a GPU the look would stall the step; and not while
-    torch.compile traces, when there are no values to look at."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= limit):
-        raise IndexError(f"{name} must lie in [0, {limit}), got {int(ids.min())} … {int(ids.max())}")
+    """Every id must be in [0, limit). On a GPU the look would stall the step, so it is for debugging only."""
+    if ids.numel() and (ids.device.type == "cpu" or asked_backends().check_ids):
+        low, high = (int(value) for value in ids.aminmax())
+        if low < 0 or high >= limit:
+            raise ValueError(f"{name} must lie in [0, {limit}), got {low} … {high}")
 
 
-def check_images(images: torch.Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
-    """``images`` must be uint8 or floating [N, H, W, C] with sides that are multiples of the patch; gives (gh, gw)."""
+def check_images(images: torch.Tensor, patch_size: tuple[int, int]) -> None:
+    """``images`` must be uint8 or floating [N, H, W, C] with sides that are multiples of the patch."""
     if images.ndim != 4:
         raise ValueError(f"images must have shape [N, H, W, C], got {list(images.shape)}")
     if images.dtype != torch.uint8 and not images.dtype.is_floating_point:
-        raise TypeError(f"images must be uint8 or floating point, got {images.dtype}")
+        raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
+    check_sizes("patch_size", patch_size)
     (height, width), (ph, pw) = images.shape[1:3], patch_size
-    if min(ph, pw) < 1 or height % ph or width % pw:
+    if min(height, width) < 1 or height % ph or width % pw:
         raise ValueError(f"images of {height}×{width} pixels do not divide into patches of {ph}×{pw}")
-    return height // ph, width // pw
+
+
+def grid_patches(images: torch.Tensor, patch_size: Sequence[int]) -> int:
+    """L, the patches of images [N, H, W, C]."""
+    return (images.shape[1] // patch_size[0]) * (images.shape[2] // patch_size[1])
+
+
+def check_sizes(name: str, sizes: Sequence[int]) -> None:
+    """``sizes`` must be two positive numbers."""
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise ValueError(f"{name} must be two positive numbers, got {tuple(sizes)}")
 
 
 def check_channels(channels: int, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """``mean`` and ``std`` must hold one number a channel."""
+    """``mean`` and ``std`` must hold one floating number a channel."""
     for name, value in (("mean", mean), ("std", std)):
         if value.shape != (channels,):
             raise ValueError(f"{name} must have shape [{channels}], one number a channel, got {list(value.shape)}")
+        check_floating(name, value.dtype)
+
+
+def check_floating(name: str, dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point:
+        raise ValueError(f"{name} must be floating point, got {dtype}")
+
+
+def check_devices(**tensors: torch.Tensor) -> None:
+    """All tensors must lie on the device of the first."""
+    (first, tensor), *others = tensors.items()
+    for name, other in others:
+        if other.device != tensor.device:
+            raise ValueError(f"{name} must be on the device of {first}, {tensor.device}, got {other.device}")

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from fastmae.ops.checks import check_channels, check_ids, check_images, check_range
+from fastmae.ops import native
+from fastmae.ops.backends import ops_backend
+from fastmae.ops.checks import (
+    check_channels,
+    check_devices,
+    check_floating,
+    check_ids,
+    check_images,
+    check_range,
+    grid_patches,
+)
 
 
 def gather_patches(
@@ -33,11 +42,13 @@ def gather_patches(
         ``gather_patches_reference``.
 
     Raises:
-        TypeError, ValueError: a wrong dtype or shape. IndexError: an id outside the grid (looked at on the CPU only).
+        ValueError: a wrong dtype, shape or device, or an id outside the grid (on a GPU looked at when debugging only).
     """
     check_images(images, patch_size)
     check_ids("ids", ids, images.shape[0])
     check_channels(images.shape[3], mean, std)
+    check_floating("dtype", dtype)
+    check_devices(images=images, ids=ids, mean=mean, std=std)
     return _gather_patches(images, ids, patch_size, mean, std, dtype)
 
 
@@ -52,8 +63,7 @@ def gather_patches_reference(
     """The definition, in PyTorch: a strided view of all patches, indexed, then normalised."""
     ph, pw = patch_size
     patches = images.unfold(1, ph, ph).unfold(2, pw, pw)  # [N, gh, gw, C, ph, pw], a view
-    gh, gw = patches.shape[1:3]
-    check_range("ids", ids, gh * gw)
+    gw = patches.shape[2]
     rows = torch.arange(images.shape[0], device=images.device)[:, None]
     chosen = patches[rows, ids.long() // gw, ids.long() % gw].permute(0, 1, 3, 4, 2)  # [N, K, ph, pw, C]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -61,12 +71,21 @@ def gather_patches_reference(
     return ((pixels - mean.to(compute)) / std.to(compute)).flatten(2).to(dtype)
 
 
-_gather_patches = torch.library.custom_op("fastmae::gather_patches", gather_patches_reference, mutates_args=())
-
-
-@_gather_patches.register_kernel("cuda")
-def _(*arguments: Any) -> torch.Tensor:
-    if arguments[-1] == torch.float64:  # the kernel computes in float32
+@torch.library.custom_op("fastmae::gather_patches", mutates_args=())
+def _gather_patches(
+    images: torch.Tensor,
+    ids: torch.Tensor,
+    patch_size: Sequence[int],
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    arguments = images, ids, patch_size, mean, std, dtype
+    backend = ops_backend(images.device, images.dtype, dtype)
+    if backend == "native":  # checks the ids itself
+        return native.gather_patches(*arguments)
+    check_range("ids", ids, grid_patches(images, patch_size))
+    if backend == "reference":
         return gather_patches_reference(*arguments)
     from fastmae.kernels.gather_patches import gather_patches_triton
 

@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-from fastmae.ops.checks import check_channels, check_ids, check_images
+from fastmae.ops import native
+from fastmae.ops.backends import ops_backend
+from fastmae.ops.checks import (
+    check_channels,
+    check_devices,
+    check_floating,
+    check_ids,
+    check_images,
+    check_range,
+    grid_patches,
+)
 from fastmae.ops.gather_patches import gather_patches_reference
 
 VARIANCE_EPS = 1e-6
@@ -38,16 +48,19 @@ def masked_mse(
         Equivalent to ``masked_mse_reference``.
 
     Raises:
-        TypeError, ValueError: a wrong dtype or shape. IndexError: an id outside the grid (looked at on the CPU only).
+        ValueError: a wrong dtype, shape or device, no images, or an id outside the grid (on a GPU looked at when
+            debugging only).
     """
     check_images(images, patch_size)
     check_ids("ids", ids, images.shape[0])
     check_channels(images.shape[3], mean, std)
-    if not pred.dtype.is_floating_point:
-        raise TypeError(f"pred must be floating point, got {pred.dtype}")
+    check_floating("pred", pred.dtype)
+    check_devices(pred=pred, images=images, ids=ids, mean=mean, std=std)
     expected = (*ids.shape, patch_size[0] * patch_size[1] * images.shape[3])
     if pred.shape != expected:
         raise ValueError(f"pred must have shape {list(expected)}, got {list(pred.shape)}")
+    if ids.shape[0] == 0:
+        raise ValueError("pred must hold at least one image: the mean of nothing is not a loss")
     loss, _ = _masked_mse(pred, images, ids, patch_size, mean, std, norm_pix)
     return loss
 
@@ -100,19 +113,29 @@ def _loss_and_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss and its gradient for ``pred``, made in one go while the error is at hand."""
     error = _error(pred, images, ids, patch_size, mean, std, norm_pix)
-    return error.square().mean(), (error * (2 / max(1, error.numel()))).to(pred.dtype)
+    return error.square().mean(), (error * (2 / error.numel())).to(pred.dtype)
 
 
-_masked_mse = torch.library.custom_op("fastmae::masked_mse", _loss_and_gradient, mutates_args=())
-
-
-@_masked_mse.register_kernel("cuda")
-def _(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    if arguments[0].dtype == torch.float64:  # the kernel computes in float32
+@torch.library.custom_op("fastmae::masked_mse", mutates_args=())
+def _masked_mse(
+    pred: torch.Tensor,
+    images: torch.Tensor,
+    ids: torch.Tensor,
+    patch_size: Sequence[int],
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    norm_pix: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    arguments = pred, images, ids, patch_size, mean, std, norm_pix
+    backend = ops_backend(pred.device, images.dtype, pred.dtype)
+    if backend == "native":  # checks the ids itself
+        return native.masked_mse(*arguments, VARIANCE_EPS)
+    check_range("ids", ids, grid_patches(images, patch_size))
+    if backend == "reference":
         return _loss_and_gradient(*arguments)
     from fastmae.kernels.masked_mse import masked_mse_triton
 
-    return masked_mse_triton(*arguments, eps=VARIANCE_EPS)
+    return masked_mse_triton(*arguments, VARIANCE_EPS)
 
 
 @_masked_mse.register_fake

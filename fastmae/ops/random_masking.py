@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from fastmae import _C
+from fastmae.ops import native
+from fastmae.ops.backends import ops_backend
 from fastmae.philox import STREAM_MASK, words_torch
 
 MAX_PATCHES = 65536
+# The Triton kernel ranks by counting, which is quadratic and holds all keys in registers: above this, torch sorts.
+MAX_COUNTED = 4096
 
 
 def random_masking(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch.Tensor:
@@ -23,10 +26,10 @@ def random_masking(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch
         patch. The same bits on every device. Equivalent to ``random_masking_reference``.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, seed or number of patches.
+        ValueError: a wrong dtype, shape, seed or number of patches.
     """
     if draw_ids.dtype != torch.int64:
-        raise TypeError(f"draw_ids must be int64, got {draw_ids.dtype}")
+        raise ValueError(f"draw_ids must be int64, got {draw_ids.dtype}")
     if draw_ids.ndim != 1:
         raise ValueError(f"draw_ids must have shape [N], got {list(draw_ids.shape)}")
     if not 1 <= num_patches <= MAX_PATCHES:
@@ -47,17 +50,10 @@ def random_masking_reference(draw_ids: torch.Tensor, seed: int, num_patches: int
 
 @torch.library.custom_op("fastmae::random_masking", mutates_args=())
 def _random_masking(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch.Tensor:
-    return random_masking_reference(draw_ids, seed % 2**64, num_patches)
-
-
-@_random_masking.register_kernel("cpu")
-def _(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch.Tensor:
-    return torch.from_numpy(_C.random_masking(draw_ids.contiguous().numpy(), seed % 2**64, num_patches))
-
-
-@_random_masking.register_kernel("cuda")
-def _(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch.Tensor:
-    if num_patches > 4096:  # counting is quadratic and holds all keys in registers: from here on sorting is for it
+    backend = ops_backend(draw_ids.device)
+    if backend == "native":
+        return native.random_masking(draw_ids, seed % 2**64, num_patches)
+    if backend == "reference" or num_patches > MAX_COUNTED:
         return random_masking_reference(draw_ids, seed % 2**64, num_patches)
     from fastmae.kernels.random_masking import random_masking_triton
 

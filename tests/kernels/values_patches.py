@@ -1,18 +1,22 @@
-"""gather_patches and masked_mse in Triton against float64. Run by test_kernels.py, and on a GPU by tests/gpu.
+"""gather_patches, masked_mse and scatter_patches in Triton against float64.
 
-The rule: a kernel is no further from the truth than torch is in the same dtype, plus a few roundings of float32.
-Triton's interpreter truncates to bfloat16 instead of rounding, so there bfloat16 may be a number further away.
+Run by test_kernels.py, and on a GPU by tests/gpu.
 """
 
 import pytest
 import torch
 from device import DEVICE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from truth import ROUNDINGS, assert_as_close, poison  # noqa: F401
 
 from fastmae.kernels.gather_patches import gather_patches_triton
 from fastmae.kernels.masked_mse import masked_mse_triton
+from fastmae.kernels.scatter_patches import scatter_patches_triton
 from fastmae.ops.gather_patches import gather_patches_reference
 from fastmae.ops.masked_mse import VARIANCE_EPS, masked_mse_reference
 from fastmae.ops.random_masking import random_masking
+from fastmae.ops.scatter_patches import scatter_patches_reference
 
 # (size, patch, channels): published patches, odd ones, one channel and many, patches larger than a chunk.
 SHAPES = [
@@ -24,7 +28,6 @@ SHAPES = [
     ((16, 32), (16, 16), 16),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ROUNDINGS = 4 * torch.finfo(torch.float32).eps
 
 
 def sample(size, patch, channels, layout="uint8", N=3):
@@ -41,31 +44,6 @@ def sample(size, patch, channels, layout="uint8", N=3):
     L = (size[0] // patch[0]) * (size[1] // patch[1])
     ids = random_masking(torch.arange(N), 1, L)
     return images.to(DEVICE), ids.to(DEVICE), mean.to(DEVICE), std.to(DEVICE), max(1, L // 4)
-
-
-def assert_as_close(got, same_dtype, truth, unit):
-    """``unit`` is the size of the numbers that go into ``truth``, whose float32 roundings are forgiven."""
-    assert not got.isnan().any(), "an element was not written"
-    allowed = (same_dtype.double() - truth).abs() + ROUNDINGS * (unit + truth.abs())
-    eps = torch.finfo(got.dtype).eps
-    if got.dtype != torch.float32:  # a float32 rounding may tip the next one to the neighbouring number
-        allowed += eps * (truth.abs() + torch.finfo(got.dtype).tiny)
-    if got.dtype == torch.bfloat16 and DEVICE == "cpu":
-        allowed += eps * truth.abs()
-    assert ((got.double() - truth).abs() <= allowed).all()
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """Fresh outputs are NaN, so that an element which is never written shows."""
-    for name in ("empty", "empty_like"):
-        create = getattr(torch, name)
-
-        def poisoned(*args, _create=create, **options):
-            fresh = _create(*args, **options)
-            return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
-
-        monkeypatch.setattr(torch, name, poisoned)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,3 +85,53 @@ def test_mse(size, patch, channels, layout, norm_pix, dtype):
     again = masked_mse_triton(pred, images, ids, patch, mean, std, norm_pix, VARIANCE_EPS)
     assert torch.equal(loss, again[0])
     assert torch.equal(gradient, again[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, *DTYPES])
+@pytest.mark.parametrize("given_dtype", DTYPES)
+@pytest.mark.parametrize(("size", "patch", "channels"), SHAPES)
+def test_scatter(size, patch, channels, given_dtype, dtype):
+    _, ids, mean, std, K = sample(size, patch, channels)
+    grid = size[0] // patch[0], size[1] // patch[1]
+    for chosen in (ids[:, K:].long(), ids, ids[:0, :1]):
+        generator = torch.Generator().manual_seed(3)
+        patches = torch.randn(*chosen.shape, patch[0] * patch[1] * channels, generator=generator)
+        patches = patches.to(DEVICE, given_dtype)
+        got = scatter_patches_triton(patches, chosen, grid, patch, mean, std, dtype)
+        arguments = chosen, grid, patch
+        if dtype == torch.uint8:
+            assert torch.equal(got, scatter_patches_reference(patches, *arguments, mean, std, dtype))
+        else:
+            truth = scatter_patches_reference(patches.double(), *arguments, mean.double(), std.double(), torch.float64)
+            assert_as_close(got, scatter_patches_reference(patches, *arguments, mean, std, dtype), truth, 4.0)
+
+
+def test_scatter_clamps_and_gives_nan_a_place():
+    patches = torch.tensor([-1e30, -0.1, 0.5 / 255, 1.5 / 255, 0.5, 1.1, float("inf"), float("nan")])
+    patches = patches.view(1, 1, 8).to(DEVICE)
+    mean, std = torch.zeros(1, device=DEVICE), torch.ones(1, device=DEVICE)
+    ids = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
+    got = scatter_patches_triton(patches, ids, (1, 1), (2, 4), mean, std, torch.uint8)
+    assert got.flatten().tolist() == [0, 0, 0, 2, 128, 255, 255, 0]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    gh=st.integers(1, 4), gw=st.integers(1, 4), ph=st.integers(1, 5), pw=st.integers(1, 5), channels=st.integers(1, 16),
+    layout=st.sampled_from(["uint8", "float nchw", "cropped", "flipped", "expanded"]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape_and_strides(gh, gw, ph, pw, channels, layout, seed):
+    images, ids, mean, std, _ = sample((gh * ph, gw * pw), (ph, pw), channels, layout, N=2)
+    if layout == "flipped":
+        images = images.transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "expanded":
+        images, mean = images[:1].expand(2, -1, -1, -1), mean[:1].expand(channels)
+    ids = ids[:, seed % ids.shape[1] :]
+    arguments = images, ids, (ph, pw)
+    truth = gather_patches_reference(*arguments, mean.double(), std.double(), torch.float64)
+    got = gather_patches_triton(*arguments, mean, std, torch.float32)
+    assert_as_close(got, gather_patches_reference(*arguments, mean, std, torch.float32), truth, 1 / std.min().item())
+    pred = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    expected = masked_mse_reference(pred.double(), *arguments, mean.double(), std.double(), False)
+    loss, _ = masked_mse_triton(pred, *arguments, mean, std, False, VARIANCE_EPS)
+    assert abs(loss.double() - expected) <= 2 * ROUNDINGS * (expected + 1 / std.min().item())

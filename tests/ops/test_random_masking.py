@@ -50,18 +50,18 @@ def test_a_view_with_strides_is_read_right():
 
 
 @pytest.mark.parametrize(
-    ("draw_ids", "seed", "num_patches", "error"),
+    ("draw_ids", "seed", "num_patches"),
     [
-        (torch.arange(3, dtype=torch.int32), 0, 4, TypeError),
-        (torch.zeros(2, 2, dtype=torch.int64), 0, 4, ValueError),
-        (torch.arange(3), -1, 4, ValueError),
-        (torch.arange(3), 2**64, 4, ValueError),
-        (torch.arange(3), 0, 0, ValueError),
-        (torch.arange(3), 0, 65537, ValueError),
+        (torch.arange(3, dtype=torch.int32), 0, 4),
+        (torch.zeros(2, 2, dtype=torch.int64), 0, 4),
+        (torch.arange(3), -1, 4),
+        (torch.arange(3), 2**64, 4),
+        (torch.arange(3), 0, 0),
+        (torch.arange(3), 0, 65537),
     ],
 )
-def test_wrong_arguments_are_named(draw_ids, seed, num_patches, error):
-    with pytest.raises(error, match=r"draw_ids|seed|num_patches"):
+def test_wrong_arguments_are_named(draw_ids, seed, num_patches):
+    with pytest.raises(ValueError, match=r"draw_ids|seed|num_patches"):
         random_masking(draw_ids, seed, num_patches)
 
 
@@ -70,14 +70,3 @@ def test_it_is_a_well_behaved_torch_op():
     torch.library.opcheck(op, (torch.arange(5), 3, 49))
     compiled = torch.compile(lambda ids: random_masking(ids, 2**64 - 1, 49) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(torch.arange(5)), random_masking(torch.arange(5), 2**64 - 1, 49) + 1)
-
-
-def test_the_extension_checks_for_itself():
-    from fastmae import _C
-
-    with pytest.raises(ValueError, match="num_patches"):
-        _C.random_masking(torch.arange(3).numpy(), 0, 65537)
-    with pytest.raises(TypeError):
-        _C.random_masking(torch.arange(3, dtype=torch.int32).numpy(), 0, 4)
-    with pytest.raises(ValueError, match="one dimension"):
-        _C.random_masking(torch.zeros(2, 2, dtype=torch.int64).numpy(), 0, 4)

@@ -1,0 +1,280 @@
+// The checks of all ops: types, shapes, strides, ranges of ids, and that no output lies on an input.
+#include "checks.h"
+
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <utility>
+
+namespace fastmae {
+namespace {
+
+using Shape = std::initializer_list<std::int64_t>;
+
+constexpr std::int64_t kMaxPatches = 65536;
+
+std::string text_of(const std::int64_t* sizes, std::size_t count) {
+  std::string text = "[";
+  for (std::size_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+std::string shape_of(const Array& array) {
+  return text_of(array.shape.data(), static_cast<std::size_t>(array.ndim));
+}
+
+std::int64_t product(const char* name, Shape factors) {
+  std::int64_t result = 1;
+  for (const std::int64_t factor : factors)
+    if (__builtin_mul_overflow(result, factor, &result))
+      refuse(std::string(name) + " is too large: " + text_of(factors.begin(), factors.size()) + " exceeds 64 bits");
+  return result;
+}
+
+void check_dtype(const Array& array, std::initializer_list<DType> allowed) {
+  std::string names;
+  for (const DType dtype : allowed) {
+    if (array.dtype == dtype) return;
+    names += (names.empty() ? "" : ", ") + std::string(name_of(dtype));
+  }
+  refuse(std::string(array.name) + " must be " + names + ", got " + name_of(array.dtype));
+}
+
+void check_floating(const Array& array) { check_dtype(array, {DType::kFloat32, DType::kFloat16, DType::kBfloat16}); }
+
+void check_pixels(const Array& array) {
+  check_dtype(array, {DType::kUint8, DType::kFloat32, DType::kFloat16, DType::kBfloat16});
+}
+
+void check_axes(const Array& array, int ndim, const char* axes) {
+  if (array.ndim != ndim) refuse(std::string(array.name) + " must have shape " + axes + ", got " + shape_of(array));
+}
+
+void check_shape(const Array& array, Shape expected, const char* axes) {
+  bool same = array.ndim == static_cast<int>(expected.size());
+  int axis = 0;
+  for (const std::int64_t size : expected) same = same && array.shape[axis++] == size;
+  if (!same)
+    refuse(std::string(array.name) + " must have shape " + axes + " = " + text_of(expected.begin(), expected.size()) +
+           ", got " + shape_of(array));
+}
+
+std::int64_t elements_of(const Array& array) {
+  std::int64_t count = 1;
+  for (int axis = 0; axis < array.ndim; ++axis) count *= array.shape[axis];
+  return count;
+}
+
+// The addresses [first, last) that an array may touch; empty arrays touch none.
+std::pair<const char*, const char*> extent(const Array& array) {
+  if (elements_of(array) == 0) return {array.data, array.data};
+  const char* first = array.data;
+  const char* last = array.data + size_of(array.dtype);
+  for (int axis = 0; axis < array.ndim; ++axis) {
+    const std::int64_t way = (array.shape[axis] - 1) * array.strides[axis];
+    (way < 0 ? first : last) += way;
+  }
+  return {first, last};
+}
+
+// An output must be ours alone, and have no gaps.
+void check_output(const Array& output, std::initializer_list<const Array*> others) {
+  if (!output.writeable) refuse(std::string(output.name) + " must be writeable, got a read-only array");
+  std::int64_t stride = size_of(output.dtype);
+  for (int axis = output.ndim - 1; axis >= 0; --axis) {
+    if (output.shape[axis] > 1 && output.strides[axis] != stride && elements_of(output) > 0)
+      refuse(std::string(output.name) + " must be contiguous, got strides of " +
+             text_of(output.strides.data(), static_cast<std::size_t>(output.ndim)) + " bytes");
+    stride *= output.shape[axis];
+  }
+  const auto [first, last] = extent(output);
+  for (const Array* other : others) {
+    const auto [other_first, other_last] = extent(*other);
+    if (first < other_last && other_first < last)
+      refuse(std::string(output.name) + " must not overlap " + other->name);
+  }
+}
+
+Ids check_ids(const Array& ids, std::int64_t rows, std::int64_t limit) {
+  check_dtype(ids, {DType::kInt32, DType::kInt64});
+  check_axes(ids, 2, "[N, ids of an image]");
+  if (ids.shape[0] != rows)
+    refuse(std::string(ids.name) + " must have " + std::to_string(rows) + " rows, got shape " + shape_of(ids));
+  if (limit > std::numeric_limits<std::int32_t>::max())
+    refuse(std::string(ids.name) + " must name fewer than 2^31 patches, got " + std::to_string(limit));
+  Ids checked = {{}, rows, ids.shape[1]};
+  checked.values.resize(static_cast<std::size_t>(elements_of(ids)));
+  std::int32_t* out = checked.values.data();
+  for (std::int64_t n = 0; n < checked.rows; ++n)
+    for (std::int64_t i = 0; i < checked.count; ++i) {
+      std::int64_t id;
+      if (ids.dtype == DType::kInt64) {
+        std::memcpy(&id, ids.at(n, i), sizeof id);
+      } else {
+        std::int32_t narrow;
+        std::memcpy(&narrow, ids.at(n, i), sizeof narrow);
+        id = narrow;
+      }
+      if (id < 0 || id >= limit)
+        refuse(std::string(ids.name) + " must lie in [0, " + std::to_string(limit) + "), got " + std::to_string(id) +
+               " in row " + std::to_string(n));
+      *out++ = static_cast<std::int32_t>(id);
+    }
+  return checked;
+}
+
+void check_distinct(const Array& array, const Ids& ids, std::int64_t limit) {
+  std::vector<std::int64_t> last_row(static_cast<std::size_t>(limit), -1);
+  for (std::int64_t n = 0; n < ids.rows; ++n)
+    for (std::int64_t i = 0; i < ids.count; ++i) {
+      std::int64_t& row = last_row[static_cast<std::size_t>(ids.row(n)[i])];
+      if (row == n)
+        refuse(std::string(array.name) + " must be distinct in a row, got " + std::to_string(ids.row(n)[i]) +
+               " twice in row " + std::to_string(n));
+      row = n;
+    }
+}
+
+void check_positive(const char* name, Pair sizes) {
+  if (sizes[0] < 1 || sizes[1] < 1)
+    refuse(std::string(name) + " must be two positive numbers, got " + text_of(sizes.data(), 2));
+}
+
+void check_channels(const Array& mean, const Array& std, std::int64_t channels) {
+  for (const Array* values : {&mean, &std}) {
+    check_floating(*values);
+    check_shape(*values, {channels}, "[C]");
+  }
+}
+
+Grid check_images(const Array& images, Pair patch_size, const Array& mean, const Array& std) {
+  check_pixels(images);
+  check_axes(images, 4, "[N, H, W, C]");
+  check_positive("patch_size", patch_size);
+  const std::int64_t H = images.shape[1], W = images.shape[2], C = images.shape[3];
+  if (H % patch_size[0] || W % patch_size[1])
+    refuse("patch_size must divide the sides of images " + shape_of(images) + ", got " + text_of(patch_size.data(), 2));
+  if (C < 1) refuse("images must have a channel, got shape " + shape_of(images));
+  check_channels(mean, std, C);
+  const Grid grid = {H / patch_size[0], W / patch_size[1], patch_size[0], patch_size[1], C};
+  product("patch_size", {grid.ph, grid.pw, C, 8});  // images without pixels divide into patches of any size
+  return grid;
+}
+
+}  // namespace
+
+void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::kUint8: return "uint8";
+    case DType::kFloat16: return "float16";
+    case DType::kBfloat16: return "bfloat16 (as uint16)";
+    case DType::kFloat32: return "float32";
+    case DType::kInt32: return "int32";
+    case DType::kInt64: return "int64";
+  }
+  return "unknown";
+}
+
+int check_threads(std::int64_t threads) {
+  if (threads < 1 || threads > 65536) refuse("threads must lie in [1, 65536], got " + std::to_string(threads));
+  return static_cast<int>(threads);
+}
+
+void check_random_masking(const Array& draw_ids, const Array& ids_shuffle) {
+  check_dtype(draw_ids, {DType::kInt64});
+  check_axes(draw_ids, 1, "[N]");
+  check_dtype(ids_shuffle, {DType::kInt32});
+  check_axes(ids_shuffle, 2, "[N, L]");
+  const std::int64_t L = ids_shuffle.shape[1];
+  if (L < 1 || L > kMaxPatches) refuse("num_patches must be in [1, 65536], got " + std::to_string(L));
+  check_shape(ids_shuffle, {draw_ids.shape[0], L}, "[N, L]");
+  check_output(ids_shuffle, {&draw_ids});
+}
+
+Checked check_gather_patches(const Array& images, const Array& ids, Pair patch_size, const Array& mean,
+                             const Array& std, const Array& patches) {
+  const Grid grid = check_images(images, patch_size, mean, std);
+  Ids checked = check_ids(ids, images.shape[0], grid.L());
+  check_floating(patches);
+  check_shape(patches, {checked.rows, checked.count, grid.P()}, "[N, K, P]");
+  check_output(patches, {&images, &ids, &mean, &std});
+  return {std::move(checked), grid};
+}
+
+Ids check_assemble_tokens(const Array& visible, const Array& mask_token, const Array& pos_embed,
+                          const Array& ids_shuffle, const Array& tokens) {
+  check_floating(visible);
+  check_axes(visible, 3, "[N, K+1, D]");
+  const std::int64_t N = visible.shape[0], visible_tokens = visible.shape[1], D = visible.shape[2];
+  check_axes(ids_shuffle, 2, "[N, L]");
+  const std::int64_t L = ids_shuffle.shape[1];
+  if (visible_tokens < 1 || visible_tokens > L + 1)
+    refuse("visible must hold 1 to " + std::to_string(L + 1) + " tokens an image, got shape " + shape_of(visible));
+  check_floating(mask_token);
+  check_shape(mask_token, {D}, "[D]");
+  check_floating(pos_embed);
+  check_shape(pos_embed, {L + 1, D}, "[L+1, D]");
+  Ids checked = check_ids(ids_shuffle, N, L);
+  check_floating(tokens);
+  check_shape(tokens, {N, L + 1, D}, "[N, L+1, D]");
+  check_output(tokens, {&visible, &mask_token, &pos_embed, &ids_shuffle});
+  return checked;
+}
+
+void check_assemble_tokens_backward(const Array& grad, const Array& grad_visible, const Array& grad_mask_token) {
+  check_floating(grad);
+  check_axes(grad, 3, "[N, L+1, D]");
+  check_floating(grad_visible);
+  check_axes(grad_visible, 3, "[N, K+1, D]");
+  const std::int64_t visible_tokens = grad_visible.shape[1];
+  if (visible_tokens < 1 || visible_tokens > grad.shape[1])
+    refuse("visible_tokens must lie in [1, " + std::to_string(grad.shape[1]) + "], got " +
+           std::to_string(visible_tokens));
+  check_shape(grad_visible, {grad.shape[0], visible_tokens, grad.shape[2]}, "[N, K+1, D]");
+  check_dtype(grad_mask_token, {DType::kFloat32});
+  check_shape(grad_mask_token, {grad.shape[2]}, "[D]");
+  check_output(grad_visible, {&grad, &grad_mask_token});
+  check_output(grad_mask_token, {&grad});
+}
+
+Checked check_masked_mse(const Array& pred, const Array& images, const Array& ids, Pair patch_size, const Array& mean,
+                         const Array& std, double eps, const Array& loss, const Array& gradient) {
+  const Grid grid = check_images(images, patch_size, mean, std);
+  Ids checked = check_ids(ids, images.shape[0], grid.L());
+  check_floating(pred);
+  check_shape(pred, {checked.rows, checked.count, grid.P()}, "[N, M, P]");
+  if (elements_of(pred) == 0) refuse("pred must have elements to take the mean of, got shape " + shape_of(pred));
+  if (!(eps >= 0)) refuse("eps must be at least 0, got " + std::to_string(eps));
+  check_dtype(loss, {DType::kFloat32});
+  check_shape(loss, {}, "[]");
+  check_dtype(gradient, {pred.dtype});
+  check_shape(gradient, {checked.rows, checked.count, grid.P()}, "[N, M, P]");
+  check_output(loss, {&pred, &images, &ids, &mean, &std, &gradient});
+  check_output(gradient, {&pred, &images, &ids, &mean, &std});
+  return {std::move(checked), grid};
+}
+
+Checked check_scatter_patches(const Array& patches, const Array& ids, Pair grid_size, Pair patch_size,
+                              const Array& mean, const Array& std, const Array& images) {
+  check_floating(patches);
+  check_axes(patches, 3, "[N, M, P]");
+  check_positive("grid_size", grid_size);
+  check_positive("patch_size", patch_size);
+  check_axes(mean, 1, "[C]");
+  const std::int64_t C = mean.shape[0];
+  check_channels(mean, std, C);
+  if (C < 1) refuse("mean must have one number a channel, got shape " + shape_of(mean));
+  const Grid grid = {grid_size[0], grid_size[1], patch_size[0], patch_size[1], C};
+  product("images", {grid.gh, grid.gw, grid.ph, grid.pw, C, 8});
+  check_pixels(images);
+  check_shape(images, {patches.shape[0], grid.gh * grid.ph, grid.gw * grid.pw, C}, "[N, gh·ph, gw·pw, C]");
+  Ids checked = check_ids(ids, patches.shape[0], grid.L());
+  check_shape(patches, {checked.rows, checked.count, grid.P()}, "[N, M, P]");
+  if (checked.rows > 0) check_distinct(ids, checked, grid.L());
+  check_output(images, {&patches, &ids, &mean, &std});
+  return {std::move(checked), grid};
+}
+
+}  // namespace fastmae

@@ -1,0 +1,39 @@
+// All that is asked of the arguments of an op before a pointer is followed. Every refusal is a std::invalid_argument,
+// ValueError in Python, of one line that names the argument, what it is and what it may be.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+#include "array.h"
+
+namespace fastmae {
+
+using Pair = std::array<std::int64_t, 2>;
+
+[[noreturn]] void refuse(const std::string& message);
+
+const char* name_of(DType dtype);
+
+int check_threads(std::int64_t threads);
+
+// One for each op: the arguments of ops.h as they came. Where the op wants ids or a grid, these are returned.
+struct Checked {
+  Ids ids;
+  Grid grid;
+};
+
+void check_random_masking(const Array& draw_ids, const Array& ids_shuffle);
+Checked check_gather_patches(const Array& images, const Array& ids, Pair patch_size, const Array& mean,
+                             const Array& std, const Array& patches);
+Ids check_assemble_tokens(const Array& visible, const Array& mask_token, const Array& pos_embed,
+                          const Array& ids_shuffle, const Array& tokens);
+void check_assemble_tokens_backward(const Array& grad, const Array& grad_visible, const Array& grad_mask_token);
+Checked check_masked_mse(const Array& pred, const Array& images, const Array& ids, Pair patch_size, const Array& mean,
+                         const Array& std, double eps, const Array& loss, const Array& gradient);
+Checked check_scatter_patches(const Array& patches, const Array& ids, Pair grid_size, Pair patch_size,
+                              const Array& mean, const Array& std, const Array& images);
+
+}  // namespace fastmae

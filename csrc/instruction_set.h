@@ -1,0 +1,20 @@
+// Which of the compiled inner loops run on this processor, and which one does; see instruction_set.cpp.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastmae {
+
+// The loops in use: the best ones, until somebody chooses.
+const Kernels& kernels();
+
+// Names of the instruction sets that this processor has and this build knows, the best one last.
+std::vector<std::string> instruction_sets();
+
+// Throws std::invalid_argument for a name that is not in instruction_sets().
+void set_instruction_set(const std::string& name);
+
+}  // namespace fastmae

@@ -1,0 +1,271 @@
+// The inner loops of every op, written once and compiled once an instruction set. The including file has defined, in an
+// unnamed namespace inside fastmae, the vectors Float, Bits and Word (kLanes 32-bit numbers; half as many 64-bit ones),
+// and how they are loaded, stored and converted.
+//
+// Nothing here may have external linkage: a template of the standard library, instantiated for AVX-512, could be the
+// copy that the linker keeps for everybody. So there is no #include, and all functions are in the unnamed namespace.
+
+namespace fastmae {
+namespace {
+
+struct Half {
+  std::uint16_t bits;
+};
+struct Bfloat {
+  std::uint16_t bits;
+};
+
+inline Float load(const Half* p) { return load_half(p); }
+inline Float load(const Bfloat* p) { return as_float(load_uint16(p) << 16); }
+
+inline void store(Half* p, Float x) { store_half(p, x); }
+
+inline void store(Bfloat* p, Float x) {
+  const Bits bits = as_bits(x);
+  const Bits rounded = bits + 0x7FFF + ((bits >> 16) & 1);
+  store_uint16(p, ((x == x ? rounded : (bits | 0x400000)) >> 16) & 0xFFFF);
+}
+
+// × 255, clamped, rounded to nearest even; NaN becomes 0.
+inline void store(std::uint8_t* p, Float x) {
+  const Float zero = broadcast(0.0f), full = broadcast(255.0f);
+  x = x * full;
+  x = x > zero ? x : zero;
+  store_uint8(p, x < full ? x : full);
+}
+
+// The first n of kLanes numbers; the others are 0.
+template <class T>
+inline Float load(const T* p, std::int64_t n) {
+  if (n == kLanes) return load(p);
+  T whole[kLanes] = {};
+  __builtin_memcpy(whole, p, static_cast<std::size_t>(n) * sizeof(T));
+  return load(whole);
+}
+
+template <class T>
+inline void store(T* p, Float x, std::int64_t n) {
+  if (n == kLanes) return store(p, x);
+  T whole[kLanes];
+  store(whole, x);
+  __builtin_memcpy(p, whole, static_cast<std::size_t>(n) * sizeof(T));
+}
+
+// Calls body(i, n) for vectors of n numbers from i on that cover [0, count). The last one overlaps the one before
+// rather than being short: body must not mind doing a number twice.
+template <class Body>
+inline void for_each_vector(std::int64_t count, Body body) {
+  if (count < kLanes) {
+    if (count > 0) body(std::int64_t{0}, count);
+    return;
+  }
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) body(i, std::int64_t{kLanes});
+  if (i < count) body(count - kLanes, std::int64_t{kLanes});
+}
+
+// Calls body(pointer of the type) for the type that dtype names. Checked before: no other gets here.
+template <class Body>
+inline void with_float_pointer(const void* p, DType dtype, Body body) {
+  if (dtype == DType::kFloat32) return body(static_cast<const float*>(p));
+  if (dtype == DType::kFloat16) return body(static_cast<const Half*>(p));
+  body(static_cast<const Bfloat*>(p));
+}
+
+template <class Body>
+inline void with_float_pointer(void* p, DType dtype, Body body) {
+  if (dtype == DType::kFloat32) return body(static_cast<float*>(p));
+  if (dtype == DType::kFloat16) return body(static_cast<Half*>(p));
+  body(static_cast<Bfloat*>(p));
+}
+
+constexpr std::uint64_t kStreamMask = 0;
+
+// Philox4x32-10 (Salmon et al. 2011), the same bits as fastmae/philox.py, which says how counters are laid out. A block
+// a 64-bit lane: products look at the low halves of their factors alone, so what gathers in the high ones does no harm.
+void random_keys(std::uint64_t seed, std::uint64_t id, std::int64_t blocks, std::uint64_t* keys) {
+  const Word multiplier0 = broadcast(std::uint64_t{0xD2511F53u}), multiplier1 = broadcast(std::uint64_t{0xCD9E8D57u});
+  for (std::int64_t first = 0; first < blocks; first += kLanes / 2) {
+    Word c0 = first_numbers() + static_cast<std::uint64_t>(first), c1 = broadcast(kStreamMask);
+    Word c2 = broadcast(id), c3 = broadcast(id >> 32);
+    std::uint32_t key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      const Word product0 = multiply_low_halves(multiplier0, c0), product1 = multiply_low_halves(multiplier1, c2);
+      c0 = (product1 >> 32) ^ c1 ^ std::uint64_t{key0};
+      c1 = product1;
+      c2 = (product0 >> 32) ^ c3 ^ std::uint64_t{key1};
+      c3 = product0;
+      key0 += 0x9E3779B9u;
+      key1 += 0xBB67AE85u;
+    }
+    const Word index = (first_numbers() + static_cast<std::uint64_t>(first)) * 4;
+    const Word found[4] = {(c0 << 32) | index, (c1 << 32) | (index + 1), (c2 << 32) | (index + 2),
+                           (c3 << 32) | (index + 3)};
+    for (int block = 0; block < kLanes / 2; ++block)
+      for (int word = 0; word < 4; ++word) keys[4 * (first + block) + word] = found[word][block];
+  }
+}
+
+template <class In, class Out>
+inline void normalise_rows(const PixelRows<const char>& pixels, Normalisation by, Out* out) {
+  for (std::int64_t row = 0; row < pixels.rows; ++row) {
+    const In* in = reinterpret_cast<const In*>(pixels.data + row * pixels.stride);
+    for_each_vector(pixels.columns, [&](std::int64_t i, std::int64_t n) {
+      const Float x = (load(in + i, n) - load(by.offset + i, n)) - load(by.offset_rest + i, n);
+      store(out + i, x * load(by.scale + i, n), n);
+    });
+    out += pixels.columns;
+  }
+}
+
+void normalise(PixelRows<const char> pixels, DType pixels_dtype, Normalisation by, void* out, DType out_dtype) {
+  with_float_pointer(out, out_dtype, [&](auto* to) {
+    if (pixels_dtype == DType::kUint8) return normalise_rows<std::uint8_t>(pixels, by, to);
+    if (pixels_dtype == DType::kFloat32) return normalise_rows<float>(pixels, by, to);
+    if (pixels_dtype == DType::kFloat16) return normalise_rows<Half>(pixels, by, to);
+    normalise_rows<Bfloat>(pixels, by, to);
+  });
+}
+
+template <class Out, class In>
+inline void denormalise_rows(const In* in, Normalisation by, const PixelRows<char>& pixels) {
+  for (std::int64_t row = 0; row < pixels.rows; ++row) {
+    Out* out = reinterpret_cast<Out*>(pixels.data + row * pixels.stride);
+    for_each_vector(pixels.columns, [&](std::int64_t i, std::int64_t n) {
+      store(out + i, load(in + i, n) * load(by.scale + i, n) + load(by.offset + i, n), n);
+    });
+    in += pixels.columns;
+  }
+}
+
+void denormalise(const void* patch, DType patch_dtype, Normalisation by, PixelRows<char> pixels, DType pixels_dtype) {
+  with_float_pointer(patch, patch_dtype, [&](const auto* from) {
+    if (pixels_dtype == DType::kUint8) return denormalise_rows<std::uint8_t>(from, by, pixels);
+    if (pixels_dtype == DType::kFloat32) return denormalise_rows<float>(from, by, pixels);
+    if (pixels_dtype == DType::kFloat16) return denormalise_rows<Half>(from, by, pixels);
+    denormalise_rows<Bfloat>(from, by, pixels);
+  });
+}
+
+constexpr int kParts = kLaneBlock / kLanes;
+
+// Number i is added to lane i % kLaneBlock and the lanes pairwise, whatever the width of a vector.
+inline double sum_of_lanes(const Float (&parts)[kParts]) {
+  double lanes[kLaneBlock];
+  for (int i = 0; i < kLaneBlock; ++i) lanes[i] = parts[i / kLanes][i % kLanes];
+  for (int width = kLaneBlock / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// In float64, so that a patch of one colour has exactly that colour for its mean.
+inline double mean_of(const float* x, std::int64_t count) {
+  Double low[kParts] = {}, high[kParts] = {};
+  for (std::int64_t i = 0; i < count; i += kLaneBlock) {
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; ++part) {
+      const Float vector = load(x + i + part * kLanes);
+      low[part] += low_half(vector);
+      high[part] += high_half(vector);
+    }
+  }
+  double lanes[kLaneBlock];
+  for (int i = 0; i < kLaneBlock; ++i) {
+    const int part = i / kLanes, lane = i % kLanes;
+    lanes[i] = lane < kLanes / 2 ? low[part][lane] : high[part][lane - kLanes / 2];
+  }
+  for (int width = kLaneBlock / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0] / static_cast<double>(count);
+}
+
+// Two passes over numbers that lie in the first-level cache.
+inline double unbiased_variance(const float* x, std::int64_t count, float mean) {
+  Float squares[kParts] = {};
+  const Float centre = broadcast(mean);
+  for (std::int64_t i = 0; i < count; i += kLaneBlock) {
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; ++part) {
+      const Float deviation = load(x + i + part * kLanes) - centre;
+      squares[part] += deviation * deviation;
+    }
+  }
+  return sum_of_lanes(squares) / static_cast<double>(count - 1);
+}
+
+template <class T>
+inline double error_and_gradient(const float* target, std::int64_t count, float mean, float scale, const T* pred,
+                                 float gradient_scale, T* gradient) {
+  Float squares[kParts] = {};
+  const Float centre = broadcast(mean), factor = broadcast(scale), slope = broadcast(gradient_scale);
+  const auto block = [&](const float* target_block, const T* pred_block, T* gradient_block) {
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; ++part) {
+      const int i = part * kLanes;
+      const Float error = load(pred_block + i) - (load(target_block + i) - centre) * factor;
+      store(gradient_block + i, error * slope);
+      squares[part] += error * error;
+    }
+  };
+  std::int64_t i = 0;
+  for (; i + kLaneBlock <= count; i += kLaneBlock) block(target + i, pred + i, gradient + i);
+  if (i < count) {
+    T padded[kLaneBlock] = {}, result[kLaneBlock];
+    __builtin_memcpy(padded, pred + i, static_cast<std::size_t>(count - i) * sizeof(T));
+    block(target + i, padded, result);
+    __builtin_memcpy(gradient + i, result, static_cast<std::size_t>(count - i) * sizeof(T));
+  }
+  return sum_of_lanes(squares);
+}
+
+double patch_error(float* target, std::int64_t count, bool norm_pix, double eps, const void* pred, DType dtype,
+                   float gradient_scale, void* gradient) {
+  const std::int64_t padded = (count + kLaneBlock - 1) / kLaneBlock * kLaneBlock;
+  float mean = 0, scale = 1;
+  // What pads the target adds nothing to the mean, then nothing to the variance, then nothing to the error.
+  for (std::int64_t i = count; i < padded; ++i) target[i] = 0;
+  if (norm_pix) {
+    mean = static_cast<float>(mean_of(target, count));
+    for (std::int64_t i = count; i < padded; ++i) target[i] = mean;
+    scale = static_cast<float>(1 / __builtin_sqrt(unbiased_variance(target, count, mean) + eps));
+  }
+  double sum = 0;
+  with_float_pointer(gradient, dtype, [&](auto* to) {
+    sum = error_and_gradient(target, count, mean, scale, static_cast<const decltype(to)>(const_cast<void*>(pred)),
+                             gradient_scale, to);
+  });
+  return sum;
+}
+
+void add(const void* one, DType one_dtype, const float* other, std::int64_t count, void* out, DType out_dtype) {
+  with_float_pointer(one, one_dtype, [&](const auto* from) {
+    with_float_pointer(out, out_dtype, [&](auto* to) {
+      for_each_vector(count, [&](std::int64_t i, std::int64_t n) {
+        store(to + i, load(from + i, n) + load(other + i, n), n);
+      });
+    });
+  });
+}
+
+void accumulate(const void* row, DType row_dtype, std::int64_t count, float* sum) {
+  with_float_pointer(row, row_dtype, [&](const auto* from) {
+    std::int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(sum + i, load(sum + i) + load(from + i));
+    if (i < count) store(sum + i, load(sum + i, count - i) + load(from + i, count - i), count - i);
+  });
+}
+
+void convert(const void* in, DType in_dtype, std::int64_t count, void* out, DType out_dtype) {
+  with_float_pointer(in, in_dtype, [&](const auto* from) {
+    with_float_pointer(out, out_dtype, [&](auto* to) {
+      for_each_vector(count, [&](std::int64_t i, std::int64_t n) { store(to + i, load(from + i, n), n); });
+    });
+  });
+}
+
+constexpr Kernels table(const char* name) {
+  return {name, random_keys, normalise, denormalise, patch_error, add, accumulate, convert};
+}
+
+}  // namespace
+}  // namespace fastmae

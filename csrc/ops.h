@@ -1,0 +1,31 @@
+// The five ops on checked arguments, a file each. fastmae/ops has their definitions; outputs are contiguous, every
+// element is written once, and the number of threads does not change a bit.
+#pragma once
+
+#include "array.h"
+
+namespace fastmae {
+
+// draw_ids int64 [N] → ids_shuffle int32 [N, L].
+void random_masking(const Array& draw_ids, std::uint64_t seed, int threads, const Array& ids_shuffle);
+
+// images [N, H, W, C], mean and std [C] → patches [N, K, P].
+void gather_patches(const Array& images, const Ids& ids, const Grid& grid, const Array& mean, const Array& std,
+                    int threads, const Array& patches);
+
+// visible [N, K+1, D], mask_token [D], pos_embed [L+1, D] → tokens [N, L+1, D].
+void assemble_tokens(const Array& visible, const Array& mask_token, const Array& pos_embed, const Ids& ids_shuffle,
+                     int threads, const Array& tokens);
+
+// grad [N, L+1, D] → grad_visible [N, K+1, D], grad_mask_token float32 [D].
+void assemble_tokens_backward(const Array& grad, int threads, const Array& grad_visible, const Array& grad_mask_token);
+
+// pred [N, M, P], images [N, H, W, C] → loss float32 [], gradient [N, M, P].
+void masked_mse(const Array& pred, const Array& images, const Ids& ids, const Grid& grid, const Array& mean,
+                const Array& std, bool norm_pix, double eps, int threads, const Array& loss, const Array& gradient);
+
+// patches [N, M, P], ids [N, M] distinct in a row → images [N, gh·ph, gw·pw, C].
+void scatter_patches(const Array& patches, const Ids& ids, const Grid& grid, const Array& mean, const Array& std,
+                     int threads, const Array& images);
+
+}  // namespace fastmae

@@ -1,0 +1,93 @@
+"""Which implementation of the ops and of attention runs: one choice for the process, made once at its start."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fastmae import _C
+
+OPS = ("auto", "triton", "native", "reference")
+ATTENTION = ("auto", "sdpa", "xformers", "triton")
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What was asked for. ``auto`` is decided per device, and for attention per shape as well."""
+
+    ops: str = "auto"
+    """``triton`` (a CUDA device), ``native`` (C++ on a CPU), ``reference`` (the PyTorch that defines the ops)."""
+    attention: str = "auto"
+    """``sdpa`` (torch chooses), ``xformers``, ``triton``."""
+    check_ids: bool = False
+    """For debugging: look at patch numbers on a GPU too, which waits for it. On a CPU they are always looked at."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("ops", self.ops, OPS), ("attention", self.attention, ATTENTION)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+_asked = Backends()
+
+
+def asked_backends() -> Backends:
+    """What was asked for last."""
+    return _asked
+
+
+def set_backends(backends: Backends) -> None:
+    """Asks for other implementations from now on, in the whole process."""
+    global _asked
+    _asked = backends
+
+
+@contextmanager
+def using(**changes: Any) -> Iterator[None]:
+    """Asks for other implementations inside a ``with`` block: ``with using(ops="reference"): …``."""
+    before = asked_backends()
+    set_backends(replace(before, **changes))
+    try:
+        yield
+    finally:
+        set_backends(before)
+
+
+def triton_runs_on(device: torch.device) -> bool:
+    """On CUDA devices; on a CPU in Triton's interpreter only (``TRITON_INTERPRET=1``), which is for tests."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def describe_ops(device: torch.device) -> str:
+    """``ops_backend`` in words, for people."""
+    chosen = ops_backend(device)
+    name = f"C++ ({_C.instruction_set()})" if chosen == "native" else {"triton": "Triton"}.get(chosen, "PyTorch")
+    if asked_backends().ops != "auto":
+        return f"{name}, asked for"
+    return f"{name}, on a {'GPU' if device.type == 'cuda' else device.type.upper()}"
+
+
+def ops_backend(device: torch.device, *dtypes: torch.dtype) -> str:
+    """The implementation of the five ops on ``device``: ``triton``, ``native`` or ``reference``.
+
+    The kernels compute in float32, so what has float64 among its ``dtypes`` is the reference's, whatever was asked for.
+
+    Raises:
+        ValueError: the one that was asked for cannot run there.
+    """
+    asked = asked_backends().ops
+    if asked == "auto":
+        asked = {"cuda": "triton", "cpu": "native"}.get(device.type, "reference")
+    if asked == "triton" and not triton_runs_on(device):
+        raise ValueError(f"ops 'triton' needs Triton and a CUDA device, got {device.type}; choose auto or reference")
+    if asked == "native" and device.type != "cpu":
+        raise ValueError(f"ops 'native' is for the CPU, got {device.type}; choose auto or triton")
+    return "reference" if torch.float64 in dtypes else asked

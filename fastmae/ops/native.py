@@ -1,0 +1,137 @@
+"""The C++ ops of fastmae._C for tensors on the CPU: arguments cross as NumPy views of any strides, nothing is copied.
+
+Results are made here and filled there, on ``torch.get_num_threads()`` threads. What the ops mean is said by the
+``*_reference`` functions beside this file. The extension checks every argument itself and raises ValueError; float64
+is refused. NumPy has no bfloat16: it crosses as uint16, which the extension takes to mean bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from fastmae import _C
+
+
+def random_masking(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch.Tensor:
+    """draw_ids int64 [N], seed in [0, 2**64): ids_shuffle int32 [N, L]."""
+    ids_shuffle = _empty(torch.int32, draw_ids.numel(), num_patches)
+    _C.random_masking(_array(draw_ids), seed, torch.get_num_threads(), _array(ids_shuffle))
+    return ids_shuffle
+
+
+def gather_patches(
+    images: torch.Tensor,
+    ids: torch.Tensor,
+    patch_size: Sequence[int],
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """images uint8 or floating [N, H, W, C], ids int32 or int64 [N, K], mean and std [C]: [N, K, P] of ``dtype``."""
+    ph, pw = patch_size
+    patches = _empty(dtype, *ids.shape, ph * pw * mean.numel())
+    _C.gather_patches(
+        _array(images), _array(ids), (ph, pw), _array(mean), _array(std), torch.get_num_threads(), _array(patches)
+    )
+    return patches
+
+
+def assemble_tokens(
+    visible: torch.Tensor,
+    mask_token: torch.Tensor,
+    pos_embed: torch.Tensor,
+    ids_shuffle: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """visible [N, K+1, D], mask_token [D], pos_embed [L+1, D], all floating, ids_shuffle [N, L]: [N, L+1, D]."""
+    tokens = _empty(dtype, visible.shape[0], *pos_embed.shape)
+    _C.assemble_tokens(
+        _array(visible),
+        _array(mask_token),
+        _array(pos_embed),
+        _array(ids_shuffle),
+        torch.get_num_threads(),
+        _array(tokens),
+    )
+    return tokens
+
+
+def assemble_tokens_backward(
+    grad: torch.Tensor, visible_tokens: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad floating [N, L+1, D]: of the visible tokens [N, K+1, D] in ``dtype``, of the mask token float32 [D]."""
+    grad_visible = _empty(dtype, grad.shape[0], visible_tokens, grad.shape[-1])
+    grad_mask_token = _empty(torch.float32, grad.shape[-1])
+    _C.assemble_tokens_backward(_array(grad), torch.get_num_threads(), _array(grad_visible), _array(grad_mask_token))
+    return grad_visible, grad_mask_token
+
+
+def masked_mse(
+    pred: torch.Tensor,
+    images: torch.Tensor,
+    ids: torch.Tensor,
+    patch_size: Sequence[int],
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    norm_pix: bool,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """pred floating [N, M, P], the rest as for ``gather_patches``: the loss float32 [], its gradient [N, M, P]."""
+    ph, pw = patch_size
+    loss, gradient = _empty(torch.float32), _empty(pred.dtype, *pred.shape)
+    _C.masked_mse(
+        _array(pred),
+        _array(images),
+        _array(ids),
+        (ph, pw),
+        _array(mean),
+        _array(std),
+        norm_pix,
+        eps,
+        torch.get_num_threads(),
+        _array(loss),
+        _array(gradient),
+    )
+    return loss, gradient
+
+
+def scatter_patches(
+    patches: torch.Tensor,
+    ids: torch.Tensor,
+    grid_size: Sequence[int],
+    patch_size: Sequence[int],
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """patches floating [N, M, P], ids [N, M], mean and std [C]: images [N, gh·ph, gw·pw, C] of ``dtype``."""
+    (gh, gw), (ph, pw) = grid_size, patch_size
+    images = _empty(dtype, patches.shape[0], gh * ph, gw * pw, mean.numel())
+    _C.scatter_patches(
+        _array(patches),
+        _array(ids),
+        (gh, gw),
+        (ph, pw),
+        _array(mean),
+        _array(std),
+        torch.get_num_threads(),
+        _array(images),
+    )
+    return images
+
+
+def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Room for a result; for a wrong shape any room will do, the extension refuses what led to it."""
+    return torch.empty([max(0, size) for size in shape], dtype=dtype)
+
+
+def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """The same memory, with the same strides."""
+    if tensor.dtype == torch.uint16:
+        raise ValueError("tensors of dtype uint16 are not supported, got one")
+    bits = tensor.detach()
+    return (bits.view(torch.uint16) if tensor.dtype == torch.bfloat16 else bits).numpy()

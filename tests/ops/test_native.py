@@ -1,0 +1,557 @@
+"""The C++ ops for every instruction set of this processor: right values, refusals, and the same bits on any threads.
+
+The rule for values: no further from the float64 truth than torch in the same dtype, plus a few roundings of float32.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastmae import _C
+from fastmae.ops import native
+from fastmae.ops.assemble_tokens import assemble_tokens_reference
+from fastmae.ops.gather_patches import gather_patches_reference
+from fastmae.ops.masked_mse import masked_mse_reference
+from fastmae.ops.random_masking import random_masking_reference
+from fastmae.ops.scatter_patches import scatter_patches_reference
+
+SETS = _C.instruction_sets()
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+PIXELS = [torch.uint8, *FLOATS]
+ROUNDINGS = 4 * torch.finfo(torch.float32).eps
+EPS = 1e-6
+# (N, size, patch, channels): published patches, odd ones, one channel and many, rows shorter than a vector.
+SHAPES = [
+    (3, (32, 48), (16, 16), 3),
+    (1, (28, 42), (14, 14), 3),
+    (3, (28, 28), (4, 4), 1),
+    (3, (24, 40), (4, 8), 5),
+    (1, (21, 6), (7, 2), 2),
+    (3, (16, 32), (16, 16), 16),
+    (2, (3, 4), (1, 1), 1),
+]
+# (N, L, K, D): the published decoder's grid and an odd one, odd widths, all visible, none visible, one number.
+TOKENS = [(1, 197, 49, 96), (3, 196, 49, 40), (2, 9, 9, 33), (3, 7, 0, 600), (2, 5, 2, 1)]
+
+
+@pytest.fixture(params=SETS)
+def loops(request):
+    before = _C.instruction_set()
+    _C.set_instruction_set(request.param)
+    yield request.param
+    _C.set_instruction_set(before)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Fresh results are NaN, or 77 where they are integers, so that an element which is never written shows."""
+    empty = torch.empty
+
+    def poisoned(*shape, **options):
+        fresh = empty(*shape, **options)
+        return fresh.fill_(float("nan") if fresh.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the test leaves it as it was."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def assert_as_close(got, same_dtype, truth, unit=1.0):
+    """``unit`` is the size of the numbers that go into ``truth``, whose float32 roundings are forgiven."""
+    assert got.dtype == same_dtype.dtype
+    assert got.shape == truth.shape
+    assert got.is_contiguous()
+    assert not got.isnan().any(), "an element was not written"
+    # Twice: a rounding of float32 may tip the one to got.dtype to the other neighbour, when both are as far away.
+    allowed = (same_dtype.double() - truth).abs() + 2 * ROUNDINGS * (unit + truth.abs())
+    assert ((got.double() - truth).abs() <= allowed).all()
+
+
+def sample(N, size, patch, channels, dtype=torch.uint8, seed=0):
+    """images, ids of all patches, mean, std."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (N, *size, channels), generator=generator)
+    images = images.to(torch.uint8) if dtype == torch.uint8 else (images / 255).to(dtype)
+    L = (size[0] // patch[0]) * (size[1] // patch[1])
+    mean, std = torch.rand(channels, generator=generator), torch.rand(channels, generator=generator) + 0.1
+    return images, random_masking_reference(torch.arange(N), seed, L), mean, std
+
+
+def relaid(tensor, order=None, step=2, lead=1):
+    """The same values with gaps between them and the axes in another order in memory."""
+    order = order or list(reversed(range(tensor.ndim)))
+    room = torch.zeros([tensor.shape[axis] * step + lead for axis in order], dtype=tensor.dtype)
+    room = room.permute([order.index(axis) for axis in range(tensor.ndim)])
+    view = room[tuple(slice(lead, lead + size * step, step) for size in tensor.shape)]
+    return view.copy_(tensor)
+
+
+# Values
+
+
+@pytest.mark.parametrize("L", [1, 2, 3, 5, 31, 32, 33, 49, 196, 197, 1024, 4097, 65536])
+def test_random_masking_is_bit_equal(loops, L):
+    draw_ids = torch.tensor([0, -(2**63), -1, 2**63 - 1, 123456789012])[: 2 if L > 5000 else 5]
+    for seed in (2**64 - 1,) if L > 5000 else (0, 7, 2**64 - 1):
+        got = native.random_masking(draw_ids, seed, L)
+        assert got.dtype == torch.int32
+        assert torch.equal(got, random_masking_reference(draw_ids, seed, L))
+    assert torch.equal(native.random_masking(draw_ids[::2], seed, L), got[::2])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("images_dtype", PIXELS)
+@pytest.mark.parametrize(("N", "size", "patch", "channels"), SHAPES)
+def test_gather(loops, N, size, patch, channels, images_dtype, dtype):
+    images, ids, mean, std = sample(N, size, patch, channels, images_dtype)
+    for chosen in (ids[:, : max(1, ids.shape[1] // 4)], ids.long(), ids[:, :0]):
+        truth = gather_patches_reference(images, chosen, patch, mean.double(), std.double(), torch.float64)
+        same = gather_patches_reference(images, chosen, patch, mean, std, dtype)
+        for laid in (images, images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
+            assert_as_close(native.gather_patches(laid, chosen, patch, mean, std, dtype), same, truth)
+
+
+@pytest.mark.parametrize("statistics", FLOATS)
+def test_gather_takes_mean_and_std_of_any_dtype(loops, statistics):
+    images, ids, mean, std = sample(*SHAPES[0])
+    mean, std = mean.to(statistics), std.to(statistics)
+    wanted = native.gather_patches(images, ids, (16, 16), mean.float(), std.float(), torch.float32)
+    assert torch.equal(native.gather_patches(images, ids, (16, 16), mean, relaid(std), torch.float32), wanted)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("given_dtype", FLOATS)
+@pytest.mark.parametrize(("N", "L", "K", "D"), TOKENS)
+def test_assemble(loops, N, L, K, D, given_dtype, dtype):
+    generator = torch.Generator().manual_seed(0)
+    ids = random_masking_reference(torch.arange(N), 0, L)
+    visible = torch.randn(N, K + 1, D, generator=generator).to(given_dtype)
+    mask_token, pos_embed = torch.randn(D, generator=generator), torch.randn(L + 1, D, generator=generator)
+    for parts in ((visible, mask_token, pos_embed), (visible, mask_token.to(dtype), pos_embed.to(given_dtype))):
+        truth = assemble_tokens_reference(*(part.double() for part in parts), ids)
+        same = assemble_tokens_reference(*(part.float() for part in parts), ids).to(dtype)
+        assert_as_close(native.assemble_tokens(*parts, ids, dtype), same, truth)
+        strided = native.assemble_tokens(*(relaid(part) for part in parts), relaid(ids.long()), dtype)
+        assert_as_close(strided, same, truth)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("given_dtype", FLOATS)
+@pytest.mark.parametrize(("N", "L", "K", "D"), TOKENS)
+def test_assemble_backward(loops, N, L, K, D, given_dtype, dtype):
+    grad = torch.randn(N, L + 1, D, generator=torch.Generator().manual_seed(1)).to(given_dtype)
+    for laid in (grad, relaid(grad), grad[:1].expand(N, -1, -1)):
+        grad_visible, grad_mask_token = native.assemble_tokens_backward(laid, K + 1, dtype)
+        assert torch.equal(grad_visible, laid[:, : K + 1].to(dtype))
+        masked = laid[:, K + 1 :].double()
+        same = laid[:, K + 1 :].float().sum(dim=(0, 1))
+        # What a sum may lose is proportional to the sum of the sizes.
+        assert_as_close(grad_mask_token, same, masked.sum(dim=(0, 1)), masked.abs().sum(dim=(0, 1)))
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("images_dtype", PIXELS)
+@pytest.mark.parametrize(("N", "size", "patch", "channels"), SHAPES[:-1])
+def test_mse(loops, N, size, patch, channels, images_dtype, dtype, norm_pix):
+    images, ids, mean, std = sample(N, size, patch, channels, images_dtype)
+    ids = ids[:, ids.shape[1] // 4 :]
+    P = patch[0] * patch[1] * channels
+    pred = torch.randn(*ids.shape, P, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+    def torch_in(arithmetic):
+        leaf = pred.to(arithmetic).requires_grad_()
+        loss = masked_mse_reference(leaf, images, ids, patch, mean.to(arithmetic), std.to(arithmetic), norm_pix)
+        loss.backward()
+        return loss.detach(), leaf.grad
+
+    (true_loss, true_gradient), (same_loss, same_gradient) = torch_in(torch.float64), torch_in(torch.float32)
+    loss, gradient = native.masked_mse(pred, images, ids, patch, mean, std, norm_pix, EPS)
+    assert loss.dtype == torch.float32
+    assert abs(loss - true_loss) <= abs(same_loss - true_loss) + ROUNDINGS * true_loss
+    # Targets are as large as 1 / std, and where they are normalised as many deviations.
+    unit = 2 / pred.numel() / std.min().item()
+    assert_as_close(gradient, same_gradient.to(dtype), true_gradient, unit)
+    again = native.masked_mse(relaid(pred), relaid(images), relaid(ids.long()), patch, mean, std, norm_pix, EPS)
+    assert torch.equal(again[0], loss)
+    assert torch.equal(again[1], gradient)
+
+
+def test_mse_of_flat_patches_normalises_them_to_zero(loops):
+    images = torch.tensor([[37]], dtype=torch.uint8).expand(2, 8, 8, 1)
+    pred = torch.randn(2, 4, 16)
+    ids = torch.arange(4).expand(2, -1)
+    loss, gradient = native.masked_mse(pred, images, ids, (4, 4), torch.tensor([0.3]), torch.tensor([0.7]), True, EPS)
+    torch.testing.assert_close(gradient, pred * (2 / 128), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, pred.square().mean(), rtol=1e-6, atol=0)
+
+
+def test_mse_of_one_number_a_patch_has_no_variance(loops):
+    images, ids, mean, std = sample(2, (3, 4), (1, 1), 1)
+    pred = torch.randn(2, 12, 1)
+    assert native.masked_mse(pred, images, ids, (1, 1), mean, std, True, EPS)[0].isnan()
+    loss, _ = native.masked_mse(pred, images, ids, (1, 1), mean, std, False, EPS)
+    torch.testing.assert_close(loss, masked_mse_reference(pred, images, ids, (1, 1), mean, std, False))
+
+
+@pytest.mark.parametrize("dtype", PIXELS)
+@pytest.mark.parametrize("given_dtype", FLOATS)
+@pytest.mark.parametrize(("N", "size", "patch", "channels"), SHAPES)
+def test_scatter(loops, N, size, patch, channels, given_dtype, dtype):
+    _, ids, mean, std = sample(N, size, patch, channels)
+    grid = size[0] // patch[0], size[1] // patch[1]
+    for chosen in (ids[:, : ids.shape[1] // 2 + 1], ids.long(), ids[:, :0]):
+        patches = torch.randn(*chosen.shape, patch[0] * patch[1] * channels).to(given_dtype)
+        same = scatter_patches_reference(patches, chosen, grid, patch, mean, std, dtype)
+        for laid in (patches, relaid(patches)):
+            got = native.scatter_patches(laid, chosen, grid, patch, mean, std, dtype)
+            if dtype == torch.uint8:  # the same additions and multiplications, rounded once
+                assert torch.equal(got, same)
+            else:
+                truth = scatter_patches_reference(patches.double(), chosen, grid, patch, mean, std, torch.float64)
+                assert_as_close(got, same, truth, 4.0)
+
+
+def test_scatter_to_uint8_is_defined_for_every_number(loops):
+    given = [float("nan"), float("inf"), -float("inf"), -0.0, 1e30, -1e30, 0.5 / 255, 1.5 / 255, 2.5 / 255, 254.5 / 255]
+    patches = torch.tensor(given).view(1, 1, 10)
+    zero, one = torch.zeros(1), torch.ones(1)
+    got = native.scatter_patches(patches, torch.zeros(1, 1, dtype=torch.int32), (1, 1), (2, 5), zero, one, torch.uint8)
+    wanted = (patches * 255).round().clamp(0, 255).nan_to_num(0).flatten().to(torch.uint8)
+    assert torch.equal(got.flatten(), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_narrow_number_widens_exactly(loops, dtype):
+    narrow = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(1, 1, -1)
+    wide, _ = native.assemble_tokens_backward(narrow, 1, torch.float32)
+    torch.testing.assert_close(wide, narrow.float(), rtol=0, atol=0, equal_nan=True)
+    back, _ = native.assemble_tokens_backward(wide, 1, dtype)
+    torch.testing.assert_close(back, narrow, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrowing_rounds_to_nearest_even(loops, dtype):
+    bits = torch.randint(-(2**31), 2**31, (400_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    narrow = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
+    between = torch.nextafter(narrow[:-1], narrow[1:])
+    ties = (narrow[:-1] + narrow[1:]) / 2
+    floats = torch.cat([bits.view(torch.float32), between, ties, torch.nextafter(ties, narrow[1:]), -ties])
+    got, _ = native.assemble_tokens_backward(floats.view(1, 1, -1), 1, dtype)
+    torch.testing.assert_close(got.flatten(), floats.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.tuples(*[st.integers(1, 4)] * 4), channels=st.integers(1, 5), dtype=st.sampled_from(PIXELS),
+    order=st.permutations(range(4)), step=st.integers(1, 3), lead=st.integers(0, 2),
+    repeated=st.sampled_from([None, 0, 1, 2, 3]), chosen=st.sampled_from(SETS),
+)  # fmt: skip
+def test_strides_do_not_matter(sizes, channels, dtype, order, step, lead, repeated, chosen):
+    gh, gw, ph, pw = sizes
+    images, ids, mean, std = sample(2, (gh * ph, gw * pw), (ph, pw), channels, dtype)
+    if repeated is not None:
+        images = images.narrow(repeated, 0, 1).expand_as(images)
+        laid = relaid(images.narrow(repeated, 0, 1), order, step, lead).expand_as(images)
+    else:
+        laid = relaid(images, order, step, lead)
+    before = _C.instruction_set()
+    _C.set_instruction_set(chosen)
+    try:
+        wanted = native.gather_patches(images.contiguous(), ids, (ph, pw), mean, std, torch.float32)
+        got = native.gather_patches(laid, relaid(ids), (ph, pw), mean, std, torch.float32)
+    finally:
+        _C.set_instruction_set(before)
+    assert torch.equal(got, wanted)
+    assert torch.equal(got, native.gather_patches(laid, ids, (ph, pw), mean, std, torch.float32))
+
+
+def test_negative_strides_of_numpy(loops):
+    images, ids, mean, std = sample(2, (8, 12), (4, 4), 3)
+    out = np.empty((2, 6, 48), np.float32)
+    turned = images.numpy()[:, ::-1, ::-1, ::-1]
+    _C.gather_patches(turned, ids.numpy()[::-1], (4, 4), mean.numpy()[::-1], std.numpy()[::-1], 1, out)
+    wanted = native.gather_patches(images.flip(1, 2, 3), ids.flip(0), (4, 4), mean.flip(0), std.flip(0), torch.float32)
+    assert torch.equal(torch.from_numpy(out), wanted)
+
+
+def test_no_images_give_empty_results(loops):
+    images, mean, std = torch.zeros(0, 8, 8, 3, dtype=torch.uint8), torch.zeros(3), torch.ones(3)
+    ids = torch.zeros(0, 4, dtype=torch.int32)
+    assert native.random_masking(torch.zeros(0, dtype=torch.int64), 0, 9).shape == (0, 9)
+    assert native.gather_patches(images, ids, (4, 4), mean, std, torch.float32).shape == (0, 4, 48)
+    tokens = native.assemble_tokens(torch.zeros(0, 3, 8), torch.zeros(8), torch.zeros(5, 8), ids, torch.float32)
+    assert tokens.shape == (0, 5, 8)
+    nothing = torch.zeros(2, 3, 0), mean[:0], torch.zeros(5, 0), torch.zeros(2, 4, dtype=torch.int32)
+    assert native.assemble_tokens(*nothing, torch.float32).shape == (2, 5, 0)
+    grad_visible, grad_mask_token = native.assemble_tokens_backward(tokens, 3, torch.float32)
+    assert grad_visible.shape == (0, 3, 8)
+    assert grad_mask_token.tolist() == [0] * 8
+    patches = torch.zeros(0, 4, 48)
+    assert native.scatter_patches(patches, ids, (2, 2), (4, 4), mean, std, torch.uint8).shape == (0, 8, 8, 3)
+    with pytest.raises(ValueError, match="pred must have elements"):
+        native.masked_mse(patches, images, ids, (4, 4), mean, std, True, EPS)
+
+
+# Threads and instruction sets
+
+
+def all_results(dtype):
+    """Every op on enough data to be worth several threads."""
+    images, ids, mean, std = sample(6, (112, 112), (8, 8), 3)
+    generator = torch.Generator().manual_seed(3)
+    pred = torch.randn(6, 147, 192, generator=generator).to(dtype)
+    visible, grad = (torch.randn(6, rows, 257, generator=generator).to(dtype) for rows in (50, 197))
+    mask_token, pos_embed = torch.randn(257, generator=generator), torch.randn(197, 257, generator=generator)
+    return [
+        native.random_masking(torch.arange(64), 5, 197),
+        native.gather_patches(images, ids, (8, 8), mean, std, dtype),
+        native.assemble_tokens(visible, mask_token, pos_embed, ids, dtype),
+        *native.assemble_tokens_backward(grad, 50, dtype),
+        *native.masked_mse(pred, images, ids[:, 49:], (8, 8), mean, std, True, EPS),
+        native.scatter_patches(pred, ids[:, 49:], (14, 14), (8, 8), mean, std, torch.uint8),
+    ]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bits_depend_neither_on_threads_nor_on_the_instruction_set(threads, dtype):
+    before = _C.instruction_set()
+    threads(1)
+    wanted = all_results(dtype)
+    for name, count in itertools.product(SETS, (1, 2, 5)):
+        _C.set_instruction_set(name)
+        threads(count)
+        got = all_results(dtype)
+        _C.set_instruction_set(before)
+        assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True)), (name, count)
+
+
+def test_several_python_threads_at_once(threads):
+    threads(3)
+    wanted = all_results(torch.float32)
+    with ThreadPoolExecutor(6) as callers:
+        results = [call.result() for call in [callers.submit(all_results, torch.float32) for _ in range(24)]]
+    for got in results:
+        assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+# Without torch, whose own threads do not survive a fork: the extension must, and must end with its threads asleep.
+FORKING = """
+import importlib.util, os, signal, sys
+import numpy as np
+def running():
+    return len(os.listdir("/proc/self/task"))
+before = running()
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+_C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_C)
+assert running() == before
+def masking():
+    out = np.full((512, 196), -1, np.int32)
+    _C.random_masking(np.arange(512), 3, 4, out)
+    return out
+wanted = masking()
+assert running() == before + 3
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        same = (masking() == wanted).all() and (masking() == wanted).all()
+        grandchild = os.fork()
+        if grandchild == 0:
+            os._exit(not (masking() == wanted).all())
+        sys.exit(not same or os.waitpid(grandchild, 0)[1] != 0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (masking() == wanted).all()
+print("all the same")
+"""
+
+
+def test_threads_start_late_survive_a_fork_and_end_quietly():
+    done = subprocess.run([sys.executable, "-c", FORKING, _C.__file__], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "all the same\n", "")
+
+
+def test_the_instruction_set_can_be_chosen():
+    assert SETS[0] == "baseline"
+    assert _C.instruction_set() == SETS[-1]
+    for name in SETS:
+        _C.set_instruction_set(name)
+        assert _C.instruction_set() == name
+    with pytest.raises(ValueError, match=r"must be one of baseline.*got mmx"):
+        _C.set_instruction_set("mmx")
+    assert _C.instruction_set() == SETS[-1]
+
+
+def test_it_is_sanitised_where_that_is_claimed():
+    assert _C.sanitized == ("FASTMAE_SANITIZED" in os.environ)
+
+
+# Refusals
+
+
+def _wrong():
+    """What is wrong: (words of the message, the call)."""
+    images, ids, mean, std = sample(3, (8, 8), (4, 4), 3)
+    f32, pred, patch = torch.float32, torch.randn(3, 4, 48), (4, 4)
+    tokens, token, positions = torch.randn(3, 3, 8), torch.randn(8), torch.randn(5, 8)
+    twice = torch.tensor([[0, 1], [2, 2], [0, 1]])
+    three, last = torch.arange(3), ids.clone()
+    last[2, 3] = 4
+
+    def gather(images=images, ids=ids, patch=patch, mean=mean, std=std, dtype=f32):
+        return lambda: native.gather_patches(images, ids, patch, mean, std, dtype)
+
+    def mse(pred=pred, images=images, ids=ids, patch=patch, mean=mean, std=std, eps=EPS):
+        return lambda: native.masked_mse(pred, images, ids, patch, mean, std, True, eps)
+
+    def assemble(visible=tokens, mask_token=token, pos_embed=positions, ids=ids, dtype=f32):
+        return lambda: native.assemble_tokens(visible, mask_token, pos_embed, ids, dtype)
+
+    def backward(grad=tokens, visible_tokens=2, dtype=f32):
+        return lambda: native.assemble_tokens_backward(grad, visible_tokens, dtype)
+
+    def scatter(patches=pred, ids=ids, grid=(2, 2), patch=patch, mean=mean, std=std, dtype=f32):
+        return lambda: native.scatter_patches(patches, ids, grid, patch, mean, std, dtype)
+
+    def masking(draw_ids=three, num_patches=4):
+        return lambda: native.random_masking(draw_ids, 0, num_patches)
+
+    arrays = [tensor.numpy() for tensor in (images, ids, mean, std)]
+
+    def raw(out, threads=1, images=arrays[0], ids=arrays[1], patch=patch):
+        return lambda: _C.gather_patches(images, ids, patch, *arrays[2:], threads, out)
+
+    out = np.empty((3, 4, 48), np.float32)
+    odd = np.empty(3 * 4 * 48 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(3, 4, 48)
+    fixed = out.copy()
+    fixed.flags.writeable = False
+    room = np.empty(3 * 8 * 8 * 3 + 3 * 4 * 48, np.float32)
+    shared = room[: 3 * 8 * 8 * 3].reshape(3, 8, 8, 3), room[3 * 8 * 8 * 3 - 1 : -1].reshape(3, 4, 48)
+    loss = np.empty((), np.float32)
+    return {
+        "draw_ids int32": ("draw_ids must be int64, got int32", masking(torch.arange(3, dtype=torch.int32))),
+        "draw_ids 2-d": (
+            r"draw_ids must have shape \[N\], got \[2, 2\]",
+            masking(torch.zeros(2, 2, dtype=torch.int64)),
+        ),
+        "no patches": (r"num_patches must be in \[1, 65536\], got 0", masking(num_patches=0)),
+        "negative patches": ("num_patches", masking(num_patches=-3)),
+        "too many patches": ("num_patches .* got 65537", masking(num_patches=65537)),
+        "odd size": (r"patch_size must divide the sides of images .*\[3, 4\]", gather(patch=(3, 4))),
+        "no size": (r"patch_size must be two positive numbers, got \[0, 4\]", gather(patch=(0, 4))),
+        "negative size": ("patch_size", gather(patch=(-4, 4))),
+        "huge size": ("patch_size must divide", raw(out, patch=(2**62, 4))),
+        "float64 images": ("images must be uint8, .* got float64", gather(images.double())),
+        "int32 images": ("images must be uint8, .* got int32", gather(images.int())),
+        "uint16 images": ("uint16", gather(images.to(torch.uint16))),
+        "patches of nothing": (
+            "patch_size is too large",
+            raw(out[:, :0], images=arrays[0][:, :0], ids=arrays[1][:, :0], patch=(2**62, 4)),
+        ),
+        "three axes": (r"images must have shape \[N, H, W, C\], got \[8, 8, 3\]", gather(images[0])),
+        "five axes": ("images must have at most 4 axes", gather(images[None])),
+        "no channels": ("images must have a channel", gather(images[..., :0], mean=mean[:0], std=std[:0])),
+        "float64 result": ("patches must be uint8, .* got float64", gather(dtype=torch.float64)),
+        "uint8 result": ("patches must be float32, .* got uint8", gather(dtype=torch.uint8)),
+        "float ids": ("ids must be int32, int64, got float32", gather(ids=ids.float())),
+        "flat ids": ("ids must have shape", gather(ids=ids[0])),
+        "too few rows": (r"ids must have 3 rows, got shape \[2, 4\]", gather(ids=ids[:2])),
+        "id beyond": (r"ids must lie in \[0, 4\), got 4 in row 2", gather(ids=last)),
+        "negative id": (r"ids must lie in \[0, 4\), got -1", gather(ids=ids.long() - 1)),
+        "wide id": (r"ids must lie in \[0, 4\), got 4294967296", gather(ids=ids.long() + 2**32)),
+        "mean of 1": (r"mean must have shape \[C\] = \[3\], got \[1\]", gather(mean=mean[:1])),
+        "std of 4": ("std must have shape", gather(std=torch.ones(4))),
+        "float64 mean": ("mean must be .* got float64", gather(mean=mean.double())),
+        "int64 std": ("std must be float32, .* got int64", gather(std=torch.ones(3, dtype=torch.int64))),
+        "short result": (r"patches must have shape \[N, K, P\] = \[3, 4, 48\], got \[3, 4, 47\]", raw(out[:, :, 1:])),
+        "gaps in result": ("patches must be contiguous", raw(np.empty((3, 4, 96), np.float32)[:, :, ::2])),
+        "turned result": ("patches must be contiguous", raw(out[::-1])),
+        "repeated result": ("patches must be", raw(np.broadcast_to(out[:1], out.shape))),
+        "read-only result": ("patches must be writeable", raw(fixed)),
+        "misaligned result": ("patches must be aligned", raw(odd)),
+        "foreign byte order": ("patches must be .* got >f4", raw(out.astype(">f4"))),
+        "result on images": ("patches must not overlap images", raw(shared[1], images=shared[0])),
+        "no threads": (r"threads must lie in \[1, 65536\], got 0", raw(out, threads=0)),
+        "many threads": ("threads", raw(out, threads=2**40)),
+        "short pred": ("pred must have shape", mse(pred[:, :3])),
+        "wide pred": ("pred must have shape", mse(torch.randn(3, 4, 49))),
+        "int pred": ("pred must be float32, .* got int32", mse(pred.int())),
+        "float64 pred": ("pred must be .* got float64", mse(pred.double())),
+        "no pred": ("pred must have elements", mse(pred[:, :0], ids=ids[:, :0])),
+        "mse id beyond": ("ids must lie", mse(ids=last)),
+        "negative eps": ("eps must be at least 0, got -1", mse(eps=-1.0)),
+        "eps nan": ("eps must be at least 0, got nan", mse(eps=float("nan"))),
+        "gradient on pred": (
+            "gradient must not overlap pred",
+            lambda: _C.masked_mse(out, arrays[0], arrays[1], patch, *arrays[2:], True, EPS, 1, loss, out),
+        ),
+        "gradient of another dtype": (
+            "gradient must be float32, got float16",
+            lambda: _C.masked_mse(
+                out, arrays[0], arrays[1], patch, *arrays[2:], True, EPS, 1, loss, np.empty(out.shape, np.float16)
+            ),
+        ),
+        "loss on gradient": (
+            "loss must not overlap gradient",
+            lambda: _C.masked_mse(
+                out, arrays[0], arrays[1], patch, *arrays[2:], True, EPS, 1, shared[1][0, 0, 0:1].reshape(()), shared[1]
+            ),
+        ),
+        "flat visible": ("visible must have shape", assemble(tokens[0])),
+        "no visible": ("visible must hold 1 to 5 tokens an image", assemble(tokens[:, :0])),
+        "too many visible": ("visible must hold 1 to 5 tokens an image", assemble(torch.randn(3, 6, 8))),
+        "visible rows": ("ids_shuffle must have 2 rows", assemble(tokens[:2])),
+        "float64 visible": ("visible must be .* got float64", assemble(tokens.double())),
+        "mask token": (r"mask_token must have shape \[D\] = \[8\], got \[7\]", assemble(mask_token=token[1:])),
+        "positions": (r"pos_embed must have shape \[L\+1, D\] = \[5, 8\]", assemble(pos_embed=positions[1:])),
+        "int positions": ("pos_embed must be float32", assemble(pos_embed=positions.int())),
+        "token beyond": (r"ids_shuffle must lie in \[0, 4\), got 4", assemble(ids=last)),
+        "float64 tokens": ("tokens must be .* got float64", assemble(dtype=torch.float64)),
+        "flat grad": ("grad must have shape", backward(tokens[0])),
+        "float64 grad": ("grad must be .* got float64", backward(tokens.double())),
+        "no visible grad": (r"visible_tokens must lie in \[1, 3\], got 0", backward(visible_tokens=0)),
+        "too many visible grads": (r"visible_tokens must lie in \[1, 3\], got 4", backward(visible_tokens=4)),
+        "grads overlap": (
+            "grad_visible must not overlap grad_mask_token",
+            lambda: _C.assemble_tokens_backward(tokens.numpy(), 1, room[:48].reshape(3, 2, 8), room[40:48]),
+        ),
+        "scatter id": ("ids must lie", scatter(ids=last)),
+        "scatter twice": ("ids must be distinct in a row, got 2 twice in row 1", scatter(pred[:, :2], ids=twice)),
+        "scatter dtype": ("images must be uint8, .* got int32", scatter(dtype=torch.int32)),
+        "scatter int8": ("images must be .* got int8", scatter(dtype=torch.int8)),
+        "scatter P": ("patches must have shape", scatter(pred[..., 1:])),
+        "scatter M": ("patches must have shape", scatter(pred[:, 1:])),
+        "scatter uint8": ("patches must be float32", scatter(pred.byte())),
+        "scatter grid": ("grid_size must be two positive numbers", scatter(grid=(0, 2))),
+        "scatter patch": ("patch_size must be two positive numbers", scatter(patch=(4, -1))),
+        "scatter channels": ("std must have shape", scatter(std=std[:2])),
+        "scatter sizes": (
+            "images is too large",
+            lambda: _C.scatter_patches(out, arrays[1], (2**40, 2**40), patch, *arrays[2:], 1, out),
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", _wrong())
+def test_wrong_arguments_are_named(case):
+    words, call = _wrong()[case]
+    with pytest.raises(ValueError, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)

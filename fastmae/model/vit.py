@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastmae.ops.attention import attention
+
 NormLayer = Callable[[int], nn.Module]
 
 
@@ -56,13 +58,12 @@ class Attention(nn.Module):
         """
         N, S, D = x.shape
         if start == 0:
-            q, k, v = self.qkv(x).view(N, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            out = attention(self.qkv(x).view(N, S, 3, self.num_heads, -1))
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
-            q = F.linear(x[:, start:], weight[:D], bias[:D]).view(N, S - start, self.num_heads, -1).transpose(1, 2)
-            k, v = F.linear(x, weight[D:], bias[D:]).view(N, S, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(N, S - start, D))
+            queries = F.linear(x[:, start:], weight[:D], bias[:D]).view(N, S - start, self.num_heads, -1)
+            out = attention(F.linear(x, weight[D:], bias[D:]).view(N, S, 2, self.num_heads, -1), queries)
+        return self.proj(out.reshape(N, S - start, D))
 
 
 class Mlp(nn.Module):

@@ -1,0 +1,332 @@
+"""attention: its definition, torch's own, and the op around the kernels; how one is chosen; what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastmae.model.vit import Attention
+from fastmae.ops.attention import (
+    NOT_MEASURED,
+    SHIPPED_TABLE,
+    attention,
+    attention_backend,
+    attention_reference,
+    read_table,
+    user_table,
+    write_table,
+)
+from fastmae.ops.backends import using
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+GPU, OTHER = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
+
+
+def sample(N=2, S=7, H=3, D=4, T=None, dtype=torch.float64):
+    """(packed,) or, with T, (packed, queries)."""
+    generator = torch.Generator().manual_seed(S)
+    packed = torch.randn(N, S, 3 if T is None else 2, H, D, generator=generator, dtype=dtype)
+    if T is None:
+        return (packed,)
+    return packed, torch.randn(N, T, H, D, generator=generator, dtype=dtype)
+
+
+def gradients(function, arguments):
+    leaves = [x.detach().requires_grad_() for x in arguments]
+    out = function(*leaves)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return out, *torch.autograd.grad(out, leaves, weights)
+
+
+@pytest.mark.parametrize("shape", [{}, {"S": 1}, {"T": 7}, {"T": 3}, {"S": 50, "T": 1, "D": 32}])
+def test_torch_agrees_with_the_definition(shape):
+    for one, other in zip(
+        gradients(attention, sample(**shape)), gradients(attention_reference, sample(**shape)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+def test_the_definition_is_a_loop_over_heads_and_queries():
+    packed, queries = sample(T=2)
+    out = attention_reference(packed, queries)
+    assert out.shape == (2, 2, 3, 4)
+    for n in range(2):
+        for h in range(3):
+            for t in range(2):
+                weights = ((packed[n, :, 0, h] * queries[n, t, h]).sum(1) / 2).exp()
+                expected = (weights[:, None] * packed[n, :, 1, h]).sum(0) / weights.sum()
+                torch.testing.assert_close(out[n, t, h], expected, rtol=1e-12, atol=1e-13)
+
+
+def test_queries_packed_or_apart_are_the_same():
+    (packed,) = sample(S=9)
+    whole = attention(packed)
+    torch.testing.assert_close(attention(packed[:, :, 1:], packed[:, 4:, 0]), whole[:, 4:], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [{"S": 4}, {"S": 4, "T": 2}])
+@pytest.mark.parametrize("function", [attention, attention_reference])
+def test_gradients(function, shape):
+    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in sample(N=1, H=2, **shape)])
+
+
+@pytest.mark.parametrize("shape", [{}, {"T": 3}])
+def test_it_compiles_as_one_graph(shape):
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    for one, other in zip(gradients(compiled, sample(**shape)), gradients(attention, sample(**shape)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_autocast_computes_in_its_dtype():
+    packed, queries = sample(T=3, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention(packed, queries.bfloat16())
+        assert attention(*sample()).dtype == torch.float64
+    assert torch.equal(out, attention(packed.bfloat16(), queries.bfloat16()))
+
+
+def test_fake_tensors_have_the_shapes_of_real_ones():
+    with torch._subclasses.FakeTensorMode():
+        packed = torch.empty(2, 50, 2, 3, 32, requires_grad=True)
+        queries = torch.empty(2, 20, 3, 32)
+        out, lse = torch.ops.fastmae.attention(packed, queries, "triton")
+        assert (out.shape, lse.shape) == ((2, 20, 3, 32), (2, 3, 20))
+        out.sum().backward()
+        assert packed.grad.shape == packed.shape
+
+
+def test_the_module_is_what_it_was():
+    """Against the projection, torch's attention and the projection back, written out."""
+    torch.manual_seed(0)
+    module, x = Attention(24, 3).double(), torch.randn(2, 9, 24, dtype=torch.float64)
+    q, k, v = module.qkv(x).view(2, 9, 3, 3, 8).permute(2, 0, 3, 1, 4)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 9, 24)
+    torch.testing.assert_close(module(x), module.proj(out))
+    torch.testing.assert_close(module(x, 5), module.proj(out)[:, 5:])
+
+
+# --- the kernels behind the op, in Triton's interpreter ---------------------------------------------------------------
+
+IN_THE_INTERPRETER = """
+import torch
+from fastmae.ops.attention import attention, attention_reference
+from fastmae.ops.backends import using
+
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float16)
+# Packed with a wide loop, queries apart, and heads whose numbers do not lie side by side.
+whole = torch.randn(1, 34, 3, 2, 32, requires_grad=True)
+apart = torch.randn(2, 20, 2, 1, 32, requires_grad=True), torch.randn(2, 3, 1, 32, requires_grad=True)
+strided = torch.randn(1, 5, 3, 32, 2).transpose(3, 4).requires_grad_()
+compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+compiled(whole.detach())  # by torch's own: asking for another has to compile anew
+for arguments in ((whole,), apart, (strided,)):
+    grad = torch.randn_like(attention_reference(*arguments))
+    expected = torch.autograd.grad(attention_reference(*arguments), arguments, grad)
+    for function in (attention, compiled):
+        with using(attention="triton"):
+            out = function(*arguments)
+        assert "attention" in str(out.grad_fn).lower() or "Compiled" in str(out.grad_fn), out.grad_fn
+        torch.testing.assert_close(out, attention_reference(*arguments), rtol=0, atol=4e-3)
+        for one, other in zip(torch.autograd.grad(out, arguments, grad), expected):
+            torch.testing.assert_close(one, other, rtol=0, atol=4e-3)
+forward, backward = torch.ops.fastmae.attention.default, torch.ops.fastmae.attention_backward.default
+for arguments in ((whole, None, "triton"), (*apart, "triton")):
+    torch.library.opcheck(forward, arguments)
+    out, lse = forward(*arguments)
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+    torch.library.opcheck(backward, (torch.randn_like(out), *detached[:2], out.detach(), lse, "triton"))
+with using(attention="triton"):
+    assert attention(torch.randn(2, 3, 3, 1, 32, dtype=torch.float64)).dtype == torch.float64
+    for shape, word in (((1, 321, 3, 1, 32), "320 tokens, got 321"), ((1, 5, 3, 1, 48), "numbers, got 48")):
+        try:
+            attention(torch.randn(shape))
+        except ValueError as error:
+            assert word in str(error), error
+        else:
+            raise AssertionError(word)
+print("all is well")
+"""
+
+
+def test_the_kernels_as_torch_ops():
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THE_INTERPRETER],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "all is well" in done.stdout, done.stderr[-3000:]
+
+
+# --- which one runs ---------------------------------------------------------------------------------------------------
+
+
+def entry(S=50, backend="triton", device=GPU, capability="9.0", dtype="bfloat16", head_dim=64, **more):
+    shape = {"dtype": dtype, "S": S, "head_dim": head_dim}
+    return {"device": device, "capability": capability, **shape, "backend": backend, **more}
+
+
+@pytest.fixture
+def h100(monkeypatch, tmp_path):
+    """As if there were a GPU, and no table of the user's but in tmp_path."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    write_table(user_table(), [])
+    return user_table()
+
+
+def chosen(S=50, head_dim=64, dtype=torch.bfloat16, device=CUDA):
+    return attention_backend(device, dtype, S, head_dim)
+
+
+def test_the_shipped_table_is_whole(h100):
+    read_table(SHIPPED_TABLE)
+    if not read_table(SHIPPED_TABLE):
+        assert chosen() == ("sdpa", NOT_MEASURED)
+
+
+def test_the_nearest_measurement_decides(h100):
+    write_table(h100, [entry(40, "sdpa"), entry(50), entry(197), entry(50, "sdpa", head_dim=32)])
+    assert chosen(50) == ("triton", f"fastest at 50 tokens ({GPU}, {h100})")
+    assert chosen(42)[0] == "sdpa"
+    assert chosen(62)[0] == "triton"
+    assert chosen(64) == ("sdpa", NOT_MEASURED)
+    assert chosen(50, 32) == ("sdpa", f"fastest at 50 tokens ({GPU}, {h100})")
+    assert chosen(dtype=torch.float16) == ("sdpa", NOT_MEASURED)
+
+
+def test_a_gpu_of_the_same_name_goes_before_one_of_the_same_capability(h100):
+    write_table(h100, [entry(50, "sdpa", device="NVIDIA H200")])
+    assert chosen(50)[0] == "sdpa"
+    assert "H200" in chosen(50)[1]
+    write_table(h100, [entry(55)])
+    assert chosen(50)[0] == "triton"
+    write_table(h100, [entry(55, "sdpa"), entry(50, device=OTHER, capability="8.0")])
+    assert chosen(50)[0] == "sdpa"
+
+
+def test_the_users_table_goes_before_the_shipped_one(h100, monkeypatch, tmp_path):
+    shipped = tmp_path / "shipped.json"
+    monkeypatch.setattr("fastmae.ops.attention.SHIPPED_TABLE", shipped)
+    write_table(shipped, [entry(50), entry(197)])
+    write_table(h100, [entry(50, "sdpa")])
+    assert chosen(50)[0] == "sdpa"
+    assert chosen(197) == ("triton", f"fastest at 197 tokens ({GPU}, {shipped})")
+
+
+def test_a_winner_that_is_not_installed_is_not_taken_and_said(h100, monkeypatch):
+    write_table(h100, [entry(50, "xformers")])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    name, reason = chosen(50)
+    assert name == "sdpa"
+    assert "pip install xformers" in reason
+
+
+def test_what_needs_no_table(h100):
+    assert attention_backend(CPU, torch.float32, 50, 64) == ("sdpa", "torch's own on cpu")
+    with using(attention="triton"):
+        assert chosen(dtype=torch.float64)[0] == "sdpa"
+        assert chosen() == ("triton", "asked for")
+    with using(attention="sdpa"):
+        assert chosen() == ("sdpa", "asked for")
+
+
+def test_writing_merges_and_keeps_notes(h100):
+    write_table(h100, [entry(50, milliseconds={"sdpa": 1.5}), entry(197)])
+    write_table(h100, [entry(197, "sdpa")])
+    assert read_table(h100) == [entry(50, milliseconds={"sdpa": 1.5}), entry(197, "sdpa")]
+    before = h100.read_bytes()
+    with pytest.raises(ValueError, match="backend must be sdpa or xformers or triton"):
+        write_table(h100, [entry(13), entry(50, "fast")])
+    assert h100.read_bytes() == before
+    assert [path.name for path in h100.parent.iterdir()] == [h100.name]
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"", "Expecting value"),
+        (b"\xff{}", "decode"),
+        (b"[]", "no list of entries"),
+        (b'{"entries": 3}', "no list of entries"),
+        (b'{"entries": [3]}', "device must be a text"),
+        (json.dumps({"entries": [entry(S=True)]}).encode(), "S must be a positive integer"),
+        (json.dumps({"entries": [entry(head_dim=0)]}).encode(), "head_dim must be a positive integer"),
+        (json.dumps({"entries": [entry(dtype="bf16")]}).encode(), "dtype must be float64 or"),
+        (json.dumps({"entries": [entry(backend="flash")]}).encode(), "backend must be"),
+        (b"[" * 100_000, "is no table"),
+        (b" " * ((1 << 20) + 1), "more than 1048576 bytes"),
+    ],
+)
+def test_a_damaged_table_is_named(h100, content, word):
+    h100.write_bytes(content)
+    with pytest.raises(ValueError, match=word) as caught:
+        chosen()
+    assert str(h100) in str(caught.value)
+    assert "delete" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_that_is_a_folder_is_named(h100):
+    h100.unlink()
+    h100.mkdir()
+    with pytest.raises(ValueError, match="is no table of attention backends"):
+        chosen()
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+(PACKED,), (KV, QUERIES) = sample(dtype=torch.float32), sample(T=3, dtype=torch.float32)
+WRONG = {
+    "four axes": ("packed", lambda: attention(PACKED[0])),
+    "two of three": (r"packed must have shape \[N, S, 3, H, Dh\]", lambda: attention(KV)),
+    "three of two": (r"packed must have shape \[N, S, 2, H, Dh\]", lambda: attention(PACKED, QUERIES)),
+    "no tokens": ("packed", lambda: attention(PACKED[:, :0])),
+    "no heads": ("packed", lambda: attention(PACKED[:, :, :, :0])),
+    "integers": ("packed must be one of float64", lambda: attention(PACKED.long())),
+    "queries of a module": ("queries", lambda: attention(KV, QUERIES[0])),
+    "other images": ("queries", lambda: attention(KV, QUERIES[:1])),
+    "other heads": ("queries", lambda: attention(KV, QUERIES[:, :, :2])),
+    "other Dh": ("queries", lambda: attention(KV, QUERIES[..., :2])),
+    "no queries": ("queries must have shape", lambda: attention(KV, QUERIES[:, :0])),
+    "too many queries": ("1 to 2", lambda: attention(KV[:, :2], QUERIES)),
+    "other dtype": ("queries must be float32", lambda: attention(KV, QUERIES.half())),
+    "other device": ("queries must be on cpu", lambda: attention(KV, QUERIES.to("meta"))),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_named(case):
+    words, call = WRONG[case]
+    with pytest.raises(ValueError, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["triton", "xformers"])
+def test_what_was_asked_for_and_cannot_run_is_refused(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with using(attention=name), pytest.raises(ValueError, match=rf"attention '{name}' .*cpu; choose auto or sdpa"):
+        attention(PACKED.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("name", "S", "head_dim", "dtype", "words"),
+    [
+        ("triton", 321, 64, torch.bfloat16, "1 to 320 tokens, got 321"),
+        ("triton", 50, 48, torch.bfloat16, "heads of 32, 64, 80 numbers, got 48"),
+        ("triton", 50, 64, torch.float32, "bfloat16 and float16, got float32"),
+        ("xformers", 50, 64, torch.float32, "bfloat16 and float16, got float32"),
+        ("xformers", 50, 12, torch.float16, "multiple of 8 numbers up to 256, got 12"),
+    ],
+)
+def test_limits_of_the_backends(name, S, head_dim, dtype, words, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with using(attention=name), pytest.raises(ValueError, match=words):
+        chosen(S, head_dim, dtype)

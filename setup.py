@@ -33,10 +33,12 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[Extension("fastmae._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    # `kernels/` stands beside the package in the repository and is installed inside it; a top-level `kernels` would
-    # collide with another distribution of that name.
+    # `kernels/` and `benchmarks/` stand beside the package in the repository and are installed inside it; top-level
+    # ones would collide with other distributions' of those names.
     packages=[
         "fastmae",
+        "fastmae.benchmarks",
+        "fastmae.benchmarks.peers",
         "fastmae.data",
         "fastmae.evaluate",
         "fastmae.kernels",
@@ -44,6 +46,6 @@ setup(
         "fastmae.ops",
         "fastmae.train",
     ],
-    package_dir={"fastmae.kernels": "kernels"},
-    package_data={"fastmae": ["py.typed", "_C.pyi"]},
+    package_dir={"fastmae.kernels": "kernels", "fastmae.benchmarks": "benchmarks"},
+    package_data={"fastmae": ["py.typed", "_C.pyi", "ops/attention_table.json"]},
 )

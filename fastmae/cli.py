@@ -12,7 +12,16 @@ from typing import Annotated
 
 import tyro
 
-from fastmae.config import InfoConfig, PretrainConfig, ProbeConfig, ReconstructConfig
+from fastmae.config import (
+    BenchAttentionConfig,
+    BenchConfig,
+    BenchKernelsConfig,
+    BenchStepConfig,
+    InfoConfig,
+    PretrainConfig,
+    ProbeConfig,
+    ReconstructConfig,
+)
 from fastmae.errors import UserError
 
 Command = (
@@ -20,14 +29,19 @@ Command = (
     | Annotated[ProbeConfig, tyro.conf.subcommand("probe")]
     | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
     | Annotated[InfoConfig, tyro.conf.subcommand("info")]
+    | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
 )
 EXIT_WRONG_INPUT = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, 2 for wrong input, 75 when a signal stopped a run."""
+    """Runs one command and returns the exit status.
+
+    0; 1 when a benchmark refused a wrong result; 2 for wrong input; 75 when a signal stopped a run.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        command = _parse(sys.argv[1:] if argv is None else list(argv))
+        command = _parse(words)
         match command:
             case PretrainConfig():
                 from fastmae.train.pretrain import pretrain
@@ -39,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _reconstruct(command)
             case InfoConfig():
                 _info(command)
+            case BenchConfig():
+                return _bench(command.what, ["fastmae", *words])
         return 0
     except UserError as error:
         print(f"fastmae: {error}", file=sys.stderr)
@@ -50,19 +66,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(argv: list[str]) -> PretrainConfig | ProbeConfig | ReconstructConfig | InfoConfig:
+def _parse(argv: list[str]) -> PretrainConfig | ProbeConfig | ReconstructConfig | InfoConfig | BenchConfig:
     """tyro's parse, with its boxed messages folded into the one line that every error of this program is."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(Command, prog="fastmae", args=argv, config=(tyro.conf.OmitArgPrefixes,))
+            short_names = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+            return tyro.cli(Command, prog="fastmae", args=argv, config=short_names)
     except SystemExit as error:
         if error.code in (0, None):
             raise
         text = _first_section(complaint.getvalue())
-        command = f"fastmae {argv[0]}" if argv and not argv[0].startswith("-") else "fastmae"
-        known = argv and argv[0] in ("pretrain", "probe", "reconstruct", "info")
-        raise UserError(f"{text}; see `{command if known else 'fastmae'} --help`") from None
+        known: tuple[str, ...] = ()
+        if argv and argv[0] in ("pretrain", "probe", "reconstruct", "info", "bench"):
+            known = (argv[0],)
+            if argv[0] == "bench" and argv[1:] and argv[1] in ("kernels", "attention", "step"):
+                known = (argv[0], argv[1])
+        raise UserError(f"{text}; see `{' '.join(['fastmae', *known])} --help`") from None
 
 
 def _first_section(box: str) -> str:
@@ -127,7 +147,8 @@ def _info(config: InfoConfig) -> None:
     from fastmae.train.pretrain import chosen_backends
 
     device = choose_device(None)
-    backends = chosen_backends(device, choose_precision("auto", device))
+    shapes = {"encoder": (50, 64), "decoder": (197, 32)}  # of ViT-B/16 and ViT-L/16 with three quarters masked
+    backends = chosen_backends(device, choose_precision("auto", device), shapes)
     sections = {"versions": versions(), "hardware": hardware(), "backends": backends}
     if config.json:
         print(json.dumps(sections))
@@ -138,3 +159,19 @@ def _info(config: InfoConfig) -> None:
         for name, value in entries.items():
             table.add_row(name, ", ".join(value) or "none" if isinstance(value, list) else str(value))
     Console().print(table)
+
+
+def _bench(config: BenchKernelsConfig | BenchAttentionConfig | BenchStepConfig, words: list[str]) -> int:
+    match config:
+        case BenchKernelsConfig():
+            from fastmae.benchmarks.kernels import bench_kernels
+
+            return bench_kernels(config, words)
+        case BenchAttentionConfig():
+            from fastmae.benchmarks.attention import bench_attention
+
+            return bench_attention(config, words)
+        case BenchStepConfig():
+            from fastmae.benchmarks.step import bench_step
+
+            return bench_step(config, words)

@@ -9,13 +9,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_args
 
 import tyro
 
 from fastmae.errors import UserError
 
 T = TypeVar("T")
+
+BenchOp = Literal[
+    "random_masking", "gather_patches", "scatter_patches", "assemble_tokens", "masked_mse", "attention"
+]  # fmt: skip
+BENCH_OPS: tuple[BenchOp, ...] = get_args(BenchOp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +74,12 @@ class PretrainConfig:
     """cpu, cuda or cuda:N. Default: cuda where there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 is autocast over float32 weights. auto: bf16 on a GPU that has it, otherwise fp32."""
+    ops: Literal["auto", "triton", "native", "reference"] = "auto"
+    """Masking, gathering, assembling and the loss: Triton kernels (a GPU), C++ (a CPU), or the PyTorch that defines
+    them. auto: what is made for the device."""
+    attention: Literal["auto", "sdpa", "xformers", "triton"] = "auto"
+    """sdpa is torch's own choice. auto: the fastest in the table that `fastmae bench attention --write` measures, sdpa
+    for what is not in it."""
     seed: int = 0
     """Of weights, order, crops, flips and masks."""
     num_workers: int | None = None
@@ -148,6 +159,87 @@ class InfoConfig:
 
     json: bool = False
     """Print one line of JSON instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchKernelsConfig:
+    """Time the ops and attention beside eager PyTorch and torch.compile; no time is given to a wrong result."""
+
+    models: tuple[str, ...] = ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")
+    """Presets whose shapes are timed."""
+    only: tuple[BenchOp, ...] = BENCH_OPS
+    """Which of the ops."""
+    batch_size: int | None = None
+    """Images a call. Default: 32 on a CPU, 256 on a GPU."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of tokens and predictions, as autocast makes them. auto: bf16 on a GPU that has it, otherwise fp32."""
+    compile: bool = True
+    """Time torch.compile of the eager reference as well; compiling takes up to a minute a case on a CPU."""
+    rounds: int = 15
+    """Samples a contestant; contestants take turns."""
+    sample_ms: float = 20.0
+    """Calls are repeated until a sample takes this many milliseconds."""
+    graph: bool = True
+    """On a GPU: replay calls from a CUDA graph, so that Python's launches are not timed."""
+    output: str | None = None
+    """A folder for every sample (JSON) and a picture (PNG; needs the extra `bench`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchAttentionConfig:
+    """Time the backends of attention, forward and backward, and keep the fastest for each shape."""
+
+    models: tuple[str, ...] = ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")
+    """Presets whose shapes are timed: the encoder's with a quarter of the tokens and with all, the decoder's."""
+    shapes: tuple[str, ...] = ()
+    """Shapes to time instead, as TOKENSxHEADSxHEAD_DIM, such as 50x12x64."""
+    batch_size: int | None = None
+    """Images a call. Default: 8 on a CPU, 256 on a GPU."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of queries, keys and values. auto: bf16 on a GPU that has it, otherwise fp32."""
+    rounds: int = 15
+    """Samples a contestant; contestants take turns."""
+    sample_ms: float = 20.0
+    """Calls are repeated until a sample takes this many milliseconds."""
+    graph: bool = True
+    """On a GPU: replay calls from a CUDA graph, so that Python's launches are not timed."""
+    write: tuple[str, ...] | None = None
+    """Enter the winners in the table that `--attention auto` looks in: yours, or the file that is named here."""
+    output: str | None = None
+    """A folder for every sample (JSON)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchStepConfig:
+    """Time a training step beside the published formulation and transformers' ViTMAE, once their losses agree."""
+
+    model: str = "mae_vit_base_patch16"
+    """A preset."""
+    batch_size: int = 8
+    """Images a step."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """bf16 is autocast over float32 weights. auto: bf16 on a GPU that has it, otherwise fp32."""
+    rounds: int = 7
+    """Steps a contestant; contestants take turns."""
+    output: str | None = None
+    """A folder for every sample (JSON)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Measure speed on this machine."""
+
+    what: (
+        Annotated[BenchKernelsConfig, tyro.conf.subcommand("kernels")]
+        | Annotated[BenchAttentionConfig, tyro.conf.subcommand("attention")]
+        | Annotated[BenchStepConfig, tyro.conf.subcommand("step")]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,3 +374,24 @@ def check_pretrain(config: PretrainConfig) -> None:
         need(0 < low <= high <= 1, "crop_scale", "two numbers with 0 < smallest ≤ largest ≤ 1")
     if config.std is not None:
         need(all(s > 0 for s in config.std), "std", "positive")
+
+
+def check_bench(config: BenchKernelsConfig | BenchAttentionConfig | BenchStepConfig) -> None:
+    """Refuses numbers that cannot work.
+
+    Raises:
+        UserError: naming the flag, its value and what it must be.
+    """
+    for flag in ("batch_size", "rounds"):
+        value = getattr(config, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value}: must be at least 1")
+    sample_ms = getattr(config, "sample_ms", 0.0)
+    if not (math.isfinite(sample_ms) and sample_ms >= 0):
+        raise UserError(f"--sample_ms {sample_ms}: must be 0 or more")
+    write = getattr(config, "write", None)
+    if write is not None and len(write) > 1:
+        raise UserError(f"--write {' '.join(write)}: must be one file, or none for your own table")
+    for flag in ("models", "only"):
+        if getattr(config, flag, True) == ():
+            raise UserError(f"--{flag}: must name at least one")

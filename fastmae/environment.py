@@ -21,6 +21,7 @@ PACKAGES = (
     "tensorboard",
     "transformers",
     "tyro",
+    "xformers",
 )
 
 

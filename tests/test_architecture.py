@@ -23,11 +23,13 @@ ALLOWED = {
     "data": LEAVES | {"config", "ops"},
     "evaluate": LEAVES | {"config", "ops", "model", "data"},
     "train": LEAVES | {"config", "environment", "ops", "model", "data", "evaluate"},
-    "cli": LEAVES | {"config", "environment", "model", "data", "evaluate", "train"},
+    "benchmarks": LEAVES | {"config", "environment", "kernels", "ops", "model", "data", "evaluate", "train"},
+    "cli": LEAVES | {"config", "environment", "model", "data", "evaluate", "train", "benchmarks"},
     "__init__": {"ops", "model"},
     "__main__": {"cli"},
 }
-FILES = [*sorted((ROOT / "fastmae").rglob("*.py")), *sorted((ROOT / "kernels").rglob("*.py"))]
+BESIDE = {"kernels", "benchmarks"}  # folders beside the package in the repository, installed inside it
+FILES = [path for folder in ("fastmae", *sorted(BESIDE)) for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def imports_of(path: Path) -> set[str]:
@@ -44,7 +46,7 @@ def imports_of(path: Path) -> set[str]:
 
 def part_of(path: Path) -> str:
     relative = path.relative_to(ROOT)
-    return "kernels" if relative.parts[0] == "kernels" else relative.parts[1].removesuffix(".py")
+    return relative.parts[0] if relative.parts[0] in BESIDE else relative.parts[1].removesuffix(".py")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -67,14 +69,20 @@ def test_importing_touches_no_device_and_starts_no_thread():
     assert done.stdout.split() == ["1", "False"]
 
 
-def test_nothing_is_called_kernels_at_the_top():
+def test_benchmarks_are_loaded_only_when_asked_for():
+    code = "import sys, fastmae.cli; print([name for name in sys.modules if 'benchmarks' in name])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
+    assert done.stdout.split() == ["[]"]
+
+
+def test_nothing_beside_the_package_is_imported_as_if_it_were_at_the_top():
     for path in ROOT.glob("**/*.py"):
         if ".venv" in path.parts or "build" in path.parts:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not any(name.split(".")[0] == "kernels" for name in names), path
+            assert not any(name.split(".")[0] in BESIDE for name in names), path
 
 
 def test_every_package_is_installed():
@@ -83,5 +91,5 @@ def test_every_package_is_installed():
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"
         for keyword in node.keywords if keyword.arg == "packages"
     )))  # fmt: skip
-    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fastmae").rglob("__init__.py")}
-    assert listed == found | {"fastmae.kernels"}
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in FILES if path.name == "__init__.py"}
+    assert listed == {f"fastmae.{name}" if name.split(".")[0] in BESIDE else name for name in found}

@@ -68,7 +68,7 @@ def test_python_dash_m_works(tmp_path):
     assert done.returncode == 0, done.stderr
     info = json.loads(done.stdout)
     assert info.keys() == {"versions", "hardware", "backends"}
-    assert "C++" in info["backends"]["random_masking"]
+    assert "C++" in info["backends"]["ops"]
 
 
 def test_probe_prints_json(finished, blobs, capsys):

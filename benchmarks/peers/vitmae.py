@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -17,18 +18,20 @@ def vitmae_like(model: MaskedAutoencoderViT, mask_ratio: float = 0.75) -> torch.
     """
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+    encoder: Any = model.blocks[0]
+    decoder: Any = model.decoder_blocks[0]
     config = ViTMAEConfig(
         image_size=model.img_size[0],
         patch_size=model.patch_size[0],
         num_channels=model.in_chans,
         hidden_size=model.cls_token.shape[-1],
         num_hidden_layers=len(model.blocks),
-        num_attention_heads=model.blocks[0].attn.num_heads,
-        intermediate_size=model.blocks[0].mlp.fc1.out_features,
+        num_attention_heads=encoder.attn.num_heads,
+        intermediate_size=encoder.mlp.fc1.out_features,
         decoder_hidden_size=model.mask_token.shape[-1],
         decoder_num_hidden_layers=len(model.decoder_blocks),
-        decoder_num_attention_heads=model.decoder_blocks[0].attn.num_heads,
-        decoder_intermediate_size=model.decoder_blocks[0].mlp.fc1.out_features,
+        decoder_num_attention_heads=decoder.attn.num_heads,
+        decoder_intermediate_size=decoder.mlp.fc1.out_features,
         layer_norm_eps=1e-6,
         norm_pix_loss=model.norm_pix_loss,
         mask_ratio=mask_ratio,

@@ -73,6 +73,7 @@ class MaskedAutoencoderViT(nn.Module):
             raise ValueError("the decoder needs at least one block")
         self.grid_size = (height // ph, width // pw)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.head_dims = (embed_dim // num_heads, decoder_embed_dim // decoder_num_heads)
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
 
@@ -142,6 +143,11 @@ class MaskedAutoencoderViT(nn.Module):
                 "at least one must be visible and one masked"
             )
         return K
+
+    def attention_shapes(self, mask_ratio: float) -> dict[str, tuple[int, int]]:
+        """(tokens S, width Dh of a head) of the encoder's attention and of the decoder's while training."""
+        encoder, decoder = self.head_dims
+        return {"encoder": (self.num_visible(mask_ratio) + 1, encoder), "decoder": (self.num_patches + 1, decoder)}
 
     def _pixels(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images of either form as (view [N, H, W, C], mean, std)."""

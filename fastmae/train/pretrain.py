@@ -28,6 +28,8 @@ from fastmae.evaluate.reconstruct import caption, fixed_images, reconstruct, sav
 from fastmae.files import write_text
 from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD, MaskedAutoencoderViT
 from fastmae.model.official import build_model, save_official
+from fastmae.ops.attention import attention_backend
+from fastmae.ops.backends import asked_backends, describe_ops, using
 from fastmae.ops.random_masking import random_masking
 from fastmae.train import parallel
 from fastmae.train.checkpoint import prune_checkpoints, restore, save_checkpoint, set_aside_newer
@@ -52,7 +54,7 @@ def pretrain(config: PretrainConfig) -> int:
     check_pretrain(config)
     world = parallel.start(config.device)
     try:
-        with StopSignals() as stop:
+        with using(ops=config.ops, attention=config.attention), StopSignals() as stop:
             return _pretrain(config, world, stop)
     finally:
         parallel.stop(world)
@@ -87,6 +89,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
         fresh_step=config.start_epoch * steps_per_epoch,
         steps_per_epoch=steps_per_epoch,
     )
+    backends = chosen_backends(world.device, precision, model.attention_shapes(config.mask_ratio))
     world.barrier()  # every rank has looked before the first one writes
     log = StepLog(
         run,
@@ -99,8 +102,8 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     screen = Screen(total_steps=total_steps, epochs=config.epochs, start_step=restored.step, shows=world.is_first)
     say = screen.say
     if world.is_first:
-        _open_run_folder(run, settings, world, precision)
-        _announce(say, config, facts, world, precision, model)
+        _open_run_folder(run, settings, world, backends)
+        _announce(say, config, facts, backends, model)
         if restored.origin is not None:
             say(f"resumed         {restored.origin}, after step {restored.step}")
         for path in set_aside_newer(run, restored.step):
@@ -211,20 +214,28 @@ def _as_json(config: ResolvedConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def chosen_backends(device: torch.device, precision: Precision) -> dict[str, str]:
-    """Which implementation of what a run on ``device`` uses, and why."""
-    gpu = device.type == "cuda"
-    return {
-        "device": str(device),
-        "precision": f"{precision.name} ({precision.reason})",
-        "random_masking": "Triton (on a GPU)" if gpu else "C++ (on a CPU)",
-        "gather_patches": "Triton (on a GPU)" if gpu else "PyTorch (on a CPU)",
-        "masked_mse": "Triton (on a GPU)" if gpu else "PyTorch (on a CPU)",
-        "assemble_tokens": "PyTorch (the only implementation)",
-        "attention": "torch scaled_dot_product_attention (the only implementation)",
-        "optimizer": "fused AdamW",
-        "decoder": "thread pool: simplejpeg for JPEG, Pillow for other formats and resizing",
-    }
+def chosen_backends(
+    device: torch.device, precision: Precision, attention_shapes: dict[str, tuple[int, int]]
+) -> dict[str, str]:
+    """Which implementation of what a run on ``device`` uses, and why.
+
+    Args:
+        attention_shapes: (tokens S, width Dh of a head) of the encoder and of the decoder.
+
+    Raises:
+        UserError: one that was asked for cannot run there.
+    """
+    found = {"device": str(device), "precision": f"{precision.name} ({precision.reason})"}
+    try:
+        found["ops"] = describe_ops(device)
+        dtype = precision.autocast or torch.float32
+        chosen = {part: attention_backend(device, dtype, *shape) for part, shape in attention_shapes.items()}
+        found["attention"] = "; ".join(f"{part}: {name} ({reason})" for part, (name, reason) in chosen.items())
+    except ValueError as error:
+        raise UserError(f"--ops {asked_backends().ops} --attention {asked_backends().attention}: {error}") from error
+    found["optimizer"] = "fused AdamW"
+    found["decoding"] = "thread pool: simplejpeg for JPEG, Pillow for other formats and resizing"
+    return found
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -272,14 +283,14 @@ def _picture_path(run: Path, epoch: int) -> Path:
     return run / "reconstructions" / f"epoch-{epoch:04d}.png"
 
 
-def _open_run_folder(run: Path, settings: dict[str, Any], world: parallel.World, precision: Precision) -> None:
+def _open_run_folder(run: Path, settings: dict[str, Any], world: parallel.World, backends: dict[str, str]) -> None:
     """Writes config.json, and a line for this start in environment.jsonl."""
     start = {
         "command": sys.argv,
         "ranks": world.size,
         "versions": versions(),
         "hardware": hardware(),
-        "backends": chosen_backends(world.device, precision),
+        "backends": backends,
     }
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -294,8 +305,7 @@ def _announce(
     say: Say,
     config: ResolvedConfig,
     facts: DataFacts,
-    world: parallel.World,
-    precision: Precision,
+    backends: dict[str, str],
     model: MaskedAutoencoderViT,
 ) -> None:
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -303,7 +313,7 @@ def _announce(
     say(f"data            {config.data_path}: {facts.length:,} images ({facts.kind})")
     say(f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}")
     say(f"batch           {config.global_batch} images a step, lr {config.lr:.2e}, {config.epochs} epochs")
-    for name, choice in chosen_backends(world.device, precision).items():
+    for name, choice in backends.items():
         say(f"{name:15} {choice}")
 
 

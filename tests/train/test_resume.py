@@ -215,7 +215,7 @@ def test_the_run_folder_says_everything(undisturbed):
     )
     start = json.loads((undisturbed / "environment.jsonl").read_text().splitlines()[0])
     assert start["versions"]["torch"]
-    assert "C++" in start["backends"]["random_masking"]
+    assert "C++" in start["backends"]["ops"]
     rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 109))
     for row in rows:

@@ -1,0 +1,1 @@
+"""fastmae.benchmarks: how fast, beside what, on which machine. One question a file; run by ``fastmae bench``."""

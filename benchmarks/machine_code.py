@@ -1,0 +1,224 @@
+"""What does each kernel cost in registers and shared memory, and does its machine code do what it was written for?
+
+Compiles every Triton kernel with the shapes and types that training uses for GPUs that need not be there, and reads
+the cubin with the cuobjdump of Triton's wheel. The table in docs/kernels.md is this file's output:
+
+    python -m fastmae.benchmarks.machine_code docs/kernels.md
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastmae.kernels import assemble_tokens, attention, gather_patches, masked_mse, random_masking, scatter_patches
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+ARCHITECTURES = (80, 90, 100)
+TYPES = {"bf16": "*bf16", "fp32": "*fp32"}
+# (patch, channels, whether rows of pixels start at multiples of 16 bytes): ViT-B and -L, ViT-H, small gray and colour.
+IMAGES = [(16, 3, True), (14, 3, False), (4, 1, False), (4, 3, False)]
+GRID_WIDTH = 14
+# (queries, tokens, width of a head): encoders of ViT-B and -L, of ViT-H, the small models'; decoders, and their last
+# block, in which masked tokens alone ask; and encoders on whole images, up to the longest.
+ATTENTION = [
+    (50, 50, 64), (65, 65, 80), (50, 50, 32), (13, 13, 32),
+    (197, 197, 32), (147, 197, 32), (257, 257, 32), (192, 257, 32),
+    (197, 197, 64), (257, 257, 80), (320, 320, 64),
+]  # fmt: skip
+START, END = "<!-- table -->", "<!-- /table -->"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with everything that its machine code depends on, and what is expected of that code."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int = 3
+    wide_loads: bool = False
+    wide_stores: bool = False
+    tensor_cores: bool = False
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """Registers a thread, bytes of shared memory a program, bytes of stack and local memory a thread, and the SASS."""
+
+    registers: int
+    shared: int
+    stack: int
+    local: int
+    sass: str
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel × the shapes and types of training."""
+    yield from _masking()
+    for patch, channels, wide in IMAGES:
+        for dtype, pointer in TYPES.items():
+            yield from _patches(patch, channels, wide, f"{patch}×{patch}×{channels} {dtype}", pointer)
+    for width in (96, 512):
+        for dtype, pointer in TYPES.items():
+            yield from _tokens(width, f"D={width} {dtype}", pointer)
+    for T, S, D in ATTENTION:
+        yield from _attention(T, S, D)
+
+
+def _masking() -> Iterator[Case]:
+    for L in (49, 196, 256, 1024, 4096):
+        yield Case(
+            f"random_masking L={L}",
+            random_masking.random_masking_kernel,
+            {"p_draw_ids": "*i64", "p_ids_shuffle": "*i32", "seed": "i64"},
+            random_masking.block_sizes(L),
+            random_masking.NUM_WARPS,
+        )
+
+
+def _patches(patch: int, C: int, wide: bool, name: str, pointer: str) -> Iterator[Case]:
+    pixels = patch * patch * C
+    shape = dict(GW=GRID_WIDTH, PH=patch, PW=patch, C=C, PACKED=True, UINT8=True, stride_w=C, stride_c=1)
+    strides = {"stride_n": "i64", "stride_h": "i32"}
+    common = {"p_ids": "*i32", "p_mean": "*fp32", "p_std": "*fp32", "ids_stride_n": "i32"}
+    yield Case(
+        f"gather_patches {name}",
+        gather_patches.gather_patches_kernel,
+        {"p_images": "*u8", **common, "p_out": pointer, "K": "i32", **strides},
+        {**shape, **gather_patches.block_sizes(pixels), "ids_stride_k": 1},
+        gather_patches.NUM_WARPS,
+        wide_loads=wide,
+        wide_stores=True,
+    )
+    yield Case(
+        f"masked_mse {name}",
+        masked_mse.masked_mse_kernel,
+        {"p_pred": pointer, "p_images": "*u8", **common, "p_sums": "*fp32", "p_grad": pointer, "M": "i32"}
+        | {"scale": "fp32", **strides},
+        {**shape, **masked_mse.block_sizes(pixels), "ids_stride_m": 1, "NORM_PIX": True, "EPS": 1e-6},
+        masked_mse.NUM_WARPS,
+        wide_loads=True,  # of the prediction at least
+        wide_stores=True,
+    )
+    yield Case(
+        f"scatter_patches {name}",
+        scatter_patches.scatter_patches_kernel,
+        {"p_patches": pointer, **common, "p_out": "*u8", "M": "i32", "L": "i32", **strides},
+        {**shape, **scatter_patches.block_sizes(pixels), "ids_stride_m": 1},
+        scatter_patches.NUM_WARPS,
+        wide_loads=True,
+        wide_stores=wide,
+    )
+
+
+def _tokens(width: int, name: str, pointer: str) -> Iterator[Case]:
+    forward = {"p_visible": pointer, "p_mask_token": "*fp32", "p_pos_embed": "*fp32", "p_ids": "*i32", "p_out": "*fp32"}
+    forward |= {"S": "i32", "T": "i32", "visible_stride_n": "i32", "visible_stride_t": "i32", "ids_stride_n": "i32"}
+    yield Case(
+        f"assemble_tokens {name}",
+        assemble_tokens.assemble_tokens_kernel,
+        forward,
+        {**assemble_tokens.block_sizes(width), "ids_stride_l": 1},
+        assemble_tokens.NUM_WARPS,
+        wide_loads=True,
+        wide_stores=True,
+    )
+    yield Case(
+        f"assemble_tokens backward {name}",
+        assemble_tokens.assemble_tokens_backward_kernel,
+        {"p_grad": "*fp32", "p_grad_visible": pointer, "p_sums": "*fp32", "S": "i32", "T": "i32"},
+        assemble_tokens.backward_block_sizes(width),
+        assemble_tokens.NUM_WARPS,
+        wide_loads=True,
+        wide_stores=True,
+    )
+
+
+def _attention(T: int, S: int, D: int) -> Iterator[Case]:
+    forward, backward = attention.tile_sizes(T, S, D)
+    sweeps, whole = attention.attention_backward_kernel, attention.attention_backward_whole_kernel
+    kernels = {
+        "forward": (attention.attention_forward_kernel, forward),
+        "backward": (sweeps if "BM" in backward else whole, backward),
+    }
+    for direction, (kernel, blocks) in kernels.items():
+        constants = {**attention.shape_constants(T, S, 16, D, torch.bfloat16), **blocks}
+        warps, stages = (constants.pop(option) for option in ("num_warps", "num_stages"))
+        yield Case(
+            f"attention {direction} T={T} S={S} Dh={D} bf16",
+            kernel,
+            {name: _attention_type(name) for name in kernel.arg_names if name not in constants},
+            constants,
+            warps,
+            stages,
+            wide_loads=True,
+            wide_stores=True,
+            tensor_cores=True,
+        )
+
+
+def _attention_type(name: str) -> str:
+    if name in ("p_lse", "p_delta"):
+        return "*fp32"
+    if name.startswith("p_"):
+        return "*bf16"
+    return "i64" if name.endswith("stride_n") else "i32"
+
+
+def compile_case(case: Case, sm: int) -> MachineCode:
+    """The machine code for compute capability ``sm`` (80, 90 …), with pointers and strides as torch aligns them."""
+    aligned = [name for name in case.signature if name.startswith("p_") or "stride" in name]
+    attributes = {(case.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(case.kernel, case.signature, constexprs=case.constants, attrs=attributes)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        words = [str(CUOBJDUMP), "--dump-resource-usage", "-sass", cubin.name]
+        dump = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump)
+    assert found is not None, dump[:2000]
+    registers, stack, local = map(int, found.groups())
+    return MachineCode(registers, compiled.metadata.shared, stack, local, dump)
+
+
+def compile_named(name: str, sm: int) -> MachineCode:
+    """``compile_case`` of the case of that name: for other processes, to which kernels cannot be sent."""
+    return compile_case(next(case for case in cases() if case.name == name), sm)
+
+
+def table() -> str:
+    """A Markdown table: registers a thread and shared memory a program for every case and architecture."""
+    rows = ["| kernel | warps | " + " | ".join(f"sm_{sm}: registers, shared bytes" for sm in ARCHITECTURES) + " |"]
+    rows.append("|---|---|" + "---|" * len(ARCHITECTURES))
+    for case in cases():
+        codes = [compile_case(case, sm) for sm in ARCHITECTURES]
+        costs = " | ".join(f"{code.registers}, {code.shared:,}" for code in codes)
+        rows.append(f"| {case.name} | {case.num_warps} | {costs} |")
+    return "\n".join([*rows, "", f"Triton {triton.__version__}."])
+
+
+def main() -> None:
+    """Puts the table between the two marks of a document."""
+    path = Path(sys.argv[1])
+    before, rest = path.read_text().split(START)
+    path.write_text(f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()

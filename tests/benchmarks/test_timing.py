@@ -1,0 +1,91 @@
+"""Turns, input sets, ceilings and result files. No test says how long anything may take."""
+
+import json
+
+import pytest
+import torch
+
+from fastmae.benchmarks.timing import (
+    MAX_INPUT_SETS,
+    Stopwatch,
+    cache_bytes,
+    input_sets_for,
+    interleave,
+    machine_name,
+    measure_ceilings,
+    quartiles,
+    times_as_fast,
+    write_result,
+)
+from fastmae.config import BenchStepConfig
+
+CPU = torch.device("cpu")
+
+
+def test_contestants_take_turns_after_a_warm_up_and_go_through_all_input_sets():
+    calls = []
+    contestants = {name: lambda i, name=name: calls.append((name, i)) for name in "ABC"}
+    samples = interleave(contestants, Stopwatch(device=CPU, rounds=3), input_sets=2)
+    turn = [(name, i) for name in "ABC" for i in range(2)]
+    assert calls == turn * 4  # one warm-up, three rounds
+    assert {name: len(seconds) for name, seconds in samples.items()} == {"A": 3, "B": 3, "C": 3}
+
+
+def test_a_sample_repeats_calls_until_it_is_long_enough(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def call(i):
+        now[0] += 0.001
+
+    samples = interleave({"A": call}, Stopwatch(device=CPU, rounds=2, sample_seconds=0.0155), input_sets=4)
+    assert samples["A"] == pytest.approx([0.001, 0.001])
+    assert now[0] == pytest.approx(0.001 * 4 * (1 + (1 + 2 + 4) + 2 * 4))
+
+
+def test_results_of_a_lap_stay_alive_so_that_outputs_do_not_share_memory():
+    seen = []
+
+    def call(i):
+        seen.append(torch.empty(1 << 16))
+        return seen.pop()
+
+    addresses = []
+    interleave(
+        {"A": lambda i: addresses.append((out := call(i)).data_ptr()) or out}, Stopwatch(device=CPU, rounds=1), 4
+    )
+    assert len(set(addresses[:4])) == 4
+
+
+def test_ratios_compare_samples_of_one_round():
+    samples = {"ours": [1.0, 10.0, 2.0], "theirs": [2.0, 20.0, 4.0]}
+    assert times_as_fast(samples, "ours", "theirs") == 2
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2, 3, 4)
+    assert quartiles([7.0]) == (7, 7, 7)
+
+
+def test_input_sets_outgrow_the_cache():
+    assert cache_bytes(CPU) >= 1 << 16
+    assert input_sets_for(2 * cache_bytes(CPU), CPU) == 1
+    assert input_sets_for(cache_bytes(CPU), CPU) == 2
+    assert input_sets_for(1, CPU) == MAX_INPUT_SETS
+
+
+def test_ceilings_are_measured():
+    ceilings = measure_ceilings(CPU, copied=1 << 20, side=64, rounds=2)
+    assert ceilings.copy_bytes > 0
+    assert ceilings.matmul_flops.keys() == {"float32", "bfloat16"}
+    assert min(ceilings.matmul_flops.values()) > 0
+
+
+def test_a_result_says_when_where_how_and_from_which_sources(tmp_path):
+    measured = {"seconds": {"A": [1.0]}}
+    path = write_result(
+        str(tmp_path / "new"), "a", command=["fastmae", "x"], settings=BenchStepConfig(), measured=measured
+    )
+    result = json.loads(path.read_text())
+    assert result.keys() == {"date", "command", "commit", "versions", "hardware", "settings", "seconds"}
+    assert result["settings"]["rounds"] == BenchStepConfig().rounds
+    assert result["seconds"] == {"A": [1.0]}
+    assert path.name == "a.json"
+    assert machine_name(CPU) == f"cpu{result['hardware']['cores']}"

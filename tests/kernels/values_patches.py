@@ -87,6 +87,16 @@ def test_mse(size, patch, channels, layout, norm_pix, dtype):
     assert torch.equal(gradient, again[1])
 
 
+def test_mse_of_a_strided_prediction():
+    images, ids, mean, std, K = sample((28, 42), (14, 14), 3)
+    pred = torch.randn(3, 588, ids.shape[1] - K, generator=torch.Generator().manual_seed(2)).to(DEVICE).mT
+    arguments = images, ids[:, K:], (14, 14), mean, std, True, VARIANCE_EPS
+    for got, expected in zip(
+        masked_mse_triton(pred, *arguments), masked_mse_triton(pred.contiguous(), *arguments), strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, *DTYPES])
 @pytest.mark.parametrize("given_dtype", DTYPES)
 @pytest.mark.parametrize(("size", "patch", "channels"), SHAPES)

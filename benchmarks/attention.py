@@ -25,7 +25,8 @@ from fastmae.benchmarks.timing import Stopwatch, dtype_name, machine_name, measu
 from fastmae.config import BenchAttentionConfig, check_bench
 from fastmae.environment import versions
 from fastmae.errors import UserError
-from fastmae.ops.attention import attention, user_table, write_table
+from fastmae.ops.attention import attention
+from fastmae.ops.attention_table import user_table, write_table
 from fastmae.ops.backends import ATTENTION, using
 from fastmae.train.parallel import choose_device
 from fastmae.train.precision import choose_precision

@@ -7,26 +7,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
-import os
-from collections.abc import Iterable
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from fastmae.files import write_text
+from fastmae.ops.attention_table import DTYPES, dtype_name, measurements
 from fastmae.ops.backends import asked_backends, triton_runs_on
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TRITON_TOKENS = 320
 TRITON_HEAD_DIMS = (32, 64, 80)
 
-SHIPPED_TABLE = Path(__file__).with_name("attention_table.json")
 NEAREST = 1.25  # a measurement at S tokens speaks for sequences up to so many times longer or shorter
-TABLE_BYTES = 1 << 20
 NOT_MEASURED = "not measured on this device: fastmae bench attention --write"
 
 
@@ -75,20 +67,16 @@ def _check(packed: torch.Tensor, queries: torch.Tensor | None) -> None:
         form = "[N, S, 3, H, Dh] without queries" if queries is None else "[N, S, 2, H, Dh] with queries"
         raise ValueError(f"packed must have shape {form}, got {list(packed.shape)}")
     if packed.dtype not in DTYPES:
-        raise ValueError(f"packed must be one of {', '.join(map(_short, DTYPES))}, got {_short(packed.dtype)}")
+        raise ValueError(f"packed must be one of {', '.join(map(dtype_name, DTYPES))}, got {dtype_name(packed.dtype)}")
     if queries is None:
         return
     N, S, _, H, D = packed.shape
     if queries.ndim != 4 or (queries.shape[0], *queries.shape[2:]) != (N, H, D) or not 1 <= queries.shape[1] <= S:
         raise ValueError(f"queries must have shape [{N}, 1 to {S}, {H}, {D}], got {list(queries.shape)}")
     if queries.dtype != packed.dtype:
-        raise ValueError(f"queries must be {_short(packed.dtype)} as packed is, got {_short(queries.dtype)}")
+        raise ValueError(f"queries must be {dtype_name(packed.dtype)} as packed is, got {dtype_name(queries.dtype)}")
     if queries.device != packed.device:
         raise ValueError(f"queries must be on {packed.device} as packed is, got {queries.device}")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # --- which one runs -------------------------------------------------------------------------------------------------
@@ -112,7 +100,7 @@ def attention_backend(device: torch.device, dtype: torch.dtype, S: int, head_dim
         return asked, "asked for"
     if device.type != "cuda":
         return "sdpa", f"torch's own on {device.type}"
-    for measured in _measurements(device, dtype):
+    for measured in measurements(device, dtype):
         near = [(max(S / at, at / S), at, name, where) for at, dim, name, where in measured if dim == head_dim]
         distance, at, name, where = min(near, default=(NEAREST + 1, 0, "", ""))
         if distance <= NEAREST:
@@ -126,120 +114,27 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype, S: int, head_d
     """Why a backend cannot run, as the end of a sentence that starts with its name; empty if it can."""
     if name == "sdpa":
         return ""
+    if not _runs(name, device):
+        package = "Triton" if name == "triton" else "xformers (pip install 'fastmae[cuda]')"
+        return f"needs {package} and a CUDA device, got {device.type}"
     # Without tensor cores, float32 would spill registers in Triton; xformers does not take it.
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"does bfloat16 and float16, got {_short(dtype)}"
-    if name == "triton":
-        if not _runs("triton", device):
-            return f"needs Triton and a CUDA device, got {device.type}"
-        if S > TRITON_TOKENS:
-            return f"does 1 to {TRITON_TOKENS} tokens, got {S}"
-        if head_dim not in TRITON_HEAD_DIMS:
-            return f"does heads of {', '.join(map(str, TRITON_HEAD_DIMS))} numbers, got {head_dim}"
-    if name == "xformers":
-        if not _runs("xformers", device):
-            return f"needs a CUDA device and pip install xformers, got {device.type}"
-        if head_dim % 8 or head_dim > 256:
-            return f"does heads of a multiple of 8 numbers up to 256, got {head_dim}"
+        return f"does bfloat16 and float16, got {dtype_name(dtype)}"
+    if name == "triton" and S > TRITON_TOKENS:
+        return f"does 1 to {TRITON_TOKENS} tokens, got {S}"
+    if name == "triton" and head_dim not in TRITON_HEAD_DIMS:
+        return f"does heads of {', '.join(map(str, TRITON_HEAD_DIMS))} numbers, got {head_dim}"
+    if name == "xformers" and (head_dim % 8 or head_dim > 256):
+        return f"does heads of a multiple of 8 numbers up to 256, got {head_dim}"
     return ""
-
-
-# torch.compile takes the answers of these two as constants: what they look at (the machine, its files) it cannot trace.
 
 
 @torch.compiler.assume_constant_result
 def _runs(name: str, device: torch.device) -> bool:
+    """Whether this machine can run it; a constant to torch.compile, which cannot trace looking for a package."""
     if name == "triton":
         return triton_runs_on(device)
     return device.type == "cuda" and importlib.util.find_spec("xformers") is not None
-
-
-@torch.compiler.assume_constant_result
-def _measurements(
-    device: torch.device, dtype: torch.dtype
-) -> tuple[tuple[tuple[int, int, str, str], ...], tuple[tuple[int, int, str, str], ...]]:
-    """What the user's and the shipped table say of a device: (tokens, head_dim, backend, where it was measured).
-
-    Measurements on a GPU of the same name, or else on any of the same compute capability.
-    """
-    gpu = torch.cuda.get_device_name(device)
-    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-
-    def of(path: Path) -> tuple[tuple[int, int, str, str], ...]:
-        fitting = [entry for entry in _cached_table(path) if entry["dtype"] == _short(dtype)]
-        same = [entry for entry in fitting if entry["device"] == gpu]
-        same = same or [entry for entry in fitting if entry["capability"] == capability]
-        return tuple((entry["S"], entry["head_dim"], entry["backend"], f"{entry['device']}, {path}") for entry in same)
-
-    return of(user_table()), of(SHIPPED_TABLE)
-
-
-# --- the table ------------------------------------------------------------------------------------------------------
-
-
-def user_table() -> Path:
-    """Where a user's own measurements are kept: ``$XDG_CACHE_HOME`` or ``~/.cache``, then fastmae/attention.json."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmae" / "attention.json"
-
-
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """The entries of a table, none if there is no such file.
-
-    An entry has ``device`` (the GPU's name), ``capability`` ("9.0"), ``dtype`` ("bfloat16"), ``S``, ``head_dim`` and
-    ``backend`` (the fastest), and whatever else the benchmark notes.
-
-    Raises:
-        ValueError: the file cannot be read, or is not a table.
-    """
-    try:
-        if path.stat().st_size > TABLE_BYTES:
-            raise ValueError(f"more than {TABLE_BYTES} bytes")
-        table = json.loads(path.read_bytes())
-        if not isinstance(table, dict) or not isinstance(table.get("entries"), list):
-            raise ValueError("no list of entries")
-        for entry in table["entries"]:
-            _check_entry(entry)
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no table of attention backends ({error}); delete or reinstall it") from None
-    return table["entries"]
-
-
-def write_table(path: Path, entries: Iterable[dict[str, Any]]) -> None:
-    """Merges entries (see ``read_table``) into a table, in place of those of the same device, dtype and shape.
-
-    The file is replaced whole or not at all.
-
-    Raises:
-        ValueError: an entry is malformed, or the file is there but not a table. OSError: it cannot be written.
-    """
-    entries = list(entries)
-    for entry in entries:
-        _check_entry(entry)
-    merged = {tuple(entry[key] for key in KEY): entry for entry in [*read_table(path), *entries]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"entries": [merged[key] for key in sorted(merged)]}, indent=1) + "\n")
-    _cached_table.cache_clear()
-
-
-KEY = ("device", "capability", "dtype", "head_dim", "S")
-ALLOWED = {"dtype": tuple(map(_short, DTYPES)), "backend": ("sdpa", "xformers", "triton")}
-
-
-def _check_entry(entry: object) -> None:
-    for key in (*KEY, "backend"):
-        value = entry.get(key) if isinstance(entry, dict) else None
-        number = key in ("S", "head_dim")
-        good = (
-            type(value) is int and value > 0 if number else isinstance(value, str) and value in ALLOWED.get(key, value)
-        )
-        if not good:
-            allowed = "a positive integer" if number else " or ".join(ALLOWED.get(key, ("a text",)))
-            raise ValueError(f"entry {entry!r:.200}: {key} must be {allowed}")
-
-
-_cached_table = lru_cache(maxsize=8)(read_table)
 
 
 # --- the kernels as torch ops ---------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from fastmae.cli import main
 from fastmae.config import BENCH_OPS
 from fastmae.model.mae import mae_vit_tiny_patch4
 from fastmae.ops import random_masking
-from fastmae.ops.attention import attention_reference, read_table, write_table
+from fastmae.ops.attention import attention_reference
+from fastmae.ops.attention_table import read_table, write_table
 from fastmae.ops.backends import asked_backends
 
 CPU = torch.device("cpu")

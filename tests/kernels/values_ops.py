@@ -95,8 +95,12 @@ def test_they_are_well_behaved_torch_ops():
     torch.library.opcheck(ops.scatter_patches.default, arguments)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_training_loss(autocast):
+@pytest.mark.parametrize(
+    ("autocast", "attention", "tolerance"),
+    # bfloat16 has 8 bits and float16 11, and the interpreter truncates to bfloat16 (so no attention in it there).
+    [(None, "sdpa", 1e-5), (torch.bfloat16, "sdpa", 2e-2), (torch.float16, "triton", 5e-3)],
+)
+def test_the_training_loss(autocast, attention, tolerance):
     torch.manual_seed(0)
     model = fastmae.mae_vit_tiny_patch4(img_size=16, depth=1, decoder_depth=2, norm_pix_loss=True).to(DEVICE)
     images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8, device=DEVICE)
@@ -104,14 +108,14 @@ def test_the_training_loss(autocast):
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def loss_and_gradients():
-        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             loss = model.training_loss(images, ids)
         return loss.detach(), *torch.autograd.grad(loss, parameters)
 
-    got = loss_and_gradients()
-    with using(ops="reference"):
+    with using(attention=attention):
+        got = loss_and_gradients()
+    with using(ops="reference", attention="sdpa"):
         expected = loss_and_gradients()
-    tolerance = 2e-2 if autocast else 1e-5  # bfloat16 has 8 bits, and the interpreter truncates to it
     torch.testing.assert_close(got[0], expected[0], rtol=tolerance, atol=0)
     whole = torch.stack([gradient.norm() for gradient in expected[1:]]).norm()
     for a, b in zip(got[1:], expected[1:], strict=True):

@@ -16,6 +16,7 @@ from fastmae.config import (
     BenchAttentionConfig,
     BenchConfig,
     BenchKernelsConfig,
+    BenchLoaderConfig,
     BenchStepConfig,
     InfoConfig,
     PretrainConfig,
@@ -80,7 +81,7 @@ def _parse(argv: list[str]) -> PretrainConfig | ProbeConfig | ReconstructConfig 
         known: tuple[str, ...] = ()
         if argv and argv[0] in ("pretrain", "probe", "reconstruct", "info", "bench"):
             known = (argv[0],)
-            if argv[0] == "bench" and argv[1:] and argv[1] in ("kernels", "attention", "step"):
+            if argv[0] == "bench" and argv[1:] and argv[1] in ("kernels", "attention", "step", "loader"):
                 known = (argv[0], argv[1])
         raise UserError(f"{text}; see `{' '.join(['fastmae', *known])} --help`") from None
 
@@ -141,6 +142,7 @@ def _info(config: InfoConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from fastmae.data.loader import choose_decoder, describe_decoder
     from fastmae.environment import hardware, versions
     from fastmae.train.parallel import choose_device
     from fastmae.train.precision import choose_precision
@@ -148,7 +150,8 @@ def _info(config: InfoConfig) -> None:
 
     device = choose_device(None)
     shapes = {"encoder": (50, 64), "decoder": (197, 32)}  # of ViT-B/16 and ViT-L/16 with three quarters masked
-    backends = chosen_backends(device, choose_precision("auto", device), shapes)
+    decoding = describe_decoder(*choose_decoder("auto", device, None, in_chans=3))
+    backends = chosen_backends(device, choose_precision("auto", device), shapes, decoding)
     sections = {"versions": versions(), "hardware": hardware(), "backends": backends}
     if config.json:
         print(json.dumps(sections))
@@ -161,7 +164,9 @@ def _info(config: InfoConfig) -> None:
     Console().print(table)
 
 
-def _bench(config: BenchKernelsConfig | BenchAttentionConfig | BenchStepConfig, words: list[str]) -> int:
+def _bench(
+    config: BenchKernelsConfig | BenchAttentionConfig | BenchStepConfig | BenchLoaderConfig, words: list[str]
+) -> int:
     match config:
         case BenchKernelsConfig():
             from fastmae.benchmarks.kernels import bench_kernels
@@ -175,3 +180,7 @@ def _bench(config: BenchKernelsConfig | BenchAttentionConfig | BenchStepConfig, 
             from fastmae.benchmarks.step import bench_step
 
             return bench_step(config, words)
+        case BenchLoaderConfig():
+            from fastmae.benchmarks.loader import bench_loader
+
+            return bench_loader(config, words)

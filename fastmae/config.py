@@ -27,9 +27,10 @@ BENCH_OPS: tuple[BenchOp, ...] = get_args(BenchOp)
 class PretrainConfig:
     """Pretrain a masked autoencoder. Flags of the published script have their published names and meanings."""
 
-    data_path: str = "digits"
-    """`digits` (built in), a folder of images (DATA_PATH/train/CLASS/*.JPEG, or flat), or a .npy, .npz, IDX or CIFAR
-    file or folder."""
+    data_path: str | tuple[str, ...] = "digits"
+    """`digits` (built in), a folder of images (DATA_PATH/train/CLASS/*.JPEG, or flat), .tar or .parquet shards (a file,
+    a folder, or a pattern such as 'part-{000..146}.tar'), or a .npy, .npz, IDX or CIFAR file or folder. Several are
+    taken one after another."""
     output_dir: str = "./output_dir"
     """The run folder: checkpoints, log.txt, metrics.jsonl, config.json, reconstructions."""
     model: str | None = None
@@ -86,6 +87,11 @@ class PretrainConfig:
     """Decoding threads a rank. Default: the cores that this process may use, at most 10."""
     pin_mem: bool = True
     """Copy batches to a GPU from page-locked memory."""
+    decoder: Literal["auto", "pool", "dali-cpu", "dali-gpu"] = "auto"
+    """Of plain JPEGs: threads of this process, or NVIDIA DALI (the extra `dali`) on the CPU or the GPU; the pool takes
+    all else. auto: pool, until DALI on a GPU has been measured."""
+    max_corrupt: float = 0.01
+    """Largest share of unusable images before the run stops; 20 of them are always tolerated."""
 
     resume: str = ""
     """`auto` continues output_dir's newest intact checkpoint, or starts if there is none; or a run folder, one of its
@@ -232,6 +238,32 @@ class BenchStepConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchLoaderConfig:
+    """Time the decoders of JPEGs from bytes to cropped and resized images, once those agree with the pool's."""
+
+    data_path: str | None = None
+    """JPEGs, as --data_path of pretrain takes them. Default: made in memory, 500×375 pixels and about 110 KB each."""
+    files: int = 256
+    """So many of them are read into memory and used."""
+    decoders: tuple[Literal["pool", "dali-cpu", "dali-gpu"], ...] = ("pool", "dali-cpu", "dali-gpu")
+    """Which, beside the pool."""
+    input_size: int = 224
+    """Side of the crops in pixels."""
+    batch_size: int = 64
+    """Images a batch."""
+    batches: int = 8
+    """Batches a sample."""
+    num_workers: int | None = None
+    """Decoding threads. Default: the cores that this process may use, at most 10."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    rounds: int = 7
+    """Samples a decoder; decoders take turns."""
+    output: str | None = None
+    """A folder for every sample (JSON)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchConfig:
     """Measure speed on this machine."""
 
@@ -239,6 +271,7 @@ class BenchConfig:
         Annotated[BenchKernelsConfig, tyro.conf.subcommand("kernels")]
         | Annotated[BenchAttentionConfig, tyro.conf.subcommand("attention")]
         | Annotated[BenchStepConfig, tyro.conf.subcommand("step")]
+        | Annotated[BenchLoaderConfig, tyro.conf.subcommand("loader")]
     )
 
 
@@ -247,12 +280,14 @@ class DataFacts:
     """What the defaults depend on."""
 
     kind: str
-    """`digits`, `array` or `folder`."""
+    """`digits`, `array`, or `folder`: image files, wherever they lie."""
     channels: int
     size: tuple[int, int] | None
     """(height, width) of the images in pixels; None where they differ."""
     labelled: bool
     length: int
+    found: str = ""
+    """Where the images lie, for people."""
 
 
 SMALL_SIDE = 64
@@ -372,18 +407,19 @@ def check_pretrain(config: PretrainConfig) -> None:
     if config.crop_scale is not None:
         low, high = config.crop_scale
         need(0 < low <= high <= 1, "crop_scale", "two numbers with 0 < smallest ≤ largest ≤ 1")
+    need(0 <= config.max_corrupt <= 1, "max_corrupt", "a share between 0 and 1")
     if config.std is not None:
         need(all(s > 0 for s in config.std), "std", "positive")
 
 
-def check_bench(config: BenchKernelsConfig | BenchAttentionConfig | BenchStepConfig) -> None:
+def check_bench(config: BenchKernelsConfig | BenchAttentionConfig | BenchStepConfig | BenchLoaderConfig) -> None:
     """Refuses numbers that cannot work.
 
     Raises:
         UserError: naming the flag, its value and what it must be.
     """
-    for flag in ("batch_size", "rounds"):
-        value = getattr(config, flag)
+    for flag in ("batch_size", "rounds", "batches", "files", "input_size", "num_workers"):
+        value = getattr(config, flag, None)
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: must be at least 1")
     sample_ms = getattr(config, "sample_ms", 0.0)

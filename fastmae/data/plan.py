@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmae.philox import STREAM_CROP, STREAM_ORDER, STREAM_SPLIT, permutation_numpy, uniforms_numpy
+from fastmae.philox import STREAM_CROP, STREAM_ORDER, STREAM_SPLIT, permutation_numpy, uniforms_numpy, words_numpy
 
 CROP_ATTEMPTS = 10
 RATIO = (3 / 4, 4 / 3)
@@ -24,6 +24,16 @@ class Box:
     left: int
     height: int
     width: int
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """Runs of samples that are best read at about the same time, such as the shards of a data set."""
+
+    starts: np.ndarray
+    """int64 [stretches + 1], from 0 to the length of the data set: stretch s is [starts[s], starts[s + 1])."""
+    spread: int
+    """Over how many places of the order the samples of a stretch are scattered."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,54 @@ class EpochPlan:
         return indices, self.epoch * len(self.order) + indices
 
 
-def plan_epoch(seed: int, epoch: int, length: int, batch_size: int, rank: int = 0, ranks: int = 1) -> EpochPlan:
-    """A full shuffle of ``length`` samples."""
-    return EpochPlan(permutation_numpy(seed, STREAM_ORDER, epoch, length), epoch, batch_size, rank, ranks)
+def plan_epoch(
+    seed: int,
+    epoch: int,
+    length: int,
+    batch_size: int,
+    rank: int = 0,
+    ranks: int = 1,
+    stretches: Stretches | None = None,
+) -> EpochPlan:
+    """A full shuffle of ``length`` samples; with ``stretches``, one that stays near their order."""
+    if stretches is None or len(stretches.starts) <= 2 or stretches.spread >= length:
+        order = permutation_numpy(seed, STREAM_ORDER, epoch, length)
+    else:
+        order = scattered_order(seed, epoch, stretches)
+    return EpochPlan(order, epoch, batch_size, rank, ranks)
+
+
+def scattered_order(seed: int, epoch: int, stretches: Stretches) -> np.ndarray:
+    """Shuffles the stretches, then scatters the samples of each over the next ``spread`` places: int64 [length].
+
+    The places form a ring, so what is scattered past the end comes first. Everywhere in the epoch, then, the next
+    sample comes from any of the ``spread`` samples' worth of stretches that are open there with the same chance, and
+    a stretch is read in one go but for those at the end, which are opened twice.
+    """
+    starts, lengths = stretches.starts, np.diff(stretches.starts)
+    length, count = int(starts[-1]), len(lengths)
+    # One draw for both: the words of samples, then those of stretches.
+    words = words_numpy(seed, STREAM_ORDER, np.array([epoch]), length + count)[0]
+    turn = np.argsort(words[length:], kind="stable")
+    place = np.empty(count, np.int64)
+    place[turn] = np.cumsum(lengths[turn]) - lengths[turn]
+    # Whole numbers, in 2**-32 of a place, so that no rounding depends on the machine.
+    keys = np.repeat(place, lengths).astype(np.uint64) << np.uint64(32)
+    keys += words[:length].astype(np.uint64) * np.uint64(stretches.spread)
+    return np.argsort(keys % (np.uint64(length) << np.uint64(32)), kind="stable")
+
+
+def mixing(order: np.ndarray, stretches: Stretches, batch_size: int) -> float:
+    """How well an order mixes: stretches in a batch, on average, over the number that a full shuffle would have there.
+
+    1 is a full shuffle; reading stretch after stretch is near 0.
+    """
+    lengths = np.diff(stretches.starts)
+    owner = np.repeat(np.arange(len(lengths)), lengths)[order]
+    batches = owner[: len(owner) // batch_size * batch_size].reshape(-1, batch_size)
+    present = np.mean([len(np.unique(batch)) for batch in batches])
+    shuffled = np.sum(1 - (1 - lengths / len(order)) ** batch_size)
+    return float(present / shuffled)
 
 
 def holdout(length: int, share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
-"""Sources: who has the bytes. Built-in digits, uint8 arrays in common files, and folders of image files.
+"""Sources: who has the bytes. Built-in digits, uint8 arrays in common files, image files in folders, tars and Parquet.
 
-A source has a length, ``read(i)``, a name for sample i and labels or none. It knows nothing of order, crops or models.
-Nothing is unpickled, and sizes are compared with the file before anything is allocated.
+A source has a length, ``read(i)`` for any thread, a name for sample i and labels or none. It knows nothing of order,
+crops or models. Nothing is unpickled, and sizes are compared with the file before anything is allocated.
 """
 
 from __future__ import annotations
@@ -9,22 +9,29 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import re
 import struct
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 
 from fastmae.config import DataFacts
-from fastmae.data.plan import holdout
+from fastmae.data.index import IMAGE_SUFFIXES, WORTH_KEEPING, list_images
+from fastmae.data.parquet import open_parquet
+from fastmae.data.plan import Stretches, holdout
+from fastmae.data.shards import expand_braces, open_shards, refuse_compressed
 from fastmae.errors import UserError
 
 Split = Literal["train", "val"]
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"))
+SHARD_SUFFIXES = (".tar", ".parquet")
 VAL_FOLDERS = ("val", "test", "valid", "validation")
+VAL_SHARD = re.compile(r"(?<![a-z])(val|valid|validation|test)(?![a-z])")
 # Names of arrays inside an .npz, by part: ours, Keras' and MedMNIST's.
 NPZ_IMAGES = {
     "train": ("train_images", "x_train", "images", "x", "arr_0"),
@@ -45,7 +52,15 @@ class Source(Protocol):
 
     @property
     def kind(self) -> str:
-        """`digits`, `array` or `folder`."""
+        """`digits`, `array`, or `folder`: image files, wherever they lie."""
+
+    @property
+    def found(self) -> str:
+        """Where the images lie, for people: completes "1,000 images …"."""
+
+    @property
+    def stretches(self) -> Stretches | None:
+        """What is best read at about the same time; None where any order costs the same."""
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -69,6 +84,11 @@ class ArraySource:
     labels: np.ndarray | None
     origin: str
     kind: str = "array"
+    stretches = None
+
+    @property
+    def found(self) -> str:
+        return f"of {' × '.join(map(str, self.images.shape[1:]))}"
 
     def __len__(self) -> int:
         return len(self.images)
@@ -88,6 +108,13 @@ class FolderSource:
     labels: np.ndarray | None
     classes: tuple[str, ...]
     kind: str = "folder"
+    beside: str = ""
+    """What lies in the same folder and is not used."""
+    stretches = None
+
+    @property
+    def found(self) -> str:
+        return (f"in {len(self.classes)} class folders" if self.classes else "in files") + self.beside
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -105,10 +132,15 @@ class Subset:
 
     source: Source
     indices: np.ndarray
+    stretches = None
 
     @property
     def kind(self) -> str:
         return self.source.kind
+
+    @property
+    def found(self) -> str:
+        return self.source.found
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -124,47 +156,136 @@ class Subset:
         return self.source.name(int(self.indices[index]))
 
 
-def open_train(data_path: str) -> Source:
-    """Finds out what ``data_path`` is and opens it, or its train part if it has parts.
+@dataclass(frozen=True)
+class Concat:
+    """Sources one after another, of any kinds."""
+
+    parts: tuple[Source, ...]
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """int64 [parts + 1]: the first sample of each part, and the length."""
+        return np.cumsum([0, *map(len, self.parts)])
+
+    @cached_property
+    def kind(self) -> str:
+        """That of the parts; `folder` if any is of image files, `array` if they differ otherwise."""
+        kinds = {part.kind for part in self.parts}
+        return kinds.pop() if len(kinds) == 1 else "folder" if "folder" in kinds else "array"
+
+    @property
+    def found(self) -> str:
+        return "in all: " + " + ".join(f"{len(part):,} {part.found}" for part in self.parts)
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        """Only if all parts have them: class folders are numbered anew by name, other numbers are taken as they are."""
+        every = [part.labels for part in self.parts]
+        present = [labels for labels in every if labels is not None]
+        if len(present) < len(every):
+            return None
+        folders = [part for part in self.parts if isinstance(part, FolderSource)]
+        if len(folders) == len(self.parts):
+            names = sorted({name for part in folders for name in part.classes})
+            numbers = {name: number for number, name in enumerate(names)}
+            renumbered = (np.array([numbers[name] for name in part.classes], np.int64) for part in folders)
+            present = [new[old] for new, old in zip(renumbered, present, strict=True)]
+        return np.concatenate(present)
+
+    @cached_property
+    def stretches(self) -> Stretches | None:
+        """Those of the parts; a sample of a part without any is a stretch of its own."""
+        if all(part.stretches is None for part in self.parts):
+            return None
+        starts, spreads = [np.zeros(1, np.int64)], []
+        for first, part in zip(self.starts[:-1].tolist(), self.parts, strict=True):
+            own = part.stretches
+            starts.append(first + (np.arange(1, len(part) + 1) if own is None else own.starts[1:]))
+            if own is not None:
+                # No part has more of its stretches open at a time than when it is alone.
+                spreads.append(own.spread * len(self) // len(part))
+        return Stretches(np.concatenate(starts), min(spreads))
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def _place(self, index: int) -> tuple[Source, int]:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[part], index - int(self.starts[part])
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        part, inside = self._place(index)
+        return part.read(inside)
+
+    def name(self, index: int) -> str:
+        part, inside = self._place(index)
+        return part.name(inside)
+
+
+def open_train(data_path: str | Sequence[str]) -> Source:
+    """Finds out what ``data_path`` is and opens it, or its train part if it has parts; several paths become one source.
 
     Raises:
         UserError: nothing there, nothing usable in it, or a file that is not what it says.
     """
-    source = _open(data_path, "train")
-    if source is None or len(source) == 0:
-        raise UserError(f"--data_path {data_path}: holds no images; give data that does")
-    return source
+    parts = []
+    for path in _each(data_path):
+        source = _open(path, "train")
+        if source is None or len(source) == 0:
+            where = "" if source is None else f" {source.found}"
+            raise UserError(f"--data_path {path}: holds no images{where}; give data that does")
+        parts.append(source)
+    return parts[0] if len(parts) == 1 else Concat(tuple(parts))
 
 
-def open_val(data_path: str) -> Source | None:
-    """The val (or test) part of the data; None when it has none. Errors as ``open_train``."""
-    source = _open(data_path, "val")
-    return source if source is not None and len(source) else None
+def open_val(data_path: str | Sequence[str]) -> Source | None:
+    """The val (or test) part of the data; of several paths, those of all that have one; None when none has.
+
+    Errors as ``open_train``.
+    """
+    opened = (_open(path, "val") for path in _each(data_path))
+    parts = [source for source in opened if source is not None and len(source)]
+    return Concat(tuple(parts)) if len(parts) > 1 else parts[0] if parts else None
+
+
+def _each(data_path: str | Sequence[str]) -> list[str]:
+    paths = [data_path] if isinstance(data_path, str) else list(data_path)
+    if not paths:
+        raise UserError("--data_path: must name at least one file or folder, or `digits`")
+    return paths
 
 
 def _open(data_path: str, split: Split) -> Source | None:
     if data_path == "digits":
         return _digits(split)
     path = Path(data_path).expanduser()
-    if not path.exists():
-        raise UserError(f"--data_path {data_path}: no such file or folder; give an existing one, or `digits`")
     try:
+        if "{" in data_path and not path.exists():
+            return _open_pattern(data_path) if split == "train" else None
+        if not path.exists():
+            raise UserError(f"--data_path {data_path}: no such file or folder; give an existing one, or `digits`")
         return _open_folder(path, split) if path.is_dir() else _open_file(path, split)
     except (OSError, EOFError, ValueError, KeyError, struct.error, zipfile.BadZipFile) as error:
-        raise UserError(f"--data_path {data_path}: cannot be read ({error}); check or replace the file") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"--data_path {data_path}: cannot be read ({reason}); check or replace the file") from error
 
 
 def describe(source: Source) -> DataFacts:
     """What the training defaults need to know. Image files differ in size and are taken to be colour."""
     size, channels = None, 3
     if source.kind != "folder":
-        height, width, channels = np.shape(source.read(0))
-        size = (height, width)
+        parts = source.parts if isinstance(source, Concat) else (source,)
+        shapes = {np.shape(part.read(0)) for part in parts}
+        sizes, depths = {shape[:2] for shape in shapes}, {shape[2] for shape in shapes}
+        size = sizes.pop() if len(sizes) == 1 else None
+        channels = depths.pop() if len(depths) == 1 else 3
     labelled = source.labels is not None and len(np.unique(source.labels)) > 1
-    return DataFacts(kind=source.kind, channels=channels, size=size, labelled=labelled, length=len(source))
+    return DataFacts(
+        kind=source.kind, channels=channels, size=size, labelled=labelled, length=len(source), found=source.found
+    )
 
 
-def train_and_val(data_path: str) -> tuple[Source, Source]:
+def train_and_val(data_path: str | Sequence[str]) -> tuple[Source, Source]:
     """Both parts of a data set; without a val part, a fixed fifth of the train part is held out."""
     train, val = open_train(data_path), open_val(data_path)
     if val is not None:
@@ -192,6 +313,9 @@ def _open_file(path: Path, split: Split) -> Source | None:
         return _npz(path, split)
     if split == "val":
         return None
+    refuse_compressed(path)
+    if name.endswith(SHARD_SUFFIXES):
+        return _shards([path])
     if name.endswith(".npy"):
         labels_path = path.with_name(f"{path.stem}_labels.npy")
         labels = _npy(labels_path) if labels_path.exists() else None
@@ -202,7 +326,7 @@ def _open_file(path: Path, split: Split) -> Source | None:
         return _cifar([path])
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return FolderSource((str(path),), None, ())
-    raise ValueError("not an image, .npy, .npz, IDX or CIFAR .bin file")
+    raise ValueError("not an image, .npy, .npz, .tar, .parquet, IDX or CIFAR .bin file")
 
 
 def _array_source(images: np.ndarray, labels: np.ndarray | None, origin: str) -> ArraySource:
@@ -322,8 +446,13 @@ def _open_folder(path: Path, split: Split) -> Source | None:
         return arrays
     if split == "val":
         parts = [path / name for name in VAL_FOLDERS if (path / name).is_dir()]
-        return _image_folder(parts[0]) if parts else None
-    return _image_folder(path / "train" if (path / "train").is_dir() else path)
+        if parts:
+            return _image_folder(parts[0], None)
+        has_images = (path / "train").is_dir() or list_images(path).paths
+        return None if has_images else _shards(_shards_in(path, "val"))
+    if (path / "train").is_dir():
+        return _image_folder(path / "train", None)
+    return _image_folder(path, "train")
 
 
 def _array_folder(path: Path, split: Split) -> Source | None:
@@ -337,24 +466,57 @@ def _array_folder(path: Path, split: Split) -> Source | None:
     return _cifar(batches) if batches else None
 
 
-def _image_folder(path: Path) -> FolderSource:
-    """Class folders with images below them, or images directly inside; sorted, so that the order is everyone's."""
-    classes = tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != "."))
-    found: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        inside = _images_below(path / name)
-        found += inside
-        labels += [label] * len(inside)
-    if found:
-        return FolderSource(tuple(found), np.array(labels, dtype=np.int64), classes)
-    return FolderSource(tuple(_images_below(path)), None, ())
+def _image_folder(path: Path, split: Split | None) -> Source | None:
+    """The images of a folder if it has any, otherwise those of its shards (of a part, if it is not all one part)."""
+    listing = list_images(path)
+    # A folder of so many images is not read again for what else may be in it.
+    shards = _shards_in(path, split) if len(listing.paths) < WORTH_KEEPING else []
+    if not listing.paths and shards:
+        return _shards(shards)
+    if not listing.paths:
+        for file in sorted(path.iterdir()):
+            refuse_compressed(file)
+    beside = f"; {len(shards)} {shards[0].suffix} files beside them are not used" if shards else ""
+    return FolderSource(listing.paths, listing.labels, listing.classes, beside=beside)
 
 
-def _images_below(folder: Path) -> list[str]:
-    return sorted(
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
-    )
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+def _shards_in(folder: Path, split: Split | None) -> list[Path]:
+    """The tar or Parquet files directly inside a folder, sorted by name; None for those of every part.
+
+    A name with the word val, validation, valid or test belongs to the val part, unless all have one.
+    """
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name.lower().endswith(SHARD_SUFFIXES) and entry.is_file()]
+    found = [folder / name for name in sorted(names) if name[0] != "."]
+    words = {path: match[1] for path in found if (match := VAL_SHARD.search(path.name.lower()))}
+    if split is None or len(words) == len(found):
+        return [] if split == "val" else found
+    if split == "train":
+        return [path for path in found if path not in words]
+    return [path for path in words if words[path] != "test"] or list(words)
+
+
+def _open_pattern(pattern: str) -> Source | None:
+    """The shards that a brace pattern such as `part-{000..146}.tar` names, all of which must be there."""
+    paths = [Path(name).expanduser() for name in expand_braces(pattern)]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        count = f"{len(missing)} of its {len(paths)} files are not there"
+        raise UserError(f"--data_path {pattern}: {count}, the first of them {missing[0]}; check the pattern")
+    for path in paths:
+        refuse_compressed(path)
+        if not path.name.lower().endswith(SHARD_SUFFIXES):
+            raise UserError(f"--data_path {pattern}: a pattern is for .tar or .parquet files, not {path.name}")
+    return _shards(paths)
+
+
+def _shards(paths: list[Path]) -> Source | None:
+    if not paths:
+        return None
+    suffixes = {path.suffix.lower() for path in paths}
+    if len(suffixes) > 1:
+        raise UserError(f"{paths[0].parent}: holds both .tar and .parquet files; name those of one kind by a pattern")
+    return open_shards(paths) if suffixes == {".tar"} else open_parquet(paths)

@@ -9,17 +9,21 @@ from fastmae.data.sources import Source
 from fastmae.errors import UserError
 
 SAMPLES = 2048
+# Of sources that are read a stretch at a time, images are taken in runs of so many.
+RUN = 64
 
 
 def channel_statistics(source: Source, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) a channel in units of [0, 1], over up to 2048 evenly spaced images; a pure function of the data.
+    """(mean, std) a channel in units of [0, 1], over up to 2048 images; a pure function of the data.
+
+    They are evenly spaced; of a source that is read a stretch at a time, in evenly spaced runs.
 
     Raises:
         UserError: none of them can be decoded.
     """
     count = np.zeros(1)
     total, squares = np.zeros(in_chans), np.zeros(in_chans)
-    for index in np.unique(np.linspace(0, len(source) - 1, min(len(source), SAMPLES)).astype(np.int64)).tolist():
+    for index in _chosen(source).tolist():
         try:
             pixels = decode(source.read(index), in_chans).reshape(-1, in_chans) / 255.0
         except (BadImageError, OSError) as error:
@@ -34,3 +38,12 @@ def channel_statistics(source: Source, in_chans: int) -> tuple[tuple[float, ...]
     # A constant channel gets a deviation of one grey level rather than a division by zero.
     std = np.sqrt(np.maximum(squares / count - mean**2, 255.0**-2))
     return tuple(mean.round(6).tolist()), tuple(std.round(6).tolist())
+
+
+def _chosen(source: Source) -> np.ndarray:
+    """Which images are looked at: sorted, each once."""
+    length = len(source)
+    if source.stretches is None or length <= SAMPLES:
+        return np.unique(np.linspace(0, length - 1, min(length, SAMPLES)).astype(np.int64))
+    starts = np.linspace(0, length - RUN, SAMPLES // RUN).astype(np.int64)
+    return np.unique(starts[:, None] + np.arange(RUN))

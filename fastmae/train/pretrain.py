@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 
 from fastmae.config import FIXED_IN_A_RUN, DataFacts, PretrainConfig, ResolvedConfig, check_pretrain, resolve
 from fastmae.data.decode import FOLDER_CHANNELS
-from fastmae.data.loader import Batch, View, default_workers, load_batches
+from fastmae.data.loader import Batch, View, choose_decoder, default_workers, describe_decoder, load_batches
 from fastmae.data.plan import plan_epoch
 from fastmae.data.quarantine import Quarantine
 from fastmae.data.sources import Source, describe, open_train, train_and_val
@@ -67,6 +67,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     config = _resolve(flags, source, facts, world)
     settings = _as_json(config)
     precision = choose_precision(config.precision, world.device)
+    decoder, why_decoder = choose_decoder(config.decoder, world.device, source, config.in_chans)
     iterations = facts.length // (config.batch_size * world.size)
     steps_per_epoch = iterations // config.accum_iter
     _check_batches(config, world, steps_per_epoch)
@@ -89,7 +90,8 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
         fresh_step=config.start_epoch * steps_per_epoch,
         steps_per_epoch=steps_per_epoch,
     )
-    backends = chosen_backends(world.device, precision, model.attention_shapes(config.mask_ratio))
+    decoding = describe_decoder(decoder, why_decoder)
+    backends = chosen_backends(world.device, precision, model.attention_shapes(config.mask_ratio), decoding)
     world.barrier()  # every rank has looked before the first one writes
     log = StepLog(
         run,
@@ -115,16 +117,18 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
 
     # The loop.
     loss_of = parallel.share_gradients(TrainingLoss(model, config.mask_ratio), world)
-    quarantine = Quarantine(run / ("quarantine.jsonl" if world.size == 1 else f"quarantine-{world.rank}.jsonl"))
+    quarantine_name = "quarantine.jsonl" if world.size == 1 else f"quarantine-{world.rank}.jsonl"
+    quarantine = Quarantine(run / quarantine_name, config.max_corrupt)
     batches = load_batches(
         source,
-        _requests(config, world, restored.step, total_steps, steps_per_epoch),
+        _requests(source, config, world, restored.step, total_steps, steps_per_epoch),
         View(config.input_size, config.in_chans, seed=config.seed, scale=config.crop_scale, flip=config.flip),
         device=world.device,
         num_workers=config.num_workers,
         pin_memory=config.pin_mem and world.device.type == "cuda",
+        decoder=decoder,
     )
-    with screen, closing(batches):
+    with screen, closing(batches), closing(_say_what_was_redone(batches, say)) as batches:
         for step in range(restored.step, total_steps):
             epoch, index = divmod(step, steps_per_epoch)
             lr = learning_rate(
@@ -190,6 +194,10 @@ def _resolve(flags: PretrainConfig, source: Source, facts: DataFacts, world: par
     return resolve(flags, facts, mean=mean, std=std, ranks=world.size, num_workers=default_workers())
 
 
+def _shown(data_path: str | Sequence[str]) -> str:
+    return data_path if isinstance(data_path, str) else " ".join(data_path)
+
+
 def _check_batches(config: ResolvedConfig, world: parallel.World, steps_per_epoch: int) -> None:
     if steps_per_epoch < 1:
         size = f"--batch_size {config.batch_size}"
@@ -197,7 +205,9 @@ def _check_batches(config: ResolvedConfig, world: parallel.World, steps_per_epoc
         size += f" × {world.size} ranks" if world.size > 1 else ""
         fits = config.dataset_length // (config.accum_iter * world.size)
         remedy = f"lower --batch_size to at most {fits}" if fits else "lower --accum_iter or the ranks"
-        raise UserError(f"{size} is more than the {config.dataset_length} images of {config.data_path}; {remedy}")
+        raise UserError(
+            f"{size} is more than the {config.dataset_length} images of {_shown(config.data_path)}; {remedy}"
+        )
 
 
 def _model(settings: dict[str, Any], mask_ratio: float) -> MaskedAutoencoderViT:
@@ -215,12 +225,13 @@ def _as_json(config: ResolvedConfig) -> dict[str, Any]:
 
 
 def chosen_backends(
-    device: torch.device, precision: Precision, attention_shapes: dict[str, tuple[int, int]]
+    device: torch.device, precision: Precision, attention_shapes: dict[str, tuple[int, int]], decoding: str
 ) -> dict[str, str]:
     """Which implementation of what a run on ``device`` uses, and why.
 
     Args:
         attention_shapes: (tokens S, width Dh of a head) of the encoder and of the decoder.
+        decoding: what ``describe_decoder`` says.
 
     Raises:
         UserError: one that was asked for cannot run there.
@@ -234,7 +245,7 @@ def chosen_backends(
     except ValueError as error:
         raise UserError(f"--ops {asked_backends().ops} --attention {asked_backends().attention}: {error}") from error
     found["optimizer"] = "fused AdamW"
-    found["decoding"] = "thread pool: simplejpeg for JPEG, Pillow for other formats and resizing"
+    found["decoding"] = decoding
     return found
 
 
@@ -242,16 +253,32 @@ def chosen_backends(
 
 
 def _requests(
-    config: ResolvedConfig, world: parallel.World, start: int, total: int, steps_per_epoch: int
+    source: Source, config: ResolvedConfig, world: parallel.World, start: int, total: int, steps_per_epoch: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Micro-batches from step ``start`` to the end of the run, each epoch planned when it is reached."""
     plan = None
     for step in range(start, total):
         epoch, index = divmod(step, steps_per_epoch)
         if plan is None or plan.epoch != epoch:
-            plan = plan_epoch(config.seed, epoch, config.dataset_length, config.batch_size, world.rank, world.size)
+            plan = plan_epoch(
+                config.seed, epoch, len(source), config.batch_size, world.rank, world.size, source.stretches
+            )
         for micro in range(config.accum_iter):
             yield plan.batch(index * config.accum_iter + micro)
+
+
+def _say_what_was_redone(batches: Iterable[Batch], say: Say) -> Generator[Batch]:
+    """The batches as they are. The first that DALI failed on is told with the reason, their number at the end."""
+    redone = 0
+    try:
+        for batch in batches:
+            redone += bool(batch.redone)
+            if batch.redone and redone == 1:
+                say(f"decoding        DALI failed on a batch, which the pool decoded instead: {batch.redone}")
+            yield batch
+    finally:
+        if redone:
+            say(f"decoding        batches that DALI failed on and the pool decoded instead: {redone}")
 
 
 class _MicroBatches:
@@ -267,7 +294,7 @@ class _MicroBatches:
         for _ in range(self._config.accum_iter):
             batch = next(self._batches)
             self.wait += batch.wait
-            self._quarantine.add(batch.skipped)
+            self._quarantine.add(batch.skipped, good=len(batch.images))
             draw_ids = batch.draw_ids.to(batch.images.device, non_blocking=True)
             yield batch.images, random_masking(draw_ids, self._config.seed, self._num_patches)
 
@@ -310,7 +337,8 @@ def _announce(
 ) -> None:
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     height, width = config.input_size
-    say(f"data            {config.data_path}: {facts.length:,} images ({facts.kind})")
+    labels = "labelled" if facts.labelled else "without labels"
+    say(f"data            {_shown(config.data_path)}: {facts.length:,} images {facts.found}, {labels}")
     say(f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}")
     say(f"batch           {config.global_batch} images a step, lr {config.lr:.2e}, {config.epochs} epochs")
     for name, choice in backends.items():

@@ -1,14 +1,16 @@
 """The loader: batches in order whatever the threads, bad images replaced and reported, no thread left."""
 
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
 
-from fastmae.data.loader import View, load_batches
+from fastmae.cli import main
+from fastmae.data.loader import Skipped, View, choose_decoder, load_batches
 from fastmae.data.plan import central_box, crop_draws, is_flipped, plan_epoch, random_box
-from fastmae.data.quarantine import Quarantine
+from fastmae.data.quarantine import TOLERATED, Quarantine
 from fastmae.data.sources import ArraySource, open_train
 from fastmae.data.statistics import channel_statistics
 from fastmae.errors import UserError
@@ -65,7 +67,7 @@ def test_bad_images_give_way_to_the_next_and_are_listed_once(image_folder, tmp_p
     quarantine = Quarantine(tmp_path / "quarantine.jsonl")
     for _ in range(2):
         for batch in batches(source, view):
-            quarantine.add(batch.skipped)
+            quarantine.add(batch.skipped, good=len(batch.images))
             loaded |= dict(zip(batch.draw_ids.tolist(), batch.images, strict=True))
     assert torch.equal(loaded[4], loaded[6])
     assert torch.equal(loaded[5], loaded[6])
@@ -86,6 +88,57 @@ def test_nothing_usable_is_an_error_and_leaves_no_thread(tmp_path):
     assert not decode_threads()
     with pytest.raises(UserError, match="no image can be decoded"):
         channel_statistics(open_train(str(tmp_path)), 1)
+
+
+def skip(index):
+    return Skipped(index, f"{index}.jpg", "cut off")
+
+
+def test_too_many_unusable_images_stop_the_run_with_examples(tmp_path):
+    quarantine = Quarantine(tmp_path / "few.jsonl", max_corrupt=0.01)
+    for _ in range(1000):  # always the same: half of a small data set, read again and again
+        quarantine.add([skip(i) for i in range(TOLERATED)], good=TOLERATED)
+    quarantine = Quarantine(tmp_path / "many.jsonl", max_corrupt=0.01)
+    quarantine.add([], good=3000)
+    quarantine.add([skip(i) for i in range(30)], good=0)
+    with pytest.raises(
+        UserError, match=r"31 of 3031 images .* 0\.01: 0\.jpg \(cut off\), .*many\.jsonl.*--max_corrupt"
+    ):
+        quarantine.add([skip(31)], good=0)
+    assert len((tmp_path / "many.jsonl").read_text().splitlines()) == 31
+    tolerant = Quarantine(tmp_path / "many.jsonl", max_corrupt=1.0)
+    tolerant.add([skip(i) for i in range(50)], good=0)
+
+
+def test_a_run_stops_when_too_much_is_unusable(image_folder, tmp_path, capsys):
+    for i in range(30):
+        (image_folder / "train" / "n01" / f"bad{i}.JPEG").write_bytes(b"junk")
+    words = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / "run"), "--device", "cpu"]
+    words += ["--model", "mae_vit_tiny_patch4", "--input_size", "16", "--batch_size", "8", "--epochs", "2"]
+    assert main(["pretrain", *words, "--probe", "False"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "cannot be used, over --max_corrupt 0.01" in line
+    assert "bad" in line
+
+
+def test_the_decoder_is_chosen_for_a_reason_or_refused_with_a_remedy(image_folder, monkeypatch):
+    cuda, files, arrays = torch.device("cuda"), open_train(str(image_folder)), ArraySource(IMAGES, None, "x")
+    monkeypatch.setattr("fastmae.data.dali.why_not_installed", lambda: "")
+    assert choose_decoder("auto", CPU, files, 3) == ("pool", "the fastest on a CPU")
+    assert choose_decoder("auto", cuda, arrays, 4)[0] == "pool"
+    assert choose_decoder("dali-gpu", cuda, None, 1) == ("dali-gpu", "asked for")
+    assert choose_decoder("dali-cpu", cuda, files, 3) == ("dali-cpu", "asked for")
+    for asked, device, source, in_chans, match in (
+        ("dali-gpu", CPU, files, 3, "the device is cpu; use --device cuda"),
+        ("dali-cpu", CPU, arrays, 3, "arrays, which need no decoding; use --decoder pool"),
+        ("dali-cpu", CPU, files, 4, "1 or 3 channels, not 4; use --decoder pool"),
+    ):
+        with pytest.raises(UserError, match=f"--decoder {asked}: .*{match}"):
+            choose_decoder(asked, device, source, in_chans)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "nvidia.dali.fn", None)
+    with pytest.raises(UserError, match=r"nvidia-dali is not installed; pip install 'fastmae\[dali\]'"):
+        choose_decoder("dali-cpu", CPU, files, 3)
 
 
 def test_leaving_early_leaves_no_thread():

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmae.data.sources import describe, open_train, open_val, train_and_val
+from fastmae.data.plan import Stretches
+from fastmae.data.sources import ArraySource, Concat, describe, open_train, open_val, train_and_val
 from fastmae.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -107,6 +108,50 @@ def test_without_a_val_part_a_fifth_is_held_out(image_folder):
     assert (len(train), len(val)) == (19, 5)
     assert not {train.name(i) for i in range(19)} & {val.name(i) for i in range(5)}
     assert val.labels is not None
+
+
+def test_several_paths_follow_each_other(image_folder, tmp_path):
+    np.save(tmp_path / "a.npy", GRAY)
+    np.save(tmp_path / "a_labels.npy", LABELS)
+    np.save(tmp_path / "b.npy", GRAY[:4])
+    both = open_train([str(tmp_path / "a.npy"), str(tmp_path / "b.npy")])
+    assert np.array_equal(content(both)[..., 0], np.concatenate([GRAY, GRAY[:4]]))
+    assert both.name(10) == f"{tmp_path / 'b.npy'}[0]"
+    facts = describe(both)
+    assert (facts.kind, facts.size, facts.channels, facts.length, facts.labelled) == ("array", (6, 5), 1, 14, False)
+    assert facts.found == "in all: 10 of 6 × 5 × 1 + 4 of 6 × 5 × 1"
+    np.save(tmp_path / "b_labels.npy", LABELS[:4] + 5)
+    labels = open_train([str(tmp_path / "a.npy"), str(tmp_path / "b.npy")]).labels
+    assert labels.tolist() == [*LABELS, *(LABELS[:4] + 5)]
+    mixed = open_train((str(tmp_path / "a.npy"), str(image_folder), "digits"))
+    facts = describe(mixed)
+    assert (facts.kind, facts.size, facts.channels, len(mixed)) == ("folder", None, 3, 10 + 24 + 1438)
+    assert mixed.read(10) == open_train(str(image_folder)).read(0)
+    assert mixed.stretches is None
+    assert open_train([str(tmp_path / "a.npy")]).found == open_train(str(tmp_path / "a.npy")).found
+
+
+def test_classes_of_several_folders_are_told_by_name(image_folder, tmp_path):
+    (image_folder / "train" / "n02").rename(tmp_path / "n00")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "n00").rename(tmp_path / "more" / "n00")
+    assert open_train([str(image_folder), str(tmp_path / "more")]).labels.tolist() == [1] * 12 + [0] * 12
+    train, val = train_and_val([str(image_folder), str(tmp_path / "more")])
+    assert (len(train), len(val)) == (24, 8)
+
+
+def test_parts_with_stretches_among_others():
+    with_stretches = ArraySource(COLOUR, LABELS, "x")
+    object.__setattr__(with_stretches, "stretches", Stretches(np.array([0, 4, 10]), 4))
+    mixed = Concat((ArraySource(GRAY[:3, :, :, None], None, "y"), with_stretches))
+    assert mixed.stretches.starts.tolist() == [0, 1, 2, 3, 7, 13]
+    assert mixed.stretches.spread == 4 * 13 // 10
+
+
+@pytest.mark.parametrize("paths", [[], ["digits", "nowhere"]])
+def test_every_one_of_several_paths_must_be_there(paths):
+    with pytest.raises(UserError, match="must name at least one" if not paths else "nowhere: no such file"):
+        open_train(paths)
 
 
 def _broken(tmp_path: Path):

@@ -1,0 +1,244 @@
+"""Parquet files with images in a column, as Hugging Face's `datasets` writes them.
+
+Such a file is stored in row groups, of which one image cannot be read alone: the groups in use are kept, few at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmae.data.plan import Stretches
+from fastmae.errors import UserError
+
+IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label", "target")
+# What the row groups that are read at about the same time may take, and how many there are at least.
+HELD_BYTES = 512 << 20
+MIN_HELD = 4
+MAX_GROUP_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """Image files in a column of Parquet files."""
+
+    files: tuple[str, ...]
+    column: str
+    group_file: np.ndarray
+    """int64 [groups]: in which file a row group lies, ascending."""
+    group_number: np.ndarray
+    """int64 [groups]: its number there."""
+    starts: np.ndarray
+    """int64 [groups + 1]: the sample it begins with."""
+    held: int
+    """How many row groups samples are mixed from."""
+    labels: np.ndarray | None
+    metadata: tuple[Any, ...] = field(repr=False, compare=False)
+    """Each file's, so that it is parsed once."""
+    kind: str = "folder"
+    _group: Callable[[int], Any] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # A few more than are mixed: threads are not all at the same place of the order.
+        object.__setattr__(self, "_group", _Held(self._read_group, self.held + self.held // 4 + 4))
+
+    @property
+    def stretches(self) -> Stretches:
+        """Each row group is a stretch."""
+        return Stretches(self.starts, self.held * len(self) // max(1, len(self.group_file)))
+
+    @property
+    def found(self) -> str:
+        """What there is, for people."""
+        files = f"{len(self.files)} Parquet file{'s' if len(self.files) > 1 else ''}"
+        return f"in column {self.column!r} of {files}"
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, index: int) -> bytes:
+        """The bytes of an image file.
+
+        Raises:
+            OSError: there are none, or the file has changed or is damaged there.
+        """
+        group = int(np.searchsorted(self.starts, index, side="right")) - 1
+        value = _bytes_of(self._group(group), index - int(self.starts[group]))
+        if value is None:
+            raise OSError("the table has no bytes for this image")
+        return value
+
+    def name(self, index: int) -> str:
+        group = int(np.searchsorted(self.starts, index, side="right")) - 1
+        first = int(np.searchsorted(self.group_file, self.group_file[group]))
+        return f"{self.files[self.group_file[group]]}[{index - int(self.starts[first])}]"
+
+    def _read_group(self, group: int) -> Any:
+        file = int(self.group_file[group])
+        return _read_group(self.files[file], int(self.group_number[group]), self.column, self.metadata[file])
+
+
+class _Held:
+    """The newest results of a function, at most ``capacity``; what several threads want at once is made once."""
+
+    def __init__(self, make: Callable[[int], Any], capacity: int) -> None:
+        self._make, self._capacity = make, capacity
+        self._results: OrderedDict[int, Future[Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, key: int) -> Any:
+        with self._lock:
+            result = self._results.get(key)
+            is_new = result is None
+            if result is None:
+                result = self._results[key] = Future()
+                if len(self._results) > self._capacity:
+                    self._results.popitem(last=False)
+            self._results.move_to_end(key)
+        if is_new:
+            try:
+                result.set_result(self._make(key))
+            except BaseException as error:
+                with self._lock:
+                    self._results.pop(key, None)  # the next one tries again
+                result.set_exception(error)
+        return result.result()
+
+
+def open_parquet(paths: Sequence[Path]) -> ParquetSource:
+    """Parquet files as one source, in the order given; only their footers and labels are read.
+
+    The image column is a struct of `bytes` and `path` or a column of bytes, found by its name or by being the only one.
+    Labels are the integers of a column `label` or the like, if every row has one.
+
+    Raises:
+        UserError: pyarrow is not installed, there is no such column, or it holds paths instead of images.
+        OSError, ValueError: a file cannot be read.
+    """
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{paths[0]}: Parquet files need pyarrow; run pip install 'fastmae[parquet]'") from error
+    metadata = tuple(map(_metadata, paths))
+    column = _image_column(paths[0], metadata[0].schema.to_arrow_schema())
+    for path, facts in zip(paths, metadata, strict=True):
+        schema = facts.schema.to_arrow_schema()
+        if column not in schema.names or not _holds_images(schema.field(column).type):
+            raise UserError(f"{path}: has no image column {column!r} as {paths[0]} has; leave it out")
+    groups = [
+        (file, number, facts.row_group(number))
+        for file, facts in enumerate(metadata)
+        for number in range(facts.num_row_groups)
+        if facts.row_group(number).num_rows
+    ]
+    rows = np.array([group.num_rows for _, _, group in groups], np.int64)
+    largest = max((_group_bytes(group, column) for _, _, group in groups), default=0)
+    if largest > MAX_GROUP_BYTES:
+        size = f"{largest / 2**30:.1f} GiB"
+        raise UserError(f"{paths[0]}: a row group of {size} is too large to be held; write it with row_group_size=100")
+    source = ParquetSource(
+        files=tuple(map(str, paths)),
+        column=column,
+        group_file=np.array([file for file, _, _ in groups], np.int64),
+        group_number=np.array([number for _, number, _ in groups], np.int64),
+        starts=np.concatenate([[0], np.cumsum(rows)]).astype(np.int64),
+        held=max(MIN_HELD, HELD_BYTES // max(1, largest)),
+        labels=_labels(paths, metadata),
+        metadata=metadata,
+    )
+    if len(source) and _holds_only_paths(source):
+        raise UserError(f"{paths[0]}: column {column!r} holds paths without the images; embed them, then write it anew")
+    return source
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file's name into pyarrow's errors."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _metadata(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    with _naming(path):
+        return pq.read_metadata(path)
+
+
+def _holds_images(type_: Any) -> bool:
+    import pyarrow.types as types
+
+    if types.is_struct(type_):
+        return any(child.name == "bytes" and _holds_images(child.type) for child in type_)
+    return types.is_binary(type_) or types.is_large_binary(type_)
+
+
+def _image_column(path: Path, schema: Any) -> str:
+    usable = [name for name in schema.names if _holds_images(schema.field(name).type)]
+    named = [name for name in IMAGE_COLUMNS if name in usable]
+    if named or len(usable) == 1:
+        return (named or usable)[0]
+    several = f"several of bytes ({', '.join(usable)})" if usable else f"none of bytes among {', '.join(schema.names)}"
+    raise UserError(f"{path}: no column of images, {several}; call it `image`")
+
+
+def _group_bytes(group: Any, column: str) -> int:
+    leaves = (group.column(number) for number in range(group.num_columns))
+    return sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema.split(".")[0] == column)
+
+
+def _labels(paths: Sequence[Path], metadata: Sequence[Any]) -> np.ndarray | None:
+    """int64 [length], if all files have an integer column of one of the names and no row lacks its label."""
+    import pyarrow.parquet as pq
+    import pyarrow.types as types
+
+    schemas = [facts.schema.to_arrow_schema() for facts in metadata]
+    name = next((name for name in LABEL_COLUMNS if name in schemas[0].names), None)
+    if name is None or not all(name in s.names and types.is_integer(s.field(name).type) for s in schemas):
+        return None
+    parts = []
+    for path, facts in zip(paths, metadata, strict=True):
+        with _naming(path), pq.ParquetFile(path, metadata=facts) as file:
+            column = file.read(columns=[name], use_threads=False).column(name)
+        if column.null_count:
+            return None
+        parts.append(column.to_numpy().astype(np.int64))
+    return np.concatenate(parts)
+
+
+def _read_group(path: str, number: int, column: str, metadata: Any) -> Any:
+    """The images of a row group, as pyarrow's chunked array. Raises OSError, whatever pyarrow raises."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import pyarrow.types as types
+
+    is_struct = types.is_struct(metadata.schema.to_arrow_schema().field(column).type)
+    try:
+        # A file object of its own for each read: pyarrow does not promise that threads may share one.
+        with pq.ParquetFile(path, metadata=metadata) as file:
+            wanted = f"{column}.bytes" if is_struct else column
+            return file.read_row_group(number, columns=[wanted], use_threads=False).column(column)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise OSError(f"row group {number}: {' '.join(str(error).split())}") from error
+
+
+def _bytes_of(images: Any, row: int) -> bytes | None:
+    value = images[row].as_py()
+    return value["bytes"] if isinstance(value, dict) else value
+
+
+def _holds_only_paths(source: ParquetSource) -> bool:
+    """Whether the first row group has no bytes at all."""
+    images = source._group(0)
+    return all(_bytes_of(images, row) is None for row in range(int(source.starts[1])))

@@ -1,0 +1,407 @@
+"""Tar shards, as webdataset writes them: samples grouped by key, found by their headers, read in place.
+
+The headers of all shards are read once; where each image lies is kept beside the shards, or else in the cache folder,
+for as long as the shards have the same sizes and modification times. An image is then one read at an offset.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fastmae.data.index import (
+    IMAGE_SUFFIXES,
+    Index,
+    Names,
+    cache_file,
+    is_settled,
+    names_of,
+    pack_names,
+    read_index,
+    unpack_names,
+    write_index,
+)
+from fastmae.data.plan import Stretches
+from fastmae.errors import UserError
+
+BLOCK = 512
+# Header entries that only describe the next one; longer ones are not believed.
+MAX_EXTENSION = 1 << 20
+MAX_LABEL_BYTES = 32
+OPEN_SHARDS = 256
+INDEX_THREADS = 8
+# How far samples are spread while they are shuffled: at least so many shards and so many samples.
+SPREAD_SHARDS = 64
+SPREAD_SAMPLES = 16_384
+COMPRESSED_SUFFIXES = {
+    ".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tar.xz": "unxz", ".tar.zst": "unzstd",
+    ".tar.lz4": "unlz4",
+}  # fmt: skip
+COMPRESSED_STARTS = {
+    b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd",
+    b"\x04\x22\x4d\x18": "unlz4",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """Image files inside tar files."""
+
+    shards: tuple[str, ...]
+    stamps: tuple[tuple[int, int], ...]
+    """(size, modification time in ns) of each shard when it was indexed."""
+    shard: np.ndarray
+    """int64 [length]: in which shard each sample lies, ascending."""
+    offset: np.ndarray
+    """int64 [length], in bytes."""
+    size: np.ndarray
+    """int64 [length], in bytes."""
+    names: Names
+    labels: np.ndarray | None
+    damage: tuple[str, ...]
+    """A line for each shard that ends too early or goes wrong on the way."""
+    kind: str = "folder"
+    _open: Callable[[int], _OpenShard] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Bounded, as there may be more shards than a process may have files open.
+        object.__setattr__(self, "_open", functools.lru_cache(OPEN_SHARDS)(self._open_shard))
+
+    @property
+    def stretches(self) -> Stretches:
+        """Each shard is a stretch."""
+        lengths = np.bincount(self.shard, minlength=len(self.shards))
+        starts = np.concatenate([[0], np.cumsum(lengths[lengths > 0])])
+        return Stretches(starts, max(SPREAD_SAMPLES, SPREAD_SHARDS * len(self) // max(1, len(starts) - 1)))
+
+    @property
+    def found(self) -> str:
+        """What there is, for people."""
+        text = f"in {len(self.shards)} tar shard{'s' if len(self.shards) > 1 else ''}"
+        return "; ".join([text, *self.damage])
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of an image file.
+
+        Raises:
+            OSError: the shard is gone or is not the one that was indexed.
+        """
+        shard = self._open(int(self.shard[index]))
+        data = os.pread(shard.descriptor, int(self.size[index]), int(self.offset[index]))
+        if len(data) != self.size[index]:
+            raise OSError(f"{self.shards[self.shard[index]]} has become shorter since it was indexed")
+        return data
+
+    def name(self, index: int) -> str:
+        return f"{self.shards[self.shard[index]]}:{self.names[index]}"
+
+    def _open_shard(self, number: int) -> _OpenShard:
+        shard = _OpenShard(self.shards[number])
+        status = os.fstat(shard.descriptor)
+        if (status.st_size, status.st_mtime_ns) != self.stamps[number]:
+            raise OSError(f"{self.shards[number]} has changed since it was indexed; start again")
+        return shard
+
+
+class _OpenShard:
+    """A descriptor that is closed when the last thread has let go of it."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def open_shards(paths: Sequence[Path]) -> ShardSource:
+    """Tar files as one source, in the order given.
+
+    Samples are grouped as webdataset does: consecutive members whose names agree up to the first dot of the file name.
+    The first member of a group with the suffix of an image file is the image; groups without one are passed by. Labels
+    are the integers in `.cls` members, if every sample has one. Of a shard that is cut or damaged, what lies before the
+    damage is used, and ``damage`` names it.
+
+    Raises:
+        UserError: compressed, or not a tar file at all.
+        OSError: cannot be read.
+    """
+    for path in paths:
+        refuse_compressed(path)
+    stamps = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, paths)]
+    fingerprint = [[path.name, *stamp] for path, stamp in zip(paths, stamps, strict=True)]
+    kept_in = _kept_in(paths)
+    for place in kept_in:
+        known = read_index(place)
+        if known is not None and known.fingerprint == fingerprint and _is_sound(known.columns, stamps):
+            return _source(paths, stamps, known.columns)
+    with ThreadPoolExecutor(INDEX_THREADS) as pool:
+        indexed = list(pool.map(_index_shard, paths))
+    columns = _columns(indexed)
+    if is_settled(modified for _, modified in stamps):
+        any(write_index(place, Index(fingerprint, columns)) for place in kept_in)
+    return _source(paths, stamps, columns)
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raises:
+    UserError: the name is that of a compressed tar file, in which nothing can be read in place.
+    """
+    for suffix, tool in COMPRESSED_SUFFIXES.items():
+        if path.name.lower().endswith(suffix):
+            raise UserError(f"{path}: a compressed tar cannot be read in place; run `{tool} {path}` first")
+
+
+def _kept_in(paths: Sequence[Path]) -> list[Path]:
+    """Where the index of these shards may be: beside them (if they share a folder), and in the cache folder."""
+    real = [os.path.realpath(path) for path in paths]
+    folders = {os.path.dirname(path) for path in real}
+    # Beside the shards only their names count, so that it moves with them.
+    names = cache_file("\0".join(["shards", *map(os.path.basename, real)])).name
+    beside = [Path(folder) / f".fastmae-{names}" for folder in folders if len(folders) == 1]
+    return [*beside, cache_file("\0".join(["shards", *real]))]
+
+
+def _is_sound(columns: dict[str, np.ndarray], stamps: Sequence[tuple[int, int]]) -> bool:
+    """Whether every sample of an index lies inside its shard and every column has its length."""
+    if columns.keys() != {"shard", "offset", "size", "label", "has_label", "names", "damage"}:
+        return False
+    shard, offset, size = (columns[name] for name in ("shard", "offset", "size"))
+    n = len(shard)
+    if any(len(columns[name]) != n for name in ("offset", "size", "label", "has_label")):
+        return False
+    if np.count_nonzero(columns["names"] == 0) != n:
+        return False
+    if n == 0:
+        return True
+    if shard.min() < 0 or shard.max() >= len(stamps) or np.any(np.diff(shard) < 0):
+        return False
+    ends = np.array([end for end, _ in stamps], np.int64)[shard]
+    return bool(np.all((offset >= 0) & (size >= 0) & (size <= ends) & (offset <= ends - size)))
+
+
+def _source(paths: Sequence[Path], stamps: list[tuple[int, int]], columns: dict[str, np.ndarray]) -> ShardSource:
+    labelled = len(columns["label"]) > 0 and bool(columns["has_label"].all())
+    return ShardSource(
+        shards=tuple(map(str, paths)),
+        stamps=tuple(stamps),
+        shard=columns["shard"],
+        offset=columns["offset"],
+        size=columns["size"],
+        names=names_of(columns["names"]),
+        labels=columns["label"].copy() if labelled else None,
+        damage=tuple(unpack_names(columns["damage"])),
+    )
+
+
+# --- indexing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sample:
+    name: str
+    offset: int
+    size: int
+    label: int | None
+
+
+def _columns(indexed: list[tuple[list[_Sample], str | None]]) -> dict[str, np.ndarray]:
+    labelled = any(sample.label is not None for inside, _ in indexed for sample in inside)
+    damages = []
+    for inside, damage in indexed:
+        if damage is not None:
+            if labelled and inside and inside[-1].label is None:
+                inside.pop()  # its label lay behind the damage
+            damages.append(f"{damage}, so only its first {len(inside)} images are used; replace it to have all")
+    samples = [sample for inside, _ in indexed for sample in inside]
+    return {
+        "shard": np.repeat(np.arange(len(indexed)), [len(inside) for inside, _ in indexed]).astype(np.int64),
+        "offset": np.array([sample.offset for sample in samples], np.int64),
+        "size": np.array([sample.size for sample in samples], np.int64),
+        "label": np.array([sample.label or 0 for sample in samples], np.int64),
+        "has_label": np.array([sample.label is not None for sample in samples], np.uint8),
+        "names": pack_names([sample.name for sample in samples]),
+        "damage": pack_names(damages),
+    }
+
+
+def _index_shard(path: Path) -> tuple[list[_Sample], str | None]:
+    """A shard's samples, and a line about what is wrong with it, if anything is."""
+    shard = _OpenShard(str(path))
+    size = os.fstat(shard.descriptor).st_size
+    start = os.pread(shard.descriptor, BLOCK, 0)
+    for magic, tool in COMPRESSED_STARTS.items():
+        if start.startswith(magic):
+            raise UserError(f"{path}: a compressed tar cannot be read in place; unpack it with `{tool}` first")
+    reader = functools.partial(os.pread, shard.descriptor)
+    damage: list[_DamageError] = []
+
+    def intact() -> Iterator[_Member]:
+        try:
+            yield from _members(reader, size)
+        except _DamageError as error:
+            damage.append(error)
+
+    groups = itertools.groupby(intact(), key=lambda member: _key(member.name))
+    samples = [sample for _, group in groups if (sample := _sample(list(group), reader)) is not None]
+    if not damage:
+        return samples, None
+    if damage[0].position == 0 and size:
+        raise UserError(f"{path}: not a tar file ({damage[0]}); check or replace it")
+    return samples, f"{path} {damage[0]}"
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: str
+    offset: int
+    size: int
+
+
+class _DamageError(Exception):
+    """What is wrong with a tar file, from which byte on."""
+
+    def __init__(self, position: int, what: str) -> None:
+        super().__init__(what)
+        self.position = position
+
+
+def _key(name: str) -> str | None:
+    """A name up to the first dot of its last part; None for hidden files and for files without a dot."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, _ = base.partition(".")
+    return folder + slash + stem if stem and dot else None
+
+
+def _sample(group: list[_Member], read: Callable[[int, int], bytes]) -> _Sample | None:
+    """The sample that members of one key are, or none."""
+    key = _key(group[0].name)
+    if key is None:
+        return None
+    suffixes = [member.name[len(key) :].lower() for member in group]
+    image = next((member for member, suffix in zip(group, suffixes, strict=True) if suffix in IMAGE_SUFFIXES), None)
+    if image is None:
+        return None
+    label = None
+    if ".cls" in suffixes:
+        member = group[suffixes.index(".cls")]
+        text = read(member.size, member.offset) if member.size <= MAX_LABEL_BYTES else b""
+        if re.fullmatch(rb"\s*-?\d{1,18}\s*", text):
+            label = int(text)
+    return _Sample(image.name, image.offset, image.size, label)
+
+
+def _members(read: Callable[[int, int], bytes], end: int) -> Iterator[_Member]:
+    """The regular files of a tar file in order; ``read(size, offset)`` gives its bytes.
+
+    Knows the formats that are written today: ustar with its name prefix, GNU's long names and sizes in base 256, and
+    PAX headers for path and size.
+
+    Raises:
+        _DamageError: where the headers stop making sense or the file ends too early.
+    """
+    position = 0
+    extended: dict[str, str] = {}
+    while True:
+        block = read(BLOCK, position)
+        if len(block) < BLOCK:
+            raise _DamageError(position, "ends without a tar's closing block")
+        if not any(block):
+            return
+        name, size, kind = _header(block, position)
+        body = position + BLOCK
+        if kind in "xgLK":
+            if size > MAX_EXTENSION:
+                raise _DamageError(position, f"has a header of {size} bytes at byte {position}")
+            text = read(size, body)
+            if len(text) < size:
+                raise _DamageError(end, f"is cut at byte {end}")
+            if kind == "L":
+                extended["path"] = os.fsdecode(text.split(b"\0")[0])
+            elif kind == "x":
+                extended |= _pax(text, position)
+            position = body + -(-size // BLOCK) * BLOCK
+            continue
+        if "size" in extended:
+            if not extended["size"].isascii() or not extended["size"].isdigit() or len(extended["size"]) > 19:
+                raise _DamageError(position, f"has a size that is none at byte {position}")
+            size = int(extended["size"])
+        if kind == "S" or any(word.startswith("GNU.sparse") for word in extended):
+            raise _DamageError(position, f"has a sparse member at byte {position} (make it without `tar --sparse`)")
+        if kind in "123456":  # links, devices and folders have no bytes, whatever their size says
+            size = 0
+        if body + size > end:
+            raise _DamageError(end, f"is cut at byte {end}")
+        if kind in "0\0" or kind == "7":
+            yield _Member(extended.get("path", name), body, size)
+        extended = {}
+        position = body + -(-size // BLOCK) * BLOCK
+
+
+def _header(block: bytes, position: int) -> tuple[str, int, str]:
+    """(name, size, kind) of a header whose checksum is right."""
+    try:
+        checksum = int(block[148:156].strip(b" \0"), 8)
+        if block[124] & 0x80:  # GNU, for sizes from 8 GiB
+            size = int.from_bytes(block[125:136], "big")
+        else:
+            size = int(block[124:136].strip(b" \0") or b"0", 8)
+    except ValueError:
+        checksum, size = -1, 0
+    if checksum != sum(block) - sum(block[148:156]) + 8 * ord(" ") or size < 0:
+        raise _DamageError(position, f"has no tar header at byte {position}")
+    name = block[:100].split(b"\0")[0]
+    prefix = block[345:500].split(b"\0")[0] if block[257:263] == b"ustar\0" else b""
+    return os.fsdecode(prefix + b"/" + name if prefix else name), size, chr(block[156])
+
+
+def _pax(text: bytes, position: int) -> dict[str, str]:
+    """The records `LENGTH KEY=VALUE\\n` of a PAX header."""
+    found = {}
+    while text:
+        digits, _, _ = text.partition(b" ")
+        length = int(digits) if digits.isdigit() and len(digits) < 10 else 0
+        record = text[len(digits) + 1 : length]
+        if length > len(text) or not record.endswith(b"\n") or b"=" not in record:
+            raise _DamageError(position, f"has a broken PAX header at byte {position}")
+        word, _, value = record[:-1].partition(b"=")
+        found[os.fsdecode(word)] = os.fsdecode(value.split(b"\0")[0])
+        text = text[length:]
+    return found
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`part-{000..146}.tar` and `{a,b}.tar` as the shell reads them, in that order.
+
+    Raises:
+        UserError: more than a million names.
+    """
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, words = match.groups()
+    if words is None:
+        low, high = int(first), int(last)
+        if abs(high - low) >= 1_000_000:
+            raise UserError(f"--data_path {pattern}: more than a million names; check the numbers")
+        width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+        step = 1 if high >= low else -1
+        choices = [f"{number:0{width}d}" for number in range(low, high + step, step)]
+    else:
+        choices = words.split(",")
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return [head + choice + rest for choice in choices for rest in expand_braces(tail)]

@@ -1,0 +1,307 @@
+"""DALI beside the pool: the same pixels within what another resampler needs, the same replacements, no thread left."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed (the extra `dali`)")
+
+from fastmae.cli import main
+from fastmae.data import dali, loader
+from fastmae.data import decode as decode_module
+from fastmae.data.dali import DaliDecoder, DaliError, Encoded
+from fastmae.data.decode import crop_and_resize, decode, plain_jpeg_shape
+from fastmae.data.loader import View, load_batches
+from fastmae.data.plan import Box, crop_draws, plan_epoch, random_box
+from fastmae.data.sources import open_train
+from fastmae.errors import UserError
+
+CPU = torch.device("cpu")
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+]
+# Of a photograph, decoded and resized: mean and largest difference in grey levels. GPUs decode JPEG a little otherwise.
+TOLERANCE = {"cpu": (0.3, 3), "cuda": (1.0, 12)}
+TRAIN = View((32, 48), 3, seed=7, scale=(0.2, 1.0), flip=True)
+
+
+def photo(seed=0, height=150, width=200, mode="RGB"):
+    """Smooth shapes under fine detail, as photographs have them."""
+    rng = np.random.default_rng(seed)
+    pixels = np.zeros((height, width, 3), np.float32)
+    for octave in range(1, 6):
+        small = rng.normal(0, 1, (3, 2**octave, 2**octave)).astype(np.float32)
+        layers = [Image.fromarray(layer).resize((width, height), Image.Resampling.BICUBIC) for layer in small]
+        pixels += np.stack([np.asarray(layer) for layer in layers], axis=2) * 0.6**octave
+    pixels = 120 + 50 * pixels / pixels.std()
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+def encoded(image, file_format="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=file_format, **options)
+    return buffer.getvalue()
+
+
+def rotated_by_exif():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(photo(3), exif=exif, quality=92)
+
+
+PLAIN = {
+    "baseline": encoded(photo(), quality=95),
+    "no subsampling": encoded(photo(1), quality=90, subsampling=0),
+    "progressive": encoded(photo(2, 151, 203), progressive=True, quality=90),
+    "turned by EXIF": rotated_by_exif(),
+    "gray": encoded(photo(4, mode="L"), quality=90),
+    "restart markers": encoded(photo(5), quality=90, restart_marker_rows=1),
+    "one pixel": encoded(Image.new("RGB", (1, 1), (9, 99, 199)), quality=95),
+}
+OTHER = {
+    "empty": b"",
+    "text": b"a text, not an image",
+    "cut": encoded(photo(6))[:-900],
+    "magic and end": b"\xff\xd8\xff\xe0 and nothing in between \xff\xd9",
+    "cmyk": encoded(photo(7, mode="CMYK"), quality=92),
+    "16 bits": encoded(Image.fromarray(np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)), "PNG"),
+    "alpha": encoded(photo(8).convert("RGBA"), "PNG"),
+    "gif": encoded(photo(9), "GIF"),
+    "end in front of an end": encoded(photo(10)) + b"appended",
+}
+
+
+def batch_of(names, seed=0):
+    draws = crop_draws(seed, np.arange(len(names)))
+    made = []
+    for i, name in enumerate(names):
+        height, width = plain_jpeg_shape(PLAIN[name], 3)
+        made.append(Encoded(PLAIN[name], random_box(draws[i], height, width, (0.2, 1.0)), flip=i % 2 == 0))
+    return made
+
+
+def by_pool(batch, size, in_chans):
+    images = [crop_and_resize(decode(one.data, in_chans), one.box, one.flip, size) for one in batch]
+    return np.stack(images).astype(int)
+
+
+def decoder_on(device, size=(64, 56), in_chans=3, batch_size=8):
+    return DaliDecoder(size, in_chans, batch_size=batch_size, num_threads=2, device=torch.device(device))
+
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """All of PLAIN and OTHER as files, and one that is missing."""
+    for i, data in enumerate([*PLAIN.values(), *OTHER.values(), *PLAIN.values()]):
+        (tmp_path / f"{i:02}.jpg").write_bytes(data)
+    source = open_train(str(tmp_path))
+    (tmp_path / "03.jpg").unlink()
+    return source
+
+
+def load(source, decoder, view=TRAIN, batch_size=5):
+    plan = plan_epoch(0, 0, len(source), batch_size)
+    requests = (plan.batch(k) for k in range(len(plan)))
+    return load_batches(source, requests, view, device=CPU, num_workers=2, decoder=decoder)
+
+
+def compare(source, view=TRAIN):
+    """Asserts that pool and DALI give the same batches within the tolerance, and returns DALI's."""
+    pool, other = list(load(source, "pool", view)), list(load(source, "dali-cpu", view))
+    assert len(pool) == len(other) > 1
+    mean, largest = TOLERANCE["cpu"]
+    for a, b in zip(pool, other, strict=True):
+        assert torch.equal(a.draw_ids, b.draw_ids)
+        assert a.skipped == b.skipped
+        difference = (a.images.int() - b.images.int()).abs()
+        assert difference.float().mean() <= mean
+        assert difference.max() <= largest
+    return other
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_a_batch_is_the_pools(device, in_chans):
+    decoder = decoder_on(device, in_chans=in_chans)
+    batches = [batch_of(PLAIN), batch_of(list(PLAIN)[:3], seed=1), batch_of(list(PLAIN)[3:], seed=2)]
+    for batch in batches:
+        decoder.schedule(batch)
+    results = [decoder.collect() for _ in batches]  # all of them alive at once: none may lie in another's memory
+    for batch, got in zip(batches, results, strict=True):
+        assert (got.dtype, got.device.type) == (torch.uint8, device)
+        difference = abs(got.cpu().numpy().astype(int) - by_pool(batch, (64, 56), in_chans))
+        assert difference.mean() <= TOLERANCE[device][0]
+        assert difference.max() <= TOLERANCE[device][1]
+
+
+def test_it_is_told_apart_by_the_header_what_goes_to_dali():
+    assert {name: plain_jpeg_shape(data, 3) for name, data in PLAIN.items()} == {
+        **dict.fromkeys(PLAIN, (150, 200)), "progressive": (151, 203), "one pixel": (1, 1)
+    }  # fmt: skip
+    assert {name: plain_jpeg_shape(data, 3) for name, data in OTHER.items()} == dict.fromkeys(OTHER)
+    assert plain_jpeg_shape(PLAIN["baseline"], 4) is None
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_every_kind_of_file_is_loaded_replaced_and_reported_as_by_the_pool(folder, in_chans):
+    batches = compare(folder, View((32, 48), in_chans, seed=7, scale=(0.2, 1.0), flip=True))
+    assert {bad.name[-6:] for batch in batches for bad in batch.skipped} >= {"03.jpg", "08.jpg", "09.jpg", "10.jpg"}
+    assert not any(batch.redone for batch in batches)
+    compare(folder, View((32, 48), in_chans))
+
+
+def test_a_batch_that_dali_fails_on_is_redone_by_the_pool_and_the_next_are_dalis(folder, monkeypatch):
+    right = loader.plain_jpeg_shape
+
+    def credulous(data, in_chans):
+        return (150, 200) if data == OTHER["cut"] else right(data, in_chans)
+
+    monkeypatch.setattr(loader, "plain_jpeg_shape", credulous)
+    redone = [batch.redone for batch in compare(folder)]
+    assert any("Failed to decode" in reason for reason in redone)
+    assert not all(redone)
+    assert all(len(reason.splitlines()) <= 1 for reason in redone)
+
+
+def test_a_batch_without_a_plain_jpeg_is_the_pools_alone(tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i:02}.png").write_bytes(OTHER["alpha"])
+    for a, b in zip(*(load(open_train(str(tmp_path)), name) for name in ("pool", "dali-cpu")), strict=True):
+        assert torch.equal(a.images, b.images)
+
+
+def test_a_failure_costs_the_batches_behind_it_nothing():
+    decoder = decoder_on("cpu")
+    good, bad = batch_of(PLAIN), [Encoded(b"\xff\xd8\xff junk", Box(0, 0, 9, 9), False)]
+    before = threads()
+    for batch in (good, bad, good):
+        decoder.schedule(batch)
+    first = decoder.collect()
+    with pytest.raises(DaliError):
+        decoder.collect()
+    assert torch.equal(decoder.collect(), first)
+    decoder.schedule(good)
+    assert torch.equal(decoder.collect(), first)
+    assert threads() <= before  # the first pipeline ended
+
+
+def test_threads_and_neighbours_change_nothing():
+    one = DaliDecoder((64, 56), 3, batch_size=8, num_threads=1, device=CPU)
+    four = DaliDecoder((64, 56), 3, batch_size=8, num_threads=4, device=CPU)
+    batch = batch_of(PLAIN)
+    one.schedule(batch)
+    four.schedule(batch[::-1])
+    assert torch.equal(one.collect(), four.collect().flip(0))
+
+
+def test_too_many_pixels_are_refused_unread(folder, monkeypatch):
+    monkeypatch.setattr(decode_module, "MAX_PIXELS", 150 * 200)
+    batches = compare(folder)
+    assert "203×151 pixels" in "".join(bad.reason for batch in batches for bad in batch.skipped)
+
+
+def test_dali_that_cannot_start_is_one_line(folder, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no\nluck")
+
+    monkeypatch.setattr("nvidia.dali.Pipeline", broken)
+    with pytest.raises(UserError, match=r"--decoder dali-cpu: DALI cannot start \(no; luck\); use --decoder pool"):
+        next(load(folder, "dali-cpu"))
+
+
+def test_leaving_early_leaves_no_thread(folder):
+    list(load(folder, "dali-cpu"))  # libraries start threads of their own once
+    before = threads()
+    iterator = load(folder, "dali-cpu")
+    next(iterator)
+    assert threads() > before
+    iterator.close()
+    deadline = time.monotonic() + 5
+    while threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threads() <= before
+
+
+LOOP = """
+import sys
+import numpy as np, torch
+from fastmae.data.loader import View, load_batches
+from fastmae.data.sources import open_train
+source = open_train(sys.argv[1])
+requests = ((np.arange(8), np.arange(8)) for _ in range(10**9))
+view = View((224, 224), 3, seed=0, scale=(0.2, 1.0))
+for n, batch in enumerate(load_batches(source, requests, view, device=torch.device("cpu"), num_workers=2,
+                                       decoder=sys.argv[2])):
+    if n == 3:
+        print("running", flush=True)
+"""
+
+
+@pytest.mark.parametrize("decoder", ["pool", "dali-cpu"])
+def test_ctrl_c_ends_the_process(folder, decoder):
+    words = [sys.executable, "-c", LOOP, str(Path(folder.paths[0]).parent), decoder]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "running\n"
+        process.send_signal(signal.SIGINT)
+        _, complaint = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "KeyboardInterrupt" in complaint
+    assert process.returncode not in (0, -signal.SIGSEGV, -signal.SIGABRT)
+
+
+def test_pretraining_uses_it_and_says_so_and_what_it_failed_on(image_folder, tmp_path, capsys, monkeypatch):
+    right, calls = DaliDecoder._outputs, []
+
+    def fails_once(self):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("bad luck")
+        return right(self)
+
+    monkeypatch.setattr(DaliDecoder, "_outputs", fails_once)
+    words = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / "run"), "--device", "cpu"]
+    words += ["--model", "mae_vit_tiny_patch4", "--input_size", "16", "--batch_size", "8", "--epochs", "1"]
+    assert main(["pretrain", *words, "--probe", "False", "--decoder", "dali-cpu", "--num_workers", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"decoding        dali-cpu (asked for): NVIDIA DALI {dali.version()} on the CPU" in out
+    assert "DALI failed on a batch, which the pool decoded instead: bad luck" in out
+    assert "batches that DALI failed on and the pool decoded instead: 1" in out
+    assert len(calls) == 3
+    assert "dali-cpu (asked for)" in (tmp_path / "run" / "environment.jsonl").read_text()
+
+
+def test_ahead_is_bounded(folder, monkeypatch):
+    """DALI never holds more than AHEAD batches."""
+    held, most = [0], [0]
+    right_schedule, right_collect = DaliDecoder.schedule, DaliDecoder.collect
+
+    def schedule(self, batch):
+        held[0] += 1
+        most[0] = max(most[0], held[0])
+        return right_schedule(self, batch)
+
+    def collect(self):
+        held[0] -= 1
+        return right_collect(self)
+
+    monkeypatch.setattr(DaliDecoder, "schedule", schedule)
+    monkeypatch.setattr(DaliDecoder, "collect", collect)
+    list(load(folder, "dali-cpu", batch_size=2))
+    assert held == [0]
+    assert 1 <= most[0] <= dali.AHEAD

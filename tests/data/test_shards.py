@@ -1,0 +1,483 @@
+"""Tar shards: grouped as webdataset does, indexed once, read in place by any thread, and honest about damage."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from helpers import small_run
+
+from fastmae.benchmarks.images import ImagesConfig, write_images
+from fastmae.data import shards
+from fastmae.data.index import Index, pack_names, read_index, write_index
+from fastmae.data.loader import View, load_batches
+from fastmae.data.plan import plan_epoch
+from fastmae.data.shards import expand_braces, open_shards
+from fastmae.data.sources import describe, open_train, open_val, train_and_val
+from fastmae.errors import UserError
+from fastmae.train.pretrain import pretrain
+
+COUNT = 64
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The same 64 small JPEGs as folder, tar and parquet."""
+    root = tmp_path_factory.mktemp("images")
+    for kind in ("folder", "tar", "parquet"):
+        write_images(ImagesConfig(folder=root / kind, count=COUNT, kind=kind, shard=20, classes=3, height=30, width=40))
+    return root
+
+
+def write_tar(path, members, format=tarfile.GNU_FORMAT):
+    with tarfile.open(path, "w", format=format) as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def numbered(count, labelled=True):
+    """Members of ``count`` samples of different sizes."""
+    members = []
+    for i in range(count):
+        members.append((f"{i:04d}.jpg", bytes([i]) * (300 + 97 * i)))
+        members += [(f"{i:04d}.cls", f"{i % 3}\n".encode())] if labelled else []
+    return members
+
+
+def contents(source):
+    return [source.read(i) for i in range(len(source))]
+
+
+def age(*paths):
+    """Makes files old enough for an index of them to be kept."""
+    for path in paths:
+        os.utime(path, (1_600_000_000, 1_600_000_000))
+
+
+# --- the same images in every form ------------------------------------------------------------------------------------
+
+
+def test_folder_tar_and_parquet_give_the_same_bytes_and_labels(made):
+    folder, tar, parquet = (open_train(str(made / kind)) for kind in ("folder", "tar", "parquet"))
+    assert len(folder) == COUNT
+    assert contents(folder) == contents(tar) == contents(parquet)
+    assert folder.labels.tolist() == tar.labels.tolist() == parquet.labels.tolist()
+    assert {describe(source).kind for source in (folder, tar, parquet)} == {"folder"}
+    assert describe(tar).found == "in 4 tar shards"
+    assert describe(parquet).found == "in column 'image' of 4 Parquet files"
+    assert describe(folder).found == "in 3 class folders"
+
+
+def test_folder_tar_and_parquet_give_the_same_training_batches(made):
+    view = View((16, 16), 3, seed=7, scale=(0.2, 1.0), flip=True)
+    found = []
+    for kind in ("folder", "tar", "parquet"):
+        source = open_train(str(made / kind))
+        plan = plan_epoch(0, 1, len(source), 16, stretches=source.stretches)
+        requests = (plan.batch(k) for k in range(len(plan)))
+        batches = load_batches(source, requests, view, device=torch.device("cpu"), num_workers=2)
+        found.append(list(batches))
+    for batches in zip(*found, strict=True):
+        assert all(torch.equal(batches[0].images, other.images) for other in batches[1:])
+        assert all(torch.equal(batches[0].draw_ids, other.draw_ids) for other in batches[1:])
+        assert not any(batch.skipped for batch in batches)
+
+
+def test_a_pattern_names_the_shards_in_its_order(made):
+    pattern = open_train(str(made / "tar" / "part-{000000..000003}.tar"))
+    assert contents(pattern) == contents(open_train(str(made / "tar")))
+    two = open_train(str(made / "tar" / "part-{000002,000000}.tar"))
+    assert two.name(0).endswith("part-000002.tar:00000040.jpg")
+    assert (len(two), open_val(str(made / "tar" / "part-{000002,000000}.tar"))) == (40, None)
+    assert contents(open_train(str(made / "parquet" / "train-0000{0..3}-of-00004.parquet"))) == contents(pattern)
+
+
+def test_braces():
+    assert expand_braces("a{08..10}{x,yz}") == ["a08x", "a08yz", "a09x", "a09yz", "a10x", "a10yz"]
+    assert expand_braces("{3..1}") == ["3", "2", "1"]
+    assert expand_braces("a{b}{1..}") == ["a{b}{1..}"]
+    with pytest.raises(UserError, match="million names"):
+        expand_braces("{0..9999999}")
+
+
+def test_parts_by_folder_and_by_name(made, tmp_path):
+    for name, shard in (("train/a.tar", 0), ("val/a.tar", 1)):
+        (tmp_path / "parts" / name).parent.mkdir(parents=True)
+        shutil.copy(made / "tar" / f"part-00000{shard}.tar", tmp_path / "parts" / name)
+    train, val = train_and_val(str(tmp_path / "parts"))
+    assert (train.name(0)[-12:], val.name(0)[-12:]) == ("00000000.jpg", "00000020.jpg")
+    (tmp_path / "named").mkdir()
+    for name, shard in (("set-train-0.tar", 0), ("set-train-1.tar", 1), ("set-test-0.tar", 2), ("set-val-0.tar", 3)):
+        shutil.copy(made / "tar" / f"part-00000{shard}.tar", tmp_path / "named" / name)
+    train, val = train_and_val(str(tmp_path / "named"))
+    assert (len(train), len(val)) == (40, 4)
+    assert open_val(str(made / "tar")) is None
+
+
+def test_images_win_over_shards_beside_them_and_it_is_said(made, tmp_path):
+    shutil.copytree(made / "folder", tmp_path / "both")
+    shutil.copy(made / "tar" / "part-000000.tar", tmp_path / "both" / "train")
+    source = open_train(str(tmp_path / "both"))
+    assert len(source) == COUNT
+    assert describe(source).found == "in 3 class folders; 1 .tar files beside them are not used"
+
+
+def test_pretrain_on_a_tar(made, tmp_path, capsys):
+    flags = dict(batch_size=16, epochs=1, model="mae_vit_tiny_patch4", input_size=(16,), num_workers=2)
+    assert pretrain(small_run(str(made / "tar"), tmp_path / "run", **flags)) == 0
+    assert "tar: 64 images in 4 tar shards, labelled" in capsys.readouterr().out.replace("\n", " ")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 4
+    pretrain(small_run(str(made / "folder"), tmp_path / "same", **flags))
+    lines = (tmp_path / "same" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == losses
+
+
+# --- what is in a tar -------------------------------------------------------------------------------------------------
+
+LONG = "folder-" + "x" * 120 + "/" + "y" * 180
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_long_and_foreign_names(tmp_path, format):
+    stem = "a" * 90 + "/" + "b" * 90 if format == tarfile.USTAR_FORMAT else LONG
+    names = [f"{stem}1.JPG", f"{stem}2.jpeg", "./n01/ü.png"]
+    write_tar(tmp_path / "x.tar", [(name, name.encode()) for name in names], format)
+    source = open_train(str(tmp_path / "x.tar"))
+    assert contents(source) == [name.encode() for name in names]
+    assert [source.name(i) for i in range(3)] == [f"{tmp_path / 'x.tar'}:{name}" for name in names]
+    assert source.labels is None
+
+
+def test_grouping_is_that_of_webdataset(tmp_path):
+    members = [
+        ("a/1.json", b"{}"), ("a/1.cls", b"4"), ("a/1.jpg", b"one"), ("a/1.mask.png", b"mask"),
+        ("b/1.cls", b"5"), ("b/1.WEBP", b"two"), ("b/1.ppm", b"second image of a key"),
+        ("b/.hidden.jpg", b"no"), ("b/._1.jpg", b"no"), ("nodot", b"no"), ("c/only.json", b"{}"),
+        ("d.e/f.cls", b"-1 \n"), ("d.e/f.png", b"three"),
+    ]  # fmt: skip
+    path = write_tar(tmp_path / "x.tar", members)
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("z.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+        folder = tarfile.TarInfo("q.jpg")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    source = open_train(str(path))
+    assert contents(source) == [b"one", b"two", b"three"]
+    assert source.labels.tolist() == [4, 5, -1]
+
+
+@pytest.mark.parametrize("label", [None, b"cat", b"", b"1.5", b"9" * 19, b"1" * 40])
+def test_labels_only_if_every_sample_has_an_integer(tmp_path, label):
+    members = [*numbered(3), ("x.png", b"x"), *([] if label is None else [("x.cls", label)])]
+    assert open_train(str(write_tar(tmp_path / "x.tar", members))).labels is None
+
+
+def test_sizes_in_base_256_and_in_pax(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("1.jpg", b"one"), ("2.jpg", b"two")])
+    data = bytearray(path.read_bytes())
+    data[124:136] = b"\x80" + (3).to_bytes(11, "big")
+    data[148:156] = b" " * 8
+    data[148:156] = f"{sum(data[:512]):06o}\0 ".encode()
+    path.write_bytes(data)
+    assert contents(open_train(str(path))) == [b"one", b"two"]
+    with tarfile.open(tmp_path / "pax.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("1.jpg")
+        member.size, member.pax_headers = 3, {"size": "3", "comment": "hello"}
+        archive.addfile(member, io.BytesIO(b"one"))
+    assert contents(open_train(str(tmp_path / "pax.tar"))) == [b"one"]
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def test_of_a_cut_shard_what_is_intact_is_used_and_the_cut_is_named(tmp_path):
+    whole = write_tar(tmp_path / "whole.tar", numbered(9)).read_bytes()
+    expected = contents(open_train(str(tmp_path / "whole.tar")))
+    (tmp_path / "cut").mkdir()
+    write_tar(tmp_path / "cut" / "a.tar", numbered(9))
+    seen = set()
+    for size in range(513, len(whole) - 10_240, 701):
+        (tmp_path / "cut" / "b.tar").write_bytes(whole[:size])
+        source = open_train(str(tmp_path / "cut"))
+        intact = len(source) - 9
+        assert contents(source) == expected + expected[:intact]
+        assert source.labels.tolist() == [*(i % 3 for i in range(9)), *(i % 3 for i in range(intact))]
+        assert f"first {intact} images are used" in describe(source).found
+        assert "b.tar" in describe(source).found
+        assert "\n" not in describe(source).found
+        seen.add(intact)
+    assert {*range(9)} <= seen
+
+
+def test_damage_is_remembered_with_the_index(tmp_path):
+    path = write_tar(tmp_path / "x.tar", numbered(9))
+    path.write_bytes(path.read_bytes()[:5000])
+    age(path)
+    assert describe(open_train(str(path))) == describe(open_train(str(path)))
+    assert list(tmp_path.glob(".fastmae-*.index"))
+
+
+def _wrong_header(data):
+    data[4096 + 10] ^= 1
+
+
+def _huge_size(data):
+    data[124:136] = b"77777777777\0"
+    data[148:156] = b" " * 8
+    data[148:156] = f"{sum(data[:512]):06o}\0 ".encode()
+
+
+def _negative_size(data):
+    data[124:136] = b"-0000000001\0"
+    data[148:156] = b" " * 8
+    data[148:156] = f"{sum(data[:512]):06o}\0 ".encode()
+
+
+BROKEN = {
+    "text": (b"hello " * 500, "not a tar file"),
+    "short text": (b"hello", "not a tar file"),
+    "empty file": (b"", "holds no images"),
+    "gzip": (gzip.compress(b"x" * 9999), "compressed tar cannot be read in place; unpack it with `gunzip`"),
+    "zstandard": (b"\x28\xb5\x2f\xfd" + bytes(600), "unpack it with `unzstd`"),
+    "only zeros": (bytes(10_240), "holds no images"),
+    "cut in the first image": (None, "holds no images in 1 tar shard; .*first 0 images"),
+    "tar of tars": (None, "holds no images"),
+    "huge size": (_huge_size, "holds no images in 1 tar shard; .*cut at byte"),
+    "negative size": (_negative_size, "not a tar file"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_tars_are_refused_in_one_line(tmp_path, case):
+    content, words = BROKEN[case]
+    path = tmp_path / "x.tar"
+    whole = bytearray(write_tar(path, numbered(4)).read_bytes())
+    if case == "tar of tars":
+        write_tar(path, [("n01.tar", bytes(whole))])
+    elif case == "cut in the first image":
+        write_tar(path, [("1.cls", b"1"), *numbered(4)])
+        path.write_bytes(path.read_bytes()[:700])
+    elif callable(content):
+        content(whole)
+        path.write_bytes(whole)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        open_train(str(path))
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2"])
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_compressed_tars_are_refused_with_what_to_do(tmp_path, suffix, in_folder):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / f"x{suffix}").write_bytes(b"whatever")
+    with pytest.raises(UserError, match="compressed tar cannot be read in place; run `"):
+        open_train(str(tmp_path / "set") if in_folder else str(tmp_path / "set" / f"x{suffix}"))
+
+
+def test_a_wrong_header_in_the_middle_ends_a_shard(tmp_path):
+    path = write_tar(tmp_path / "x.tar", numbered(6, labelled=False))
+    data = bytearray(path.read_bytes())
+    second = data.index(b"0002.jpg")
+    data[second] ^= 1
+    path.write_bytes(data)
+    source = open_train(str(path))
+    assert len(source) == 2
+    assert f"no tar header at byte {second}" in describe(source).found
+
+
+def test_broken_and_sparse_extensions_end_a_shard(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, headers in (("1.jpg", {}), ("2.jpg", {"GNU.sparse.major": "1"})):
+            member = tarfile.TarInfo(name)
+            member.size, member.pax_headers = 3, headers
+            archive.addfile(member, io.BytesIO(b"one"))
+    assert "sparse member" in describe(open_train(str(path))).found
+    data = path.read_bytes()
+    for old, new in ((b"GNU.sparse.major=1\n", b"GNU.sparse.major=1x"), (b"22 GNU", b"99 GNU"), (b"22 GNU", b"xx GNU")):
+        path.write_bytes(data.replace(old, new))
+        assert data != path.read_bytes()
+        assert "broken PAX header" in describe(open_train(str(path))).found, new
+
+
+def test_missing_shards_and_mixed_kinds_are_refused(made, tmp_path):
+    for shard in (0, 2):
+        shutil.copy(made / "tar" / f"part-00000{shard}.tar", tmp_path)
+    with pytest.raises(UserError, match=r"1 of its 3 files are not there, the first of them .*part-000001.tar"):
+        open_train(str(tmp_path / "part-{000000..000002}.tar"))
+    shutil.copy(made / "parquet" / "train-00000-of-00004.parquet", tmp_path)
+    with pytest.raises(UserError, match=r"both \.tar and \.parquet"):
+        open_train(str(tmp_path))
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(UserError, match=r"not a\.txt"):
+        open_train(str(tmp_path / "{a.txt,part-000000.tar}"))
+
+
+def test_a_shard_that_changes_under_a_run_is_an_error_and_not_other_bytes(tmp_path):
+    path = write_tar(tmp_path / "x.tar", numbered(5))
+    source = open_train(str(path))
+    write_tar(path, numbered(6)[2:])
+    with pytest.raises(OSError, match="has changed since it was indexed"):
+        source.read(0)
+    path.unlink()
+    with pytest.raises(OSError, match=r"x\.tar"):
+        source.read(0)
+    write_tar(path, numbered(5))
+    source = open_train(str(path))
+    source.read(0)
+    os.truncate(path, 1000)
+    with pytest.raises(OSError, match="has become shorter"):
+        source.read(4)
+
+
+# --- the index --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many shards were indexed so far."""
+    indexed = []
+    original = shards._index_shard
+    monkeypatch.setattr(shards, "_index_shard", lambda path: (indexed.append(path), original(path))[1])
+    return indexed
+
+
+def test_the_index_is_made_once_and_again_when_a_shard_changes(made, tmp_path, counted):
+    folder = shutil.copytree(made / "tar", tmp_path / "tar", ignore=shutil.ignore_patterns("*.index"))
+    age(*folder.iterdir())
+    first = open_train(str(folder))
+    assert (len(counted), len(list(folder.glob(".fastmae-*.index")))) == (4, 1)
+    assert not (tmp_path / "cache").exists()
+    second = open_train(str(folder))
+    assert len(counted) == 4
+    assert contents(first) == contents(second)
+    assert [first.name(i) for i in range(64)] == [second.name(i) for i in range(64)]
+    assert second.labels.tolist() == first.labels.tolist()
+    second.labels[:1] = 0  # as writable as any other labels
+    expected = contents(first)
+    shutil.move(folder, tmp_path / "moved")
+    assert contents(open_train(str(tmp_path / "moved"))) == expected
+    assert len(counted) == 4  # it moves with the shards
+    last = tmp_path / "moved" / "part-000003.tar"
+    write_tar(last, numbered(7))
+    assert len(open_train(str(tmp_path / "moved"))) == 67
+    assert len(counted) == 8
+    last.unlink()
+    assert len(open_train(str(tmp_path / "moved"))) == 60
+
+
+def test_fresh_shards_are_not_indexed_for_later(tmp_path, counted):
+    """A change within the same tick of the file system's clock would go unseen."""
+    write_tar(tmp_path / "x.tar", numbered(3))
+    for _ in range(2):
+        open_train(str(tmp_path / "x.tar"))
+    assert len(counted) == 2
+
+
+def test_the_index_goes_to_the_cache_folder_where_the_shards_cannot_be_written(made, tmp_path, counted, monkeypatch):
+    folder = shutil.copytree(made / "tar", tmp_path / "tar", ignore=shutil.ignore_patterns("*.index"))
+    age(*folder.iterdir())
+    monkeypatch.setattr(
+        shards, "write_index", lambda path, index: path.parent != folder and write_index(path, index)
+    )  # as root may write everywhere
+    open_train(str(folder))
+    open_train(str(folder))
+    assert len(counted) == 4
+    assert list((tmp_path / "cache" / "fastmae").glob("*.index"))
+    assert not list(folder.glob(".fastmae-*"))
+    monkeypatch.setattr(shards, "write_index", lambda path, index: False)
+    shutil.rmtree(tmp_path / "cache")
+    assert len(open_train(str(folder))) == COUNT
+
+
+def _index_with(known, **changes):
+    return Index(known.fingerprint, {**known.columns, **changes})
+
+
+FOREIGN = {
+    "empty": lambda raw, known: b"",
+    "cut": lambda raw, known: raw[:-9],
+    "longer": lambda raw, known: raw + b"\0",
+    "a bit flipped": lambda raw, known: raw[:-40] + bytes([raw[-40] ^ 1]) + raw[-39:],
+    "text": lambda raw, known: b"hello\nworld",
+    "a list": lambda raw, known: b"[1, 2]\n",
+    "deep": lambda raw, known: b"[" * 100_000 + b"\n",
+    "endless numbers": lambda raw, known: raw.replace(b'"i", 9]', b'"i", 1e999]', 1),
+    "pickle": lambda raw, known: b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+    "huge claim": lambda raw, known: raw.replace(b'"i", 9]', b'"i", 99999999999999]', 1),
+    "other fingerprint": lambda raw, known: Index([["x.tar", 1, 1]], known.columns),
+    "offset outside": lambda raw, known: _index_with(known, offset=known.columns["offset"] + 10**9),
+    "offset that overflows": lambda raw, known: _index_with(known, offset=np.full(9, 2**63 - 1)),
+    "negative offset": lambda raw, known: _index_with(known, offset=-known.columns["offset"]),
+    "size outside": lambda raw, known: _index_with(known, size=known.columns["size"] + 10**6),
+    "negative size": lambda raw, known: _index_with(known, size=-known.columns["size"]),
+    "another shard": lambda raw, known: _index_with(known, shard=known.columns["shard"] + 1),
+    "fewer names": lambda raw, known: _index_with(known, names=pack_names(["a"])),
+    "fewer sizes": lambda raw, known: _index_with(known, size=known.columns["size"][1:]),
+    "no labels": lambda raw, known: Index(known.fingerprint, dict(list(known.columns.items())[:3])),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_damaged_or_foreign_index_is_made_anew(tmp_path, counted, case):
+    path = write_tar(tmp_path / "x.tar", numbered(9))
+    age(path)
+    expected = contents(open_train(str(path)))
+    (kept,) = tmp_path.glob(".fastmae-*.index")
+    raw, known = kept.read_bytes(), read_index(kept)
+    assert known is not None
+    spoilt = FOREIGN[case](raw, known)
+    assert spoilt != raw
+    if isinstance(spoilt, bytes):
+        kept.write_bytes(spoilt)
+    else:
+        assert write_index(kept, spoilt)
+    source = open_train(str(path))
+    assert len(counted) == 2
+    assert contents(source) == expected
+    open_train(str(path))
+    assert len(counted) == 2  # mended
+
+
+def test_an_index_that_cannot_be_written_is_not_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    assert not write_index(tmp_path / "file" / "x.index", Index(None, {}))
+    (tmp_path / "folder.index").mkdir()
+    assert not write_index(tmp_path / "folder.index", Index(None, {}))
+    assert not list(tmp_path.glob(".folder*"))
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_many_threads_read_the_same_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)  # so that files are closed while others read
+    for shard in range(8):
+        write_tar(tmp_path / f"{shard}.tar", numbered(20))
+    source = open_shards(sorted(tmp_path.glob("*.tar")))
+    expected = contents(source)
+    order = np.random.default_rng(0).integers(0, len(source), 6000).tolist()
+    before = len(os.listdir("/proc/self/fd"))
+    with ThreadPoolExecutor(8) as pool:
+        assert all(data == expected[i] for i, data in zip(order, pool.map(source.read, order), strict=True))
+    assert len(os.listdir("/proc/self/fd")) <= before + 2

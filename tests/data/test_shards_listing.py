@@ -1,0 +1,164 @@
+"""A long folder is listed once, and again as soon as anything came or went; its kept listing is never trusted."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastmae.data import index
+from fastmae.data.index import Index, Listing, cache_file, list_images, pack_names, read_index, unpack_names
+from fastmae.data.sources import open_train
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Four class folders of five files, old enough for their listing to be kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(index, "WORTH_KEEPING", 10)
+    root = tmp_path / "photos"
+    for name in ("a", "b", "c/deep", "empty", ".hidden"):
+        (root / name).mkdir(parents=True)
+        for i in range(5 if name != "empty" else 0):
+            (root / name / f"{i}.jpg").touch()
+    age(root)
+    return root
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """How often a folder was listed."""
+    calls = []
+    original = index._list
+    monkeypatch.setattr(index, "_list", lambda *words: (calls.append(words[0]), original(*words))[1])
+    return calls
+
+
+def age(root: Path) -> None:
+    for parent, _, _ in os.walk(root):
+        os.utime(parent, (1_600_000_000, 1_600_000_000))
+
+
+def same(one: Listing, other: Listing) -> bool:
+    labels = [None if listing.labels is None else listing.labels.tolist() for listing in (one, other)]
+    return one.paths == other.paths and one.classes == other.classes and labels[0] == labels[1]
+
+
+def test_a_kept_listing_is_the_listing(folder, listed):
+    first, second = list_images(folder), list_images(folder)
+    assert len(listed) == 1
+    assert same(first, second)
+    assert first.classes == ("a", "b", "c", "empty")
+    assert first.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert first.paths[10] == str(folder / "c" / "deep" / "0.jpg")
+    second.labels[:1] = 7  # as writable as any other labels
+    assert open_train(str(folder)).paths == first.paths
+    assert len(listed) == 1
+
+
+def test_a_flat_folder_is_kept_too(folder, listed):
+    for i in range(12):
+        (folder / "empty" / f"ü{i}.PNG").touch()
+    age(folder)
+    flat = folder / "empty"
+    assert same(list_images(flat), list_images(flat))
+    assert len(listed) == 1
+    assert list_images(flat).labels is None
+
+
+CHANGES = {
+    "a file more": lambda root: (root / "b" / "new.jpg").touch(),
+    "a file more, deep down": lambda root: (root / "c" / "deep" / "new.jpg").touch(),
+    "a file less": lambda root: (root / "a" / "0.jpg").unlink(),
+    "another name": lambda root: (root / "a" / "0.jpg").rename(root / "a" / "9.jpg"),
+    "a class more": lambda root: (root / "d").mkdir(),
+    "a class less": lambda root: shutil.rmtree(root / "b"),
+    "a file in an empty class": lambda root: (root / "empty" / "new.jpg").touch(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_comes_or_goes_is_seen(folder, listed, change):
+    before = list_images(folder)
+    CHANGES[change](folder)
+    after = list_images(folder)
+    assert len(listed) == 2
+    assert not same(before, after)
+    assert same(after, index._list(folder, {}))
+
+
+def test_a_folder_that_has_just_changed_is_not_kept(folder, listed):
+    (folder / "a" / "new.jpg").touch()
+    list_images(folder)
+    list_images(folder)
+    assert len(listed) == 2
+
+
+def test_short_listings_are_not_kept(folder, monkeypatch):
+    monkeypatch.setattr(index, "WORTH_KEEPING", 16)
+    list_images(folder)
+    assert not list(folder.parent.glob("cache/**/*.index"))
+
+
+def _with(known, **changes):
+    return Index(known.fingerprint, {**known.columns, **changes})
+
+
+def _paths(known, first):
+    return _with(known, paths=pack_names([first, *unpack_names(known.columns["paths"])[1:]]))
+
+
+FOREIGN = {
+    "damage": None,
+    "an absolute path": lambda known: _paths(known, "/etc/passwd"),
+    "a path that climbs": lambda known: _paths(known, "../../etc/passwd"),
+    "a path that climbs later": lambda known: _paths(known, "a/../../x.jpg"),
+    "a path that ends in a climb": lambda known: _paths(known, "a/.."),
+    "the parent": lambda known: _paths(known, ".."),
+    "a folder that climbs": lambda known: _with(
+        known, folders=pack_names(["..", *unpack_names(known.columns["folders"])[1:]])
+    ),
+    "no last zero": lambda known: _with(known, paths=known.columns["paths"][:-1]),
+    "fewer labels": lambda known: _with(known, labels=known.columns["labels"][1:]),
+    "labels of no class": lambda known: _with(known, labels=known.columns["labels"] + 9),
+    "negative labels": lambda known: _with(known, labels=known.columns["labels"] - 1),
+    "fewer times": lambda known: _with(known, modified=known.columns["modified"][1:]),
+    "a folder that is not": lambda known: _with(
+        known, folders=pack_names(["x", *unpack_names(known.columns["folders"])[1:]])
+    ),
+    "another folder's": lambda known: Index("/elsewhere", known.columns),
+    "another column": lambda known: _with(known, more=np.zeros(1, np.int64)),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_damaged_or_foreign_listing_is_made_anew(folder, listed, case):
+    expected = list_images(folder)
+    kept = cache_file(f"images of {folder}")
+    known = read_index(kept)
+    if FOREIGN[case] is None:
+        kept.write_bytes(kept.read_bytes()[:-3])
+    else:
+        assert index.write_index(kept, FOREIGN[case](known))
+    assert same(list_images(folder), expected)
+    assert len(listed) == 2
+    list_images(folder)
+    assert len(listed) == 2
+
+
+def test_the_cache_is_in_the_home_folder_by_default(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_file("x").parent == tmp_path / ".cache" / "fastmae"
+
+
+def test_links_to_folders_are_classes_but_are_not_followed_further_down(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1.jpg").touch()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "a" / "down").symlink_to(tmp_path / "elsewhere")
+    (folder / "a" / "round").symlink_to(folder)
+    listing = list_images(folder)
+    assert len(listing.paths) == 16
+    assert listing.paths[-1] == str(folder / "linked" / "1.jpg")

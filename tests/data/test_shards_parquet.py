@@ -1,0 +1,205 @@
+"""Parquet: the image column is found, row groups are read one at a time and kept, and what cannot be is refused."""
+
+import json
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from fastmae.data import parquet
+from fastmae.data.parquet import _Held
+from fastmae.data.sources import describe, open_train, train_and_val
+from fastmae.data.statistics import channel_statistics
+from fastmae.errors import UserError
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+DATA = [bytes([i]) * (i + 1) for i in range(50)]
+
+
+def write(path, columns, group=7, **options):
+    pq.write_table(pa.table(columns), path, row_group_size=group, **options)
+    return str(path)
+
+
+def images(data=DATA, type=IMAGE):
+    return pa.array([{"bytes": d, "path": "x.jpg"} for d in data] if type == IMAGE else data, type)
+
+
+@pytest.mark.parametrize("type", [IMAGE, pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.large_binary())])])
+@pytest.mark.parametrize("name", ["image", "img", "jpg", "anything"])
+def test_the_column_is_found_whatever_it_is_called(tmp_path, type, name):
+    data = [{"bytes": d} for d in DATA] if pa.types.is_struct(type) else DATA
+    other = {"label": pa.array(range(50), pa.int16()), "caption": pa.array(["x"] * 50)}
+    source = open_train(write(tmp_path / "x.parquet", {**other, name: pa.array(data, type)}))
+    assert [source.read(i) for i in range(50)] == DATA
+    assert source.labels.dtype == np.int64
+    assert source.labels.tolist() == list(range(50))
+    assert source.name(33) == f"{tmp_path / 'x.parquet'}[33]"
+    assert source.stretches.starts.tolist() == [*range(0, 50, 7), 50]
+
+
+def test_files_follow_each_other_and_parts_are_told_by_name(tmp_path):
+    for part, first, last in (("train-00000-of-00002", 0, 20), ("train-00001-of-00002", 20, 40), ("test-0", 0, 5),
+                              ("validation-00000-of-00001", 40, 50)):  # fmt: skip
+        write(tmp_path / f"{part}.parquet", {"image": images(DATA[first:last]), "label": range(first, last)})
+    train, val = train_and_val(str(tmp_path))
+    assert [train.read(i) for i in range(40)] == DATA[:40]
+    assert [val.read(i) for i in range(10)] == DATA[40:]
+    assert train.labels.tolist() == list(range(40))
+    assert train.name(20) == f"{tmp_path / 'train-00001-of-00002.parquet'}[0]"
+    assert describe(train).found == "in column 'image' of 2 Parquet files"
+
+
+@pytest.mark.parametrize("label", [None, pa.array([0.5] * 50), pa.array(["cat"] * 50), pa.array([1] * 49 + [None])])
+def test_labels_only_if_every_row_has_an_integer(tmp_path, label):
+    columns = {"image": images()} if label is None else {"image": images(), "label": label}
+    assert open_train(write(tmp_path / "x.parquet", columns)).labels is None
+
+
+def test_a_row_without_bytes_is_an_error_of_that_row(tmp_path):
+    source = open_train(write(tmp_path / "x.parquet", {"image": images([b"one", None, b"three"])}))
+    assert (source.read(0), source.read(2)) == (b"one", b"three")
+    with pytest.raises(OSError, match="no bytes"):
+        source.read(1)
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def _spoil(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) - 60 : len(data) - 20] = b"\xff" * 40
+    path.write_bytes(data)
+
+
+REFUSED = {
+    "paths only": (lambda p: write(p, {"image": images([None] * 9)}), "holds paths without the images"),
+    "no column of bytes": (lambda p: write(p, {"image": ["x"], "label": [1]}), "none of bytes among image, label"),
+    "several of bytes": (lambda p: write(p, {"a": [b"x"], "b": [b"x"]}), "several of bytes (a, b); call it `image`"),
+    "empty table": (lambda p: write(p, {"image": images([])}), "holds no images"),
+    "text": (lambda p: p.write_text("hello"), "cannot be read (x.parquet: "),
+    "empty file": (lambda p: p.touch(), "cannot be read (x.parquet: "),
+    "cut": (lambda p: (write(p, {"image": images()}), _cut(p)), "cannot be read (x.parquet: "),
+    "spoilt footer": (lambda p: (write(p, {"image": images()}), _spoil(p)), "x.parquet"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, case):
+    make, words = REFUSED[case]
+    make(tmp_path / "x.parquet")
+    with pytest.raises(UserError) as caught:
+        open_train(str(tmp_path / "x.parquet"))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_other_columns_is_named(tmp_path):
+    write(tmp_path / "a.parquet", {"image": images()})
+    write(tmp_path / "b.parquet", {"photo": images()})
+    with pytest.raises(UserError, match=r"b\.parquet: has no image column 'image'"):
+        open_train(str(tmp_path))
+
+
+def test_row_groups_too_large_to_hold_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "MAX_GROUP_BYTES", 100)
+    with pytest.raises(UserError, match="write it with row_group_size=100"):
+        open_train(write(tmp_path / "x.parquet", {"image": images()}, group=50))
+
+
+def test_without_pyarrow_one_line_says_how_to_get_it(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.parquet", {"image": images()})
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"need pyarrow; run pip install 'fastmae\[parquet\]'"):
+        open_train(path)
+
+
+def test_damage_inside_a_row_group_is_an_error_of_its_rows(tmp_path):
+    path = tmp_path / "x.parquet"
+    write(path, {"image": images([bytes(range(256)) * 9] * 20)}, group=10, use_dictionary=False, compression="zstd")
+    start = pq.read_metadata(path).row_group(1).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 30] = b"\xff" * 30
+    path.write_bytes(data)
+    source = open_train(str(path))
+    assert len(source.read(9)) == 9 * 256
+    for _ in range(2):
+        with pytest.raises(OSError, match="row group 1"):
+            source.read(10)
+    path.unlink()
+    with pytest.raises(OSError, match=r"row group 1: .*x\.parquet"):
+        source.read(15)
+
+
+def test_row_groups_are_read_once_while_they_are_held(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.parquet", {"image": images(), "huge": [b"y" * 1000] * 50})
+    loads = []
+    original = parquet._read_group
+    monkeypatch.setattr(parquet, "_read_group", lambda *words: (loads.append(words[1]), original(*words))[1])
+    source = open_train(path)
+    assert loads == [0]
+    order = np.random.default_rng(0).permutation(50).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.read, order)) == [DATA[i] for i in order]
+    assert sorted(loads) == list(range(8))
+
+
+def test_what_is_held_is_bounded_and_made_once_for_all_threads():
+    made = []
+    lock = threading.Lock()
+
+    def make(key):
+        time.sleep(0.001)
+        with lock:
+            made.append(key)
+        return key * key
+
+    held = _Held(make, 3)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(held, [5] * 50)) == [25] * 50
+        assert made == [5]
+        keys = np.random.default_rng(0).integers(0, 6, 400).tolist()
+        assert list(pool.map(held, keys)) == [key * key for key in keys]
+    assert len(held._results) <= 3
+    made.clear()
+    for key in (1, 2, 3, 1, 4, 1, 2):
+        held(key)
+    assert [key for key in made if key not in (1, 3)][-2:] == [4, 2]
+
+
+def test_a_failure_is_everyones_and_is_tried_again():
+    outcomes = iter([OSError("first"), None])
+
+    def make(key):
+        outcome = next(outcomes)
+        if outcome is not None:
+            raise outcome
+        return key
+
+    held = _Held(make, 3)
+    with pytest.raises(OSError, match="first"):
+        held(1)
+    assert held(1) == 1
+
+
+def test_statistics_read_runs_and_not_every_row_group(tmp_path, monkeypatch):
+    from fastmae.benchmarks.images import make_jpeg
+
+    data = [make_jpeg(0, i, 16, 16) for i in range(8)]
+    path = write(tmp_path / "x.parquet", {"image": images(data * 1000)}, group=10)
+    source = open_train(path)
+    loads = []
+    original = parquet._read_group
+    monkeypatch.setattr(parquet, "_read_group", lambda *words: (loads.append(words[1]), original(*words))[1])
+    mean, std = channel_statistics(source, 1)
+    assert len(set(loads)) < 300
+    assert 0.2 < mean[0] < 0.8
+    assert 0.05 < std[0] < 0.4
+    assert json.dumps(channel_statistics(source, 1)) == json.dumps((mean, std))

@@ -21,12 +21,12 @@ import torch
 from fastmae.benchmarks.cases import Function, attention_case, known_shapes
 from fastmae.benchmarks.measure import Measured, as_json, measure
 from fastmae.benchmarks.report import complaints, console, describe_ceilings, table
-from fastmae.benchmarks.timing import Stopwatch, dtype_name, machine_name, measure_ceilings, quartiles, write_result
+from fastmae.benchmarks.timing import Stopwatch, machine_name, measure_ceilings, quartiles, write_result
 from fastmae.config import BenchAttentionConfig, check_bench
 from fastmae.environment import versions
 from fastmae.errors import UserError
 from fastmae.ops.attention import attention
-from fastmae.ops.attention_table import user_table, write_table
+from fastmae.ops.attention_table import dtype_name, user_table, write_table
 from fastmae.ops.backends import ATTENTION, using
 from fastmae.train.parallel import choose_device
 from fastmae.train.precision import choose_precision

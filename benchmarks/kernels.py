@@ -18,8 +18,9 @@ import torch
 from fastmae.benchmarks.cases import OURS, Case, Function, all_cases, known_shapes
 from fastmae.benchmarks.measure import Measured, as_json, measure
 from fastmae.benchmarks.report import complaints, console, describe_ceilings, draw_picture, table
-from fastmae.benchmarks.timing import Stopwatch, dtype_name, machine_name, measure_ceilings, write_result
+from fastmae.benchmarks.timing import Stopwatch, machine_name, measure_ceilings, write_result
 from fastmae.config import BenchKernelsConfig, check_bench
+from fastmae.ops.attention_table import dtype_name
 from fastmae.train.parallel import choose_device
 from fastmae.train.precision import choose_precision
 

@@ -22,6 +22,7 @@ import torch
 
 from fastmae.environment import hardware, versions
 from fastmae.files import write_text
+from fastmae.ops.attention_table import dtype_name
 
 Call = Callable[[int], object]
 """One call of a contestant on input set number i; what it returns is kept until the set's next turn."""
@@ -173,10 +174,6 @@ def cache_bytes(device: torch.device) -> int:
 def input_sets_for(moved: int, device: torch.device) -> int:
     """So many sets of inputs that calls which move ``moved`` bytes each find none of theirs in the cache."""
     return min(max(1, math.ceil(2 * cache_bytes(device) / moved)), MAX_INPUT_SETS)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # --- what is kept --------------------------------------------------------------------------------------------------

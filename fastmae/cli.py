@@ -22,6 +22,7 @@ from fastmae.config import (
     PretrainConfig,
     ProbeConfig,
     ReconstructConfig,
+    VerifyConfig,
 )
 from fastmae.errors import UserError
 
@@ -31,6 +32,7 @@ Command = (
     | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
     | Annotated[InfoConfig, tyro.conf.subcommand("info")]
     | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
+    | Annotated[VerifyConfig, tyro.conf.subcommand("verify")]
 )
 EXIT_WRONG_INPUT = 2
 
@@ -38,7 +40,8 @@ EXIT_WRONG_INPUT = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status.
 
-    0; 1 when a benchmark refused a wrong result; 2 for wrong input; 75 when a signal stopped a run.
+    0; 1 when a benchmark refused a wrong result or data are not all usable; 2 for wrong input; 75 when a signal stopped
+    a run.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -56,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _info(command)
             case BenchConfig():
                 return _bench(command.what, ["fastmae", *words])
+            case VerifyConfig():
+                from fastmae.data.verify import verify
+
+                return verify(command)
         return 0
     except UserError as error:
         print(f"fastmae: {error}", file=sys.stderr)
@@ -67,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(argv: list[str]) -> PretrainConfig | ProbeConfig | ReconstructConfig | InfoConfig | BenchConfig:
+def _parse(
+    argv: list[str],
+) -> PretrainConfig | ProbeConfig | ReconstructConfig | InfoConfig | BenchConfig | VerifyConfig:
     """tyro's parse, with its boxed messages folded into the one line that every error of this program is."""
     complaint = io.StringIO()
     try:
@@ -79,7 +88,7 @@ def _parse(argv: list[str]) -> PretrainConfig | ProbeConfig | ReconstructConfig 
             raise
         text = _first_section(complaint.getvalue())
         known: tuple[str, ...] = ()
-        if argv and argv[0] in ("pretrain", "probe", "reconstruct", "info", "bench"):
+        if argv and argv[0] in ("pretrain", "probe", "reconstruct", "info", "bench", "verify"):
             known = (argv[0],)
             if argv[0] == "bench" and argv[1:] and argv[1] in ("kernels", "attention", "step", "loader"):
                 known = (argv[0], argv[1])
@@ -98,7 +107,7 @@ def _probe(config: ProbeConfig) -> None:
     from rich.table import Table
 
     from fastmae.data.loader import default_workers
-    from fastmae.data.sources import train_and_val
+    from fastmae.data.sources import shown, train_and_val
     from fastmae.evaluate.probe import probe
     from fastmae.train.checkpoint import load_model
     from fastmae.train.parallel import choose_device
@@ -117,7 +126,8 @@ def _probe(config: ProbeConfig) -> None:
     if config.json:
         print(json.dumps(results))
         return
-    table = Table(title=f"{config.checkpoint} on {config.data_path}: {results['train']} train, {results['test']} test")
+    sizes = f"{results['train']} train, {results['test']} test"
+    table = Table(title=f"{config.checkpoint} on {shown(config.data_path)}: {sizes}")
     table.add_column("frozen features")
     table.add_column("top-1", justify="right")
     table.add_row(f"k-NN (k = {results['k']}, {results['pool']})", f"{results['knn']:.2f} %")

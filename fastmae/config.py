@@ -20,6 +20,7 @@ T = TypeVar("T")
 BenchOp = Literal[
     "random_masking", "gather_patches", "scatter_patches", "assemble_tokens", "masked_mse", "attention"
 ]  # fmt: skip
+FULL_SHUFFLE = "a full shuffle"
 BENCH_OPS: tuple[BenchOp, ...] = get_args(BenchOp)
 
 
@@ -90,6 +91,15 @@ class PretrainConfig:
     decoder: Literal["auto", "pool", "dali-cpu", "dali-gpu"] = "auto"
     """Of plain JPEGs: threads of this process, or NVIDIA DALI (the extra `dali`) on the CPU or the GPU; the pool takes
     all else. auto: pool, until DALI on a GPU has been measured."""
+    keep_last: bool = False
+    """Fill the last partial batch of an epoch up from the epoch's beginning instead of dropping it, as published."""
+    repeated_masks: int = 1
+    """Rows of a batch that share a decoded crop, each with masks of its own: less to decode, less variety. An epoch has
+    as many times the steps."""
+    cache: Literal["none", "ram"] = "none"
+    """ram: keep images in memory after they were first read, decoded if all of them fit. The results are the same."""
+    cache_gb: float | None = None
+    """What --cache ram may take, in GiB a rank. Default: half of the memory that is free, shared by the ranks."""
     max_corrupt: float = 0.01
     """Largest share of unusable images before the run stops; 20 of them are always tolerated."""
 
@@ -119,8 +129,9 @@ class ProbeConfig:
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run folder, one of its checkpoints, or an official .pth file."""
-    data_path: str = "digits"
-    """Labelled data; its train part fits, its val or test part is scored (without one, a fifth is held out)."""
+    data_path: str | tuple[str, ...] = "digits"
+    """Labelled data; its train part fits, its val or test part is scored (without one, a fifth is held out). Several
+    are taken one after another."""
     pool: Literal["mean", "cls"] = "mean"
     """The mean of the patch tokens, or the class token (on which pretraining puts no loss)."""
     k: int = 20
@@ -143,8 +154,8 @@ class ReconstructConfig:
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run folder, one of its checkpoints, or an official .pth file with its decoder."""
-    images: str = "digits"
-    """An image file, or any data that --data_path of pretrain accepts."""
+    images: str | tuple[str, ...] = "digits"
+    """Image files, or any data that --data_path of pretrain accepts."""
     output: str = "grid.png"
     """The picture to write."""
     count: int = 8
@@ -157,6 +168,20 @@ class ReconstructConfig:
     """cpu, cuda or cuda:N. Default: cuda where there is one."""
     model: str | None = None
     """The preset, for a checkpoint that does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Read and decode every image as a run would, and name what it could not use. Exit status 1 if there is any."""
+
+    data_path: tuple[str, ...]
+    """One or several, of every kind that --data_path of pretrain takes; their val parts are checked too."""
+    in_chans: int | None = None
+    """Channels of the model to be trained. Default: as pretrain chooses, those of the data."""
+    num_workers: int | None = None
+    """Decoding threads. Default: the cores that this process may use, at most 10."""
+    output: str | None = None
+    """A file for all that is unusable: JSON lines of part, index, name and reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,12 +264,15 @@ class BenchStepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchLoaderConfig:
-    """Time the decoders of JPEGs from bytes to cropped and resized images, once those agree with the pool's."""
+    """Time loading, from files to crops, beside the published pipeline; no time is given to wrong images."""
 
-    data_path: str | None = None
-    """JPEGs, as --data_path of pretrain takes them. Default: made in memory, 500×375 pixels and about 110 KB each."""
-    files: int = 256
-    """So many of them are read into memory and used."""
+    data_path: tuple[str, ...] | None = None
+    """Image files, each as one --data_path of pretrain takes them, such as a folder and the same images in tar shards.
+    Default: made in a temporary folder, 500×375 pixels and about 110 KB each."""
+    kinds: tuple[Literal["folder", "tar", "parquet"], ...] | None = None
+    """As what images are made. Default: the same ones as all three."""
+    files: int | None = None
+    """How many images are made. Default: 1000."""
     decoders: tuple[Literal["pool", "dali-cpu", "dali-gpu"], ...] = ("pool", "dali-cpu", "dali-gpu")
     """Which, beside the pool."""
     input_size: int = 224
@@ -252,13 +280,14 @@ class BenchLoaderConfig:
     batch_size: int = 64
     """Images a batch."""
     batches: int = 8
-    """Batches a sample."""
+    """Batches a sample, rounded up to a multiple of num_workers: the published pipeline's processes make one each."""
     num_workers: int | None = None
-    """Decoding threads. Default: the cores that this process may use, at most 10."""
+    """Decoding threads, and the published pipeline's processes. Default: the cores that this process may use, at most
+    10."""
     device: str | None = None
     """cpu, cuda or cuda:N. Default: cuda where there is one."""
     rounds: int = 7
-    """Samples a decoder; decoders take turns."""
+    """Samples a contestant; contestants take turns."""
     output: str | None = None
     """A folder for every sample (JSON)."""
 
@@ -286,6 +315,8 @@ class DataFacts:
     """(height, width) of the images in pixels; None where they differ."""
     labelled: bool
     length: int
+    order: str = FULL_SHUFFLE
+    """What an epoch's order depends on besides the seed."""
     found: str = ""
     """Where the images lie, for people."""
 
@@ -315,14 +346,18 @@ class ResolvedConfig(PretrainConfig):
     global_batch: int
     """batch_size · accum_iter · ranks."""
     dataset_length: int
+    order: str
+    """What an epoch's order depends on besides the seed."""
 
 
 # What the meaning of "step k" depends on: a run cannot be continued with another value of any of these. The split of
 # the global batch into ranks, batches and micro-steps is not among them.
 FIXED_IN_A_RUN = (
     "model", "input_size", "in_chans", "norm_pix_loss", "mask_ratio", "mean", "std", "crop_scale", "flip",
-    "seed", "global_batch", "dataset_length",
+    "seed", "global_batch", "dataset_length", "order", "keep_last", "repeated_masks",
 )  # fmt: skip
+# What those were in a checkpoint from before they could be chosen.
+UNLESS_SAVED = {"order": FULL_SHUFFLE, "keep_last": False, "repeated_masks": 1}
 
 
 def resolve(
@@ -366,6 +401,7 @@ def resolve(
         probe=_given(config.probe, facts.labelled and facts.length <= PROBE_LIMIT),
         global_batch=global_batch,
         dataset_length=facts.length,
+        order=facts.order,
     )
     return ResolvedConfig(**{**dataclasses.asdict(config), **chosen})
 
@@ -388,8 +424,12 @@ def check_pretrain(config: PretrainConfig) -> None:
             raise UserError(f"--{flag} {shown}: must be {expected}")
 
     need(0 < config.mask_ratio < 1, "mask_ratio", "above 0 and below 1; the published ratio is 0.75")
-    for flag in ("batch_size", "accum_iter", "save_freq", "log_freq", "keep"):
+    for flag in ("batch_size", "accum_iter", "save_freq", "log_freq", "keep", "repeated_masks"):
         need(getattr(config, flag) >= 1, flag, "at least 1")
+    divides = config.batch_size % config.repeated_masks == 0
+    need(divides, "repeated_masks", f"a divisor of --batch_size {config.batch_size}")
+    need(config.cache_gb is None or config.cache == "ram", "cache_gb", "given together with --cache ram")
+    need(config.cache_gb is None or 0 < config.cache_gb < math.inf, "cache_gb", "a positive number of GiB")
     for flag in ("epochs", "num_workers", "checkpoint_freq", "in_chans"):
         need(getattr(config, flag) is None or getattr(config, flag) >= 1, flag, "at least 1")
     for flag in ("lr", "blr"):
@@ -412,6 +452,18 @@ def check_pretrain(config: PretrainConfig) -> None:
         need(all(s > 0 for s in config.std), "std", "positive")
 
 
+def check_verify(config: VerifyConfig) -> None:
+    """Refuses numbers that cannot work.
+
+    Raises:
+        UserError: naming the flag, its value and what it must be.
+    """
+    for flag in ("in_chans", "num_workers"):
+        value = getattr(config, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value}: must be at least 1")
+
+
 def check_bench(config: BenchKernelsConfig | BenchAttentionConfig | BenchStepConfig | BenchLoaderConfig) -> None:
     """Refuses numbers that cannot work.
 
@@ -428,6 +480,9 @@ def check_bench(config: BenchKernelsConfig | BenchAttentionConfig | BenchStepCon
     write = getattr(config, "write", None)
     if write is not None and len(write) > 1:
         raise UserError(f"--write {' '.join(write)}: must be one file, or none for your own table")
-    for flag in ("models", "only"):
+    for flag in ("models", "only", "data_path", "kinds", "decoders"):
         if getattr(config, flag, True) == ():
             raise UserError(f"--{flag}: must name at least one")
+    for flag in ("kinds", "files"):
+        if getattr(config, "data_path", None) is not None and getattr(config, flag, None) is not None:
+            raise UserError(f"--{flag}: is for images that are made; leave it or --data_path out")

@@ -76,16 +76,21 @@ def test_probe_prints_json(finished, blobs, capsys):
     results = json.loads(capsys.readouterr().out)
     assert results.keys() == {"knn", "linear", "pool", "k", "train", "test"}
     assert (results["pool"], results["k"], results["train"], results["test"]) == ("cls", 5, 72, 24)
-    assert main(["probe", str(finished / "checkpoint-0.pth"), "--data_path", blobs]) == 0
-    assert "k-NN" in capsys.readouterr().out
+    assert main(["probe", str(finished / "checkpoint-0.pth"), "--data_path", blobs, blobs]) == 0
+    out = capsys.readouterr().out
+    assert "k-NN" in out
+    assert "144 train, 48 test" in " ".join(out.split())
 
 
-def test_reconstruct_takes_data_or_one_picture(finished, blobs, tmp_path):
+def test_reconstruct_takes_data_or_pictures(finished, blobs, tmp_path):
     assert main(["reconstruct", str(finished), "--images", blobs, "--output", str(tmp_path / "a.png")]) == 0
     Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "one.jpg")
     one = ["--images", str(tmp_path / "one.jpg"), "--output", str(tmp_path / "b.png")]
     assert main(["reconstruct", str(finished / "checkpoint-0.pth"), *one]) == 0
     assert Image.open(tmp_path / "a.png").width > Image.open(tmp_path / "b.png").width
+    two = ["--images", *[str(tmp_path / "one.jpg")] * 8, "--output", str(tmp_path / "c.png")]
+    assert main(["reconstruct", str(finished), *two]) == 0
+    assert Image.open(tmp_path / "c.png").size == Image.open(tmp_path / "a.png").size
 
 
 def test_a_corrupt_image_is_skipped_counted_and_listed(image_folder, tmp_path, capsys):

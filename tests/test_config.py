@@ -54,7 +54,7 @@ def test_what_is_given_stays():
 
 def test_nothing_is_left_open():
     left = [name for name, value in dataclasses.asdict(resolved(CIFAR)).items() if value is None]
-    assert left == ["device", "checkpoint_freq", "log_dir"]
+    assert left == ["device", "cache_gb", "checkpoint_freq", "log_dir"]
 
 
 @pytest.mark.parametrize(

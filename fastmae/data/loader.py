@@ -65,8 +65,47 @@ class Batch:
     """Unusable images, replaced by the next usable one of the data set."""
     wait: float
     """Seconds that the caller was kept waiting."""
+    ready: int
+    """Batches behind this one that the threads were done with, of at most ``PREFETCH`` and DALI's."""
+    bytes_read: int
+    """From the source."""
+    busy: float
+    """Seconds that threads spent reading and decoding it, added up."""
     redone: str = ""
     """Why DALI failed on this batch, which the pool then decoded; empty if it did not."""
+
+
+@dataclass
+class LoadingStats:
+    """Batches added up, to say how far loading is from being what a run waits for."""
+
+    batches: int = 0
+    images: int = 0
+    wait: float = 0.0
+    ready: int = 0
+    bytes_read: int = 0
+    busy: float = 0.0
+
+    def add(self, batch: Batch) -> None:
+        self.batches += 1
+        self.images += len(batch.images)
+        self.wait += batch.wait
+        self.ready += batch.ready
+        self.bytes_read += batch.bytes_read
+        self.busy += batch.busy
+
+    def summary(self, elapsed: float, num_workers: int) -> dict[str, float]:
+        """Over ``elapsed`` seconds: the share of time that was waited, the mean queue, and rates a second.
+
+        ``decode_capacity`` is the images a second that the threads would give if they never had to wait for room.
+        """
+        return {
+            "data_wait": round(self.wait / elapsed, 4),
+            "queue": round(self.ready / max(1, self.batches), 2),
+            "decoded_per_second": round(self.images / elapsed, 1),
+            "decode_capacity": round(self.images * num_workers / self.busy, 1) if self.busy else 0.0,
+            "read_bytes_per_second": round(self.bytes_read / elapsed),
+        }
 
 
 def default_workers() -> int:
@@ -114,27 +153,43 @@ def describe_decoder(name: str, reason: str) -> str:
     return f"{name} ({reason}): {what}"
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What became of a sample."""
+
+    skipped: tuple[Skipped, ...]
+    encoded: Encoded | None
+    """A plain JPEG that was read for DALI and not decoded."""
+    bytes_read: int
+    busy: float
+    """Seconds."""
+
+
 def load_sample(
     source: Source, index: int, view: View, draws: np.ndarray | None, out: np.ndarray, for_dali: bool = False
-) -> tuple[list[Skipped], Encoded | None]:
+) -> Loaded:
     """Writes sample ``index`` into ``out`` uint8 [H, W, C]; an unusable image gives way to the next usable one.
 
-    Returns:
-        The unusable images, and, ``for_dali``, a plain JPEG that was read but not decoded.
+    With ``for_dali`` a plain JPEG is only read.
     """
+    started, bytes_read = time.perf_counter(), 0
     skipped: list[Skipped] = []
     for attempt in range(min(len(source), MAX_REPLACEMENTS)):
         candidate = (index + attempt) % len(source)
+        encoded = None
         try:
             data = source.read(candidate)
+            bytes_read += len(data) if isinstance(data, bytes) else data.nbytes
             if for_dali and isinstance(data, bytes) and (shape := plain_jpeg_shape(data, view.in_chans)):
-                return skipped, Encoded(data, *_crop(view, draws, *shape))
-            pixels = decode(data, view.in_chans)
+                encoded = Encoded(data, *_crop(view, draws, *shape))
+            else:
+                pixels = decode(data, view.in_chans)
         except (BadImageError, OSError) as error:
             skipped.append(Skipped(candidate, source.name(candidate), str(error)))
             continue
-        out[:] = crop_and_resize(pixels, *_crop(view, draws, *pixels.shape[:2]), view.size)
-        return skipped, None
+        if encoded is None:
+            out[:] = crop_and_resize(pixels, *_crop(view, draws, *pixels.shape[:2]), view.size)
+        return Loaded(tuple(skipped), encoded, bytes_read, time.perf_counter() - started)
     first = skipped[0]
     raise UserError(f"{len(skipped)} images in a row cannot be used, from {first.name} ({first.reason}); mend the data")
 
@@ -180,7 +235,7 @@ def load_batches(
         slots = images.numpy()
         draws = None if view.seed is None else crop_draws(view.seed, draw_ids)
 
-        def load(i: int, for_dali: bool) -> Future[_Loaded]:
+        def load(i: int, for_dali: bool) -> Future[Loaded]:
             row = None if draws is None else draws[i]
             return pool.submit(load_sample, source, int(indices[i]), view, row, slots[i], for_dali)
 
@@ -202,16 +257,22 @@ def load_batches(
                 _give(by_dali, ahead)
             pending = ahead.popleft()
             decoded, redone = _collect(by_dali, pending)
-            skipped = tuple(bad for future in pending.futures for bad in future.result()[0])
+            loaded = [future.result() for future in pending.futures]
             images = _assemble(pending, decoded, device, side)
-            yield Batch(images, pending.draw_ids, skipped, time.perf_counter() - started, redone)
+            yield Batch(
+                images,
+                pending.draw_ids,
+                skipped=tuple(bad for sample in loaded for bad in sample.skipped),
+                wait=time.perf_counter() - started,
+                ready=sum(all(future.done() for future in later.futures) for later in ahead),
+                bytes_read=sum(sample.bytes_read for sample in loaded),
+                busy=sum(sample.busy for sample in loaded),
+                redone=redone,
+            )
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         if by_dali is not None:
             by_dali.close()
-
-
-_Loaded = tuple[list[Skipped], Encoded | None]
 
 
 @dataclass
@@ -221,9 +282,9 @@ class _Pending:
     images: torch.Tensor
     """On the host: where the pool writes."""
     draw_ids: torch.Tensor
-    load: Callable[[int, bool], Future[_Loaded]]
+    load: Callable[[int, bool], Future[Loaded]]
     """Starts to load the image of a place; for DALI, or not."""
-    futures: list[Future[_Loaded]]
+    futures: list[Future[Loaded]]
     for_dali: dict[int, Encoded] | None = None
     """By place, once they were given to it."""
 
@@ -240,8 +301,8 @@ def _give(by_dali: DaliDecoder, ahead: deque[_Pending]) -> None:
             continue
         if place > 0 and not all(future.done() for future in pending.futures):
             return
-        loaded = [future.result()[1] for future in pending.futures]
-        pending.for_dali = {i: encoded for i, encoded in enumerate(loaded) if encoded is not None}
+        encoded = [future.result().encoded for future in pending.futures]
+        pending.for_dali = {i: one for i, one in enumerate(encoded) if one is not None}
         if pending.for_dali:
             by_dali.schedule(list(pending.for_dali.values()))
 

@@ -5,11 +5,14 @@ Global batch k of an epoch is the same samples with the same crops whatever the 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 
+from fastmae.config import FULL_SHUFFLE
 from fastmae.philox import STREAM_CROP, STREAM_ORDER, STREAM_SPLIT, permutation_numpy, uniforms_numpy, words_numpy
 
 CROP_ATTEMPTS = 10
@@ -49,13 +52,20 @@ class EpochPlan:
 
     def __len__(self) -> int:
         """Micro-batches in the epoch; the last partial global batch is dropped, as published."""
-        return len(self.order) // (self.batch_size * self.ranks)
+        return micro_batches(len(self.order), self.batch_size, self.ranks)
 
     def batch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(indices, draw_ids) of micro-batch ``index``, int64 [batch_size] each."""
+        """(indices, draw_ids) of micro-batch ``index``, int64 [batch_size] each; past the end it begins anew."""
         start = (index * self.ranks + self.rank) * self.batch_size
-        indices = self.order[start : start + self.batch_size]
+        indices = self.order.take(np.arange(start, start + self.batch_size), mode="wrap")
         return indices, self.epoch * len(self.order) + indices
+
+
+def micro_batches(length: int, batch_size: int, ranks: int, accum_iter: int = 1, keep_last: bool = False) -> int:
+    """A rank's micro-batches in an epoch: whole ones alone, or with ``keep_last`` enough for whole steps to see all."""
+    if keep_last:
+        return -(-length // (batch_size * ranks * accum_iter)) * accum_iter
+    return length // (batch_size * ranks)
 
 
 def plan_epoch(
@@ -68,11 +78,23 @@ def plan_epoch(
     stretches: Stretches | None = None,
 ) -> EpochPlan:
     """A full shuffle of ``length`` samples; with ``stretches``, one that stays near their order."""
-    if stretches is None or len(stretches.starts) <= 2 or stretches.spread >= length:
-        order = permutation_numpy(seed, STREAM_ORDER, epoch, length)
-    else:
+    if _is_scattered(stretches, length):
         order = scattered_order(seed, epoch, stretches)
+    else:
+        order = permutation_numpy(seed, STREAM_ORDER, epoch, length)
     return EpochPlan(order, epoch, batch_size, rank, ranks)
+
+
+def _is_scattered(stretches: Stretches | None, length: int) -> TypeGuard[Stretches]:
+    return stretches is not None and len(stretches.starts) > 2 and stretches.spread < length
+
+
+def describe_order(length: int, stretches: Stretches | None) -> str:
+    """What, beside seed, epoch and length, an epoch's order depends on: a line that is the same if that is the same."""
+    if not _is_scattered(stretches, length):
+        return FULL_SHUFFLE
+    digest = hashlib.sha256(stretches.starts.astype("<i8").tobytes()).hexdigest()[:12]
+    return f"{len(stretches.starts) - 1} shards or row groups ({digest}) scattered over {stretches.spread} places"
 
 
 def scattered_order(seed: int, epoch: int, stretches: Stretches) -> np.ndarray:
@@ -113,6 +135,15 @@ def holdout(length: int, share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
     order = permutation_numpy(0, STREAM_SPLIT, 0, length)
     held = max(1, round(length * share))
     return np.sort(order[held:]), np.sort(order[:held])
+
+
+def mask_draws(draw_ids: np.ndarray, length: int, repeated_masks: int) -> np.ndarray:
+    """The draws of the masks of some crops, ``repeated_masks`` (R) of each, side by side: int64 [N · R].
+
+    No two crops of a run share one; with R = 1 they are the crops' own.
+    """
+    first = draw_ids + draw_ids // length * (repeated_masks - 1) * length
+    return (first[:, None] + np.arange(repeated_masks) * length).reshape(-1)
 
 
 def crop_draws(seed: int, draw_ids: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ import numpy as np
 from fastmae.config import DataFacts
 from fastmae.data.index import IMAGE_SUFFIXES, WORTH_KEEPING, list_images
 from fastmae.data.parquet import open_parquet
-from fastmae.data.plan import Stretches, holdout
+from fastmae.data.plan import Stretches, describe_order, holdout
 from fastmae.data.shards import expand_braces, open_shards, refuse_compressed
 from fastmae.errors import UserError
 
@@ -248,6 +248,11 @@ def open_val(data_path: str | Sequence[str]) -> Source | None:
     return Concat(tuple(parts)) if len(parts) > 1 else parts[0] if parts else None
 
 
+def shown(data_path: str | Sequence[str]) -> str:
+    """The paths as they were given, for people."""
+    return data_path if isinstance(data_path, str) else " ".join(data_path)
+
+
 def _each(data_path: str | Sequence[str]) -> list[str]:
     paths = [data_path] if isinstance(data_path, str) else list(data_path)
     if not paths:
@@ -281,7 +286,13 @@ def describe(source: Source) -> DataFacts:
         channels = depths.pop() if len(depths) == 1 else 3
     labelled = source.labels is not None and len(np.unique(source.labels)) > 1
     return DataFacts(
-        kind=source.kind, channels=channels, size=size, labelled=labelled, length=len(source), found=source.found
+        kind=source.kind,
+        channels=channels,
+        size=size,
+        labelled=labelled,
+        length=len(source),
+        order=describe_order(len(source), source.stretches),
+        found=source.found,
     )
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from fastmae.config import UNLESS_SAVED
 from fastmae.errors import UserError
 from fastmae.files import fsync_file, fsync_folder, write_text
 from fastmae.model.mae import MaskedAutoencoderViT
@@ -141,8 +142,9 @@ def load_checkpoint(
         BadCheckpointError: not intact, made with settings other than ``fixed``, or of another architecture.
     """
     manifest = read_manifest(path)
+    settings = {**UNLESS_SAVED, **manifest["settings"]}
     for key, value in (fixed or {}).items():
-        saved = manifest["settings"].get(key)
+        saved = settings.get(key)
         if saved != value:
             raise BadCheckpointError(
                 f"was made with {key} {saved}, not {value}; use the same settings, or start in another --output_dir"

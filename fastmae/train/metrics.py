@@ -18,16 +18,21 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastmae.data.loader import LoadingStats
 from fastmae.errors import UserError
 from fastmae.files import fsync_file, write_text
 
 METRICS = "metrics.jsonl"
 LOG = "log.txt"
 QUIET_SECONDS = 15.0
+NO_SPEED = "– images/s"
 
 
 class StepLog:
-    """Collects steps and writes them out; ``epoch_sums`` is what resuming needs to go on with the epoch's averages."""
+    """Collects steps and writes them out.
+
+    ``loading`` is for the batches of this rank; with ``epoch_sums`` a resumed run goes on with the epoch's averages.
+    """
 
     def __init__(
         self,
@@ -38,13 +43,16 @@ class StepLog:
         mean_over_ranks: Callable[[torch.Tensor], torch.Tensor],
         writes: bool,
         log_dir: str | None,
+        num_workers: int,
     ) -> None:
+        self.loading = LoadingStats()
+        self._num_workers = num_workers
         self._run, self._device, self._log_freq = run, device, log_freq
         self._mean_over_ranks, self._writes = mean_over_ranks, writes
         self._losses = torch.zeros(log_freq, device=device)
         self._rows: list[dict[str, Any]] = []
         self._tensorboard = _summary_writer(log_dir) if writes and log_dir else None
-        self._images, self._wait, self._since = 0, 0.0, time.perf_counter()
+        self._images, self._since = 0, time.perf_counter()
         self.epoch_sums = {"loss": 0.0, "lr": 0.0, "steps": 0}
         self.latest: dict[str, Any] = {}
 
@@ -56,12 +64,11 @@ class StepLog:
             _keep_lines(self._run / METRICS, lambda row: row["step"] <= step)
             _keep_lines(self._run / LOG, lambda row: row["epoch"] < epoch)
 
-    def add(self, *, step: int, epoch: int, loss: torch.Tensor, lr: float, images: int, wait: float) -> None:
-        """Notes a step; ``step`` counts from 1, ``images`` over all ranks, ``wait`` in seconds. No synchronisation."""
+    def add(self, *, step: int, epoch: int, loss: torch.Tensor, lr: float, images: int) -> None:
+        """Notes a step; ``step`` counts from 1, ``images`` over all ranks. No synchronisation."""
         self._losses[len(self._rows)] = loss
         self._rows.append({"step": step, "epoch": epoch, "loss": math.nan, "lr": lr})
         self._images += images
-        self._wait += wait
         if step % self._log_freq == 0:
             self.flush(is_log_step=True)
         elif len(self._rows) == self._log_freq:
@@ -86,10 +93,10 @@ class StepLog:
             elapsed = time.perf_counter() - self._since
             rows[-1] |= {
                 "images_per_second": round(self._images / elapsed, 1),
-                "data_wait": round(self._wait / elapsed, 4),
+                **self.loading.summary(elapsed, self._num_workers),
                 "peak_memory": peak_memory(self._device),
             }
-            self._images, self._wait, self._since = 0, 0.0, time.perf_counter()
+            self._images, self.loading, self._since = 0, LoadingStats(), time.perf_counter()
         self.latest |= rows[-1]
         if self._writes:
             _append(self._run / METRICS, rows)
@@ -142,13 +149,20 @@ class Screen:
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  lr {task.fields[lr]}  {task.fields[speed]} images/s"),
+            TextColumn("loss {task.fields[loss]}  lr {task.fields[lr]}  {task.fields[speed]}"),
             TimeRemainingColumn(),
             console=self.console,
             disable=not (shows and self.console.is_terminal),
         )
         self._task = self._bar.add_task(
-            "train", total=total_steps, completed=start_step, epoch=0, epochs=epochs, loss="–", lr="–", speed="–"
+            "train",
+            total=total_steps,
+            completed=start_step,
+            epoch=0,
+            epochs=epochs,
+            loss="–",
+            lr="–",
+            speed="– images/s",
         )
 
     def __enter__(self) -> Screen:
@@ -167,14 +181,17 @@ class Screen:
         shown: dict[str, Any] = {"epoch": epoch + 1}
         if latest:
             shown |= {"loss": f"{latest['loss']:.4f}", "lr": f"{latest['lr']:.2e}"}
-            shown["speed"] = f"{latest['images_per_second']:,.0f}" if "images_per_second" in latest else "–"
+            shown["speed"] = NO_SPEED
+            if "images_per_second" in latest:
+                speed, wait = latest["images_per_second"], latest["data_wait"]
+                shown["speed"] = f"{speed:,.0f} images/s  data wait {wait:.0%}"
         self._bar.update(self._task, completed=step, **shown)
         due = time.perf_counter() - self._said > QUIET_SECONDS
         if not self.console.is_terminal and latest and (due or step == self._total):
             self._said = time.perf_counter()
             self.console.print(
                 f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._total}  loss {shown['loss']}  "
-                f"lr {shown['lr']}  {shown['speed']} images/s"
+                f"lr {shown['lr']}  {shown['speed']}"
             )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ import torch
 from fastmae.config import FIXED_IN_A_RUN, DataFacts, PretrainConfig, ResolvedConfig, check_pretrain, resolve
 from fastmae.data.decode import FOLDER_CHANNELS
 from fastmae.data.loader import Batch, View, choose_decoder, default_workers, describe_decoder, load_batches
-from fastmae.data.plan import plan_epoch
+from fastmae.data.plan import mask_draws, micro_batches, plan_epoch
 from fastmae.data.quarantine import Quarantine
-from fastmae.data.sources import Source, describe, open_train, train_and_val
+from fastmae.data.sources import Source, describe, open_train, shown, train_and_val
 from fastmae.data.statistics import channel_statistics
 from fastmae.environment import hardware, versions
 from fastmae.errors import UserError
@@ -68,7 +68,8 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     settings = _as_json(config)
     precision = choose_precision(config.precision, world.device)
     decoder, why_decoder = choose_decoder(config.decoder, world.device, source, config.in_chans)
-    iterations = facts.length // (config.batch_size * world.size)
+    crops = config.batch_size // config.repeated_masks
+    iterations = micro_batches(facts.length, crops, world.size, config.accum_iter, config.keep_last)
     steps_per_epoch = iterations // config.accum_iter
     _check_batches(config, world, steps_per_epoch)
     total_steps = config.epochs * steps_per_epoch
@@ -100,6 +101,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
         mean_over_ranks=world.mean,
         writes=world.is_first,
         log_dir=config.log_dir,
+        num_workers=config.num_workers,
     )
     screen = Screen(total_steps=total_steps, epochs=config.epochs, start_step=restored.step, shows=world.is_first)
     say = screen.say
@@ -138,10 +140,10 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
                 warmup_epochs=config.warmup_epochs,
                 epochs=config.epochs,
             )
-            micro = _MicroBatches(batches, config, model.num_patches, quarantine)
+            micro = _micro_batches(batches, config, model.num_patches, quarantine, log)
             loss = train_step(loss_of, optimizer, micro, config.accum_iter, lr, precision.context(world.device))
             done = step + 1
-            log.add(step=done, epoch=epoch, loss=loss, lr=lr, images=config.global_batch, wait=micro.wait)
+            log.add(step=done, epoch=epoch, loss=loss, lr=lr, images=config.global_batch)
             screen.update(done, epoch, log.latest)
 
             if index + 1 == steps_per_epoch:
@@ -194,20 +196,15 @@ def _resolve(flags: PretrainConfig, source: Source, facts: DataFacts, world: par
     return resolve(flags, facts, mean=mean, std=std, ranks=world.size, num_workers=default_workers())
 
 
-def _shown(data_path: str | Sequence[str]) -> str:
-    return data_path if isinstance(data_path, str) else " ".join(data_path)
-
-
 def _check_batches(config: ResolvedConfig, world: parallel.World, steps_per_epoch: int) -> None:
     if steps_per_epoch < 1:
         size = f"--batch_size {config.batch_size}"
         size += f" × --accum_iter {config.accum_iter}" if config.accum_iter > 1 else ""
         size += f" × {world.size} ranks" if world.size > 1 else ""
-        fits = config.dataset_length // (config.accum_iter * world.size)
+        fits = config.dataset_length // (config.accum_iter * world.size) * config.repeated_masks
         remedy = f"lower --batch_size to at most {fits}" if fits else "lower --accum_iter or the ranks"
-        raise UserError(
-            f"{size} is more than the {config.dataset_length} images of {_shown(config.data_path)}; {remedy}"
-        )
+        given = f"the {config.dataset_length} images of {shown(config.data_path)}"
+        raise UserError(f"{size} is more than {given}; {remedy}, or use --keep_last")
 
 
 def _model(settings: dict[str, Any], mask_ratio: float) -> MaskedAutoencoderViT:
@@ -256,13 +253,12 @@ def _requests(
     source: Source, config: ResolvedConfig, world: parallel.World, start: int, total: int, steps_per_epoch: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Micro-batches from step ``start`` to the end of the run, each epoch planned when it is reached."""
+    crops = config.batch_size // config.repeated_masks
     plan = None
     for step in range(start, total):
         epoch, index = divmod(step, steps_per_epoch)
         if plan is None or plan.epoch != epoch:
-            plan = plan_epoch(
-                config.seed, epoch, len(source), config.batch_size, world.rank, world.size, source.stretches
-            )
+            plan = plan_epoch(config.seed, epoch, len(source), crops, world.rank, world.size, source.stretches)
         for micro in range(config.accum_iter):
             yield plan.batch(index * config.accum_iter + micro)
 
@@ -281,22 +277,21 @@ def _say_what_was_redone(batches: Iterable[Batch], say: Say) -> Generator[Batch]
             say(f"decoding        batches that DALI failed on and the pool decoded instead: {redone}")
 
 
-class _MicroBatches:
-    """One step's micro-batches as (images, ids_shuffle), with the seconds that were waited for them."""
-
-    def __init__(
-        self, batches: Iterator[Batch], config: ResolvedConfig, num_patches: int, quarantine: Quarantine
-    ) -> None:
-        self._batches, self._config, self._num_patches, self._quarantine = batches, config, num_patches, quarantine
-        self.wait = 0.0
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for _ in range(self._config.accum_iter):
-            batch = next(self._batches)
-            self.wait += batch.wait
-            self._quarantine.add(batch.skipped, good=len(batch.images))
-            draw_ids = batch.draw_ids.to(batch.images.device, non_blocking=True)
-            yield batch.images, random_masking(draw_ids, self._config.seed, self._num_patches)
+def _micro_batches(
+    batches: Iterator[Batch], config: ResolvedConfig, num_patches: int, quarantine: Quarantine, log: StepLog
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One step's micro-batches as (images, ids_shuffle)."""
+    for _ in range(config.accum_iter):
+        batch = next(batches)
+        log.loading.add(batch)
+        quarantine.add(batch.skipped, good=len(batch.images))
+        images, draw_ids = batch.images, batch.draw_ids
+        if config.repeated_masks > 1:
+            images = images.repeat_interleave(config.repeated_masks, dim=0)
+            draws = mask_draws(draw_ids.numpy(), config.dataset_length, config.repeated_masks)
+            draw_ids = torch.from_numpy(draws)
+        draw_ids = draw_ids.to(images.device, non_blocking=True)
+        yield images, random_masking(draw_ids, config.seed, num_patches)
 
 
 # --- the run folder ---------------------------------------------------------------------------------------------------
@@ -338,7 +333,7 @@ def _announce(
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     height, width = config.input_size
     labels = "labelled" if facts.labelled else "without labels"
-    say(f"data            {_shown(config.data_path)}: {facts.length:,} images {facts.found}, {labels}")
+    say(f"data            {shown(config.data_path)}: {facts.length:,} images {facts.found}, {labels}")
     say(f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}")
     say(f"batch           {config.global_batch} images a step, lr {config.lr:.2e}, {config.epochs} epochs")
     for name, choice in backends.items():

@@ -11,8 +11,11 @@ from fastmae.data.plan import (
     Stretches,
     central_box,
     crop_draws,
+    describe_order,
     holdout,
     is_flipped,
+    mask_draws,
+    micro_batches,
     mixing,
     plan_epoch,
     random_box,
@@ -39,6 +42,38 @@ def test_an_epoch_shows_every_sample_once_and_epochs_differ():
     assert not np.array_equal(first.order, second.order)
     indices, draw_ids = second.batch(0)
     assert np.array_equal(draw_ids, 100 + indices)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 9), st.integers(1, 3), st.integers(1, 4))
+def test_with_keep_last_whole_steps_show_every_sample(length, batch_size, ranks, accum_iter):
+    count = micro_batches(length, batch_size, ranks, accum_iter, keep_last=True)
+    assert count % accum_iter == 0
+    plans = [plan_epoch(0, 1, length, batch_size, rank, ranks) for rank in range(ranks)]
+    seen = np.concatenate([plan.batch(k)[0] for k in range(count) for plan in plans])
+    assert len(seen) == count * ranks * batch_size
+    assert set(seen) == set(range(length))
+    assert len(seen) - length < accum_iter * ranks * batch_size
+    assert np.array_equal(seen[:length], plans[0].order)  # what is missing comes from the beginning
+    assert micro_batches(length, batch_size, ranks, accum_iter) == length // (batch_size * ranks)
+
+
+def test_every_crop_has_masks_of_its_own():
+    length, epochs = 10, 3
+    crops = np.concatenate([epoch * length + np.arange(length) for epoch in range(epochs)])
+    assert np.array_equal(mask_draws(crops, length, 1), crops)
+    draws = mask_draws(crops, length, 4)
+    assert sorted(draws) == list(range(4 * length * epochs))
+    # Those of a crop lie side by side, and a batch's are not those of another length of it.
+    assert np.array_equal(mask_draws(crops[13:15], length, 4), draws[13 * 4 : 15 * 4])
+
+
+def test_an_order_is_described_by_what_it_depends_on():
+    full = describe_order(90, None)
+    assert describe_order(90, stretches_of([90], 3)) == describe_order(90, stretches_of([30] * 3, 90)) == full
+    scattered = [stretches_of([30] * 3, 60), stretches_of([30] * 3, 59), stretches_of([20, 40, 30], 60)]
+    assert len({full, *(describe_order(90, stretches) for stretches in scattered)}) == 4
+    assert describe_order(90, stretches_of([30] * 3, 60)) == describe_order(90, scattered[0])
 
 
 # Resuming a run relies on these never changing.

@@ -211,16 +211,20 @@ def test_the_run_folder_says_everything(undisturbed):
     assert config["input_size"] == [16, 16]
     assert config["lr"] == pytest.approx(1e-3 * 8 / 256)
     assert all(
-        value is not None for key, value in config.items() if key not in ("log_dir", "checkpoint_freq", "device")
+        value is not None
+        for key, value in config.items()
+        if key not in ("log_dir", "checkpoint_freq", "device", "cache_gb")
     )
     start = json.loads((undisturbed / "environment.jsonl").read_text().splitlines()[0])
     assert start["versions"]["torch"]
     assert "C++" in start["backends"]["ops"]
     rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 109))
+    loading = {"data_wait", "queue", "decoded_per_second", "decode_capacity", "read_bytes_per_second"}
     for row in rows:
-        extras = {"images_per_second", "data_wait", "peak_memory"} & row.keys()
-        assert len(extras) == (3 if row["step"] % 5 == 0 else 0)
+        more = loading | {"images_per_second", "peak_memory"} if row["step"] % 5 == 0 else set()
+        assert row.keys() == {"step", "epoch", "loss", "lr"} | more
+        assert not more or (0 <= row["data_wait"] <= 1 and row["decode_capacity"] > 0)
     log = [json.loads(line) for line in (undisturbed / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in log] == list(range(12))
     assert all(line.keys() == {"train_lr", "train_loss", "epoch"} for line in log)

@@ -1,0 +1,370 @@
+"""Checks a data set before a run: every image is read and decoded as a run would do it, and what a run would replace is
+named.
+
+The judge is the loader's, ``Source.read`` and ``decode``, so the two agree on every image. The rest is what such a pass
+shows anyway: sizes, formats, and what a run takes but its owner may not have meant. It knows nothing of order or crops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import os
+import threading
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastmae.config import VerifyConfig, check_verify
+from fastmae.data.decode import FOLDER_CHANNELS, BadImageError, convert_channels, decode
+from fastmae.data.loader import Skipped, default_workers
+from fastmae.data.shards import ShardSource
+from fastmae.data.sources import ArraySource, Concat, Source, describe, open_train, open_val, shown
+from fastmae.errors import UserError
+
+EXAMPLES = 20
+QUIET_SECONDS = 15.0
+# Images a task: so few that all threads together stay within few row groups.
+CHUNK = 16
+# Tasks a thread that wait for their turn or to be counted.
+AHEAD = 4
+SMALL_SIDE = 32
+ORIENTATION = 0x0112
+# EXIF stands at the start of a JPEG, behind 18 bytes of JFIF at most.
+EXIF_REACH = 4096
+SMALL = f"under {SMALL_SIDE} pixels on a side"
+TURNED = "turned by EXIF, which a run does not do"
+ONE_COLOUR = "of one colour"
+MISNAMED = "of another format than the name says"
+_JPEG_COLOURS = {"GRAY": "gray", "YCBCR": "colour", "RGB": "colour"}
+_PILLOW_COLOURS = {
+    "1": "black and white", "L": "gray", "LA": "gray with alpha", "P": "palette", "RGB": "colour",
+    "RGBA": "colour with alpha",
+}  # fmt: skip
+
+_Extent = tuple[int, int, int, int]
+
+
+@dataclass
+class Findings:
+    """What was found in images that follow each other; in memory as small for a million as for one."""
+
+    images: int = 0
+    unusable: int = 0
+    examples: list[Skipped] = field(default_factory=list)
+    """The first few unusable ones in a part, all of them in a chunk."""
+    size: int = 0
+    """Bytes of all that could be read."""
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Usable images by format and colours."""
+    smallest: _Extent | None = None
+    """(pixels, height, width, index) of the first smallest usable image."""
+    largest: _Extent | None = None
+    """(pixels, height, width, -index) of the first largest usable image."""
+    notes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """What a run takes but its owner may not have meant: (how many, index of the first)."""
+
+    def add(self, later: Findings) -> None:
+        """Adds what was found in the images that follow."""
+        self.images += later.images
+        self.unusable += later.unusable
+        self.examples += later.examples[: EXAMPLES - len(self.examples)]
+        self.size += later.size
+        self.kinds.update(later.kinds)
+        self.smallest = min((e for e in (self.smallest, later.smallest) if e is not None), default=None)
+        self.largest = max((e for e in (self.largest, later.largest) if e is not None), default=None)
+        for note, (count, first) in later.notes.items():
+            before, earlier = self.notes.get(note, (0, first))
+            self.notes[note] = (before + count, earlier)
+
+
+def verify(config: VerifyConfig) -> int:
+    """Checks both parts of the data and returns the exit status: 0 if every image and every shard is whole, else 1.
+
+    Raises:
+        UserError: settings that cannot work, or data that a run would refuse at its start.
+    """
+    check_verify(config)
+    parts = {"train": open_train(config.data_path)}
+    val = open_val(config.data_path)
+    if val is not None:
+        parts["val"] = val
+    in_chans = choose_channels(config.in_chans, parts)
+    num_workers = config.num_workers or default_workers()
+    damage = [(part, *shard) for part, source in parts.items() for shard in damaged_shards(source)]
+    found = {part: Findings() for part in parts}
+    with _written(config.output) as write, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # of images that it takes all the same
+        for part, name, reason in damage:
+            write({"part": part, "index": None, "name": name, "reason": reason})
+        with _Screen(sum(map(len, parts.values()))) as screen:
+            for part, source in parts.items():
+                screen.say(f"{part:15} {shown(config.data_path)}: {len(source):,} images {source.found}")
+                with contextlib.closing(check(source, in_chans, num_workers)) as chunks:
+                    for chunk in chunks:
+                        for bad in chunk.examples:
+                            write({"part": part, **dataclasses.asdict(bad)})
+                        found[part].add(chunk)
+                        screen.update(chunk)
+                for name, text in _facts(source, found[part]):
+                    screen.say(f"  {name:13} {text}")
+            screen.say(
+                f"speed           {screen.speed():,.0f} images/s by {num_workers} threads, to {in_chans} channels"
+            )
+            return _verdict(screen.say, found, damage, config.output)
+
+
+def choose_channels(asked: int | None, parts: dict[str, Source]) -> int:
+    """The channels that a run would have; ``asked`` for, or those of the train part.
+
+    Raises:
+        UserError: no image of a part could be used so.
+    """
+    in_chans = asked or describe(parts["train"]).channels
+    if in_chans not in FOLDER_CHANNELS and any(source.kind == "folder" for source in parts.values()):
+        raise UserError(f"--in_chans {in_chans}: image files give 1, 3 or 4 channels; use an array for others")
+    for source in parts.values():
+        for array in _together(source):
+            if isinstance(array, ArraySource):
+                try:
+                    convert_channels(np.zeros((1, 1, array.images.shape[3]), np.uint8), in_chans)
+                except BadImageError as error:
+                    raise UserError(f"{array.origin}: {error}") from error
+    return in_chans
+
+
+def damaged_shards(source: Source) -> list[tuple[str, str]]:
+    """(name, what is wrong) of tar shards of which only the start can be used."""
+    found = []
+    for shards in _together(source):
+        if isinstance(shards, ShardSource):
+            for line in shards.damage:
+                name = max((name for name in shards.shards if line.startswith(f"{name} ")), key=len, default="")
+                found.append((name, line.removeprefix(name).lstrip()))
+    return found
+
+
+def _together(source: Source) -> tuple[Source, ...]:
+    return source.parts if isinstance(source, Concat) else (source,)
+
+
+# --- every image ------------------------------------------------------------------------------------------------------
+
+
+def check(source: Source, in_chans: int, num_workers: int) -> Generator[Findings]:
+    """Reads and decodes every image; what was found comes a few images at a time, in the order of the source.
+
+    The threads end with the iterator, however it ends, once each has finished its image.
+    """
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="fastmae-verify")
+    stop = threading.Event()
+    ahead: deque[Future[Findings]] = deque()
+    chunks = (range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK))
+    try:
+        while True:
+            while len(ahead) < AHEAD * num_workers and (indices := next(chunks, None)) is not None:
+                ahead.append(pool.submit(_check_chunk, source, indices, in_chans, stop))
+            if not ahead:
+                return
+            yield ahead.popleft().result()
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _check_chunk(source: Source, indices: Sequence[int], in_chans: int, stop: threading.Event) -> Findings:
+    found = Findings()
+    for index in indices:
+        if stop.is_set():
+            break
+        found.images += 1
+        try:
+            data = source.read(index)
+            found.size += len(data) if isinstance(data, bytes) else data.nbytes
+            pixels = decode(data, in_chans)
+        except (BadImageError, OSError) as error:
+            found.examples.append(Skipped(index, source.name(index), str(error)))
+        except Exception as error:  # such as MemoryError: a run would not replace this image but end
+            reason = f"{type(error).__name__}: {error} (this would end a run)"
+            found.examples.append(Skipped(index, source.name(index), reason))
+        else:
+            _note(found, index, source.name(index), data, pixels)
+    found.unusable = len(found.examples)
+    return found
+
+
+def _note(found: Findings, index: int, name: str, data: bytes | np.ndarray, pixels: np.ndarray) -> None:
+    """Adds what a usable image shows."""
+    height, width = pixels.shape[:2]
+    extent = (height * width, height, width)
+    found.smallest = min(found.smallest or (*extent, index), (*extent, index))
+    found.largest = max(found.largest or (*extent, -index), (*extent, -index))
+    notes = []
+    if isinstance(data, np.ndarray):
+        found.kinds[f"array of {width}×{height}×{data.shape[2]}"] += 1
+    else:
+        file_format, colours, is_turned = file_facts(data)
+        found.kinds[f"{file_format} {colours}"] += 1
+        said = _formats().get(os.path.splitext(name)[1].lower(), file_format)
+        notes += [SMALL] * (min(height, width) < SMALL_SIDE)
+        notes += [TURNED] * is_turned
+        notes += [MISNAMED] * (said != file_format)
+    notes += [ONE_COLOUR] * _is_of_one_colour(pixels)
+    for note in notes:
+        count, first = found.notes.get(note, (0, index))
+        found.notes[note] = (count + 1, first)
+
+
+def file_facts(data: bytes) -> tuple[str, str, bool]:
+    """(format, colours, whether EXIF asks for another way up) of the bytes of a usable image file. Reads no pixels."""
+    file_format, colours, is_turned = "unknown", "", False
+    with contextlib.suppress(Exception):  # damaged EXIF; the image is usable for all that
+        is_jpeg = data[:3] == b"\xff\xd8\xff"
+        if is_jpeg:
+            file_format = "JPEG"
+            colorspace = simplejpeg.decode_jpeg_header(data)[2].upper()
+            colours = _JPEG_COLOURS.get(colorspace, colorspace)
+        if not is_jpeg or data.find(b"Exif\0\0", 0, EXIF_REACH) >= 0:
+            with Image.open(io.BytesIO(data)) as image:
+                if not is_jpeg:
+                    file_format, colours = image.format or file_format, _PILLOW_COLOURS.get(image.mode, image.mode)
+                is_turned = image.getexif().get(ORIENTATION, 1) in range(2, 9)
+    return file_format, colours, is_turned
+
+
+@functools.cache
+def _formats() -> dict[str, str]:
+    """Pillow's name of the format for each suffix of a file name."""
+    return Image.registered_extensions()
+
+
+def _is_of_one_colour(pixels: np.ndarray) -> bool:
+    """Few pixels tell of most images that they are not."""
+    first = pixels[0, 0]
+    return bool((pixels[::8, ::8] == first).all() and (pixels == first).all())
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+class _Screen:
+    """A progress bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        self._console = Console(soft_wrap=True, highlight=False)
+        self._total, self._done, self._unusable = total, 0, 0
+        self._started = self._said = time.perf_counter()
+        self._bar = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("images, {task.fields[unusable]} unusable, {task.fields[speed]} images/s"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("verify", total=total, unusable=0, speed="–")
+
+    def __enter__(self) -> _Screen:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Prints a line; of names that come from files, what is not printable is escaped."""
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        self._console.print(shown, markup=False)
+
+    def speed(self) -> float:
+        """Images a second since the start."""
+        return self._done / max(time.perf_counter() - self._started, 1e-9)
+
+    def update(self, chunk: Findings) -> None:
+        """Counts images that were checked."""
+        self._done += chunk.images
+        self._unusable += chunk.unusable
+        unusable, speed = f"{self._unusable:,}", f"{self.speed():,.0f}"
+        self._bar.update(self._task, completed=self._done, unusable=unusable, speed=speed)
+        if not self._console.is_terminal and time.perf_counter() - self._said > QUIET_SECONDS:
+            self._said = time.perf_counter()
+            self.say(f"  {self._done:,} of {self._total:,} images checked, {unusable} unusable, {speed} images/s")
+
+
+@contextlib.contextmanager
+def _written(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Takes a record of what is unusable and writes it at once as a line of JSON, if there is a file to write to."""
+    if path is None:
+        yield lambda record: None
+        return
+    try:
+        file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error}); name another file") from error
+    with file:
+        yield lambda record: print(json.dumps(record), file=file)
+
+
+def _facts(source: Source, found: Findings) -> Iterator[tuple[str, str]]:
+    """(name, text) of what is known about a part."""
+    yield "size", f"{_bytes(found.size)}, {_bytes(found.size / found.images)} an image"
+    if found.smallest is None or found.largest is None:
+        return
+    usable = found.images - found.unusable
+    kinds = found.kinds.most_common()
+    shares = (f"{kind} {count:,} ({100 * count / usable:.3g} %)" for kind, count in kinds)
+    yield "format", kinds[0][0] if len(kinds) == 1 else ", ".join(shares)
+    if found.smallest[:3] == found.largest[:3]:
+        yield "pixels", f"{found.smallest[2]}×{found.smallest[1]}, all alike"
+    else:
+        for name, (_, height, width, index) in (("smallest", found.smallest), ("largest", found.largest)):
+            yield name, f"{width}×{height} pixels, {source.name(abs(index))}"
+    for note, (count, index) in sorted(found.notes.items()):
+        yield "note", f"{count:,} {note}, first {source.name(index)}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def _verdict(
+    say: Callable[[str], None], found: dict[str, Findings], damage: list[tuple[str, str, str]], output: str | None
+) -> int:
+    """Says how many images are usable and what is not, and returns the exit status."""
+    images = sum(part.images for part in found.values())
+    unusable = sum(part.unusable for part in found.values())
+    line = f"{images - unusable:,} of {images:,} images are usable" if unusable else f"all {images:,} images are usable"
+    if unusable:
+        line += f"; {unusable:,} {'is' if unusable == 1 else 'are'} not"
+    if damage:
+        line += f"; {len(damage):,} tar {'shard is' if len(damage) == 1 else 'shards are'} damaged"
+    bad = [f"{part}: {name} {what}" for part, name, what in damage[:EXAMPLES]]
+    examples = [(part, example) for part in found for example in found[part].examples]
+    bad += [f"{part}: {example.name}: {example.reason}" for part, example in examples[:EXAMPLES]]
+    say(line + ":" * bool(bad))
+    for text in bad:
+        say(f"  {text}")
+    if len(bad) < unusable + len(damage):
+        say(f"  and {unusable + len(damage) - len(bad):,} more{'' if output else '; --output FILE lists all'}")
+    if bad and output:
+        say(f"listed in {output}")
+    return 1 if bad else 0

@@ -99,7 +99,8 @@ class PretrainConfig:
     cache: Literal["none", "ram"] = "none"
     """ram: keep images in memory after they were first read, decoded if all of them fit. The results are the same."""
     cache_gb: float | None = None
-    """What --cache ram may take, in GiB a rank. Default: half of the memory that is free, shared by the ranks."""
+    """What --cache ram may take, in GiB a rank. Default: half of the memory that is available, shared
+    by the ranks of the machine."""
     max_corrupt: float = 0.01
     """Largest share of unusable images before the run stops; 20 of them are always tolerated."""
 

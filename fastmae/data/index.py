@@ -131,6 +131,8 @@ def names_of(column: np.ndarray) -> Names:
 # --- folders of images ------------------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"))
+# No image takes more, and a file may say that it has any size.
+MAX_FILE_BYTES = 2 << 30
 # Fewer files are listed faster than anyone would look for an index.
 WORTH_KEEPING = 10_000
 
@@ -142,6 +144,8 @@ class Listing:
     paths: tuple[str, ...]
     labels: np.ndarray | None
     classes: tuple[str, ...]
+    unreadable: tuple[str, ...] = ()
+    """Folders that may not be listed, so that what is in them is missed."""
 
 
 def list_images(folder: Path) -> Listing:
@@ -203,16 +207,28 @@ def _stays_inside(column: np.ndarray) -> bool:
 
 def _list(folder: Path, modified: dict[str, int]) -> Listing:
     modified[str(folder)] = os.stat(folder).st_mtime_ns
-    classes = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."))
+    classes = tuple(sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry) and entry.name[0] != "."))
     found: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
         inside = _images_below(os.path.join(folder, name), modified)
         found += inside
         labels += [label] * len(inside)
-    if found:
-        return Listing(tuple(found), np.array(labels, dtype=np.int64), classes)
-    return Listing(tuple(_images_below(str(folder), modified)), None, ())
+    is_labelled = bool(found)
+    if not is_labelled:
+        found = _images_below(str(folder), modified)
+    unreadable = tuple(path for path, time_ns in modified.items() if time_ns < 0)
+    if is_labelled:
+        return Listing(tuple(found), np.array(labels, dtype=np.int64), classes, unreadable)
+    return Listing(tuple(found), None, (), unreadable)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one or links to one; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _images_below(folder: str, modified: dict[str, int]) -> list[str]:
@@ -230,7 +246,7 @@ def _images_below(folder: str, modified: dict[str, int]) -> list[str]:
             continue
         with entries:
             for entry in entries:
-                if entry.is_dir():
+                if _is_folder(entry):
                     if not entry.is_symlink():
                         waiting.append(entry.path)
                 elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and not entry.name.startswith("."):

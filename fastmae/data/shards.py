@@ -19,6 +19,7 @@ import numpy as np
 
 from fastmae.data.index import (
     IMAGE_SUFFIXES,
+    MAX_FILE_BYTES,
     Index,
     Names,
     cache_file,
@@ -66,8 +67,8 @@ class ShardSource:
     """int64 [length], in bytes."""
     names: Names
     labels: np.ndarray | None
-    damage: tuple[str, ...]
-    """A line for each shard that ends too early or goes wrong on the way."""
+    damage: tuple[tuple[str, str], ...]
+    """(shard, what is wrong) of each that ends too early or goes wrong on the way."""
     kind: str = "folder"
     _open: Callable[[int], _OpenShard] = field(init=False, repr=False, compare=False)
 
@@ -86,7 +87,7 @@ class ShardSource:
     def found(self) -> str:
         """What there is, for people."""
         text = f"in {len(self.shards)} tar shard{'s' if len(self.shards) > 1 else ''}"
-        return "; ".join([text, *self.damage])
+        return "; ".join([text, *map(" ".join, self.damage)])
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -95,11 +96,13 @@ class ShardSource:
         """The bytes of an image file.
 
         Raises:
-            OSError: the shard is gone or is not the one that was indexed.
+            OSError: the shard is gone or is not the one that was indexed, or the file is too large for an image.
         """
-        shard = self._open(int(self.shard[index]))
-        data = os.pread(shard.descriptor, int(self.size[index]), int(self.offset[index]))
-        if len(data) != self.size[index]:
+        shard, size = self._open(int(self.shard[index])), int(self.size[index])
+        if size > MAX_FILE_BYTES:
+            raise OSError(f"{size} bytes, over the limit of {MAX_FILE_BYTES}")
+        data = os.pread(shard.descriptor, size, int(self.offset[index]))
+        if len(data) != size:
             raise OSError(f"{self.shards[self.shard[index]]} has become shorter since it was indexed")
         return data
 
@@ -175,13 +178,16 @@ def _kept_in(paths: Sequence[Path]) -> list[Path]:
 
 def _is_sound(columns: dict[str, np.ndarray], stamps: Sequence[tuple[int, int]]) -> bool:
     """Whether every sample of an index lies inside its shard and every column has its length."""
-    if columns.keys() != {"shard", "offset", "size", "label", "has_label", "names", "damage"}:
+    if columns.keys() != {"shard", "offset", "size", "label", "has_label", "names", "damaged", "damage"}:
         return False
     shard, offset, size = (columns[name] for name in ("shard", "offset", "size"))
     n = len(shard)
     if any(len(columns[name]) != n for name in ("offset", "size", "label", "has_label")):
         return False
-    if np.count_nonzero(columns["names"] == 0) != n:
+    damaged = columns["damaged"]
+    if np.count_nonzero(columns["names"] == 0) != n or np.count_nonzero(columns["damage"] == 0) != len(damaged):
+        return False
+    if len(damaged) and not 0 <= damaged.min() <= damaged.max() < len(stamps):
         return False
     if n == 0:
         return True
@@ -201,7 +207,10 @@ def _source(paths: Sequence[Path], stamps: list[tuple[int, int]], columns: dict[
         size=columns["size"],
         names=names_of(columns["names"]),
         labels=columns["label"].copy() if labelled else None,
-        damage=tuple(unpack_names(columns["damage"])),
+        damage=tuple(
+            (str(paths[number]), what)
+            for number, what in zip(columns["damaged"].tolist(), unpack_names(columns["damage"]), strict=True)
+        ),
     )
 
 
@@ -218,11 +227,12 @@ class _Sample:
 
 def _columns(indexed: list[tuple[list[_Sample], str | None]]) -> dict[str, np.ndarray]:
     labelled = any(sample.label is not None for inside, _ in indexed for sample in inside)
-    damages = []
-    for inside, damage in indexed:
+    damaged, damages = [], []
+    for number, (inside, damage) in enumerate(indexed):
         if damage is not None:
             if labelled and inside and inside[-1].label is None:
                 inside.pop()  # its label lay behind the damage
+            damaged.append(number)
             damages.append(f"{damage}, so only its first {len(inside)} images are used; replace it to have all")
     samples = [sample for inside, _ in indexed for sample in inside]
     return {
@@ -232,12 +242,13 @@ def _columns(indexed: list[tuple[list[_Sample], str | None]]) -> dict[str, np.nd
         "label": np.array([sample.label or 0 for sample in samples], np.int64),
         "has_label": np.array([sample.label is not None for sample in samples], np.uint8),
         "names": pack_names([sample.name for sample in samples]),
+        "damaged": np.array(damaged, np.int64),
         "damage": pack_names(damages),
     }
 
 
 def _index_shard(path: Path) -> tuple[list[_Sample], str | None]:
-    """A shard's samples, and a line about what is wrong with it, if anything is."""
+    """A shard's samples, and what is wrong with it, if anything is."""
     shard = _OpenShard(str(path))
     size = os.fstat(shard.descriptor).st_size
     start = os.pread(shard.descriptor, BLOCK, 0)
@@ -259,7 +270,7 @@ def _index_shard(path: Path) -> tuple[list[_Sample], str | None]:
         return samples, None
     if damage[0].position == 0 and size:
         raise UserError(f"{path}: not a tar file ({damage[0]}); check or replace it")
-    return samples, f"{path} {damage[0]}"
+    return samples, str(damage[0])
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import gzip
 import math
 import os
 import re
+import stat
 import struct
 import zipfile
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from fastmae.config import DataFacts
-from fastmae.data.index import IMAGE_SUFFIXES, WORTH_KEEPING, list_images
+from fastmae.data.index import IMAGE_SUFFIXES, MAX_FILE_BYTES, WORTH_KEEPING, list_images
 from fastmae.data.parquet import open_parquet
 from fastmae.data.plan import Stretches, describe_order, holdout
 from fastmae.data.shards import expand_braces, open_shards, refuse_compressed
@@ -110,20 +111,39 @@ class FolderSource:
     kind: str = "folder"
     beside: str = ""
     """What lies in the same folder and is not used."""
+    damage: tuple[tuple[str, str], ...] = ()
+    """(name, what is wrong) of folders whose images are missed."""
     stretches = None
 
     @property
     def found(self) -> str:
-        return (f"in {len(self.classes)} class folders" if self.classes else "in files") + self.beside
+        text = (f"in {len(self.classes)} class folders" if self.classes else "in files") + self.beside
+        return "; ".join([text, *map(" ".join, self.damage)])
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, index: int) -> bytes:
-        return Path(self.paths[index]).read_bytes()
+        """The bytes of an image file.
+
+        Raises:
+            OSError: gone, unreadable, not a file, or too large for an image.
+        """
+        with open(self.paths[index], "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError("not a file")
+            if status.st_size > MAX_FILE_BYTES:
+                raise OSError(f"{status.st_size} bytes, over the limit of {MAX_FILE_BYTES}")
+            return file.read()
 
     def name(self, index: int) -> str:
         return self.paths[index]
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens without waiting for a writer, which a named pipe would."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 @dataclass(frozen=True)
@@ -488,7 +508,8 @@ def _image_folder(path: Path, split: Split | None) -> Source | None:
         for file in sorted(path.iterdir()):
             refuse_compressed(file)
     beside = f"; {len(shards)} {shards[0].suffix} files beside them are not used" if shards else ""
-    return FolderSource(listing.paths, listing.labels, listing.classes, beside=beside)
+    damage = tuple((folder, "may not be read, so its images are missed") for folder in listing.unreadable)
+    return FolderSource(listing.paths, listing.labels, listing.classes, beside=beside, damage=damage)
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from fastmae.config import VerifyConfig, check_verify
 from fastmae.data.decode import FOLDER_CHANNELS, BadImageError, convert_channels, decode
 from fastmae.data.loader import Skipped, default_workers
 from fastmae.data.shards import ShardSource
-from fastmae.data.sources import ArraySource, Concat, Source, describe, open_train, open_val, shown
+from fastmae.data.sources import ArraySource, Concat, FolderSource, Source, describe, open_train, open_val, shown
 from fastmae.errors import UserError
 
 EXAMPLES = 20
@@ -105,7 +105,7 @@ def verify(config: VerifyConfig) -> int:
         parts["val"] = val
     in_chans = choose_channels(config.in_chans, parts)
     num_workers = config.num_workers or default_workers()
-    damage = [(part, *shard) for part, source in parts.items() for shard in damaged_shards(source)]
+    damage = [(part, *place) for part, source in parts.items() for place in damaged_places(source)]
     found = {part: Findings() for part in parts}
     with _written(config.output) as write, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # of images that it takes all the same
@@ -122,14 +122,13 @@ def verify(config: VerifyConfig) -> int:
                         screen.update(chunk)
                 for name, text in _facts(source, found[part]):
                     screen.say(f"  {name:13} {text}")
-            screen.say(
-                f"speed           {screen.speed():,.0f} images/s by {num_workers} threads, to {in_chans} channels"
-            )
+            how = f"--num_workers {num_workers} --in_chans {in_chans}"
+            screen.say(f"speed           {screen.speed():,.0f} images/s with {how}")
             return _verdict(screen.say, found, damage, config.output)
 
 
 def choose_channels(asked: int | None, parts: dict[str, Source]) -> int:
-    """The channels that a run would have; ``asked`` for, or those of the train part.
+    """The channels that a run would have: those asked for, or those of the train part.
 
     Raises:
         UserError: no image of a part could be used so.
@@ -147,15 +146,10 @@ def choose_channels(asked: int | None, parts: dict[str, Source]) -> int:
     return in_chans
 
 
-def damaged_shards(source: Source) -> list[tuple[str, str]]:
-    """(name, what is wrong) of tar shards of which only the start can be used."""
-    found = []
-    for shards in _together(source):
-        if isinstance(shards, ShardSource):
-            for line in shards.damage:
-                name = max((name for name in shards.shards if line.startswith(f"{name} ")), key=len, default="")
-                found.append((name, line.removeprefix(name).lstrip()))
-    return found
+def damaged_places(source: Source) -> list[tuple[str, str]]:
+    """(name, what is wrong) of tar shards of which only the start can be used, and of folders that cannot be listed."""
+    parts = _together(source)
+    return [place for part in parts if isinstance(part, FolderSource | ShardSource) for place in part.damage]
 
 
 def _together(source: Source) -> tuple[Source, ...]:
@@ -194,6 +188,8 @@ def _check_chunk(source: Source, indices: Sequence[int], in_chans: int, stop: th
         found.images += 1
         try:
             data = source.read(index)
+            if isinstance(data, np.ndarray):
+                data = data.copy()  # which is what reads a mapped file
             found.size += len(data) if isinstance(data, bytes) else data.nbytes
             pixels = decode(data, in_chans)
         except (BadImageError, OSError) as error:
@@ -255,7 +251,7 @@ def _formats() -> dict[str, str]:
 def _is_of_one_colour(pixels: np.ndarray) -> bool:
     """Few pixels tell of most images that they are not."""
     first = pixels[0, 0]
-    return bool((pixels[::8, ::8] == first).all() and (pixels == first).all())
+    return bool((pixels[::16, ::16] == first).all() and (pixels == first).all())
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
@@ -356,7 +352,8 @@ def _verdict(
     if unusable:
         line += f"; {unusable:,} {'is' if unusable == 1 else 'are'} not"
     if damage:
-        line += f"; {len(damage):,} tar {'shard is' if len(damage) == 1 else 'shards are'} damaged"
+        places = "shard or folder" if len(damage) == 1 else "shards or folders"
+        line += f"; {len(damage):,} {places} cannot be read whole"
     bad = [f"{part}: {name} {what}" for part, name, what in damage[:EXAMPLES]]
     examples = [(part, example) for part in found for example in found[part].examples]
     bad += [f"{part}: {example.name}: {example.reason}" for part, example in examples[:EXAMPLES]]

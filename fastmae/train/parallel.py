@@ -81,6 +81,11 @@ def start(device: str | None) -> World:
     return World(int(os.environ.get("RANK", "0")), size, chosen)
 
 
+def ranks_here() -> int:
+    """How many ranks share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def stop(world: World) -> None:
     """Leaves the ranks."""
     if world.size > 1:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fastmae.config import FIXED_IN_A_RUN, DataFacts, PretrainConfig, ResolvedConfig, check_pretrain, resolve
+from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
 from fastmae.data.decode import FOLDER_CHANNELS
 from fastmae.data.loader import Batch, View, choose_decoder, default_workers, describe_decoder, load_batches
 from fastmae.data.plan import mask_draws, micro_batches, plan_epoch
@@ -68,6 +69,8 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     settings = _as_json(config)
     precision = choose_precision(config.precision, world.device)
     decoder, why_decoder = choose_decoder(config.decoder, world.device, source, config.in_chans)
+    if config.cache == "ram":
+        source = cached(source, config.in_chans, memory_budget(config.cache_gb, parallel.ranks_here()), decoder)
     crops = config.batch_size // config.repeated_masks
     iterations = micro_batches(facts.length, crops, world.size, config.accum_iter, config.keep_last)
     steps_per_epoch = iterations // config.accum_iter
@@ -93,6 +96,8 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     )
     decoding = describe_decoder(decoder, why_decoder)
     backends = chosen_backends(world.device, precision, model.attention_shapes(config.mask_ratio), decoding)
+    if isinstance(source, CachedSource):
+        backends["cache"] = describe_cache(source)
     world.barrier()  # every rank has looked before the first one writes
     log = StepLog(
         run,

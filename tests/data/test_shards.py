@@ -231,7 +231,22 @@ def test_damage_is_remembered_with_the_index(tmp_path):
     path.write_bytes(path.read_bytes()[:5000])
     age(path)
     assert describe(open_train(str(path))) == describe(open_train(str(path)))
-    assert list(tmp_path.glob(".fastmae-*.index"))
+    (kept,) = tmp_path.glob(".fastmae-*.index")
+    ((name, what),) = open_train(str(path)).damage
+    assert name == str(path)
+    assert what.startswith("is cut at byte 5000, so only its first")
+    (tmp_path / "moved").mkdir()
+    for file in (path, kept):
+        shutil.move(file, tmp_path / "moved")
+    assert open_train(str(tmp_path / "moved")).damage == ((str(tmp_path / "moved" / "x.tar"), what),)
+
+
+def test_a_member_larger_than_any_image_is_not_read(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "x.tar", numbered(3))
+    source = open_train(str(path))
+    monkeypatch.setattr(shards, "MAX_FILE_BYTES", 10)
+    with pytest.raises(OSError, match="bytes, over the limit of 10"):
+        source.read(0)
 
 
 def _wrong_header(data):
@@ -432,6 +447,8 @@ FOREIGN = {
     "size outside": lambda raw, known: _index_with(known, size=known.columns["size"] + 10**6),
     "negative size": lambda raw, known: _index_with(known, size=-known.columns["size"]),
     "another shard": lambda raw, known: _index_with(known, shard=known.columns["shard"] + 1),
+    "damage elsewhere": lambda raw, known: _index_with(known, damaged=np.array([1]), damage=pack_names(["gone"])),
+    "damage of nothing": lambda raw, known: _index_with(known, damage=pack_names(["gone"])),
     "fewer names": lambda raw, known: _index_with(known, names=pack_names(["a"])),
     "fewer sizes": lambda raw, known: _index_with(known, size=known.columns["size"][1:]),
     "no labels": lambda raw, known: Index(known.fingerprint, dict(list(known.columns.items())[:3])),

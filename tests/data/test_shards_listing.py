@@ -57,6 +57,48 @@ def test_a_kept_listing_is_the_listing(folder, listed):
     assert len(listed) == 1
 
 
+def test_a_folder_that_may_not_be_listed_is_passed_by_and_named(folder, monkeypatch):
+    scandir = os.scandir
+
+    def forbidding(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidding)
+    for _ in range(2):  # such a listing is not kept
+        source = open_train(str(folder))
+        assert len(source) == 10
+        assert source.found == f"in 4 class folders; {folder / 'c' / 'deep'} may not be read, so its images are missed"
+        assert source.damage == ((str(folder / "c" / "deep"), "may not be read, so its images are missed"),)
+    monkeypatch.undo()
+    assert len(open_train(str(folder))) == 15
+
+
+def test_a_link_to_itself_is_an_image_that_cannot_be_read(folder):
+    for where in (folder, folder / "a"):
+        (where / "loop").symlink_to("loop")
+    (folder / "a" / "loop.jpg").symlink_to("loop.jpg")
+    source = open_train(str(folder))
+    assert len(source) == 16
+    (place,) = [i for i, path in enumerate(source.paths) if path.endswith("loop.jpg")]
+    with pytest.raises(OSError, match="symbolic links"):
+        source.read(place)
+
+
+def test_what_is_no_file_is_not_waited_for(folder, monkeypatch):
+    """A pipe without a writer, a device without an end, a file that says it is larger than any image."""
+    os.mkfifo(folder / "a" / "pipe.jpg")
+    (folder / "a" / "zero.jpg").symlink_to("/dev/zero")
+    with open(folder / "a" / "sparse.jpg", "wb") as file:
+        file.truncate(index.MAX_FILE_BYTES + 1)
+    source = open_train(str(folder))
+    for name, reason in (("pipe.jpg", "not a file"), ("zero.jpg", "not a file"), ("sparse.jpg", "over the limit")):
+        (place,) = [i for i, path in enumerate(source.paths) if path.endswith(name)]
+        with pytest.raises(OSError, match=reason):
+            source.read(place)
+
+
 def test_a_flat_folder_is_kept_too(folder, listed):
     for i in range(12):
         (folder / "empty" / f"ü{i}.PNG").touch()

@@ -169,6 +169,17 @@ def test_ranks_see_one_order_from_any_step_on(tars, tmp_path, accum_iter, repeat
             assert torch.equal(images_too, images[skipped:])
 
 
+@pytest.mark.parametrize("cache_gb", [None, 2e-5], ids=["all fits", "little fits"])
+def test_a_cache_changes_nothing(tars, tmp_path, capsys, cache_gb):
+    config = small_run(str(tars), tmp_path / "none", **TINY)
+    assert pretrain(config) == 0
+    assert pretrain(replace(config, output_dir=str(tmp_path / "ram"), cache="ram", cache_gb=cache_gb)) == 0
+    assert_same_run(tmp_path / "none", tmp_path / "ram")
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("cache ")]
+    assert ("decoded images in memory" if cache_gb is None else "as many as fit") in line
+
+
 def test_other_shards_are_refused_and_said_so(tars, tmp_path):
     config = small_run(str(tars), tmp_path / "run", **TINY, resume="auto")
     assert pretrain(replace(config, epochs=1)) == 0

@@ -1,0 +1,289 @@
+"""Keeping images in memory: a source around another one that reads each image once, as far as memory goes.
+
+It changes no pixel and no order. Files or decoded images are kept whole: resized copies would be smaller, but crops of
+them would have other pixels than crops of the images.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from fastmae.data.decode import BadImageError, decode, plain_jpeg_shape
+from fastmae.data.plan import Stretches
+from fastmae.data.sources import Source
+from fastmae.errors import UserError
+
+Form = Literal["decoded", "encoded"]
+
+# The default budget is this part of what is available: batches, workers and the page cache need the rest.
+DEFAULT_SHARE = 0.5
+# How many images the estimate looks at; where neighbours are best read together, in runs of so many.
+SAMPLES = 64
+RUN = 8
+# Decoded images take several times the room of files, so they are kept only if the estimate leaves this much to err.
+MARGIN = 1.2
+# What Python takes for an image beside its pixels: the array's object and its place in the table.
+ENTRY_BYTES = 256
+# Version 1 of control groups has no word for "no limit", only numbers that no machine has.
+NO_LIMIT = 1 << 60
+# (folder, limit, in use, part of `memory.stat` that the kernel gives back when asked) in versions 2 and 1.
+GROUP_FILES = (
+    ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+@dataclass(frozen=True)
+class CachedSource:
+    """Another source, of which images are kept from when they are first read; what is kept goes when this goes.
+
+    The same images in the same order, with the same errors for the unusable ones. ``describe`` is to look at the source
+    inside, as pixels already have the channels of the model here.
+    """
+
+    source: Source
+    in_chans: int
+    """Of decoded images."""
+    form: Form
+    budget: int
+    """What the images that are kept may take together, in bytes."""
+    estimate: int
+    """What all of them would take, in bytes."""
+    _kept: _Kept = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_kept", _Kept(self.budget))
+
+    @property
+    def kind(self) -> str:
+        return self.source.kind
+
+    @property
+    def found(self) -> str:
+        return self.source.found
+
+    @property
+    def stretches(self) -> Stretches | None:
+        return self.source.stretches
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self.source.labels
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept takes so much; never more than ``budget``."""
+        return self._kept.bytes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """The bytes of an image file, or pixels uint8 [H, W, C] that must not be written to.
+
+        Raises:
+            BadImageError, OSError: as reading and decoding without a cache; nothing is kept then.
+        """
+        kept = self._kept.get(index)
+        if kept is not None:
+            return kept
+        data = self.source.read(index)
+        if _is_in_memory(data):
+            return data
+        if self.form == "decoded":
+            data = decode(data, self.in_chans)
+        return self._kept.add(index, data)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+
+class _Kept:
+    """Images by index, which never take more than ``budget`` bytes together. Any thread may ask for and add them."""
+
+    def __init__(self, budget: int) -> None:
+        self.bytes = 0
+        self._budget = budget
+        self._images: dict[int, bytes | np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def get(self, index: int) -> bytes | np.ndarray | None:
+        return self._images.get(index)
+
+    def add(self, index: int, data: bytes | np.ndarray) -> bytes | np.ndarray:
+        """The same image, which is kept if there is room and no other thread was faster."""
+        size = _kept_size(data)
+        if isinstance(data, np.ndarray):
+            # A copy, as a view would keep all of what it is a view of; read-only, as many will read it. It is made
+            # outside of the lock, because copying from a mapped file is what reads it.
+            data = np.array(data, order="C")
+            data.setflags(write=False)
+        with self._lock:
+            if index not in self._images and self.bytes + size <= self._budget:
+                self.bytes += size
+                self._images[index] = data
+        return data
+
+
+def cached(source: Source, in_chans: int, budget: int, decoder: str) -> CachedSource:
+    """A source around ``source`` that keeps up to ``budget`` bytes of its images.
+
+    It keeps decoded pixels if the pool decodes and all of them fit, or if they take less room than files; otherwise it
+    keeps files. This goes by an estimate from up to 64 evenly spaced images.
+
+    Args:
+        in_chans: of the model.
+        decoder: as ``choose_decoder`` names it; DALI takes files and no pixels.
+    """
+    may_decode = decoder == "pool"
+    sizes = [_sizes(source, index, in_chans, may_decode) for index in _places(source).tolist()]
+    encoded, decoded = (int(sum(each) * len(source) / len(sizes)) for each in zip(*sizes, strict=True))
+    form: Form = "decoded" if may_decode and (decoded * MARGIN <= budget or decoded <= encoded) else "encoded"
+    estimate = decoded if form == "decoded" else encoded
+    fits_one = budget * len(source) >= estimate
+    return CachedSource(source, in_chans, form, budget if fits_one else 0, estimate)
+
+
+def describe_cache(source: CachedSource) -> str:
+    """A line for people and for the run folder."""
+    if source.estimate == 0:
+        return "nothing: the images lie in memory already, or cannot be read"
+    if source.budget == 0:
+        size = _readable(source.estimate / len(source))
+        return f"nothing: an image takes about {size}, more than the cache may take; raise --cache_gb"
+    what = f"{source.form} {'images' if source.form == 'decoded' else 'files'}" if source.kind == "folder" else "images"
+    if source.estimate > source.budget:
+        percent = 100 * source.budget // source.estimate
+        return f"{what} in memory, as many as fit: about {percent} % of {_readable(source.estimate)}"
+    return f"{what} in memory: about {_readable(source.estimate)}, of {_readable(source.budget)} that it may take"
+
+
+def _readable(size: float) -> str:
+    for unit, name, digits in ((1 << 30, "GiB", 1), (1 << 20, "MiB", 1), (1 << 10, "KiB", 0)):
+        if size >= unit:
+            return f"{size / unit:.{digits}f} {name}"
+    return f"{size:.0f} bytes"
+
+
+def _is_in_memory(data: bytes | np.ndarray) -> bool:
+    """Whether this is part of an array that lies in memory as a whole, so that there is nothing to keep."""
+    if not isinstance(data, np.ndarray) or data.base is None:
+        return False
+    base: object = data.base
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return not isinstance(base, mmap.mmap)
+
+
+def _kept_size(data: bytes | np.ndarray) -> int:
+    return ENTRY_BYTES + (data.nbytes if isinstance(data, np.ndarray) else sys.getsizeof(data))
+
+
+def _places(source: Source) -> np.ndarray:
+    """Which images the estimate looks at: sorted, each once."""
+    length = len(source)
+    if source.stretches is None or length <= SAMPLES:
+        return np.unique(np.linspace(0, length - 1, min(length, SAMPLES)).astype(np.int64))
+    starts = np.linspace(0, length - RUN, SAMPLES // RUN).astype(np.int64)
+    return np.unique(starts[:, None] + np.arange(RUN))
+
+
+def _sizes(source: Source, index: int, in_chans: int, may_decode: bool) -> tuple[int, int]:
+    """What an image takes (as it is read, decoded), in bytes; 0 for what is not kept."""
+    try:
+        data = source.read(index)
+    except OSError:
+        return 0, 0
+    if _is_in_memory(data):
+        return 0, 0
+    if not may_decode:
+        return _kept_size(data), 0
+    try:
+        shape = plain_jpeg_shape(data, in_chans) if isinstance(data, bytes) else None
+        pixels = decode(data, in_chans).nbytes if shape is None else math.prod(shape) * in_chans
+    except BadImageError:
+        return _kept_size(data), 0
+    return _kept_size(data), ENTRY_BYTES + pixels
+
+
+# --- how much memory there is -----------------------------------------------------------------------------------------
+
+
+def memory_budget(cache_gb: float | None, ranks: int) -> int:
+    """What the cache of one of ``ranks`` processes on this machine may take, in bytes.
+
+    Args:
+        cache_gb: what was asked for, in GiB; None for half of the memory that is available, shared by the ranks.
+
+    Raises:
+        UserError: not a size, or more than there is.
+    """
+    available = available_memory()
+    if cache_gb is None:
+        if available is None:
+            raise UserError("--cache ram: this system does not say how much memory is available; set --cache_gb")
+        return int(available * DEFAULT_SHARE) // ranks
+    if not 0 < cache_gb < math.inf:
+        raise UserError(f"--cache_gb {cache_gb:g}: must be over 0, in GiB")
+    budget = int(cache_gb * 2**30)
+    if available is not None and budget > available // ranks:
+        where = f" for each of the {ranks} ranks here" if ranks > 1 else ""
+        raise UserError(f"--cache_gb {cache_gb:g}: only {_readable(available // ranks)} are available{where}; lower it")
+    return budget
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that can be taken before the machine or a control group of this process is out of memory; None if unknown.
+
+    Args:
+        root: where `proc` and `sys` are.
+    """
+    return min([*_left_on_machine(root), *_left_in_groups(root)], default=None)
+
+
+def _left_on_machine(root: Path) -> Iterator[int]:
+    for line in _lines(root / "proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) << 10
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """Of each group of memory that this process is in: its own and all around it, as far as they can be seen."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder, limit_file, used_file, given_back = GROUP_FILES[bool(controllers)]
+        top = root / folder
+        # Inside a container the path may be that of the host: then only the top is there.
+        own = top / path.lstrip("/")
+        for group in (own, *own.parents):
+            limit, used = (_number(group / name) for name in (limit_file, used_file))
+            if limit is not None and used is not None and limit < NO_LIMIT:
+                statistics = dict(line.split() for line in _lines(group / "memory.stat"))
+                yield max(0, limit - used + int(statistics.get(given_back, 0)))
+            if group == top:
+                break
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None for another word, such as `max`, and without the file."""
+    text = "".join(_lines(path))
+    return int(text) if text.isdigit() else None
+
+
+def _lines(path: Path) -> list[str]:
+    """None at all if the file cannot be read."""
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

@@ -10,7 +10,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 DEMO := runs/demo
 SANITIZED := build/sanitize
 
-.PHONY: demo test test-native check clean
+.PHONY: demo test test-native soak check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastmae pretrain --data_path digits --output_dir $(DEMO) --resume auto
@@ -27,6 +27,11 @@ test-native: $(VENV)/.installed-dev
 	FASTMAE_SANITIZED=$(CURDIR)/$(SANITIZED) PYTHONPATH=tests ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		$(BIN)/python -m pytest -q --capture=sys -p sanitized tests/ops/test_native.py
+
+# Long campaigns, of which the tests do a sample: damaged files, memory, accuracy, interruptions at every step.
+soak: $(VENV)/.installed-dev
+	FASTMAE_SOAK=1 $(BIN)/python -m pytest -q --durations=0 --durations-min=1 \
+		tests/data/test_damage.py tests/train/test_order.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

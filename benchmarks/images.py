@@ -14,7 +14,7 @@ import io
 import os
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -101,8 +101,8 @@ def _leaves(random: np.random.Generator, height: int, width: int) -> np.ndarray:
     return np.asarray(canvas, np.float32) - 128
 
 
-def write_images(config: ImagesConfig) -> None:
-    """Writes the images of ``config``.
+def write_images(config: ImagesConfig, made: Iterable[bytes] | None = None) -> None:
+    """Writes the images of ``config``, which may have been ``made`` before (``make_jpegs``).
 
     Raises:
         UserError: a number that cannot be, a folder that is not empty, or no pyarrow for Parquet.
@@ -117,18 +117,18 @@ def write_images(config: ImagesConfig) -> None:
     if config.kind == "parquet":
         _pyarrow()
     config.folder.mkdir(parents=True, exist_ok=True)
-    write(config, _images(config))
+    jpegs = make_jpegs(config) if made is None else made
+    write(config, ((index, index * config.classes // config.count, data) for index, data in enumerate(jpegs)))
 
 
-def _images(config: ImagesConfig) -> Iterator[tuple[int, int, bytes]]:
-    """(index, label, bytes) of all images, made by all cores, a few ahead of what is asked for."""
+def make_jpegs(config: ImagesConfig) -> Iterator[bytes]:
+    """All images in order, made by all cores, a few ahead of what is asked for."""
     workers = len(os.sched_getaffinity(0))
     make = functools.partial(make_jpeg, config.seed, height=config.height, width=config.width)
     indices = iter(range(config.count))
     with ThreadPoolExecutor(workers) as pool:
         while some := list(islice(indices, 8 * workers)):
-            for index, data in zip(some, pool.map(make, some), strict=True):
-                yield index, index * config.classes // config.count, data
+            yield from pool.map(make, some)
 
 
 def _write_folder(config: ImagesConfig, images: Iterator[tuple[int, int, bytes]]) -> None:

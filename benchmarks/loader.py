@@ -1,175 +1,491 @@
-"""How many images a second does each decoder decode, crop, resize and mirror?
+"""How many images a second does a loader give, beside the published pipeline, and how much of that is decoding?
 
-    fastmae bench loader --output benchmarks/results                                # on a CPU: pool, dali-cpu
-    fastmae bench loader --data_path ~/imagenet --batch_size 256 --device cuda      # on a GPU: dali-gpu as well
+    fastmae bench loader --output benchmarks/results                                     # on a CPU: pool, dali-cpu
+    fastmae bench loader --data_path ~/imagenet ~/imagenet-tars --device cuda            # on a GPU: dali-gpu as well
 
-The files are read into memory before, so that no disk is timed. A sample starts when the loader's queue is full and
-ends when as many more batches have come as were asked for, so that neither filling nor draining it counts. A decoder
-whose images are not the pool's is not timed.
+Everybody loads in the order of a training run, from files to crops on the device. The published pipeline is torch's
+DataLoader with worker processes and Pillow (peers/published_pipeline.py); ours are the decoders, each from a folder,
+from tar shards and from Parquet files. Decoding alone, of bytes in memory, is what no loader with that decoder can
+surpass. Who makes other images than the pool does is not timed.
+
+What is compared is code, not disks: a turn's files are read right before it, so they lie in the page cache. All take
+turns, and who has none is idle: before and after the batches that are timed, a turn has as many as the contestant works
+on ahead, so its queues are full of work while the clock runs and empty when the next one's turn comes. Worker processes
+are started once, threads and DALI in each turn, both before the clock. torch has one thread, as in worker processes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import io
 import itertools
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
+from PIL import Image
+from rich.table import Table
 
-from fastmae.benchmarks.images import make_jpeg
+from fastmae.benchmarks.images import ImagesConfig, make_jpegs, write_images
+from fastmae.benchmarks.peers.published_pipeline import PublishedPipeline, Requests, grey_levels
+from fastmae.benchmarks.report import console
 from fastmae.benchmarks.timing import Samples, machine_name, quartiles, times_as_fast, write_result
 from fastmae.config import BenchLoaderConfig, check_bench
 from fastmae.data import dali
-from fastmae.data.decode import plain_jpeg_shape
-from fastmae.data.loader import PREFETCH, Batch, View, choose_decoder, default_workers, load_batches
-from fastmae.data.sources import open_train
+from fastmae.data.decode import BadImageError, crop_and_resize, decode, plain_jpeg_shape
+from fastmae.data.loader import PREFETCH, View, choose_decoder, default_workers, load_batches
+from fastmae.data.parquet import ParquetSource
+from fastmae.data.plan import crop_draws, is_flipped, plan_epoch, random_box
+from fastmae.data.sources import FolderSource, Source, open_train
 from fastmae.errors import UserError
 from fastmae.train.parallel import choose_device
 
-Load = Callable[..., Generator[Batch]]
-PHOTOS = 48
-BASE = "pool"
-# Mean difference from the pool's images in grey levels, beyond which a decoder is wrong and not merely another one.
+FILES = 1000
+SHARD = 500
+SEED = 0
+BASE, PUBLISHED = "pool", "published"
+# Mean difference from the pool's images in grey levels, beyond which a contestant is wrong and not merely another one.
 TOLERANCE = 1.5
+# So many images are decoded alone, by DALI in batches of so many.
+ALONE, ALONE_BATCH = 128, 32
 
 
 @dataclass(frozen=True)
-class _InMemory:
-    """What the loader reads of a source, from files whose bytes are held."""
+class _Contestant:
+    """Who loads from what."""
 
-    files: tuple[bytes, ...]
-    kind: str = "folder"
+    name: str
+    source: Source
+    start: Callable[[Source, Requests], Generator[torch.Tensor]]
+    """Gives the batches of some requests, and ends with them."""
+    ahead: int
+    """Batches that it works on before they are asked for."""
+    pixels: Callable[[torch.Tensor], torch.Tensor]
+    """Of a batch, float32 from 0 to 255: [N, H, W, C]."""
 
-    def __len__(self) -> int:
-        return len(self.files)
 
-    def read(self, index: int) -> bytes:
-        return self.files[index]
+@dataclass(frozen=True)
+class _Setting:
+    """What all share."""
 
-    def name(self, index: int) -> str:
-        return f"file {index}"
+    sources: dict[str, Source]
+    are_same: bool
+    """Whether image i is the same in all of them."""
+    view: View
+    batch_size: int
+    num_workers: int
+    device: torch.device
+    left_out: dict[str, str]
+    """Who cannot run, and why; filled in as it shows."""
 
 
 def bench_loader(config: BenchLoaderConfig, command: Sequence[str]) -> int:
-    """Prints images a second, writes what was asked for, and returns 1 if a decoder is wrong, otherwise 0.
+    """Prints images a second, writes what was asked for, and returns 1 if a contestant is wrong, otherwise 0.
 
     Raises:
         UserError: settings that cannot work.
     """
     check_bench(config)
-    device = choose_device(config.device)
-    source: Any = _InMemory(_files(config))
-    size = config.input_size
-    num_workers = config.num_workers or default_workers()
-    load = partial(
-        load_batches,
-        source,
-        view=View((size, size), 3, seed=0, scale=(0.2, 1.0), flip=True),
-        device=device,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-    )
+    with ExitStack() as stack:
+        stack.enter_context(_one_torch_thread())
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastmae-bench-"))
+        setting = _setting(config, Path(folder))
+        contestants = [*_published(setting, stack), *_fastmae(setting, config.decoders)]
+        differences = _differences(setting, contestants)
+        timed = [one for one in contestants if one.name in differences and differences[one.name]["mean"] <= TOLERANCE]
+        files = _some_files(setting)
+        alone = _decoders_alone(setting, files)
+        # Each process of the published pipeline makes whole batches, so a sample has as many of each.
+        batches = -(-config.batches // setting.num_workers) * setting.num_workers
+        samples: Samples = {name: [] for name in (*(one.name for one in timed), *alone)}
+        parts: dict[str, Samples] = {name: {} for name in setting.sources}
+        for_parts = {name: _holding_little(source) for name, source in setting.sources.items()}
+        for turn in range(config.rounds):
+            start = turn * (batches + 2 * max((one.ahead for one in timed), default=0))
+            for one in timed:
+                samples[one.name].append(_sample(setting, one, start, batches))
+            for name, decode_all in alone.items():
+                samples[name].append(decode_all())
+            for name, source in for_parts.items():
+                for part, seconds in _parts(setting, source, start, batches).items():
+                    parts[name].setdefault(part, []).append(seconds)
 
-    timed, left_out, differences = [], {}, {}
-    for name in dict.fromkeys((BASE, *config.decoders)):
-        try:
-            choose_decoder(name, device, source, 3)
-            differences[name] = _difference(load, _requests(config, len(source)), name)
-        except UserError as error:
-            left_out[name] = str(error)
-            continue
-        if differences[name]["mean"] <= TOLERANCE:
-            timed.append(name)
-    samples: Samples = {name: [] for name in timed}
-    for _ in range(config.rounds):
-        for name in timed:
-            seconds = _seconds(load(_requests(config, len(source)), decoder=name), config.batches, device)
-            samples[name].append(seconds / (config.batches * config.batch_size))
-
-    kilobytes = sum(map(len, source.files)) / len(source) / 1e3
-    print(
-        f"{len(source)} JPEGs of {kilobytes:.0f} KB on average to {size}×{size}, {num_workers} threads, batch "
-        f"{config.batch_size}, {machine_name(device)}, median of {config.rounds}"
+    machine, kilobytes = machine_name(setting.device), sum(map(len, files)) / max(1, len(files)) / 1e3
+    screen = console()
+    for name, source in setting.sources.items():
+        screen.print(f"{name}: {len(source):,} images {source.found}")
+    screen.print(
+        f"{kilobytes:.0f} KB on average, to {config.input_size}×{config.input_size}, batch {config.batch_size}, "
+        f"{setting.num_workers} threads or processes, {machine}, files in the page cache, median of {config.rounds}"
     )
-    for name, seconds_each in samples.items():
-        ratio, off = times_as_fast(samples, name, BASE), differences[name]
-        print(
-            f"  {name:10} {1 / quartiles(seconds_each)[1]:10.1f} images/s   {ratio:.2f} times {BASE}   "
-            f"off by {off['mean']:.3f} grey levels on average, {off['largest']:.0f} at most"
-        )
-    for name, reason in left_out.items():
-        print(f"  {name} cannot run: {reason}", file=sys.stderr)
-    wrong = [name for name in differences if name not in timed]
+    screen.print(_speeds(samples, differences), _thread_times(parts), sep="\n")
+    for name, reason in setting.left_out.items():
+        print(f"{name} cannot run: {reason}", file=sys.stderr)
+    wrong = [name for name, off in differences.items() if not off["mean"] <= TOLERANCE]
     for name in wrong:
         mean = differences[name]["mean"]
         print(f"{name} is off by {mean:.3f} grey levels on average, so no time is reported for it", file=sys.stderr)
     if config.output is not None:
         measured = {
-            "files": {"count": len(source), "kilobytes": kilobytes},
-            "num_workers": num_workers,
+            "images": {name: len(source) for name, source in setting.sources.items()},
+            "kilobytes": kilobytes,
+            "num_workers": setting.num_workers,
+            "batches": batches,
             "load": os.getloadavg(),
             "differences": differences,
-            "left_out": left_out,
+            "left_out": setting.left_out,
             "seconds": samples,
+            "one_thread": parts,
         }
-        file = f"loader-{machine_name(device)}-t{num_workers}-n{config.batch_size}"
+        file = f"loader-{machine}-t{setting.num_workers}-n{config.batch_size}"
         print(write_result(config.output, file, command=command, settings=config, measured=measured))
     return 1 if wrong else 0
 
 
-def _files(config: BenchLoaderConfig) -> tuple[bytes, ...]:
-    if config.data_path is None:
-        return tuple(make_jpeg(0, index) for index in range(PHOTOS))
-    source = open_train(config.data_path)
-    files = []
-    for index in range(len(source)):
-        data = source.read(index)
-        if isinstance(data, bytes) and plain_jpeg_shape(data, 3) is not None:
-            files.append(data)
-        if len(files) == config.files:
-            break
-    if not files:
-        raise UserError(f"--data_path {config.data_path}: no plain JPEG in it; name a folder of them")
-    return tuple(files)
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """As in the processes of a DataLoader, so that nobody's resizing has more threads than were asked for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _requests(config: BenchLoaderConfig, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Without end; every batch has other crops."""
-    for start in itertools.count(step=config.batch_size):
-        draw_ids = np.arange(start, start + config.batch_size)
-        yield draw_ids % length, draw_ids
+# --- who loads what ------------------------------------------------------------------------------------------------
 
 
-def _difference(load: Load, requests: Iterable[tuple[np.ndarray, np.ndarray]], name: str) -> dict[str, float]:
-    """How far a batch is from the pool's, in grey levels; a failure of DALI is a UserError."""
-    request = next(iter(requests))
-    theirs, pools = next(load([request], decoder=name)), next(load([request], decoder=BASE))
-    if theirs.redone:
-        raise UserError(theirs.redone)
-    off = (theirs.images.int() - pools.images.int()).abs().float()
-    return {"mean": off.mean().item(), "largest": off.max().item()}
+def _setting(config: BenchLoaderConfig, folder: Path) -> _Setting:
+    """Opens the data, or makes them in ``folder``."""
+    device = choose_device(config.device)
+    sources: dict[str, Source] = {}
+    left_out: dict[str, str] = {}
+    if config.data_path is not None:
+        sources = {path: open_train(path) for path in config.data_path}
+    else:
+        count = config.files or FILES
+        jpegs = list(make_jpegs(ImagesConfig(folder=folder, count=count)))
+        for kind in dict.fromkeys(config.kinds or ("folder", "tar", "parquet")):
+            images = ImagesConfig(folder=folder / kind, count=count, kind=kind, shard=SHARD)
+            try:
+                write_images(images, made=jpegs)
+                sources[kind] = open_train(str(images.folder))
+            except UserError as error:
+                left_out[kind] = str(error)
+        if not sources:
+            raise UserError("; ".join(left_out.values()))
+    for name, source in sources.items():
+        if source.kind != "folder":
+            raise UserError(f"--data_path {name}: arrays need no decoding; name image files, tar or Parquet shards")
+        if len(source) < config.batch_size:
+            raise UserError(f"--batch_size {config.batch_size}: more than the {len(source)} images of {name}")
+    return _Setting(
+        sources=sources,
+        are_same=config.data_path is None,
+        view=View((config.input_size, config.input_size), 3, seed=SEED, scale=(0.2, 1.0), flip=True),
+        batch_size=config.batch_size,
+        num_workers=config.num_workers or default_workers(),
+        device=device,
+        left_out=left_out,
+    )
 
 
-def _seconds(batches: Generator[Batch], count: int, device: torch.device) -> float:
-    """That ``count`` batches take once as many as the loader prefetches have come."""
+def _published(setting: _Setting, stack: ExitStack) -> Iterator[_Contestant]:
+    """From the first folder, as it reads nothing else. Its processes end with the ``stack``."""
+    for name, source in setting.sources.items():
+        if isinstance(source, FolderSource):
+            pipeline = PublishedPipeline(
+                source.paths,
+                size=setting.view.size[0],
+                scale=setting.view.scale,
+                seed=SEED,
+                num_workers=setting.num_workers,
+                device=setting.device,
+            )
+            stack.callback(pipeline.close)
+            start = lambda _, requests, pipeline=pipeline: pipeline.batches(requests)  # noqa: E731
+            yield _Contestant(f"{PUBLISHED}, {name}", source, start, pipeline.ahead, grey_levels)
+            return
+    setting.left_out[PUBLISHED] = "it reads folders of image files; add one to --kinds or --data_path"
+
+
+def _fastmae(setting: _Setting, decoders: Sequence[str]) -> Iterator[_Contestant]:
+    """Each decoder that can run, from each source."""
+    for decoder in dict.fromkeys((BASE, *decoders)):
+        try:
+            choose_decoder(decoder, setting.device, None, 3)
+        except UserError as error:
+            setting.left_out[decoder] = str(error)
+            continue
+        for name, source in setting.sources.items():
+            start = functools.partial(_batches, setting, decoder)
+            ahead = PREFETCH + (decoder != BASE) * dali.AHEAD
+            yield _Contestant(f"{decoder}, {name}", _holding_little(source), start, ahead, torch.Tensor.float)
+
+
+def _holding_little(source: Source) -> Source:
+    """Its own row groups, of which those few that are in use are kept: each is read anew in every epoch, as in a run on
+    data that do not fit into memory."""
+    return dataclasses.replace(source, held=1) if isinstance(source, ParquetSource) else source
+
+
+def _batches(setting: _Setting, decoder: str, source: Source, requests: Requests) -> Generator[torch.Tensor]:
+    batches = load_batches(
+        source,
+        requests,
+        setting.view,
+        device=setting.device,
+        num_workers=setting.num_workers,
+        pin_memory=setting.device.type == "cuda",
+        decoder=decoder,
+    )
     with closing(batches):
-        for _ in range(PREFETCH + dali.AHEAD):
-            next(batches)
-        _wait_for(device)
-        start = time.perf_counter()
-        for _ in range(count):
-            next(batches)
-        _wait_for(device)
-        return time.perf_counter() - start
+        for batch in batches:
+            if batch.redone:
+                raise UserError(f"{decoder} fails on an image ({batch.redone}); leave {decoder} out of --decoders")
+            yield batch.images
+
+
+def _differences(setting: _Setting, contestants: Sequence[_Contestant]) -> dict[str, dict[str, float]]:
+    """How far each one's first batch is from the pool's, in grey levels; who fails is left out.
+
+    Images that were made are the same from all sources, so the pool's are those from the first of them.
+    """
+
+    def first(batches: Generator[torch.Tensor], pixels: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        with closing(batches):
+            return pixels(next(batches))
+
+    found = {}
+    for one in contestants:
+        judge = next(iter(setting.sources.values())) if setting.are_same else one.source
+        requests = _requests(setting, judge, 0, 1)
+        pools = first(_batches(setting, BASE, judge, requests), torch.Tensor.float)
+        try:
+            off = (first(one.start(one.source, requests), one.pixels) - pools).abs()
+        except UserError as error:
+            setting.left_out[one.name] = str(error)
+            continue
+        found[one.name] = {"mean": off.mean().item(), "largest": off.max().item()}
+    return found
+
+
+# --- samples -------------------------------------------------------------------------------------------------------
+
+
+def _requests(setting: _Setting, source: Source, start: int, count: int) -> Requests:
+    """So many batches of a training run, which has come to batch ``start``."""
+    N = setting.batch_size
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for epoch in itertools.count(start // (len(source) // N)):
+        plan = plan_epoch(SEED, epoch, len(source), N, stretches=source.stretches)
+        first = max(0, start - epoch * len(plan))
+        found += [plan.batch(i) for i in range(first, min(len(plan), first + count - len(found)))]
+        if len(found) == count:
+            break
+    return found
+
+
+def _sample(setting: _Setting, one: _Contestant, start: int, batches: int) -> float:
+    """A contestant's turn: seconds an image."""
+    requests = _requests(setting, one.source, start, batches + 2 * one.ahead)
+    _into_the_page_cache(one.source, requests)
+    with closing(one.start(one.source, requests)) as loaded:
+        for _ in range(one.ahead):
+            next(loaded)
+        _wait_for(setting.device)
+        begin = time.perf_counter()
+        for _ in range(batches):
+            next(loaded)
+        _wait_for(setting.device)
+        seconds = time.perf_counter() - begin
+        for _ in loaded:  # until nobody has anything left to do
+            pass
+    return seconds / (batches * setting.batch_size)
+
+
+def _into_the_page_cache(source: Source, requests: Requests) -> None:
+    source = _holding_little(source)  # so that the caller's holds none of it
+    for index in np.unique(np.concatenate([indices for indices, _ in requests])).tolist():
+        with contextlib.suppress(OSError):  # whose turn it is will say so
+            source.read(index)
 
 
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _parts(setting: _Setting, source: Source, start: int, batches: int) -> dict[str, float]:
+    """Seconds an image that one thread of the pool spends on each part of its work.
+
+    Reading is timed on all batches, as some images pay for a row group and most do not; the rest on the first.
+    """
+    requests = _requests(setting, source, start, batches)
+    _into_the_page_cache(source, requests)
+    begin = time.perf_counter()
+    files = [_read(source, indices) for indices, _ in requests]
+    read = (time.perf_counter() - begin) / max(1, sum(map(len, files)))
+    spent = {"read": read, "decode": 0.0, "crop and resize": 0.0}
+    out = np.empty((*setting.view.size, 3), np.uint8)
+    draws = crop_draws(SEED, requests[0][1])
+    for data, row in zip(files[0], draws, strict=False):  # fewer, if some cannot be read
+        begin = time.perf_counter()
+        try:
+            pixels = decode(data, 3)
+        except BadImageError:
+            continue
+        decoded = time.perf_counter()
+        box = random_box(row, pixels.shape[0], pixels.shape[1], setting.view.scale)
+        out[:] = crop_and_resize(pixels, box, is_flipped(row), setting.view.size)
+        spent["crop and resize"] += (time.perf_counter() - decoded) / len(files[0])
+        spent["decode"] += (decoded - begin) / len(files[0])
+    return spent
+
+
+def _read(source: Source, indices: np.ndarray) -> list[bytes | np.ndarray]:
+    """Those that can be read."""
+    found = []
+    for index in indices.tolist():
+        with contextlib.suppress(OSError):
+            found.append(source.read(index))
+    return found
+
+
+# --- decoding alone ------------------------------------------------------------------------------------------------
+
+
+def _some_files(setting: _Setting) -> list[bytes]:
+    """Plain JPEGs of the first source, which every decoder takes."""
+    source = _holding_little(next(iter(setting.sources.values())))
+    count = -(-ALONE // setting.batch_size)
+    files = [data for indices, _ in _requests(setting, source, 0, count) for data in _read(source, indices)]
+    return [data for data in files[:ALONE] if isinstance(data, bytes) and _is_plain(data)]
+
+
+def _is_plain(data: bytes) -> bool:
+    try:
+        return plain_jpeg_shape(data, 3) is not None
+    except BadImageError:
+        return False
+
+
+def _decoders_alone(setting: _Setting, files: list[bytes]) -> dict[str, Callable[[], float]]:
+    """Functions that decode whole ``files`` and give the seconds an image, with one thread and with all."""
+    if not files:
+        setting.left_out["decoding alone"] = "there is no plain JPEG among the first images"
+        return {}
+    missing = dali.why_not_installed()
+    if missing:
+        setting.left_out["DALI alone"] = f"nvidia-dali {missing}; pip install 'fastmae[dali]'"
+    found: dict[str, Callable[[], float]] = {}
+    for threads in dict.fromkeys((1, setting.num_workers)):
+        who = f"alone, {threads} thread{'s' if threads > 1 else ''}"
+        found[f"simplejpeg {who}"] = functools.partial(_decode_in_threads, _by_simplejpeg, files, threads)
+        found[f"Pillow {who}"] = functools.partial(_decode_in_threads, _by_pillow, files, threads)
+        if not missing:
+            found[f"DALI {who}"] = _by_dali(files, threads)
+    return found
+
+
+def _by_simplejpeg(data: bytes) -> None:
+    simplejpeg.decode_jpeg(data, colorspace="RGB")
+
+
+def _by_pillow(data: bytes) -> None:
+    Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _decode_in_threads(decode_one: Callable[[bytes], None], files: list[bytes], threads: int) -> float:
+    waiting = iter(files)  # shared, so that no thread is done long before the others
+
+    def work(_: int) -> None:
+        for data in waiting:
+            decode_one(data)
+
+    with ThreadPoolExecutor(threads) as pool:
+        start = time.perf_counter()
+        list(pool.map(work, range(threads)))
+        return (time.perf_counter() - start) / len(files)
+
+
+def _by_dali(files: list[bytes], threads: int) -> Callable[[], float]:
+    """On the CPU, with as many batches scheduled ahead as the loader has."""
+    from nvidia.dali import Pipeline, fn, types
+
+    # As fastmae/data/dali.py decodes, but for the crop.
+    pipeline: Any = Pipeline(ALONE_BATCH, threads, None, prefetch_queue_depth=1, exec_dynamic=True)
+    with pipeline:
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        pipeline.set_outputs(fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False))
+    pipeline.build()
+    arrays = [np.frombuffer(data, np.uint8) for data in files]
+    batches = [arrays[i : i + ALONE_BATCH] for i in range(0, len(arrays), ALONE_BATCH)]
+    endless = itertools.cycle(batches)
+
+    def schedule() -> None:
+        pipeline.feed_input("encoded", next(endless))
+        pipeline.schedule_run()
+
+    def decode_all() -> float:
+        for _ in range(dali.AHEAD):
+            schedule()
+        pipeline.outputs()
+        schedule()
+        start = time.perf_counter()
+        for _ in batches:
+            pipeline.outputs()
+            schedule()
+        seconds = time.perf_counter() - start
+        for _ in range(dali.AHEAD):
+            pipeline.outputs()
+        return seconds / len(files)
+
+    return decode_all
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+
+def _speeds(samples: Samples, differences: Mapping[str, Mapping[str, float]]) -> Table:
+    base = next((name for name in samples if name.startswith(PUBLISHED)), None)
+    made = Table()
+    made.add_column("contestant", no_wrap=True)
+    for column in ("images/s", "quartiles", f"times {PUBLISHED}", "grey levels off", "at most"):
+        made.add_column(column, justify="right", no_wrap=True)
+    for name, seconds in samples.items():
+        slow, median, fast = (1 / quartile for quartile in reversed(quartiles(seconds)))
+        off = differences.get(name)
+        made.add_row(
+            name,
+            f"{median:.0f}",
+            f"{slow:.0f} – {fast:.0f}",
+            f"{times_as_fast(samples, name, base):.2f}" if base else "",
+            f"{off['mean']:.3f}" if off else "",
+            f"{off['largest']:.1f}" if off else "",
+        )
+    return made
+
+
+def _thread_times(parts: Mapping[str, Samples]) -> Table:
+    made = Table()
+    made.add_column("one thread of the pool, from", no_wrap=True)
+    names = list(next(iter(parts.values())))
+    for name in names:
+        made.add_column(f"{name}, µs", justify="right", no_wrap=True)
+    for source, spent in parts.items():
+        made.add_row(source, *(f"{1e6 * quartiles(spent[name])[1]:.0f}" for name in names))
+    return made

@@ -49,6 +49,11 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 
+def soak(short: Any, long: Any) -> Any:
+    """How much of a test is done: little with the other tests, all of it by `make soak`."""
+    return long if os.environ.get("FASTMAE_SOAK") else short
+
+
 def metrics(output_dir: Path) -> list[tuple[int, int, float, float]]:
     """(step, epoch, loss, lr) of every line of metrics.jsonl, exactly as written."""
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]

@@ -120,37 +120,49 @@ class DaliDecoder:
 
 
 def _build(size: tuple[int, int], in_chans: int, batch_size: int, num_threads: int, device: torch.device) -> Any:
-    """The pipeline: the same for CPU and GPU but for where its operators run."""
-    from nvidia.dali import Pipeline, fn, types
-
+    """The pipeline, ready to be fed."""
     where = "mixed" if device.type == "cuda" else "cpu"
     device_id = None
     if device.type == "cuda":
         device_id = torch.cuda.current_device() if device.index is None else device.index
     try:
-        # A depth of 1 stops DALI from demanding several batches before the first; it takes AHEAD of them all the same.
-        pipeline = Pipeline(batch_size, num_threads, device_id, prefetch_queue_depth=1, exec_dynamic=True)
-        with pipeline:
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-            start = fn.external_source(name="start", dtype=types.INT64, ndim=1)
-            shape = fn.external_source(name="shape", dtype=types.INT64, ndim=1)
-            flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-            options = {
-                "device": where,
-                "output_type": types.GRAY if in_chans == 1 else types.RGB,
-                "adjust_orientation": False,  # EXIF rotation is not applied, as published
-                "jpeg_fancy_upsampling": True,  # of chroma, as libjpeg-turbo does
-            }
-            if CROP_WHILE_DECODING[where]:
-                region = fn.decoders.image_slice(encoded, start, shape, axes=[0, 1], **options)
-            else:
-                region = fn.slice(fn.decoders.image(encoded, **options), start, shape, axes=[0, 1])
-            resized = fn.resize(region, size=list(size), interp_type=types.INTERP_CUBIC, antialias=True)
-            pipeline.set_outputs(fn.flip(resized, horizontal=flip))
+        pipeline = graph(size, in_chans, batch_size, num_threads, where, device_id)
         pipeline.build()
     except Exception as error:
         flag = "dali-gpu" if where == "mixed" else "dali-cpu"
         raise UserError(f"--decoder {flag}: DALI cannot start ({_in_one_line(error)}); use --decoder pool") from error
+    return pipeline
+
+
+def graph(
+    size: tuple[int, int], in_chans: int, batch_size: int, num_threads: int, where: str, device_id: int | None
+) -> Any:
+    """A pipeline that is not built yet, so that no GPU is needed: the same for all but for where its operators run.
+
+    Args:
+        where: of the decoder, ``cpu`` or ``mixed``; what follows runs where its results are.
+    """
+    from nvidia.dali import Pipeline, fn, types
+
+    # A depth of 1 stops DALI from demanding several batches before the first; it takes AHEAD of them all the same.
+    pipeline = Pipeline(batch_size, num_threads, device_id, prefetch_queue_depth=1, exec_dynamic=True)
+    with pipeline:
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        start = fn.external_source(name="start", dtype=types.INT64, ndim=1)
+        shape = fn.external_source(name="shape", dtype=types.INT64, ndim=1)
+        flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+        options = {
+            "device": where,
+            "output_type": types.GRAY if in_chans == 1 else types.RGB,
+            "adjust_orientation": False,  # EXIF rotation is not applied, as published
+            "jpeg_fancy_upsampling": True,  # of chroma, as libjpeg-turbo does
+        }
+        if CROP_WHILE_DECODING[where]:
+            region = fn.decoders.image_slice(encoded, start, shape, axes=[0, 1], **options)
+        else:
+            region = fn.slice(fn.decoders.image(encoded, **options), start, shape, axes=[0, 1])
+        resized = fn.resize(region, size=list(size), interp_type=types.INTERP_CUBIC, antialias=True)
+        pipeline.set_outputs(fn.flip(resized, horizontal=flip))
     return pipeline
 
 

@@ -289,6 +289,8 @@ def _open(data_path: str, split: Split) -> Source | None:
             return _open_pattern(data_path) if split == "train" else None
         if not path.exists():
             raise UserError(f"--data_path {data_path}: no such file or folder; give an existing one, or `digits`")
+        if not path.is_dir() and not path.is_file():
+            raise UserError(f"--data_path {data_path}: a pipe or a device; give a file or a folder")
         return _open_folder(path, split) if path.is_dir() else _open_file(path, split)
     except (OSError, EOFError, ValueError, KeyError, struct.error, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())

@@ -1,42 +1,177 @@
-"""``fastmae bench loader``: what it leaves and what it refuses to time."""
+"""``fastmae bench loader``: what it leaves, what a sample is made of, and what it refuses to time."""
 
+import dataclasses
 import json
+import multiprocessing
+import tempfile
 
+import numpy as np
 import pytest
+import torch
 
-from fastmae.benchmarks import loader
+from fastmae.benchmarks import images, loader
+from fastmae.benchmarks.images import ImagesConfig, write_images
+from fastmae.benchmarks.peers.published_pipeline import PublishedPipeline, _Crops, grey_levels
 from fastmae.cli import main
+from fastmae.data.loader import View, load_sample
+from fastmae.data.parquet import ParquetSource
+from fastmae.data.plan import crop_draws, plan_epoch
+from fastmae.data.sources import open_train
+from fastmae.errors import UserError
 
+CPU = torch.device("cpu")
 WORDS = ["bench", "loader", "--batch_size", "4", "--batches", "2", "--rounds", "2", "--input_size", "32"]
 WORDS += ["--num_workers", "1", "--device", "cpu"]
+ONE_KIND = [*WORDS, "--files", "8", "--kinds", "tar", "--decoders", "pool"]  # without a folder nobody starts processes
 
 
-def test_every_sample_is_kept_and_who_cannot_run_is_named(image_folder, tmp_path, capsys):
-    assert main([*WORDS, "--data_path", str(image_folder), "--files", "5", "--output", str(tmp_path)]) == 0
+def small_view():
+    return View((32, 32), 3, seed=0, scale=(0.2, 1.0), flip=True)
+
+
+def request(*numbers):
+    return np.array(numbers), np.array(numbers)
+
+
+def test_every_sample_is_kept_and_who_cannot_run_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    threads = torch.get_num_threads()
+    assert main([*WORDS, "--files", "12", "--decoders", "dali-gpu", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("loader-*-t1-n4.json")
     result = json.loads(path.read_text())
-    assert result["files"]["count"] == 5
-    assert len(result["seconds"]["pool"]) == 2
-    assert min(result["seconds"]["pool"]) > 0
-    assert result["differences"]["pool"] == {"mean": 0, "largest": 0}
-    assert "use --device cuda" in result["left_out"]["dali-gpu"]
-    assert set(result["seconds"]) | set(result["left_out"]) == {"pool", "dali-cpu", "dali-gpu"}
+    seconds, left_out, off = (result[key] for key in ("seconds", "left_out", "differences"))
+    assert result["images"] == {"folder": 12, "tar": 12, "parquet": 12}
+    assert all(len(samples) == 2 and min(samples) > 0 for samples in seconds.values())
+    assert {"published, folder", "pool, folder", "pool, tar", "pool, parquet"} <= seconds.keys()
+    assert {"simplejpeg alone, 1 thread", "Pillow alone, 1 thread"} <= seconds.keys()
+    # The same images from all, those of the published pipeline but for rounding and another build of libjpeg.
+    assert [off[f"pool, {kind}"]["largest"] for kind in ("folder", "tar", "parquet")] == [0, 0, 0]
+    assert 0 < off["published, folder"]["mean"] < 0.5
+    assert "use --device cuda" in left_out["dali-gpu"]
+    assert ("DALI alone, 1 thread" in seconds) != ("DALI alone" in left_out)
+    for spent in result["one_thread"].values():
+        assert {part: len(samples) for part, samples in spent.items()} == {"read": 2, "decode": 2, "crop and resize": 2}
+        assert min(min(samples) for samples in spent.values()) > 0
     captured = capsys.readouterr()
-    assert "images/s" in captured.out
+    assert "times published" in captured.out
     assert "dali-gpu cannot run" in captured.err
+    assert torch.get_num_threads() == threads
+    assert not any((tmp_path / "temporary").iterdir())
 
 
-def test_a_wrong_decoder_is_not_timed(image_folder, capsys, monkeypatch):
+def test_a_wrong_contestant_is_not_timed(capsys, monkeypatch):
     monkeypatch.setattr(loader, "TOLERANCE", -1.0)
-    assert main([*WORDS, "--data_path", str(image_folder), "--decoders", "pool"]) == 1
+    assert main(ONE_KIND) == 1
     captured = capsys.readouterr()
     assert "no time is reported" in captured.err
-    assert "images/s" not in captured.out
+    assert "pool, tar" not in captured.out
 
 
-def test_without_a_path_photographs_are_made(capsys):
-    assert main([*WORDS, "--rounds", "1", "--batches", "1", "--decoders", "pool"]) == 0
-    assert "48 JPEGs of 1" in capsys.readouterr().out
+def test_own_data_have_their_path_as_their_name(tmp_path, capsys):
+    write_images(ImagesConfig(folder=tmp_path / "x", count=8, kind="tar", height=50, width=60))
+    words = ["--data_path", str(tmp_path / "x"), "--decoders", "pool", "--output", str(tmp_path)]
+    assert main([*WORDS, *words]) == 0
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    assert len(result["seconds"][f"pool, {tmp_path / 'x'}"]) == 2
+    assert "folder" in result["left_out"]["published"]
+    assert "published cannot run" in capsys.readouterr().err
+
+
+def test_a_sample_begins_and_ends_with_as_much_work_ahead():
+    source = dataclasses.make_dataclass("Bytes", ["stretches"])(None)
+    type(source).__len__, type(source).read = lambda self: 10, lambda self, index: b""
+    setting = loader._Setting({}, True, small_view(), batch_size=4, num_workers=1, device=CPU, left_out={})
+    asked, given, reads = [], [], []
+
+    def start(_, requests):
+        asked.append(requests)
+        for number, _ in enumerate(requests):
+            given.append(number)
+            yield torch.zeros(1)
+
+    def clock():
+        reads.append(len(given))
+        return float(len(given))
+
+    one = loader._Contestant("fake", source, start, ahead=3, pixels=torch.Tensor.float)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader.time, "perf_counter", clock)
+        seconds = [loader._sample(setting, one, turn * 11, 5) for turn in range(2)]
+    assert reads[:2] == [3, 8]  # of 11: three before the clock, three after it
+    assert given == 2 * list(range(11))
+    assert seconds == [5 / (5 * 4)] * 2
+    first, second = (np.concatenate([draw_ids for _, draw_ids in requests]) for requests in asked)
+    assert [len(indices) for indices, _ in asked[0]] == 11 * [4]
+    assert not np.array_equal(first, second)
+
+
+def test_batches_are_those_of_a_run_wherever_it_has_come_to(blobs):
+    source = open_train(blobs)
+    setting = loader._Setting({}, True, small_view(), batch_size=30, num_workers=1, device=CPU, left_out={})
+    run = [plan_epoch(0, epoch, 72, 30).batch(i) for epoch in range(4) for i in range(2)]
+    for start, count in ((0, 1), (1, 1), (0, 5), (2, 6)):
+        requests = loader._requests(setting, source, start, count)
+        np.testing.assert_array_equal(requests, run[start : start + count])
+
+
+def test_row_groups_are_read_anew_in_every_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "GROUP_ROWS", 2)
+    write_images(ImagesConfig(folder=tmp_path / "x", count=40, kind="parquet", height=8, width=8))
+    reads = []
+    inner = ParquetSource._read_group
+    monkeypatch.setattr(ParquetSource, "_read_group", lambda self, group: reads.append(group) or inner(self, group))
+    source = open_train(str(tmp_path / "x"))
+    # All 20 are held, or 5 of them: then an epoch reads what the last one did not end with, and its own end twice.
+    for each, least, most in ((source, 20, 20), (loader._holding_little(source), 3 * 14, 3 * 23)):
+        for epoch in range(3):
+            for index in plan_epoch(0, epoch, 40, 4, stretches=each.stretches).order.tolist():
+                each.read(index)
+        assert least <= len(reads) <= most
+        assert set(reads) == set(range(20))
+        reads.clear()
+
+
+def test_the_published_pipeline_makes_the_crops_of_the_requests(image_folder):
+    source = open_train(str(image_folder))
+    for draw_id in range(8):
+        (draws,) = crop_draws(0, np.array([draw_id]))
+        ours = np.empty((32, 32, 3), np.uint8)
+        load_sample(source, 5, small_view(), draws, ours)
+        theirs = _Crops(source.paths, 32, (0.2, 1.0))[5, draws]
+        assert theirs.dtype == torch.float32
+        (pixels,) = grey_levels(theirs[None]).numpy()
+        assert np.abs(pixels - pixels.round()).max() < 1e-3
+        assert np.abs(pixels - ours).max() < 3
+
+
+def test_processes_serve_turn_after_turn_until_closed(image_folder):
+    paths = open_train(str(image_folder)).paths
+    (image_folder / "broken.jpg").write_bytes(b"no image")
+    paths += (str(image_folder / "broken.jpg"),)
+    before = set(multiprocessing.active_children())
+    pipeline = PublishedPipeline(paths, size=32, scale=(0.2, 1.0), seed=0, num_workers=1, device=CPU)
+    (first,) = pipeline.batches([request(0, 1)])
+    processes = set(multiprocessing.active_children()) - before
+    with pytest.raises(UserError, match=r"published pipeline fails \(.*broken.jpg'\); mend") as caught:
+        list(pipeline.batches([request(2), request(len(paths) - 1)]))
+    assert "\n" not in str(caught.value)
+    batches = pipeline.batches([request(number) for number in range(9)])
+    next(batches)
+    batches.close()  # with work under way, none of which belongs to the next turn
+    again = list(pipeline.batches([request(0, 1), request(1, 2)]))
+    assert [len(batch) for batch in again] == [2, 2]
+    torch.testing.assert_close(again[0], first, rtol=0, atol=0)
+    assert set(multiprocessing.active_children()) - before == processes
+    assert len(processes) == 1
+    pipeline.close()
+    assert not set(multiprocessing.active_children()) - before
+
+
+def test_arrays_are_refused(blobs, capsys):
+    assert main([*WORDS, "--data_path", blobs]) == 2
+    assert "arrays need no decoding" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -44,7 +179,10 @@ def test_without_a_path_photographs_are_made(capsys):
     [
         (["--batches", "0"], "--batches 0: must be at least 1"),
         (["--num_workers", "0"], "--num_workers 0"),
-        (["--data_path", "digits"], "no plain JPEG"),
+        (["--data_path", "digits", "--files", "9"], "--files: is for images that are made"),
+        (["--data_path", "digits", "--kinds", "tar"], "--kinds: is for images that are made"),
+        (["--kinds"], "--kinds"),
+        (["--files", "3", "--kinds", "tar"], "--batch_size 4: more than the 3 images of tar"),
         (["--decoders", "gpu"], "fastmae bench loader --help"),
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import command, environment
 from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed (the extra `dali`)")
@@ -18,12 +19,13 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed (the extra `dal
 from fastmae.cli import main
 from fastmae.data import dali, loader
 from fastmae.data import decode as decode_module
-from fastmae.data.dali import DaliDecoder, DaliError, Encoded
+from fastmae.data.dali import DaliDecoder, DaliError, Encoded, graph
 from fastmae.data.decode import crop_and_resize, decode, plain_jpeg_shape
 from fastmae.data.loader import View, load_batches
 from fastmae.data.plan import Box, crop_draws, plan_epoch, random_box
 from fastmae.data.sources import open_train
 from fastmae.errors import UserError
+from fastmae.train.health import EXIT_INTERRUPTED
 
 CPU = torch.device("cpu")
 DEVICES = [
@@ -199,6 +201,50 @@ def test_a_failure_costs_the_batches_behind_it_nothing():
     assert threads() <= before  # the first pipeline ended
 
 
+def fields(message):
+    """The fields of a protobuf message, as DALI writes graphs: number and value, bytes or int, in order."""
+    at, found = 0, []
+
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte, at = message[at], at + 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        key = varint()
+        if key & 7 == 0:
+            value = varint()
+        else:
+            length = {1: 8, 5: 4}.get(key & 7) or varint()
+            value, at = message[at : at + length], at + length
+        found.append((key >> 3, value))
+    return found
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_the_graph_for_a_gpu_can_be_made_without_one_and_stays_on_it_from_the_decoder_on(in_chans):
+    places = {}
+    for message in (value for number, value in fields(graph((32, 48), in_chans, 8, 2, "mixed", None).serialize())
+                    if number == 5):  # fmt: skip
+        operator = fields(message)
+        (name,) = (value.decode() for number, value in operator if number == 1)
+        inputs, outputs = ([dict(fields(value))[2].decode() for number, value in operator if number == n]
+                           for n in (2, 3))  # fmt: skip
+        places.setdefault(name, []).append((inputs, outputs))
+    assert places == {
+        "ExternalSource": [([], ["cpu"])] * 4,
+        "decoders__Image": [(["cpu"], ["gpu"])],
+        "Slice": [(["gpu", "cpu", "cpu"], ["gpu"])],
+        "Resize": [(["gpu"], ["gpu"])],
+        "Flip": [(["gpu", "cpu"], ["gpu"])],
+    }
+
+
 def test_threads_and_neighbours_change_nothing():
     one = DaliDecoder((64, 56), 3, batch_size=8, num_threads=1, device=CPU)
     four = DaliDecoder((64, 56), 3, batch_size=8, num_threads=4, device=CPU)
@@ -237,10 +283,11 @@ def test_leaving_early_leaves_no_thread(folder):
 
 
 LOOP = """
-import sys
+import signal, sys
 import numpy as np, torch
 from fastmae.data.loader import View, load_batches
 from fastmae.data.sources import open_train
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
 source = open_train(sys.argv[1])
 requests = ((np.arange(8), np.arange(8)) for _ in range(10**9))
 view = View((224, 224), 3, seed=0, scale=(0.2, 1.0))
@@ -252,17 +299,43 @@ for n, batch in enumerate(load_batches(source, requests, view, device=torch.devi
 
 
 @pytest.mark.parametrize("decoder", ["pool", "dali-cpu"])
-def test_ctrl_c_ends_the_process(folder, decoder):
-    words = [sys.executable, "-c", LOOP, str(Path(folder.paths[0]).parent), decoder]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(("number", "words"), [("SIGINT", "KeyboardInterrupt"), ("SIGTERM", "ended by SIGTERM")])
+def test_a_signal_ends_the_process(folder, decoder, number, words):
+    line = [sys.executable, "-c", LOOP, str(Path(folder.paths[0]).parent), decoder]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "running\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.Signals[number])
         _, complaint = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert "KeyboardInterrupt" in complaint
-    assert process.returncode not in (0, -signal.SIGSEGV, -signal.SIGABRT)
+    assert words in complaint
+    assert process.returncode in (1, -signal.SIGINT)  # and of no crash on the way out
+
+
+def test_sigterm_in_a_run_saves_and_ends_it(image_folder, tmp_path):
+    words = command(
+        str(image_folder),
+        tmp_path / "run",
+        decoder="dali-cpu",
+        epochs=10_000,
+        model="mae_vit_tiny_patch4",
+        input_size=16,
+    )
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "run").glob("checkpoints/step-*")):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline, "no step was done"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, complaint = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == EXIT_INTERRUPTED, complaint
+    assert "SIGTERM" in out
+    assert "Traceback" not in complaint
 
 
 def test_pretraining_uses_it_and_says_so_and_what_it_failed_on(image_folder, tmp_path, capsys, monkeypatch):

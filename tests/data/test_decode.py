@@ -108,3 +108,24 @@ def test_too_many_pixels_are_refused_unread(monkeypatch):
     for file_format in ("JPEG", "PNG"):
         with pytest.raises(BadImageError, match="80×60 pixels"):
             decode(encoded(picture(), file_format), 3)
+
+
+def test_want_of_memory_is_not_taken_for_a_bad_image(monkeypatch):
+    """Which images are replaced depends on the data alone, so that resuming stays exact."""
+
+    def no_memory(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(module.simplejpeg, "decode_jpeg", no_memory)
+    monkeypatch.setattr(module.Image, "open", no_memory)
+    for file_format in ("JPEG", "PNG"):
+        with pytest.raises(MemoryError):
+            decode(encoded(picture(), file_format), 3)
+
+
+def test_alpha_of_a_palette_is_kept_where_it_is_asked_for_and_dropped_without_a_word(recwarn):
+    indexed = picture().quantize(100)
+    data = encoded(indexed, "PNG", transparency=bytes(range(100)))
+    assert np.array_equal(decode(data, 4)[..., 3], np.asarray(indexed))
+    assert np.array_equal(decode(data, 3), np.asarray(indexed.convert("RGB")))
+    assert not recwarn.list

@@ -10,6 +10,7 @@ import pytest
 from fastmae.data import index
 from fastmae.data.index import Index, Listing, cache_file, list_images, pack_names, read_index, unpack_names
 from fastmae.data.sources import open_train
+from fastmae.errors import UserError
 
 
 @pytest.fixture
@@ -97,6 +98,8 @@ def test_what_is_no_file_is_not_waited_for(folder, monkeypatch):
         (place,) = [i for i, path in enumerate(source.paths) if path.endswith(name)]
         with pytest.raises(OSError, match=reason):
             source.read(place)
+    with pytest.raises(UserError, match="a pipe or a device; give a file or a folder"):
+        open_train(str(folder / "a" / "pipe.jpg"))
 
 
 def test_a_flat_folder_is_kept_too(folder, listed):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_run, small_run
+from helpers import assert_same_run, small_run, soak
 
 from fastmae.cli import main
 from fastmae.config import PretrainConfig
@@ -25,7 +25,7 @@ from fastmae.train.pretrain import pretrain
 CPU = torch.device("cpu")
 # 48 images in 6 shards: 6 steps of 8 an epoch, 24 in all.
 TINY = dict(model="mae_vit_tiny_patch4", input_size=(16, 16), checkpoint_freq=4, num_workers=2)
-INTERRUPTED = [(5,), (1, 2, 3), (6, 17, 22)]
+INTERRUPTED = [(5,), (1, 2, 3), (6, 17, 22), *soak([], [(step,) for step in range(23)])]
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import socket
 import sys
 
 import numpy as np
@@ -61,6 +62,20 @@ def test_the_published_command_trains(image_folder, tmp_path):
     assert list((tmp_path / "tb").glob("events.*"))
     results = json.loads((tmp_path / "run" / "probe.json").read_text())
     assert results.keys() == {"before", "after"}
+
+
+def test_nothing_asks_the_network(blobs, tmp_path, monkeypatch):
+    def no_network(*words, **options):
+        raise AssertionError("somebody asked the network")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, no_network, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    words = ["--device", "cpu", "--batch_size", "36", "--epochs", "1", "--output_dir", str(tmp_path / "run")]
+    assert main(["pretrain", "--data_path", blobs, *words]) == 0
+    assert main(["probe", str(tmp_path / "run"), "--data_path", blobs]) == 0
+    assert main(["verify", "--data_path", blobs]) == 0
+    assert main(["info"]) == 0
 
 
 def test_python_dash_m_works(tmp_path):

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 from typing import Literal, Protocol
 
 import numpy as np
@@ -44,6 +45,10 @@ NPZ_LABELS = {
 }
 IDX_PREFIX = {"train": "train", "val": "t10k"}
 CIFAR_SIDE = 32
+# What reading a damaged file raises; the last three come from the header of an .npy.
+UNREADABLE = (
+    OSError, EOFError, ValueError, KeyError, struct.error, zipfile.BadZipFile, SyntaxError, TypeError, TokenError,
+)  # fmt: skip
 # DEFLATE cannot shrink by more, so a larger claim is a lie and nothing is allocated for it.
 MAX_DEFLATE_RATIO = 1032
 
@@ -292,7 +297,7 @@ def _open(data_path: str, split: Split) -> Source | None:
         if not path.is_dir() and not path.is_file():
             raise UserError(f"--data_path {data_path}: a pipe or a device; give a file or a folder")
         return _open_folder(path, split) if path.is_dir() else _open_file(path, split)
-    except (OSError, EOFError, ValueError, KeyError, struct.error, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--data_path {data_path}: cannot be read ({reason}); check or replace the file") from error
 

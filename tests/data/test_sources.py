@@ -176,6 +176,14 @@ def _broken(tmp_path: Path):
         "npz of something else": (str(tmp_path / "other.npz"), "none of train_images"),
         "labels of another length": (str(tmp_path / "pair.npy"), "10 images but labels"),
         "cut npy": (write("cut.npy", (tmp_path / "pair.npy").read_bytes()[:200]), "cannot be read"),
+        "npy header without an end": (
+            write("open.npy", (tmp_path / "pair.npy").read_bytes().replace(b"}", b"(")),
+            "cannot be read",
+        ),
+        "npy header of no literals": (
+            write("call.npy", (tmp_path / "pair.npy").read_bytes().replace(b"False", b"f() x")),
+            "cannot be read",
+        ),
         "cut npz": (write("cut.npz", (tmp_path / "other.npz").read_bytes()[:200]), "cannot be read"),
         "cut idx": (write("cut-images-idx3-ubyte", idx(GRAY)[:-1]), "holds 299 bytes"),
         "cut gzip": (write("cut-idx3-ubyte.gz", gzip.compress(idx(GRAY))[:-20]), "cannot be read"),
@@ -186,7 +194,7 @@ def _broken(tmp_path: Path):
 
 
 CASES = ["missing", "empty folder", "empty train folder", "float array", "pickled objects", "npz of something else",
-         "labels of another length", "cut npy", "cut npz", "cut idx", "cut gzip", "idx that claims 2 EiB",
+         "labels of another length", "cut npy", "npy header without an end", "npy header of no literals", "cut npz", "cut idx", "cut gzip", "idx that claims 2 EiB",
          "half a cifar record", "text"]  # fmt: skip
 
 

@@ -194,7 +194,8 @@ def _broken(tmp_path: Path):
 
 
 CASES = ["missing", "empty folder", "empty train folder", "float array", "pickled objects", "npz of something else",
-         "labels of another length", "cut npy", "npy header without an end", "npy header of no literals", "cut npz", "cut idx", "cut gzip", "idx that claims 2 EiB",
+         "labels of another length", "cut npy", "npy header without an end",
+         "npy header of no literals", "cut npz", "cut idx", "cut gzip", "idx that claims 2 EiB",
          "half a cifar record", "text"]  # fmt: skip
 
 

@@ -21,6 +21,10 @@ BenchOp = Literal[
     "random_masking", "gather_patches", "scatter_patches", "assemble_tokens", "masked_mse", "attention"
 ]  # fmt: skip
 FULL_SHUFFLE = "a full shuffle"
+BenchSwitch = Literal[
+    "bf16", "bf16-residual", "tf32", "checkpointing-selective", "checkpointing-full", "compile-block", "compile-model",
+    "clip-grad", "ema",
+]  # fmt: skip
 BENCH_OPS: tuple[BenchOp, ...] = get_args(BenchOp)
 
 
@@ -56,6 +60,11 @@ class PretrainConfig:
     """Learning rate for a global batch of 256. Default: 1e-3, as published; 3e-3 for the built-in digits."""
     min_lr: float = 0.0
     """Learning rate at the end of the cosine."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient over all parameters; a longer one is scaled down. Default: any, as published."""
+    ema: float | None = None
+    """Keep a moving average of the weights, of which a step leaves this share as it was, such as 0.9999, and write it
+    as checkpoint-EPOCH-ema.pth. Default: none, as published."""
     warmup_epochs: float | None = None
     """Epochs of linear warm-up. Default: 40, as published; a tenth of the epochs for the built-in digits."""
     weight_decay: float = 0.05
@@ -74,14 +83,29 @@ class PretrainConfig:
 
     device: str | None = None
     """cpu, cuda or cuda:N. Default: cuda where there is one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 is autocast over float32 weights. auto: bf16 on a GPU that has it, otherwise fp32."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """bf16 is autocast over float32 weights; tf32 (a GPU) rounds the factors of float32 products. auto: bf16 on
+    a GPU that has it, otherwise fp32."""
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """Format of the tokens between blocks under --precision bf16; bf16 is half the memory, rounded in every block."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """What blocks compute again in the backward pass to save memory: nothing; all but matrix products and attention;
+    everything. The results are the same bits."""
+    compile: Literal["off", "block", "model"] = "off"
+    """torch.compile of each block, or of the whole loss. The first step takes minutes; a CPU needs a C++ compiler."""
     ops: Literal["auto", "triton", "native", "reference"] = "auto"
     """Masking, gathering, assembling and the loss: Triton kernels (a GPU), C++ (a CPU), or the PyTorch that defines
     them. auto: what is made for the device."""
     attention: Literal["auto", "sdpa", "xformers", "triton"] = "auto"
     """sdpa is torch's own choice. auto: the fastest in the table that `fastmae bench attention --write` measures, sdpa
     for what is not in it."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """How several ranks share the weights: each has all (DistributedDataParallel), each has a piece (FSDP2), or groups
+    of ranks have all together."""
+    shard_size: int | None = None
+    """Ranks that hold one copy of the weights together under --parallel hsdp. Default: those of a machine."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """In which format gradients travel between ranks; bf16 is half the traffic, rounded."""
     seed: int = 0
     """Of weights, order, crops, flips and masks."""
     num_workers: int | None = None
@@ -104,6 +128,12 @@ class PretrainConfig:
     max_corrupt: float = 0.01
     """Largest share of unusable images before the run stops; 20 of them are always tolerated."""
 
+    max_skipped: int = 20
+    """Steps in a row with a loss or gradient that is not finite before the run goes back to its newest checkpoint and
+    on with other data; if that happens there once more, it stops."""
+    hang_timeout: float | None = 1800.0
+    """Seconds without a finished step after which a process shows the stacks of its threads and ends; 0 for never."""
+
     resume: str = ""
     """`auto` continues output_dir's newest intact checkpoint, or starts if there is none; or a run folder, one of its
     checkpoints, or an official .pth file."""
@@ -115,11 +145,19 @@ class PretrainConfig:
     """Optimiser steps between resumable checkpoints. Default: the fewest whole epochs of at least 300 steps."""
     keep: int = 2
     """How many of the newest resumable checkpoints stay."""
+    keep_every: int | None = None
+    """Also keep, for ever, the resumable checkpoints at multiples of this many times checkpoint_freq."""
+    async_save: bool = True
+    """Write resumable checkpoints while training goes on, from a copy in the host's memory."""
 
     log_freq: int = 20
     """Optimiser steps between reads of the losses; each step's loss is logged all the same."""
     log_dir: str | None = None
     """Also write TensorBoard files here (needs the extra `track`)."""
+    wandb: str | None = None
+    """Also log to this project of Weights & Biases (needs the extra `wandb`)."""
+    profile: int | None = None
+    """Trace so many steps, after 5 others, into OUTPUT_DIR/profile."""
     probe: bool | None = None
     """Measure k-NN and linear-probe accuracy before and after. Default: where labels exist, up to 20,000 images."""
 
@@ -247,7 +285,8 @@ class BenchAttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchStepConfig:
-    """Time a training step beside the published formulation and transformers' ViTMAE, once their losses agree."""
+    """Time a training step beside the published formulation, transformers' ViTMAE, and ours with one switch of pretrain
+    each, once their losses agree."""
 
     model: str = "mae_vit_base_patch16"
     """A preset."""
@@ -257,6 +296,12 @@ class BenchStepConfig:
     """cpu, cuda or cuda:N. Default: cuda where there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """bf16 is autocast over float32 weights. auto: bf16 on a GPU that has it, otherwise fp32."""
+    peers: bool = True
+    """Time the published formulation and transformers' ViTMAE as well."""
+    switches: tuple[BenchSwitch, ...] = ()
+    """Time our step with each of these as well. Compiling takes minutes on a CPU."""
+    phases: bool = False
+    """Also time the forward pass alone and with the backward pass."""
     rounds: int = 7
     """Steps a contestant; contestants take turns."""
     output: str | None = None
@@ -356,9 +401,10 @@ class ResolvedConfig(PretrainConfig):
 FIXED_IN_A_RUN = (
     "model", "input_size", "in_chans", "norm_pix_loss", "mask_ratio", "mean", "std", "crop_scale", "flip",
     "seed", "global_batch", "dataset_length", "order", "keep_last", "repeated_masks",
+    "ema",
 )  # fmt: skip
 # What those were in a checkpoint from before they could be chosen.
-UNLESS_SAVED = {"order": FULL_SHUFFLE, "keep_last": False, "repeated_masks": 1}
+UNLESS_SAVED = {"order": FULL_SHUFFLE, "keep_last": False, "repeated_masks": 1, "ema": None}
 
 
 def resolve(
@@ -425,15 +471,16 @@ def check_pretrain(config: PretrainConfig) -> None:
             raise UserError(f"--{flag} {shown}: must be {expected}")
 
     need(0 < config.mask_ratio < 1, "mask_ratio", "above 0 and below 1; the published ratio is 0.75")
-    for flag in ("batch_size", "accum_iter", "save_freq", "log_freq", "keep", "repeated_masks"):
+    for flag in ("batch_size", "accum_iter", "save_freq", "log_freq", "keep", "repeated_masks", "max_skipped"):
         need(getattr(config, flag) >= 1, flag, "at least 1")
     divides = config.batch_size % config.repeated_masks == 0
     need(divides, "repeated_masks", f"a divisor of --batch_size {config.batch_size}")
     need(config.cache_gb is None or config.cache == "ram", "cache_gb", "given together with --cache ram")
     need(config.cache_gb is None or 0 < config.cache_gb < math.inf, "cache_gb", "a positive number of GiB")
-    for flag in ("epochs", "num_workers", "checkpoint_freq", "in_chans"):
+    for flag in ("epochs", "num_workers", "checkpoint_freq", "in_chans", "shard_size", "keep_every"):
         need(getattr(config, flag) is None or getattr(config, flag) >= 1, flag, "at least 1")
-    for flag in ("lr", "blr"):
+    need(config.shard_size is None or config.parallel == "hsdp", "shard_size", "given together with --parallel hsdp")
+    for flag in ("lr", "blr", "clip_grad"):
         value = getattr(config, flag)
         need(value is None or (math.isfinite(value) and value > 0), flag, "a positive number")
     for flag in ("min_lr", "weight_decay", "start_epoch", "warmup_epochs"):
@@ -448,6 +495,12 @@ def check_pretrain(config: PretrainConfig) -> None:
     if config.crop_scale is not None:
         low, high = config.crop_scale
         need(0 < low <= high <= 1, "crop_scale", "two numbers with 0 < smallest ≤ largest ≤ 1")
+    need(config.profile is None or config.profile >= 1, "profile", "at least 1")
+    timeout = config.hang_timeout
+    need(timeout is None or (math.isfinite(timeout) and timeout >= 0), "hang_timeout", "0 or more seconds")
+    need(config.ema is None or 0 < config.ema < 1, "ema", "above 0 and below 1")
+    fits = config.compile != "model" or config.parallel == "ddp"
+    need(fits, "compile", f"off or block with --parallel {config.parallel}, which communicates between blocks")
     need(0 <= config.max_corrupt <= 1, "max_corrupt", "a share between 0 and 1")
     if config.std is not None:
         need(all(s > 0 for s in config.std), "std", "positive")

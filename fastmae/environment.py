@@ -23,6 +23,7 @@ PACKAGES = (
     "tensorboard",
     "transformers",
     "tyro",
+    "wandb",
     "xformers",
 )
 
@@ -48,3 +49,23 @@ def hardware() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpus": gpus,
     }
+
+
+# Dense bf16 products, TFLOP/s, from the vendor's data sheets, by the words of the device's name. NVL boards and slices
+# of a GPU (MIG) have other peaks, so nothing is said of them.
+PEAK_TFLOPS = (
+    ({"H100", "PCIe"}, 756),
+    ({"A100"}, 312),
+    ({"H100"}, 989),
+    ({"H200"}, 989),
+    ({"GH200"}, 989),
+    ({"B200"}, 2250),
+)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The bf16 peak of a GPU in FLOP/s; None for one that is not in the table, and for a CPU."""
+    words = set(device_name.replace("-", " ").split())
+    if words & {"MIG", "NVL"}:
+        return None
+    return next((tera * 1e12 for known, tera in PEAK_TFLOPS if known <= words), None)

@@ -26,6 +26,11 @@ RUN: dict[str, Any] = {
 }
 
 
+def soak(short: int, long: int) -> int:
+    """How often: a short sample, or the long campaign with FASTMAE_SOAK=1."""
+    return long if os.environ.get("FASTMAE_SOAK") else short
+
+
 def small_run(data_path: str, output_dir: Path, **changes: Any) -> PretrainConfig:
     """A configuration of 36 steps that takes seconds."""
     return PretrainConfig(data_path=data_path, output_dir=str(output_dir), **{**RUN, **changes})
@@ -61,9 +66,10 @@ def metrics(output_dir: Path) -> list[tuple[int, int, float, float]]:
 
 
 def final_state(output_dir: Path) -> dict[str, bytes]:
-    """Every tensor of the newest checkpoint, as bytes."""
+    """Every tensor of the newest checkpoint of one process, as bytes."""
     newest = max((output_dir / "checkpoints").glob("step-*"))
-    return {name: array.tobytes() for name, array in load_file(newest / "state.safetensors").items()}
+    (file,) = newest.glob("*.safetensors")
+    return {name: array.tobytes() for name, array in load_file(file).items()}
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -54,7 +54,10 @@ def test_what_is_given_stays():
 
 def test_nothing_is_left_open():
     left = [name for name, value in dataclasses.asdict(resolved(CIFAR)).items() if value is None]
-    assert left == ["device", "cache_gb", "checkpoint_freq", "log_dir"]
+    assert left == [
+        "clip_grad", "ema", "device", "shard_size", "cache_gb", "checkpoint_freq", "keep_every", "log_dir", "wandb",
+        "profile",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

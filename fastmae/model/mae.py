@@ -24,6 +24,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Size = int | tuple[int, int]
 
 
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """What matrix products are computed in inside an autocast region; None outside."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def _pair(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
@@ -41,6 +46,9 @@ class MaskedAutoencoderViT(nn.Module):
         norm_pix_loss: predict pixels normalised by their patch's own mean and variance (paper, table 1d).
         mean, std: C numbers each, in units of [0, 1], with which uint8 images are normalised. Without them: ImageNet's
             for 3 channels, 0.5 and 0.25 for any other number.
+
+    With ``autocast_residual`` set, the tokens between blocks are kept in autocast's dtype: half the memory and traffic,
+    and a rounding after every addition. Otherwise, as published, autocast leaves them in float32.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -103,6 +111,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.register_buffer("_ones", torch.ones(in_chans), persistent=False)
         self._initialise()
 
+    autocast_residual = False
     mean: torch.Tensor
     std: torch.Tensor
     _zeros: torch.Tensor
@@ -180,16 +189,19 @@ class MaskedAutoencoderViT(nn.Module):
     def _encode(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The encoder on the patches ``ids`` [N, K] alone: tokens [N, 1+K, D], class token first."""
         pixels, mean, std = self._pixels(images)
-        device = images.device.type
-        weight = self.patch_embed.proj.weight
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = _autocast_dtype(images.device.type) or self.patch_embed.proj.weight.dtype
         x = self.patch_embed(gather_patches(pixels, ids, self.patch_size, mean, std, dtype))
         x = x + self.pos_embed[0, 1:][ids.long()]
         cls_token = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        x = self._residual(torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1))
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def _residual(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens as the blocks add to them. The dtype lasts: autocast's products have it too."""
+        dtype = _autocast_dtype(x.device.type) if self.autocast_residual else None
+        return x if dtype is None else x.to(dtype)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """The encoder on whole images, nothing masked: normalised tokens [N, 1+L, D], class token first."""
@@ -228,7 +240,7 @@ class MaskedAutoencoderViT(nn.Module):
     def _decode(self, latent: torch.Tensor, ids_shuffle: torch.Tensor, start: int) -> torch.Tensor:
         """Predictions [N, L+1−start, P] of the shuffled tokens from ``start`` on (0 is the class token)."""
         x = self.decoder_embed(latent)
-        x = assemble_tokens(x, self.mask_token[0, 0], self.decoder_pos_embed[0], ids_shuffle)
+        x = self._residual(assemble_tokens(x, self.mask_token[0, 0], self.decoder_pos_embed[0], ids_shuffle))
         for block in self.decoder_blocks[:-1]:
             x = block(x)
         x = self.decoder_blocks[-1](x, start)

@@ -18,6 +18,7 @@ import torch
 from fastmae.errors import UserError
 from fastmae.files import write_whole
 from fastmae.model.mae import PRESETS, MaskedAutoencoderViT
+from fastmae.model.sharding import laid_out_like
 
 # The state of a fresh gradient scaler. bf16 and fp32 need none, but the published loader asks for one.
 _SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
@@ -47,16 +48,22 @@ class OfficialFile:
 
 
 def save_official(
-    path: Path, model: MaskedAutoencoderViT, optimizer: torch.optim.Optimizer, epoch: int, args: dict[str, Any]
+    path: Path, weights: dict[str, torch.Tensor], moments: dict[str, Any], epoch: int, args: dict[str, Any]
 ) -> None:
-    """Writes the published training file whole or not at all; ``args`` holds plain numbers, strings and lists.
+    """Writes the published training file whole or not at all.
+
+    Args:
+        path: of the .pth.
+        weights, moments: state dicts of the model and the optimiser, in one piece.
+        epoch: the one that is done.
+        args: plain numbers, strings and lists.
 
     Raises:
         UserError: the file system refused.
     """
     content = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "model": weights,
+        "optimizer": moments,
         "epoch": epoch,
         "scaler": _SCALER,
         "args": args,
@@ -110,7 +117,7 @@ def load_weights(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
             raise UserError(f"{file.path}: {len(keys)} tensors are {what} ({keys[0]} …); name its preset with --model")
     with torch.no_grad():
         for key in wanted:
-            own[key].copy_(file.model[key])
+            own[key].copy_(laid_out_like(own[key], file.model[key]))
 
 
 def model_of_file(file: OfficialFile, preset: str | None) -> MaskedAutoencoderViT:

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fastmae.ops.attention import attention
 
 NormLayer = Callable[[int], nn.Module]
+Checkpointing = Literal["none", "selective", "full"]
+
+# Matrix products, and attention however it is computed: what costs most to compute again.
+EXPENSIVE = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.fastmae.attention.default,
+]
 
 
 def sincos_positions(dim: int, grid_size: tuple[int, int]) -> torch.Tensor:
@@ -79,7 +95,13 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block."""
+    """A pre-norm transformer block.
+
+    ``checkpointing`` says what it keeps for the backward pass: all; the results of ``EXPENSIVE`` operations
+    (``selective``); its input alone (``full``). The rest is computed again, with the same bits.
+    """
+
+    checkpointing: Checkpointing = "none"
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, norm_layer: NormLayer) -> None:
         super().__init__()
@@ -90,5 +112,13 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
         """Tokens [N, S, D] give the block's output for the tokens from ``start`` on, [N, S − start, D]."""
+        if self.checkpointing == "none":
+            return self._output(x, start)
+        again = partial(checkpoint, self._output, x, start, use_reentrant=False, preserve_rng_state=False)
+        if self.checkpointing == "full":
+            return again()
+        return again(context_fn=partial(create_selective_checkpoint_contexts, EXPENSIVE))
+
+    def _output(self, x: torch.Tensor, start: int) -> torch.Tensor:
         x = x[:, start:] + self.attn(self.norm1(x), start)
         return x + self.mlp(self.norm2(x))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -51,8 +52,8 @@ def assemble_tokens(
     tokens = _empty(dtype, visible.shape[0], *pos_embed.shape)
     _C.assemble_tokens(
         _array(visible),
-        _array(mask_token),
-        _array(pos_embed),
+        _array_of_weights(mask_token),
+        _array_of_weights(pos_embed),
         _array(ids_shuffle),
         torch.get_num_threads(),
         _array(tokens),
@@ -133,5 +134,14 @@ def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """The same memory, with the same strides."""
     if tensor.dtype == torch.uint16:
         raise ValueError("tensors of dtype uint16 are not supported, got one")
+    return _bits(tensor).numpy()
+
+
+def _array_of_weights(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """``_array`` that leaves the storage resizable, as ``numpy()`` does not: FSDP2 empties and refills it."""
+    return np.from_dlpack(_bits(tensor))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
     bits = tensor.detach()
-    return (bits.view(torch.uint16) if tensor.dtype == torch.bfloat16 else bits).numpy()
+    return bits.view(torch.uint16) if tensor.dtype == torch.bfloat16 else bits

@@ -1,17 +1,23 @@
-"""Ranks: who am I among how many, on which device, and how gradients and decisions are shared."""
+"""Ranks: who am I among how many, on which device, and how weights, gradients and decisions are shared."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmae.errors import UserError
+from fastmae.model.sharding import local_part
+from fastmae.model.vit import Block
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,11 @@ def choose_device(flag: str | None, local_rank: int = 0) -> torch.device:
     return device
 
 
+def witness(parameters: Iterable[torch.Tensor], world: World) -> torch.Tensor:
+    """A number, the same on every rank, that is finite only if all weights of all ranks are."""
+    return world.mean(torch.stack([local_part(parameter.detach()).sum() for parameter in parameters]).sum())
+
+
 def start(device: str | None) -> World:
     """Joins the ranks that torchrun announces in the environment."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -92,11 +103,61 @@ def stop(world: World) -> None:
         dist.destroy_process_group()
 
 
-def share_gradients(module: nn.Module, world: World) -> nn.Module:
-    """The module, with gradients averaged over ranks during backward where there are several."""
+@dataclass(frozen=True)
+class Sharing:
+    """What ranks have in common: ``ddp`` copies, ``fsdp`` pieces of one copy, ``hsdp`` pieces of several."""
+
+    kind: str
+    reason: str
+    reduce: torch.dtype
+    """In which gradients travel."""
+    shard_size: int
+    """Ranks that hold one copy together."""
+
+
+def choose_sharing(kind: str, reduce: str, shard_size: int | None, world: World) -> Sharing:
+    """What --parallel, --reduce and --shard_size come to with these ranks.
+
+    Raises:
+        UserError: copies of ``shard_size`` ranks do not come out even.
+    """
+    dtype = torch.bfloat16 if reduce == "bf16" else torch.float32
+    if world.size == 1:
+        return Sharing("none", "one rank", dtype, 1)
+    if kind != "hsdp":
+        return Sharing(kind, f"{world.size} ranks, gradients in {reduce}", dtype, 1 if kind == "ddp" else world.size)
+    if shard_size is None:
+        shard_size = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    if world.size % shard_size:
+        raise UserError(f"--shard_size {shard_size}: must divide the {world.size} ranks")
+    copies = f"{world.size // shard_size} copies of {shard_size} ranks each"
+    return Sharing(kind, f"{copies}, gradients in {reduce}", dtype, shard_size)
+
+
+def share(module: nn.Module, world: World, sharing: Sharing) -> nn.Module:
+    """The module as all ranks train it: gradients are averaged over them during backward.
+
+    FSDP2 works in place: from here on parameters are DTensors, of which each rank holds a piece, so the optimiser is
+    made afterwards. They stay float32; autocast computes in less, as it does with DDP.
+    """
     if world.size == 1:
         return module
-    options: dict[str, Any] = {"gradient_as_bucket_view": True}
-    if world.device.type == "cuda":
-        options["device_ids"] = [world.device.index]
-    return DistributedDataParallel(module, **options)
+    if sharing.kind == "ddp":
+        options: dict[str, Any] = {"gradient_as_bucket_view": True}
+        if world.device.type == "cuda":
+            options["device_ids"] = [world.device.index]
+        copy = DistributedDataParallel(module, **options)
+        if sharing.reduce == torch.bfloat16:
+            # Under its own name DDP refuses it on a CPU, where gloo can do it as well.
+            copy.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+        return copy
+    shape: tuple[int, ...] = (world.size,)
+    names: tuple[str, ...] = ("shard",)
+    if sharing.kind == "hsdp":
+        shape, names = (world.size // sharing.shard_size, sharing.shard_size), ("replicate", "shard")
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(reduce_dtype=sharing.reduce)
+    for block in [part for part in module.modules() if isinstance(part, Block)]:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+    return module

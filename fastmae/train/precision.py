@@ -1,7 +1,9 @@
-"""Which number format the step computes in: float32, or bfloat16 autocast over float32 weights."""
+"""Which number format the step computes in: float32, TF32 products of it, or bfloat16 autocast over float32 weights."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +23,28 @@ class Precision:
         """The autocast region of a forward pass; does nothing for fp32."""
         return torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
 
+    @contextmanager
+    def products(self) -> Generator[None]:
+        """While entered, float32 matrix products, forward and backward, are rounded to TF32 if that was asked for."""
+        before = torch.get_float32_matmul_precision()
+        if self.name == "tf32":
+            torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            if self.name == "tf32":
+                torch.set_float32_matmul_precision(before)
+
 
 def choose_precision(flag: str, device: torch.device) -> Precision:
     """``auto`` is bf16 on a GPU that has it, otherwise fp32.
 
     Raises:
-        UserError: bf16 was asked of a GPU without it.
+        UserError: bf16 or tf32 was asked of a device without it.
     """
+    if flag == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        has_none = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+        raise UserError(f"--precision tf32: {has_none} has no TensorFloat-32; use fp32")
     supported = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if flag == "bf16" and not supported:
         raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bfloat16; use fp32")

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +23,47 @@ from fastmae.data.plan import mask_draws, micro_batches, plan_epoch
 from fastmae.data.quarantine import Quarantine
 from fastmae.data.sources import Source, describe, open_train, shown, train_and_val
 from fastmae.data.statistics import channel_statistics
-from fastmae.environment import hardware, versions
+from fastmae.environment import hardware, peak_flops, versions
 from fastmae.errors import UserError
 from fastmae.evaluate.probe import probe
 from fastmae.evaluate.reconstruct import caption, fixed_images, reconstruct, save_grid
 from fastmae.files import write_text
+from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD, MaskedAutoencoderViT
 from fastmae.model.official import build_model, save_official
+from fastmae.model.sharding import in_one_piece, is_sharded
 from fastmae.ops.attention import attention_backend
 from fastmae.ops.backends import asked_backends, describe_ops, using
 from fastmae.ops.random_masking import random_masking
 from fastmae.train import parallel
-from fastmae.train.checkpoint import prune_checkpoints, restore, save_checkpoint, set_aside_newer
-from fastmae.train.health import EXIT_INTERRUPTED, StopSignals, require_finite
+from fastmae.train.average import Average, in_checkpoint, start_average, update_average
+from fastmae.train.checkpoint import MANIFEST, Saver, find_checkpoint, restore, set_aside_newer, training_tensors
+from fastmae.train.health import (
+    EXIT_INTERRUPTED,
+    LossSpikes,
+    StopSignals,
+    Watchdog,
+    data_seed,
+    first_not_finite,
+    read_detours,
+    report_not_finite,
+    require_finite,
+    restart_hazard,
+    write_detours,
+)
 from fastmae.train.metrics import Screen, StepLog
 from fastmae.train.optim import learning_rate, make_optimizer
 from fastmae.train.precision import Precision, choose_precision
-from fastmae.train.step import TrainingLoss, train_step
+from fastmae.train.profile import profiled
+from fastmae.train.sinks import Sink, check_sinks, open_sinks
+from fastmae.train.step import TrainingLoss, prepare, train_step
 
 PICTURE_IMAGES = 8
 MIN_CHECKPOINT_STEPS = 300
+NAMED_SAMPLES = 8
 
 Say = Callable[[str], None]
+Request = tuple[np.ndarray, np.ndarray]
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -53,21 +73,27 @@ def pretrain(config: PretrainConfig) -> int:
         UserError: settings, data or checkpoints that cannot work.
     """
     check_pretrain(config)
+    check_sinks(config.log_dir, config.wandb)
     world = parallel.start(config.device)
     try:
         with using(ops=config.ops, attention=config.attention), StopSignals() as stop:
-            return _pretrain(config, world, stop)
+            while (status := _pretrain(config, world, stop)) is None:
+                config = dataclasses.replace(config, resume="auto")
+            return status
     finally:
         parallel.stop(world)
 
 
-def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -> int:
+def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -> int | None:
+    """One course: from where --resume says to the end, a signal, or (None) to where it is to go back and on again."""
     # Settings and data: from here on nothing is left open.
     source = open_train(flags.data_path)
     facts = describe(source)
     config = _resolve(flags, source, facts, world)
     settings = _as_json(config)
     precision = choose_precision(config.precision, world.device)
+    if config.residual == "bf16" and precision.autocast is None:
+        raise UserError(f"--residual bf16: goes with --precision bf16, not {precision.name}; leave one out")
     decoder, why_decoder = choose_decoder(config.decoder, world.device, source, config.in_chans)
     if config.cache == "ram":
         source = cached(source, config.in_chans, memory_budget(config.cache_gb, parallel.ranks_here()), decoder)
@@ -82,6 +108,11 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     # Model and optimiser, the same on every rank.
     torch.manual_seed(config.seed)
     model = _model(settings, config.mask_ratio).to(world.device)
+    model.autocast_residual = config.residual == "bf16"
+    sharing = parallel.choose_sharing(config.parallel, config.reduce, config.shard_size, world)
+    loss_alone = TrainingLoss(model, config.mask_ratio)
+    prepare(loss_alone, config.checkpointing, config.compile)
+    loss_of = parallel.share(loss_alone, world, sharing)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
 
     # Where to begin.
@@ -94,48 +125,84 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
         fresh_step=config.start_epoch * steps_per_epoch,
         steps_per_epoch=steps_per_epoch,
     )
+    detours = read_detours(run, restored.step, Path(restored.origin) / MANIFEST if restored.origin else None)
+    seed = data_seed(config.seed, len(detours))
+    average = start_average(model, restored.origin) if config.ema is not None else {}
     decoding = describe_decoder(decoder, why_decoder)
     backends = chosen_backends(world.device, precision, model.attention_shapes(config.mask_ratio), decoding)
+    backends["parallel"] = f"{sharing.kind} ({sharing.reason})"
     if isinstance(source, CachedSource):
         backends["cache"] = describe_cache(source)
     world.barrier()  # every rank has looked before the first one writes
+    screen = Screen(
+        total_steps=total_steps,
+        epochs=config.epochs,
+        images_a_step=config.global_batch,
+        start_step=restored.step,
+        shows=world.is_first,
+    )
+    say = screen.say
     log = StepLog(
         run,
         device=world.device,
         log_freq=config.log_freq,
+        rank=world.rank,
+        ranks=world.size,
         mean_over_ranks=world.mean,
-        writes=world.is_first,
-        log_dir=config.log_dir,
         num_workers=config.num_workers,
+        full_speed=_full_speed(model, config.mask_ratio, world),
+        spike_score=LossSpikes().score,
+        sinks=_sinks(run, config, settings, world, say),
+        say=say,
     )
-    screen = Screen(total_steps=total_steps, epochs=config.epochs, start_step=restored.step, shows=world.is_first)
-    say = screen.say
     if world.is_first:
         _open_run_folder(run, settings, world, backends)
         _announce(say, config, facts, backends, model)
         if restored.origin is not None:
             say(f"resumed         {restored.origin}, after step {restored.step}")
+        if (hazard := restart_hazard()) is not None:
+            say(f"restarts        {hazard} (docs/large-runs.md)")
+        if detours:
+            say(f"other data      after step {' and '.join(map(str, detours))}, as losses were not finite there")
         for path in set_aside_newer(run, restored.step):
             say(f"set aside       {path}, as the run goes on from before it; delete it when nobody needs it")
-        if config.probe and restored.step == 0:
-            _probe(say, run, "before", config, model)
+    if config.probe and restored.step == 0:
+        weights = in_one_piece(model.state_dict(), keep=world.is_first)
+        if world.is_first:
+            _probe(say, run, "before", config, _unsharded(model, weights, settings))
     log.resume(restored.step, restored.step // steps_per_epoch, restored.epoch_sums)
     world.barrier()
 
     # The loop.
-    loss_of = parallel.share_gradients(TrainingLoss(model, config.mask_ratio), world)
     quarantine_name = "quarantine.jsonl" if world.size == 1 else f"quarantine-{world.rank}.jsonl"
     quarantine = Quarantine(run / quarantine_name, config.max_corrupt)
-    batches = load_batches(
+    load = partial(
+        load_batches,
         source,
-        _requests(source, config, world, restored.step, total_steps, steps_per_epoch),
-        View(config.input_size, config.in_chans, seed=config.seed, scale=config.crop_scale, flip=config.flip),
+        view=View(config.input_size, config.in_chans, seed=seed, scale=config.crop_scale, flip=config.flip),
         device=world.device,
         num_workers=config.num_workers,
         pin_memory=config.pin_mem and world.device.type == "cuda",
         decoder=decoder,
     )
-    with screen, closing(batches), closing(_say_what_was_redone(batches, say)) as batches:
+    batches = load(_requests(source, config, seed, world, restored.step, total_steps, steps_per_epoch))
+    take = partial(
+        _micro_batches, config=config, seed=seed, num_patches=model.num_patches, quarantine=quarantine, log=log
+    )
+    keep_every = config.keep_every and config.keep_every * checkpoint_freq
+    saver = Saver(run, keep=config.keep, keep_every=keep_every, background=config.async_save)
+    unsaved = None
+    watchdog = Watchdog(config.hang_timeout, run / f"hang-{world.rank}.txt", f"rank {world.rank}")
+    profiling = profiled(run, config.profile, world.rank, world.device, say)
+    with (
+        screen,
+        saver,
+        watchdog,
+        profiling as profile_step,
+        precision.products(),
+        closing(batches),
+        closing(_say_what_was_redone(batches, say)) as batches,
+    ):
         for step in range(restored.step, total_steps):
             epoch, index = divmod(step, steps_per_epoch)
             lr = learning_rate(
@@ -145,44 +212,92 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
                 warmup_epochs=config.warmup_epochs,
                 epochs=config.epochs,
             )
-            micro = _micro_batches(batches, config, model.num_patches, quarantine, log)
-            loss = train_step(loss_of, optimizer, micro, config.accum_iter, lr, precision.context(world.device))
+            micro = take(batches)
+            autocast = precision.context(world.device)
+            stepped = train_step(
+                loss_of, optimizer, micro, config.accum_iter, lr, autocast, config.clip_grad, world.mean
+            )
+            if config.ema is not None:
+                update_average(average, model, config.ema, stepped.skipped)
             done = step + 1
-            log.add(step=done, epoch=epoch, loss=loss, lr=lr, images=config.global_batch)
+            log.add(stepped, step=done, epoch=epoch, lr=lr, images=config.global_batch)
             screen.update(done, epoch, log.latest)
+            watchdog.beat()
+            profile_step()
 
-            if index + 1 == steps_per_epoch:
+            epoch_ends = index + 1 == steps_per_epoch
+            if epoch_ends:
                 log.end_epoch(epoch)
-                if world.is_first and (epoch % config.save_freq == 0 or epoch + 1 == config.epochs):
-                    require_finite(model.parameters(), done)
-                    save_official(_official_path(run, epoch), model, optimizer, epoch, settings)
-                    _picture(_picture_path(run, epoch), config, model, source)
             stopping = world.any(stop.received is not None)
-            if done % checkpoint_freq == 0 or done == total_steps or stopping:
+            saves = done % checkpoint_freq == 0 or done == total_steps or stopping
+            if saves:
                 log.sync()
-                if world.is_first:
-                    require_finite(model.parameters(), done)
-                    position = {"settings": settings, "epoch_sums": log.epoch_sums}
-                    save_checkpoint(run, done, model, optimizer, position)
-                    prune_checkpoints(run, config.keep)
-                world.barrier()
+            # Weights that made the last steps fail are no use to anybody, so nothing is saved until one succeeds.
+            failing = log.skipped_in_a_row > 0
+            if log.skipped_in_a_row >= config.max_skipped or (failing and done == total_steps):
+                first = done - log.skipped_in_a_row
+                requests = list(_requests(source, config, seed, world, first, first + 1, steps_per_epoch))
+                names = [source.name(index) for indices, _ in requests for index in indices[:NAMED_SAMPLES].tolist()]
+                place = first_not_finite(model, partial(_losses, loss_of, load, requests, take, autocast), world.any)
+                report = report_not_finite(first + 1, done, place, names[:NAMED_SAMPLES])
+                log.close()
+                saver.wait()
+                _go_back(flags, run, config.start_epoch * steps_per_epoch, detours, report, world)
+                return None
+            if epoch_ends and not failing and (epoch % config.save_freq == 0 or epoch + 1 == config.epochs):
+                require_finite([parallel.witness(model.parameters(), world)], done)
+                unsaved = _export(run, epoch, config, settings, model, optimizer, average, source, world)
+            if saves and not failing:
+                require_finite([parallel.witness(model.parameters(), world)], done)
+                position = {"settings": settings, "epoch_sums": log.epoch_sums, "detours": detours}
+                saver.save(done, training_tensors(model, optimizer) | in_checkpoint(average), position)
             if stopping and done < total_steps:
+                saver.finish()
                 log.close()
                 why = stop.received or "a signal to another rank"
-                say(f"stopped         by {why} after step {done}, which is saved; continue with --resume auto")
+                saved = "which was skipped, so an earlier one is saved" if failing else "which is saved"
+                say(f"stopped         by {why} after step {done}, {saved}; continue with --resume auto")
                 return EXIT_INTERRUPTED
+            watchdog.beat()
 
     # What is left behind.
+    saver.finish()
     log.close()
+    if world.any(unsaved is not None):
+        raise UserError(unsaved or "the first rank could not save all that it should; its last line says what")
+    if config.probe:
+        weights = in_one_piece(model.state_dict(), keep=world.is_first)
     if world.is_first:
         if config.probe:
-            _show_probe(say, _probe(say, run, "after", config, model))
+            _show_probe(say, _probe(say, run, "after", config, _unsharded(model, weights, settings)))
         if len(quarantine):
             say(f"skipped         {len(quarantine)} unusable images, listed in {quarantine.path}")
         say(f"reconstruction  {_picture_path(run, config.epochs - 1)}")
         say(f"checkpoint      {_official_path(run, config.epochs - 1)}")
     world.barrier()
     return 0
+
+
+def _go_back(
+    flags: PretrainConfig, run: Path, fresh_step: int, detours: list[int], report: str, world: parallel.World
+) -> None:
+    """Notes that the run is to do the steps after its newest intact checkpoint once more, with other data.
+
+    Raises:
+        UserError: they were already done with other data, or there is nothing to go back to.
+    """
+    found = find_checkpoint(run)
+    step = fresh_step if found.path is None else int(found.manifest["step"])
+    remedy = "lower --blr (or use --precision fp32), then continue with --resume auto"
+    if step in detours:
+        raise UserError(f"{report}; it was so with other data after step {step}, too: {remedy}")
+    if found.path is None and flags.resume not in ("", "auto"):
+        raise UserError(f"{report}; no checkpoint was saved since {flags.resume}: lower --blr and name another folder")
+    print(f"fastmae: {report}; going back to step {step}, and on with other data", file=sys.stderr, flush=True)
+    world.barrier()  # every rank has looked
+    if world.is_first:
+        write_detours(run, [*detours, step])
+    world.barrier()
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -221,6 +336,30 @@ def _model(settings: dict[str, Any], mask_ratio: float) -> MaskedAutoencoderViT:
     return model
 
 
+def _full_speed(model: MaskedAutoencoderViT, mask_ratio: float, world: parallel.World) -> float | None:
+    """Images a second of all ranks if their devices computed at their peak all the time; None where it is unknown."""
+    peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+    return peak and world.size * peak / (3 * flops_per_image(model, mask_ratio))
+
+
+def _sinks(run: Path, config: ResolvedConfig, settings: dict[str, Any], world: parallel.World, say: Say) -> list[Sink]:
+    """Where the first rank's log goes besides its folder; other ranks have none."""
+    if not world.is_first:
+        return []
+    return open_sinks(run, log_dir=config.log_dir, wandb=config.wandb, settings=settings, say=say)
+
+
+def _unsharded(
+    model: MaskedAutoencoderViT, weights: dict[str, torch.Tensor], settings: dict[str, Any]
+) -> MaskedAutoencoderViT:
+    """The model for one rank alone: a copy made of ``weights``, which are in one piece, if it lies on several."""
+    if not is_sharded(model):
+        return model
+    copy = build_model(settings).to(model.mean.device)
+    copy.load_state_dict(weights)
+    return copy
+
+
 def _as_json(config: ResolvedConfig) -> dict[str, Any]:
     """The configuration as it looks after a round trip through JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -255,15 +394,21 @@ def chosen_backends(
 
 
 def _requests(
-    source: Source, config: ResolvedConfig, world: parallel.World, start: int, total: int, steps_per_epoch: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Micro-batches from step ``start`` to the end of the run, each epoch planned when it is reached."""
+    source: Source,
+    config: ResolvedConfig,
+    seed: int,
+    world: parallel.World,
+    start: int,
+    stop: int,
+    steps_per_epoch: int,
+) -> Iterator[Request]:
+    """Micro-batches from step ``start`` up to step ``stop``, each epoch planned when it is reached."""
     crops = config.batch_size // config.repeated_masks
     plan = None
-    for step in range(start, total):
+    for step in range(start, stop):
         epoch, index = divmod(step, steps_per_epoch)
         if plan is None or plan.epoch != epoch:
-            plan = plan_epoch(config.seed, epoch, len(source), crops, world.rank, world.size, source.stretches)
+            plan = plan_epoch(seed, epoch, len(source), crops, world.rank, world.size, source.stretches)
         for micro in range(config.accum_iter):
             yield plan.batch(index * config.accum_iter + micro)
 
@@ -283,7 +428,12 @@ def _say_what_was_redone(batches: Iterable[Batch], say: Say) -> Generator[Batch]
 
 
 def _micro_batches(
-    batches: Iterator[Batch], config: ResolvedConfig, num_patches: int, quarantine: Quarantine, log: StepLog
+    batches: Iterator[Batch],
+    config: ResolvedConfig,
+    seed: int,
+    num_patches: int,
+    quarantine: Quarantine,
+    log: StepLog,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """One step's micro-batches as (images, ids_shuffle)."""
     for _ in range(config.accum_iter):
@@ -296,7 +446,22 @@ def _micro_batches(
             draws = mask_draws(draw_ids.numpy(), config.dataset_length, config.repeated_masks)
             draw_ids = torch.from_numpy(draws)
         draw_ids = draw_ids.to(images.device, non_blocking=True)
-        yield images, random_masking(draw_ids, config.seed, num_patches)
+        yield images, random_masking(draw_ids, seed, num_patches)
+
+
+def _losses(
+    loss_of: torch.nn.Module,
+    load: Callable[[Iterable[Request]], Generator[Batch]],
+    requests: list[Request],
+    take: Callable[[Iterator[Batch]], Iterator[tuple[torch.Tensor, torch.Tensor]]],
+    autocast: torch.autocast,
+) -> Iterator[torch.Tensor]:
+    """The losses of the micro-batches of one step, of which this rank has ``requests``."""
+    with closing(load(requests)) as batches:
+        for images, ids_shuffle in take(batches):
+            with autocast:
+                loss = loss_of(images, ids_shuffle)
+            yield loss
 
 
 # --- the run folder ---------------------------------------------------------------------------------------------------
@@ -345,10 +510,43 @@ def _announce(
         say(f"{name:15} {choice}")
 
 
+def _export(
+    run: Path,
+    epoch: int,
+    config: ResolvedConfig,
+    settings: dict[str, Any],
+    model: MaskedAutoencoderViT,
+    optimizer: torch.optim.Optimizer,
+    average: Average,
+    source: Source,
+    world: parallel.World,
+) -> str | None:
+    """The published file and the pictures after an epoch. Returns what could not be written, if anything.
+
+    Every rank calls it, the first one writes. A disk that is full ends no run: the next epoch's may fit.
+    """
+    weights = in_one_piece(model.state_dict(), keep=world.is_first)
+    moments = in_one_piece(optimizer.state_dict(), keep=world.is_first)
+    means = in_one_piece(average, keep=world.is_first)
+    if not world.is_first:
+        return None
+    try:
+        save_official(_official_path(run, epoch), weights, moments, epoch, settings)
+        if means:
+            path = _official_path(run, epoch)
+            save_official(path.with_stem(f"{path.stem}-ema"), weights | means, moments, epoch, settings)
+        _picture(_picture_path(run, epoch), config, _unsharded(model, weights, settings), source)
+    except UserError as error:
+        print(f"fastmae: {error}; the run goes on", file=sys.stderr, flush=True)
+        return str(error)
+    return None
+
+
 def _picture(path: Path, config: ResolvedConfig, model: MaskedAutoencoderViT, source: Source) -> None:
     """Fixed images with fixed masks, so that the pictures of a run can be compared."""
     images = fixed_images(model, source, PICTURE_IMAGES)
-    rows = reconstruct(model, images, mask_ratio=config.mask_ratio, seed=config.seed)
+    with torch.compiler.set_stance("force_eager"):
+        rows = reconstruct(model, images, mask_ratio=config.mask_ratio, seed=config.seed)
     save_grid(path, rows, caption(model, config.mask_ratio))
 
 
@@ -359,7 +557,8 @@ def _probe(say: Say, run: Path, when: str, config: ResolvedConfig, model: Masked
     if when not in results:
         say(f"probe           measuring k-NN and linear-probe accuracy {when} pretraining …")
         train, val = train_and_val(config.data_path)
-        results[when] = probe(model, train, val, num_workers=config.num_workers)
+        with torch.compiler.set_stance("force_eager"):  # whole images are another shape: compiling takes longer
+            results[when] = probe(model, train, val, num_workers=config.num_workers)
         write_text(path, json.dumps(results, indent=1))
     return results
 

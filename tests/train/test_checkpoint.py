@@ -1,18 +1,33 @@
 """Checkpoint folders by themselves: what is written, what a failing disk leaves, what is refused."""
 
+import copy
 import json
+import os
+import random
 import resource
 from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers import soak
 
 from fastmae.errors import UserError
 from fastmae.model.official import build_model, save_official
-from fastmae.train.checkpoint import find_checkpoint, load_checkpoint, load_model, prune_checkpoints, save_checkpoint
+from fastmae.train.checkpoint import (
+    Saver,
+    find_checkpoint,
+    load_checkpoint,
+    load_model,
+    manifest_text,
+    prune_checkpoints,
+    read_manifest,
+    save_checkpoint,
+    training_tensors,
+)
 from fastmae.train.optim import make_optimizer
 
 SETTINGS = dict(model="mae_vit_tiny_patch4", input_size=[16, 16], in_chans=1, norm_pix_loss=False, mean=None, std=None)
+FILE = "shard-00001-model-00001-of-00001.safetensors"
 POSITION = {"settings": SETTINGS, "epoch_sums": {"loss": 0.5, "lr": 0.25, "steps": 2}}
 
 
@@ -40,11 +55,12 @@ def full_disk(limit: int):
 
 def test_what_is_saved_comes_back(tmp_path, trained):
     model, optimizer = trained
-    path = save_checkpoint(tmp_path, 7, model, optimizer, POSITION)
-    assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "state.safetensors"]
+    path = save_checkpoint(tmp_path, 7, training_tensors(model, optimizer), POSITION)
+    assert sorted(file.name for file in path.iterdir()) == ["manifest.json", FILE]
     other = build_model(SETTINGS)
     restored = make_optimizer(other, 1e-3, 0.05)
-    manifest = load_checkpoint(path, other, restored)
+    manifest = read_manifest(path)
+    load_checkpoint(path, manifest, other, restored)
     assert manifest["step"] == 7
     assert manifest["epoch_sums"] == POSITION["epoch_sums"]
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
@@ -56,12 +72,13 @@ def test_what_is_saved_comes_back(tmp_path, trained):
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, trained):
     model, optimizer = trained
-    first = save_checkpoint(tmp_path, 1, model, optimizer, POSITION)
+    tensors = training_tensors(model, optimizer)
+    first = save_checkpoint(tmp_path, 1, tensors, POSITION)
     for limit in (100, 100_000):
         with full_disk(limit), pytest.raises(UserError, match=r"could not be saved .*earlier ones are intact"):
-            save_checkpoint(tmp_path, 2, model, optimizer, POSITION)
+            save_checkpoint(tmp_path, 2, tensors, POSITION)
         with full_disk(limit), pytest.raises(UserError, match=r"could not be saved .*are intact"):
-            save_official(tmp_path / "checkpoint-0.pth", model, optimizer, 0, {})
+            save_official(tmp_path / "checkpoint-0.pth", model.state_dict(), optimizer.state_dict(), 0, {})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert find_checkpoint(tmp_path).path == first
@@ -69,10 +86,86 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, trained):
 
 def test_only_the_newest_stay_and_leftovers_of_a_kill_go(tmp_path, trained):
     for step in (1, 2, 30, 4):
-        save_checkpoint(tmp_path, step, *trained, POSITION)
+        save_checkpoint(tmp_path, step, training_tensors(*trained), POSITION)
     (tmp_path / "checkpoints" / ".partial-step-00000003").mkdir()
     prune_checkpoints(tmp_path, 2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000030"]
+
+
+def test_every_so_many_steps_a_checkpoint_stays_for_ever(tmp_path, trained):
+    for step in (10, 20, 25, 30, 40, 50):
+        save_checkpoint(tmp_path, step, training_tensors(*trained), POSITION)
+        prune_checkpoints(tmp_path, 2, 20)
+    assert [int(path.name[5:]) for path in sorted((tmp_path / "checkpoints").iterdir())] == [20, 40, 50]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_training_goes_on_while_a_copy_is_written(tmp_path, trained, background):
+    model, optimizer = trained
+    expected, position = model.cls_token.detach().clone(), copy.deepcopy(POSITION)
+    with Saver(tmp_path, keep=2, keep_every=None, background=background) as saver:
+        saver.save(1, training_tensors(model, optimizer), position)
+        with torch.no_grad():
+            model.cls_token.zero_()
+        position["epoch_sums"]["loss"] = 7.0
+        saver.save(2, training_tensors(model, optimizer), position)
+        saver.finish()
+    first, second = sorted((tmp_path / "checkpoints").iterdir())
+    assert torch.equal(load_model(str(first)).cls_token, expected)
+    assert read_manifest(first)["epoch_sums"] == POSITION["epoch_sums"]
+    assert not load_model(str(second)).cls_token.any()
+
+
+def test_a_save_that_fails_is_told_at_once_and_the_next_one_tries_again(tmp_path, trained, capsys):
+    tensors = training_tensors(*trained)
+    with Saver(tmp_path, keep=1, keep_every=None, background=True) as saver:
+        saver.save(1, tensors, POSITION)
+        saver.finish()
+        with full_disk(100_000):
+            saver.save(2, tensors, POSITION)
+            assert "step-00000002 could not be saved" in saver.wait()
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1
+        assert "the run goes on" in said
+        with pytest.raises(UserError, match=r"step-00000002 could not be saved .*earlier ones are intact"):
+            saver.finish()
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+        saver.save(3, tensors, POSITION)
+        saver.finish()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_weights_that_were_never_trained_come_back_too(tmp_path):
+    """As when every step so far was skipped: AdamW has no moments yet."""
+    model = build_model(SETTINGS)
+    path = save_checkpoint(tmp_path, 1, training_tensors(model, make_optimizer(model, 1e-3, 0.05)), POSITION)
+    restored = make_optimizer(model, 1e-3, 0.05)
+    load_checkpoint(path, read_manifest(path), model, restored)
+    assert all(state["step"] == 0 and not state["exp_avg"].any() for state in restored.state.values())
+
+
+def test_a_flip_of_any_bit_is_caught_and_names_the_file(tmp_path, trained):
+    older = save_checkpoint(tmp_path, 1, training_tensors(*trained), POSITION)
+    newest = save_checkpoint(tmp_path, 2, training_tensors(*trained), POSITION)
+    dice = random.Random(os.getpid())
+    for file in sorted(newest.iterdir()):
+        whole = file.read_bytes()
+        for _ in range(soak(5, 2000)):
+            data, place = bytearray(whole), dice.randrange(len(whole))
+            data[place] ^= 1 << dice.randrange(8)
+            file.write_bytes(data)
+            found = find_checkpoint(tmp_path)
+            assert found.path == older, f"byte {place} of {file.name}"
+            assert file.name in found.refused[0]
+        file.write_bytes(whole)
+    assert find_checkpoint(tmp_path).path == newest
+
+
+def test_a_file_that_is_not_in_the_manifest_is_refused(tmp_path, trained):
+    path = save_checkpoint(tmp_path, 1, training_tensors(*trained), POSITION)
+    (path / "shard-00002-model-00001-of-00001.safetensors").write_bytes((path / FILE).read_bytes())
+    with pytest.raises(UserError, match=r"shard-00002\S* is not in manifest.json"):
+        load_model(str(path))
 
 
 @pytest.mark.parametrize(
@@ -88,10 +181,11 @@ def test_only_the_newest_stay_and_leftovers_of_a_kill_go(tmp_path, trained):
     ],
 )
 def test_a_manifest_that_was_tampered_with_is_refused_in_one_line(tmp_path, trained, change):
-    path = save_checkpoint(tmp_path, 1, *trained, POSITION)
+    path = save_checkpoint(tmp_path, 1, training_tensors(*trained), POSITION)
     manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]
     change(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(manifest_text(manifest))
     with pytest.raises(UserError) as caught:
         load_model(str(path))
     assert "\n" not in str(caught.value)

@@ -1,28 +1,195 @@
-"""Two ranks with the same global batch see the same losses as one, and stop together."""
+"""Any number of ranks that share weights in any way see the losses of one, stop together, and go on from each other."""
 
+import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from helpers import command, environment, metrics, run, small_run
+import pytest
+import torch
+from helpers import command, environment, metrics, small_run, soak
+from ranks import run_ranks, start_ranks
 
+from fastmae.config import PretrainConfig
+from fastmae.errors import UserError
+from fastmae.model.official import read_official
+from fastmae.train.checkpoint import find_checkpoint, load_model, read_manifest
+from fastmae.train.parallel import World, choose_sharing
 from fastmae.train.pretrain import pretrain
+
+# 9 steps of 8 images.
+SHORT = dict(epochs=1, warmup_epochs=0.5, checkpoint_freq=2, keep=9)
+WAYS = ["2-ddp", "2-fsdp", "2-fsdp-accumulated", "1-fsdp", "1-fsdp-hsdp"]
+WAYS += ["2-ddp-accumulated", "4-ddp", "4-fsdp", "4-hsdp"][: soak(0, 4)]
+ROUNDED = ["2-ddp-bf16", "2-fsdp-bf16"][: soak(1, 2)]
 
 
 def torchrun(words: list[str]) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words[1:]]
 
 
-def test_two_ranks_equal_one(blobs, tmp_path):
-    assert pretrain(small_run(blobs, tmp_path / "one", batch_size=8)) == 0
-    finished = run(torchrun(command(blobs, tmp_path / "two", batch_size=4)))
-    assert finished.returncode == 0, finished.stderr
-    np.testing.assert_allclose(metrics(tmp_path / "two"), metrics(tmp_path / "one"), rtol=1e-5)
-    assert (tmp_path / "two" / "checkpoint-3.pth").exists()
+def tiny(data_path: str, ranks: int, output_dir: Path, **changes: Any) -> PretrainConfig:
+    """The training that is the same whatever the ranks are."""
+    return small_run(data_path, output_dir, **{**SHORT, "batch_size": 8 // ranks, **changes})
+
+
+def copy_of_run(source: Path, target: Path, step: int) -> Path:
+    """A run folder as it was when the checkpoint of ``step`` was the newest."""
+    shutil.copytree(source, target)
+    for path in (target / "checkpoints").iterdir():
+        if path.name > f"step-{step:08d}":
+            shutil.rmtree(path)
+    return target
+
+
+def by_name(data_path: str, folder: Path, way: str) -> PretrainConfig:
+    """The training that a way is named after."""
+    ranks, parallel, *others = way.split("-")
+    changes: dict[str, Any] = dict(parallel=parallel)
+    changes |= dict(batch_size=4 // int(ranks), accum_iter=2) if "accumulated" in others else {}
+    changes |= dict(shard_size=2) if parallel == "hsdp" else {}
+    changes |= dict(reduce="bf16") if "bf16" in others else {}
+    return tiny(data_path, int(ranks), folder / way, **changes)
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """But for the bias of keys: its gradient is zero but for rounding, which AdamW takes for a direction."""
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        parts = tensor.chunk(3), other[name].chunk(3)
+        for i in (0, 2) if name.endswith("qkv.bias") else (0, 1, 2)[: len(parts[0])]:
+            torch.testing.assert_close(parts[0][i], parts[1][i], rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def runs(blobs, tmp_path_factory) -> Path:
+    """The same training by 1, 2 and 4 ranks in every way, and one that went on in another way each time."""
+    folder = tmp_path_factory.mktemp("runs")
+    longer = folder / "two epochs"
+    assert pretrain(small_run(blobs, longer, **{**SHORT, "epochs": 2}, save_freq=1)) == 0
+    assert pretrain(small_run(blobs, folder / "one", **SHORT)) == 0
+    assert pretrain(small_run(blobs, folder / "one-fsdp", **SHORT, parallel="fsdp", async_save=False)) == 0
+    copy_of_run(folder / "one", folder / "1-fsdp", 2)
+    run_ranks(
+        2,
+        tiny(blobs, 2, folder / "2-fsdp", parallel="fsdp", probe=True),
+        tiny(blobs, 2, folder / "2-from-pth", parallel="fsdp", resume=str(longer / "checkpoint-0.pth"), epochs=2),
+        tiny(blobs, 2, folder / "1-fsdp", parallel="fsdp", resume="auto"),
+        *(by_name(blobs, folder, way) for way in [*WAYS, *ROUNDED] if way.startswith("2-") and way != "2-fsdp"),
+    )
+    copy_of_run(folder / "1-fsdp", folder / "1-fsdp-hsdp", 4)
+    run_ranks(
+        4,
+        tiny(blobs, 4, folder / "1-fsdp-hsdp", parallel="hsdp", shard_size=2, resume="auto"),
+        *(by_name(blobs, folder, way) for way in WAYS if way.startswith("4-")),
+    )
+    copy_of_run(folder / "1-fsdp-hsdp", folder / "1-fsdp-hsdp-one", 6)
+    assert pretrain(small_run(blobs, folder / "1-fsdp-hsdp-one", **SHORT, resume="auto")) == 0
+    return folder
+
+
+def test_one_rank_is_by_itself_whatever_was_asked_for(runs):
+    assert metrics(runs / "one-fsdp") == metrics(runs / "one")
+    start = json.loads((runs / "one-fsdp" / "environment.jsonl").read_text())
+    assert start["backends"]["parallel"] == "none (one rank)"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_has_the_losses_of_one_rank(runs, way):
+    np.testing.assert_allclose(metrics(runs / way), metrics(runs / "one"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ROUNDED)
+def test_gradients_that_travel_in_bf16_are_rounded_and_little_else_changes(runs, way):
+    found, exact = metrics(runs / way), metrics(runs / way.removesuffix("-bf16"))
+    assert found != exact
+    np.testing.assert_allclose(found, exact, rtol=1e-3)
+
+
+def test_a_run_goes_on_with_other_ranks_that_share_weights_in_another_way(runs):
+    """One rank for 2 steps, FSDP on 2 for 2, HSDP on 2 × 2 for 2, one rank for 3."""
+    chain, undisturbed = runs / "1-fsdp-hsdp-one", runs / "one"
+    starts = [json.loads(line) for line in (chain / "environment.jsonl").read_text().splitlines()]
+    assert [start["ranks"] for start in starts] == [1, 2, 4, 1]
+    files = [len(list((chain / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"))) for step in (2, 4, 6, 9)]
+    assert files == [1, 2, 4, 1]
+    np.testing.assert_allclose(metrics(chain), metrics(undisturbed), rtol=1e-6)
+    assert_same_weights(load_model(str(chain)).state_dict(), load_model(str(undisturbed)).state_dict())
+
+
+def test_a_checkpoint_of_several_ranks_is_read_by_one(runs):
+    for way in ("2-ddp", "2-fsdp", "1-fsdp-hsdp"):
+        assert_same_weights(load_model(str(runs / way)).state_dict(), load_model(str(runs / "one")).state_dict())
+
+
+def test_the_published_file_and_the_pictures_of_weights_in_pieces_are_whole(runs):
+    whole, gathered = (read_official(runs / way / "checkpoint-0.pth") for way in ("one", "2-fsdp"))
+    assert_same_weights(gathered.model, whole.model)
+    assert gathered.optimizer["state"].keys() == whole.optimizer["state"].keys()
+    for index, moments in whole.optimizer["state"].items():
+        for name, tensor in moments.items():
+            torch.testing.assert_close(gathered.optimizer["state"][index][name], tensor, rtol=1e-4, atol=1e-7)
+    assert (runs / "2-fsdp" / "reconstructions" / "epoch-0000.png").stat().st_size > 0
+    probed = json.loads((runs / "2-fsdp" / "probe.json").read_text())
+    assert probed["before"]["train"] == probed["after"]["train"] == 72
+
+
+def test_the_published_file_resumes_in_pieces(runs):
+    np.testing.assert_allclose(metrics(runs / "2-from-pth"), metrics(runs / "two epochs")[9:], rtol=1e-6)
+
+
+def test_copies_must_come_out_even():
+    world = World(0, 4, torch.device("cpu"))
+    assert choose_sharing("hsdp", "fp32", 2, world).reason == "2 copies of 2 ranks each, gradients in fp32"
+    with pytest.raises(UserError, match="--shard_size 3: must divide the 4 ranks"):
+        choose_sharing("hsdp", "fp32", 3, world)
+
+
+def test_killed_at_random_instants_the_run_goes_on_from_an_intact_checkpoint(blobs, tmp_path, runs):
+    """A checkpoint every step, so that most instants are in the middle of a save; one rank or all are killed."""
+    dice = random.Random(os.getpid())
+    config = tiny(blobs, 2, tmp_path / "run", parallel="fsdp", checkpoint_freq=1, keep=2, resume="auto")
+    checkpoints, killed = tmp_path / "run" / "checkpoints", 0
+    for index in range(soak(2, 40)):
+        known, ranks = set(checkpoints.glob("step-*")), start_ranks(2, config)
+        deadline = time.monotonic() + 120
+        while not set(checkpoints.glob("step-*")) - known and ranks[0].process.is_alive():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, 0.3))
+        victims = ranks if index % 2 else [dice.choice(ranks)]
+        for victim in victims:
+            victim.process.kill()
+        ended = [rank.finish() for rank in ranks]
+        assert all(status is not None for status, _ in ended), "a rank whose companion is gone must end as well"
+        killed += any(victim.process.exitcode == -signal.SIGKILL for victim in victims)
+        for path in checkpoints.glob("step-*"):
+            read_manifest(path)
+        if (checkpoints / "step-00000009").exists():
+            break
+    assert killed, "every run was done before it could be killed, so nothing was tested"
+    run_ranks(2, config)
+    assert metrics(tmp_path / "run") == metrics(runs / "2-fsdp")
+    assert not list((tmp_path / "run").rglob("*partial*"))
+
+
+def test_a_full_disk_is_told_each_time_and_is_an_error_after_the_last_step(blobs, tmp_path, runs):
+    intact = copy_of_run(runs / "2-fsdp", tmp_path / "run", 6)
+    ranks = start_ranks(2, tiny(blobs, 2, intact, parallel="fsdp", resume="auto"), file_size=2 * 2**20)
+    (first, said), (second, also_said) = (rank.finish() for rank in ranks)
+    assert (first, second) == (1, 1), said
+    assert said.count("the run goes on and tries again") == 2, said  # after steps 8 and 9
+    assert said.count("step-00000009 could not be saved") == also_said.count("step-00000009 could not be saved") + 1
+    assert metrics(intact) == metrics(runs / "2-fsdp")
+    assert find_checkpoint(intact).path == intact / "checkpoints" / "step-00000006"
+    assert not list(intact.rglob("*partial*"))
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(blobs, tmp_path):

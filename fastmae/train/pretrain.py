@@ -18,6 +18,7 @@ from fastmae.config import FIXED_IN_A_RUN, DataFacts, PretrainConfig, ResolvedCo
 from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
 from fastmae.data.decode import FOLDER_CHANNELS
 from fastmae.data.loader import Batch, View, choose_decoder, default_workers, describe_decoder, load_batches
+from fastmae.data.masks import MaskFile, Masks, choose_masks, open_masks, shuffled_ids
 from fastmae.data.plan import mask_draws, micro_batches, plan_epoch
 from fastmae.data.quarantine import Quarantine
 from fastmae.data.sources import Source, describe, open_train, shown, train_and_val
@@ -31,7 +32,6 @@ from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD, MaskedAutoencoderViT
 from fastmae.model.official import build_model, save_official
 from fastmae.ops.attention import attention_backend
 from fastmae.ops.backends import asked_backends, describe_ops, using
-from fastmae.ops.random_masking import random_masking
 from fastmae.train import parallel
 from fastmae.train.checkpoint import prune_checkpoints, restore, save_checkpoint, set_aside_newer
 from fastmae.train.health import EXIT_INTERRUPTED, StopSignals, require_finite
@@ -65,7 +65,8 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     # Settings and data: from here on nothing is left open.
     source = open_train(flags.data_path)
     facts = describe(source)
-    config = _resolve(flags, source, facts, world)
+    mask_file = open_masks(flags.masks, flags.mask_ratio)
+    config = _resolve(flags, source, facts, world, mask_file)
     settings = _as_json(config)
     precision = choose_precision(config.precision, world.device)
     decoder, why_decoder = choose_decoder(config.decoder, world.device, source, config.in_chans)
@@ -83,6 +84,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     torch.manual_seed(config.seed)
     model = _model(settings, config.mask_ratio).to(world.device)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    masks = choose_masks(config.masking, mask_file, model.grid_size, model.num_visible(config.mask_ratio), config.seed)
 
     # Where to begin.
     restored = restore(
@@ -112,7 +114,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     say = screen.say
     if world.is_first:
         _open_run_folder(run, settings, world, backends)
-        _announce(say, config, facts, backends, model)
+        _announce(say, config, facts, backends, model, masks)
         if restored.origin is not None:
             say(f"resumed         {restored.origin}, after step {restored.step}")
         for path in set_aside_newer(run, restored.step):
@@ -145,7 +147,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
                 warmup_epochs=config.warmup_epochs,
                 epochs=config.epochs,
             )
-            micro = _micro_batches(batches, config, model.num_patches, quarantine, log)
+            micro = _micro_batches(batches, config, masks, quarantine, log)
             loss = train_step(loss_of, optimizer, micro, config.accum_iter, lr, precision.context(world.device))
             done = step + 1
             log.add(step=done, epoch=epoch, loss=loss, lr=lr, images=config.global_batch)
@@ -156,7 +158,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
                 if world.is_first and (epoch % config.save_freq == 0 or epoch + 1 == config.epochs):
                     require_finite(model.parameters(), done)
                     save_official(_official_path(run, epoch), model, optimizer, epoch, settings)
-                    _picture(_picture_path(run, epoch), config, model, source)
+                    _picture(_picture_path(run, epoch), config, masks, model, source)
             stopping = world.any(stop.received is not None)
             if done % checkpoint_freq == 0 or done == total_steps or stopping:
                 log.sync()
@@ -188,7 +190,9 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def _resolve(flags: PretrainConfig, source: Source, facts: DataFacts, world: parallel.World) -> ResolvedConfig:
+def _resolve(
+    flags: PretrainConfig, source: Source, facts: DataFacts, world: parallel.World, mask_file: MaskFile | None
+) -> ResolvedConfig:
     """The configuration with every default filled in."""
     in_chans = flags.in_chans or facts.channels
     if facts.kind == "folder" and in_chans not in FOLDER_CHANNELS:
@@ -198,7 +202,8 @@ def _resolve(flags: PretrainConfig, source: Source, facts: DataFacts, world: par
         imagenet = facts.kind == "folder" and in_chans == 3
         measured = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else channel_statistics(source, in_chans)
         mean, std = mean or measured[0], std or measured[1]
-    return resolve(flags, facts, mean=mean, std=std, ranks=world.size, num_workers=default_workers())
+    masks = None if mask_file is None else mask_file.facts
+    return resolve(flags, facts, mean=mean, std=std, ranks=world.size, num_workers=default_workers(), masks=masks)
 
 
 def _check_batches(config: ResolvedConfig, world: parallel.World, steps_per_epoch: int) -> None:
@@ -283,7 +288,7 @@ def _say_what_was_redone(batches: Iterable[Batch], say: Say) -> Generator[Batch]
 
 
 def _micro_batches(
-    batches: Iterator[Batch], config: ResolvedConfig, num_patches: int, quarantine: Quarantine, log: StepLog
+    batches: Iterator[Batch], config: ResolvedConfig, masks: Masks, quarantine: Quarantine, log: StepLog
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """One step's micro-batches as (images, ids_shuffle)."""
     for _ in range(config.accum_iter):
@@ -295,8 +300,7 @@ def _micro_batches(
             images = images.repeat_interleave(config.repeated_masks, dim=0)
             draws = mask_draws(draw_ids.numpy(), config.dataset_length, config.repeated_masks)
             draw_ids = torch.from_numpy(draws)
-        draw_ids = draw_ids.to(images.device, non_blocking=True)
-        yield images, random_masking(draw_ids, config.seed, num_patches)
+        yield images, shuffled_ids(draw_ids, masks, images.device)
 
 
 # --- the run folder ---------------------------------------------------------------------------------------------------
@@ -334,21 +338,24 @@ def _announce(
     facts: DataFacts,
     backends: dict[str, str],
     model: MaskedAutoencoderViT,
+    masks: Masks,
 ) -> None:
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     height, width = config.input_size
     labels = "labelled" if facts.labelled else "without labels"
     say(f"data            {shown(config.data_path)}: {facts.length:,} images {facts.found}, {labels}")
     say(f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}")
+    say(f"masks           {masks}")
     say(f"batch           {config.global_batch} images a step, lr {config.lr:.2e}, {config.epochs} epochs")
     for name, choice in backends.items():
         say(f"{name:15} {choice}")
 
 
-def _picture(path: Path, config: ResolvedConfig, model: MaskedAutoencoderViT, source: Source) -> None:
+def _picture(path: Path, config: ResolvedConfig, masks: Masks, model: MaskedAutoencoderViT, source: Source) -> None:
     """Fixed images with fixed masks, so that the pictures of a run can be compared."""
     images = fixed_images(model, source, PICTURE_IMAGES)
-    rows = reconstruct(model, images, mask_ratio=config.mask_ratio, seed=config.seed)
+    ids_shuffle = shuffled_ids(torch.arange(len(images)), masks, images.device)
+    rows = reconstruct(model, images, ids_shuffle, mask_ratio=config.mask_ratio)
     save_grid(path, rows, caption(model, config.mask_ratio))
 
 

@@ -23,6 +23,8 @@ from fastmae.config import (
     ProbeConfig,
     ReconstructConfig,
     VerifyConfig,
+    check_masking,
+    chosen_masking,
 )
 from fastmae.errors import UserError
 
@@ -136,15 +138,26 @@ def _probe(config: ProbeConfig) -> None:
 
 
 def _reconstruct(config: ReconstructConfig) -> None:
+    import torch
+
+    from fastmae.data.masks import choose_masks, open_masks, shuffled_ids
     from fastmae.data.sources import open_train
     from fastmae.evaluate.reconstruct import caption, fixed_images, reconstruct, save_grid
     from fastmae.train.checkpoint import load_model
     from fastmae.train.parallel import choose_device
 
+    check_masking(config)
+    file = open_masks(config.masks, config.mask_ratio)
+    ratio = config.mask_ratio if file is None else file.facts.mask_ratio
     model = load_model(config.checkpoint, config.model, needs_decoder=True).to(choose_device(config.device))
+    try:
+        visible = model.num_visible(ratio)
+    except ValueError as error:
+        raise UserError(f"--mask_ratio {ratio}: {error}; choose another ratio") from error
+    masks = choose_masks(chosen_masking(config), file, model.grid_size, visible, config.seed)
     images = fixed_images(model, open_train(config.images), config.count)
-    rows = reconstruct(model, images, mask_ratio=config.mask_ratio, seed=config.seed)
-    save_grid(Path(config.output), rows, caption(model, config.mask_ratio))
+    ids_shuffle = shuffled_ids(torch.arange(len(images)), masks, images.device)
+    save_grid(Path(config.output), reconstruct(model, images, ids_shuffle, mask_ratio=ratio), caption(model, ratio))
     print(config.output)
 
 

@@ -20,7 +20,9 @@ T = TypeVar("T")
 BenchOp = Literal[
     "random_masking", "gather_patches", "scatter_patches", "assemble_tokens", "masked_mse", "attention"
 ]  # fmt: skip
+Masking = Literal["random", "block", "grid", "file"]
 FULL_SHUFFLE = "a full shuffle"
+PUBLISHED_RATIO = 0.75
 BenchSwitch = Literal[
     "bf16", "bf16-residual", "tf32", "checkpointing-selective", "checkpointing-full", "compile-block", "compile-model",
     "clip-grad", "ema",
@@ -43,8 +45,14 @@ class PretrainConfig:
     default for smaller ones)."""
     input_size: tuple[int, ...] | None = None
     """Side of the training crops in pixels, or height and width. Default: 224; for tiny_patch4 the images' own size."""
-    mask_ratio: float = 0.75
-    """Share of the patches that is masked."""
+    mask_ratio: float = PUBLISHED_RATIO
+    """Share of the patches that is masked. --masks says it itself: any value but the default must then be the same."""
+    masking: Masking | None = None
+    """Which patches: any at random, as published; rectangles (block); all but one of every 2×2 (grid); those that
+    --masks says (file). Default: random, with --masks file."""
+    masks: str = ""
+    """A .npy file of masks, bool or uint8 [B, rows, columns] of patches with 1 where masked, of which every draw takes
+    one at random."""
     norm_pix_loss: bool = False
     """Predict pixels normalised by the mean and variance of their patch."""
 
@@ -199,8 +207,12 @@ class ReconstructConfig:
     """The picture to write."""
     count: int = 8
     """How many of the images, evenly spaced."""
-    mask_ratio: float = 0.75
-    """Share of the patches that is masked."""
+    mask_ratio: float = PUBLISHED_RATIO
+    """Share of the patches that is masked. As for pretrain, so are the next two."""
+    masking: Masking | None = None
+    """random, block, grid or file. Default: random, with --masks file."""
+    masks: str = ""
+    """A .npy file of masks."""
     seed: int = 0
     """Of the masks."""
     device: str | None = None
@@ -367,6 +379,15 @@ class DataFacts:
     """Where the images lie, for people."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MaskFacts:
+    """What --masks holds."""
+
+    mask_ratio: float
+    found: str
+    """What the masks are, for people; the same only if they are the same."""
+
+
 SMALL_SIDE = 64
 SMALL_MODEL = "mae_vit_tiny_patch4"
 PROBE_LIMIT = 20_000
@@ -378,6 +399,7 @@ class ResolvedConfig(PretrainConfig):
 
     model: str
     input_size: tuple[int, int]
+    masking: Masking
     epochs: int
     lr: float
     blr: float
@@ -394,6 +416,8 @@ class ResolvedConfig(PretrainConfig):
     dataset_length: int
     order: str
     """What an epoch's order depends on besides the seed."""
+    given_masks: str
+    """What --masks holds; empty without."""
 
 
 # What the meaning of "step k" depends on: a run cannot be continued with another value of any of these. The split of
@@ -401,10 +425,12 @@ class ResolvedConfig(PretrainConfig):
 FIXED_IN_A_RUN = (
     "model", "input_size", "in_chans", "norm_pix_loss", "mask_ratio", "mean", "std", "crop_scale", "flip",
     "seed", "global_batch", "dataset_length", "order", "keep_last", "repeated_masks",
-    "ema",
+    "ema", "masking", "given_masks",
 )  # fmt: skip
 # What those were in a checkpoint from before they could be chosen.
-UNLESS_SAVED = {"order": FULL_SHUFFLE, "keep_last": False, "repeated_masks": 1, "ema": None}
+UNLESS_SAVED = {
+    "order": FULL_SHUFFLE, "keep_last": False, "repeated_masks": 1, "ema": None, "masking": "random", "given_masks": "",
+}  # fmt: skip
 
 
 def resolve(
@@ -415,8 +441,9 @@ def resolve(
     std: tuple[float, ...],
     ranks: int,
     num_workers: int,
+    masks: MaskFacts | None = None,
 ) -> ResolvedConfig:
-    """Fills in what was left open, from the data (``facts``, its ``mean`` and ``std``) and the machine."""
+    """Fills in what was left open, from the data (``facts``, its ``mean`` and ``std``), --masks and the machine."""
     digits = facts.kind == "digits"
     in_chans = config.in_chans or facts.channels
     input_size: tuple[int, ...] = (224, 224)
@@ -435,6 +462,8 @@ def resolve(
     chosen = dict(
         model=model,
         input_size=(input_size[0], input_size[-1]),
+        mask_ratio=config.mask_ratio if masks is None else masks.mask_ratio,
+        masking=chosen_masking(config),
         epochs=epochs,
         lr=_given(config.lr, blr * global_batch / 256),
         blr=blr,
@@ -449,12 +478,35 @@ def resolve(
         global_batch=global_batch,
         dataset_length=facts.length,
         order=facts.order,
+        given_masks="" if masks is None else masks.found,
     )
     return ResolvedConfig(**{**dataclasses.asdict(config), **chosen})
 
 
 def _given(value: T | None, default: T) -> T:
     return default if value is None else value
+
+
+def chosen_masking(config: PretrainConfig | ReconstructConfig) -> Masking:
+    """What --masking says, or its default."""
+    return config.masking or ("file" if config.masks else "random")
+
+
+def check_masking(config: PretrainConfig | ReconstructConfig) -> None:
+    """Refuses what cannot be masked, whatever the data and the model.
+
+    Raises:
+        UserError: naming the flag, its value and what it must be.
+    """
+    ratio, masking = f"--mask_ratio {config.mask_ratio}", f"--masking {config.masking}"
+    if not 0 < config.mask_ratio < 1:
+        raise UserError(f"{ratio}: must be above 0 and below 1; the published ratio is {PUBLISHED_RATIO}")
+    if config.masking == "file" and not config.masks:
+        raise UserError(f"{masking}: must be given together with --masks FILE.npy")
+    if config.masks and config.masking not in (None, "file"):
+        raise UserError(f"{masking}: must be file, or left out, with --masks")
+    if config.masking == "grid" and config.mask_ratio != PUBLISHED_RATIO:
+        raise UserError(f"{ratio}: must be {PUBLISHED_RATIO} with --masking grid, which keeps one patch of every 2×2")
 
 
 def check_pretrain(config: PretrainConfig) -> None:
@@ -470,7 +522,7 @@ def check_pretrain(config: PretrainConfig) -> None:
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise UserError(f"--{flag} {shown}: must be {expected}")
 
-    need(0 < config.mask_ratio < 1, "mask_ratio", "above 0 and below 1; the published ratio is 0.75")
+    check_masking(config)
     for flag in ("batch_size", "accum_iter", "save_freq", "log_freq", "keep", "repeated_masks", "max_skipped"):
         need(getattr(config, flag) >= 1, flag, "at least 1")
     divides = config.batch_size % config.repeated_masks == 0

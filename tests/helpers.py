@@ -26,11 +26,6 @@ RUN: dict[str, Any] = {
 }
 
 
-def soak(short: int, long: int) -> int:
-    """How often: a short sample, or the long campaign with FASTMAE_SOAK=1."""
-    return long if os.environ.get("FASTMAE_SOAK") else short
-
-
 def small_run(data_path: str, output_dir: Path, **changes: Any) -> PretrainConfig:
     """A configuration of 36 steps that takes seconds."""
     return PretrainConfig(data_path=data_path, output_dir=str(output_dir), **{**RUN, **changes})

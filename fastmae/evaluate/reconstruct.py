@@ -14,7 +14,7 @@ from fastmae.errors import UserError
 from fastmae.evaluate.features import evaluation_view
 from fastmae.files import write_whole
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.ops import gather_patches, random_masking, scatter_patches
+from fastmae.ops import gather_patches, scatter_patches
 from fastmae.ops.masked_mse import patch_statistics
 
 GRAY = 0.5
@@ -33,18 +33,17 @@ def fixed_images(model: MaskedAutoencoderViT, source: Source, count: int) -> tor
 
 @torch.no_grad()
 def reconstruct(
-    model: MaskedAutoencoderViT, images: torch.Tensor, *, mask_ratio: float, seed: int
+    model: MaskedAutoencoderViT, images: torch.Tensor, ids_shuffle: torch.Tensor, *, mask_ratio: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(original, masked, reconstructed), each uint8 [N, H, W, C]; image n is masked by draw n of ``seed``.
+    """(original, masked, reconstructed), each uint8 [N, H, W, C], masked by ``ids_shuffle`` int32 [N, L].
 
     The reconstruction shows the visible patches as they are and predictions in the masked ones, the only place where
     the loss asks for any. With norm_pix_loss a prediction is a patch without its mean and contrast, so those of the
     target are put back: detail is the model's, brightness is not.
     """
-    N, K = len(images), model.num_visible(mask_ratio)
-    ids = random_masking(torch.arange(N), seed, model.num_patches).to(images.device)
-    visible, masked = ids[:, :K], ids[:, K:]
-    latent, _, ids_restore = model.forward_encoder(images, mask_ratio, ids_shuffle=ids)
+    K = model.num_visible(mask_ratio)
+    visible, masked = ids_shuffle[:, :K], ids_shuffle[:, K:]
+    latent, _, ids_restore = model.forward_encoder(images, mask_ratio, ids_shuffle=ids_shuffle)
     pred = model.forward_decoder(latent, ids_restore).float()
     pred = pred.gather(1, masked.long()[:, :, None].expand(-1, -1, pred.shape[2]))
 
@@ -58,7 +57,7 @@ def reconstruct(
 
     def place(patches: torch.Tensor) -> torch.Tensor:
         both = torch.cat([cut(visible), patches], dim=1)
-        return scatter_patches(both, ids, model.grid_size, model.patch_size, model.mean, model.std, torch.uint8)
+        return scatter_patches(both, ids_shuffle, model.grid_size, model.patch_size, model.mean, model.std, torch.uint8)
 
     return images, place(grayed), place(pred)
 

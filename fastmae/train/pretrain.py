@@ -19,6 +19,7 @@ from fastmae.config import FIXED_IN_A_RUN, DataFacts, PretrainConfig, ResolvedCo
 from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
 from fastmae.data.decode import FOLDER_CHANNELS
 from fastmae.data.loader import Batch, View, choose_decoder, default_workers, describe_decoder, load_batches
+from fastmae.data.masks import MaskFile, Masks, choose_masks, open_masks, shuffled_ids
 from fastmae.data.plan import mask_draws, micro_batches, plan_epoch
 from fastmae.data.quarantine import Quarantine
 from fastmae.data.sources import Source, describe, open_train, shown, train_and_val
@@ -34,7 +35,6 @@ from fastmae.model.official import build_model, save_official
 from fastmae.model.sharding import in_one_piece, is_sharded
 from fastmae.ops.attention import attention_backend
 from fastmae.ops.backends import asked_backends, describe_ops, using
-from fastmae.ops.random_masking import random_masking
 from fastmae.train import parallel
 from fastmae.train.average import Average, in_checkpoint, start_average, update_average
 from fastmae.train.checkpoint import MANIFEST, Saver, find_checkpoint, restore, set_aside_newer, training_tensors
@@ -89,7 +89,8 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     # Settings and data: from here on nothing is left open.
     source = open_train(flags.data_path)
     facts = describe(source)
-    config = _resolve(flags, source, facts, world)
+    mask_file = open_masks(flags.masks, flags.mask_ratio)
+    config = _resolve(flags, source, facts, world, mask_file)
     settings = _as_json(config)
     precision = choose_precision(config.precision, world.device)
     if config.residual == "bf16" and precision.autocast is None:
@@ -114,6 +115,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     prepare(loss_alone, config.checkpointing, config.compile)
     loss_of = parallel.share(loss_alone, world, sharing)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    masks = choose_masks(config.masking, mask_file, model.grid_size, model.num_visible(config.mask_ratio), config.seed)
 
     # Where to begin.
     restored = restore(
@@ -157,7 +159,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     )
     if world.is_first:
         _open_run_folder(run, settings, world, backends)
-        _announce(say, config, facts, backends, model)
+        _announce(say, config, facts, backends, model, masks)
         if restored.origin is not None:
             say(f"resumed         {restored.origin}, after step {restored.step}")
         if (hazard := restart_hazard()) is not None:
@@ -187,7 +189,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     )
     batches = load(_requests(source, config, seed, world, restored.step, total_steps, steps_per_epoch))
     take = partial(
-        _micro_batches, config=config, seed=seed, num_patches=model.num_patches, quarantine=quarantine, log=log
+        _micro_batches, config=config, masks=dataclasses.replace(masks, seed=seed), quarantine=quarantine, log=log
     )
     keep_every = config.keep_every and config.keep_every * checkpoint_freq
     saver = Saver(run, keep=config.keep, keep_every=keep_every, background=config.async_save)
@@ -246,7 +248,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
                 return None
             if epoch_ends and not failing and (epoch % config.save_freq == 0 or epoch + 1 == config.epochs):
                 require_finite([parallel.witness(model.parameters(), world)], done)
-                unsaved = _export(run, epoch, config, settings, model, optimizer, average, source, world)
+                unsaved = _export(run, epoch, config, settings, masks, model, optimizer, average, source, world)
             if saves and not failing:
                 require_finite([parallel.witness(model.parameters(), world)], done)
                 position = {"settings": settings, "epoch_sums": log.epoch_sums, "detours": detours}
@@ -303,7 +305,9 @@ def _go_back(
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def _resolve(flags: PretrainConfig, source: Source, facts: DataFacts, world: parallel.World) -> ResolvedConfig:
+def _resolve(
+    flags: PretrainConfig, source: Source, facts: DataFacts, world: parallel.World, mask_file: MaskFile | None
+) -> ResolvedConfig:
     """The configuration with every default filled in."""
     in_chans = flags.in_chans or facts.channels
     if facts.kind == "folder" and in_chans not in FOLDER_CHANNELS:
@@ -313,7 +317,8 @@ def _resolve(flags: PretrainConfig, source: Source, facts: DataFacts, world: par
         imagenet = facts.kind == "folder" and in_chans == 3
         measured = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else channel_statistics(source, in_chans)
         mean, std = mean or measured[0], std or measured[1]
-    return resolve(flags, facts, mean=mean, std=std, ranks=world.size, num_workers=default_workers())
+    masks = None if mask_file is None else mask_file.facts
+    return resolve(flags, facts, mean=mean, std=std, ranks=world.size, num_workers=default_workers(), masks=masks)
 
 
 def _check_batches(config: ResolvedConfig, world: parallel.World, steps_per_epoch: int) -> None:
@@ -428,12 +433,7 @@ def _say_what_was_redone(batches: Iterable[Batch], say: Say) -> Generator[Batch]
 
 
 def _micro_batches(
-    batches: Iterator[Batch],
-    config: ResolvedConfig,
-    seed: int,
-    num_patches: int,
-    quarantine: Quarantine,
-    log: StepLog,
+    batches: Iterator[Batch], config: ResolvedConfig, masks: Masks, quarantine: Quarantine, log: StepLog
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """One step's micro-batches as (images, ids_shuffle)."""
     for _ in range(config.accum_iter):
@@ -445,8 +445,7 @@ def _micro_batches(
             images = images.repeat_interleave(config.repeated_masks, dim=0)
             draws = mask_draws(draw_ids.numpy(), config.dataset_length, config.repeated_masks)
             draw_ids = torch.from_numpy(draws)
-        draw_ids = draw_ids.to(images.device, non_blocking=True)
-        yield images, random_masking(draw_ids, seed, num_patches)
+        yield images, shuffled_ids(draw_ids, masks, images.device)
 
 
 def _losses(
@@ -499,12 +498,14 @@ def _announce(
     facts: DataFacts,
     backends: dict[str, str],
     model: MaskedAutoencoderViT,
+    masks: Masks,
 ) -> None:
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     height, width = config.input_size
     labels = "labelled" if facts.labelled else "without labels"
     say(f"data            {shown(config.data_path)}: {facts.length:,} images {facts.found}, {labels}")
     say(f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}")
+    say(f"masks           {masks}")
     say(f"batch           {config.global_batch} images a step, lr {config.lr:.2e}, {config.epochs} epochs")
     for name, choice in backends.items():
         say(f"{name:15} {choice}")
@@ -515,6 +516,7 @@ def _export(
     epoch: int,
     config: ResolvedConfig,
     settings: dict[str, Any],
+    masks: Masks,
     model: MaskedAutoencoderViT,
     optimizer: torch.optim.Optimizer,
     average: Average,
@@ -535,18 +537,19 @@ def _export(
         if means:
             path = _official_path(run, epoch)
             save_official(path.with_stem(f"{path.stem}-ema"), weights | means, moments, epoch, settings)
-        _picture(_picture_path(run, epoch), config, _unsharded(model, weights, settings), source)
+        _picture(_picture_path(run, epoch), config, masks, _unsharded(model, weights, settings), source)
     except UserError as error:
         print(f"fastmae: {error}; the run goes on", file=sys.stderr, flush=True)
         return str(error)
     return None
 
 
-def _picture(path: Path, config: ResolvedConfig, model: MaskedAutoencoderViT, source: Source) -> None:
+def _picture(path: Path, config: ResolvedConfig, masks: Masks, model: MaskedAutoencoderViT, source: Source) -> None:
     """Fixed images with fixed masks, so that the pictures of a run can be compared."""
     images = fixed_images(model, source, PICTURE_IMAGES)
+    ids_shuffle = shuffled_ids(torch.arange(len(images)), masks, images.device)
     with torch.compiler.set_stance("force_eager"):
-        rows = reconstruct(model, images, mask_ratio=config.mask_ratio, seed=config.seed)
+        rows = reconstruct(model, images, ids_shuffle, mask_ratio=config.mask_ratio)
     save_grid(path, rows, caption(model, config.mask_ratio))
 
 

@@ -68,9 +68,9 @@ class Seen:
             self.steps[step] = [(images.clone(), ids.clone()) for images, ids in batches]
             return take_step(loss_of, optimizer, iter(batches), *rest)
 
-        def recording_requests(source, config, world, start, *rest):
+        def recording_requests(source, config, seed, world, start, *rest):
             self.first, self.taken = start, 0
-            return requests(source, config, world, start, *rest)
+            return requests(source, config, seed, world, start, *rest)
 
         monkeypatch.setattr(module, "train_step", recording_step)
         monkeypatch.setattr(module, "_requests", recording_requests)
@@ -147,7 +147,7 @@ def test_ranks_see_one_order_from_any_step_on(tars, tmp_path, accum_iter, repeat
         )
         by_rank = []
         for rank in range(ranks):
-            requests = module._requests(source, config, World(rank, ranks, CPU), start, 14, 4)
+            requests = module._requests(source, config, 3, World(rank, ranks, CPU), start, 14, 4)
             batches = load_batches(source, requests, view, device=CPU, num_workers=2)
             by_rank.append([(batch.draw_ids, batch.images) for batch in batches])
         # Ranks take turns within a micro-step, micro-steps within a step.

@@ -1,0 +1,285 @@
+"""Which patches are masked when it is not at random: in blocks, by a grid, or as a file says.
+
+A mask is a row of ``ids_shuffle``: a permutation of the L patches of which the first K are visible, K the same for all
+rows, so that shapes are static. It is a pure function of (seed, draw_id), whatever the batch, the rank or the restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from tokenize import TokenError
+
+import numpy as np
+import torch
+
+from fastmae.config import PUBLISHED_RATIO, MaskFacts, Masking
+from fastmae.errors import UserError
+from fastmae.ops.random_masking import random_masking
+from fastmae.philox import STREAM_BLOCKS, STREAM_MASK_FILE, uniforms_numpy, words_numpy
+
+Grid = tuple[int, int]
+
+# The smallest rectangle is 16 patches of a grid of 14×14, and the same share of any other.
+SMALLEST_BLOCK = 16 / 196
+# Height over width, the log of it uniform.
+BLOCK_RATIO = (0.3, 1 / 0.3)
+# The last one is as large as the grid, so that every mask ends. Of 14×14 patches at 75 % one mask in 2000 needs more
+# than 40 rectangles, at 90 % one in 100 comes to the last.
+MAX_BLOCKS = 64
+CHECKED_AT_ONCE = 2**24
+# What NumPy raises for damaged .npy files, and this file for wrong ones.
+_UNREADABLE = (OSError, EOFError, ValueError, TypeError, OverflowError, SyntaxError, TokenError)
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """Masks that a user made."""
+
+    path: str
+    masked: np.ndarray
+    """uint8 [B, rows, columns], 1 where masked, as many in each; mapped from the file."""
+    count: int
+    """How many patches each masks."""
+    digest: str
+
+    @property
+    def facts(self) -> MaskFacts:
+        """What settings depend on."""
+        number, rows, columns = self.masked.shape
+        kind = f"{number} {'mask' if number == 1 else 'masks'} of {rows}×{columns}"
+        found = f"{kind}, {self.count} masked ({self.digest})"
+        return MaskFacts(mask_ratio=exact_ratio(rows * columns - self.count, rows * columns), found=found)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """How the masks of a run are drawn."""
+
+    masking: Masking
+    seed: int
+    grid: Grid
+    """(rows, columns) of patches; L of them."""
+    visible: int
+    """K."""
+    file: MaskFile | None = None
+
+    def __str__(self) -> str:
+        L = math.prod(self.grid)
+        share = f"{L - self.visible} of {L} patches"
+        match self.masking:
+            case "random":
+                return f"{share} at random"
+            case "block":
+                return f"{share} in rectangles"
+            case "grid":
+                return f"{share}, all but the top left of every 2×2"
+            case "file":
+                assert self.file is not None
+                return f"{share}, {self.file.path}: {self.file.facts.found}"
+
+
+def choose_masks(masking: Masking, file: MaskFile | None, grid: Grid, visible: int, seed: int) -> Masks:
+    """Checks that a model's patches can be masked so.
+
+    Raises:
+        UserError: they cannot.
+    """
+    own = "×".join(map(str, grid))
+    if masking == "grid" and (grid[0] % 2 or grid[1] % 2):
+        raise UserError(f"--masking grid: the model has {own} patches, not even numbers; choose another image size")
+    if file is not None and file.masked.shape[1:] != grid:
+        held = "×".join(map(str, file.masked.shape[1:]))
+        raise UserError(f"--masks {file.path}: for {held} patches, the model has {own}; give masks of its size")
+    return Masks(masking, seed, grid, visible, file)
+
+
+def shuffled_ids(draw_ids: torch.Tensor, masks: Masks, device: torch.device) -> torch.Tensor:
+    """ids_shuffle int32 [N, L] on ``device``, a permutation a row whose first K entries are visible.
+
+    Random ones are made there, in the order of their keys. The others are made on the CPU and list visible and masked
+    patches in rising order: attention does not depend on the order of its tokens, so only rounding does.
+
+    Args:
+        draw_ids: int64 [N] on the CPU; training uses ``epoch · len(dataset) + index``.
+    """
+    if masks.masking == "random":
+        return random_masking(draw_ids.to(device, non_blocking=True), masks.seed, math.prod(masks.grid))
+    ids = torch.from_numpy(visible_first(masked_patches(draw_ids.numpy(), masks)))
+    if device.type == "cuda":  # from pageable memory a copy would wait
+        ids = ids.pin_memory()
+    return ids.to(device, non_blocking=True)
+
+
+def masked_patches(draw_ids: np.ndarray, masks: Masks) -> np.ndarray:
+    """Where the masks are that are not random: bool [N, rows, columns]."""
+    if masks.file is not None:
+        number = len(masks.file.masked)
+        words = words_numpy(masks.seed, STREAM_MASK_FILE, draw_ids, 1)[:, 0].astype(np.uint64)
+        return masks.file.masked[(words * np.uint64(number)) >> np.uint64(32)].astype(bool)
+    if masks.masking == "grid":
+        return np.broadcast_to(grid_mask(masks.grid), (len(draw_ids), *masks.grid))
+    return block_masks(draw_ids, masks.seed, masks.grid, math.prod(masks.grid) - masks.visible)
+
+
+def visible_first(masked: np.ndarray) -> np.ndarray:
+    """Masks bool [N, rows, columns] as permutations int32 [N, L]: visible patches, then masked ones, each rising."""
+    return np.argsort(masked.reshape(len(masked), -1), axis=1, kind="stable").astype(np.int32)
+
+
+def grid_mask(grid: Grid) -> np.ndarray:
+    """All but the top left of every 2×2 patches (paper, table 1f): bool [rows, columns], for even numbers of them."""
+    masked = np.ones(grid, dtype=bool)
+    masked[::2, ::2] = False
+    return masked
+
+
+def block_masks(draw_ids: np.ndarray, seed: int, grid: Grid, count: int) -> np.ndarray:
+    """Rectangles at random places until ``count`` patches are masked (paper, table 1f; Bao et al. 2021, algorithm 1).
+
+    The area of a rectangle is uniform between ``SMALLEST_BLOCK`` of the grid and what is still to be masked, the log
+    of its aspect ratio uniform in ``BLOCK_RATIO``; sides are rounded, and cut to the grid's. Algorithm 1 ends with at
+    least as many patches as are asked for. Here they are exactly that many: a rectangle that would mask too many is
+    filled line by line from one of its corners until the number is reached. The corner, and whether lines are rows or
+    columns, is drawn, so that no side is preferred.
+
+    Returns:
+        bool [N, rows, columns]. Row n depends on seed and ``draw_ids[n]`` alone.
+    """
+    rows, columns = grid
+    L, N = rows * columns, len(draw_ids)
+    smallest = max(1.0, SMALLEST_BLOCK * L)
+    low, high = np.log(BLOCK_RATIO)
+    # Four draws a rectangle; four before them, of which one says how the last is filled.
+    draws = uniforms_numpy(seed, STREAM_BLOCKS, draw_ids, 4 * (MAX_BLOCKS + 1)).reshape(N, MAX_BLOCKS + 1, 4)
+    way = (draws[:, 0, 0] * 8).astype(np.int64)
+    stretch = np.exp((low + (high - low) * draws[..., 1]) / 2)
+    # All masks grow by a rectangle at a time. A line of patches is a row of 64-bit words, which are fewer than bools.
+    lines, words = np.arange(rows), np.arange(0, columns, 64)
+    masked = np.zeros((N, rows, len(words)), dtype="<u8")
+    last = np.zeros_like(masked)
+    missing = np.full(N, count)
+    growing = np.arange(N)
+    for number in range(1, MAX_BLOCKS + 1):
+        still = missing[growing]
+        area, _, top, left = draws[growing, number].T
+        side = np.sqrt(smallest + np.maximum(still - smallest, 0) * area)
+        height = np.minimum(np.rint(side * stretch[growing, number]), rows)
+        width = np.minimum(np.rint(side / stretch[growing, number]), columns)
+        if number == MAX_BLOCKS:
+            height[:], width[:] = rows, columns
+        top, left = np.floor(top * (rows - height + 1)), np.floor(left * (columns - width + 1))
+        inside = (lines >= top[:, None]) & (lines < (top + height)[:, None])
+        line = _first_bits((left + width)[:, None] - words) & ~_first_bits(left[:, None] - words)
+        new = np.where(inside[:, :, None], line[:, None, :], np.uint64(0)) & ~masked[growing]
+        added = _SET_BITS[new.view(np.uint8)].sum(axis=(1, 2), dtype=np.int64)
+        fits = added < still
+        last[growing] = new
+        growing = growing[fits]
+        masked[growing] |= new[fits]
+        missing[growing] -= added[fits]
+        if not len(growing):
+            break
+    whole = _patches(masked, columns) | _first(_patches(last, columns), missing, _scans(grid)[way])
+    return whole.reshape(N, rows, columns)
+
+
+_ONES = np.array([2**n - 1 for n in range(65)], dtype="<u8")
+_SET_BITS = np.array([n.bit_count() for n in range(256)], dtype=np.uint8)
+
+
+def _first_bits(n: np.ndarray) -> np.ndarray:
+    """Words with their first ``n`` bits set; none below 0, all above 64."""
+    return _ONES[np.minimum(np.maximum(n, 0), 64).astype(np.int64)]
+
+
+def _patches(words: np.ndarray, columns: int) -> np.ndarray:
+    """Lines of bits [n, rows, words] as bool [n, L]."""
+    bits = np.unpackbits(words.view(np.uint8), axis=2, count=columns, bitorder="little")
+    return bits.reshape(len(words), -1).astype(bool)
+
+
+def _scans(grid: Grid) -> np.ndarray:
+    """The eight ways to go through a grid line by line, from each corner along rows or columns: int64 [8, L]."""
+    patches = np.arange(math.prod(grid)).reshape(grid)
+    corners = [patches[::down, ::right] for down in (1, -1) for right in (1, -1)]
+    return np.stack([view.reshape(-1) for corner in corners for view in (corner, corner.T)])
+
+
+def _first(new: np.ndarray, count: np.ndarray, scan: np.ndarray) -> np.ndarray:
+    """The first ``count`` [n] of the patches ``new`` (bool [n, L]) on a way through the grid (``scan`` [n, L])."""
+    on_the_way = np.take_along_axis(new, scan, axis=1)
+    on_the_way &= np.cumsum(on_the_way, axis=1) <= count[:, None]
+    kept = np.zeros_like(new)
+    np.put_along_axis(kept, scan, on_the_way, axis=1)
+    return kept
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def open_masks(path: str, asked_ratio: float) -> MaskFile | None:
+    """Opens a .npy file of masks, bool or uint8 [B, rows, columns] with 1 where masked, and reads it once to check it.
+
+    The file says how many patches are masked. ``asked_ratio`` must be the same, unless it is the published one, which
+    is that of --mask_ratio when nothing was asked for. Without a ``path`` there are none.
+
+    Raises:
+        UserError: not such a file, its masks do not all mask the same number of patches, or another one is asked for.
+    """
+    if not path:
+        return None
+    try:
+        masked, count, digest = _checked(Path(path).expanduser())
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--masks {path}: {reason}; give a .npy file of bool or uint8 [B, rows, columns], 1 where masked"
+        ) from error
+    L = masked.shape[1] * masked.shape[2]
+    if asked_ratio != PUBLISHED_RATIO and int(L * (1 - asked_ratio)) != L - count:
+        masks = f"--masks {path} masks {count} of {L} patches"
+        raise UserError(f"--mask_ratio {asked_ratio}: {masks}; leave --mask_ratio out")
+    return MaskFile(path, masked, count, digest)
+
+
+def _checked(path: Path) -> tuple[np.ndarray, int, str]:
+    """The masks, the number of patches that each masks, and a digest of what they are, whatever their dtype."""
+    if not path.is_file():
+        raise ValueError("not a file" if path.exists() else "no such file")
+    masked = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(masked, np.ndarray):
+        raise ValueError("holds several arrays")
+    if masked.dtype not in (np.bool_, np.uint8):
+        raise ValueError(f"holds {masked.dtype}")
+    if masked.ndim != 3 or min(masked.shape) < 1:
+        raise ValueError(f"has shape {list(masked.shape)}")
+    masked = masked.view(np.uint8)  # bools of a file may be any byte
+    L = masked.shape[1] * masked.shape[2]
+    count, digest = int(np.count_nonzero(masked[0])), hashlib.sha256(repr(masked.shape).encode())
+    if not 0 < count < L:
+        raise ValueError(f"its first mask masks {count} of {L} patches, at least one must be masked and one visible")
+    step = max(1, CHECKED_AT_ONCE // L)
+    for start in range(0, len(masked), step):
+        part = np.ascontiguousarray(masked[start : start + step]).reshape(-1, L)
+        if part.max() > 1:
+            wrong = int(np.argmax(part.max(axis=1) > 1))
+            raise ValueError(f"mask {start + wrong} holds {part[wrong].max()} where 0 (visible) or 1 (masked) must be")
+        counts = np.count_nonzero(part, axis=1)
+        if (counts != count).any():
+            wrong = int(np.argmax(counts != count))
+            raise ValueError(
+                f"mask {start + wrong} masks {counts[wrong]} of {L} patches and mask 0 {count}, all must mask as many"
+            )
+        digest.update(part.data)
+    return masked, count, digest.hexdigest()[:12]
+
+
+def exact_ratio(visible: int, patches: int) -> float:
+    """The mask ratio nearest to the exact one for which int(L · (1 − ratio)) is ``visible``, as the model counts."""
+    ratio = (patches - visible) / patches
+    while int(patches * (1 - ratio)) < visible:
+        ratio = math.nextafter(ratio, 0)
+    return ratio

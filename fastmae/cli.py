@@ -42,8 +42,8 @@ EXIT_WRONG_INPUT = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status.
 
-    0; 1 when a benchmark refused a wrong result or data are not all usable; 2 for wrong input; 75 when a signal stopped
-    a run.
+    0; 1 when a benchmark refused a wrong result, data are not all usable or a rank hung; 2 for wrong input; 75 when a
+    signal stopped a run.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:

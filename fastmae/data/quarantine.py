@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastmae.data.loader import Skipped
 from fastmae.errors import UserError
+from fastmae.files import JsonLines
 
 TOLERATED = 20
 """So many different unusable images are no reason to stop, however few the data are."""
@@ -25,6 +26,7 @@ class Quarantine:
 
     def __init__(self, path: Path, max_corrupt: float = 1.0) -> None:
         self.path = path
+        self._lines = JsonLines(path)
         self._max_corrupt = max_corrupt
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self._known = {json.loads(line)["index"] for line in lines if line.endswith("}")}
@@ -38,9 +40,11 @@ class Quarantine:
         """Lists those that are not listed yet, met while ``good`` usable images were read.
 
         Raises:
-            UserError: the file cannot be written, or too many of the images are unusable.
+            UserError: too many of the images are unusable.
         """
-        self._list({bad.index: bad for bad in skipped if bad.index not in self._known})
+        fresh = {bad.index: bad for bad in skipped if bad.index not in self._known}
+        self._lines.add(map(dataclasses.asdict, fresh.values()))
+        self._known |= fresh.keys()
         self._bad += len(skipped)
         self._read += len(skipped) + good
         self._met |= {bad.index: bad for bad in skipped}
@@ -51,13 +55,3 @@ class Quarantine:
                 f"{self._max_corrupt:g}: {examples}; all are in {self.path}: mend the data, or raise --max_corrupt and "
                 "use --resume auto"
             )
-
-    def _list(self, fresh: dict[int, Skipped]) -> None:
-        if not fresh:
-            return
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(dataclasses.asdict(bad)) + "\n" for bad in fresh.values())
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error}); free space, then use --resume auto") from error
-        self._known |= fresh.keys()

@@ -53,7 +53,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Patches [N, K, P] in (row, column, channel) order give tokens [N, K, D]."""
-        return F.linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+        weight = self.proj.weight
+        # Of one channel permuting moves nothing, but its gradient gets strides that DDP warns about.
+        rows = weight.flatten(1) if weight.shape[1] == 1 else weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(patches, rows, self.proj.bias)
 
 
 class Attention(nn.Module):

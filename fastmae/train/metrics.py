@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastmae.data.loader import LoadingStats
 from fastmae.errors import UserError
-from fastmae.files import fsync_file, write_text
+from fastmae.files import JsonLines, fsync_file, write_text
 
 METRICS = "metrics.jsonl"
 LOG = "log.txt"
@@ -89,6 +89,7 @@ class StepLog:
         self._num_workers, self._full_speed = num_workers, full_speed
         self._run, self._device, self._log_freq = run, device, log_freq
         self._rank, self._ranks, self._mean_over_ranks, self._writes = rank, ranks, mean_over_ranks, rank == 0
+        self._metrics, self._log = JsonLines(run / METRICS), JsonLines(run / LOG)
         self._waiting = torch.zeros(3, log_freq, device=device)  # loss, gradient norm, and whether it was skipped
         self._rows: list[dict[str, Any]] = []
         self._spike_score, self._sinks, self._say = spike_score, sinks, say
@@ -152,7 +153,7 @@ class StepLog:
             self._images, self.loading, self._since = 0, LoadingStats(), time.perf_counter()
         self.latest |= rows[-1]
         if self._writes:
-            _append(self._run / METRICS, rows)
+            self._metrics.add(rows)
             for row in rows:
                 for sink in self._sinks:
                     sink.write(row)
@@ -199,11 +200,22 @@ class StepLog:
         means = {key: sums[key] / sums["steps"] if sums["steps"] else None for key in ("lr", "loss")}
         line = {"train_lr": means["lr"], "train_loss": means["loss"], "epoch": epoch}
         if self._writes:
-            _append(self._run / LOG, [line])
+            self._log.add([line])
 
     def close(self) -> None:
+        """Ends the sinks, too.
+
+        Raises:
+            UserError: lines could not be written to the end.
+        """
         for sink in self._sinks:
             sink.close()
+        for file in (self._metrics, self._log):
+            file.add([])
+            if len(file):
+                raise UserError(
+                    f"{file.path} lacks the last {len(file)} lines, for which there was no room; free space"
+                )
 
 
 def peak_memory(device: torch.device) -> int:
@@ -280,14 +292,6 @@ def _speed(latest: dict[str, Any]) -> str:
         parts.append(f"MFU {latest['mfu']:.1%}")
     parts += [f"data wait {latest['data_wait']:.0%}", f"memory {latest['peak_memory'] / 2**30:.1f} GiB"]
     return "  ".join(parts)
-
-
-def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}); free space, then continue with --resume auto") from error
 
 
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:

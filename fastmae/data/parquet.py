@@ -226,7 +226,7 @@ def _read_group(path: str, number: int, column: str, metadata: Any) -> Any:
     is_struct = types.is_struct(metadata.schema.to_arrow_schema().field(column).type)
     try:
         # A file object of its own for each read: pyarrow does not promise that threads may share one.
-        with pq.ParquetFile(path, metadata=metadata) as file:
+        with pq.ParquetFile(path, metadata=metadata, pre_buffer=False) as file:  # one column: nothing to gather
             wanted = f"{column}.bytes" if is_struct else column
             return file.read_row_group(number, columns=[wanted], use_threads=False).column(column)
     except (pa.ArrowException, ValueError, OSError) as error:

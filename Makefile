@@ -28,10 +28,10 @@ test-native: $(VENV)/.installed-dev
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		$(BIN)/python -m pytest -q --capture=sys -p sanitized tests/ops/test_native.py
 
-# Long campaigns, of which the tests do a sample: damaged files, memory, accuracy, interruptions at every step.
+# Long campaigns, of which the tests do a sample: damaged files, memory, interruptions at every step, kills, bit flips.
 soak: $(VENV)/.installed-dev
 	FASTMAE_SOAK=1 $(BIN)/python -m pytest -q --durations=0 --durations-min=1 \
-		tests/data/test_damage.py tests/train/test_order.py
+		tests/data/test_damage.py tests/train/test_order.py tests/train/test_checkpoint.py tests/train/test_parallel.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

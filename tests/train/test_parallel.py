@@ -20,12 +20,13 @@ from ranks import run_ranks, start_ranks
 from fastmae.config import PretrainConfig
 from fastmae.errors import UserError
 from fastmae.model.official import read_official
+from fastmae.train.average import start_average
 from fastmae.train.checkpoint import find_checkpoint, load_model, read_manifest
 from fastmae.train.parallel import World, choose_sharing
 from fastmae.train.pretrain import pretrain
 
 # 9 steps of 8 images.
-SHORT = dict(epochs=1, warmup_epochs=0.5, checkpoint_freq=2, keep=9)
+SHORT = dict(epochs=1, warmup_epochs=0.5, checkpoint_freq=2, keep=9, ema=0.9)
 WAYS = ["2-ddp", "2-fsdp", "2-fsdp-accumulated", "1-fsdp", "1-fsdp-hsdp"]
 WAYS += ["2-ddp-accumulated", "4-ddp", "4-fsdp", "4-hsdp"][: soak(0, 4)]
 ROUNDED = ["2-ddp-bf16", "2-fsdp-bf16"][: soak(1, 2)]
@@ -122,6 +123,17 @@ def test_a_run_goes_on_with_other_ranks_that_share_weights_in_another_way(runs):
     assert files == [1, 2, 4, 1]
     np.testing.assert_allclose(metrics(chain), metrics(undisturbed), rtol=1e-6)
     assert_same_weights(load_model(str(chain)).state_dict(), load_model(str(undisturbed)).state_dict())
+
+
+def test_the_average_goes_on_in_pieces_and_is_written_whole(runs):
+    undisturbed = load_model(str(runs / "one"))
+    expected = start_average(undisturbed, str(find_checkpoint(runs / "one").path))
+    weights = undisturbed.state_dict()
+    assert max((mean - weights[name]).abs().max() for name, mean in expected.items()) > 5e-5
+    for way in ("2-fsdp", "1-fsdp-hsdp-one"):
+        assert_same_weights(start_average(undisturbed, str(find_checkpoint(runs / way).path)), expected)
+        written = read_official(runs / way / "checkpoint-0-ema.pth").model
+        assert_same_weights({name: written[name] for name in expected}, expected)
 
 
 def test_a_checkpoint_of_several_ranks_is_read_by_one(runs):

@@ -19,7 +19,7 @@ import numpy as np
 
 from fastmae.data.decode import BadImageError, decode, plain_jpeg_shape
 from fastmae.data.plan import Stretches
-from fastmae.data.sources import Source
+from fastmae.data.sources import Source, evenly_spaced
 from fastmae.errors import UserError
 
 Form = Literal["decoded", "encoded"]
@@ -145,7 +145,7 @@ def cached(source: Source, in_chans: int, budget: int, decoder: str) -> CachedSo
         decoder: as ``choose_decoder`` names it; DALI takes files and no pixels.
     """
     may_decode = decoder == "pool"
-    sizes = [_sizes(source, index, in_chans, may_decode) for index in _places(source).tolist()]
+    sizes = [_sizes(source, index, in_chans, may_decode) for index in evenly_spaced(source, SAMPLES, RUN).tolist()]
     encoded, decoded = (int(sum(each) * len(source) / len(sizes)) for each in zip(*sizes, strict=True))
     form: Form = "decoded" if may_decode and (decoded * MARGIN <= budget or decoded <= encoded) else "encoded"
     estimate = decoded if form == "decoded" else encoded
@@ -186,15 +186,6 @@ def _is_in_memory(data: bytes | np.ndarray) -> bool:
 
 def _kept_size(data: bytes | np.ndarray) -> int:
     return ENTRY_BYTES + (data.nbytes if isinstance(data, np.ndarray) else sys.getsizeof(data))
-
-
-def _places(source: Source) -> np.ndarray:
-    """Which images the estimate looks at: sorted, each once."""
-    length = len(source)
-    if source.stretches is None or length <= SAMPLES:
-        return np.unique(np.linspace(0, length - 1, min(length, SAMPLES)).astype(np.int64))
-    starts = np.linspace(0, length - RUN, SAMPLES // RUN).astype(np.int64)
-    return np.unique(starts[:, None] + np.arange(RUN))
 
 
 def _sizes(source: Source, index: int, in_chans: int, may_decode: bool) -> tuple[int, int]:

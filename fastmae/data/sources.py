@@ -323,6 +323,18 @@ def describe(source: Source) -> DataFacts:
     )
 
 
+def evenly_spaced(source: Source, count: int, run: int) -> np.ndarray:
+    """About ``count`` samples that stand for all: sorted, each once.
+
+    They are evenly spaced; of a source that is read a stretch at a time, in evenly spaced runs of ``run``.
+    """
+    length = len(source)
+    if source.stretches is None or length <= count:
+        return np.unique(np.linspace(0, length - 1, min(length, count)).astype(np.int64))
+    starts = np.linspace(0, length - run, count // run).astype(np.int64)
+    return np.unique(starts[:, None] + np.arange(run))
+
+
 def train_and_val(data_path: str | Sequence[str]) -> tuple[Source, Source]:
     """Both parts of a data set; without a val part, a fixed fifth of the train part is held out."""
     train, val = open_train(data_path), open_val(data_path)

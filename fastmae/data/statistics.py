@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastmae.data.decode import BadImageError, decode
-from fastmae.data.sources import Source
+from fastmae.data.sources import Source, evenly_spaced
 from fastmae.errors import UserError
 
 SAMPLES = 2048
@@ -23,7 +23,7 @@ def channel_statistics(source: Source, in_chans: int) -> tuple[tuple[float, ...]
     """
     count = np.zeros(1)
     total, squares = np.zeros(in_chans), np.zeros(in_chans)
-    for index in _chosen(source).tolist():
+    for index in evenly_spaced(source, SAMPLES, RUN).tolist():
         try:
             pixels = decode(source.read(index), in_chans).reshape(-1, in_chans) / 255.0
         except (BadImageError, OSError) as error:
@@ -38,12 +38,3 @@ def channel_statistics(source: Source, in_chans: int) -> tuple[tuple[float, ...]
     # A constant channel gets a deviation of one grey level rather than a division by zero.
     std = np.sqrt(np.maximum(squares / count - mean**2, 255.0**-2))
     return tuple(mean.round(6).tolist()), tuple(std.round(6).tolist())
-
-
-def _chosen(source: Source) -> np.ndarray:
-    """Which images are looked at: sorted, each once."""
-    length = len(source)
-    if source.stretches is None or length <= SAMPLES:
-        return np.unique(np.linspace(0, length - 1, min(length, SAMPLES)).astype(np.int64))
-    starts = np.linspace(0, length - RUN, SAMPLES // RUN).astype(np.int64)
-    return np.unique(starts[:, None] + np.arange(RUN))

@@ -246,13 +246,13 @@ def restart_hazard() -> str | None:
     return None
 
 
-def require_finite(parameters: Iterable[torch.Tensor], step: int) -> None:
-    """Looks at all weights before they are saved; waits for the device once.
+def require_finite(witness: torch.Tensor, step: int) -> None:
+    """Looks at a number that is finite only if all weights are, before they are saved; waits for the device once.
 
     Raises:
-        UserError: one of them is infinite or not a number, so that saving them would poison the newest checkpoint.
+        UserError: it is not, so that saving them would poison the newest checkpoint.
     """
-    if not torch.stack([parameter.isfinite().all() for parameter in parameters]).all():
+    if not witness.isfinite():
         raise UserError(
             f"the weights after step {step} are not finite and were not saved: lower --blr (or use --precision fp32), "
             "then continue with --resume auto"

@@ -247,10 +247,10 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
                 _go_back(flags, run, config.start_epoch * steps_per_epoch, detours, report, world)
                 return None
             if epoch_ends and not failing and (epoch % config.save_freq == 0 or epoch + 1 == config.epochs):
-                require_finite([parallel.witness(model.parameters(), world)], done)
+                require_finite(parallel.witness(model.parameters(), world), done)
                 unsaved = _export(run, epoch, config, settings, masks, model, optimizer, average, source, world)
             if saves and not failing:
-                require_finite([parallel.witness(model.parameters(), world)], done)
+                require_finite(parallel.witness(model.parameters(), world), done)
                 position = {"settings": settings, "epoch_sums": log.epoch_sums, "detours": detours}
                 saver.save(done, training_tensors(model, optimizer) | in_checkpoint(average), position)
             if stopping and done < total_steps:

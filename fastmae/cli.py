@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,14 @@ from typing import Annotated
 import tyro
 
 from fastmae.config import (
+    BenchAllConfig,
     BenchAttentionConfig,
+    BenchCheckpointConfig,
     BenchConfig,
+    BenchEndToEndConfig,
     BenchKernelsConfig,
     BenchLoaderConfig,
+    BenchScalingConfig,
     BenchStepConfig,
     InfoConfig,
     PretrainConfig,
@@ -36,6 +41,7 @@ Command = (
     | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
     | Annotated[VerifyConfig, tyro.conf.subcommand("verify")]
 )
+BENCHMARKS = ("kernels", "attention", "step", "loader", "checkpoint", "scaling", "end-to-end", "all")
 EXIT_WRONG_INPUT = 2
 
 
@@ -69,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"fastmae: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
+    except BrokenPipeError:  # whoever reads the output has seen enough, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:  # a disk that fills up, or a folder that loses its permissions, anywhere else in a run
         print(f"fastmae: {error}; free space or mend the permissions, then run the command again", file=sys.stderr)
         return EXIT_WRONG_INPUT
@@ -92,7 +101,7 @@ def _parse(
         known: tuple[str, ...] = ()
         if argv and argv[0] in ("pretrain", "probe", "reconstruct", "info", "bench", "verify"):
             known = (argv[0],)
-            if argv[0] == "bench" and argv[1:] and argv[1] in ("kernels", "attention", "step", "loader"):
+            if argv[0] == "bench" and argv[1:] and argv[1] in BENCHMARKS:
                 known = (argv[0], argv[1])
         raise UserError(f"{text}; see `{' '.join(['fastmae', *known])} --help`") from None
 
@@ -188,7 +197,15 @@ def _info(config: InfoConfig) -> None:
 
 
 def _bench(
-    config: BenchKernelsConfig | BenchAttentionConfig | BenchStepConfig | BenchLoaderConfig, words: list[str]
+    config: BenchKernelsConfig
+    | BenchAttentionConfig
+    | BenchStepConfig
+    | BenchLoaderConfig
+    | BenchCheckpointConfig
+    | BenchScalingConfig
+    | BenchEndToEndConfig
+    | BenchAllConfig,
+    words: list[str],
 ) -> int:
     match config:
         case BenchKernelsConfig():
@@ -207,3 +224,19 @@ def _bench(
             from fastmae.benchmarks.loader import bench_loader
 
             return bench_loader(config, words)
+        case BenchCheckpointConfig():
+            from fastmae.benchmarks.checkpoint import bench_checkpoint
+
+            return bench_checkpoint(config, words)
+        case BenchScalingConfig():
+            from fastmae.benchmarks.scaling import bench_scaling
+
+            return bench_scaling(config, words)
+        case BenchEndToEndConfig():
+            from fastmae.benchmarks.end_to_end import bench_end_to_end
+
+            return bench_end_to_end(config, words)
+        case BenchAllConfig():
+            from fastmae.benchmarks.suite import bench_all
+
+            return bench_all(config, words)

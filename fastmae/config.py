@@ -25,9 +25,14 @@ FULL_SHUFFLE = "a full shuffle"
 PUBLISHED_RATIO = 0.75
 BenchSwitch = Literal[
     "bf16", "bf16-residual", "tf32", "checkpointing-selective", "checkpointing-full", "compile-block", "compile-model",
-    "clip-grad", "ema",
+    "float8", "cuda-graph", "clip-grad", "ema", "fsdp", "hsdp", "reduce-bf16", "cross",
 ]  # fmt: skip
+BenchPeer = Literal["published", "strong", "strong-compiled", "transformers", "transformers-compiled", "timm"]
 BENCH_OPS: tuple[BenchOp, ...] = get_args(BenchOp)
+BenchPart = Literal[
+    "kernels", "attention", "loader", "step", "batch-sizes", "input-sizes", "ranks", "end-to-end"
+]  # fmt: skip
+BENCH_PARTS: tuple[BenchPart, ...] = get_args(BenchPart)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,11 @@ class PretrainConfig:
     default for smaller ones)."""
     input_size: tuple[int, ...] | None = None
     """Side of the training crops in pixels, or height and width. Default: 224; for tiny_patch4 the images' own size."""
+    start_size: tuple[int, ...] | None = None
+    """Side of the crops of the first epochs, or height and width; it grows to input_size in steps of whole patches.
+    Default: input_size from the beginning, as published."""
+    grow_epochs: int | None = None
+    """With start_size, the number of epochs before crops have input_size. Default: 80 % of the epochs."""
     mask_ratio: float = PUBLISHED_RATIO
     """Share of the patches that is masked. --masks says it itself: any value but the default must then be the same."""
     masking: Masking | None = None
@@ -55,6 +65,14 @@ class PretrainConfig:
     one at random."""
     norm_pix_loss: bool = False
     """Predict pixels normalised by the mean and variance of their patch."""
+    decoder_attention: Literal["self", "cross"] = "self"
+    """What the decoder predicts a patch from: all other tokens, as published (self), or what the encoder saw alone
+    (cross, as CrossMAE). They are different models."""
+    decoder_depth: int | None = None
+    """Blocks of the decoder. Default: those of the model."""
+    predict_ratio: float | None = None
+    """With --decoder_attention cross: predict this share of all patches, drawn from the masked ones. Default: all that
+    are masked."""
 
     batch_size: int = 64
     """Images a rank and micro-step; the global batch is batch_size · accum_iter · ranks."""
@@ -101,6 +119,11 @@ class PretrainConfig:
     everything. The results are the same bits."""
     compile: Literal["off", "block", "model"] = "off"
     """torch.compile of each block, or of the whole loss. The first step takes minutes; a CPU needs a C++ compiler."""
+    float8: bool = False
+    """Matrix products of the blocks in float8 (torchao, the extra `float8`), on a GPU that has it (compute capability
+    8.9 and up), with --precision bf16 and --compile."""
+    cuda_graph: bool = False
+    """Launch forward and backward pass as one CUDA graph, without Python between its kernels. One rank, a GPU."""
     ops: Literal["auto", "triton", "native", "reference"] = "auto"
     """Masking, gathering, assembling and the loss: Triton kernels (a GPU), C++ (a CPU), or the PyTorch that defines
     them. auto: what is made for the device."""
@@ -144,11 +167,12 @@ class PretrainConfig:
 
     resume: str = ""
     """`auto` continues output_dir's newest intact checkpoint, or starts if there is none; or a run folder, one of its
-    checkpoints, or an official .pth file."""
+    checkpoints, or an official .pth or .safetensors file."""
     start_epoch: int = 0
     """Epoch to start at; a resumed checkpoint overrules it."""
     save_freq: int = 20
-    """Epochs between official-format checkpoint-EPOCH.pth files and reconstruction pictures."""
+    """Epochs between official-format checkpoint-EPOCH.pth files (their weights beside them as .safetensors) and
+    reconstruction pictures."""
     checkpoint_freq: int | None = None
     """Optimiser steps between resumable checkpoints. Default: the fewest whole epochs of at least 300 steps."""
     keep: int = 2
@@ -175,7 +199,7 @@ class ProbeConfig:
     """Measure frozen features: weighted k-NN and logistic regression on the data's labels."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A run folder, one of its checkpoints, or an official .pth file."""
+    """A run folder, one of its checkpoints, or an official .pth or .safetensors file."""
     data_path: str | tuple[str, ...] = "digits"
     """Labelled data; its train part fits, its val or test part is scored (without one, a fifth is held out). Several
     are taken one after another."""
@@ -200,7 +224,7 @@ class ReconstructConfig:
     """Draw originals, masked images and reconstructions side by side."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A run folder, one of its checkpoints, or an official .pth file with its decoder."""
+    """A run folder, one of its checkpoints, or an official .pth or .safetensors file with its decoder."""
     images: str | tuple[str, ...] = "digits"
     """Image files, or any data that --data_path of pretrain accepts."""
     output: str = "grid.png"
@@ -297,23 +321,28 @@ class BenchAttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchStepConfig:
-    """Time a training step beside the published formulation, transformers' ViTMAE, and ours with one switch of pretrain
-    each, once their losses agree."""
+    """Time a training step beside other implementations, and ours with one switch of pretrain each, once their losses
+    agree. Under torchrun by all ranks, of which the slowest counts."""
 
     model: str = "mae_vit_base_patch16"
     """A preset."""
+    input_size: int | None = None
+    """Side of the images in pixels. Default: the model's."""
     batch_size: int = 8
-    """Images a step."""
+    """Images a rank and step."""
     device: str | None = None
     """cpu, cuda or cuda:N. Default: cuda where there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """bf16 is autocast over float32 weights. auto: bf16 on a GPU that has it, otherwise fp32."""
-    peers: bool = True
-    """Time the published formulation and transformers' ViTMAE as well."""
+    peers: tuple[BenchPeer, ...] = ("published", "strong", "transformers", "timm")
+    """Whom to time as well: the published formulation in its own loop (published), with torch's attention and a fused
+    optimiser (strong), of timm's blocks (timm), and transformers' ViTMAE; those with -compiled through torch.compile,
+    which takes minutes on a CPU. `--peers` alone is nobody."""
     switches: tuple[BenchSwitch, ...] = ()
-    """Time our step with each of these as well. Compiling takes minutes on a CPU."""
+    """Time our step with each of these as well; fsdp, hsdp and reduce-bf16 need several ranks. Compiling takes minutes
+    on a CPU."""
     phases: bool = False
-    """Also time the forward pass alone and with the backward pass."""
+    """Say where the time goes: forward, backward, optimiser, and communication where there are several ranks."""
     rounds: int = 7
     """Steps a contestant; contestants take turns."""
     output: str | None = None
@@ -351,6 +380,179 @@ class BenchLoaderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScalingMachine:
+    """What `bench scaling` assumes of a cluster: data sheets and guesses, until they are measured on yours."""
+
+    gpu_flops: float = 989e12
+    """Products a second in bf16, of a GPU. NVIDIA's data sheet of the H100 SXM, dense."""
+    mfu: float = 0.4
+    """Share of gpu_flops that large batches reach, for models whose speed is not given. A guess: 33 to 39 % are
+    published for language models in bf16 on the same GPU."""
+    gpu_memory: float = 80e9
+    """Bytes. Data sheet."""
+    gpu_memory_rate: float = 3.35e12
+    """Bytes a second from a GPU's memory. Data sheet."""
+    launch: float = 8e-6
+    """Seconds for which Python and PyTorch prepare one operation. A guess from eager PyTorch; --compile lowers it."""
+    sharding: float = 1.5e-3
+    """Seconds of Python a block and step that FSDP2 itself takes. A guess; a busy CPU's core took 3 to 6."""
+    gpus_a_node: int = 8
+    """GPUs a machine."""
+    node_rate: float = 450e9
+    """Bytes a second that a GPU sends to others of its machine. Data sheet: NVLink 4, 900 GB/s both ways together."""
+    network_rate: float = 50e9
+    """Bytes a second that a GPU sends to other machines. Data sheet: one 400 Gb/s port each, as in a DGX H100."""
+    reached: float = 0.8
+    """Share of node_rate and network_rate that collectives reach. A guess."""
+    node_latency: float = 3.4e-6
+    """Seconds a hop between GPUs of a machine, as NCCL itself assumes for rings over NVLink (protocol Simple)."""
+    network_latency: float = 14e-6
+    """Seconds a hop between machines, from the same place."""
+    host_latency: float = 40e-6
+    """Seconds a hop of gloo over TCP, whose ring ranks ask after every step whether to stop. A guess; two ranks of one
+    busy CPU took 110 microseconds."""
+    cores: int = 112
+    """CPU cores a machine that decode. Data sheet of a DGX H100."""
+    decoded: float = 500.0
+    """JPEGs a second and core, unless --measured has a result of `bench loader`. Near what one of ours gave."""
+    image_bytes: float = 110e3
+    """Bytes of an image file. ImageNet's average."""
+    storage_rate: float = 20e9
+    """Bytes a second that all machines together read from, and write to, the shared storage. A guess."""
+    staging_rate: float = 20e9
+    """Bytes a second from a GPU to the host's memory, for checkpoints. A guess: under half of PCIe 5's data sheet."""
+    hash_rate: float = 1e9
+    """Bytes a second that one process reads back and hashes (SHA-256) before a checkpoint counts. A guess."""
+    gpu_hours: float = 50_700.0
+    """Hours that a GPU works between failures that end the run: 419 in 54 days of 16,384 GPUs (Llama 3, table 5)."""
+    restart: float = 180.0
+    """Seconds from a failure to the first step after it. A guess."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchScalingConfig:
+    """Predict speed, memory and losses to failures on many GPUs from what one does; --check compares the same formulas
+    with ranks on this machine."""
+
+    models: tuple[str, ...] = ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")
+    """Presets."""
+    gpus: tuple[int, ...] = (8, 64, 1024)
+    """How many; beyond a machine, whole machines."""
+    global_batch: int = 4096
+    """Images a step of all GPUs together; 4096 as published."""
+    gpu_batch: int = 64
+    """Images a GPU and step, for the table in which the global batch grows with the GPUs."""
+    epochs: int = 1600
+    """Of 1,281,167 images."""
+    images_per_second: tuple[float, ...] | None = None
+    """Of one GPU with a large batch, a number a model. Default: from --measured, otherwise predicted from mfu."""
+    measured: tuple[str, ...] = ()
+    """Results of `bench step`, which for several batch sizes of a model make a curve, and of `bench loader`."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """In which format gradients travel, as for pretrain."""
+    machine: ScalingMachine = ScalingMachine()
+    check: bool = False
+    """Instead: time ranks of this machine's CPU, a thread each, beside what the formulas make of one rank's step and of
+    collectives by themselves."""
+    check_model: str = "mae_vit_tiny_patch16"
+    """A preset, for --check."""
+    check_batch: int = 1
+    """Images a rank, for --check; few, so that communication counts."""
+    ranks: tuple[int, ...] = (2,)
+    """How many, one check after another; more than there are cores get in each other's way."""
+    rounds: int = 15
+    """Samples of everything that --check times; they take turns."""
+    output: str | None = None
+    """A folder for inputs and results (JSON)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchEndToEndConfig:
+    """Time training from JPEG files: our loader and step, beside our step alone and the published loop with its
+    pipeline, once their losses agree."""
+
+    model: str = "mae_vit_base_patch16"
+    """A preset."""
+    data_path: str | None = None
+    """Image files. Default: made in a temporary folder, 500×375 pixels and about 110 KB each."""
+    files: int | None = None
+    """How many images are made. Default: 256, or 4 batches if that is more."""
+    batch_size: int | None = None
+    """Images a step. Default: 8 on a CPU, 256 on a GPU."""
+    steps: int | None = None
+    """Steps a sample, rounded up to a multiple of num_workers: the published pipeline's processes make a batch each.
+    Default: 4 on a CPU, 50 on a GPU."""
+    num_workers: int | None = None
+    """Decoding threads, and the published pipeline's processes. Default: the cores that this process may use, at most
+    10."""
+    decoder: Literal["pool", "dali-cpu", "dali-gpu"] = "pool"
+    """Ours, of plain JPEGs."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 is autocast over float32 weights. auto: bf16 on a GPU that has it, otherwise fp32."""
+    compile: Literal["off", "block", "model"] = "off"
+    """Of our step, as for pretrain."""
+    rounds: int = 7
+    """Samples a contestant; contestants take turns."""
+    output: str | None = None
+    """A folder for every sample (JSON)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchAllConfig:
+    """Measure this machine's ceilings and everything that the other benchmarks measure, into one JSON and one report
+    (HTML). Each part is a command of its own; one that cannot run here is named, and the rest goes on."""
+
+    output: str
+    """A folder for all samples (JSON) and report.html."""
+    model: str = "mae_vit_base_patch16"
+    """A preset."""
+    only: tuple[BenchPart, ...] = BENCH_PARTS
+    """Which parts; the ceilings are always measured."""
+    batch_sizes: tuple[int, ...] | None = None
+    """Images a step, one timing of the step each. The middle one is that of all other parts. Default: 4 8 16 on a CPU,
+    64 128 256 on a GPU."""
+    input_sizes: tuple[int, ...] | None = None
+    """Sides of the images in pixels, one timing of the step each. Default: about 0.7, 1 and 1.3 times the model's."""
+    ranks: tuple[int, ...] | None = None
+    """Numbers of ranks on this machine, one timing of the step each. Default: 1, 2, 4 … up to the GPUs; on a CPU 1 and
+    2, if there are two cores."""
+    peers: tuple[BenchPeer, ...] = ("published", "strong", "transformers", "timm")
+    """Whom to time beside our step, as for bench step."""
+    switches: tuple[BenchSwitch, ...] = ()
+    """Switches of our step to time as well, as for bench step."""
+    device: str | None = None
+    """cpu or cuda. Default: cuda where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 is autocast over float32 weights. auto: bf16 on a GPU that has it, otherwise fp32."""
+    rounds: int | None = None
+    """Samples a contestant, of every part. Default: each part's own, 7 or 15; 3 with --quick."""
+    quick: bool = False
+    """A first look: few and short samples, nothing compiled, one kind of files, peers in one timing of the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCheckpointConfig:
+    """Time what saving a checkpoint costs training, in the background and at once; and its check when a run goes on."""
+
+    model: str = "mae_vit_small_patch16"
+    """A preset."""
+    batch_size: int = 64
+    """Images a step."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 is autocast over float32 weights. auto: bf16 on a GPU that has it, otherwise fp32."""
+    rounds: int = 5
+    """Samples of each, in turns."""
+    folder: str | None = None
+    """Where checkpoints are written for a moment: on the disk of a run. Default: the system's temporary folder."""
+    output: str | None = None
+    """A folder for every sample (JSON)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchConfig:
     """Measure speed on this machine."""
 
@@ -359,6 +561,10 @@ class BenchConfig:
         | Annotated[BenchAttentionConfig, tyro.conf.subcommand("attention")]
         | Annotated[BenchStepConfig, tyro.conf.subcommand("step")]
         | Annotated[BenchLoaderConfig, tyro.conf.subcommand("loader")]
+        | Annotated[BenchCheckpointConfig, tyro.conf.subcommand("checkpoint")]
+        | Annotated[BenchScalingConfig, tyro.conf.subcommand("scaling")]
+        | Annotated[BenchEndToEndConfig, tyro.conf.subcommand("end-to-end")]
+        | Annotated[BenchAllConfig, tyro.conf.subcommand("all")]
     )
 
 
@@ -399,6 +605,9 @@ class ResolvedConfig(PretrainConfig):
 
     model: str
     input_size: tuple[int, int]
+    start_size: tuple[int, int] | None
+    """None without growth; then grow_epochs is 0."""
+    grow_epochs: int
     masking: Masking
     epochs: int
     lr: float
@@ -425,11 +634,12 @@ class ResolvedConfig(PretrainConfig):
 FIXED_IN_A_RUN = (
     "model", "input_size", "in_chans", "norm_pix_loss", "mask_ratio", "mean", "std", "crop_scale", "flip",
     "seed", "global_batch", "dataset_length", "order", "keep_last", "repeated_masks",
-    "ema", "masking", "given_masks",
+    "ema", "masking", "given_masks", "start_size", "grow_epochs", "decoder_attention", "decoder_depth", "predict_ratio",
 )  # fmt: skip
 # What those were in a checkpoint from before they could be chosen.
 UNLESS_SAVED = {
     "order": FULL_SHUFFLE, "keep_last": False, "repeated_masks": 1, "ema": None, "masking": "random", "given_masks": "",
+    "start_size": None, "grow_epochs": 0, "decoder_attention": "self", "decoder_depth": None, "predict_ratio": None,
 }  # fmt: skip
 
 
@@ -457,11 +667,14 @@ def resolve(
         # Patches of 4×4, at least 16 of them: the images' own size if it is that large, rounded up to whole patches.
         input_size = tuple(4 * math.ceil(max(side, 16) / 4) for side in facts.size)
     epochs = _given(config.epochs, 60 if digits else 400)
+    start_size = config.start_size
     blr = _given(config.blr, 3e-3 if digits else 1e-3)
     global_batch = config.batch_size * config.accum_iter * ranks
     chosen = dict(
         model=model,
         input_size=(input_size[0], input_size[-1]),
+        start_size=start_size and (start_size[0], start_size[-1]),
+        grow_epochs=_given(config.grow_epochs, max(1, epochs * 4 // 5)) if start_size else 0,
         mask_ratio=config.mask_ratio if masks is None else masks.mask_ratio,
         masking=chosen_masking(config),
         epochs=epochs,
@@ -529,8 +742,17 @@ def check_pretrain(config: PretrainConfig) -> None:
     need(divides, "repeated_masks", f"a divisor of --batch_size {config.batch_size}")
     need(config.cache_gb is None or config.cache == "ram", "cache_gb", "given together with --cache ram")
     need(config.cache_gb is None or 0 < config.cache_gb < math.inf, "cache_gb", "a positive number of GiB")
-    for flag in ("epochs", "num_workers", "checkpoint_freq", "in_chans", "shard_size", "keep_every"):
+    for flag in (
+        "epochs", "num_workers", "checkpoint_freq", "in_chans", "shard_size", "keep_every", "grow_epochs",
+        "decoder_depth",
+    ):  # fmt: skip
         need(getattr(config, flag) is None or getattr(config, flag) >= 1, flag, "at least 1")
+    if config.predict_ratio is not None:
+        cross, masking = config.decoder_attention == "cross", chosen_masking(config)
+        need(cross, "predict_ratio", "given together with --decoder_attention cross")
+        need(masking == "random", "predict_ratio", f"left out with --masking {masking}, which lists patches in order")
+        share = f"above 0 and at most --mask_ratio {config.mask_ratio}"
+        need(0 < config.predict_ratio <= config.mask_ratio, "predict_ratio", share)
     need(config.shard_size is None or config.parallel == "hsdp", "shard_size", "given together with --parallel hsdp")
     for flag in ("lr", "blr", "clip_grad"):
         value = getattr(config, flag)
@@ -541,9 +763,11 @@ def check_pretrain(config: PretrainConfig) -> None:
     if config.epochs is not None:
         need(config.start_epoch < config.epochs, "start_epoch", f"below --epochs {config.epochs}")
     need(0 <= config.seed < 2**63, "seed", "in [0, 2**63)")
-    if config.input_size is not None:
-        size = config.input_size
-        need(len(size) in (1, 2) and min(size) >= 1, "input_size", "one or two positive numbers of pixels")
+    for flag in ("input_size", "start_size"):
+        size = getattr(config, flag)
+        need(size is None or (len(size) in (1, 2) and min(size) >= 1), flag, "one or two positive numbers of pixels")
+    need(config.start_size is None or not config.masks, "start_size", "left out with --masks, which are of one size")
+    need(config.grow_epochs is None or config.start_size is not None, "grow_epochs", "given together with --start_size")
     if config.crop_scale is not None:
         low, high = config.crop_scale
         need(0 < low <= high <= 1, "crop_scale", "two numbers with 0 < smallest ≤ largest ≤ 1")
@@ -553,6 +777,9 @@ def check_pretrain(config: PretrainConfig) -> None:
     need(config.ema is None or 0 < config.ema < 1, "ema", "above 0 and below 1")
     fits = config.compile != "model" or config.parallel == "ddp"
     need(fits, "compile", f"off or block with --parallel {config.parallel}, which communicates between blocks")
+    if config.float8:
+        need(config.compile != "off", "compile", "block or model with --float8, which is slower than bf16 without")
+        need(config.batch_size % 16 == 0, "batch_size", "a multiple of 16 with --float8, as its products need it")
     need(0 <= config.max_corrupt <= 1, "max_corrupt", "a share between 0 and 1")
     if config.std is not None:
         need(all(s > 0 for s in config.std), "std", "positive")
@@ -570,25 +797,65 @@ def check_verify(config: VerifyConfig) -> None:
             raise UserError(f"--{flag} {value}: must be at least 1")
 
 
-def check_bench(config: BenchKernelsConfig | BenchAttentionConfig | BenchStepConfig | BenchLoaderConfig) -> None:
+def check_bench(
+    config: BenchKernelsConfig
+    | BenchAttentionConfig
+    | BenchStepConfig
+    | BenchLoaderConfig
+    | BenchCheckpointConfig
+    | BenchEndToEndConfig
+    | BenchAllConfig,
+) -> None:
     """Refuses numbers that cannot work.
 
     Raises:
         UserError: naming the flag, its value and what it must be.
     """
-    for flag in ("batch_size", "rounds", "batches", "files", "input_size", "num_workers"):
+    for flag in ("batch_size", "rounds", "batches", "files", "input_size", "num_workers", "steps"):
         value = getattr(config, flag, None)
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: must be at least 1")
+    for flag in ("batch_sizes", "input_sizes", "ranks"):
+        for value in getattr(config, flag, None) or ():
+            if value < 1:
+                raise UserError(f"--{flag} {value}: must be at least 1")
     sample_ms = getattr(config, "sample_ms", 0.0)
     if not (math.isfinite(sample_ms) and sample_ms >= 0):
         raise UserError(f"--sample_ms {sample_ms}: must be 0 or more")
     write = getattr(config, "write", None)
     if write is not None and len(write) > 1:
         raise UserError(f"--write {' '.join(write)}: must be one file, or none for your own table")
-    for flag in ("models", "only", "data_path", "kinds", "decoders"):
+    for flag in ("models", "only", "data_path", "kinds", "decoders", "batch_sizes", "input_sizes", "ranks"):
         if getattr(config, flag, True) == ():
             raise UserError(f"--{flag}: must name at least one")
     for flag in ("kinds", "files"):
         if getattr(config, "data_path", None) is not None and getattr(config, flag, None) is not None:
             raise UserError(f"--{flag}: is for images that are made; leave it or --data_path out")
+
+
+def check_scaling(config: BenchScalingConfig) -> None:
+    """Refuses numbers that cannot work.
+
+    Raises:
+        UserError: naming the flag, its value and what it must be.
+    """
+    for flag in ("models", "gpus", "ranks"):
+        if not getattr(config, flag):
+            raise UserError(f"--{flag}: must name at least one")
+    for flag in ("global_batch", "gpu_batch", "epochs", "check_batch", "rounds"):
+        if getattr(config, flag) < 1:
+            raise UserError(f"--{flag} {getattr(config, flag)}: must be at least 1")
+    for number in config.ranks:
+        if number < 2:
+            raise UserError(f"--ranks {number}: must be at least 2; one rank communicates with nobody")
+    for name, value in dataclasses.asdict(config.machine).items():
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"--{name} {value}: must be above 0")
+    for number in config.gpus:
+        if number < 1 or (number > config.machine.gpus_a_node and number % config.machine.gpus_a_node):
+            whole = f"up to {config.machine.gpus_a_node} (--gpus_a_node), or a multiple of it"
+            raise UserError(f"--gpus {number}: must be {whole}")
+    rates = config.images_per_second
+    if rates is not None and (len(rates) != len(config.models) or not all(rate > 0 for rate in rates)):
+        given = " ".join(map(str, rates))
+        raise UserError(f"--images_per_second {given}: must be {len(config.models)} positive numbers, one a model")

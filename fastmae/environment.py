@@ -21,6 +21,8 @@ PACKAGES = (
     "scikit-learn",
     "simplejpeg",
     "tensorboard",
+    "timm",
+    "torchao",
     "transformers",
     "tyro",
     "wandb",

@@ -61,10 +61,10 @@ def metrics(output_dir: Path) -> list[tuple[int, int, float, float]]:
 
 
 def final_state(output_dir: Path) -> dict[str, bytes]:
-    """Every tensor of the newest checkpoint of one process, as bytes."""
+    """Every tensor of the newest checkpoint, by rank, as bytes."""
     newest = max((output_dir / "checkpoints").glob("step-*"))
-    (file,) = newest.glob("*.safetensors")
-    return {name: array.tobytes() for name, array in load_file(file).items()}
+    files = sorted(newest.glob("*.safetensors"))
+    return {f"{file.name} {name}": array.tobytes() for file in files for name, array in load_file(file).items()}
 
 
 def assert_same_run(one: Path, other: Path) -> None:

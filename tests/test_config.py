@@ -55,8 +55,8 @@ def test_what_is_given_stays():
 def test_nothing_is_left_open():
     left = [name for name, value in dataclasses.asdict(resolved(CIFAR)).items() if value is None]
     assert left == [
-        "clip_grad", "ema", "device", "shard_size", "cache_gb", "checkpoint_freq", "keep_every", "log_dir", "wandb",
-        "profile",
+        "start_size", "decoder_depth", "predict_ratio", "clip_grad", "ema", "device", "shard_size", "cache_gb",
+        "checkpoint_freq", "keep_every", "log_dir", "wandb", "profile",
     ]  # fmt: skip
 
 

@@ -1,27 +1,30 @@
 """The masked autoencoder (He et al. 2021) and its presets.
 
 ``forward`` speaks the published interface; ``training_loss`` is the same mathematics without the work that the loss
-does not need, and is what the trainer runs. State-dict keys and shapes are the published ones.
+does not need, and is what the trainer runs. State-dict keys and shapes are the published ones. A decoder with
+cross-attention is another model (docs/cross-attention.md), with the same encoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from fastmae.model.vit import Block, NormLayer, PatchEmbed, sincos_positions
+from fastmae.model.vit import Block, CrossBlock, NormLayer, PatchEmbed, sincos_positions
 from fastmae.ops.assemble_tokens import assemble_tokens
 from fastmae.ops.gather_patches import gather_patches
+from fastmae.ops.linear import Linear
 from fastmae.ops.masked_mse import masked_mse
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Size = int | tuple[int, int]
+DecoderAttention = Literal["self", "cross"]
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
@@ -44,6 +47,8 @@ class MaskedAutoencoderViT(nn.Module):
         mlp_ratio: hidden width of an MLP over the width of a token.
         norm_layer: makes a norm for a width.
         norm_pix_loss: predict pixels normalised by their patch's own mean and variance (paper, table 1d).
+        decoder_attention: ``self``, as published; or ``cross`` (CrossMAE, Fu et al. 2024, arXiv 2401.14391): each patch
+            is decoded by itself, and each block of the decoder reads a learnt sum of the encoder's feature maps.
         mean, std: C numbers each, in units of [0, 1], with which uint8 images are normalised. Without them: ImageNet's
             for 3 channels, 0.5 and 0.25 for any other number.
 
@@ -69,6 +74,7 @@ class MaskedAutoencoderViT(nn.Module):
         norm_layer: NormLayer = nn.LayerNorm,
         norm_pix_loss: bool = False,
         *,
+        decoder_attention: DecoderAttention = "self",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
@@ -79,11 +85,14 @@ class MaskedAutoencoderViT(nn.Module):
             raise ValueError(f"an image of {height}×{width} pixels is not a multiple of a patch of {ph}×{pw}")
         if decoder_depth < 1:
             raise ValueError("the decoder needs at least one block")
+        if decoder_attention not in ("self", "cross"):
+            raise ValueError(f"decoder_attention must be self or cross, got {decoder_attention}")
         self.grid_size = (height // ph, width // pw)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.head_dims = (embed_dim // num_heads, decoder_embed_dim // decoder_num_heads)
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
+        self.decoder_attention = decoder_attention
 
         # Parameters are registered in the published order: a saved optimiser refers to them by number.
         self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
@@ -92,18 +101,27 @@ class MaskedAutoencoderViT(nn.Module):
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_layer) for _ in range(depth))
         self.norm = norm_layer(embed_dim)
 
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        if decoder_attention == "self":
+            self.decoder_embed = Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(
             sincos_positions(decoder_embed_dim, self.grid_size)[None], requires_grad=False
         )
-        self.decoder_blocks = nn.ModuleList(
-            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, norm_layer) for _ in range(decoder_depth)
-        )
+        if decoder_attention == "self":
+            self.decoder_blocks = nn.ModuleList(
+                Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, norm_layer) for _ in range(decoder_depth)
+            )
+        else:
+            self.decoder_map_weights = nn.Parameter(torch.zeros(decoder_depth, depth + 1))
+            self.decoder_blocks = nn.ModuleList(
+                CrossBlock(decoder_embed_dim, embed_dim, decoder_num_heads, mlp_ratio, norm_layer)
+                for _ in range(decoder_depth)
+            )
         self.decoder_norm = norm_layer(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, ph * pw * in_chans)
+        self.decoder_pred = Linear(decoder_embed_dim, ph * pw * in_chans)
 
         # Not in the state dict, whose keys are the published ones.
+        self._other_sizes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         imagenet = in_chans == 3
         self._register_statistics("mean", mean, IMAGENET_MEAN if imagenet else (0.5,) * in_chans)
         self._register_statistics("std", std, IMAGENET_STD if imagenet else (0.25,) * in_chans)
@@ -136,32 +154,82 @@ class MaskedAutoencoderViT(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)
+        if self.decoder_attention == "cross":
+            nn.init.xavier_uniform_(self.decoder_map_weights)
 
     # --- pixels -----------------------------------------------------------------------------------------------------
 
-    def num_visible(self, mask_ratio: float) -> int:
-        """K, the patches that the encoder sees.
+    def num_visible(self, mask_ratio: float, num_patches: int | None = None) -> int:
+        """K, the patches that the encoder sees of an image of ``num_patches``, by default of ``img_size``.
 
         Raises:
             ValueError: no patch would be visible, or none masked.
         """
-        K = int(self.num_patches * (1 - mask_ratio))
-        if not 1 <= K < self.num_patches:
+        L = self.num_patches if num_patches is None else num_patches
+        K = int(L * (1 - mask_ratio))
+        if not 1 <= K < L:
             raise ValueError(
-                f"mask ratio {mask_ratio} leaves {K} of {self.num_patches} patches visible; "
+                f"mask ratio {mask_ratio} leaves {K} of {L} patches visible; "
                 "at least one must be visible and one masked"
             )
         return K
 
+    def num_predicted(self, mask_ratio: float, predict_ratio: float | None, num_patches: int | None = None) -> int:
+        """How many of the masked patches of an image the loss is of: int(L · ``predict_ratio``), all of them for None.
+
+        Raises:
+            ValueError: no patch would be, or more than are masked; or not all, and they are decoded together.
+        """
+        L = self.num_patches if num_patches is None else num_patches
+        masked = L - self.num_visible(mask_ratio, L)
+        if predict_ratio is None:
+            return masked
+        if self.decoder_attention == "self":
+            raise ValueError("a decoder with self-attention predicts all masked patches, so it takes no predict_ratio")
+        M = int(L * predict_ratio)
+        if not 1 <= M <= masked:
+            raise ValueError(
+                f"predict ratio {predict_ratio} is {M} of {L} patches; at least one can be predicted, and at most the "
+                f"{masked} that are masked"
+            )
+        return M
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of patches of an image of a size (height, width) in pixels."""
+        return size[0] // self.patch_size[0], size[1] // self.patch_size[1]
+
+    def allow_sizes(self, sizes: Iterable[tuple[int, int]]) -> None:
+        """Lets ``training_loss`` and the encoder take images of these (height, width) too, multiples of the patch.
+
+        Their positions are fixed and made from ``img_size``'s axes, so they are no weights: they are kept where the
+        model is now, in plain tensors that no wrapper shards, broadcasts or saves.
+        """
+        device = self.mean.device
+        for size in {*sizes} - {self.img_size}:
+            grid, widths = self.grid_of(size), (self.pos_embed.shape[2], self.decoder_pos_embed.shape[2])
+            encoder, decoder = (sincos_positions(width, grid, self.grid_size)[None].to(device) for width in widths)
+            self._other_sizes[size] = encoder, decoder
+
+    def _positions(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the encoder and of the decoder, [1, 1+L, width] each, for images of an allowed size."""
+        return self._other_sizes.get(self._size_of(images)) or (self.pos_embed, self.decoder_pos_embed)
+
+    def _size_of(self, images: torch.Tensor) -> Any:
+        """(height, width) of images of either form."""
+        return tuple(images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:])
+
     def attention_shapes(self, mask_ratio: float) -> dict[str, tuple[int, int]]:
-        """(tokens S, width Dh of a head) of the encoder's attention and of the decoder's while training."""
+        """(keys S, width Dh of a head) of the encoder's attention and of the decoder's while training."""
         encoder, decoder = self.head_dims
-        return {"encoder": (self.num_visible(mask_ratio) + 1, encoder), "decoder": (self.num_patches + 1, decoder)}
+        seen = self.num_visible(mask_ratio) + 1
+        read = seen if self.decoder_attention == "cross" else self.num_patches + 1
+        return {"encoder": (seen, encoder), "decoder": (read, decoder)}
 
     def _pixels(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images of either form as (view [N, H, W, C], mean, std)."""
         uint8 = images.dtype == torch.uint8
-        shape = (*self.img_size, self.in_chans) if uint8 else (self.in_chans, *self.img_size)
+        size = self._size_of(images) if self._size_of(images) in self._other_sizes else self.img_size
+        shape = (*size, self.in_chans) if uint8 else (self.in_chans, *size)
         if images.ndim != 4 or images.shape[1:] != shape:
             form = "uint8 images [N, H, W, C]" if uint8 else "float images [N, C, H, W]"
             raise ValueError(f"{form} must have shape [N, {', '.join(map(str, shape))}], got {list(images.shape)}")
@@ -188,15 +256,34 @@ class MaskedAutoencoderViT(nn.Module):
 
     def _encode(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The encoder on the patches ``ids`` [N, K] alone: tokens [N, 1+K, D], class token first."""
-        pixels, mean, std = self._pixels(images)
-        dtype = _autocast_dtype(images.device.type) or self.patch_embed.proj.weight.dtype
-        x = self.patch_embed(gather_patches(pixels, ids, self.patch_size, mean, std, dtype))
-        x = x + self.pos_embed[0, 1:][ids.long()]
-        cls_token = self.cls_token + self.pos_embed[:, :1]
-        x = self._residual(torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1))
+        x = self._embed(images, ids)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def _latent(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """What the decoder reads of the patches ``ids`` [N, K]: the tokens of ``_encode``.
+
+        With cross-attention each of its B blocks has tokens of its own, [B, N, 1+K, D]: a learnt sum of what goes into
+        the encoder's first block and of what every block makes of it, the last one's normalised.
+        """
+        if self.decoder_attention == "self":
+            return self._encode(images, ids)
+        maps = [self._embed(images, ids)]
+        for block in self.blocks:
+            maps.append(block(maps[-1]))
+        maps[-1] = self.norm(maps[-1])
+        return (self.decoder_map_weights @ torch.stack(maps).flatten(1)).unflatten(1, maps[-1].shape)
+
+    def _embed(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """What goes into the encoder's first block: tokens [N, 1+K, D] with their positions, class token first."""
+        pixels, mean, std = self._pixels(images)
+        dtype = _autocast_dtype(images.device.type) or self.patch_embed.proj.weight.dtype
+        x = self.patch_embed(gather_patches(pixels, ids, self.patch_size, mean, std, dtype))
+        pos_embed, _ = self._positions(images)
+        x = x + pos_embed[0, 1:][ids.long()]
+        cls_token = self.cls_token + pos_embed[:, :1]
+        return self._residual(torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1))
 
     def _residual(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens as the blocks add to them. The dtype lasts: autocast's products have it too."""
@@ -205,7 +292,7 @@ class MaskedAutoencoderViT(nn.Module):
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """The encoder on whole images, nothing masked: normalised tokens [N, 1+L, D], class token first."""
-        ids = torch.arange(self.num_patches, device=images.device)
+        ids = torch.arange(self._positions(images)[0].shape[1] - 1, device=images.device)
         return self._encode(images, ids.expand(images.shape[0], -1))
 
     def forward_encoder(
@@ -221,29 +308,40 @@ class MaskedAutoencoderViT(nn.Module):
 
         Returns:
             latent [N, 1+K, D]; mask [N, L] with 1 at masked patches; ids_restore int64 [N, L], the inverse permutation.
+            For a decoder with cross-attention, latent is [B, N, 1+K, D]: what each of its B blocks reads.
         """
-        N, L = imgs.shape[0], self.num_patches
+        N, L = imgs.shape[0], self._positions(imgs)[0].shape[1] - 1
         if ids_shuffle is None:
             ids_shuffle = torch.rand(N, L, device=imgs.device).argsort(dim=1)
         elif ids_shuffle.shape != (N, L):
             raise ValueError(f"ids_shuffle must have shape [{N}, {L}], got {list(ids_shuffle.shape)}")
-        K = self.num_visible(mask_ratio)
+        K = self.num_visible(mask_ratio, L)
         ids_restore = ids_shuffle.argsort(dim=1)
         mask = (ids_restore >= K).to(self.cls_token.dtype)
-        return self._encode(imgs, ids_shuffle[:, :K]), mask, ids_restore
+        return self._latent(imgs, ids_shuffle[:, :K]), mask, ids_restore
 
     def forward_decoder(self, x: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
-        """The decoder on latents [N, 1+K, D]: predictions [N, L, P] for every patch, in the image's order."""
-        pred = self._decode(x, ids_restore.argsort(dim=1), start=1)
+        """The decoder on ``forward_encoder``'s latents: predictions [N, L, P] for every patch, in the image's order."""
+        pred = self._decode(x, self.decoder_pos_embed, ids_restore.argsort(dim=1), start=1)
         return pred.gather(1, ids_restore[:, :, None].expand(-1, -1, pred.shape[2]))
 
-    def _decode(self, latent: torch.Tensor, ids_shuffle: torch.Tensor, start: int) -> torch.Tensor:
-        """Predictions [N, L+1−start, P] of the shuffled tokens from ``start`` on (0 is the class token)."""
-        x = self.decoder_embed(latent)
-        x = self._residual(assemble_tokens(x, self.mask_token[0, 0], self.decoder_pos_embed[0], ids_shuffle))
-        for block in self.decoder_blocks[:-1]:
-            x = block(x)
-        x = self.decoder_blocks[-1](x, start)
+    def _decode(
+        self, latent: torch.Tensor, pos_embed: torch.Tensor, ids_shuffle: torch.Tensor, start: int
+    ) -> torch.Tensor:
+        """Predictions [N, L+1−start, P] of the shuffled tokens from ``start`` on (0 is the class token).
+
+        With cross-attention ``ids_shuffle`` may end early, as no patch's prediction depends on another's.
+        """
+        if self.decoder_attention == "cross":
+            x = self._residual(self.mask_token + pos_embed[0, 1:][ids_shuffle[:, start - 1 :].long()])
+            for block, read in zip(self.decoder_blocks, latent, strict=True):
+                x = block(x, read)
+        else:
+            x = self.decoder_embed(latent)
+            x = self._residual(assemble_tokens(x, self.mask_token[0, 0], pos_embed[0], ids_shuffle))
+            for block in self.decoder_blocks[:-1]:
+                x = block(x)
+            x = self.decoder_blocks[-1](x, start)
         return self.decoder_pred(self.decoder_norm(x))
 
     # --- losses -----------------------------------------------------------------------------------------------------
@@ -263,7 +361,13 @@ class MaskedAutoencoderViT(nn.Module):
         pixels, mean, std = self._pixels(imgs)
         return masked_mse(masked, pixels, ids_masked, self.patch_size, mean, std, self.norm_pix_loss), pred, mask
 
-    def training_loss(self, images: torch.Tensor, ids_shuffle: torch.Tensor, mask_ratio: float = 0.75) -> torch.Tensor:
+    def training_loss(
+        self,
+        images: torch.Tensor,
+        ids_shuffle: torch.Tensor,
+        mask_ratio: float = 0.75,
+        predict_ratio: float | None = None,
+    ) -> torch.Tensor:
         """The loss of ``forward``, computing nothing that it does not need.
 
         Only visible patches are embedded, the decoder keeps the shuffled order, and its last block, norm and head run
@@ -273,10 +377,14 @@ class MaskedAutoencoderViT(nn.Module):
             images: uint8 [N, H, W, C], or float [N, C, H, W], normalised.
             ids_shuffle: int [N, L], from ``fastmae.ops.random_masking``.
             mask_ratio: as in ``forward_encoder``.
+            predict_ratio: the loss is of the first int(L · ``predict_ratio``) masked patches alone, which random ids
+                list in random order; needs a decoder with cross-attention. None: of all.
         """
-        K = self.num_visible(mask_ratio)
-        latent = self._encode(images, ids_shuffle[:, :K])
-        pred = self._decode(latent, ids_shuffle, start=K + 1)
+        L = ids_shuffle.shape[1]
+        K = self.num_visible(mask_ratio, L)
+        ids_shuffle = ids_shuffle[:, : K + self.num_predicted(mask_ratio, predict_ratio, L)]
+        latent = self._latent(images, ids_shuffle[:, :K])
+        pred = self._decode(latent, self._positions(images)[1], ids_shuffle, start=K + 1)
         pixels, mean, std = self._pixels(images)
         return masked_mse(pred, pixels, ids_shuffle[:, K:], self.patch_size, mean, std, self.norm_pix_loss)
 

@@ -1,19 +1,24 @@
-"""The published checkpoint file: {'model', 'optimizer', 'epoch', 'scaler', 'args'} in a .pth, read and written.
+"""The published checkpoint file: {'model', 'optimizer', 'epoch', 'scaler', 'args'} in a .pth, read and written; and its
+weights alone as .safetensors, under the same names.
 
-Written files load with ``weights_only=True``. Read files may carry the published ``argparse.Namespace``, the one class
-that is let through; anything else that a pickle could hold is refused by torch.
+Written .pth files load with ``weights_only=True``. Read ones may carry the published ``argparse.Namespace``, the one
+class that is let through; anything else that a pickle could hold is refused by torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
 
 from fastmae.errors import UserError
 from fastmae.files import write_whole
@@ -34,7 +39,7 @@ _PRESET_OF_WIDTH = {
 
 @dataclasses.dataclass(frozen=True)
 class OfficialFile:
-    """What a .pth holds."""
+    """What a .pth or a .safetensors holds."""
 
     path: Path
     model: dict[str, torch.Tensor]
@@ -45,6 +50,16 @@ class OfficialFile:
     @property
     def has_decoder(self) -> bool:
         return "decoder_pred.weight" in self.model
+
+    @property
+    def decoder_attention(self) -> str:
+        """By the names of its tensors, which a file with weights alone has too."""
+        return "cross" if "decoder_map_weights" in self.model else "self"
+
+    @property
+    def decoder_depth(self) -> int | None:
+        """How many blocks the decoder has; None for the encoder alone."""
+        return len({key.split(".")[1] for key in self.model if key.startswith("decoder_blocks.")}) or None
 
 
 def save_official(
@@ -68,8 +83,27 @@ def save_official(
         "scaler": _SCALER,
         "args": args,
     }
+    _save(path, lambda file: torch.save(content, file))
+
+
+def save_weights(path: Path, weights: dict[str, torch.Tensor], epoch: int, args: dict[str, Any]) -> None:
+    """Writes the weights alone as .safetensors, whole or not at all; ``epoch`` and ``args`` are in its metadata.
+
+    Raises:
+        UserError: the file system refused.
+    """
+    metadata = {"format": "pt", "epoch": str(epoch), "settings": json.dumps(args)}
+    content = safetensors_bytes({name: tensor.contiguous() for name, tensor in weights.items()}, metadata)
+
+    def write(file: BinaryIO) -> None:
+        file.write(content)
+
+    _save(path, write)
+
+
+def _save(path: Path, write: Callable[[BinaryIO], None]) -> None:
     try:
-        write_whole(path, lambda file: torch.save(content, file))
+        write_whole(path, write)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
         raise UserError(
             f"{path} could not be saved ({error}); earlier checkpoints are intact: free space or mend the "
@@ -78,11 +112,13 @@ def save_official(
 
 
 def read_official(path: Path) -> OfficialFile:
-    """Reads a training file, or one with the weights alone.
+    """Reads a training file, or one with the weights alone, which may be a .safetensors.
 
     Raises:
         UserError: not such a file, or one that holds more than data.
     """
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -102,12 +138,36 @@ def read_official(path: Path) -> OfficialFile:
     return OfficialFile(path, model, content.get("optimizer"), epoch if isinstance(epoch, int) else None, args)
 
 
+def _read_safetensors(path: Path) -> OfficialFile:
+    """The library compares all sizes in the header with the file's before a tensor is made."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        args = json.loads(metadata.get("settings", "{}"))
+        epoch = int(metadata["epoch"]) if "epoch" in metadata else None
+        if not isinstance(args, dict):
+            raise ValueError("the settings in its metadata are none")
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a readable checkpoint ({reason}); give an intact file or a run folder") from error
+    if not weights:
+        raise UserError(f"{path}: holds no model; give a file with the keys of the published checkpoints")
+    return OfficialFile(path, weights, None, epoch, args)
+
+
 def load_weights(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
     """Copies a file's weights into the model, every key accounted for; the decoder may be missing as a whole.
 
     Raises:
         UserError: keys or shapes that do not fit.
     """
+    for flag, its, ours in (
+        ("--decoder_attention", file.decoder_attention, model.decoder_attention),
+        ("--decoder_depth", file.decoder_depth, len(model.decoder_blocks)),
+    ):
+        if file.has_decoder and its != ours:
+            raise UserError(f"{file.path}: its decoder has {flag} {its}, not {ours}; give its {flag} and --model")
     own = model.state_dict()
     wanted = own.keys() if file.has_decoder else {k for k in own if not k.startswith(("decoder_", "mask_token"))}
     missing, unknown = sorted(wanted - file.model.keys()), sorted(file.model.keys() - own.keys())
@@ -131,21 +191,35 @@ def model_of_file(file: OfficialFile, preset: str | None) -> MaskedAutoencoderVi
         raise UserError(f"{file.path}: has no patch_embed.proj.weight; it is not a checkpoint of a masked autoencoder")
     name = preset or file.args.get("model") or _PRESET_OF_WIDTH.get((weight.shape[0], weight.shape[3]))
     size = file.args.get("input_size", 224)
+    size = (size, size) if isinstance(size, int) else size
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(side, int) for side in size):
+        raise UserError(f"{file.path}: input_size {size} in its settings is not a size; give an intact file")
+    positions = file.model.get("pos_embed", weight[:0])
+    needed = 1 + size[0] // max(1, weight.shape[2]) * (size[1] // max(1, weight.shape[3]))
+    if name in PRESETS and (positions.ndim != 3 or positions.shape[1] < needed):  # before memory is taken for a model
+        shapes = f"{list(positions.shape)}, and {size[0]}×{size[1]} pixels need {needed} positions"
+        raise UserError(f"{file.path}: pos_embed is of another shape ({shapes}); name its preset with --model")
     settings = {
         "model": name,
-        "input_size": size if isinstance(size, int) else tuple(size),
+        "input_size": tuple(size),
         "in_chans": weight.shape[1],
         "norm_pix_loss": bool(file.args.get("norm_pix_loss", False)),
+        "decoder_attention": file.decoder_attention,
+        "decoder_depth": file.decoder_depth,
         "mean": file.args.get("mean"),
         "std": file.args.get("std"),
     }
-    model = build_model(settings)
+    try:
+        model = build_model(settings)
+    except TypeError as error:
+        raise UserError(f"{file.path}: its settings make no model ({error}); give an intact file") from error
     load_weights(model, file)
     return model
 
 
 def build_model(settings: dict[str, Any]) -> MaskedAutoencoderViT:
-    """A fresh model from the settings model, input_size, in_chans, norm_pix_loss, mean and std of a configuration.
+    """A fresh model from a configuration's model, input_size, in_chans, norm_pix_loss, mean and std, and, where they
+    are said, decoder_attention and decoder_depth.
 
     Raises:
         UserError: an unknown preset, or sizes that do not fit each other.
@@ -153,13 +227,16 @@ def build_model(settings: dict[str, Any]) -> MaskedAutoencoderViT:
     name = settings["model"]
     if name not in PRESETS:
         raise UserError(f"--model {name}: unknown; one of {', '.join(PRESETS)}")
+    depth = settings.get("decoder_depth")
     try:
         return PRESETS[name](
             img_size=settings["input_size"],
             in_chans=settings["in_chans"],
             norm_pix_loss=settings["norm_pix_loss"],
+            decoder_attention=settings.get("decoder_attention", "self"),
             mean=settings["mean"],
             std=settings["std"],
+            **({} if depth is None else {"decoder_depth": depth}),
         )
     except ValueError as error:
         raise UserError(f"--model {name}: {error}; choose another --input_size or --model") from error

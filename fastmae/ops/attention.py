@@ -28,7 +28,8 @@ def attention(packed: torch.Tensor, queries: torch.Tensor | None = None) -> torc
     Args:
         packed: floating [N, S, 3, H, Dh], queries, keys and values as one projection leaves them; or
             [N, S, 2, H, Dh], keys and values, when the queries come apart. Any strides.
-        queries: [N, T, H, Dh] with 1 ≤ T ≤ S, of the dtype and device of ``packed``: for when only some tokens ask.
+        queries: [N, T, H, Dh] with T ≥ 1, of the dtype and device of ``packed``: for when only some tokens ask, or
+            others.
 
     Returns:
         [N, T, H, Dh] (T = S without ``queries``) in the dtype of ``packed``, or of autocast inside its region, as
@@ -70,9 +71,9 @@ def _check(packed: torch.Tensor, queries: torch.Tensor | None) -> None:
         raise ValueError(f"packed must be one of {', '.join(map(dtype_name, DTYPES))}, got {dtype_name(packed.dtype)}")
     if queries is None:
         return
-    N, S, _, H, D = packed.shape
-    if queries.ndim != 4 or (queries.shape[0], *queries.shape[2:]) != (N, H, D) or not 1 <= queries.shape[1] <= S:
-        raise ValueError(f"queries must have shape [{N}, 1 to {S}, {H}, {D}], got {list(queries.shape)}")
+    N, _, _, H, D = packed.shape
+    if queries.ndim != 4 or (queries.shape[0], *queries.shape[2:]) != (N, H, D) or queries.shape[1] < 1:
+        raise ValueError(f"queries must have shape [{N}, at least 1, {H}, {D}], got {list(queries.shape)}")
     if queries.dtype != packed.dtype:
         raise ValueError(f"queries must be {dtype_name(packed.dtype)} as packed is, got {dtype_name(queries.dtype)}")
     if queries.device != packed.device:

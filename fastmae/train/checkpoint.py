@@ -358,7 +358,7 @@ def restore(
     """Does what --resume says, to the weights and the optimiser in place.
 
     Args:
-        resume: empty, ``auto``, a run folder, one of its checkpoints, or a published .pth.
+        resume: empty, ``auto``, a run folder, one of its checkpoints, a published .pth or a .safetensors.
         run: the output folder.
         model, optimizer: as they start.
         fixed: settings that must be those of the checkpoint.
@@ -378,8 +378,10 @@ def restore(
     if path.is_file():
         return _restore_official(path, model, optimizer, fresh, steps_per_epoch)
     if resume != "auto" and not path.exists():
-        raise UserError(f"--resume {path}: no such checkpoint; give a run folder, one of its checkpoints or a .pth")
-    found = _on_first(lambda: _look(resume, path))
+        raise UserError(
+            f"--resume {path}: no such checkpoint; give a run folder, one of its checkpoints or an official file"
+        )
+    found = on_first(lambda: _look(resume, path))
     if found.path is None:
         return fresh
     try:
@@ -415,7 +417,7 @@ def _restore_official(
     fresh: Restored,
     steps_per_epoch: int,
 ) -> Restored:
-    """Weights of a published .pth; with its optimiser and epoch the run goes on after that epoch, as published."""
+    """Weights of a published file; with its optimiser and epoch the run goes on after that epoch, as published."""
     file = read_official(path)
     if not file.has_decoder:
         raise UserError(f"--resume {path}: holds the encoder alone; give a full training checkpoint")
@@ -446,8 +448,9 @@ def load_model(checkpoint: str, preset: str | None = None, *, needs_decoder: boo
     """The model of a checkpoint, on the CPU, in evaluation mode.
 
     Args:
-        checkpoint: a run folder (its newest intact checkpoint counts), a ``step-NNNNNNNN`` folder, or a .pth.
-        preset: for a .pth that does not name its own.
+        checkpoint: a run folder (its newest intact checkpoint counts), a ``step-NNNNNNNN`` folder, a .pth or a
+            .safetensors.
+        preset: for a file that does not name its own.
         needs_decoder: refuse a file with the encoder alone.
 
     Raises:
@@ -455,7 +458,7 @@ def load_model(checkpoint: str, preset: str | None = None, *, needs_decoder: boo
     """
     path = Path(checkpoint)
     if not path.exists():
-        raise UserError(f"{path}: no such checkpoint; give a run folder, one of its checkpoints or a .pth")
+        raise UserError(f"{path}: no such checkpoint; give a run folder, one of its checkpoints or an official file")
     if path.is_file():
         file = read_official(path)
         if needs_decoder and not file.has_decoder:
@@ -489,7 +492,7 @@ def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[
     return state
 
 
-def _on_first(look: Callable[[], T]) -> T:
+def on_first(look: Callable[[], T]) -> T:
     """What the first rank finds, on every rank; so is an error that it meets. The files are read once."""
     if not dist.is_initialized():
         return look()

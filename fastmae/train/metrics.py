@@ -64,7 +64,6 @@ class StepLog:
         rank, ranks: this process among those that log together.
         mean_over_ranks: of a tensor; the only communication, once a read.
         num_workers: decoding threads a rank.
-        full_speed: images a second, of all ranks, at which the devices would be at their peak (MFU 1), if it is known.
         spike_score: the score of a loss that is a spike, None for another.
         sinks: take the lines as well.
         say: shows a line to people.
@@ -80,20 +79,19 @@ class StepLog:
         ranks: int,
         mean_over_ranks: Callable[[torch.Tensor], torch.Tensor],
         num_workers: int,
-        full_speed: float | None,
         spike_score: Callable[[float], float | None],
         sinks: Sequence[Sink],
         say: Callable[[str], None],
     ) -> None:
         self.loading = LoadingStats()
-        self._num_workers, self._full_speed = num_workers, full_speed
+        self._num_workers = num_workers
         self._run, self._device, self._log_freq = run, device, log_freq
         self._rank, self._ranks, self._mean_over_ranks, self._writes = rank, ranks, mean_over_ranks, rank == 0
         self._metrics, self._log = JsonLines(run / METRICS), JsonLines(run / LOG)
         self._waiting = torch.zeros(3, log_freq, device=device)  # loss, gradient norm, and whether it was skipped
         self._rows: list[dict[str, Any]] = []
         self._spike_score, self._sinks, self._say = spike_score, sinks, say
-        self._images, self._since = 0, time.perf_counter()
+        self._images, self._seconds_at_peak, self._since = 0, 0.0, time.perf_counter()
         self.epoch_sums = {"loss": 0.0, "lr": 0.0, "steps": 0}
         self.latest: dict[str, Any] = {}
         self.skipped_in_a_row = 0
@@ -112,12 +110,21 @@ class StepLog:
                 if row["loss"] is not None:
                     self._spike_score(row["loss"])
 
-    def add(self, stepped: Stepped, *, step: int, epoch: int, lr: float, images: int) -> None:
-        """Notes a step; ``step`` counts from 1, ``images`` over all ranks. Waits for the device when a read is due."""
+    def add(
+        self, stepped: Stepped, *, step: int, epoch: int, lr: float, images: int, seconds_at_peak: float | None = None
+    ) -> None:
+        """Notes a step. Waits for the device when a read is due.
+
+        Args:
+            step: counted from 1.
+            images: over all ranks.
+            seconds_at_peak: what it would take if all devices computed at their peak (MFU 1), if it is known.
+        """
         for kind, value in enumerate((stepped.loss, stepped.grad_norm, stepped.skipped)):
             self._waiting[kind, len(self._rows)] = value
         self._rows.append({"step": step, "epoch": epoch, "loss": None, "lr": lr})
         self._images += images
+        self._seconds_at_peak += seconds_at_peak or 0.0
         if step % self._log_freq == 0:
             self.flush(is_log_step=True)
         elif len(self._rows) == self._log_freq:
@@ -142,7 +149,7 @@ class StepLog:
             )
         if is_log_step:
             speed = self._images / elapsed
-            mfu = {"mfu": round(speed / self._full_speed, 4)} if self._full_speed else {}
+            mfu = {"mfu": round(self._seconds_at_peak / elapsed, 4)} if self._seconds_at_peak else {}
             rows[-1] |= {
                 "images_per_second": round(speed, 1),
                 **mfu,
@@ -150,7 +157,8 @@ class StepLog:
                 "data_wait": round(worst[0] / elapsed, 4),
                 "peak_memory": round(worst[1]),
             }
-            self._images, self.loading, self._since = 0, LoadingStats(), time.perf_counter()
+            self._images, self._seconds_at_peak = 0, 0.0
+            self.loading, self._since = LoadingStats(), time.perf_counter()
         self.latest |= rows[-1]
         if self._writes:
             self._metrics.add(rows)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import itertools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastmae.errors import UserError
 from fastmae.model.sharding import local_part
-from fastmae.model.vit import Block
+from fastmae.model.vit import BLOCKS
+
+_TRAININGS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,30 @@ class World:
             dist.barrier()
 
 
+class Vote:
+    """Asks all ranks a question every step and has the answer a step later, so that no step waits for their words.
+
+    On a thousand ranks they take longer to go round (2(n − 1) messages, over the CPU) than a step may take.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._asked: tuple[torch.Tensor, dist.Work] | None = None
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank said yes when this was last called; alone, at once. All ranks call it at the same steps."""
+        if self._world.size == 1:
+            return flag
+        answer = False
+        if self._asked is not None:
+            votes, work = self._asked
+            work.wait()
+            answer = bool(votes.item())
+        votes = torch.tensor([int(flag)])
+        self._asked = votes, dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True)
+        return answer
+
+
 def choose_device(flag: str | None, local_rank: int = 0) -> torch.device:
     """The device of a flag; without one, this rank's GPU if there is any, otherwise the CPU.
 
@@ -87,9 +116,20 @@ def start(device: str | None) -> World:
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    rank = int(os.environ.get("RANK", "0"))
     if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
-    return World(int(os.environ.get("RANK", "0")), size, chosen)
+        # Under names of its own, as those of a training before it in these processes are still in the store.
+        names = dist.PrefixStore(f"training {next(_TRAININGS)}", _store())
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=names, rank=rank, world_size=size)
+    return World(rank, size, chosen)
+
+
+@functools.cache
+def _store() -> dist.Store:
+    """Where the ranks find each other: one for the life of a process, as the first rank cannot open its port twice."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    return store
 
 
 def ranks_here() -> int:
@@ -143,7 +183,10 @@ def share(module: nn.Module, world: World, sharing: Sharing) -> nn.Module:
     if world.size == 1:
         return module
     if sharing.kind == "ddp":
-        options: dict[str, Any] = {"gradient_as_bucket_view": True}
+        # Buffers are constants, which DDP would send round before every forward pass; the option has a new name.
+        known = inspect.signature(DistributedDataParallel).parameters
+        send_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, send_buffers: False}
         if world.device.type == "cuda":
             options["device_ids"] = [world.device.index]
         copy = DistributedDataParallel(module, **options)
@@ -157,7 +200,7 @@ def share(module: nn.Module, world: World, sharing: Sharing) -> nn.Module:
         shape, names = (world.size // sharing.shard_size, sharing.shard_size), ("replicate", "shard")
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(reduce_dtype=sharing.reduce)
-    for block in [part for part in module.modules() if isinstance(part, Block)]:
+    for block in [part for part in module.modules() if isinstance(part, BLOCKS)]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
     return module

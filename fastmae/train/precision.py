@@ -1,4 +1,7 @@
-"""Which number format the step computes in: float32, TF32 products of it, or bfloat16 autocast over float32 weights."""
+"""Which number format the step computes in: float32, TF32 products of it, or bfloat16 autocast over float32 weights.
+
+With the last the products of blocks may be float8; ``step.in_float8`` makes them so.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,12 @@ class Precision:
     autocast: torch.dtype | None
 
     def context(self, device: torch.device) -> torch.autocast:
-        """The autocast region of a forward pass; does nothing for fp32."""
-        return torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+        """The autocast region of a forward pass; does nothing for fp32.
+
+        Casts are not kept: a forward pass takes a weight once, and a CUDA graph must not refer to what is dropped.
+        """
+        dtype = self.autocast or torch.bfloat16
+        return torch.autocast(device.type, dtype=dtype, enabled=self.autocast is not None, cache_enabled=False)
 
     @contextmanager
     def products(self) -> Generator[None]:
@@ -54,3 +61,16 @@ def choose_precision(flag: str, device: torch.device) -> Precision:
         return Precision("bf16", "the GPU has bfloat16", torch.bfloat16)
     reason = "the GPU has no bfloat16" if device.type == "cuda" else "exact and reproducible on a CPU"
     return Precision("fp32", reason, None)
+
+
+def require_float8(device: torch.device, precision: Precision) -> None:
+    """Refuses --float8 where it cannot work.
+
+    Raises:
+        UserError: the device has no float8 products, or the rest is not bf16.
+    """
+    has_none = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(f"--float8: {has_none} has no float8 products, which Ada and newer GPUs have; leave it out")
+    if precision.name != "bf16":
+        raise UserError(f"--float8: goes with --precision bf16, not {precision.name}; leave one out")

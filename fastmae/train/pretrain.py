@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from fastmae.data.loader import Batch, View, choose_decoder, default_workers, de
 from fastmae.data.masks import MaskFile, Masks, choose_masks, open_masks, shuffled_ids
 from fastmae.data.plan import mask_draws, micro_batches, plan_epoch
 from fastmae.data.quarantine import Quarantine
+from fastmae.data.sizes import Size, describe_sizes, growing_sizes, size_in
 from fastmae.data.sources import Source, describe, open_train, shown, train_and_val
 from fastmae.data.statistics import channel_statistics
 from fastmae.environment import hardware, peak_flops, versions
@@ -31,13 +34,22 @@ from fastmae.evaluate.reconstruct import caption, fixed_images, reconstruct, sav
 from fastmae.files import write_text
 from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD, MaskedAutoencoderViT
-from fastmae.model.official import build_model, save_official
+from fastmae.model.official import build_model, save_official, save_weights
 from fastmae.model.sharding import in_one_piece, is_sharded
 from fastmae.ops.attention import attention_backend
 from fastmae.ops.backends import asked_backends, describe_ops, using
+from fastmae.ops.linear import describe_linear
 from fastmae.train import parallel
 from fastmae.train.average import Average, in_checkpoint, start_average, update_average
-from fastmae.train.checkpoint import MANIFEST, Saver, find_checkpoint, restore, set_aside_newer, training_tensors
+from fastmae.train.checkpoint import (
+    MANIFEST,
+    Saver,
+    find_checkpoint,
+    on_first,
+    restore,
+    set_aside_newer,
+    training_tensors,
+)
 from fastmae.train.health import (
     EXIT_INTERRUPTED,
     LossSpikes,
@@ -53,10 +65,10 @@ from fastmae.train.health import (
 )
 from fastmae.train.metrics import Screen, StepLog
 from fastmae.train.optim import learning_rate, make_optimizer
-from fastmae.train.precision import Precision, choose_precision
+from fastmae.train.precision import Precision, choose_precision, require_float8
 from fastmae.train.profile import profiled
 from fastmae.train.sinks import Sink, check_sinks, open_sinks
-from fastmae.train.step import TrainingLoss, prepare, train_step
+from fastmae.train.step import PassGraph, TrainingLoss, prepare, require_graph, train_step
 
 PICTURE_IMAGES = 8
 MIN_CHECKPOINT_STEPS = 300
@@ -95,12 +107,16 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     precision = choose_precision(config.precision, world.device)
     if config.residual == "bf16" and precision.autocast is None:
         raise UserError(f"--residual bf16: goes with --precision bf16, not {precision.name}; leave one out")
+    if config.float8:
+        require_float8(world.device, precision)
+    if config.cuda_graph:
+        require_graph(world.device, world.size)
     decoder, why_decoder = choose_decoder(config.decoder, world.device, source, config.in_chans)
     if config.cache == "ram":
         source = cached(source, config.in_chans, memory_budget(config.cache_gb, parallel.ranks_here()), decoder)
     crops = config.batch_size // config.repeated_masks
-    iterations = micro_batches(facts.length, crops, world.size, config.accum_iter, config.keep_last)
-    steps_per_epoch = iterations // config.accum_iter
+    of_a_rank = micro_batches(facts.length, crops, world.size, config.accum_iter, config.keep_last)
+    steps_per_epoch = of_a_rank // config.accum_iter  # the same for every split of the global batch
     _check_batches(config, world, steps_per_epoch)
     total_steps = config.epochs * steps_per_epoch
     checkpoint_freq = config.checkpoint_freq or steps_per_epoch * math.ceil(MIN_CHECKPOINT_STEPS / steps_per_epoch)
@@ -108,14 +124,16 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
 
     # Model and optimiser, the same on every rank.
     torch.manual_seed(config.seed)
-    model = _model(settings, config.mask_ratio).to(world.device)
+    model = _model(settings, config).to(world.device)
     model.autocast_residual = config.residual == "bf16"
+    sizes = _sizes(config, model)
+    model.allow_sizes(sizes)
     sharing = parallel.choose_sharing(config.parallel, config.reduce, config.shard_size, world)
-    loss_alone = TrainingLoss(model, config.mask_ratio)
-    prepare(loss_alone, config.checkpointing, config.compile)
+    loss_alone = TrainingLoss(model, config.mask_ratio, config.predict_ratio)
+    prepare(loss_alone, config.checkpointing, config.compile, len(sizes), config.float8)
     loss_of = parallel.share(loss_alone, world, sharing)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
-    masks = choose_masks(config.masking, mask_file, model.grid_size, model.num_visible(config.mask_ratio), config.seed)
+    masks_of = {size: _masks(config, model, size, mask_file) for size in sizes}
 
     # Where to begin.
     restored = restore(
@@ -133,6 +151,10 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     decoding = describe_decoder(decoder, why_decoder)
     backends = chosen_backends(world.device, precision, model.attention_shapes(config.mask_ratio), decoding)
     backends["parallel"] = f"{sharing.kind} ({sharing.reason})"
+    if config.float8:
+        backends["float8"] = f"products of the blocks (torchao {version('torchao')})"
+    if config.cuda_graph:
+        backends["cuda_graph"] = "forward and backward pass (asked for)"
     if isinstance(source, CachedSource):
         backends["cache"] = describe_cache(source)
     world.barrier()  # every rank has looked before the first one writes
@@ -152,14 +174,13 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
         ranks=world.size,
         mean_over_ranks=world.mean,
         num_workers=config.num_workers,
-        full_speed=_full_speed(model, config.mask_ratio, world),
         spike_score=LossSpikes().score,
         sinks=_sinks(run, config, settings, world, say),
         say=say,
     )
     if world.is_first:
         _open_run_folder(run, settings, world, backends)
-        _announce(say, config, facts, backends, model, masks)
+        _announce(say, config, facts, backends, model, masks_of)
         if restored.origin is not None:
             say(f"resumed         {restored.origin}, after step {restored.step}")
         if (hazard := restart_hazard()) is not None:
@@ -181,21 +202,29 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     load = partial(
         load_batches,
         source,
-        view=View(config.input_size, config.in_chans, seed=seed, scale=config.crop_scale, flip=config.flip),
         device=world.device,
         num_workers=config.num_workers,
         pin_memory=config.pin_mem and world.device.type == "cuda",
         decoder=decoder,
     )
-    batches = load(_requests(source, config, seed, world, restored.step, total_steps, steps_per_epoch))
-    take = partial(
-        _micro_batches, config=config, masks=dataclasses.replace(masks, seed=seed), quarantine=quarantine, log=log
-    )
+    view = View(config.input_size, config.in_chans, seed=seed, scale=config.crop_scale, flip=config.flip)
+
+    def size_at(step: int) -> Size:
+        return size_in(step // steps_per_epoch, sizes, config.grow_epochs)
+
+    requests_of = partial(_requests, source, config, seed, world, steps_per_epoch)
+    batches_of = partial(_batches, load, requests_of, view, size_at)
+    batches = batches_of(range(restored.step, total_steps))
+    masks_now = {size: dataclasses.replace(masks, seed=seed) for size, masks in masks_of.items()}
+    take = partial(_micro_batches, config=config, masks_of=masks_now, quarantine=quarantine, log=log)
+    at_peak = {size: _seconds_at_peak(model, config, size, world) for size in sizes}
     keep_every = config.keep_every and config.keep_every * checkpoint_freq
     saver = Saver(run, keep=config.keep, keep_every=keep_every, background=config.async_save)
     unsaved = None
+    asked_to_stop = parallel.Vote(world)
     watchdog = Watchdog(config.hang_timeout, run / f"hang-{world.rank}.txt", f"rank {world.rank}")
     profiling = profiled(run, config.profile, world.rank, world.device, say)
+    graph = PassGraph() if config.cuda_graph else None
     with (
         screen,
         saver,
@@ -208,7 +237,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
         for step in range(restored.step, total_steps):
             epoch, index = divmod(step, steps_per_epoch)
             lr = learning_rate(
-                epoch + index * config.accum_iter / iterations,
+                epoch + index / steps_per_epoch,
                 lr=config.lr,
                 min_lr=config.min_lr,
                 warmup_epochs=config.warmup_epochs,
@@ -217,12 +246,19 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
             micro = take(batches)
             autocast = precision.context(world.device)
             stepped = train_step(
-                loss_of, optimizer, micro, config.accum_iter, lr, autocast, config.clip_grad, world.mean
+                loss_of, optimizer, micro, config.accum_iter, lr, autocast, config.clip_grad, world.mean, graph
             )
             if config.ema is not None:
                 update_average(average, model, config.ema, stepped.skipped)
             done = step + 1
-            log.add(stepped, step=done, epoch=epoch, lr=lr, images=config.global_batch)
+            log.add(
+                stepped,
+                step=done,
+                epoch=epoch,
+                lr=lr,
+                images=config.global_batch,
+                seconds_at_peak=at_peak[size_at(step)],
+            )
             screen.update(done, epoch, log.latest)
             watchdog.beat()
             profile_step()
@@ -230,7 +266,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
             epoch_ends = index + 1 == steps_per_epoch
             if epoch_ends:
                 log.end_epoch(epoch)
-            stopping = world.any(stop.received is not None)
+            stopping = asked_to_stop.any(stop.received is not None)
             saves = done % checkpoint_freq == 0 or done == total_steps or stopping
             if saves:
                 log.sync()
@@ -238,9 +274,10 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
             failing = log.skipped_in_a_row > 0
             if log.skipped_in_a_row >= config.max_skipped or (failing and done == total_steps):
                 first = done - log.skipped_in_a_row
-                requests = list(_requests(source, config, seed, world, first, first + 1, steps_per_epoch))
-                names = [source.name(index) for indices, _ in requests for index in indices[:NAMED_SAMPLES].tolist()]
-                place = first_not_finite(model, partial(_losses, loss_of, load, requests, take, autocast), world.any)
+                drawn = requests_of([first])
+                names = [source.name(index) for indices, _ in drawn for index in indices[:NAMED_SAMPLES].tolist()]
+                again = partial(_losses, loss_of, partial(batches_of, [first]), take, autocast)
+                place = first_not_finite(model, again, world.any)
                 report = report_not_finite(first + 1, done, place, names[:NAMED_SAMPLES])
                 log.close()
                 saver.wait()
@@ -248,6 +285,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
                 return None
             if epoch_ends and not failing and (epoch % config.save_freq == 0 or epoch + 1 == config.epochs):
                 require_finite(parallel.witness(model.parameters(), world), done)
+                masks = masks_of[config.input_size]
                 unsaved = _export(run, epoch, config, settings, masks, model, optimizer, average, source, world)
             if saves and not failing:
                 require_finite(parallel.witness(model.parameters(), world), done)
@@ -288,7 +326,7 @@ def _go_back(
     Raises:
         UserError: they were already done with other data, or there is nothing to go back to.
     """
-    found = find_checkpoint(run)
+    found = on_first(lambda: find_checkpoint(run))
     step = fresh_step if found.path is None else int(found.manifest["step"])
     remedy = "lower --blr (or use --precision fp32), then continue with --resume auto"
     if step in detours:
@@ -296,7 +334,6 @@ def _go_back(
     if found.path is None and flags.resume not in ("", "auto"):
         raise UserError(f"{report}; no checkpoint was saved since {flags.resume}: lower --blr and name another folder")
     print(f"fastmae: {report}; going back to step {step}, and on with other data", file=sys.stderr, flush=True)
-    world.barrier()  # every rank has looked
     if world.is_first:
         write_detours(run, [*detours, step])
     world.barrier()
@@ -332,19 +369,49 @@ def _check_batches(config: ResolvedConfig, world: parallel.World, steps_per_epoc
         raise UserError(f"{size} is more than {given}; {remedy}, or use --keep_last")
 
 
-def _model(settings: dict[str, Any], mask_ratio: float) -> MaskedAutoencoderViT:
+def _model(settings: dict[str, Any], config: ResolvedConfig) -> MaskedAutoencoderViT:
     model = build_model(settings)
+    flag, ratio = "--mask_ratio", config.mask_ratio
     try:
-        model.num_visible(mask_ratio)
+        model.num_visible(ratio)
+        if config.predict_ratio is not None:
+            flag, ratio = "--predict_ratio", config.predict_ratio
+            model.num_predicted(config.mask_ratio, ratio)
     except ValueError as error:
-        raise UserError(f"--mask_ratio {mask_ratio}: {error}; choose another ratio or --input_size") from error
+        raise UserError(f"{flag} {ratio}: {error}; choose another ratio or --input_size") from error
     return model
 
 
-def _full_speed(model: MaskedAutoencoderViT, mask_ratio: float, world: parallel.World) -> float | None:
-    """Images a second of all ranks if their devices computed at their peak all the time; None where it is unknown."""
+def _sizes(config: ResolvedConfig, model: MaskedAutoencoderViT) -> tuple[Size, ...]:
+    """The sizes of a run's crops, from the smallest to the model's."""
+    if config.start_size is None:
+        return (config.input_size,)
+    ph, pw = model.patch_size
+    unit = (2 * ph, 2 * pw) if config.masking == "grid" else (ph, pw)
+    try:
+        sizes = growing_sizes(config.start_size, config.input_size, unit)
+        model.num_predicted(config.mask_ratio, config.predict_ratio, math.prod(model.grid_of(sizes[0])))
+    except ValueError as error:
+        raise UserError(f"--start_size {' '.join(map(str, config.start_size))}: {error}") from error
+    if config.grow_epochs >= config.epochs:
+        raise UserError(f"--grow_epochs {config.grow_epochs}: must be below the {config.epochs} of --epochs")
+    return sizes
+
+
+def _masks(config: ResolvedConfig, model: MaskedAutoencoderViT, size: Size, file: MaskFile | None) -> Masks:
+    grid = model.grid_of(size)
+    visible = model.num_visible(config.mask_ratio, math.prod(grid))
+    return choose_masks(config.masking, file, grid, visible, config.seed)
+
+
+def _seconds_at_peak(
+    model: MaskedAutoencoderViT, config: ResolvedConfig, size: Size, world: parallel.World
+) -> float | None:
+    """What a step would take if all devices computed at their peak; None where it is unknown."""
     peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
-    return peak and world.size * peak / (3 * flops_per_image(model, mask_ratio))
+    L = math.prod(model.grid_of(size))
+    flops = 3 * config.global_batch * flops_per_image(model, config.mask_ratio, L, config.predict_ratio)
+    return peak and flops / (world.size * peak)
 
 
 def _sinks(run: Path, config: ResolvedConfig, settings: dict[str, Any], world: parallel.World, say: Say) -> list[Sink]:
@@ -357,8 +424,11 @@ def _sinks(run: Path, config: ResolvedConfig, settings: dict[str, Any], world: p
 def _unsharded(
     model: MaskedAutoencoderViT, weights: dict[str, torch.Tensor], settings: dict[str, Any]
 ) -> MaskedAutoencoderViT:
-    """The model for one rank alone: a copy made of ``weights``, which are in one piece, if it lies on several."""
-    if not is_sharded(model):
+    """The model for one rank alone, and without float8, which is for training.
+
+    If it is not so itself, a copy made of ``weights``, which are in one piece.
+    """
+    if not (is_sharded(model) or settings["float8"]):
         return model
     copy = build_model(settings).to(model.mean.device)
     copy.load_state_dict(weights)
@@ -387,6 +457,7 @@ def chosen_backends(
         found["ops"] = describe_ops(device)
         dtype = precision.autocast or torch.float32
         chosen = {part: attention_backend(device, dtype, *shape) for part, shape in attention_shapes.items()}
+        found["products"] = describe_linear(device, dtype)
         found["attention"] = "; ".join(f"{part}: {name} ({reason})" for part, (name, reason) in chosen.items())
     except ValueError as error:
         raise UserError(f"--ops {asked_backends().ops} --attention {asked_backends().attention}: {error}") from error
@@ -403,19 +474,31 @@ def _requests(
     config: ResolvedConfig,
     seed: int,
     world: parallel.World,
-    start: int,
-    stop: int,
     steps_per_epoch: int,
+    steps: Iterable[int],
 ) -> Iterator[Request]:
-    """Micro-batches from step ``start`` up to step ``stop``, each epoch planned when it is reached."""
+    """The micro-batches of the steps, each epoch planned when it is reached."""
     crops = config.batch_size // config.repeated_masks
     plan = None
-    for step in range(start, stop):
+    for step in steps:
         epoch, index = divmod(step, steps_per_epoch)
         if plan is None or plan.epoch != epoch:
             plan = plan_epoch(seed, epoch, len(source), crops, world.rank, world.size, source.stretches)
         for micro in range(config.accum_iter):
             yield plan.batch(index * config.accum_iter + micro)
+
+
+def _batches(
+    load: Callable[..., Generator[Batch]],
+    requests_of: Callable[[Iterable[int]], Iterator[Request]],
+    view: View,
+    size_at: Callable[[int], Size],
+    steps: Iterable[int],
+) -> Generator[Batch]:
+    """The batches of the steps. Where their size changes, which is a few times a run, the loader starts anew."""
+    for size, alike in itertools.groupby(steps, size_at):
+        with closing(load(requests_of(alike), view=dataclasses.replace(view, size=size))) as batches:
+            yield from batches
 
 
 def _say_what_was_redone(batches: Iterable[Batch], say: Say) -> Generator[Batch]:
@@ -433,7 +516,7 @@ def _say_what_was_redone(batches: Iterable[Batch], say: Say) -> Generator[Batch]
 
 
 def _micro_batches(
-    batches: Iterator[Batch], config: ResolvedConfig, masks: Masks, quarantine: Quarantine, log: StepLog
+    batches: Iterator[Batch], config: ResolvedConfig, masks_of: dict[Size, Masks], quarantine: Quarantine, log: StepLog
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """One step's micro-batches as (images, ids_shuffle)."""
     for _ in range(config.accum_iter):
@@ -441,6 +524,7 @@ def _micro_batches(
         log.loading.add(batch)
         quarantine.add(batch.skipped, good=len(batch.images))
         images, draw_ids = batch.images, batch.draw_ids
+        masks = masks_of[images.shape[1], images.shape[2]]
         if config.repeated_masks > 1:
             images = images.repeat_interleave(config.repeated_masks, dim=0)
             draws = mask_draws(draw_ids.numpy(), config.dataset_length, config.repeated_masks)
@@ -450,13 +534,12 @@ def _micro_batches(
 
 def _losses(
     loss_of: torch.nn.Module,
-    load: Callable[[Iterable[Request]], Generator[Batch]],
-    requests: list[Request],
+    load: Callable[[], Generator[Batch]],
     take: Callable[[Iterator[Batch]], Iterator[tuple[torch.Tensor, torch.Tensor]]],
     autocast: torch.autocast,
 ) -> Iterator[torch.Tensor]:
-    """The losses of the micro-batches of one step, of which this rank has ``requests``."""
-    with closing(load(requests)) as batches:
+    """The losses of the micro-batches of one step, of which ``load`` gives this rank's."""
+    with closing(load()) as batches:
         for images, ids_shuffle in take(batches):
             with autocast:
                 loss = loss_of(images, ids_shuffle)
@@ -498,14 +581,20 @@ def _announce(
     facts: DataFacts,
     backends: dict[str, str],
     model: MaskedAutoencoderViT,
-    masks: Masks,
+    masks_of: dict[Size, Masks],
 ) -> None:
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     height, width = config.input_size
     labels = "labelled" if facts.labelled else "without labels"
     say(f"data            {shown(config.data_path)}: {facts.length:,} images {facts.found}, {labels}")
     say(f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}")
-    say(f"masks           {masks}")
+    if config.decoder_attention == "cross":
+        predicted = model.num_predicted(config.mask_ratio, config.predict_ratio)
+        blocks = len(model.decoder_blocks)
+        say(f"decoder         cross-attention, {blocks} blocks, {predicted} of {model.num_patches} patches predicted")
+    if len(masks_of) > 1:
+        say(f"sizes           {describe_sizes(list(masks_of), config.grow_epochs, config.epochs)}")
+    say(f"masks           {masks_of[config.input_size]}")
     say(f"batch           {config.global_batch} images a step, lr {config.lr:.2e}, {config.epochs} epochs")
     for name, choice in backends.items():
         say(f"{name:15} {choice}")
@@ -523,7 +612,7 @@ def _export(
     source: Source,
     world: parallel.World,
 ) -> str | None:
-    """The published file and the pictures after an epoch. Returns what could not be written, if anything.
+    """The published files and the pictures after an epoch. Returns what could not be written, if anything.
 
     Every rank calls it, the first one writes. A disk that is full ends no run: the next epoch's may fit.
     """
@@ -533,10 +622,10 @@ def _export(
     if not world.is_first:
         return None
     try:
-        save_official(_official_path(run, epoch), weights, moments, epoch, settings)
-        if means:
-            path = _official_path(run, epoch)
-            save_official(path.with_stem(f"{path.stem}-ema"), weights | means, moments, epoch, settings)
+        path = _official_path(run, epoch)
+        for name, tensors in [(path.stem, weights), *([(f"{path.stem}-ema", weights | means)] if means else [])]:
+            save_official(path.with_stem(name), tensors, moments, epoch, settings)
+            save_weights(path.with_name(f"{name}.safetensors"), tensors, epoch, settings)
         _picture(_picture_path(run, epoch), config, masks, _unsharded(model, weights, settings), source)
     except UserError as error:
         print(f"fastmae: {error}; the run goes on", file=sys.stderr, flush=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,36 +18,165 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fastmae.errors import UserError
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.vit import Block, Checkpointing
+from fastmae.model.vit import BLOCKS, Checkpointing
+
+SHAPES_A_SIZE = 4
+"""Of the tokens that blocks get, and one to spare."""
 
 
 class TrainingLoss(nn.Module):
     """``model.training_loss`` as a forward pass, which is what torch's wrappers expect."""
 
-    def __init__(self, model: MaskedAutoencoderViT, mask_ratio: float) -> None:
+    def __init__(self, model: MaskedAutoencoderViT, mask_ratio: float, predict_ratio: float | None = None) -> None:
         super().__init__()
         self.model = model
-        self.mask_ratio = mask_ratio
+        self.mask_ratio, self.predict_ratio = mask_ratio, predict_ratio
 
     def forward(self, images: torch.Tensor, ids_shuffle: torch.Tensor) -> torch.Tensor:
-        return self.model.training_loss(images, ids_shuffle, self.mask_ratio)
+        return self.model.training_loss(images, ids_shuffle, self.mask_ratio, self.predict_ratio)
 
 
-def prepare(loss_of: TrainingLoss, checkpointing: Checkpointing, compiling: Literal["off", "block", "model"]) -> None:
-    """Makes the forward and backward pass what --checkpointing and --compile say, in place; names stay what they are.
+def prepare(
+    loss_of: TrainingLoss,
+    checkpointing: Checkpointing,
+    compiling: Literal["off", "block", "model"],
+    sizes: int = 1,
+    float8: bool = False,
+) -> None:
+    """Makes the forward and backward pass what --float8, --checkpointing and --compile say, in place; names stay.
 
-    The order is fixed: checkpointing, compiling, then the wrapping for several ranks, then the optimiser. So compiled
-    code knows what is to be computed again, and communication happens between compiled regions.
+    The order is fixed: float8, checkpointing, compiling, then the wrapping for several ranks, then the optimiser. So
+    compiled code knows the casts, which it fuses, and what is to be computed again, and communication happens between
+    compiled regions.
+
+    Raises:
+        UserError: torchao is not there.
     """
-    blocks = [part for part in loss_of.modules() if isinstance(part, Block)]
+    if float8:
+        in_float8(loss_of.model)
+    blocks = [part for part in loss_of.modules() if isinstance(part, BLOCKS)]
     for block in blocks:
         block.checkpointing = checkpointing
-    # Shapes never change in a run. Blocks share code: the encoder's, the decoder's and its last are compiled once each.
+    # Blocks share code: the encoder's, the decoder's and its last are compiled once each, for each of the ``sizes``
+    # that images have in a run. torch gives up after 8 of one code, unless it is told that so many are meant.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES_A_SIZE * sizes)
     if compiling == "block":
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False)
     elif compiling == "model":
         loss_of.compile(fullgraph=True, dynamic=False)
+
+
+def in_float8(model: MaskedAutoencoderViT, emulate: bool = False) -> None:
+    """Makes torchao compute the products of the blocks, forward and backward, in float8, in place.
+
+    Weights stay what they are, in float32 and under their names. Every factor is scaled by its largest value just
+    before its product (torchao's recipe ``tensorwise``, its fastest), so nothing has to be saved. Left alone are layers
+    whose sizes are no multiples of 16, and queries, keys and values of the decoder's last block, which takes their
+    layer apart.
+
+    Args:
+        model: on its device; not compiled, sharded or given to an optimiser yet.
+        emulate: round as float8 does, but compute in float32, for devices without it.
+
+    Raises:
+        UserError: torchao is not there.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise UserError(f"--float8: torchao cannot be loaded ({error}); pip install 'fastmae[float8]'") from error
+    taken_apart = f"decoder_blocks.{len(model.decoder_blocks) - 1}.attn.qkv"
+
+    def fits(module: nn.Module, name: str) -> bool:
+        assert isinstance(module, nn.Linear)
+        return "blocks." in name and name != taken_apart and module.in_features % 16 == module.out_features % 16 == 0
+
+    convert_to_float8_training(model, module_filter_fn=fits, config=Float8LinearConfig(emulate=emulate))
+
+
+Pass = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+WARM_UPS = 3
+
+
+class PassGraph:
+    """Forward and backward pass of a micro-batch as a CUDA graph: captured for the first, replayed for all.
+
+    A replay does again what was captured, at the same addresses. So micro-batches are copied to where the first one's
+    copy lies, and weights and gradients must stay where they are: the optimiser changes weights in place, and gradients
+    are set to zero, not to None. With another shape it is captured anew, and the former graph's memory given back.
+    """
+
+    def __init__(self) -> None:
+        self._inputs: list[torch.Tensor] = []
+        self._replay: Callable[[], torch.Tensor] | None = None
+
+    def __call__(
+        self, run: Pass, parameters: Sequence[nn.Parameter], images: torch.Tensor, ids_shuffle: torch.Tensor
+    ) -> torch.Tensor:
+        """What ``run(images, ids_shuffle)`` does: adds to the gradients of ``parameters`` and returns the loss."""
+        given = [images, ids_shuffle]
+        if self._replay is None or [(t.shape, t.dtype) for t in given] != [(t.shape, t.dtype) for t in self._inputs]:
+            self._replay = None  # frees its memory before the next one needs as much
+            self._inputs = [tensor.clone() for tensor in given]
+            self._replay = self._captured(partial(run, *self._inputs), parameters, images.device)
+        for held, tensor in zip(self._inputs, given, strict=True):
+            held.copy_(tensor)
+        return self._replay().clone()  # the next replay overwrites it
+
+    def _captured(
+        self, run: Callable[[], torch.Tensor], parameters: Sequence[nn.Parameter], device: torch.device
+    ) -> Callable[[], torch.Tensor]:
+        """``run`` as a graph that adds to ``.grad``, which every parameter that gets a gradient has from now on."""
+        before = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        stream = _warm_up(run, device)
+        for parameter, gradient in zip(parameters, before, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
+        return _recorded(run, stream)
+
+
+def _warm_up(run: Callable[[], torch.Tensor], device: torch.device) -> torch.cuda.Stream:
+    """Does what happens at first only, such as compiling, and must not be captured. On a stream of its own, which it
+    returns for the capture: torch asks for that, as autograd remembers on which stream a gradient was made.
+    """
+    side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            run()
+    current.wait_stream(side)
+    return side
+
+
+def _recorded(run: Callable[[], torch.Tensor], stream: torch.cuda.Stream) -> Callable[[], torch.Tensor]:
+    """Captures what ``run`` launches, without doing it. What is returned does it, and gives the same tensor always."""
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: DALI's threads may allocate meanwhile.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        result = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def require_graph(device: torch.device, ranks: int) -> None:
+    """Refuses --cuda_graph where it cannot work.
+
+    Raises:
+        UserError: not on a GPU, or with several ranks, whose communication is not captured.
+    """
+    if device.type != "cuda":
+        raise UserError(f"--cuda_graph: the device is {device}, which has no CUDA graphs; leave it out")
+    if ranks > 1:
+        raise UserError(f"--cuda_graph: is for one rank, and there are {ranks}; use --compile instead")
 
 
 @dataclass(frozen=True)
@@ -79,6 +209,7 @@ def train_step(
     autocast: AbstractContextManager,
     clip_grad: float | None = None,
     mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
+    graph: PassGraph | None = None,
 ) -> Stepped:
     """Steps once with the mean gradient of the micro-batches, unless it or a loss is not finite.
 
@@ -90,23 +221,30 @@ def train_step(
         autocast: the region of the forward passes; it may be entered several times.
         clip_grad: the largest norm of the gradient; a longer one is scaled down to it. None: any norm.
         mean_over_ranks: of a tensor that every rank has, on the device.
+        graph: does the forward and backward passes; the same one in every step of a run.
 
     Raises:
         UserError: torch.compile failed.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=graph is None)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def run(images: torch.Tensor, ids_shuffle: torch.Tensor) -> torch.Tensor:
+        with autocast:
+            loss = loss_of(images, ids_shuffle) / accum_iter
+        loss.backward()
+        return loss.detach()
+
     total = None
-    for index, (images, ids_shuffle) in enumerate(micro_batches):
+    for index, micro_batch in enumerate(micro_batches):
         is_last = index + 1 == accum_iter
         with without_sync(loss_of, is_last), _compile_errors_in_one_line():
-            with autocast:
-                loss = loss_of(images, ids_shuffle) / accum_iter
-            loss.backward()
-        total = loss.detach() if total is None else total + loss.detach()
+            loss = run(*micro_batch) if graph is None else graph(run, parameters, *micro_batch)
+        total = loss if total is None else total + loss
     assert total is not None
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parameters = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if clip_grad is not None:

@@ -20,7 +20,8 @@ from fastmae.ops.attention import attention_reference
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # A unit is the distance from 1 to the next number.
 SLACK = {FP32: 4.0, FP16: 0.25, BF16: 0.5}
-# (N, H, T, S, Dh, dtype): one tile and several, full tiles and ragged ones, all queries and the last ones only.
+# (N, H, T, S, Dh, dtype): one tile and several, full tiles and ragged ones, all queries, the last ones only, and more
+# than there are keys.
 CASES = [
     (1, 1, 1, 1, 32, BF16),
     (3, 2, 13, 13, 32, BF16),
@@ -35,6 +36,8 @@ CASES = [
     (1, 1, 257, 257, 32, BF16),
     (1, 1, 1, 257, 64, BF16),
     (1, 1, 320, 320, 64, BF16),
+    (1, 1, 147, 50, 32, BF16),
+    (1, 1, 40, 13, 32, FP32),
     (2, 2, 50, 50, 64, FP16),
     (2, 1, 148, 197, 32, FP16),
     (1, 1, 65, 257, 80, FP16),
@@ -73,10 +76,11 @@ def _poison(monkeypatch):
 def sample(N, H, T, S, D, dtype, scale=1.0, wide=0):
     """q, k, v and the gradient of the output; ``wide`` numbers lie unused at both ends of a token."""
     generator = torch.Generator().manual_seed(S + D)
-    draw = torch.randn(N, S, 4 * H * D + 2 * wide, generator=generator)
+    draw = torch.randn(N, max(S, T), 4 * H * D + 2 * wide, generator=generator)
     tokens = draw.to(DEVICE, dtype)[:, :, wide : wide + 4 * H * D].unflatten(2, (4, H, D))
     q, k, v, grad = tokens.unbind(2)
-    return q[:, S - T :] * scale if scale != 1.0 else q[:, S - T :], k, v, grad[:, S - T :]
+    q, k, v, grad = q[:, -T:], k[:, :S], v[:, :S], grad[:, -T:]
+    return q * scale if scale != 1.0 else q, k, v, grad
 
 
 def by_torch(q, k, v, grad, dtype, attend):

@@ -12,7 +12,7 @@ import torch
 from helpers import soak
 
 from fastmae.errors import UserError
-from fastmae.model.official import build_model, save_official
+from fastmae.model.official import build_model, save_official, save_weights
 from fastmae.train.checkpoint import (
     Saver,
     find_checkpoint,
@@ -79,6 +79,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, trained):
             save_checkpoint(tmp_path, 2, tensors, POSITION)
         with full_disk(limit), pytest.raises(UserError, match=r"could not be saved .*are intact"):
             save_official(tmp_path / "checkpoint-0.pth", model.state_dict(), optimizer.state_dict(), 0, {})
+        with full_disk(limit), pytest.raises(UserError, match=r"could not be saved .*are intact"):
+            save_weights(tmp_path / "checkpoint-0.safetensors", model.state_dict(), 0, {})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert find_checkpoint(tmp_path).path == first

@@ -33,7 +33,6 @@ def step_log(run: Path, said: list[str], **changes) -> StepLog:
         ranks=1,
         mean_over_ranks=torch.clone,
         num_workers=1,
-        full_speed=None,
         spike_score=lambda loss: None,
         sinks=[],
         say=said.append,
@@ -105,10 +104,10 @@ def test_one_exchange_a_read_tells_the_mean_loss_and_the_slowest_rank(tmp_path, 
     monkeypatch.setattr("fastmae.train.metrics.peak_memory", lambda device: next(memory))
 
     def train(rank: int, losses: list[float], wait: float, exchange) -> StepLog:
-        log = step_log(tmp_path / str(rank), [], rank=rank, ranks=2, mean_over_ranks=exchange, full_speed=1e9)
+        log = step_log(tmp_path / str(rank), [], rank=rank, ranks=2, mean_over_ranks=exchange)
         log.loading.wait = wait
         for step, loss in enumerate(losses, 1):
-            log.add(stepped(loss), step=step, epoch=0, lr=0.1, images=8)
+            log.add(stepped(loss), step=step, epoch=0, lr=0.1, images=8, seconds_at_peak=8e-5)
         return log
 
     (tmp_path / "0").mkdir()
@@ -121,7 +120,7 @@ def test_one_exchange_a_read_tells_the_mean_loss_and_the_slowest_rank(tmp_path, 
     assert [row["loss"] for row in found] == [2.0, 3.0, 4.0, 5.0]
     assert found[3]["peak_memory"] == 5 * 2**30
     assert found[3]["data_wait"] > 1, "the second rank's"
-    assert first.latest["mfu"] == pytest.approx(first.latest["images_per_second"] / 1e9, abs=1e-4)
+    assert first.latest["mfu"] == pytest.approx(first.latest["images_per_second"] / 1e5, abs=1e-4)
 
 
 # --- what an image costs ----------------------------------------------------------------------------------------------
@@ -235,7 +234,7 @@ def test_tensorboard_and_wandb_get_the_log_and_a_trace_is_written(blobs, tmp_pat
     with gzip.open(tmp_path / "run" / "profile" / "rank-0.json.gz", "rt") as file:
         names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
     assert {"ProfilerStep#5", "ProfilerStep#6"} == {name for name in names if name.startswith("ProfilerStep")}
-    assert any("addmm" in name for name in names)
+    assert any("linear" in name for name in names)
 
 
 def test_a_tensorboard_folder_that_cannot_be_written_costs_a_line_and_no_more(blobs, tmp_path, capsys):

@@ -1,12 +1,16 @@
 """Official files: written so that the published tools read them, read whatever the published tools wrote."""
 
 import argparse
+import json
 import pickle
 
 import pytest
 import torch
-from helpers import small_run
+from helpers import metrics, small_run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from fastmae.cli import main
 from fastmae.errors import UserError
 from fastmae.model.mae import mae_vit_tiny_patch4
 from fastmae.model.official import model_of_file, read_official
@@ -18,7 +22,7 @@ from fastmae.train.pretrain import pretrain
 @pytest.fixture(scope="module")
 def finished(blobs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("official") / "run"
-    assert pretrain(small_run(blobs, folder, epochs=2)) == 0
+    assert pretrain(small_run(blobs, folder, epochs=2, ema=0.9)) == 0
     return folder
 
 
@@ -42,6 +46,38 @@ def test_our_file_loads_with_weights_only_and_has_the_published_keys(finished):
     theirs = torch.optim.AdamW([{"params": group} for group in groups])
     theirs.load_state_dict(content["optimizer"])
     assert all(theirs.state[p]["exp_avg"].shape == p.shape for p in parameters)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-0", "checkpoint-1", "checkpoint-1-ema"])
+def test_beside_it_lie_its_weights_alone_without_a_pickle(finished, name):
+    content = torch.load(finished / f"{name}.pth", weights_only=True)
+    weights = load_file(finished / f"{name}.safetensors")
+    assert weights.keys() == content["model"].keys()
+    for key, tensor in content["model"].items():
+        assert weights[key].dtype == torch.float32
+        assert torch.equal(weights[key], tensor)
+    with safe_open(finished / f"{name}.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata.keys() == {"format", "epoch", "settings"}
+    assert (metadata["format"], int(metadata["epoch"])) == ("pt", content["epoch"])
+    assert json.loads(metadata["settings"]) == content["args"]
+
+
+def test_weights_alone_are_taken_where_the_training_file_is(blobs, finished, tmp_path, monkeypatch, capsys):
+    alone, whole = (str(finished / f"checkpoint-1.{suffix}") for suffix in ("safetensors", "pth"))
+    torch.save({"model": torch.load(whole, weights_only=True)["model"]}, tmp_path / "weights.pth")
+    for source, folder in ((alone, "a"), (str(tmp_path / "weights.pth"), "b")):
+        assert pretrain(small_run(blobs, tmp_path / folder, epochs=1, resume=source)) == 0
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert metrics(tmp_path / "a")[0][0] == 1
+
+    found = []
+    for source in (alone, whole):
+        assert main(["reconstruct", source, "--images", blobs, "--output", str(tmp_path / "grid.png")]) == 0
+        capsys.readouterr()
+        assert main(["probe", source, "--data_path", blobs, "--json"]) == 0
+        found.append(((tmp_path / "grid.png").read_bytes(), json.loads(capsys.readouterr().out)))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("age", ["new", "old"])
@@ -113,7 +149,10 @@ class Bomb:
         return (open, (str(self.path), "w"))
 
 
-def _hostile(tmp_path):
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A folder of files that are not what they should be."""
+    tmp_path = tmp_path_factory.mktemp("hostile")
     state = mae_vit_tiny_patch4(img_size=16).state_dict()
     extra, missing, reshaped = dict(state), dict(state), dict(state)
     extra["head.weight"] = torch.zeros(2)
@@ -133,8 +172,26 @@ def _hostile(tmp_path):
     }
     for name, content in contents.items():
         torch.save(content, tmp_path / f"{name}.pth")
-    whole = (tmp_path / "missing key.pth").read_bytes()
-    (tmp_path / "truncated.pth").write_bytes(whole[: len(whole) // 2])
+    settings = {"model": "mae_vit_tiny_patch4", "input_size": [16, 16]}
+    for name, tensors, changes in (
+        ("shard", {f"model.{key}": tensor for key, tensor in state.items()}, {}),
+        ("missing key", missing, {}),
+        ("other shape", reshaped, {}),
+        ("no tensors", {}, {}),
+        ("far too large", state, {"input_size": [4 << 20, 4 << 20]}),
+        ("no size", state, {"input_size": None}),
+        ("no mean", state, {"mean": 1}),
+    ):
+        metadata = {"format": "pt", "settings": json.dumps(settings | changes)}
+        save_file(tensors, tmp_path / f"{name}.safetensors", metadata)
+    save_file(state, tmp_path / "no settings.safetensors", {"settings": "[1]"})
+    save_file(state, tmp_path / "no epoch.safetensors", {"epoch": "last"})
+    for suffix in ("pth", "safetensors"):
+        whole = (tmp_path / f"missing key.{suffix}").read_bytes()
+        (tmp_path / f"truncated.{suffix}").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "long header.safetensors").write_bytes(b"\xff" * 8 + whole[8:])
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    return tmp_path
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "text.pth").write_bytes(b"hello")
 
@@ -142,23 +199,34 @@ def _hostile(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("bomb", "could run code"),
-        ("no model", "holds no model"),
-        ("not tensors", "holds no model"),
-        ("unknown key", "1 tensors are unknown"),
-        ("missing key", "1 tensors are missing"),
-        ("other shape", "1 tensors are of another shape"),
-        ("not a MAE", "not a checkpoint of a masked autoencoder"),
-        ("unknown preset", "resnet50: unknown"),
-        ("absurd size", "not a multiple"),
-        ("truncated", "not a readable checkpoint"),
-        ("empty", "not a readable checkpoint"),
-        ("text", "not a readable checkpoint"),
+        ("bomb.pth", "could run code"),
+        ("no model.pth", "holds no model"),
+        ("not tensors.pth", "holds no model"),
+        ("unknown key.pth", "1 tensors are unknown"),
+        ("missing key.pth", "1 tensors are missing"),
+        ("other shape.pth", "1 tensors are of another shape"),
+        ("not a MAE.pth", "not a checkpoint of a masked autoencoder"),
+        ("unknown preset.pth", "resnet50: unknown"),
+        ("absurd size.pth", "not a multiple"),
+        ("truncated.pth", "not a readable checkpoint"),
+        ("empty.pth", "not a readable checkpoint"),
+        ("text.pth", "not a readable checkpoint"),
+        ("shard.safetensors", "not a checkpoint of a masked autoencoder"),
+        ("missing key.safetensors", "1 tensors are missing"),
+        ("other shape.safetensors", "1 tensors are of another shape"),
+        ("no tensors.safetensors", "holds no model"),
+        ("far too large.safetensors", "of another shape"),
+        ("no size.safetensors", "input_size None"),
+        ("no mean.safetensors", "its settings make no model"),
+        ("no settings.safetensors", "not a readable checkpoint"),
+        ("no epoch.safetensors", "not a readable checkpoint"),
+        ("truncated.safetensors", "not a readable checkpoint"),
+        ("long header.safetensors", "not a readable checkpoint"),
+        ("empty.safetensors", "not a readable checkpoint"),
     ],
 )
-def test_hostile_and_foreign_files_are_refused_in_one_line(tmp_path, name, words):
-    _hostile(tmp_path)
+def test_hostile_and_foreign_files_are_refused_in_one_line(hostile, name, words):
     with pytest.raises(UserError, match=words) as caught:
-        model_of_file(read_official(tmp_path / f"{name}.pth"), None)
+        model_of_file(read_official(hostile / name), None)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "went off").exists()
+    assert not (hostile / "went off").exists()

@@ -61,16 +61,17 @@ class Seen:
         take_step, requests = module.train_step, module._requests
 
         def recording_step(loss_of, optimizer, micro_batches, *rest):
+            batches = list(micro_batches)
             step = self.first + self.taken
             self.taken += 1
             self.before(step)
-            batches = list(micro_batches)
             self.steps[step] = [(images.clone(), ids.clone()) for images, ids in batches]
             return take_step(loss_of, optimizer, iter(batches), *rest)
 
-        def recording_requests(source, config, seed, world, start, *rest):
-            self.first, self.taken = start, 0
-            return requests(source, config, seed, world, start, *rest)
+        def recording_requests(source, config, seed, world, steps_per_epoch, steps):
+            steps = list(steps)
+            self.first, self.taken = steps[0], 0
+            return requests(source, config, seed, world, steps_per_epoch, steps)
 
         monkeypatch.setattr(module, "train_step", recording_step)
         monkeypatch.setattr(module, "_requests", recording_requests)
@@ -147,7 +148,7 @@ def test_ranks_see_one_order_from_any_step_on(tars, tmp_path, accum_iter, repeat
         )
         by_rank = []
         for rank in range(ranks):
-            requests = module._requests(source, config, 3, World(rank, ranks, CPU), start, 14, 4)
+            requests = module._requests(source, config, 3, World(rank, ranks, CPU), 4, range(start, 14))
             batches = load_batches(source, requests, view, device=CPU, num_workers=2)
             by_rank.append([(batch.draw_ids, batch.images) for batch in batches])
         # Ranks take turns within a micro-step, micro-steps within a step.

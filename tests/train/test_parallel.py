@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import command, environment, metrics, small_run, soak
-from ranks import run_ranks, start_ranks
+from helpers import assert_same_run, command, environment, metrics, small_run, soak
+from ranks import MOMENT, Rank, run_ranks, start_ranks
 
 from fastmae.config import PretrainConfig
 from fastmae.errors import UserError
@@ -29,6 +29,7 @@ from fastmae.train.pretrain import pretrain
 SHORT = dict(epochs=1, warmup_epochs=0.5, checkpoint_freq=2, keep=9, ema=0.9)
 WAYS = ["2-ddp", "2-fsdp", "2-fsdp-accumulated", "1-fsdp", "1-fsdp-hsdp"]
 WAYS += ["2-ddp-accumulated", "4-ddp", "4-fsdp", "4-hsdp"][: soak(0, 4)]
+KILLED = {**SHORT, "parallel": "fsdp", "save_freq": 1, "epochs": soak(1, 2)}
 ROUNDED = ["2-ddp-bf16", "2-fsdp-bf16"][: soak(1, 2)]
 
 
@@ -164,32 +165,80 @@ def test_copies_must_come_out_even():
         choose_sharing("hsdp", "fp32", 3, world)
 
 
-def test_killed_at_random_instants_the_run_goes_on_from_an_intact_checkpoint(blobs, tmp_path, runs):
-    """A checkpoint every step, so that most instants are in the middle of a save; one rank or all are killed."""
-    dice = random.Random(os.getpid())
-    config = tiny(blobs, 2, tmp_path / "run", parallel="fsdp", checkpoint_freq=1, keep=2, resume="auto")
-    checkpoints, killed = tmp_path / "run" / "checkpoints", 0
-    for index in range(soak(2, 40)):
-        known, ranks = set(checkpoints.glob("step-*")), start_ranks(2, config)
-        deadline = time.monotonic() + 120
-        while not set(checkpoints.glob("step-*")) - known and ranks[0].process.is_alive():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(dice.uniform(0, 0.3))
-        victims = ranks if index % 2 else [dice.choice(ranks)]
+@pytest.fixture(scope="module")
+def to_be_killed(blobs, tmp_path_factory, request) -> Path:
+    """What runs that are killed must come to."""
+    if KILLED["epochs"] == SHORT["epochs"]:
+        return request.getfixturevalue("runs") / "2-fsdp"
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_ranks(2, tiny(blobs, 2, folder, **KILLED))
+    return folder
+
+
+def newest_step(run: Path) -> int:
+    """Of the checkpoints, all of which must be intact; 0 if there is none."""
+    return max((int(read_manifest(path)["step"]) for path in (run / "checkpoints").glob("step-*")), default=0)
+
+
+def wait_for(rank: Rank, what: str, times: int) -> None:
+    """Until the rank has begun so many steps or saves, or has ended."""
+    deadline = time.monotonic() + 300
+    while rank.process.is_alive() and sum(line.startswith(f"{what} begins") for line in rank.journal()) < times:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def is_in(what: str, rank: Rank, run: Path) -> bool:
+    """Whether a rank is, or was when it was killed, in a step; or in a save, from opening the folder to renaming it."""
+    last = next((line.split() for line in reversed(rank.journal()) if line.startswith(what)), ["", ""])
+    if last[1] != "begins":
+        return False
+    return what == "step" or (run / "checkpoints" / f".partial-{last[2]}").exists()
+
+
+@pytest.mark.timeout(soak(600, 3600))
+@pytest.mark.parametrize("instants", ["step", "save", "any time"])
+def test_killed_at_random_instants_the_run_goes_on_from_an_intact_checkpoint_to_the_same_end(
+    blobs, tmp_path, to_be_killed, instants
+):
+    """One rank in the middle of a step; one or all in the middle of a save; all at any time, starting included.
+
+    What missed is checked as well, but does not count. A run that is through is begun once more.
+    """
+    dice, run = random.Random(), tmp_path / "run"
+    config = tiny(blobs, 2, run, **{**KILLED, "checkpoint_freq": 1, "keep": 2}, resume="auto")
+    starts = hits = in_saves = 0
+    while hits < soak(1, 20):
+        starts, before = starts + 1, newest_step(run)
+        assert starts <= 10 * (hits + 3), "hardly any kill hit what it was meant for"
+        ranks = start_ranks(2, config, slow_saves=instants == "save")
+        victims = ranks if instants == "any time" or (instants == "save" and hits % 2) else [dice.choice(ranks)]
+        if instants == "any time":
+            wait_for(victims[0], "step", dice.randint(0, 5))
+            time.sleep(dice.uniform(0, 0.3))
+        else:
+            wait_for(victims[0], instants, dice.randint(1, 5))
+            while instants == "save" and victims[0].process.is_alive() and not is_in("save", victims[0], run):
+                time.sleep(0.002)
+            time.sleep(dice.uniform(0, 0.02 if instants == "step" else 8 * MOMENT))
         for victim in victims:
             victim.process.kill()
-        ended = [rank.finish() for rank in ranks]
-        assert all(status is not None for status, _ in ended), "a rank whose companion is gone must end as well"
-        killed += any(victim.process.exitcode == -signal.SIGKILL for victim in victims)
-        for path in checkpoints.glob("step-*"):
-            read_manifest(path)
-        if (checkpoints / "step-00000009").exists():
-            break
-    assert killed, "every run was done before it could be killed, so nothing was tested"
+        statuses = [rank.finish()[0] for rank in ranks]
+        assert None not in statuses, "a rank whose companion is gone must end as well"
+        killed = all(victim.process.exitcode == -signal.SIGKILL for victim in victims)
+        hits += killed and (instants == "any time" or any(is_in(instants, victim, run) for victim in victims))
+        in_saves += killed and any(is_in("save", victim, run) for victim in victims)
+        assert newest_step(run) >= before
+        if ranks[0].journal():
+            began = f"step-{before:08d}, after step {before}\n" in ranks[0].said()
+            assert began == (before > 0)
+        if statuses == [0, 0]:
+            assert_same_run(run, to_be_killed)
+            shutil.rmtree(run)
     run_ranks(2, config)
-    assert metrics(tmp_path / "run") == metrics(runs / "2-fsdp")
-    assert not list((tmp_path / "run").rglob("*partial*"))
+    assert_same_run(run, to_be_killed)
+    assert not list(run.rglob("*partial*"))
+    print(f"{starts} starts, {hits} kills that hit ({instants}), {in_saves} in the middle of a save")
 
 
 def test_a_full_disk_is_told_each_time_and_is_an_error_after_the_last_step(blobs, tmp_path, runs):

@@ -202,6 +202,16 @@ def test_the_global_batch_may_be_split_anew(blobs, undisturbed, tmp_path):
     np.testing.assert_allclose(metrics(tmp_path / "run"), metrics(undisturbed), rtol=1e-5)
 
 
+def test_a_batch_in_several_parts_that_leave_some_over_has_the_same_learning_rates(blobs, tmp_path):
+    """72 images are 4 steps of 16, and half a batch more in micro-batches of 8."""
+    for name, split in (("one", dict(batch_size=16)), ("two", dict(batch_size=8, accum_iter=2))):
+        assert pretrain(small_run(blobs, tmp_path / name, epochs=2, **split)) == 0
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [row[3] for row in one] == [row[3] for row in two]
+    assert [one[step][3] for step in (2, 6)] == pytest.approx(2 * [5e-4 * 16 / 256])  # halfway up, and halfway down
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+
+
 def test_more_epochs_may_be_asked_for(blobs, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     assert pretrain(small_run(blobs, tmp_path / "run", **{**LONG, "epochs": 13}, resume="auto")) == 0
@@ -233,7 +243,7 @@ def test_the_run_folder_says_everything(undisturbed):
     assert config["input_size"] == [16, 16]
     assert config["lr"] == pytest.approx(1e-3 * 8 / 256)
     may_stay_open = {"log_dir", "wandb", "profile", "checkpoint_freq", "keep_every", "shard_size", "device", "cache_gb"}
-    may_stay_open |= {"clip_grad", "ema"}
+    may_stay_open |= {"clip_grad", "ema", "start_size", "decoder_depth", "predict_ratio"}
     assert {key for key, value in config.items() if value is None} <= may_stay_open
     start = json.loads((undisturbed / "environment.jsonl").read_text().splitlines()[0])
     assert start["versions"]["torch"]
@@ -250,6 +260,8 @@ def test_the_run_folder_says_everything(undisturbed):
     assert all(line.keys() == {"train_lr", "train_loss", "epoch"} for line in log)
     assert log[3]["train_loss"] == pytest.approx(sum(row["loss"] for row in rows[27:36]) / 9)
     assert log[3]["train_lr"] == pytest.approx(sum(row["lr"] for row in rows[27:36]) / 9)
-    assert sorted(path.name for path in undisturbed.glob("*.pth")) == [f"checkpoint-{e}.pth" for e in (0, 11, 4, 8)]
+    for suffix in ("pth", "safetensors"):
+        found = sorted(path.name for path in undisturbed.glob(f"*.{suffix}"))
+        assert found == [f"checkpoint-{e}.{suffix}" for e in (0, 11, 4, 8)]
     assert len(list((undisturbed / "checkpoints").iterdir())) == 2
     assert len(list((undisturbed / "reconstructions").glob("epoch-*.png"))) == 4

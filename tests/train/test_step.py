@@ -1,11 +1,13 @@
 """The switches of a step: what they must not change, what they save, and that nobody waits for the device."""
 
 import copy
+import json
 import shutil
 import sys
 import threading
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,13 +20,15 @@ from torch.utils._pytree import tree_leaves
 
 import fastmae
 from fastmae.errors import UserError
+from fastmae.ops.backends import using
 from fastmae.train import pretrain as story
+from fastmae.train import step as step_part
 from fastmae.train.average import start_average, update_average
 from fastmae.train.checkpoint import load_model
 from fastmae.train.metrics import StepLog
 from fastmae.train.optim import make_optimizer
-from fastmae.train.precision import Precision, choose_precision
-from fastmae.train.step import TrainingLoss, prepare, train_step
+from fastmae.train.precision import Precision, choose_precision, require_float8
+from fastmae.train.step import PassGraph, TrainingLoss, in_float8, prepare, require_graph, train_step
 
 SMALL = dict(img_size=16, in_chans=1, embed_dim=32, depth=3, num_heads=2)
 SMALL |= dict(decoder_embed_dim=24, decoder_depth=2, decoder_num_heads=2)
@@ -45,9 +49,11 @@ def autocast(bf16=False):
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
 
 
-def loss_and_gradients(checkpointing="none", compiling="off", bf16=False, residual=False):
+def loss_and_gradients(checkpointing="none", compiling="off", bf16=False, residual=False, float8=False):
     model = small_model()
     model.autocast_residual = residual
+    if float8:
+        in_float8(model, emulate=True)
     loss_of = TrainingLoss(model, 0.75)
     prepare(loss_of, checkpointing, compiling)
     assert model.state_dict().keys() == small_model().state_dict().keys()
@@ -101,6 +107,125 @@ def test_a_residual_in_bf16_needs_bf16(blobs, tmp_path):
         story.pretrain(small_run(blobs, tmp_path, precision="fp32", residual="bf16"))
 
 
+# --- float8 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wider(monkeypatch):
+    """The small model with a decoder that float8 can multiply as well."""
+    monkeypatch.setitem(SMALL, "decoder_embed_dim", 32)
+
+
+def float8_layers(model):
+    return {name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"}
+
+
+def test_float8_is_for_the_products_of_blocks_and_leaves_weights_alone(wider):
+    model = small_model()
+    before = list(model.named_parameters())
+    in_float8(model, emulate=True)
+    names = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    blocks = [*(f"blocks.{i}" for i in range(3)), *(f"decoder_blocks.{i}" for i in range(2))]
+    expected = {f"{block}.{name}" for block in blocks for name in names} - {"decoder_blocks.1.attn.qkv"}
+    assert float8_layers(model) == expected
+    after = list(model.named_parameters())
+    assert [name for name, _ in after] == [name for name, _ in before], "optimisers count them in this order"
+    assert all(one is other for (_, one), (_, other) in zip(after, before, strict=True))
+    assert list(model.state_dict()) == list(small_model().state_dict())
+
+
+def test_layers_that_float8_cannot_multiply_are_left_alone():
+    model = small_model()
+    in_float8(model, emulate=True)
+    assert {name.split(".")[0] for name in float8_layers(model)} == {"blocks"}, "the decoder is 24 wide"
+
+
+def test_float8_rounds_losses_and_gradients_a_little(wider):
+    """A factor has 3 bits after the point, a gradient 2: errors of up to 1/16 and 1/8 each, which average out."""
+    (rounded, gradients), (loss, exact) = loss_and_gradients(bf16=True, float8=True), loss_and_gradients(bf16=True)
+    assert 0 < abs(rounded / loss - 1) < 2e-3
+    error = torch.cat([(gradients[name] - exact[name]).flatten() for name in exact]).norm()
+    assert 1e-3 < error / torch.cat([gradient.flatten() for gradient in exact.values()]).norm() < 0.1
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_float8_computed_again_has_the_same_bits(wider, checkpointing):
+    expected = loss_and_gradients(bf16=True, float8=True)
+    assert_same_bits(loss_and_gradients(checkpointing, bf16=True, float8=True), expected)
+
+
+def test_float8_trains_as_bf16_does(wider):
+    losses = {}
+    for float8 in (False, True):
+        trainer = Trainer()
+        if float8:
+            in_float8(trainer.loss_of.model, emulate=True)
+        losses[float8] = [trainer.step(0, bf16=True).loss.item() for _ in range(20)]
+    assert losses[True][-1] < 0.75 * losses[True][0]
+    np.testing.assert_allclose(losses[True], losses[False], rtol=2e-2)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """--float8 on a CPU, without waiting for torch.compile."""
+    monkeypatch.setattr(story, "require_float8", lambda device, precision: None)
+    monkeypatch.setattr(step_part, "in_float8", partial(in_float8, emulate=True))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+def test_a_run_in_float8_resumes_and_may_go_on_without(emulated, blobs, tmp_path, monkeypatch):
+    """And pictures, as all that is measured, come from the plain model, which is what reads the checkpoint later."""
+    seen = []
+    draw = story.reconstruct
+    monkeypatch.setattr(
+        story, "reconstruct", lambda model, *args, **rest: seen.append(model) or draw(model, *args, **rest)
+    )
+    settings = dict(batch_size=16, epochs=1, checkpoint_freq=2, precision="bf16", compile="block")
+    config = small_run(blobs, tmp_path / "run", **settings, float8=True)
+    assert story.pretrain(config) == 0
+    whole, losses = final_state(tmp_path / "run"), metrics(tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    shutil.rmtree(newest)
+    assert story.pretrain(replace(config, resume="auto")) == 0
+    assert final_state(tmp_path / "run") == whole
+    assert metrics(tmp_path / "run") == losses
+    assert [float8_layers(model) for model in seen] == [set(), set()]
+    started = json.loads((tmp_path / "run" / "environment.jsonl").read_text().splitlines()[0])
+    assert started["backends"]["float8"].startswith("products of the blocks (torchao ")
+    shutil.rmtree(newest)
+    assert story.pretrain(replace(config, resume="auto", float8=False)) == 0
+    assert metrics(tmp_path / "run")[:2] == losses[:2]
+    assert metrics(tmp_path / "run") != losses
+    np.testing.assert_allclose(metrics(tmp_path / "run"), losses, rtol=2e-2)
+
+
+def test_float8_where_it_cannot_work_is_refused(blobs, tmp_path, monkeypatch):
+    float8 = dict(float8=True, compile="block", batch_size=16)
+    with pytest.raises(UserError, match=r"^--float8: a CPU has no float8 products, .*; leave it out$"):
+        story.pretrain(small_run(blobs, tmp_path, **float8))
+    with pytest.raises(UserError, match="--compile off: must be block or model with --float8"):
+        story.pretrain(small_run(blobs, tmp_path, **float8 | {"compile": "off"}))
+    with pytest.raises(UserError, match="--batch_size 24: must be a multiple of 16 with --float8"):
+        story.pretrain(small_run(blobs, tmp_path, **float8 | {"batch_size": 24}))
+    gpu, bf16 = torch.device("cuda"), Precision("bf16", "", torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(UserError, match="--float8: an A100 has no float8 products"):
+        require_float8(gpu, bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    require_float8(gpu, bf16)
+    with pytest.raises(UserError, match="--float8: goes with --precision bf16, not tf32; leave one out"):
+        require_float8(gpu, Precision("tf32", "", None))
+
+
+def test_without_torchao_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(
+        UserError, match=r"^--float8: torchao cannot be loaded \(.*\); pip install 'fastmae\[float8\]'$"
+    ):
+        prepare(TrainingLoss(small_model(), 0.75), "none", "block", float8=True)
+
+
 # --- checkpointing ----------------------------------------------------------------------------------------------------
 
 
@@ -136,10 +261,12 @@ def test_checkpointing_keeps_less_and_computes_again_what_it_says():
     for checkpointing in ("none", "selective", "full"):
         loss_of = TrainingLoss(small_model(), 0.75)
         prepare(loss_of, checkpointing, "off")
-        with Operations() as forward:
+        # With torch's own products, which save their inputs before they compute. What fastmae.ops.linear does is saved
+        # afterwards, so on a CPU the last result is computed again for nobody.
+        with using(ops="reference"), Operations() as forward:
             loss = loss_of(*batch())
             alive[checkpointing] = forward.alive()
-        with Operations() as backward:
+        with using(ops="reference"), Operations() as backward:
             loss.backward()
         again[checkpointing] = [backward.count[name] for name in ("addmm", "gelu", "native_layer_norm")]
     assert alive["full"] < alive["selective"] < alive["none"]
@@ -176,6 +303,15 @@ def test_compiled_is_the_same_and_compiled_once(traced, checkpointing, compiling
         torch.testing.assert_close(got[0], loss, rtol=1e-6, atol=0)
         for name, gradient in gradients.items():
             assert (got[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+def test_float8_compiles(traced, wider):
+    loss, gradients = loss_and_gradients("selective", bf16=True, float8=True)
+    got = loss_and_gradients("selective", "block", bf16=True, float8=True)
+    assert traced.frame_count == 3
+    torch.testing.assert_close(got[0], loss, rtol=1e-5, atol=0)
+    for name, gradient in gradients.items():
+        assert (got[1][name] - gradient).norm() <= 1e-2 * gradient.norm() + 1e-9, name
 
 
 def test_a_run_compiles_its_blocks_and_nothing_else(traced, blobs, tmp_path):
@@ -217,9 +353,12 @@ class Trainer:
         self.loss_of = loss_of or TrainingLoss(small_model(), 0.75)
         self.optimizer = make_optimizer(self.loss_of, 1e-3, 0.05)
 
-    def step(self, seed=0, **settings):
+    def step(self, seed=0, bf16=False, **settings):
         micro = [batch(2 * seed), batch(2 * seed + 1)]
-        return train_step(self.loss_of, self.optimizer, micro, 2, 1e-3, autocast(), **settings)
+        return self.step_with(micro, bf16, **settings)
+
+    def step_with(self, micro, bf16=False, **settings):
+        return train_step(self.loss_of, self.optimizer, micro, len(micro), 1e-3, autocast(bf16), **settings)
 
     def state(self):
         """Every weight, moment and step count."""
@@ -296,14 +435,98 @@ def test_a_healthy_step_is_that_of_the_optimiser_alone():
     assert_same_state(ours.state(), plain.state())
 
 
+# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+class Replays:
+    """In place of CUDA graphs: what was captured is done again by Python, and must find all at the same addresses."""
+
+    def __init__(self, monkeypatch, trainer):
+        self.trainer, self.captured = trainer, []
+        monkeypatch.setattr(step_part, "_warm_up", lambda run, device: [run() for _ in range(step_part.WARM_UPS)])
+        monkeypatch.setattr(step_part, "_recorded", self.record)
+
+    def addresses(self):
+        parameters = [p for p in self.trainer.loss_of.parameters() if p.requires_grad]
+        return [(p.data_ptr(), p.grad.data_ptr()) for p in parameters]
+
+    def record(self, run, stream):
+        addresses, result = self.addresses(), torch.zeros(())
+        self.captured.append([tuple(tensor.shape) for tensor in run.args])
+
+        def replay():
+            assert self.addresses() == addresses
+            return result.copy_(run())
+
+        return replay
+
+
+def float_batch(seed, size=N, value=None):
+    """Images as floats, of which one value may be bad."""
+    images, ids = batch(seed)
+    images = (images / 255).permute(0, 3, 1, 2).contiguous()
+    if value is not None:
+        images[0, 0] = value
+    return images[:size], ids[:size]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_replayed_passes_are_the_steps_without_them(monkeypatch, bf16):
+    """Losses are looked at when all is done, as the log does; one step is not finite, and shapes change twice."""
+    plain, replayed = Trainer(), Trainer()
+    replays, graph = Replays(monkeypatch, replayed), PassGraph()
+    steps = [
+        [float_batch(0), float_batch(1)],
+        [float_batch(2), float_batch(3)],
+        [float_batch(4), float_batch(5, value=torch.nan)],
+        [float_batch(6), float_batch(7)],
+        [float_batch(8, 4)],
+        [float_batch(9, 4)],
+        [float_batch(10), float_batch(11)],
+    ]
+    assert_same_steps(
+        [replayed.step_with(micro, bf16, clip_grad=0.5, graph=graph) for micro in steps],
+        [plain.step_with(micro, bf16, clip_grad=0.5) for micro in steps],
+        skipped=[0, 0, 1, 0, 0, 0, 0],
+    )
+    assert_same_state(replayed.state(), plain.state())
+    assert [images[0] for images, _ in replays.captured] == [6, 4, 6]
+
+
+def assert_same_steps(got, expected, skipped):
+    assert [step.skipped.item() for step in got] == skipped
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal([one.loss, one.grad_norm], [other.loss, other.grad_norm])
+
+
+def test_a_capture_in_the_middle_of_a_step_keeps_the_gradient_so_far(monkeypatch):
+    plain, replayed = Trainer(), Trainer()
+    replays, graph = Replays(monkeypatch, replayed), PassGraph()
+    for seed in range(2):
+        micro = [float_batch(seed), float_batch(seed + 5, 3)]
+        assert_same_steps([replayed.step_with(micro, graph=graph)], [plain.step_with(micro)], [0])
+    assert_same_state(replayed.state(), plain.state())
+    assert [images[0] for images, _ in replays.captured] == [6, 3, 6, 3]
+
+
+def test_a_cuda_graph_where_it_cannot_work_is_refused(blobs, tmp_path):
+    with pytest.raises(UserError, match=r"^--cuda_graph: the device is cpu, which has no CUDA graphs; leave it out$"):
+        story.pretrain(small_run(blobs, tmp_path, cuda_graph=True))
+    with pytest.raises(UserError, match=r"^--cuda_graph: is for one rank, and there are 4; use --compile instead$"):
+        require_graph(torch.device("cuda"), 4)
+    require_graph(torch.device("cuda"), 1)
+
+
+# --- several ranks ----------------------------------------------------------------------------------------------------
+
 RANKS = """
 import sys, torch, fastmae
 from fastmae.model.sharding import in_one_piece, local_part
 from fastmae.train import parallel
 from fastmae.train.average import start_average, update_average
 from fastmae.train.optim import make_optimizer
-from fastmae.train.step import TrainingLoss, prepare, train_step
-kind, compiling = sys.argv[1:]
+from fastmae.train.step import TrainingLoss, in_float8, prepare, train_step
+kind, compiling, *float8 = sys.argv[1:]
 world = parallel.start("cpu")
 compile_anything = torch.compile
 torch.compile = lambda *args, **rest: compile_anything(*args, **rest, backend="aot_eager")
@@ -313,6 +536,8 @@ images = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8)
 ids = fastmae.ops.random_masking(torch.arange(8), 0, 16)
 mine = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
 loss_of = TrainingLoss(model, 0.75)
+if float8:
+    in_float8(model, emulate=True)
 prepare(loss_of, "selective", compiling)
 loss_of = parallel.share(loss_of, world, parallel.choose_sharing(kind, "fp32", None, world))
 optimizer = make_optimizer(model, 1e-3, 0.05)
@@ -352,13 +577,15 @@ def test_one_rank_that_is_not_finite_stops_them_all(tmp_path):
     file = tmp_path / "ranks.py"
     file.write_text(RANKS)
     seen = {}
-    for ranks, kind, compiling in ((1, "ddp", "off"), (2, "ddp", "off"), (2, "fsdp", "block")):
+    for ranks, *words in ((1, "ddp", "off"), (2, "ddp", "off"), (2, "fsdp", "block"), (2, "fsdp", "off", "float8")):
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if ranks == 2 else []
-        done = run([sys.executable, *start, str(file), kind, compiling])
+        done = run([sys.executable, *start, str(file), *words])
         assert done.returncode == 0, done.stderr
-        seen[ranks, kind, compiling] = [float(word) for word in done.stdout.split()[1:]]
+        seen[ranks, *words] = [float(word) for word in done.stdout.split()[-5:]]
     print(seen)
-    (one, *others) = seen.values()
+    (one, *others, float8) = seen.values()
+    assert float8 != others[0]
+    assert float8 == pytest.approx(others[0], rel=2e-2)
     for numbers in others:
         assert numbers[:2] == pytest.approx(one[:2], rel=1e-5)
         assert numbers == pytest.approx(others[0], rel=1e-5)
@@ -392,11 +619,12 @@ def test_the_average_is_saved_resumed_and_written_beside_the_weights(blobs, tmp_
     assert story.pretrain(replace(config, resume="auto")) == 0
     assert final_state(tmp_path / "run") == whole
     written = load_model(str(tmp_path / "run" / "checkpoint-0-ema.pth")).state_dict()
-    names = [name for name in whole if name.startswith("average.")]
+    saved = {name.split()[-1]: value for name, value in whole.items()}  # without the file of the rank
+    names = [name for name in saved if name.startswith("average.")]
     assert {name.removeprefix("average.") for name in names} == written.keys() - {"pos_embed", "decoder_pos_embed"}
     for name in names:
-        assert written[name.removeprefix("average.")].numpy().tobytes() == whole[name]
-        assert whole[name] != whole[name.replace("average.", "model.")]
+        assert written[name.removeprefix("average.")].numpy().tobytes() == saved[name]
+        assert saved[name] != saved[name.replace("average.", "model.")]
     with pytest.raises(UserError, match=r"was made with ema 0\.8, not None"):
         story.pretrain(replace(config, resume="auto", ema=None))
 

@@ -1,0 +1,124 @@
+"""linear: x·Wᵀ + b. On a CPU in float32 through oneDNN, which torch itself asks for other dtypes only.
+
+torch multiplies float32 matrices with MKL (or whatever BLAS it was built with). oneDNN's kernels, which are in torch as
+well, use the widest vectors of any maker's processor. Both compute in float32; they add up in another order.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import register_flop_formula
+
+from fastmae.ops.backends import ops_backend
+
+# Private to torch, where its own compiler calls it; there is no public way to oneDNN in float32.
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` that computes with ``linear``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A linear map of the last axis.
+
+    Args:
+        x: floating [..., I], any strides.
+        weight: [O, I], any strides.
+        bias: [O] or None.
+
+    Returns:
+        [..., O] in the dtype of ``x``, or of autocast inside its region. Equivalent to ``F.linear``.
+    """
+    if _is_for_onednn(x, weight):
+        return _linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def describe_linear(device: torch.device, dtype: torch.dtype) -> str:
+    """Who multiplies matrices of this kind, for people."""
+    if device.type != "cpu":
+        return "torch"
+    if dtype != torch.float32:
+        return "oneDNN, torch's own choice"
+    return "oneDNN" if ONEDNN and ops_backend(device) == "native" else "torch"
+
+
+def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether it is oneDNN's, though torch would not ask it. A program that is exported knows torch's ops alone."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.ndim > 1
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_exporting()
+        and ONEDNN
+        and ops_backend(x.device) == "native"
+    )
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.custom_op("fastmae::linear", mutates_args=())
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return _product(x, weight, bias)
+
+
+@_linear.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("fastmae::linear_backward", mutates_args=())
+def _linear_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: list[bool]
+) -> list[torch.Tensor]:
+    """Those gradients of x, weight and bias that are needed."""
+    rows = grad.flatten(0, -2)
+    made = []
+    if needs[0]:
+        made.append(_product(grad, weight.T))
+    if needs[1]:
+        made.append(rows.T @ x.flatten(0, -2))
+    if needs[2]:
+        made.append(rows.sum(0))
+    return made
+
+
+@_linear_backward.register_fake
+def _(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: list[bool]) -> list[torch.Tensor]:
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return [grad.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad)
+    made = iter(_linear_backward(grad, *ctx.saved_tensors, needs))
+    return tuple(next(made) if needed else None for needed in needs)
+
+
+_linear.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.fastmae.linear)
+def _flops(x: torch.Size, weight: torch.Size, bias: torch.Size | None, **_: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+@register_flop_formula(torch.ops.fastmae.linear_backward)
+def _flops_backward(grad: torch.Size, x: torch.Size, weight: torch.Size, needs: list[bool], **_: Any) -> int:
+    return 2 * math.prod(x) * weight[0] * (needs[0] + needs[1])

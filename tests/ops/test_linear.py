@@ -1,0 +1,107 @@
+"""linear: oneDNN on a CPU computes what torch's own float32 product does, forward and backward, of any strides."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastmae.ops.backends import using
+from fastmae.ops.linear import Linear, linear
+
+CASES = {
+    "of tokens": ((3, 7, 24), (40, 24), True),
+    "without bias": ((3, 7, 24), (40, 24), False),
+    "of odd widths": ((5, 33), (17, 33), True),
+    "of one row": ((1, 1, 8), (8, 8), True),
+    "of no rows": ((0, 7, 8), (8, 8), True),
+    "of four axes": ((2, 3, 4, 5), (6, 5), True),
+}
+
+
+def draw(shape, weight_shape, has_bias):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [shape, weight_shape, *([weight_shape[:1]] if has_bias else [])]
+    tensors = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    return tensors if has_bias else [*tensors, None]
+
+
+def results(function, arguments):
+    """The output, and the gradients of what has one."""
+    wanted = [argument for argument in arguments if argument is not None]
+    out = function(*arguments)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, wanted, grad)]
+
+
+def errors(outputs, truths):
+    return [((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in zip(outputs, truths, strict=True)]
+
+
+def assert_as_good_as_torch(arguments):
+    truths = results(F.linear, [None if a is None else a.detach().double().requires_grad_() for a in arguments])
+    ours, torchs = results(linear, arguments), results(F.linear, arguments)
+    assert [a.shape for a in ours] == [a.shape for a in torchs]
+    for error, torch_error in zip(errors(ours, truths), errors(torchs, truths), strict=True):
+        # Another order of adding up: within a few roundings of what torch makes of it.
+        assert error <= 2 * torch_error + 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_the_linear_map(case):
+    assert_as_good_as_torch(draw(*CASES[case]))
+
+
+def test_arguments_may_have_any_strides():
+    x, weight, bias = draw((4, 9, 24), (48, 24), True)
+    for x_view in (x[:, 3:], x[::2], x.transpose(0, 1), x[..., :1].expand(-1, -1, 24)):
+        for weight_view, bias_view in ((weight[16:], bias[16:]), (weight[:24].T, bias[:24]), (weight, bias)):
+            assert_as_good_as_torch([t.detach().requires_grad_() for t in (x_view, weight_view, bias_view)])
+
+
+def test_a_gradient_that_was_expanded_comes_through():
+    x, weight, bias = draw((3, 7, 24), (40, 24), True)
+    linear(x, weight, bias).sum().backward()
+    assert torch.allclose(x.grad, weight.sum(0).expand_as(x), rtol=1e-5, atol=1e-5)
+
+
+def test_onednn_computes_float32_alone_and_nothing_that_torch_was_asked_for():
+    x, weight, bias = draw((3, 7, 24), (40, 24), True)
+
+    def is_ours(x, weight, bias):
+        return "linear" in type(linear(x, weight, bias).grad_fn).__name__.lower()
+
+    assert is_ours(x, weight, bias)
+    assert not is_ours(*(t.double() for t in (x, weight, bias)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+        assert not is_ours(x, weight, bias)
+    with using(ops="reference"):
+        assert not is_ours(x, weight, bias)
+
+
+def test_only_the_gradients_that_are_needed_are_computed():
+    x, weight, bias = draw((3, 7, 24), (40, 24), True)
+    for needed in range(3):
+        arguments = [t.detach().requires_grad_(place == needed) for place, t in enumerate((x, weight, bias))]
+        with FlopCounterMode(display=False) as counter:
+            linear(*arguments).sum().backward()
+        product = 2 * 3 * 7 * 24 * 40
+        assert counter.get_total_flops() == product * (2 if needed < 2 else 1)
+        assert [t.grad is not None for t in arguments] == [place == needed for place in range(3)]
+
+
+def test_the_op_is_one_to_torch():
+    arguments = draw((3, 7, 24), (40, 24), True)
+    torch.library.opcheck(torch.ops.fastmae.linear.default, arguments)
+
+
+def test_it_compiles_into_one_graph():
+    arguments = draw((3, 7, 24), (40, 24), True)
+    compiled = torch.compile(lambda *a: F.gelu(linear(*a)), fullgraph=True, backend="aot_eager")
+    expected = results(lambda *a: F.gelu(linear(*a)), arguments)
+    assert all(torch.allclose(a, b) for a, b in zip(results(compiled, arguments), expected, strict=True))
+
+
+def test_an_exported_program_has_torch_ops_alone():
+    program = torch.export.export(Linear(24, 40), (torch.randn(3, 7, 24),))
+    assert "fastmae" not in str(program.graph)

@@ -1,26 +1,51 @@
-"""How long is a training step, beside the published formulation, beside transformers, and with each switch of ours?
+"""How long is a training step, beside the published formulation, beside others, and with each switch of ours?
 
-    fastmae bench step --batch_size 8 --output benchmarks/results                                      # on a CPU
-    fastmae bench step --batch_size 8 --switches bf16 checkpointing-full --phases                      # what they cost
-    fastmae bench step --batch_size 256 --precision bf16 --rounds 30 --output benchmarks/results       # on a GPU
+    fastmae bench step --batch_size 8 --output benchmarks/results                                     # on a CPU
+    fastmae bench step --batch_size 8 --peers --switches bf16 checkpointing-full --phases             # what they cost
+    fastmae bench step --batch_size 256 --precision bf16 --rounds 30 --output benchmarks/results      # on a GPU
+    torchrun --nproc_per_node 2 -m fastmae bench step --peers --switches fsdp reduce-bf16 --phases    # communication
 
-Forward, backward and optimiser on the same images, masks and weights. No time is reported unless all losses agree.
+Forward, backward and optimiser on the same images, masks and weights. No time is reported unless all losses agree,
+those of the first step and those of the second, which tell what the first one made of the weights. Only the switch
+`cross` is another model with losses of its own.
+
+The images lie ready on the device: what loading adds is for `fastmae bench end-to-end` to say. Peers get them as their
+loaders leave them, float32 and normalised, so that normalising is no part of their step; ours does it within the step.
+
+The parts of a step are differences between calls of one round that go further and further: forward; and backward; a
+step of each rank by itself; a step. So communication is what sharing adds to a step, without what hides behind the
+backward pass. FSDP communicates in every part, so that its whole step is compared with that of fastmae by itself, and a
+CUDA graph has no parts.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.table import Table
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.distributed.fsdp import FSDPModule
+from torch.profiler import ProfilerActivity, profile, record_function
 
+from fastmae.benchmarks.peers.published import published_like
+from fastmae.benchmarks.peers.strong import strong_like
+from fastmae.benchmarks.peers.timm_blocks import timm_like
 from fastmae.benchmarks.peers.vitmae import vitmae_like
 from fastmae.benchmarks.report import console
 from fastmae.benchmarks.timing import (
+    Call,
     Samples,
     Stopwatch,
     interleave,
@@ -29,23 +54,28 @@ from fastmae.benchmarks.timing import (
     times_as_fast,
     write_result,
 )
-from fastmae.config import BenchStepConfig, BenchSwitch, check_bench
+from fastmae.config import BenchPeer, BenchStepConfig, BenchSwitch, check_bench
 from fastmae.environment import peak_flops
 from fastmae.errors import UserError
 from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import PRESETS, MaskedAutoencoderViT
-from fastmae.model.reference import ReferenceMAE
 from fastmae.ops.random_masking import random_masking
+from fastmae.train import parallel
 from fastmae.train.average import start_average, update_average
-from fastmae.train.optim import make_optimizer
-from fastmae.train.parallel import choose_device
-from fastmae.train.precision import choose_precision
-from fastmae.train.step import TrainingLoss, prepare, train_step
+from fastmae.train.optim import BETAS, make_optimizer, parameter_groups
+from fastmae.train.precision import Precision, choose_precision, require_float8
+from fastmae.train.step import PassGraph, TrainingLoss, prepare, require_graph, train_step, without_sync
 
 MASK_RATIO = 0.75
-LOSS_TOLERANCE = {"fp32": 1e-5, "tf32": 1e-2, "bf16": 2e-2}
+LR, WEIGHT_DECAY = 1e-4, 0.05
+LOSS_TOLERANCE = {"fp32": 1e-5, "tf32": 1e-2, "bf16": 2e-2, "float8": 5e-2}
 OURS = "fastmae"
-PHASES = ("forward", "forward and backward", "step")
+STEPS_COMPARED = 2
+PHASES = ("forward", "backward", "optimiser", "communication")
+# How far calls go; what lies between them are the phases.
+FORWARD, BACKWARD, ALONE, STEP = "forward", "forward and backward", "a rank's step by itself", "step"
+Stretches = dict[tuple[str, str], list[float]]
+"""Seconds, a number a round, by contestant and how far it went."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +86,13 @@ class Switches:
     residual: str = "fp32"
     checkpointing: Any = "none"
     compile: Any = "off"
+    float8: bool = False
+    cuda_graph: bool = False
     clip_grad: float | None = None
     ema: float | None = None
+    parallel: str = "ddp"
+    reduce: str = "fp32"
+    decoder_attention: str = "self"
 
 
 CHANGES: dict[BenchSwitch, dict[str, Any]] = {
@@ -68,8 +103,14 @@ CHANGES: dict[BenchSwitch, dict[str, Any]] = {
     "checkpointing-full": {"checkpointing": "full"},
     "compile-block": {"compile": "block"},
     "compile-model": {"compile": "model"},
+    "float8": {"precision": "bf16", "compile": "block", "float8": True},
+    "cuda-graph": {"cuda_graph": True},
     "clip-grad": {"clip_grad": 1.0},
     "ema": {"ema": 0.9999},
+    "fsdp": {"parallel": "fsdp"},
+    "hsdp": {"parallel": "hsdp"},
+    "reduce-bf16": {"reduce": "bf16"},
+    "cross": {"decoder_attention": "cross"},
 }
 
 
@@ -77,28 +118,57 @@ CHANGES: dict[BenchSwitch, dict[str, Any]] = {
 class Contestant:
     """A model at the beginning of its training."""
 
-    precision: str
-    forward: Callable[[], torch.Tensor]
-    """The loss, with its graph."""
-    step: Callable[[], torch.Tensor]
-    """Trains once; the loss, detached."""
+    loss_of: nn.Module
+    """As ranks share it."""
+    batch: tuple[torch.Tensor, torch.Tensor]
+    """What it takes."""
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    train: Callable[[Contestant, bool], torch.Tensor]
+    """Steps once, together with the other ranks or by itself; the loss, detached."""
+    tolerance: float
+    """Of its losses, relative to ours."""
+    flops: int
+    """Of an image's forward pass, that its loss needs."""
+    graph: PassGraph | None = None
+    """What does its forward and backward pass, if not Python."""
 
-    def phase(self, name: str) -> torch.Tensor:
-        """The loss, after so much of a step."""
-        if name == "step":
-            return self.step()
+    @property
+    def has_parts(self) -> bool:
+        """Whether less than a step, or a step without the other ranks, can be timed."""
+        return self.graph is None and not isinstance(self.loss_of, FSDPModule)
+
+    def forward(self) -> torch.Tensor:
+        """The loss, with its graph; gradients are dropped before."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.precision.products(), self.precision.context(self.batch[0].device):
+            return self.loss_of(*self.batch)
+
+    def backward(self) -> torch.Tensor:
+        """The loss, detached; gradients are left behind."""
         loss = self.forward()
-        if name == "forward and backward":
+        with self.precision.products():
             loss.backward()
         return loss.detach()
+
+    def go(self, stretch: str) -> torch.Tensor:
+        """The loss, detached, after so much of a step."""
+        if stretch == STEP:
+            return self.train(self, True)
+        with without_sync(self.loss_of, is_last=False):
+            if stretch == ALONE:
+                return self.train(self, False)
+            return self.backward() if stretch == BACKWARD else self.forward().detach()
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The same for all contestants."""
+    """The same for all contestants; a rank's own."""
 
     images: torch.Tensor
     """uint8 [N, H, W, C]."""
+    normalised: torch.Tensor
+    """The same as peers take them, float32 [N, C, H, W]."""
     ids_shuffle: torch.Tensor
     """int32 [N, L]."""
     weights: dict[str, torch.Tensor] = field(repr=False)
@@ -113,204 +183,350 @@ def bench_step(config: BenchStepConfig, command: Sequence[str]) -> int:
     check_bench(config)
     if config.model not in PRESETS:
         raise UserError(f"--model {config.model}: unknown; one of {', '.join(PRESETS)}")
-    device = choose_device(config.device)
-    base = Switches(precision=choose_precision(config.precision, device).name)
-    inputs = _inputs(config, device)
-    makers = {OURS: partial(ours, config.model, base, inputs)}
-    if config.peers:
-        makers["published formulation"] = partial(published, config.model, base, inputs)
-        makers["transformers ViTMAE"] = partial(transformers, config.model, base, inputs)
+    world = parallel.start(config.device)
+    try:
+        return _bench_step(config, command, world)
+    finally:
+        parallel.stop(world)
+
+
+def _bench_step(config: BenchStepConfig, command: Sequence[str], world: parallel.World) -> int:
+    base = Switches(precision=choose_precision(config.precision, world.device).name)
+    inputs = _inputs(config, world)
+    makers: dict[str, Callable[[], Contestant]] = {OURS: partial(ours, config.model, base, inputs, world)}
+    for peer in config.peers:
+        makers[peer] = partial(theirs, peer, config.model, base.precision, inputs, world)
     for switch in config.switches:
-        makers[switch] = partial(ours, config.model, replace(base, **CHANGES[switch]), inputs)
+        makers[switch] = partial(ours, config.model, replace(base, **CHANGES[switch]), inputs, world)
 
-    entered, losses, memory, left_out = {}, {}, {}, {}
-    for name, make in makers.items():
-        try:
-            entered[name] = make()
-            losses[name], memory[name] = _first_step(entered[name], device)
-        except (UserError, ImportError) as error:
-            entered.pop(name, None)
-            left_out[name] = str(error)
-    for name, loss in losses.items():
-        if not abs(loss / losses[OURS] - 1) <= LOSS_TOLERANCE[entered[name].precision]:
-            print(f"the loss of {name} differs, so no time is reported: {losses}", file=sys.stderr)
+    entered, losses, left_out = _admitted(makers, world)
+    if OURS in left_out:
+        raise UserError(f"our own step cannot run ({left_out[OURS]}); use a smaller --batch_size or another --device")
+    for name, one in entered.items():
+        pairs = zip(losses[name], losses[OURS], strict=True)
+        if not all(abs(loss / right - 1) <= one.tolerance for loss, right in pairs):
+            if world.is_first:
+                print(f"the loss of {name} differs, so no time is reported: {losses}", file=sys.stderr)
             return 1
-    samples = {
-        phase: interleave(
-            {name: lambda _, one=one, phase=phase: one.phase(phase) for name, one in entered.items()},
-            Stopwatch(device=device, rounds=config.rounds),
-        )
-        for phase in (PHASES if config.phases else PHASES[-1:])
-    }
+    memory = _memory(entered, world)
+    stretches = _timed(entered, config, world)
+    seconds = {name: stretches[name, STEP] for name in entered}
+    phases = _phases(entered, stretches, world.size) if config.phases else {}
 
-    useful = 3 * config.batch_size * flops_per_image(PRESETS[config.model](), MASK_RATIO)
-    console().print(_table(config, base, device, samples, useful, memory))
+    if not world.is_first:
+        return 0
+    images = world.size * config.batch_size
+    useful = {name: 3 * images * one.flops for name, one in entered.items()}
+    ranks = f"{world.size} ranks, " if world.size > 1 else ""
+    size = f"{config.input_size} pixels, " if config.input_size else ""
+    what = f"{config.model}, {size}{ranks}batch {config.batch_size}, {base.precision}, {machine_name(world.device)}"
+    title = f"{what}, median of {config.rounds}"
+    console().print(_speeds(title, images, world, seconds, useful, memory))
+    if phases:
+        console().print(_parts(phases))
     for name, reason in left_out.items():
         print(f"{name} cannot run: {reason}", file=sys.stderr)
     if config.output is not None:
-        file = f"step-{config.model}-{machine_name(device)}-n{config.batch_size}-{base.precision}"
+        ranks = f"-r{world.size}" if world.size > 1 else ""
+        size = f"-s{config.input_size}" if config.input_size else ""
+        file = f"step-{config.model}{size}-{machine_name(world.device)}{ranks}-n{config.batch_size}-{base.precision}"
         measured = {
+            "ranks": world.size,
             "losses": losses,
             "left_out": left_out,
             "useful_flops": useful,
             "peak_bytes": memory,
-            "seconds": samples["step"],
-            "phases": {phase: samples[phase] for phase in samples if phase != "step"},
+            "seconds": seconds,
+            "phases": phases,
         }
         print(write_result(config.output, file, command=command, settings=config, measured=measured))
     return 0
 
 
+def _admitted(
+    makers: Mapping[str, Callable[[], Contestant]], world: parallel.World
+) -> tuple[dict[str, Contestant], dict[str, list[float]], dict[str, str]]:
+    """(who can run on every rank, after its first steps; the mean losses of these over ranks; why others cannot)."""
+    entered, losses, left_out = {}, {}, {}
+    for name, make in makers.items():
+        why = ""
+        try:
+            one = make()
+            found = [world.mean(one.go(STEP)).item() for _ in range(STEPS_COMPARED)]
+        except (UserError, ImportError, TorchDynamoException, torch.OutOfMemoryError) as error:
+            why = next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
+        if world.any(bool(why)):
+            left_out[name] = why or "another rank cannot"
+        else:
+            entered[name], losses[name] = one, found
+    return entered, losses, left_out
+
+
 # --- contestants ------------------------------------------------------------------------------------------------------
 
 
-def _inputs(config: BenchStepConfig, device: torch.device) -> Inputs:
+def _inputs(config: BenchStepConfig, world: parallel.World) -> Inputs:
+    """All ranks' images and masks together are those of one rank with a batch of that size."""
     torch.manual_seed(0)
-    model = PRESETS[config.model]()
-    generator = torch.Generator().manual_seed(0)
-    shape = (config.batch_size, *model.img_size, model.in_chans)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    ids_shuffle = random_masking(torch.arange(config.batch_size), 0, model.num_patches)
-    return Inputs(images.to(device), ids_shuffle.to(device), model.state_dict())
+    try:
+        model = PRESETS[config.model](**({} if config.input_size is None else {"img_size": config.input_size}))
+    except ValueError as error:
+        raise UserError(f"--input_size {config.input_size}: {error}") from error
+    indices = world.rank * config.batch_size + torch.arange(config.batch_size)
+    images = torch.stack([_image(index, (*model.img_size, model.in_chans)) for index in indices.tolist()])
+    normalised = ((images / 255 - model.mean) / model.std).permute(0, 3, 1, 2).contiguous()
+    ids_shuffle = random_masking(indices, 0, model.num_patches)
+    return Inputs(
+        images.to(world.device), normalised.to(world.device), ids_shuffle.to(world.device), model.state_dict()
+    )
+
+
+def _image(index: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
 
 
 def _model(name: str, inputs: Inputs) -> MaskedAutoencoderViT:
-    model = PRESETS[name]()
+    _, height, width, _ = inputs.images.shape
+    model = PRESETS[name](img_size=(height, width))
     model.load_state_dict(inputs.weights)
     return model.to(inputs.images.device)
 
 
-def ours(name: str, switches: Switches, inputs: Inputs) -> Contestant:
+def ours(name: str, switches: Switches, inputs: Inputs, world: parallel.World) -> Contestant:
     """The trainer's own step.
 
     Raises:
         UserError: it cannot run with these switches here.
     """
-    device = inputs.images.device
+    device = world.device
     precision = choose_precision(switches.precision, device)
+    if switches.float8:
+        require_float8(device, precision)
+    if switches.cuda_graph:
+        require_graph(device, world.size)
     model = _model(name, inputs)
+    if switches.decoder_attention == "cross":
+        model = PRESETS[name](img_size=model.img_size, decoder_attention="cross").to(device)
     model.autocast_residual = switches.residual == "bf16"
-    loss_of = TrainingLoss(model, MASK_RATIO)
-    prepare(loss_of, switches.checkpointing, switches.compile)
-    optimizer = make_optimizer(model, 1e-4, 0.05)
+    loss_alone = TrainingLoss(model, MASK_RATIO)
+    prepare(loss_alone, switches.checkpointing, switches.compile, float8=switches.float8)
+    flops = flops_per_image(model, MASK_RATIO)
+    loss_of = parallel.share(loss_alone, world, _sharing(switches, world))
+    optimizer = make_optimizer(model, LR, WEIGHT_DECAY)
     average = start_average(model, None) if switches.ema is not None else {}
-    batch = (inputs.images, inputs.ids_shuffle)
+    graph = PassGraph() if switches.cuda_graph else None
 
-    def forward() -> torch.Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        with precision.products(), precision.context(device):
-            return loss_of(*batch)
-
-    def step() -> torch.Tensor:
+    def train(one: Contestant, shares: bool) -> torch.Tensor:
         with precision.products():
             stepped = train_step(
-                loss_of, optimizer, [batch], 1, 1e-4, precision.context(device), clip_grad=switches.clip_grad
+                loss_of,
+                optimizer,
+                [one.batch],
+                1,
+                LR,
+                precision.context(device),
+                switches.clip_grad,
+                world.mean if shares else torch.clone,
+                graph,
             )
         if switches.ema is not None:
             update_average(average, model, switches.ema, stepped.skipped)
         return stepped.loss
 
-    return Contestant(switches.precision, forward, step)
+    batch = (inputs.images, inputs.ids_shuffle)
+    return Contestant(loss_of, batch, optimizer, precision, train, _tolerance(switches), flops, graph)
 
 
-def published(name: str, switches: Switches, inputs: Inputs) -> Contestant:
-    """The published formulation, plainly written."""
-    model: Any = _model(name, inputs)
-    reference = ReferenceMAE(
-        model.img_size,
-        model.patch_size,
-        model.in_chans,
-        embed_dim=model.cls_token.shape[-1],
-        depth=len(model.blocks),
-        num_heads=model.blocks[0].attn.num_heads,
-        decoder_embed_dim=model.mask_token.shape[-1],
-        decoder_depth=len(model.decoder_blocks),
-        decoder_num_heads=model.decoder_blocks[0].attn.num_heads,
-    )
-    reference.load_state_dict(inputs.weights)
-    return _peer(reference, model, switches, inputs, lambda images, ids: reference(images, ids.long())[0])
+def _tolerance(switches: Switches) -> float:
+    if switches.decoder_attention == "cross":
+        return math.inf
+    rounded = "bf16" if switches.reduce == "bf16" else switches.precision
+    return LOSS_TOLERANCE["float8" if switches.float8 else rounded]
 
 
-def transformers(name: str, switches: Switches, inputs: Inputs) -> Contestant:
-    """transformers' ViTMAE.
+def _sharing(switches: Switches, world: parallel.World) -> parallel.Sharing:
+    asked = (switches.parallel, switches.reduce)
+    if world.size == 1 and asked != ("ddp", "fp32"):
+        raise UserError("one rank shares nothing; use torchrun --nproc_per_node RANKS -m fastmae bench step …")
+    # Copies are a machine's; of a single machine, halves.
+    size = world.size // 2 if world.size == parallel.ranks_here() else None
+    if switches.parallel == "hsdp" and (world.size < 4 or world.size % 2):
+        raise UserError(f"{world.size} ranks are no copies of several ranks each; use 4, 6, 8 …")
+    return parallel.choose_sharing(*asked, size, world)
+
+
+class _LossOf(nn.Module):
+    """A peer's loss as the output of a forward pass, which is what torch's wrappers expect."""
+
+    def __init__(self, peer: nn.Module) -> None:
+        super().__init__()
+        self.peer = peer
+
+    def forward(self, images: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        return self.peer(images, order)[0]
+
+
+def theirs(name: BenchPeer, model_name: str, precision_name: str, inputs: Inputs, world: parallel.World) -> Contestant:
+    """A plain loop around somebody else's model.
+
+    The published loop has torch's AdamW as it comes, which is not fused, and reads the loss after each step; it is
+    spared fp16's loss scaler. The others have our optimiser and wait for nothing.
 
     Raises:
-        ImportError: it is not installed.
+        UserError: a package cannot be used, or the precision not here.
+        ImportError: a package is not installed.
     """
-    model = _model(name, inputs)
-    peer = vitmae_like(model)
-    return _peer(peer, model, switches, inputs, lambda images, ids: peer(images, noise=ids.argsort(dim=1).float()).loss)
+    precision = choose_precision(precision_name, world.device)
+    formulation, compiled = name.removesuffix("-compiled"), name.endswith("-compiled")
+    model, ids_shuffle = _model(model_name, inputs), inputs.ids_shuffle
+    order = ids_shuffle.long()
+    if formulation == "transformers":
+        peer = vitmae_like(model)
+        order = ids_shuffle.argsort(dim=1).float()  # the noise that it sorts patches by
+    else:
+        peer = {"published": published_like, "strong": strong_like, "timm": timm_like}[formulation](model)
+    module = _LossOf(peer.to(world.device))
+    if compiled:
+        module.compile(dynamic=False)
+    loss_of = parallel.share(module, world, parallel.choose_sharing("ddp", "fp32", None, world))
+    optimizer = make_optimizer(module, LR, WEIGHT_DECAY)
+    if formulation == "published":
+        optimizer = torch.optim.AdamW(parameter_groups(module, WEIGHT_DECAY), lr=LR, betas=BETAS)
 
-
-def _peer(
-    module: torch.nn.Module,
-    model: MaskedAutoencoderViT,
-    switches: Switches,
-    inputs: Inputs,
-    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> Contestant:
-    """A plain loop around a model that takes float NCHW images, which are normalised in the step as a loader would."""
-    device = inputs.images.device
-    precision = choose_precision(switches.precision, device)
-    module.to(device)
-    optimizer = make_optimizer(module, 1e-4, 0.05)
-
-    def forward() -> torch.Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        images = ((inputs.images / 255 - model.mean) / model.std).permute(0, 3, 1, 2).contiguous()
-        with precision.products(), precision.context(device):
-            return loss_of(images, inputs.ids_shuffle)
-
-    def step() -> torch.Tensor:
-        loss = forward()
-        loss.backward()
+    def train(one: Contestant, _: bool) -> torch.Tensor:
+        loss = one.backward()
         optimizer.step()
-        return loss.detach()
+        if formulation == "published":
+            loss.item()
+        return loss
 
-    return Contestant(switches.precision, forward, step)
+    batch = (inputs.normalised, order)
+    tolerance, flops = LOSS_TOLERANCE[precision.name], flops_per_image(model, MASK_RATIO)
+    return Contestant(loss_of, batch, optimizer, precision, train, tolerance, flops)
 
 
-def _first_step(contestant: Contestant, device: torch.device) -> tuple[float, int | None]:
-    """(loss, the most memory that a second step takes beside what is held before it: bytes, on a GPU)."""
-    loss = contestant.step().item()
-    if device.type != "cuda":
-        return loss, None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    held = torch.cuda.memory_allocated(device)
-    contestant.step()
-    torch.cuda.synchronize(device)
-    return loss, torch.cuda.max_memory_allocated(device) - held
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def _memory(entered: Mapping[str, Contestant], world: parallel.World) -> dict[str, float]:
+    """Bytes that torch holds at the peak of a step beside what it holds before: weights and the optimiser's moments.
+
+    Of the rank that takes the most. What libraries allocate behind torch's back is not in it, and a CUDA graph, which
+    never gives its memory back, is left out.
+    """
+    measured = {name: one for name, one in entered.items() if one.graph is None}
+    for one in measured.values():
+        one.optimizer.zero_grad(set_to_none=True)
+    peaks = _peaks_on_gpu(measured, world.device) if world.device.type == "cuda" else _peaks_on_cpu(measured)
+    return dict(zip(measured, _largest(peaks, world), strict=True))
+
+
+def _peaks_on_gpu(entered: Mapping[str, Contestant], device: torch.device) -> list[float]:
+    peaks = []
+    for one in entered.values():
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        one.go(STEP)
+        torch.cuda.synchronize(device)
+        peaks.append(float(torch.cuda.max_memory_allocated(device) - held))
+    return peaks
+
+
+def _peaks_on_cpu(entered: Mapping[str, Contestant]) -> list[float]:
+    """torch counts what it holds on a CPU only for its profiler, which writes it down for people: as a trace."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for name, one in entered.items():
+            with record_function(name):
+                one.go(STEP)
+    with tempfile.TemporaryDirectory(prefix="fastmae-bench-") as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    steps = {event["name"]: event for event in events if event.get("cat") == "user_annotation"}
+    peaks = []
+    for name in entered:
+        begin, end = steps[name]["ts"], steps[name]["ts"] + steps[name]["dur"]
+        peaks.append(float(max(accumulate((size for when, size in changes if begin <= when <= end), initial=0))))
+    return peaks
+
+
+def _timed(entered: Mapping[str, Contestant], config: BenchStepConfig, world: parallel.World) -> Stretches:
+    """In one interleaved run; of the rank that takes the longest."""
+    parts = [FORWARD, BACKWARD, *([ALONE] if world.size > 1 else [])] if config.phases else []
+    calls: dict[tuple[str, str], Call] = {}
+    for name, one in entered.items():
+        for stretch in [*(parts if one.has_parts else []), STEP]:
+            calls[name, stretch] = lambda _, one=one, stretch=stretch: one.go(stretch)
+    watch = Stopwatch(device=world.device, rounds=config.rounds, line_up=lambda: world.any(False))
+    return {key: _largest(seconds, world) for key, seconds in interleave(calls, watch).items()}
+
+
+def _largest(numbers: list[float], world: parallel.World) -> list[float]:
+    """Each number, of the rank whose number is the largest."""
+    if world.size == 1:
+        return numbers
+    largest = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def _phases(entered: Mapping[str, Contestant], stretches: Stretches, ranks: int) -> dict[str, Samples]:
+    """Seconds of each part of a step, a number a round."""
+    alone = ALONE if ranks > 1 else STEP
+    found: dict[str, Samples] = {phase: {} for phase in PHASES}
+    for name, one in entered.items():
+        if one.has_parts:
+            found["forward"][name] = stretches[name, FORWARD]
+            found["backward"][name] = _less(stretches[name, BACKWARD], stretches[name, FORWARD])
+            found["optimiser"][name] = _less(stretches[name, alone], stretches[name, BACKWARD])
+        if ranks > 1:
+            by_itself = stretches[name if one.has_parts else OURS, ALONE]
+            found["communication"][name] = _less(stretches[name, STEP], by_itself)
+    return {phase: samples for phase, samples in found.items() if samples}
+
+
+def _less(whole: list[float], part: list[float]) -> list[float]:
+    return [a - b for a, b in zip(whole, part, strict=True)]
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 
-def _table(
-    config: BenchStepConfig,
-    base: Switches,
-    device: torch.device,
-    samples: dict[str, Samples],
-    useful: int,
-    memory: dict[str, int | None],
+def _speeds(
+    title: str, images: int, world: parallel.World, seconds: Samples, useful: dict[str, int], memory: dict[str, float]
 ) -> Table:
-    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    title = f"{config.model}, batch {config.batch_size}, {base.precision}, {machine_name(device)}, "
-    made = Table(title=f"{title}median of {config.rounds}", title_justify="left")
+    """A row a contestant; ``images`` and ``useful`` operations are those of a step of all ranks."""
+    peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+    made = Table(title=title, title_justify="left")
     made.add_column("step", no_wrap=True)
-    columns = ["images/s", f"times {OURS}", "useful TFLOP/s", "MFU", "memory"]
-    for column in columns + [f"{phase} ms" for phase in samples]:
+    for column in ("images/s", f"times {OURS}", "useful TFLOP/s", "MFU", "memory"):
         made.add_column(column, justify="right", no_wrap=True)
-    for name, seconds in samples["step"].items():
-        median = quartiles(seconds)[1]
-        held = memory[name]
+    for name, samples in seconds.items():
+        median = quartiles(samples)[1]
         made.add_row(
             name,
-            f"{config.batch_size / median:.2f}",
-            f"{times_as_fast(samples['step'], name, OURS):.2f}",
-            f"{useful / median / 1e12:.3g}",
-            "–" if peak is None else f"{useful / median / peak:.1%}",
-            "–" if held is None else f"{held / 2**30:.2f} GiB",
-            *(f"{1e3 * quartiles(phase[name])[1]:.1f}" for phase in samples.values()),
+            f"{images / median:.2f}",
+            f"{times_as_fast(seconds, name, OURS):.2f}",
+            f"{useful[name] / median / 1e12:.3g}",
+            "–" if peak is None else f"{useful[name] / median / (world.size * peak):.1%}",
+            f"{memory[name] / 2**20:.0f} MiB" if name in memory else "–",
         )
     return made
+
+
+def _parts(phases: dict[str, Samples]) -> Table:
+    made = Table(title="where a step's time goes: ms, median and quartiles", title_justify="left")
+    made.add_column("step", no_wrap=True)
+    for phase in phases:
+        made.add_column(phase, justify="right", no_wrap=True)
+    for name in dict.fromkeys(name for samples in phases.values() for name in samples):
+        cells = (_milliseconds(samples[name]) if name in samples else "–" for samples in phases.values())
+        made.add_row(name, *cells)
+    return made
+
+
+def _milliseconds(samples: list[float]) -> str:
+    low, median, high = (1e3 * quartile for quartile in quartiles(samples))
+    return f"{median:.1f} ({low:.1f} – {high:.1f})"

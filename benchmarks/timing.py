@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ Call = Callable[[int], object]
 """One call of a contestant on input set number i; what it returns is kept until the set's next turn."""
 Samples = dict[str, list[float]]
 """Seconds a call, a number a round, by contestant."""
+Key = TypeVar("Key")
 
 CACHE_WHEN_UNKNOWN = 64 << 20
 MAX_INPUT_SETS = 32
@@ -44,14 +45,17 @@ class Stopwatch:
     """Calls are repeated until a sample takes this long, which makes it long beside the clock's noise."""
     graph: bool = False
     """On a GPU: replay the calls from a CUDA graph, so that kernels are timed and Python's launches are not."""
+    line_up: Callable[[], object] = lambda: None
+    """Called before each sample; by which several ranks begin together. They need ``sample_seconds`` of 0."""
 
 
-def interleave(contestants: Mapping[str, Call], watch: Stopwatch, input_sets: int = 1) -> Samples:
+def interleave(contestants: Mapping[Key, Call], watch: Stopwatch, input_sets: int = 1) -> dict[Key, list[float]]:
     """Times every contestant ``watch.rounds`` times, in turns, each turn over all ``input_sets``."""
     turns = {name: _warm_turn(call, watch, input_sets) for name, call in contestants.items()}
-    samples: Samples = {name: [] for name in contestants}
+    samples: dict[Key, list[float]] = {name: [] for name in contestants}
     for _ in range(watch.rounds):
         for name, turn in turns.items():
+            watch.line_up()
             samples[name].append(turn())
     return samples
 

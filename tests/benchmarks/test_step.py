@@ -1,43 +1,141 @@
-"""``fastmae bench step``: what it leaves, and what it refuses to time."""
+"""``fastmae bench step``: what it leaves, what it refuses to time, and what it counts."""
 
+import dataclasses
 import json
+import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 
 from fastmae.benchmarks import step
 from fastmae.cli import main
+from fastmae.config import BenchStepConfig
 
 WORDS = ["bench", "step", "--model", "mae_vit_tiny_patch4", "--batch_size", "2", "--rounds", "2", "--device", "cpu"]
 
 
+def result_in(folder, name="step-mae_vit_tiny_patch4-*-n2-fp32.json"):
+    (path,) = folder.glob(name)
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What two ranks found, with two images each, and one with all four."""
+    folder = tmp_path_factory.mktemp("ranks")
+    config = BenchStepConfig(
+        model="mae_vit_tiny_patch4",
+        batch_size=2,
+        device="cpu",
+        peers=("published", "strong"),
+        switches=("fsdp", "hsdp", "reduce-bf16"),
+        phases=True,
+        rounds=2,
+        output=str(folder),
+    )
+    run_ranks(2, partial(step.bench_step, config, []))
+    one = dataclasses.replace(config, batch_size=4, peers=("strong",), switches=(), phases=False)
+    assert step.bench_step(one, []) == 0
+    return result_in(folder, "*-r2-n2-fp32.json"), result_in(folder, "*-n4-fp32.json")
+
+
 def test_every_switch_is_timed_beside_the_peers_and_who_cannot_run_is_named(tmp_path, capsys):
     switches = ["bf16", "bf16-residual", "tf32", "checkpointing-selective", "checkpointing-full", "clip-grad", "ema"]
-    assert main([*WORDS, "--switches", *switches, "--phases", "--output", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("step-mae_vit_tiny_patch4-*-n2-fp32.json")
-    result = json.loads(path.read_text())
-    timed = {"fastmae", "published formulation", "transformers ViTMAE", *switches} - {"tf32"}
-    assert result["seconds"].keys() == result["losses"].keys() == timed
-    assert result["phases"].keys() == {"forward", "forward and backward"}
+    alone = ["float8", "cuda-graph", "fsdp", "cross"]
+    assert main([*WORDS, "--switches", *switches, *alone, "--phases", "--output", str(tmp_path)]) == 0
+    result = result_in(tmp_path)
+    peers = {"published", "strong", "transformers", "timm"}
+    missing = {"tf32", "float8", "cuda-graph", "fsdp"} | (result["left_out"].keys() & {"timm"})
+    timed = {"fastmae", "cross", *peers, *switches} - missing
+    assert result["seconds"].keys() == result["losses"].keys() == result["useful_flops"].keys() == timed
     assert all(len(samples) == 2 and min(samples) > 0 for samples in result["seconds"].values())
     assert result["losses"]["checkpointing-full"] == result["losses"]["fastmae"]
-    assert "tf32 cannot run: --precision tf32" in capsys.readouterr().err
+    assert result["useful_flops"]["cross"] < result["useful_flops"]["strong"] == result["useful_flops"]["fastmae"]
+    assert result["left_out"].keys() == missing
+    said = capsys.readouterr().err
+    for who_and_why in ("tf32 cannot run: --precision tf32", "fsdp cannot run: one rank shares nothing"):
+        assert who_and_why in said
 
 
-def test_a_wrong_loss_is_not_timed(monkeypatch, tmp_path, capsys):
-    right = step.published
+def test_the_parts_of_a_step_add_up_to_it(tmp_path):
+    assert main([*WORDS, "--peers", "strong", "--phases", "--output", str(tmp_path)]) == 0
+    result = result_in(tmp_path)
+    assert result["phases"].keys() == {"forward", "backward", "optimiser"}
+    for name, seconds in result["seconds"].items():
+        np.testing.assert_allclose(sum(np.array(part[name]) for part in result["phases"].values()), seconds)
+        assert min(result["phases"]["forward"][name]) > 0
+
+
+def test_nobody_else_is_timed_if_no_peer_is_named(tmp_path):
+    assert main([*WORDS, "--peers", "--output", str(tmp_path)]) == 0
+    assert result_in(tmp_path)["seconds"].keys() == {"fastmae"}
+
+
+def test_ranks_see_the_losses_of_one_and_communicate(two_ranks):
+    shared, one = two_ranks
+    assert shared["ranks"] == 2
+    assert shared["seconds"].keys() == {"fastmae", "published", "strong", "fsdp", "reduce-bf16"}
+    for name, losses in shared["losses"].items():
+        np.testing.assert_allclose(losses, one["losses"]["fastmae"], rtol=1e-3 if name == "reduce-bf16" else 1e-5)
+    assert shared["useful_flops"]["fsdp"] == one["useful_flops"]["fastmae"]
+    assert "no copies of several ranks" in shared["left_out"]["hsdp"]
+
+
+def test_communication_is_what_a_step_takes_longer_than_that_of_ranks_by_themselves(two_ranks):
+    shared, _ = two_ranks
+    phases, seconds = shared["phases"], shared["seconds"]
+    assert phases["communication"].keys() == seconds.keys()
+    assert phases["forward"].keys() == seconds.keys() - {"fsdp"}
+    for name in phases["forward"]:
+        np.testing.assert_allclose(sum(np.array(part[name]) for part in phases.values()), seconds[name])
+    by_itself = np.array(seconds["fastmae"]) - phases["communication"]["fastmae"]
+    np.testing.assert_allclose(phases["communication"]["fsdp"], np.array(seconds["fsdp"]) - by_itself)
+
+
+@pytest.mark.parametrize("wrong_from", [1, 2])
+def test_a_wrong_loss_of_the_first_or_the_second_step_is_not_timed(wrong_from, monkeypatch, tmp_path, capsys):
+    right = step.theirs
 
     def wrong(*words):
-        made = right(*words)
-        return step.Contestant(made.precision, made.forward, lambda: torch.tensor(1.0))
+        made, steps = right(*words), []
 
-    monkeypatch.setattr(step, "published", wrong)
-    assert main([*WORDS, "--output", str(tmp_path)]) == 1
-    assert "the loss of published formulation differs, so no time is reported" in capsys.readouterr().err
+        def train(one, shares):
+            steps.append(made.train(one, shares))
+            return steps[-1] * (1.01 if len(steps) >= wrong_from else 1)
+
+        return dataclasses.replace(made, train=train)
+
+    monkeypatch.setattr(step, "theirs", wrong)
+    assert main([*WORDS, "--peers", "published", "--output", str(tmp_path)]) == 1
+    assert "the loss of published differs, so no time is reported" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", [["--switches", "faster"], ["--model", "mae_vit_giant"]])
+def test_the_memory_of_a_step_is_what_it_holds_at_once():
+    def train(one, shares):
+        kept = torch.empty(1 << 20)
+        for _ in range(3):
+            torch.empty(1 << 18)
+        return kept.new_empty(())
+
+    made = step.Contestant(
+        torch.nn.Linear(1, 1),
+        (torch.empty(1), torch.empty(1)),
+        torch.optim.SGD(torch.nn.Linear(1, 1).parameters()),
+        step.choose_precision("fp32", torch.device("cpu")),
+        train,
+        math.inf,
+        0,
+    )
+    world = step.parallel.World(0, 1, torch.device("cpu"))
+    found = step._memory({"one": made, "again": made}, world)
+    assert found == pytest.approx({"one": 5 << 20, "again": 5 << 20}, rel=1e-3)
+
+
+@pytest.mark.parametrize("words", [["--switches", "faster"], ["--model", "mae_vit_giant"], ["--peers", "somebody"]])
 def test_what_there_is_not_is_one_line(words, capsys):
     assert main([*WORDS, *words]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

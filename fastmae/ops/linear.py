@@ -18,6 +18,8 @@ from fastmae.ops.backends import ops_backend
 
 # Private to torch, where its own compiler calls it; there is no public way to oneDNN in float32.
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Measured on Zen 4: a weight's gradient is 1.1 to 1.4 times as fast from 768 inputs on, and slower below 512.
+WIDE_INPUTS = 768
 
 
 class Linear(nn.Linear):
@@ -89,7 +91,10 @@ def _linear_backward(
     if needs[0]:
         made.append(_product(grad, weight.T))
     if needs[1]:
-        made.append(rows.T @ x.flatten(0, -2))
+        inputs = x.flatten(0, -2)
+        # oneDNN's product wants the gradient's columns one after another, which is a copy that pays only for wide inputs.
+        wide = x.shape[-1] >= WIDE_INPUTS
+        made.append(_product(rows.T, inputs.T) if wide else rows.T @ inputs)
     if needs[2]:
         made.append(rows.sum(0))
     return made

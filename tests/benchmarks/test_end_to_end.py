@@ -1,0 +1,124 @@
+"""``fastmae bench end-to-end``: what it leaves, what a sample is made of, and what it refuses to time."""
+
+import dataclasses
+import json
+import multiprocessing
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+
+from fastmae.benchmarks import end_to_end
+from fastmae.benchmarks.end_to_end import CACHED, FROM_FILES, PUBLISHED
+from fastmae.benchmarks.images import ImagesConfig, write_images
+from fastmae.cli import main
+from fastmae.data.loader import View
+from fastmae.data.plan import plan_epoch
+
+CPU = torch.device("cpu")
+WORDS = ["bench", "end-to-end", "--model", "mae_vit_tiny_patch4", "--batch_size", "2", "--steps", "1", "--rounds", "2"]
+WORDS += ["--num_workers", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def tar_of_images(tmp_path):
+    """Of which the published pipeline, and so any process of it, has nothing."""
+    write_images(ImagesConfig(folder=tmp_path / "x", count=6, kind="tar", height=40, width=50))
+    return ["--data_path", str(tmp_path / "x")]
+
+
+def test_everybody_trains_on_the_same_images_and_every_sample_is_kept(tmp_path, capsys, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    before = set(multiprocessing.active_children())
+    assert main([*WORDS, "--files", "6", "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("end-to-end-mae_vit_tiny_patch4-*-t1-n2-fp32.json")
+    result = json.loads(path.read_text())
+    losses, seconds = result["losses"], result["seconds"]
+    assert (result["images"], result["left_out"]) == (6, {})
+    assert losses.keys() == seconds.keys() == {FROM_FILES, CACHED, PUBLISHED}
+    assert losses[FROM_FILES] == losses[CACHED]
+    np.testing.assert_allclose(losses[PUBLISHED], losses[CACHED], rtol=1e-3)
+    assert losses[CACHED][0] != losses[CACHED][1]
+    assert all(len(samples) == 2 and min(samples) > 0 for samples in seconds.values())
+    assert "times the published loop" in capsys.readouterr().out
+    assert set(multiprocessing.active_children()) == before
+    assert not any((tmp_path / "temporary").iterdir())
+
+
+def test_a_loader_that_gives_other_images_is_not_timed(tar_of_images, tmp_path, capsys, monkeypatch):
+    right = end_to_end.load_batches
+
+    def darker(*words, **more):
+        for batch in right(*words, **more):
+            yield dataclasses.replace(batch, images=batch.images // 2)
+
+    monkeypatch.setattr(end_to_end, "load_batches", darker)
+    assert main([*WORDS, *tar_of_images, "--output", str(tmp_path / "results")]) == 1
+    assert f"the losses of {FROM_FILES} differ, so no time is reported" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_who_cannot_read_the_data_is_named(tar_of_images, tmp_path, capsys):
+    assert main([*WORDS, *tar_of_images, "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["seconds"].keys() == {FROM_FILES, CACHED}
+    assert f"{PUBLISHED} cannot run: it reads folders" in capsys.readouterr().err
+
+
+def test_a_window_begins_and_ends_with_as_much_work_ahead(monkeypatch):
+    read, trained, asked, clock = [], [], [], []
+    source = dataclasses.make_dataclass("Bytes", ["stretches"])(None)
+    type(source).__len__, type(source).read = lambda self: 10, lambda self, index: read.append(index)
+    view = View((28, 28), 3, seed=0, scale=(0.2, 1.0), flip=True)
+    setting = end_to_end._Setting(source, view, 49, batch_size=4, num_workers=1, device=CPU, decoder="pool")
+
+    @dataclasses.dataclass(frozen=True)
+    class Step:
+        batch: tuple = ()
+
+        def go(self, stretch):
+            trained.append(self.batch)
+
+    def start(requests):
+        asked.append(len(requests))
+        for number, _ in enumerate(requests):
+            yield number, None
+
+    def now():
+        clock.append(len(trained))
+        return float(len(trained))
+
+    one = end_to_end._Runner(Step(), start, ahead=3, tolerance=0.0)
+    monkeypatch.setattr(end_to_end.time, "perf_counter", now)
+    requests = end_to_end._requests(setting, 1, 5 + 2 * 3)
+    assert end_to_end._turn(setting, one, requests) == 5 / (5 * 4)
+    assert clock == [3, 8]  # three before it, and nobody trains on the last three
+    assert trained == [(number, None) for number in range(8)]
+    assert asked == [11]
+    assert set(read) == {index for indices, _ in requests for index in indices.tolist()}
+    run = [plan_epoch(0, epoch, 10, 4).batch(i) for epoch in range(6) for i in range(2)]
+    np.testing.assert_array_equal(requests, run[1:12])
+
+
+def test_arrays_are_refused(blobs, capsys):
+    assert main([*WORDS, "--data_path", blobs]) == 2
+    assert "arrays need no decoding" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--model", "vit"], "--model vit: unknown"),
+        (["--data_path", "digits", "--files", "3"], "--files: is for images that are made"),
+        (["--files", "1"], "--batch_size 2: more than the 1 images"),
+        (["--decoder", "dali-gpu"], "use --device cuda"),
+        (["--decoder", "gpu"], "fastmae bench end-to-end --help"),
+    ],
+)
+def test_wrong_input_is_one_line(words, expected, capsys):
+    assert main([*WORDS, *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert expected in line

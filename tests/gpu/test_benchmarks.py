@@ -1,0 +1,38 @@
+"""On a GPU: the suite and its end-to-end part come to an end, with equal losses."""
+
+import json
+
+import numpy as np
+
+from fastmae.benchmarks.end_to_end import CACHED, FROM_FILES, PUBLISHED
+from fastmae.cli import main
+
+MODEL = ["--model", "mae_vit_tiny_patch16", "--device", "cuda", "--rounds", "1"]
+
+
+def test_loading_ahead_of_the_gpu_changes_no_loss(tmp_path):
+    words = ["--batch_size", "8", "--steps", "2", "--num_workers", "2", "--precision", "fp32"]
+    assert main(["bench", "end-to-end", *MODEL, *words, "--files", "32", "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    losses = json.loads(path.read_text())["losses"]
+    np.testing.assert_allclose(losses[FROM_FILES], losses[CACHED], rtol=1e-5)
+    np.testing.assert_allclose(losses[PUBLISHED], losses[CACHED], rtol=1e-3)
+
+
+def test_everything_is_measured_and_drawn(tmp_path):
+    words = [
+        "--quick",
+        "--batch_sizes",
+        "8",
+        "16",
+        "--peers",
+        "published",
+        "--only",
+        "step",
+        "batch-sizes",
+        "end-to-end",
+    ]
+    assert main(["bench", "all", *MODEL, *words, "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("all-*.json")
+    assert {part["outcome"] for part in json.loads(path.read_text())["parts"]} == {"measured"}
+    assert (tmp_path / "report.html").stat().st_size > 10_000

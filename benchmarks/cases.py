@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastmae.errors import UserError
 from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD, PRESETS
@@ -18,6 +19,7 @@ from fastmae.ops.assemble_tokens import assemble_tokens, assemble_tokens_referen
 from fastmae.ops.attention import attention, attention_backend, attention_reference
 from fastmae.ops.backends import ops_backend
 from fastmae.ops.gather_patches import gather_patches, gather_patches_reference
+from fastmae.ops.linear import describe_linear, linear
 from fastmae.ops.masked_mse import masked_mse, masked_mse_reference
 from fastmae.ops.random_masking import random_masking, random_masking_reference
 from fastmae.ops.scatter_patches import scatter_patches, scatter_patches_reference
@@ -172,6 +174,11 @@ def all_cases(shapes: Shapes, N: int, dtype: torch.dtype, device: torch.device) 
     for shape in shapes.attentions[:2]:
         for backward in (False, True):
             yield attention_case(shape, N, dtype, device, backward, shapes.model)
+    if device.type == "cpu":  # elsewhere it is torch's own
+        for tokens, width in ((shapes.K + 1, shapes.heads * shapes.head_dim), (shapes.L + 1, shapes.decoder_width)):
+            for inputs, outputs in ((width, 4 * width), (4 * width, width)):
+                for backward in (False, True):
+                    yield linear_case(shapes.model, N * tokens, inputs, outputs, dtype, device, backward)
 
 
 def masking_case(shapes: Shapes, N: int, device: torch.device) -> Case:
@@ -338,6 +345,36 @@ def attention_case(
         moved=(4 + 7 * backward) * matrix,
         # 2 products forward; 5 backward: the scores once more, since nobody stores them, and 4 for the gradients
         flops=(2 + 5 * backward) * 2 * N * H * S * S * D,
+    )
+
+
+def linear_case(
+    model: str, rows: int, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, backward: bool
+) -> Case:
+    """A linear map of ``rows`` tokens, as in an MLP. Weights are of the tokens' dtype, as autocast makes them."""
+
+    def draw(generator: torch.Generator) -> Inputs:
+        def numbers(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        arguments = numbers(rows, inputs), numbers(outputs, inputs) / inputs**0.5, numbers(outputs)
+        grad = numbers(rows, outputs) if backward else None
+        return Inputs(tuple(argument.requires_grad_(backward) for argument in arguments), grad)
+
+    x, y, weight, bias = rows * inputs, rows * outputs, outputs * inputs, outputs
+    return Case(
+        op="linear",
+        backward=backward,
+        model=model,
+        sizes=f"{rows} rows, {inputs} → {outputs}",
+        backend=describe_linear(device, dtype),
+        draw=draw,
+        ours=linear,
+        eager=F.linear,
+        truth=F.linear,
+        # tokens, weight, bias read, output written; backward: its gradient, tokens, weight read, three gradients made
+        moved=(x + weight + bias + y + backward * (y + 2 * x + 2 * weight + bias)) * dtype.itemsize,
+        flops=(1 + 2 * backward) * 2 * rows * inputs * outputs,
     )
 
 

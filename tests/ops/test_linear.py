@@ -8,6 +8,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastmae.ops.backends import using
 from fastmae.ops.linear import Linear, linear
 
+
+@pytest.fixture(autouse=True)
+def nothing_is_too_small(monkeypatch):
+    monkeypatch.setattr("fastmae.ops.linear.SMALLEST", 0)
+
+
+@pytest.fixture(params=[0, 10**6], ids=["wide inputs", "narrow inputs"])
+def weights_gradient(request, monkeypatch):
+    """Both ways of computing the gradient of the weight."""
+    monkeypatch.setattr("fastmae.ops.linear.WIDE_INPUTS", request.param)
+
+
 CASES = {
     "of tokens": ((3, 7, 24), (40, 24), True),
     "without bias": ((3, 7, 24), (40, 24), False),
@@ -46,11 +58,13 @@ def assert_as_good_as_torch(arguments):
         assert error <= 2 * torch_error + 4 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.usefixtures("weights_gradient")
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_linear_map(case):
     assert_as_good_as_torch(draw(*CASES[case]))
 
 
+@pytest.mark.usefixtures("weights_gradient")
 def test_arguments_may_have_any_strides():
     x, weight, bias = draw((4, 9, 24), (48, 24), True)
     for x_view in (x[:, 3:], x[::2], x.transpose(0, 1), x[..., :1].expand(-1, -1, 24)):
@@ -77,6 +91,14 @@ def test_onednn_computes_float32_alone_and_nothing_that_torch_was_asked_for():
         assert not is_ours(x, weight, bias)
     with using(ops="reference"):
         assert not is_ours(x, weight, bias)
+    assert not is_ours(x[0, 0], weight, bias)
+
+
+def test_small_products_stay_with_torch(monkeypatch):
+    monkeypatch.setattr("fastmae.ops.linear.SMALLEST", 3 * 7 * 24 * 40)
+    x, weight, bias = draw((3, 7, 24), (40, 24), True)
+    assert "linear" in type(linear(x, weight, bias).grad_fn).__name__.lower()
+    assert "linear" not in type(linear(x[:2], weight, bias).grad_fn).__name__.lower()
 
 
 def test_only_the_gradients_that_are_needed_are_computed():

@@ -41,6 +41,7 @@ setup(
         "fastmae.benchmarks.peers",
         "fastmae.data",
         "fastmae.evaluate",
+        "fastmae.export",
         "fastmae.kernels",
         "fastmae.model",
         "fastmae.ops",

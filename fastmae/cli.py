@@ -9,11 +9,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from fastmae.config import (
+    AnomalyConfig,
     BenchAllConfig,
     BenchAttentionConfig,
     BenchCheckpointConfig,
@@ -23,24 +24,41 @@ from fastmae.config import (
     BenchLoaderConfig,
     BenchScalingConfig,
     BenchStepConfig,
+    ExportConfig,
+    FeaturesConfig,
+    FinetuneConfig,
     InfoConfig,
     PretrainConfig,
     ProbeConfig,
     ReconstructConfig,
+    SearchConfig,
     VerifyConfig,
-    check_masking,
+    check_evaluation,
+    check_export,
     chosen_masking,
 )
 from fastmae.errors import UserError
 
+if TYPE_CHECKING:
+    from fastmae.model.mae import MaskedAutoencoderViT
+
 Command = (
     Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
+    | Annotated[FinetuneConfig, tyro.conf.subcommand("finetune")]
     | Annotated[ProbeConfig, tyro.conf.subcommand("probe")]
     | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
+    | Annotated[ExportConfig, tyro.conf.subcommand("export")]
     | Annotated[InfoConfig, tyro.conf.subcommand("info")]
     | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
     | Annotated[VerifyConfig, tyro.conf.subcommand("verify")]
+    | Annotated[FeaturesConfig, tyro.conf.subcommand("features")]
+    | Annotated[SearchConfig, tyro.conf.subcommand("search")]
+    | Annotated[AnomalyConfig, tyro.conf.subcommand("anomaly")]
 )
+COMMANDS = (
+    "pretrain", "finetune", "probe", "reconstruct", "export", "info", "bench", "verify", "features", "search",
+    "anomaly",
+)  # fmt: skip
 BENCHMARKS = ("kernels", "attention", "step", "loader", "checkpoint", "scaling", "end-to-end", "all")
 EXIT_WRONG_INPUT = 2
 
@@ -59,10 +77,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from fastmae.train.pretrain import pretrain
 
                 return pretrain(command)
+            case FinetuneConfig():
+                from fastmae.train.finetune import finetune
+
+                return finetune(command)
             case ProbeConfig():
                 _probe(command)
             case ReconstructConfig():
                 _reconstruct(command)
+            case FeaturesConfig():
+                _features(command)
+            case SearchConfig():
+                _search(command)
+            case AnomalyConfig():
+                _anomaly(command)
+            case ExportConfig():
+                _export(command)
             case InfoConfig():
                 _info(command)
             case BenchConfig():
@@ -85,9 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(
-    argv: list[str],
-) -> PretrainConfig | ProbeConfig | ReconstructConfig | InfoConfig | BenchConfig | VerifyConfig:
+def _parse(argv: list[str]) -> Command:
     """tyro's parse, with its boxed messages folded into the one line that every error of this program is."""
     complaint = io.StringIO()
     try:
@@ -99,7 +127,7 @@ def _parse(
             raise
         text = _first_section(complaint.getvalue())
         known: tuple[str, ...] = ()
-        if argv and argv[0] in ("pretrain", "probe", "reconstruct", "info", "bench", "verify"):
+        if argv and argv[0] in COMMANDS:
             known = (argv[0],)
             if argv[0] == "bench" and argv[1:] and argv[1] in BENCHMARKS:
                 known = (argv[0], argv[1])
@@ -113,37 +141,75 @@ def _first_section(box: str) -> str:
     return " ".join(" ".join(lines[:end]).split()).rstrip(".")
 
 
+def _opened(
+    config: ProbeConfig | ReconstructConfig | FeaturesConfig | SearchConfig | AnomalyConfig,
+    *,
+    needs_decoder: bool = False,
+) -> MaskedAutoencoderViT:
+    """The frozen model of a command, on its device."""
+    from fastmae.train.checkpoint import load_model
+    from fastmae.train.parallel import choose_device
+
+    check_evaluation(config)
+    device = choose_device(config.device)
+    return load_model(config.checkpoint, config.model, needs_decoder=needs_decoder).to(device)
+
+
+def _workers(config: ProbeConfig | FeaturesConfig | SearchConfig | AnomalyConfig) -> int:
+    from fastmae.data.loader import default_workers
+
+    return config.num_workers or default_workers()
+
+
+def _make_folder(folder: Path) -> None:
+    """For what a command will write, so that a wrong name is told before the work and not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: {folder} cannot be written ({error}); name another folder") from error
+
+
 def _probe(config: ProbeConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastmae.data.loader import default_workers
     from fastmae.data.sources import shown, train_and_val
-    from fastmae.evaluate.probe import probe
-    from fastmae.train.checkpoint import load_model
-    from fastmae.train.parallel import choose_device
+    from fastmae.evaluate.features import tell_skipped
+    from fastmae.evaluate.probe import probe_in_detail, save_probe
 
-    model = load_model(config.checkpoint, config.model).to(choose_device(config.device))
-    train, test = train_and_val(config.data_path)
-    results = probe(
+    model = _opened(config)
+    if config.output is not None:
+        _make_folder(Path(config.output))
+    found = probe_in_detail(
         model,
-        train,
-        test,
+        *train_and_val(config.data_path),
         pool=config.pool,
-        k=config.k,
+        ks=config.k,
+        linear=config.linear,
+        rates=config.blr,
+        linear_batch=config.linear_batch,
         batch_size=config.batch_size,
-        num_workers=config.num_workers or default_workers(),
+        num_workers=_workers(config),
     )
+    results = found.summary()
+    tell_skipped(found.skipped)
+    sizes = f"{results['train']} train, {results['test']} test"
+    title = f"{config.checkpoint} on {shown(config.data_path)}: {sizes}"
+    if config.output is not None:
+        save_probe(Path(config.output), found, title)
     if config.json:
         print(json.dumps(results))
         return
-    sizes = f"{results['train']} train, {results['test']} test"
-    table = Table(title=f"{config.checkpoint} on {shown(config.data_path)}: {sizes}")
+    table = Table(title=title)
     table.add_column("frozen features")
     table.add_column("top-1", justify="right")
-    table.add_row(f"k-NN (k = {results['k']}, {results['pool']})", f"{results['knn']:.2f} %")
-    table.add_row(f"logistic regression ({results['pool']})", f"{results['linear']:.2f} %")
+    for k in config.k:
+        table.add_row(f"k-NN (k = {k}, {config.pool})", f"{found.accuracy(found.knn[k]):.2f} %")
+    how = f"LARS, blr {results['blr']:g}" if config.linear == "lars" else "logistic regression"
+    table.add_row(f"{how} ({config.pool})", f"{results['linear']:.2f} %")
     Console().print(table)
+    if config.output is not None:
+        print(Path(config.output) / "confusion.png")
 
 
 def _reconstruct(config: ReconstructConfig) -> None:
@@ -151,23 +217,172 @@ def _reconstruct(config: ReconstructConfig) -> None:
 
     from fastmae.data.masks import choose_masks, open_masks, shuffled_ids
     from fastmae.data.sources import open_train
-    from fastmae.evaluate.reconstruct import caption, fixed_images, reconstruct, save_grid
-    from fastmae.train.checkpoint import load_model
-    from fastmae.train.parallel import choose_device
+    from fastmae.evaluate.reconstruct import (
+        about_targets,
+        caption,
+        central_crops,
+        fixed_indices,
+        masks_of_pictures,
+        reconstruct,
+        reconstruct_each,
+        save_reconstructions,
+    )
 
-    check_masking(config)
+    check_evaluation(config)
     file = open_masks(config.masks, config.mask_ratio)
-    ratio = config.mask_ratio if file is None else file.facts.mask_ratio
-    model = load_model(config.checkpoint, config.model, needs_decoder=True).to(choose_device(config.device))
-    try:
-        visible = model.num_visible(ratio)
-    except ValueError as error:
-        raise UserError(f"--mask_ratio {ratio}: {error}; choose another ratio") from error
-    masks = choose_masks(chosen_masking(config), file, model.grid_size, visible, config.seed)
-    images = fixed_images(model, open_train(config.images), config.count)
-    ids_shuffle = shuffled_ids(torch.arange(len(images)), masks, images.device)
-    save_grid(Path(config.output), reconstruct(model, images, ids_shuffle, mask_ratio=ratio), caption(model, ratio))
+    model = _opened(config, needs_decoder=True)
+    source = open_train(config.images)
+    indices = fixed_indices(source, config.count)
+    made = []
+    if config.mask_image:
+        masked = masks_of_pictures(config.mask_image, model, source, indices)
+        images = central_crops(model, source, indices)
+        rows = reconstruct_each(model, images, masked, paste_visible=config.paste_visible)
+        made.append((f"masked as {' '.join(config.mask_image)}{about_targets(model)}", rows))
+    else:
+        images = central_crops(model, source, indices)
+        flag = "--sweep" if config.sweep else "--mask_ratio"
+        for ratio in config.sweep or (config.mask_ratio if file is None else file.facts.mask_ratio,):
+            try:
+                visible = model.num_visible(ratio)
+            except ValueError as error:
+                raise UserError(f"{flag} {ratio}: {error}; choose another ratio") from error
+            masks = choose_masks(chosen_masking(config), file, model.grid_size, visible, config.seed)
+            ids_shuffle = shuffled_ids(torch.arange(len(images)), masks, images.device)
+            rows = reconstruct(model, images, ids_shuffle, mask_ratio=ratio, paste_visible=config.paste_visible)
+            made.append((caption(model, ratio), rows))
+    save_reconstructions(Path(config.output), made, errors=config.errors)
     print(config.output)
+
+
+def _features(config: FeaturesConfig) -> None:
+    from fastmae.data.sources import open_train, shown, train_and_val
+    from fastmae.evaluate.features import check_features_file, extract_features, save_features, tell_skipped
+
+    check_evaluation(config)
+    output = Path(config.output)
+    check_features_file(output)
+    model = _opened(config)
+    _make_folder(output.parent)
+    if config.split == "val":
+        _, source = train_and_val(config.data_path)
+    else:
+        source = open_train(config.data_path)
+    found = extract_features(
+        model, source, pool=config.pool, batch_size=config.batch_size, num_workers=_workers(config)
+    )
+    tell_skipped(found.skipped)
+    save_features(output, source, found)
+    count, width = found.values.shape
+    print(f"{output}: {count} × {width} features of {shown(config.data_path)}")
+
+
+def _search(config: SearchConfig) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastmae.data.sources import Subset, open_train, shown
+    from fastmae.evaluate.features import extract_features, tell_skipped
+    from fastmae.evaluate.reconstruct import fixed_indices
+    from fastmae.evaluate.search import engine, save_search, search
+
+    model = _opened(config)
+    _make_folder(Path(config.output).parent)
+    source, queries = open_train(config.data_path), open_train(config.queries)
+    queries = Subset(queries, fixed_indices(queries, config.count))
+    held, asked = (
+        extract_features(model, one, pool=config.pool, batch_size=config.batch_size, num_workers=_workers(config))
+        for one in (source, queries)
+    )
+    tell_skipped(held.skipped + asked.skipped)
+    by = engine(held.values.device)
+    results = search(queries, asked, source, held, k=config.k, by=by)
+    save_search(Path(config.output), model, queries, source, results)
+    if config.json:
+        print(json.dumps({"by": by, "results": results}))
+        return
+    table = Table(title=f"nearest of {len(held.values)} images of {shown(config.data_path)}, compared by {by}")
+    for column in ("query", "nearest", "class"):
+        table.add_column(column, overflow="fold")
+    table.add_column("cosine", justify="right")
+    for one in results:
+        for place, match in enumerate(one["found"]):
+            query = "" if place else one["query"]
+            table.add_row(query, match["name"], match.get("class", "–"), f"{match['cosine']:.4f}")
+        table.add_section()
+    Console().print(table)
+    print(config.output)
+
+
+def _anomaly(config: AnomalyConfig) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastmae.data.sources import open_train, shown, train_and_val
+    from fastmae.evaluate.anomaly import are_anomalous, find_anomalies, save_anomalies, summarise, without_class
+    from fastmae.evaluate.features import tell_skipped
+
+    model = _opened(config, needs_decoder=True)
+    _make_folder(Path(config.output))
+    if config.test_path is None:
+        normal, test = train_and_val(config.data_path)
+    else:
+        normal, test = open_train(config.data_path), open_train(config.test_path)
+    if config.left_out is not None:
+        normal = without_class(normal, config.left_out)
+    found = find_anomalies(
+        model,
+        normal,
+        test,
+        pool=config.pool,
+        k=config.k,
+        mask_ratio=config.mask_ratio,
+        rounds=config.rounds,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        num_workers=_workers(config),
+    )
+    tell_skipped(found.skipped)
+    anomalous = are_anomalous(normal, test, found.indices)
+    summary = {"normal": len(normal), "pool": config.pool, **summarise(found, anomalous)}
+    save_anomalies(Path(config.output), model, test, found, anomalous, summary, config.count)
+    if config.json:
+        print(json.dumps(summary))
+        return
+    counted = f", {summary['anomalous']} of them anomalous" if "anomalous" in summary else ""
+    title = f"{summary['images']} images{counted}, beside {len(normal)} normal ones of {shown(config.data_path)}"
+    table = Table(title=title)
+    table.add_column("score")
+    table.add_column("AUROC", justify="right")
+    for name, key in ((f"distance ({config.pool}, k = {config.k})", "distance"), ("reconstruction error", "error")):
+        area = summary.get(f"auroc_{key}")
+        table.add_row(name, "– (no labels of both kinds)" if area is None else f"{area:.4f}")
+    Console().print(table)
+    print(Path(config.output) / "anomaly.png")
+
+
+def _export(config: ExportConfig) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastmae.data.loader import default_workers
+    from fastmae.data.sources import shown
+    from fastmae.export.run import export
+    from fastmae.train.checkpoint import open_checkpoint
+
+    check_export(config)
+    opened = open_checkpoint(config.checkpoint, config.model)
+    line, worth = export(config, opened.model, opened.settings, opened.has_decoder, default_workers())
+    print(line)
+    if config.check is None:
+        return
+    table = Table("encoder", title=f"{config.output} on {shown(config.check)}")
+    for name in ("largest difference", "k-NN", "logistic regression", "images/s"):
+        table.add_column(name, justify="right")
+    for name, of_one in worth.items():
+        figures = f"{of_one.knn:.2f} %", f"{of_one.linear:.2f} %", f"{of_one.images_per_second:.0f}"
+        table.add_row(name, f"{of_one.difference:.1e}", *figures)
+    Console().print(table)
 
 
 def _info(config: InfoConfig) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar, get_args
 
@@ -18,11 +19,17 @@ from fastmae.errors import UserError
 T = TypeVar("T")
 
 BenchOp = Literal[
-    "random_masking", "gather_patches", "scatter_patches", "assemble_tokens", "masked_mse", "attention"
+    "random_masking", "gather_patches", "scatter_patches", "assemble_tokens", "masked_mse", "attention", "linear"
 ]  # fmt: skip
 Masking = Literal["random", "block", "grid", "file"]
+ExportFormat = Literal["official", "timm", "hf", "onnx", "torch-export"]
+Pool = Literal["mean", "cls", "both"]
+AnomalyPool = Literal["tokens", "mean", "cls", "both"]
+LinearProbe = Literal["logistic", "lars"]
 FULL_SHUFFLE = "a full shuffle"
 PUBLISHED_RATIO = 0.75
+PROBE_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+PROBE_BATCH = 16_384
 BenchSwitch = Literal[
     "bf16", "bf16-residual", "tf32", "checkpointing-selective", "checkpointing-full", "compile-block", "compile-model",
     "float8", "cuda-graph", "clip-grad", "ema", "fsdp", "hsdp", "reduce-bf16", "cross",
@@ -167,7 +174,7 @@ class PretrainConfig:
 
     resume: str = ""
     """`auto` continues output_dir's newest intact checkpoint, or starts if there is none; or a run folder, one of its
-    checkpoints, or an official .pth or .safetensors file."""
+    checkpoints, an official .pth or .safetensors file, or a folder of transformers."""
     start_epoch: int = 0
     """Epoch to start at; a resumed checkpoint overrules it."""
     save_freq: int = 20
@@ -192,21 +199,247 @@ class PretrainConfig:
     """Trace so many steps, after 5 others, into OUTPUT_DIR/profile."""
     probe: bool | None = None
     """Measure k-NN and linear-probe accuracy before and after. Default: where labels exist, up to 20,000 images."""
+    probe_freq: int | None = None
+    """Also measure them every so many epochs, on up to 20,000 images of each part. Default: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Fine-tune a pretrained encoder on labelled images. Flags of the published script have their published names."""
+
+    finetune: str = ""
+    """What to begin with: a run folder of pretrain, one of its checkpoints, or a file with an encoder. Empty: random
+    weights, to compare with."""
+    data_path: str | tuple[str, ...] = "digits"
+    """Labelled data, as for pretrain; its train part is learnt, its val or test part is scored (without one, a fifth is
+    held out)."""
+    output_dir: str = "./output_dir"
+    """The run folder: checkpoints, log.txt, metrics.jsonl, config.json."""
+    model: str | None = None
+    """The preset, for a --finetune that does not say, or without one; vit_large_patch16 is mae_vit_large_patch16."""
+    input_size: tuple[int, ...] | None = None
+    """Side of the images in pixels, or height and width. Default: that of --finetune. Positions are interpolated."""
+    nb_classes: int | None = None
+    """Default: as many as the labels have."""
+    tune: str = "full"
+    """What is trained: full; linear (the head and the norm before it); last-K (those and the last K blocks); lora
+    (those and updates of low rank of every block's attention)."""
+    lora_rank: int = 8
+    """With --tune lora, the rank of the updates."""
+    global_pool: bool = True
+    """Classify the mean of the patch tokens, as published; --cls_token turns it off."""
+    cls_token: bool = False
+    """Classify the class token instead."""
+
+    batch_size: int = 64
+    """Images a rank and micro-step; the global batch is batch_size · accum_iter · ranks, 1024 as published."""
+    epochs: int | None = None
+    """Default: as published, 100 for encoders up to the width of ViT-B, otherwise 50; 20 for the built-in digits."""
+    accum_iter: int = 1
+    """Micro-steps whose gradients are added up before the optimiser steps."""
+    lr: float | None = None
+    """Absolute learning rate, of the head. Default: blr · global batch / 256."""
+    blr: float | None = None
+    """Learning rate for a global batch of 256. Default: as published, 5e-4 up to ViT-B, otherwise 1e-3; 1e-2 for the
+    built-in digits."""
+    layer_decay: float | None = None
+    """What a layer's learning rate is of that of the layer above. Default: as published, 0.65 up to ViT-B, otherwise
+    0.75."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of the cosine."""
+    warmup_epochs: float = 5.0
+    """Epochs of linear warm-up."""
+    weight_decay: float = 0.05
+    """On parameters of two or more dimensions but for the class token and the positions."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient over all parameters; a longer one is scaled down. Default: any, as published."""
+    drop_path: float | None = None
+    """Chance that a branch of the last block is left out of a sample; it grows from 0 with depth. Default: as
+    published, 0.1 up to ViT-B, 0.2 for ViT-L, 0.3 for ViT-H; 0 where not all is tuned."""
+
+    crop_scale: tuple[float, float] | None = None
+    """Smallest and largest share of an image's area that a crop takes. Default: 0.08 1; for the digits 0.7 1."""
+    flip: bool | None = None
+    """Flip half of the crops horizontally. Default: for colour images."""
+    aa: str | None = None
+    """RandAugment, as rand-mMAGNITUDE[-nNUMBER][-mstdDEVIATION]-inc1, or empty for none. Default: as published,
+    rand-m9-mstd0.5-inc1, for image files; none for arrays and the digits."""
+    reprob: float | None = None
+    """Chance of an image to lose a rectangle to noise (random erasing). Default: 0.25; for the digits 0."""
+    smoothing: float = 0.1
+    """Share of a label that is spread over all classes."""
+    mixup: float | None = None
+    """α of mixup's Beta distribution, 0 for none. Default: 0.8; for the digits 0."""
+    cutmix: float | None = None
+    """α of cutmix's, 0 for none. Default: 1; for the digits 0."""
+    mixup_switch_prob: float = 0.5
+    """With both, the chance of a pair of images to be cut rather than blended."""
+
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """As for pretrain, and so are the flags from here on."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """What blocks compute again in the backward pass to save memory."""
+    compile: Literal["off", "block", "model"] = "off"
+    """torch.compile of each block, or of the whole loss."""
+    ops: Literal["auto", "triton", "native", "reference"] = "auto"
+    """Triton kernels (a GPU), C++ (a CPU), or the PyTorch that defines them."""
+    attention: Literal["auto", "sdpa", "xformers", "triton"] = "auto"
+    """Which backend of attention."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """How several ranks share the weights."""
+    shard_size: int | None = None
+    """Ranks that hold one copy of the weights together under --parallel hsdp. Default: those of a machine."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """In which format gradients travel between ranks."""
+    seed: int = 0
+    """Of the head, order, crops and every augmentation."""
+    num_workers: int | None = None
+    """Decoding threads a rank. Default: the cores that this process may use, at most 10."""
+    pin_mem: bool = True
+    """Copy batches to a GPU from page-locked memory."""
+    max_corrupt: float = 0.01
+    """Largest share of unusable images before the run stops; 20 of them are always tolerated."""
+
+    max_skipped: int = 20
+    """Steps in a row with a loss or gradient that is not finite before the run stops."""
+    hang_timeout: float | None = 1800.0
+    """Seconds without a finished step after which a process shows the stacks of its threads and ends; 0 for never."""
+    resume: str = ""
+    """`auto` continues output_dir's newest intact checkpoint, or starts if there is none; or a run folder of finetune
+    or one of its checkpoints."""
+    save_freq: int = 20
+    """Epochs between checkpoint-EPOCH.pth files (their weights beside them as .safetensors)."""
+    test_freq: int = 1
+    """Epochs between tests on the val part; the last epoch is always tested."""
+    checkpoint_freq: int | None = None
+    """Optimiser steps between resumable checkpoints. Default: the fewest whole epochs of at least 300 steps."""
+    keep: int = 2
+    """How many of the newest resumable checkpoints stay."""
+    async_save: bool = True
+    """Write resumable checkpoints while training goes on, from a copy in the host's memory."""
+    log_freq: int = 20
+    """Optimiser steps between reads of the losses; each step's loss is logged all the same."""
+    log_dir: str | None = None
+    """Also write TensorBoard files here (needs the extra `track`)."""
+    wandb: str | None = None
+    """Also log to this project of Weights & Biases (needs the extra `wandb`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Measure frozen features: weighted k-NN and logistic regression on the data's labels."""
+    """Measure frozen features: weighted k-NN and a linear classifier on the data's labels."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A run folder, one of its checkpoints, or an official .pth or .safetensors file."""
+    """A run folder, one of its checkpoints, an official .pth or .safetensors file, or a folder of transformers."""
     data_path: str | tuple[str, ...] = "digits"
     """Labelled data; its train part fits, its val or test part is scored (without one, a fifth is held out). Several
     are taken one after another."""
-    pool: Literal["mean", "cls"] = "mean"
-    """The mean of the patch tokens, or the class token (on which pretraining puts no loss)."""
-    k: int = 20
-    """Neighbours of the k-NN."""
+    pool: Pool = "mean"
+    """The mean of the patch tokens, the class token (on which pretraining puts no loss), or both side by side."""
+    k: tuple[int, ...] = (20,)
+    """Neighbours of the k-NN; several numbers cost little more than the largest."""
+    linear: LinearProbe = "logistic"
+    """Logistic regression, for data of up to some ten thousand images; or the published probe (lars): LARS, BatchNorm
+    without affine, 90 epochs, on features of central crops."""
+    blr: tuple[float, ...] = PROBE_RATES
+    """With --linear lars: learning rates for a batch of 256, trained at once. Of several, the best on a held-out fifth
+    of the train part is taken; the published one is 0.1."""
+    linear_batch: int = PROBE_BATCH
+    """With --linear lars: features a step, at most all; 16384 is published, fewer make more steps of small data."""
+    batch_size: int = 256
+    """Images a forward pass."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    num_workers: int | None = None
+    """Decoding threads. Default: the cores that this process may use, at most 10."""
+    model: str | None = None
+    """The preset, for a checkpoint that does not say."""
+    output: str | None = None
+    """A folder for a table of classes and confusion matrices, too: probe.json and confusion.png."""
+    json: bool = False
+    """Print one line of JSON instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """Draw originals, masked images and reconstructions side by side."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """With its decoder: a run folder, one of its checkpoints, an official .pth or .safetensors file, or a folder of
+    transformers."""
+    images: str | tuple[str, ...] = "digits"
+    """Image files, or any data that --data_path of pretrain accepts."""
+    output: str = "grid.png"
+    """The picture to write."""
+    count: int = 8
+    """How many of the images, evenly spaced."""
+    mask_ratio: float = PUBLISHED_RATIO
+    """Share of the patches that is masked. As for pretrain, so are the next two."""
+    masking: Masking | None = None
+    """random, block, grid or file. Default: random, with --masks file."""
+    masks: str = ""
+    """A .npy file of masks."""
+    mask_image: tuple[str, ...] = ()
+    """Pictures of the masks instead: one for all images or one an image, of its size, white where it is masked. Every
+    patch that white touches is."""
+    paste_visible: bool = True
+    """Show visible patches as they are. Otherwise as predicted, which no loss asks for."""
+    errors: bool = False
+    """A row of absolute errors, too."""
+    sweep: tuple[float, ...] = ()
+    """Mask ratios instead: two rows for each, or with an --output that ends in .gif a frame for each."""
+    seed: int = 0
+    """Of the masks."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    model: str | None = None
+    """The preset, for a checkpoint that does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """Write frozen features with the names and labels of their images."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A run folder, one of its checkpoints, an official .pth or .safetensors file, or a folder of transformers."""
+    data_path: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """One or several, of every kind that --data_path of pretrain takes."""
+    output: str
+    """A file that ends in .npz, or in .parquet (needs the extra `parquet`)."""
+    split: Literal["train", "val"] = "train"
+    """Which part, of data that have parts; a fifth of others is held out as val."""
+    pool: Pool = "mean"
+    """The mean of the patch tokens, the class token, or both side by side."""
+    batch_size: int = 256
+    """Images a forward pass."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    num_workers: int | None = None
+    """Decoding threads. Default: the cores that this process may use, at most 10."""
+    model: str | None = None
+    """The preset, for a checkpoint that does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Find the images that are nearest to others by the cosine of their features."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A run folder, one of its checkpoints, an official .pth or .safetensors file, or a folder of transformers."""
+    queries: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
+    """Image files, or any data that --data_path of pretrain accepts."""
+    data_path: str | tuple[str, ...] = "digits"
+    """Where to search: of data that have parts, the train part."""
+    k: int = 5
+    """How many images for a query; the query itself does not count."""
+    count: int = 8
+    """How many of the queries, evenly spaced."""
+    output: str = "search.png"
+    """The picture to write."""
+    pool: Pool = "mean"
+    """The mean of the patch tokens, the class token, or both side by side."""
     batch_size: int = 256
     """Images a forward pass."""
     device: str | None = None
@@ -220,27 +453,65 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructConfig:
-    """Draw originals, masked images and reconstructions side by side."""
+class AnomalyConfig:
+    """Score images by how little they are like normal ones: distance of features, and error of reconstruction."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A run folder, one of its checkpoints, or an official .pth or .safetensors file with its decoder."""
-    images: str | tuple[str, ...] = "digits"
-    """Image files, or any data that --data_path of pretrain accepts."""
-    output: str = "grid.png"
-    """The picture to write."""
-    count: int = 8
-    """How many of the images, evenly spaced."""
+    """With its decoder: a run folder, one of its checkpoints, an official .pth or .safetensors file, or a folder of
+    transformers."""
+    data_path: str | tuple[str, ...] = "digits"
+    """Normal images: of data that have parts, the train part."""
+    test_path: str | tuple[str, ...] | None = None
+    """Images to score. Default: the val or test part of data_path (without one, a fifth is held out)."""
+    left_out: str | None = None
+    """A class of labelled data (the name of its folder, or its number) that is taken out of the normal images."""
+    k: int = 1
+    """The distance is the mean of those to so many nearest normal images."""
+    pool: AnomalyPool = "tokens"
+    """What is compared: patch tokens, each with those of its place, for images of things that lie alike; or of other
+    images the mean of the patch tokens, the class token, or both side by side."""
     mask_ratio: float = PUBLISHED_RATIO
-    """Share of the patches that is masked. As for pretrain, so are the next two."""
-    masking: Masking | None = None
-    """random, block, grid or file. Default: random, with --masks file."""
-    masks: str = ""
-    """A .npy file of masks."""
+    """Share of the patches that is masked at a time."""
+    rounds: int = 4
+    """How often each patch is masked, at least, with different others."""
     seed: int = 0
     """Of the masks."""
+    count: int = 8
+    """How many heat maps: of the images with the largest distance."""
+    output: str = "anomaly"
+    """A folder for every score (scores.json) and heat maps (anomaly.png)."""
+    batch_size: int = 256
+    """Images a forward pass."""
     device: str | None = None
     """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    num_workers: int | None = None
+    """Decoding threads. Default: the cores that this process may use, at most 10."""
+    model: str | None = None
+    """The preset, for a checkpoint that does not say."""
+    json: bool = False
+    """Print one line of JSON instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a pretrained model in a form that other tools read."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A run folder, one of its checkpoints, an official .pth or .safetensors file, or a folder of transformers."""
+    to: ExportFormat
+    """official: .pth or .safetensors with the published names. timm: a state dict for its vit_*_patch*_224.mae. hf: a
+    folder for transformers' ViTMAEForPreTraining, or ViTModel for the encoder. onnx, torch-export: the encoder as a
+    program (.onnx, .pt2)."""
+    output: str
+    """The file to write, or the folder for hf."""
+    part: Literal["encoder", "full"] | None = None
+    """Without or with the decoder. Default: with it, where the checkpoint has one and the format is official or hf."""
+    variant: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    """Of a program's numbers: float32; fp16; bf16 (torch-export alone); int8 matrices (onnx alone)."""
+    input: Literal["float", "uint8"] = "float"
+    """What a program takes: normalised float32 [N, C, H, W], or uint8 [N, H, W, C] that it normalises itself."""
+    check: str | tuple[str, ...] | None = None
+    """Labelled data, such as `digits`, on which a program's features and speed are compared with fastmae's."""
     model: str | None = None
     """The preset, for a checkpoint that does not say."""
 
@@ -696,6 +967,98 @@ def resolve(
     return ResolvedConfig(**{**dataclasses.asdict(config), **chosen})
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResolvedFinetuneConfig(FinetuneConfig):
+    """A FinetuneConfig in which nothing is left open; what the run folder keeps."""
+
+    model: str
+    input_size: tuple[int, int]
+    nb_classes: int
+    epochs: int
+    lr: float
+    blr: float
+    layer_decay: float
+    drop_path: float
+    crop_scale: tuple[float, float]
+    flip: bool
+    aa: str
+    reprob: float
+    mixup: float
+    cutmix: float
+    num_workers: int
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    global_batch: int
+    """batch_size · accum_iter · ranks."""
+    dataset_length: int
+    order: str
+    """What an epoch's order depends on besides the seed."""
+
+
+# As FIXED_IN_A_RUN, for fine-tuning.
+FIXED_IN_A_FINETUNING = (
+    "model", "input_size", "in_chans", "mean", "std", "nb_classes", "global_pool", "tune", "lora_rank", "drop_path",
+    "crop_scale", "flip", "aa", "reprob", "smoothing", "mixup", "cutmix", "mixup_switch_prob", "seed", "global_batch",
+    "dataset_length", "order",
+)  # fmt: skip
+
+
+def resolve_finetune(
+    config: FinetuneConfig,
+    facts: DataFacts,
+    *,
+    model: str,
+    width: int,
+    img_size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    nb_classes: int,
+    ranks: int,
+    num_workers: int,
+) -> ResolvedFinetuneConfig:
+    """Fills in what was left open, from the data (``facts``, ``nb_classes``), the encoder (``model``, the ``width`` of
+    its tokens, ``img_size``, ``mean``, ``std``) and the machine.
+    """
+    digits = facts.kind == "digits"
+    # Of ViT-B, ViT-L and ViT-H, as published.
+    epochs, blr, layer_decay, drop_path = (
+        (100, 5e-4, 0.65, 0.1) if width <= 768 else (50, 1e-3, 0.75, 0.2 if width <= 1024 else 0.3)
+    )
+    if digits:
+        epochs, blr = 20, 1e-2
+    if config.tune != "full":
+        drop_path = 0.0
+    input_size = config.input_size or img_size
+    blr = _given(config.blr, blr)
+    global_batch = config.batch_size * config.accum_iter * ranks
+    chosen = dict(
+        model=model,
+        input_size=(input_size[0], input_size[-1]),
+        nb_classes=nb_classes,
+        global_pool=config.global_pool and not config.cls_token,
+        epochs=_given(config.epochs, epochs),
+        lr=_given(config.lr, blr * global_batch / 256),
+        blr=blr,
+        layer_decay=_given(config.layer_decay, layer_decay),
+        drop_path=_given(config.drop_path, drop_path),
+        crop_scale=_given(config.crop_scale, (0.7, 1.0) if digits else (0.08, 1.0)),
+        flip=_given(config.flip, len(mean) == 3),
+        aa=_given(config.aa, "rand-m9-mstd0.5-inc1" if facts.kind == "folder" and len(mean) in (1, 3) else ""),
+        reprob=_given(config.reprob, 0.0 if digits else 0.25),
+        mixup=_given(config.mixup, 0.0 if digits else 0.8),
+        cutmix=_given(config.cutmix, 0.0 if digits else 1.0),
+        num_workers=_given(config.num_workers, num_workers),
+        in_chans=len(mean),
+        mean=mean,
+        std=std,
+        global_batch=global_batch,
+        dataset_length=facts.length,
+        order=facts.order,
+    )
+    return ResolvedFinetuneConfig(**{**dataclasses.asdict(config), **chosen})
+
+
 def _given(value: T | None, default: T) -> T:
     return default if value is None else value
 
@@ -744,7 +1107,7 @@ def check_pretrain(config: PretrainConfig) -> None:
     need(config.cache_gb is None or 0 < config.cache_gb < math.inf, "cache_gb", "a positive number of GiB")
     for flag in (
         "epochs", "num_workers", "checkpoint_freq", "in_chans", "shard_size", "keep_every", "grow_epochs",
-        "decoder_depth",
+        "decoder_depth", "probe_freq",
     ):  # fmt: skip
         need(getattr(config, flag) is None or getattr(config, flag) >= 1, flag, "at least 1")
     if config.predict_ratio is not None:
@@ -783,6 +1146,122 @@ def check_pretrain(config: PretrainConfig) -> None:
     need(0 <= config.max_corrupt <= 1, "max_corrupt", "a share between 0 and 1")
     if config.std is not None:
         need(all(s > 0 for s in config.std), "std", "positive")
+
+
+def check_finetune(config: FinetuneConfig) -> None:
+    """Refuses settings that cannot work, whatever the data and the encoder.
+
+    Raises:
+        UserError: naming the flag, its value and what it must be.
+    """
+
+    def need(holds: bool, flag: str, expected: str) -> None:
+        if not holds:
+            value = getattr(config, flag)
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UserError(f"--{flag} {shown}: must be {expected}")
+
+    tunes = re.fullmatch(r"full|linear|lora|last-[1-9]\d*", config.tune) is not None
+    need(tunes, "tune", "full, linear, lora or last-K, such as last-2")
+    for flag in (
+        "batch_size", "accum_iter", "save_freq", "test_freq", "log_freq", "keep", "max_skipped", "lora_rank",
+    ):  # fmt: skip
+        need(getattr(config, flag) >= 1, flag, "at least 1")
+    for flag in ("epochs", "num_workers", "checkpoint_freq", "shard_size"):
+        need(getattr(config, flag) is None or getattr(config, flag) >= 1, flag, "at least 1")
+    need(config.nb_classes is None or config.nb_classes >= 2, "nb_classes", "at least 2")
+    need(config.shard_size is None or config.parallel == "hsdp", "shard_size", "given together with --parallel hsdp")
+    for flag in ("lr", "blr", "clip_grad"):
+        value = getattr(config, flag)
+        need(value is None or (math.isfinite(value) and value > 0), flag, "a positive number")
+    for flag in ("min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix"):
+        value = getattr(config, flag)
+        need(value is None or (math.isfinite(value) and value >= 0), flag, "0 or more")
+    decay = config.layer_decay
+    need(decay is None or 0 < decay <= 1, "layer_decay", "above 0 and at most 1")
+    for flag in ("drop_path", "smoothing"):
+        value = getattr(config, flag)
+        need(value is None or 0 <= value < 1, flag, "at least 0 and below 1")
+    for flag in ("reprob", "mixup_switch_prob", "max_corrupt"):
+        value = getattr(config, flag)
+        need(value is None or 0 <= value <= 1, flag, "between 0 and 1")
+    need(0 <= config.seed < 2**63, "seed", "in [0, 2**63)")
+    size = config.input_size
+    need(
+        size is None or (len(size) in (1, 2) and min(size) >= 1), "input_size", "one or two positive numbers of pixels"
+    )
+    if config.crop_scale is not None:
+        low, high = config.crop_scale
+        need(0 < low <= high <= 1, "crop_scale", "two numbers with 0 < smallest ≤ largest ≤ 1")
+    timeout = config.hang_timeout
+    need(timeout is None or (math.isfinite(timeout) and timeout >= 0), "hang_timeout", "0 or more seconds")
+    fits = config.compile != "model" or config.parallel == "ddp"
+    need(fits, "compile", f"off or block with --parallel {config.parallel}, which communicates between blocks")
+
+
+def check_evaluation(config: ProbeConfig | ReconstructConfig | FeaturesConfig | SearchConfig | AnomalyConfig) -> None:
+    """Refuses settings that cannot work, whatever the data and the model.
+
+    Raises:
+        UserError: naming the flag, its value and what it must be.
+    """
+    for flag in ("batch_size", "num_workers", "k", "count", "rounds", "linear_batch"):
+        values = getattr(config, flag, None)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value is not None and value < 1:
+                raise UserError(f"--{flag} {value}: must be at least 1")
+    shown = {"queries": "QUERY", "data_path": "DATA" if isinstance(config, FeaturesConfig) else "--data_path"}
+    for flag in ("k", "blr", "data_path", "queries", "images"):
+        if getattr(config, flag, True) == ():
+            raise UserError(f"{shown.get(flag, f'--{flag}')}: must name at least one")
+    if isinstance(config, ProbeConfig):
+        for rate in config.blr:
+            if not (math.isfinite(rate) and rate > 0):
+                raise UserError(f"--blr {rate}: must be a positive number")
+        if config.linear != "lars" and (config.blr, config.linear_batch) != (PROBE_RATES, PROBE_BATCH):
+            raise UserError("--blr and --linear_batch: must be given together with --linear lars")
+        if config.linear_batch == 1:
+            raise UserError("--linear_batch 1: must be at least 2, as BatchNorm needs")
+    if isinstance(config, AnomalyConfig) and not 0 < config.mask_ratio < 1:
+        raise UserError(f"--mask_ratio {config.mask_ratio}: must be above 0 and below 1")
+    if isinstance(config, ReconstructConfig):
+        _check_reconstruct(config)
+
+
+def _check_reconstruct(config: ReconstructConfig) -> None:
+    check_masking(config)
+    others = (config.mask_ratio, config.masking, config.masks) != (PUBLISHED_RATIO, None, "")
+    if config.mask_image and (others or config.sweep):
+        raise UserError("--mask_image: says which patches; leave --mask_ratio, --masking, --masks and --sweep out")
+    if config.sweep and (config.masks or config.masking == "grid" or config.mask_ratio != PUBLISHED_RATIO):
+        raise UserError("--sweep: says how many patches; leave --mask_ratio, --masks and --masking grid out")
+    for ratio in config.sweep:
+        if not 0 < ratio < 1:
+            raise UserError(f"--sweep {ratio}: must be above 0 and below 1")
+    if config.output.lower().endswith(".gif") and not config.sweep:
+        raise UserError(f"--output {config.output}: a film is for --sweep; name a .png")
+
+
+def check_export(config: ExportConfig) -> None:
+    """Refuses what does not go together, whatever the checkpoint.
+
+    Raises:
+        UserError: naming the flag, its value and what it must be.
+    """
+    endings = {"onnx": (".onnx",), "torch-export": (".pt2",), "hf": ()}.get(config.to, (".pth", ".safetensors"))
+    if endings and not config.output.endswith(endings):
+        raise UserError(f"--output {config.output}: must end in {' or '.join(endings)} with --to {config.to}")
+    if config.part == "full" and config.to not in ("official", "hf"):
+        raise UserError(f"--part full: must be encoder, or left out, with --to {config.to}")
+    is_program = config.to in ("onnx", "torch-export")
+    for flag, value, default in (("variant", config.variant, "fp32"), ("input", config.input, "float")):
+        if value != default and not is_program:
+            raise UserError(f"--{flag} {value}: must be {default}, or left out, with --to {config.to}")
+    if config.check is not None and not is_program:
+        raise UserError(f"--check: must be left out with --to {config.to}; its numbers are the checkpoint's, unchanged")
+    other = {"bf16": "torch-export", "int8": "onnx"}.get(config.variant, config.to)
+    if other != config.to:
+        raise UserError(f"--variant {config.variant}: must be given together with --to {other}")
 
 
 def check_verify(config: VerifyConfig) -> None:

@@ -121,7 +121,7 @@ def test_a_corrupt_image_is_skipped_counted_and_listed(image_folder, tmp_path, c
 WRONG = {
     "unknown flag": (["pretrain", "--learning_rate", "1"], "--learning_rate"),
     "unknown command": (["train"], "train"),
-    "no command": ([], "pretrain, probe, reconstruct, info"),
+    "no command": ([], "pretrain, finetune, probe, reconstruct"),
     "not a number": (["pretrain", "--lr", "fast"], "--lr"),
     "missing positional": (["probe"], "CHECKPOINT"),
     "missing path": (["pretrain", "--data_path", "{tmp}/nowhere"], "no such file or folder"),

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from fastmae.data import dali
+from fastmae.data.augment import RandAugment
 from fastmae.data.dali import DaliDecoder, DaliError, Encoded
 from fastmae.data.decode import BadImageError, crop_and_resize, decode, plain_jpeg_shape
 from fastmae.data.plan import Box, central_box, crop_draws, is_flipped, random_box
@@ -42,6 +43,8 @@ class View:
     flip: bool = False
     central_share: float = 1.0
     """Of the height and width that a central crop could have."""
+    augment: RandAugment | None = None
+    """Changes pixels once they are cropped. Known to the pool alone."""
 
 
 @dataclass(frozen=True)
@@ -166,11 +169,17 @@ class Loaded:
 
 
 def load_sample(
-    source: Source, index: int, view: View, draws: np.ndarray | None, out: np.ndarray, for_dali: bool = False
+    source: Source,
+    index: int,
+    view: View,
+    draws: np.ndarray | None,
+    out: np.ndarray,
+    for_dali: bool = False,
+    changes: np.ndarray | None = None,
 ) -> Loaded:
     """Writes sample ``index`` into ``out`` uint8 [H, W, C]; an unusable image gives way to the next usable one.
 
-    With ``for_dali`` a plain JPEG is only read.
+    With ``for_dali`` a plain JPEG is only read. ``changes`` are the draws of the view's ``augment``, if it has one.
     """
     started, bytes_read = time.perf_counter(), 0
     skipped: list[Skipped] = []
@@ -189,6 +198,8 @@ def load_sample(
             continue
         if encoded is None:
             out[:] = crop_and_resize(pixels, *_crop(view, draws, *pixels.shape[:2]), view.size)
+            if view.augment is not None and changes is not None:
+                out[:] = view.augment(out, changes)
         return Loaded(tuple(skipped), encoded, bytes_read, time.perf_counter() - started)
     first = skipped[0]
     raise UserError(f"{len(skipped)} images in a row cannot be used, from {first.name} ({first.reason}); mend the data")
@@ -234,10 +245,12 @@ def load_batches(
         images = torch.empty(len(indices), *view.size, view.in_chans, dtype=torch.uint8, pin_memory=pin_memory)
         slots = images.numpy()
         draws = None if view.seed is None else crop_draws(view.seed, draw_ids)
+        changes = None if view.augment is None else view.augment.draws(draw_ids)
 
         def load(i: int, for_dali: bool) -> Future[Loaded]:
             row = None if draws is None else draws[i]
-            return pool.submit(load_sample, source, int(indices[i]), view, row, slots[i], for_dali)
+            change = None if changes is None else changes[i]
+            return pool.submit(load_sample, source, int(indices[i]), view, row, slots[i], for_dali, change)
 
         return _Pending(
             images, torch.from_numpy(draw_ids.copy()), load, [load(i, uses_dali) for i in range(len(slots))]

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from fastmae.data.loader import load_batches
+from fastmae.data.decode import BadImageError, decode
+from fastmae.data.loader import View, load_batches
+from fastmae.data.masks import exact_ratio, visible_first
+from fastmae.data.plan import central_box
 from fastmae.data.sources import Source
 from fastmae.errors import UserError
 from fastmae.evaluate.features import evaluation_view
-from fastmae.files import write_whole
+from fastmae.evaluate.pictures import coloured, grid_picture, save_gif, save_png
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.ops import gather_patches, scatter_patches
 from fastmae.ops.masked_mse import patch_statistics
 
 GRAY = 0.5
-CELL = 96
-MARGIN = 6
-TEXT = 14
+WHITE = 128
+SECONDS_A_FRAME = 1.0
+NAMES = ("original", "masked", "reconstructed", "error")
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def fixed_indices(source: Source, count: int) -> np.ndarray:
+    """Evenly spaced samples of a source, at most ``count``: int64, rising."""
+    return np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64))
 
 
 def fixed_images(model: MaskedAutoencoderViT, source: Source, count: int) -> torch.Tensor:
     """Evenly spaced images of a source, central crops: uint8 [count, H, W, C] on the model's device."""
-    indices = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64))
+    return central_crops(model, source, fixed_indices(source, count))
+
+
+def central_crops(model: MaskedAutoencoderViT, source: Source, indices: np.ndarray) -> torch.Tensor:
+    """The central crops of some samples: uint8 [N, H, W, C] on the model's device."""
     view = evaluation_view(model, source)
     batches = load_batches(source, [(indices, indices)], view, device=model.cls_token.device, num_workers=1)
     return torch.cat([batch.images for batch in batches])
@@ -33,73 +48,166 @@ def fixed_images(model: MaskedAutoencoderViT, source: Source, count: int) -> tor
 
 @torch.no_grad()
 def reconstruct(
-    model: MaskedAutoencoderViT, images: torch.Tensor, ids_shuffle: torch.Tensor, *, mask_ratio: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    model: MaskedAutoencoderViT,
+    images: torch.Tensor,
+    ids_shuffle: torch.Tensor,
+    *,
+    mask_ratio: float,
+    paste_visible: bool = True,
+) -> Rows:
     """(original, masked, reconstructed), each uint8 [N, H, W, C], masked by ``ids_shuffle`` int32 [N, L].
 
-    The reconstruction shows the visible patches as they are and predictions in the masked ones, the only place where
-    the loss asks for any. With norm_pix_loss a prediction is a patch without its mean and contrast, so those of the
-    target are put back: detail is the model's, brightness is not.
+    The reconstruction shows the visible patches as they are (unless ``paste_visible`` is false) and predictions in the
+    masked ones, the only place where the loss asks for any. With norm_pix_loss a prediction is a patch without its mean
+    and contrast, so those of the target are put back: detail is the model's, brightness is not.
     """
     K = model.num_visible(mask_ratio)
-    visible, masked = ids_shuffle[:, :K], ids_shuffle[:, K:]
     latent, _, ids_restore = model.forward_encoder(images, mask_ratio, ids_shuffle=ids_shuffle)
     pred = model.forward_decoder(latent, ids_restore).float()
-    pred = pred.gather(1, masked.long()[:, :, None].expand(-1, -1, pred.shape[2]))
-
-    def cut(chosen: torch.Tensor) -> torch.Tensor:
-        return gather_patches(images, chosen, model.patch_size, model.mean, model.std, torch.float32)
-
+    pred = pred.gather(1, ids_shuffle.long()[:, :, None].expand(-1, -1, pred.shape[2]))
+    target = gather_patches(images, ids_shuffle, model.patch_size, model.mean, model.std, torch.float32)
     if model.norm_pix_loss:
-        average, deviation = patch_statistics(cut(masked))
+        average, deviation = patch_statistics(target)
         pred = pred * deviation + average
-    grayed = ((GRAY - model.mean) / model.std).repeat(pred.shape[2] // model.in_chans).expand_as(pred)
+    grayed = ((GRAY - model.mean) / model.std).repeat(pred.shape[2] // model.in_chans).expand_as(pred[:, K:])
 
-    def place(patches: torch.Tensor) -> torch.Tensor:
-        both = torch.cat([cut(visible), patches], dim=1)
+    def place(visible: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([visible, masked], dim=1)
         return scatter_patches(both, ids_shuffle, model.grid_size, model.patch_size, model.mean, model.std, torch.uint8)
 
-    return images, place(grayed), place(pred)
+    seen = target[:, :K]
+    return images, place(seen, grayed), place(seen if paste_visible else pred[:, :K], pred[:, K:])
+
+
+def reconstruct_each(
+    model: MaskedAutoencoderViT, images: torch.Tensor, masked: np.ndarray, *, paste_visible: bool = True
+) -> Rows:
+    """``reconstruct`` with ``masked`` bool [N, rows, columns], which may mask another number of patches in each."""
+    parts = []
+    for n, mask in enumerate(masked):
+        ids_shuffle = torch.from_numpy(visible_first(mask[None])).to(images.device)
+        ratio = exact_ratio(int((~mask).sum()), mask.size)
+        parts.append(reconstruct(model, images[n : n + 1], ids_shuffle, mask_ratio=ratio, paste_visible=paste_visible))
+    original, grayed, reconstructed = (torch.cat(row) for row in zip(*parts, strict=True))
+    return original, grayed, reconstructed
+
+
+def masks_of_pictures(
+    paths: Sequence[str], model: MaskedAutoencoderViT, source: Source, indices: np.ndarray
+) -> np.ndarray:
+    """What --mask_image masks in some samples: bool [N, rows, columns] of patches, those that white touches.
+
+    Args:
+        paths: of one picture for all samples, or of one a sample, each of the size of its image.
+
+    Raises:
+        UserError: another number or size, not a picture, nothing masked or nothing visible.
+    """
+    if len(paths) not in (1, len(indices)):
+        raise UserError(
+            f"--mask_image: {len(paths)} masks for {len(indices)} images; give one for all, or one an image"
+        )
+    view = evaluation_view(model, source)
+    white = [_white(path) for path in paths]
+    masks = []
+    for n, index in enumerate(indices.tolist()):
+        one = n % len(paths)
+        try:
+            size = decode(source.read(index), model.in_chans).shape[:2]
+        except (BadImageError, OSError) as error:
+            raise UserError(f"{source.name(index)} cannot be used ({error}); leave it out of --images") from error
+        if white[one].shape != size:
+            held, needed = ("×".join(map(str, shape)) for shape in (white[one].shape, size))
+            image = f"{source.name(index)} of {needed}"
+            raise UserError(
+                f"--mask_image {paths[one]}: {held} pixels (height × width) for {image}; give one of its size"
+            )
+        mask = touched(white[one], view, model.grid_size)
+        if mask.all() or not mask.any():
+            share = f"masks {int(mask.sum())} of the {mask.size} patches that the model looks at"
+            raise UserError(f"--mask_image {paths[one]}: {share}; at least one must be masked and one visible")
+        masks.append(mask)
+    return np.stack(masks)
+
+
+def _white(path: str) -> np.ndarray:
+    """bool [height, width] of a picture: where it is nearer to white than to black."""
+    try:
+        with Image.open(Path(path).expanduser()) as picture:
+            return np.asarray(picture.convert("L")) >= WHITE
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--mask_image {path}: cannot be read ({reason}); give a picture, white where masked"
+        ) from error
+
+
+def touched(white: np.ndarray, view: View, grid: tuple[int, int]) -> np.ndarray:
+    """Which patches of the central crop of an image have any white pixel in them: bool [rows, columns]."""
+    height, width = white.shape
+    box = central_box(height, width, view.size, view.central_share)
+    inside = white[box.top : box.top + box.height, box.left : box.left + box.width]
+    # Edges of patches may lie within pixels: such a pixel belongs to both.
+    ends = [
+        [(i * side // n, -(-(i + 1) * side // n)) for i in range(n)] for side, n in zip(inside.shape, grid, strict=True)
+    ]
+    return np.array([[inside[top:bottom, left:right].any() for left, right in ends[1]] for top, bottom in ends[0]])
+
+
+def error_row(rows: Rows) -> tuple[torch.Tensor, int]:
+    """How far the reconstructions are from the originals, coloured uint8 [N, H, W, 3], and what white stands for.
+
+    That is the largest difference in all of them, in grey levels, averaged over channels.
+    """
+    difference = (rows[0].float() - rows[2].float()).abs().mean(dim=3)
+    largest = max(1, math.ceil(float(difference.max())))
+    return torch.from_numpy(coloured((difference / largest).cpu().numpy())), largest
 
 
 def caption(model: MaskedAutoencoderViT, mask_ratio: float) -> str:
     """What a picture shows, in words."""
-    text = f"{mask_ratio:.0%} of the patches masked"
-    return text + (", norm_pix: mean and contrast of masked patches are the target's" if model.norm_pix_loss else "")
+    return f"{mask_ratio:.0%} of the patches masked" + about_targets(model)
 
 
-def save_grid(path: Path, rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor], title: str) -> None:
-    """Draws originals, masked images and reconstructions as three rows with a title, and writes a PNG.
+def about_targets(model: MaskedAutoencoderViT) -> str:
+    """What is not the model's in a reconstruction."""
+    return ", norm_pix: mean and contrast of masked patches are the target's" if model.norm_pix_loss else ""
+
+
+def save_grid(path: Path, rows: Sequence[torch.Tensor], title: str, names: Sequence[str] = NAMES) -> None:
+    """Draws originals, masked images and reconstructions as rows with a title, and writes a PNG.
 
     Raises:
         UserError: the file cannot be written.
     """
-    N, height, width, _ = rows[0].shape
-    zoom = max(1, round(CELL / max(height, width)))
-    cell_height, cell_width = height * zoom + MARGIN, width * zoom + MARGIN
-    font = ImageFont.load_default(TEXT)
-    names = ("original", "masked", "reconstructed")
-    gutter = max(round(font.getlength(name)) for name in names) + 2 * MARGIN
-    total = max(gutter + N * cell_width, round(font.getlength(title)) + 2 * MARGIN)
-    top = TEXT + 2 * MARGIN
-    picture = Image.new("RGB", (total, top + len(rows) * cell_height), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((MARGIN, MARGIN // 2), title, fill="black", font=font)
-    for r, (name, images) in enumerate(zip(names, rows, strict=True)):
-        y = top + r * cell_height
-        draw.text((MARGIN, y + (height * zoom - TEXT) // 2), name, fill="black", font=font)
-        for n, image in enumerate(images):
-            tile = Image.fromarray(_as_rgb(image.cpu().numpy())).resize(
-                (width * zoom, height * zoom), Image.Resampling.NEAREST
-            )
-            picture.paste(tile, (gutter + n * cell_width, y))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: picture.save(file, format="PNG"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}); free space or name another place") from error
+    save_png(path, _grid(rows, title, names))
 
 
-def _as_rgb(image: np.ndarray) -> np.ndarray:
-    """Pixels [H, W, C] for a screen: gray repeated, of more than three channels the first three."""
-    return np.ascontiguousarray(image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2))
+def _grid(rows: Sequence[torch.Tensor], title: str, names: Sequence[str]) -> Image.Image:
+    return grid_picture([list(row.cpu().numpy()) for row in rows], title, names[: len(rows)])
+
+
+def save_reconstructions(path: Path, made: Sequence[tuple[str, Rows]], *, errors: bool) -> None:
+    """Draws one or several reconstructions of the same images, each with a title, and writes them.
+
+    Several become a film if the path ends in .gif, otherwise rows under each other; with ``errors`` each has a row of
+    them.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    titled: list[tuple[str, tuple[torch.Tensor, ...]]] = []
+    for title, rows in made:
+        if errors:
+            row, largest = error_row(rows)
+            titled.append((f"{title}; error: white is {largest} grey levels", (*rows, row)))
+        else:
+            titled.append((title, rows))
+    if len(titled) == 1:
+        save_grid(path, titled[0][1], titled[0][0])
+    elif path.suffix.lower() == ".gif":
+        save_gif(path, [_grid(rows, title, NAMES) for title, rows in titled], SECONDS_A_FRAME)
+    else:
+        below = [row for _, rows in titled for row in rows[1:]]
+        names = [NAMES[0], *[name for _, rows in titled for name in NAMES[1 : len(rows)]]]
+        save_grid(path, [made[0][1][0], *below], " · ".join(title for title, _ in titled), names)

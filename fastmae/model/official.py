@@ -1,5 +1,5 @@
 """The published checkpoint file: {'model', 'optimizer', 'epoch', 'scaler', 'args'} in a .pth, read and written; and its
-weights alone as .safetensors, under the same names.
+weights alone as .safetensors, under the same names. Read are also a folder of transformers, and files with its names.
 
 Written .pth files load with ``weights_only=True``. Read ones may carry the published ``argparse.Namespace``, the one
 class that is let through; anything else that a pickle could hold is refused by torch.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from fastmae.errors import UserError
 from fastmae.files import write_whole
+from fastmae.model.huggingface import from_huggingface, is_huggingface, read_config, weights_file
 from fastmae.model.mae import PRESETS, MaskedAutoencoderViT
 from fastmae.model.sharding import laid_out_like
 
@@ -37,15 +39,22 @@ _PRESET_OF_WIDTH = {
 }
 
 
+SHOWN_KEYS = 8
+
+
 @dataclasses.dataclass(frozen=True)
 class OfficialFile:
-    """What a .pth or a .safetensors holds."""
+    """What a .pth, a .safetensors or a folder of transformers holds, under the published names."""
 
     path: Path
     model: dict[str, torch.Tensor]
     optimizer: dict[str, Any] | None
     epoch: int | None
     args: dict[str, Any]
+    heads: tuple[int, int | None] | None = None
+    """Of the encoder and of the decoder, where that is said; the tensors do not tell."""
+    remarks: tuple[str, ...] = ()
+    """What was left out or taken otherwise than it says, for people."""
 
     @property
     def has_decoder(self) -> bool:
@@ -111,14 +120,39 @@ def _save(path: Path, write: Callable[[BinaryIO], None]) -> None:
         ) from error
 
 
+def holds_file(path: Path) -> bool:
+    """Whether ``read_official`` is for this path: a file, or a folder as transformers writes it."""
+    return path.is_file() or weights_file(path) is not None
+
+
 def read_official(path: Path) -> OfficialFile:
-    """Reads a training file, or one with the weights alone, which may be a .safetensors.
+    """Reads a training file, or one with the weights alone: a .pth, a .safetensors, or a folder of transformers.
 
     Raises:
         UserError: not such a file, or one that holds more than data.
     """
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+    path = weights_file(path) or path
+    file = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    for name, tensor in file.model.items():
+        dense = tensor.layout == torch.strided and tensor.is_floating_point()
+        if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            # Such as one number that is repeated a million times: memory would be taken for all of them.
+            raise UserError(f"{path}: {name} is no plain tensor of floating numbers; give an intact file")
+    if not is_huggingface(file.model):
+        return file
+    weights, unused = from_huggingface(file.model)
+    settings, heads, remarks = read_config(path.parent)
+    if unused:
+        remarks.append(f"not used, as no masked autoencoder has them: {_listed(unused)}")
+    return OfficialFile(path, weights, None, None, {**settings, **file.args}, heads, tuple(remarks))
+
+
+def _listed(keys: list[str]) -> str:
+    more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
+    return ", ".join(keys[:SHOWN_KEYS]) + more
+
+
+def _read_pickled(path: Path) -> OfficialFile:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -168,16 +202,25 @@ def load_weights(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
     ):
         if file.has_decoder and its != ours:
             raise UserError(f"{file.path}: its decoder has {flag} {its}, not {ours}; give its {flag} and --model")
+    for whose, its, ours in zip(("encoder", "decoder"), file.heads or (), _heads(model), strict=False):
+        if its not in (None, ours):
+            raise UserError(f"{file.path}: its {whose} has {its!r} heads, not {ours}; name its preset with --model")
     own = model.state_dict()
     wanted = own.keys() if file.has_decoder else {k for k in own if not k.startswith(("decoder_", "mask_token"))}
     missing, unknown = sorted(wanted - file.model.keys()), sorted(file.model.keys() - own.keys())
     shapes = [k for k in wanted & file.model.keys() if own[k].shape != file.model[k].shape]
-    for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", sorted(shapes))):
-        if keys:
-            raise UserError(f"{file.path}: {len(keys)} tensors are {what} ({keys[0]} …); name its preset with --model")
+    wrong = (("missing", missing), ("unknown", unknown), ("of another shape", sorted(shapes)))
+    if any(keys for _, keys in wrong):
+        found = "; ".join(f"{len(keys)} tensors are {what} ({_listed(keys)})" for what, keys in wrong if keys)
+        raise UserError(f"{file.path}: {found}; name its preset with --model")
     with torch.no_grad():
         for key in wanted:
             own[key].copy_(laid_out_like(own[key], file.model[key]))
+
+
+def _heads(model: MaskedAutoencoderViT) -> tuple[int, int]:
+    widths = model.cls_token.shape[-1], model.mask_token.shape[-1]
+    return widths[0] // model.head_dims[0], widths[1] // model.head_dims[1]
 
 
 def model_of_file(file: OfficialFile, preset: str | None) -> MaskedAutoencoderViT:
@@ -186,20 +229,37 @@ def model_of_file(file: OfficialFile, preset: str | None) -> MaskedAutoencoderVi
     Raises:
         UserError: no preset is known to fit.
     """
+    settings = settings_of_file(file, preset)
+    try:
+        model = build_model(settings)
+    except TypeError as error:
+        raise UserError(f"{file.path}: its settings make no model ({error}); give an intact file") from error
+    load_weights(model, file)
+    return model
+
+
+def settings_of_file(file: OfficialFile, preset: str | None) -> dict[str, Any]:
+    """What ``build_model`` needs, as ``model_of_file`` finds it.
+
+    Raises:
+        UserError: not a masked autoencoder, or its sizes contradict each other.
+    """
     weight = file.model.get("patch_embed.proj.weight")
     if weight is None or weight.ndim != 4:
         raise UserError(f"{file.path}: has no patch_embed.proj.weight; it is not a checkpoint of a masked autoencoder")
-    name = preset or file.args.get("model") or _PRESET_OF_WIDTH.get((weight.shape[0], weight.shape[3]))
-    size = file.args.get("input_size", 224)
+    ph, pw = weight.shape[2:]
+    name = str(preset or file.args.get("model") or _PRESET_OF_WIDTH.get((weight.shape[0], pw)))
+    positions = file.model.get("pos_embed", weight[:0])
+    side = math.isqrt(max(0, positions.shape[1] - 1)) if positions.ndim == 3 else 0
+    size = file.args.get("input_size", (side * ph, side * pw))  # square, as all published ones, unless it says
     size = (size, size) if isinstance(size, int) else size
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(side, int) for side in size):
         raise UserError(f"{file.path}: input_size {size} in its settings is not a size; give an intact file")
-    positions = file.model.get("pos_embed", weight[:0])
-    needed = 1 + size[0] // max(1, weight.shape[2]) * (size[1] // max(1, weight.shape[3]))
+    needed = 1 + size[0] // max(1, ph) * (size[1] // max(1, pw))
     if name in PRESETS and (positions.ndim != 3 or positions.shape[1] < needed):  # before memory is taken for a model
         shapes = f"{list(positions.shape)}, and {size[0]}×{size[1]} pixels need {needed} positions"
         raise UserError(f"{file.path}: pos_embed is of another shape ({shapes}); name its preset with --model")
-    settings = {
+    return {
         "model": name,
         "input_size": tuple(size),
         "in_chans": weight.shape[1],
@@ -209,12 +269,6 @@ def model_of_file(file: OfficialFile, preset: str | None) -> MaskedAutoencoderVi
         "mean": file.args.get("mean"),
         "std": file.args.get("std"),
     }
-    try:
-        model = build_model(settings)
-    except TypeError as error:
-        raise UserError(f"{file.path}: its settings make no model ({error}); give an intact file") from error
-    load_weights(model, file)
-    return model
 
 
 def build_model(settings: dict[str, Any]) -> MaskedAutoencoderViT:

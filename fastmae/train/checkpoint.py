@@ -35,7 +35,15 @@ from fastmae.config import UNLESS_SAVED
 from fastmae.errors import UserError
 from fastmae.files import fsync_folder, write_text
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.official import build_model, load_weights, model_of_file, read_official
+from fastmae.model.official import (
+    OfficialFile,
+    build_model,
+    holds_file,
+    load_weights,
+    model_of_file,
+    read_official,
+    settings_of_file,
+)
 from fastmae.model.sharding import laid_out_like
 
 FOLDER = "checkpoints"
@@ -348,7 +356,7 @@ class Restored:
 def restore(
     resume: str,
     run: Path,
-    model: MaskedAutoencoderViT,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
     fixed: dict[str, Any],
@@ -358,7 +366,8 @@ def restore(
     """Does what --resume says, to the weights and the optimiser in place.
 
     Args:
-        resume: empty, ``auto``, a run folder, one of its checkpoints, a published .pth or a .safetensors.
+        resume: empty, ``auto``, a run folder, one of its checkpoints; for a masked autoencoder also a published .pth, a
+            .safetensors or a folder of transformers.
         run: the output folder.
         model, optimizer: as they start.
         fixed: settings that must be those of the checkpoint.
@@ -375,7 +384,9 @@ def restore(
         raise UserError(f"--output_dir {run}: holds a run already; continue it with --resume auto or name another")
     if not resume:
         return fresh
-    if path.is_file():
+    if holds_file(path):
+        if not isinstance(model, MaskedAutoencoderViT):
+            raise UserError(f"--resume {path}: holds weights alone; give a run folder or one of its checkpoints")
         return _restore_official(path, model, optimizer, fresh, steps_per_epoch)
     if resume != "auto" and not path.exists():
         raise UserError(
@@ -419,6 +430,7 @@ def _restore_official(
 ) -> Restored:
     """Weights of a published file; with its optimiser and epoch the run goes on after that epoch, as published."""
     file = read_official(path)
+    _tell(file)
     if not file.has_decoder:
         raise UserError(f"--resume {path}: holds the encoder alone; give a full training checkpoint")
     load_weights(model, file)
@@ -444,26 +456,46 @@ def _restore_official(
     return Restored((file.epoch + 1) * steps_per_epoch, None, str(path))
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint as it is used after training."""
+
+    model: MaskedAutoencoderViT
+    """On the CPU, in evaluation mode."""
+    settings: dict[str, Any]
+    """Those of the run, as far as they are said; ``model``, ``input_size`` and ``in_chans`` always are."""
+    has_decoder: bool
+    """Whether its decoder was in the checkpoint, or is a fresh one."""
+
+
 def load_model(checkpoint: str, preset: str | None = None, *, needs_decoder: bool = False) -> MaskedAutoencoderViT:
     """The model of a checkpoint, on the CPU, in evaluation mode.
 
     Args:
-        checkpoint: a run folder (its newest intact checkpoint counts), a ``step-NNNNNNNN`` folder, a .pth or a
-            .safetensors.
+        checkpoint: a run folder (its newest intact checkpoint counts), a ``step-NNNNNNNN`` folder, a .pth, a
+            .safetensors, or a folder of transformers.
         preset: for a file that does not name its own.
         needs_decoder: refuse a file with the encoder alone.
 
     Raises:
         UserError: nothing there, not intact, or not a masked autoencoder.
     """
+    opened = open_checkpoint(checkpoint, preset)
+    if needs_decoder and not opened.has_decoder:
+        raise UserError(f"{checkpoint}: holds the encoder alone; reconstruction needs a file with its decoder")
+    return opened.model
+
+
+def open_checkpoint(checkpoint: str, preset: str | None = None) -> Opened:
+    """``load_model``, and what else the checkpoint says."""
     path = Path(checkpoint)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; give a run folder, one of its checkpoints or an official file")
-    if path.is_file():
+    if holds_file(path):
         file = read_official(path)
-        if needs_decoder and not file.has_decoder:
-            raise UserError(f"{path}: holds the encoder alone; reconstruction needs a file with its decoder")
-        return model_of_file(file, preset).eval()
+        _tell(file)
+        settings = {**file.args, **settings_of_file(file, preset)}
+        return Opened(model_of_file(file, preset).eval(), settings, file.has_decoder)
     try:
         if (path / MANIFEST).exists():
             manifest = read_manifest(path)
@@ -472,14 +504,24 @@ def load_model(checkpoint: str, preset: str | None = None, *, needs_decoder: boo
             if found.path is None:
                 raise BadCheckpointError(f"no intact checkpoint ({'; '.join(found.refused) or 'none at all'})")
             path, manifest = found.path, found.manifest
+        if "nb_classes" in manifest["settings"]:
+            raise BadCheckpointError("is of a fine-tuned classifier, not of a masked autoencoder")
         model = build_model(manifest["settings"])
         load_checkpoint(path, manifest, model)
     except (BadCheckpointError, KeyError, TypeError) as error:
         raise UserError(f"{path}: {error}; give another checkpoint") from error
-    return model.eval()
+    return Opened(model.eval(), manifest["settings"], True)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _tell(file: OfficialFile) -> None:
+    """Says, once, what of a file is not used."""
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    for remark in file.remarks:
+        print(f"fastmae: {file.path}: {remark}", file=sys.stderr)
 
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:

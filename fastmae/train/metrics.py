@@ -9,7 +9,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -111,7 +111,15 @@ class StepLog:
                     self._spike_score(row["loss"])
 
     def add(
-        self, stepped: Stepped, *, step: int, epoch: int, lr: float, images: int, seconds_at_peak: float | None = None
+        self,
+        stepped: Stepped,
+        *,
+        step: int,
+        epoch: int,
+        lr: float,
+        images: int,
+        seconds_at_peak: float | None = None,
+        measured: Mapping[str, float] | None = None,
     ) -> None:
         """Notes a step. Waits for the device when a read is due.
 
@@ -119,10 +127,11 @@ class StepLog:
             step: counted from 1.
             images: over all ranks.
             seconds_at_peak: what it would take if all devices computed at their peak (MFU 1), if it is known.
+            measured: other numbers of the weights after it, for its line.
         """
         for kind, value in enumerate((stepped.loss, stepped.grad_norm, stepped.skipped)):
             self._waiting[kind, len(self._rows)] = value
-        self._rows.append({"step": step, "epoch": epoch, "loss": None, "lr": lr})
+        self._rows.append({"step": step, "epoch": epoch, "loss": None, "lr": lr, **(measured or {})})
         self._images += images
         self._seconds_at_peak += seconds_at_peak or 0.0
         if step % self._log_freq == 0:
@@ -201,12 +210,14 @@ class StepLog:
             if (self._run / name).exists():
                 fsync_file(self._run / name)
 
-    def end_epoch(self, epoch: int) -> None:
-        """Writes the published line of an epoch: its mean loss and learning rate, null if every step was skipped."""
+    def end_epoch(self, epoch: int, results: dict[str, Any] | None = None) -> None:
+        """Writes the published line of an epoch: its mean loss and learning rate, null if every step was skipped; and
+        the ``results`` of a test after it.
+        """
         self.flush()
         sums, self.epoch_sums = self.epoch_sums, {"loss": 0.0, "lr": 0.0, "steps": 0}
         means = {key: sums[key] / sums["steps"] if sums["steps"] else None for key in ("lr", "loss")}
-        line = {"train_lr": means["lr"], "train_loss": means["loss"], "epoch": epoch}
+        line = {"train_lr": means["lr"], "train_loss": means["loss"], **(results or {}), "epoch": epoch}
         if self._writes:
             self._log.add([line])
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 BETAS = (0.9, 0.95)
+FINETUNING_BETAS = (0.9, 0.999)
+WITHOUT_DECAY = ("cls_token", "pos_embed")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -23,6 +25,42 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW in one fused pass over all parameters, on CPU and GPU alike."""
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=BETAS, fused=True)
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Which of the layers 0 to ``depth`` + 1 a classifier's parameter is in: the embedding, the blocks, the head."""
+    if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+
+
+def layer_decay_groups(model: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """The published groups of fine-tuning: two a layer, of which only one has weight decay.
+
+    ``lr_scale`` is ``layer_decay`` to the power of the layers above (Clark et al. 2020; Bao et al. 2021). Biases, other
+    1-D parameters, the class token and positions have no weight decay. Groups without parameters are left out.
+    """
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and name not in WITHOUT_DECAY
+            groups.setdefault((layer_of(name, depth), decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decays else 0.0,
+            "lr_scale": layer_decay ** (depth + 1 - layer),
+        }
+        for (layer, decays), parameters in groups.items()
+    ]
+
+
+def make_finetuning_optimizer(
+    model: nn.Module, depth: int, lr: float, weight_decay: float, layer_decay: float
+) -> torch.optim.AdamW:
+    """AdamW for fine-tuning a model of so many blocks; ``train_step`` sets the groups' learning rates."""
+    groups = layer_decay_groups(model, depth, weight_decay, layer_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=FINETUNING_BETAS, fused=True)
 
 
 def learning_rate(epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: int) -> float:

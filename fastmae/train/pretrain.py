@@ -17,7 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmae.config import FIXED_IN_A_RUN, DataFacts, PretrainConfig, ResolvedConfig, check_pretrain, resolve
+from fastmae.config import (
+    FIXED_IN_A_RUN,
+    PROBE_LIMIT,
+    DataFacts,
+    PretrainConfig,
+    ResolvedConfig,
+    check_pretrain,
+    resolve,
+)
 from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
 from fastmae.data.decode import FOLDER_CHANNELS
 from fastmae.data.loader import Batch, View, choose_decoder, default_workers, describe_decoder, load_batches
@@ -25,7 +33,7 @@ from fastmae.data.masks import MaskFile, Masks, choose_masks, open_masks, shuffl
 from fastmae.data.plan import mask_draws, micro_batches, plan_epoch
 from fastmae.data.quarantine import Quarantine
 from fastmae.data.sizes import Size, describe_sizes, growing_sizes, size_in
-from fastmae.data.sources import Source, describe, open_train, shown, train_and_val
+from fastmae.data.sources import Source, Subset, describe, evenly_spaced, open_train, shown, train_and_val
 from fastmae.data.statistics import channel_statistics
 from fastmae.environment import hardware, peak_flops, versions
 from fastmae.errors import UserError
@@ -73,6 +81,7 @@ from fastmae.train.step import PassGraph, TrainingLoss, prepare, require_graph, 
 PICTURE_IMAGES = 8
 MIN_CHECKPOINT_STEPS = 300
 NAMED_SAMPLES = 8
+PROBE_RUN = 100
 
 Say = Callable[[str], None]
 Request = tuple[np.ndarray, np.ndarray]
@@ -102,8 +111,9 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     source = open_train(flags.data_path)
     facts = describe(source)
     mask_file = open_masks(flags.masks, flags.mask_ratio)
-    config = _resolve(flags, source, facts, world, mask_file)
+    config = resolve_settings(flags, source, facts, world, mask_file)
     settings = _as_json(config)
+    probed = _probed_parts(config) if config.probe_freq is not None else None
     precision = choose_precision(config.precision, world.device)
     if config.residual == "bf16" and precision.autocast is None:
         raise UserError(f"--residual bf16: goes with --precision bf16, not {precision.name}; leave one out")
@@ -179,7 +189,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
         say=say,
     )
     if world.is_first:
-        _open_run_folder(run, settings, world, backends)
+        open_run_folder(run, settings, world, backends)
         _announce(say, config, facts, backends, model, masks_of)
         if restored.origin is not None:
             say(f"resumed         {restored.origin}, after step {restored.step}")
@@ -251,6 +261,13 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
             if config.ema is not None:
                 update_average(average, model, config.ema, stepped.skipped)
             done = step + 1
+            epoch_ends = index + 1 == steps_per_epoch
+            measured: dict[str, float] = {}
+            if epoch_ends and probed is not None and (epoch + 1) % (config.probe_freq or 1) == 0:
+                require_finite(parallel.witness(model.parameters(), world), done)
+                weights = in_one_piece(model.state_dict(), keep=world.is_first)
+                if world.is_first:
+                    measured = _probe_epoch(say, run, epoch + 1, config, _unsharded(model, weights, settings), probed)
             log.add(
                 stepped,
                 step=done,
@@ -258,12 +275,12 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
                 lr=lr,
                 images=config.global_batch,
                 seconds_at_peak=at_peak[size_at(step)],
+                measured=measured,
             )
             screen.update(done, epoch, log.latest)
             watchdog.beat()
             profile_step()
 
-            epoch_ends = index + 1 == steps_per_epoch
             if epoch_ends:
                 log.end_epoch(epoch)
             stopping = asked_to_stop.any(stop.received is not None)
@@ -342,7 +359,7 @@ def _go_back(
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def _resolve(
+def resolve_settings(
     flags: PretrainConfig, source: Source, facts: DataFacts, world: parallel.World, mask_file: MaskFile | None
 ) -> ResolvedConfig:
     """The configuration with every default filled in."""
@@ -557,7 +574,7 @@ def _picture_path(run: Path, epoch: int) -> Path:
     return run / "reconstructions" / f"epoch-{epoch:04d}.png"
 
 
-def _open_run_folder(run: Path, settings: dict[str, Any], world: parallel.World, backends: dict[str, str]) -> None:
+def open_run_folder(run: Path, settings: dict[str, Any], world: parallel.World, backends: dict[str, str]) -> None:
     """Writes config.json, and a line for this start in environment.jsonl."""
     start = {
         "command": sys.argv,
@@ -653,6 +670,36 @@ def _probe(say: Say, run: Path, when: str, config: ResolvedConfig, model: Masked
             results[when] = probe(model, train, val, num_workers=config.num_workers)
         write_text(path, json.dumps(results, indent=1))
     return results
+
+
+def _probed_parts(config: ResolvedConfig) -> tuple[Source, Source]:
+    """What --probe_freq measures on: both parts of the data, of large ones evenly spaced images.
+
+    Raises:
+        UserError: a part has no labels, or the train part only one class.
+    """
+    parts = []
+    for name, part in zip(("train", "val"), train_and_val(config.data_path), strict=True):
+        if part.labels is None or (name == "train" and len(np.unique(part.labels)) < 2):
+            lack = "has no labels" if part.labels is None else "is all of one class"
+            raise UserError(f"--probe_freq: the {name} part of {shown(config.data_path)} {lack}; leave the flag out")
+        is_small = len(part) <= PROBE_LIMIT
+        parts.append(part if is_small else Subset(part, evenly_spaced(part, PROBE_LIMIT, PROBE_RUN)))
+    return parts[0], parts[1]
+
+
+def _probe_epoch(
+    say: Say, run: Path, epochs: int, config: ResolvedConfig, model: MaskedAutoencoderViT, parts: tuple[Source, Source]
+) -> dict[str, float]:
+    """Adds the accuracies after so many epochs to probe.json, dropping those of later ones, and returns them."""
+    path = run / "probe.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    with torch.compiler.set_stance("force_eager"):
+        found = probe(model, *parts, num_workers=config.num_workers)
+    earlier = {number: one for number, one in results.get("epochs", {}).items() if int(number) < epochs}
+    write_text(path, json.dumps(results | {"epochs": earlier | {str(epochs): found}}, indent=1))
+    say(f"probe           after epoch {epochs}: k-NN {found['knn']:.1f} %, linear probe {found['linear']:.1f} %")
+    return {name: found[name] for name in ("knn", "linear")}
 
 
 def _show_probe(say: Say, results: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ class TrainingLoss(nn.Module):
 
 
 def prepare(
-    loss_of: TrainingLoss,
+    loss_of: nn.Module,
     checkpointing: Checkpointing,
     compiling: Literal["off", "block", "model"],
     sizes: int = 1,
@@ -53,6 +53,7 @@ def prepare(
         UserError: torchao is not there.
     """
     if float8:
+        assert isinstance(loss_of, TrainingLoss)
         in_float8(loss_of.model)
     blocks = [part for part in loss_of.modules() if isinstance(part, BLOCKS)]
     for block in blocks:
@@ -95,7 +96,8 @@ def in_float8(model: MaskedAutoencoderViT, emulate: bool = False) -> None:
     convert_to_float8_training(model, module_filter_fn=fits, config=Float8LinearConfig(emulate=emulate))
 
 
-Pass = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Pass = Callable[..., torch.Tensor]
+MicroBatch = tuple[torch.Tensor, ...]
 WARM_UPS = 3
 
 
@@ -111,15 +113,12 @@ class PassGraph:
         self._inputs: list[torch.Tensor] = []
         self._replay: Callable[[], torch.Tensor] | None = None
 
-    def __call__(
-        self, run: Pass, parameters: Sequence[nn.Parameter], images: torch.Tensor, ids_shuffle: torch.Tensor
-    ) -> torch.Tensor:
-        """What ``run(images, ids_shuffle)`` does: adds to the gradients of ``parameters`` and returns the loss."""
-        given = [images, ids_shuffle]
+    def __call__(self, run: Pass, parameters: Sequence[nn.Parameter], *given: torch.Tensor) -> torch.Tensor:
+        """What ``run(*given)`` does: adds to the gradients of ``parameters`` and returns the loss."""
         if self._replay is None or [(t.shape, t.dtype) for t in given] != [(t.shape, t.dtype) for t in self._inputs]:
             self._replay = None  # frees its memory before the next one needs as much
             self._inputs = [tensor.clone() for tensor in given]
-            self._replay = self._captured(partial(run, *self._inputs), parameters, images.device)
+            self._replay = self._captured(partial(run, *self._inputs), parameters, given[0].device)
         for held, tensor in zip(self._inputs, given, strict=True):
             held.copy_(tensor)
         return self._replay().clone()  # the next replay overwrites it
@@ -203,7 +202,7 @@ def without_sync(loss_of: nn.Module, is_last: bool) -> AbstractContextManager:
 def train_step(
     loss_of: nn.Module,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    micro_batches: Iterable[MicroBatch],
     accum_iter: int,
     lr: float,
     autocast: AbstractContextManager,
@@ -214,9 +213,10 @@ def train_step(
     """Steps once with the mean gradient of the micro-batches, unless it or a loss is not finite.
 
     Args:
-        loss_of: maps (images, ids_shuffle) to a scalar; a ``TrainingLoss``, wrapped or not.
-        optimizer: fused, so that it can leave a step out by itself; its groups' learning rates are set to ``lr``.
-        micro_batches: ``accum_iter`` pairs (images, ids_shuffle), taken one at a time.
+        loss_of: maps the tensors of a micro-batch to a scalar; such as a ``TrainingLoss``, wrapped or not.
+        optimizer: fused, so that it can leave a step out by itself; its groups' learning rates are set to ``lr``, times
+            the ``lr_scale`` of a group that has one.
+        micro_batches: ``accum_iter`` of them, such as pairs (images, ids_shuffle), taken one at a time.
         accum_iter: gradients are communicated between ranks with the last of them only.
         autocast: the region of the forward passes; it may be entered several times.
         clip_grad: the largest norm of the gradient; a longer one is scaled down to it. None: any norm.
@@ -227,13 +227,13 @@ def train_step(
         UserError: torch.compile failed.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     optimizer.zero_grad(set_to_none=graph is None)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def run(images: torch.Tensor, ids_shuffle: torch.Tensor) -> torch.Tensor:
+    def run(*micro_batch: torch.Tensor) -> torch.Tensor:
         with autocast:
-            loss = loss_of(images, ids_shuffle) / accum_iter
+            loss = loss_of(*micro_batch) / accum_iter
         loss.backward()
         return loss.detach()
 

@@ -127,9 +127,10 @@ def test_weights_alone_load(tmp_path, kind):
     assert not file.has_decoder
     with pytest.raises(UserError, match="holds the encoder alone"):
         load_model(str(tmp_path / "e.pth"), needs_decoder=True)
-    # Such a file does not say its image size; positions of 224 pixels do not fit its table.
-    with pytest.raises(UserError, match="of another shape"):
-        load_model(str(tmp_path / "e.pth"))
+    # Such a file does not say its image size: it is square, as its positions are.
+    found = load_model(str(tmp_path / "e.pth"))
+    assert found.img_size == (16, 16)
+    assert all(torch.equal(found.state_dict()[key], tensor) for key, tensor in encoder.items())
 
 
 def test_a_file_that_says_its_size_gives_the_same_features(finished):

@@ -1,0 +1,56 @@
+"""The encoder on whole images in PyTorch's own operations, for programs that leave fastmae. Knows no formats."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from fastmae.model.mae import MaskedAutoencoderViT
+
+
+class Encoder(nn.Module):
+    """``model.forward_features`` without fastmae's ops: of all patches of an image, the projection is a convolution.
+
+    Args:
+        model: whose weights are copied.
+        dtype: of the weights and of what is computed.
+        uint8: take uint8 [N, H, W, C] and normalise it here, instead of normalised float32 [N, C, H, W].
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, model: MaskedAutoencoderViT, dtype: torch.dtype, uint8: bool) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(model.in_chans, model.cls_token.shape[-1], model.patch_size, model.patch_size)
+        self.projection.load_state_dict(model.patch_embed.proj.state_dict())
+        self.class_token = nn.Parameter((model.cls_token + model.pos_embed[:, :1]).detach())
+        self.positions = nn.Parameter(model.pos_embed[:, 1:].detach().clone())
+        self.blocks, self.norm = _with_torchs_linear(copy.deepcopy(model.blocks)), copy.deepcopy(model.norm)
+        self.dtype, self.uint8 = dtype, uint8
+        self.to(dtype)
+        self.register_buffer("mean", model.mean[:, None, None].clone())  # pixels are normalised in float32
+        self.register_buffer("std", model.std[:, None, None].clone())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised tokens float32 [N, 1+L, D], class token first."""
+        if self.uint8:
+            images = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        x = self.projection(images.to(self.dtype)).flatten(2).transpose(1, 2) + self.positions
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x).float()
+
+
+def _with_torchs_linear(blocks: nn.ModuleList) -> nn.ModuleList:
+    """The same blocks without ``ops.linear``, which looks at sizes that a program leaves open."""
+    for parent in list(blocks.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                plain = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None, device="meta")
+                plain.load_state_dict(child.state_dict(), assign=True)
+                setattr(parent, name, plain)
+    return blocks

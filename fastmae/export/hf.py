@@ -1,0 +1,91 @@
+"""Folders that transformers opens offline: ``ViTMAEForPreTraining``, or of the encoder alone ``ViTModel``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
+
+from fastmae.errors import UserError
+from fastmae.export.official import Part, numbers, weights_of
+from fastmae.export.place import written_aside
+from fastmae.model.huggingface import CONFIG, EPS, PREPROCESSOR, WEIGHTS, to_huggingface
+from fastmae.model.mae import MaskedAutoencoderViT
+
+BICUBIC = 3
+
+
+def save_huggingface(folder: Path, model: MaskedAutoencoderViT, mask_ratio: float, part: Part) -> None:
+    """Writes the weights, ``config.json`` and the processor that resizes and normalises as the model was trained.
+
+    Args:
+        folder: a new one, or an empty one.
+        model: its decoder with self-attention, for ``full``.
+        mask_ratio: of ``ViTMAEForPreTraining``, which draws its masks itself.
+        part: ``full`` for a ``ViTMAEForPreTraining``, ``encoder`` for a ``ViTModel``.
+
+    Raises:
+        UserError: a model that transformers has no class for, or the file system refused.
+    """
+    (height, width), (ph, pw) = model.img_size, model.patch_size
+    if part == "full" and model.decoder_attention == "cross":
+        raise UserError("--to hf: ViTMAE has no decoder with cross-attention; export the encoder with --part encoder")
+    if part == "full" and (height != width or ph != pw):
+        size = f"images of {height}×{width} and patches of {ph}×{pw} pixels"
+        raise UserError(f"--to hf: ViTMAE takes squares alone, not {size}; export the encoder with --part encoder")
+    weights = {name: tensor.contiguous() for name, tensor in to_huggingface(weights_of(model, part)).items()}
+    if part == "encoder":
+        weights = {name.removeprefix("vit."): tensor for name, tensor in weights.items()}
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": numbers(model.mean),
+        "image_std": numbers(model.std),
+    }
+    with written_aside(folder) as aside:
+        aside.mkdir()
+        (aside / WEIGHTS[0]).write_bytes(safetensors_bytes(weights, {"format": "pt"}))
+        (aside / CONFIG).write_text(json.dumps(_config(model, mask_ratio, part), indent=2) + "\n")
+        (aside / PREPROCESSOR).write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def _config(model: MaskedAutoencoderViT, mask_ratio: float, part: Part) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "model_type": "vit" if part == "encoder" else "vit_mae",
+        "architectures": ["ViTModel" if part == "encoder" else "ViTMAEForPreTraining"],
+        "image_size": _plain(model.img_size),
+        "patch_size": _plain(model.patch_size),
+        "num_channels": model.in_chans,
+        **_stack(model.blocks, ""),
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": EPS,
+    }
+    if part == "full":
+        config |= _stack(model.decoder_blocks, "decoder_")
+        config |= {"norm_pix_loss": model.norm_pix_loss, "mask_ratio": mask_ratio}
+    return config
+
+
+def _stack(blocks: nn.ModuleList, prefix: str) -> dict[str, int]:
+    first: Any = blocks[0]
+    return {
+        f"{prefix}hidden_size": first.mlp.fc1.in_features,
+        f"{prefix}num_hidden_layers": len(blocks),
+        f"{prefix}num_attention_heads": first.attn.num_heads,
+        f"{prefix}intermediate_size": first.mlp.fc1.out_features,
+    }
+
+
+def _plain(size: tuple[int, int]) -> int | list[int]:
+    return size[0] if size[0] == size[1] else list(size)

@@ -1,0 +1,128 @@
+"""What an encoder costs in another form: how far its features are off, what they are worth, how fast it is."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastmae.data.sources import Source, train_and_val
+from fastmae.errors import UserError
+from fastmae.evaluate.features import classes_of, pooled, usable_batches
+from fastmae.evaluate.knn import knn_predictions
+from fastmae.evaluate.linear_probe import logistic_predictions
+from fastmae.model.mae import MaskedAutoencoderViT
+
+Encode = Callable[[torch.Tensor], torch.Tensor]
+"""A batch of images, in the form that it was made for, to tokens [N, 1+L, D]."""
+BATCH, NEIGHBOURS = 32, 20
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What an encoder does on labelled data."""
+
+    difference: float
+    """The largest between its tokens of the test part and the first encoder's."""
+    knn: float
+    """Percent, as ``linear``: of mean-pooled features, as ``fastmae probe`` measures them."""
+    linear: float
+    images_per_second: float
+    """By the median batch; batches are given to all encoders in turns."""
+
+
+def as_taken(model: MaskedAutoencoderViT, images: torch.Tensor, uint8: bool) -> torch.Tensor:
+    """uint8 images [N, H, W, C] as they are, or normalised float32 [N, C, H, W]."""
+    return images if uint8 else ((images.float() / 255 - model.mean) / model.std).permute(0, 3, 1, 2).contiguous()
+
+
+@torch.no_grad()
+def sample_difference(model: MaskedAutoencoderViT, encode: Encode, uint8: bool) -> tuple[float, float]:
+    """(largest difference from the model's tokens, largest number among these) for five images of noise."""
+    shape = (5, *model.img_size, model.in_chans)
+    noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = as_taken(model, noise, uint8)
+    truth = model.forward_features(images)
+    return float((encode(images) - truth).abs().max()), float(truth.abs().max())
+
+
+def open_labelled(data_path: str | tuple[str, ...]) -> tuple[Source, Source]:
+    """What ``measure`` fits on, and what it scores.
+
+    Raises:
+        UserError: no such data, or without labels, or of one class.
+    """
+    train, test = train_and_val(data_path)
+    for source in (train, test):
+        if source.labels is None:
+            raise UserError(f"--check: {source.name(0)} and its like have no labels; give data that have")
+    if len(np.unique(np.asarray(train.labels))) < 2:
+        raise UserError(f"--check: {train.name(0)} and its like are all of one class; give data of two or more")
+    return train, test
+
+
+def measure(
+    model: MaskedAutoencoderViT,
+    encoders: dict[str, Encode],
+    train: Source,
+    test: Source,
+    *,
+    uint8: bool,
+    num_workers: int,
+) -> dict[str, Worth]:
+    """The worth of each of some encoders; differences are from the first of them."""
+    fitted, scored = (_encoded(model, encoders, source, uint8, num_workers) for source in (train, test))
+    # By name, as each part numbers its own class folders.
+    _, numbered = np.unique(np.concatenate([fitted.classes, scored.classes]), return_inverse=True)
+    labels, truth = (torch.from_numpy(part) for part in np.split(numbered.astype(np.int64), [len(fitted.classes)]))
+
+    def percent(predictions: torch.Tensor) -> float:
+        return 100 * float((predictions == truth).double().mean())
+
+    found = {}
+    for name in encoders:
+        features = fitted.features[name], labels, scored.features[name]
+        found[name] = Worth(
+            scored.differences[name],
+            percent(knn_predictions(*features, [NEIGHBOURS])[NEIGHBOURS]),
+            percent(logistic_predictions(*features)),
+            1 / statistics.median(fitted.seconds[name] + scored.seconds[name]),
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """What encoders made of a part of the data, by their names."""
+
+    classes: np.ndarray
+    features: dict[str, torch.Tensor]
+    differences: dict[str, float]
+    seconds: dict[str, list[float]]
+    """For an image, of each batch."""
+
+
+@torch.no_grad()
+def _encoded(
+    model: MaskedAutoencoderViT, encoders: dict[str, Encode], source: Source, uint8: bool, num_workers: int
+) -> _Encoded:
+    classes: list[np.ndarray] = []
+    features: dict[str, list[torch.Tensor]] = {name: [] for name in encoders}
+    seconds: dict[str, list[float]] = {name: [] for name in encoders}
+    differences = dict.fromkeys(encoders, 0.0)
+    for indices, pixels, _ in usable_batches(model, source, batch_size=BATCH, num_workers=num_workers):
+        images, first = as_taken(model, pixels, uint8), None
+        classes.append(np.asarray(classes_of(source, indices)))
+        for name, encode in encoders.items():
+            start = time.perf_counter()
+            tokens = encode(images)
+            seconds[name].append((time.perf_counter() - start) / len(images))
+            first = tokens if first is None else first
+            differences[name] = max(differences[name], float((tokens - first).abs().max()))
+            features[name].append(pooled(tokens, "mean"))
+    joined = {name: torch.cat(parts) for name, parts in features.items()}
+    return _Encoded(np.concatenate(classes), joined, differences, seconds)

@@ -1,0 +1,44 @@
+"""The encoder as a program of ``torch.export`` (a .pt2), which runs without fastmae."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmae.export.encoder import Encoder
+from fastmae.export.place import written_aside
+from fastmae.model.mae import MaskedAutoencoderViT
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def encoder_and_images(model: MaskedAutoencoderViT, variant: str, uint8: bool) -> tuple[Encoder, torch.Tensor]:
+    """What is traced: the encoder in one of ``DTYPES``, and images of the form that it takes.
+
+    These are two, as the number of one image would be taken for a constant.
+    """
+    images = torch.zeros(2, model.in_chans, *model.img_size)
+    if uint8:
+        images = images.permute(0, 2, 3, 1).contiguous().to(torch.uint8)
+    return Encoder(model, DTYPES[variant], uint8).eval(), images
+
+
+def save_program(path: Path, model: MaskedAutoencoderViT, variant: str, uint8: bool) -> None:
+    """Writes a .pt2; ``torch.export.load(path).module()`` takes images and gives tokens.
+
+    Raises:
+        UserError: the file system refused.
+    """
+    encoder, images = encoder_and_images(model, variant, uint8)
+    shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
+    with torch.no_grad():
+        program = torch.export.export(encoder, (images,), dynamic_shapes=shapes)
+    with written_aside(path) as aside:
+        torch.export.save(program, aside)
+
+
+def opened_program(path: Path) -> Any:
+    """The program, as a function from a batch of images to tokens."""
+    return torch.export.load(path).module()

@@ -1,0 +1,256 @@
+"""A classifier made of a pretrained encoder (He et al. 2021, section 4.1), and what of it is tuned.
+
+Its state-dict keys and shapes are those of the published fine-tuned files, which are timm's VisionTransformer: without
+the decoder, ``fc_norm.*`` after the mean of the patch tokens instead of ``norm.*``, and ``head.*``. It knows nothing of
+data or of the optimiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.vit import Block, NormLayer, PatchEmbed, checkpointed
+from fastmae.ops.gather_patches import gather_patches
+from fastmae.ops.linear import Linear, linear
+from fastmae.philox import STREAM_DROP_PATH, uniforms_numpy
+
+HEAD_STD = 2e-5
+LORA = (".lora_a", ".lora_b")
+
+
+class LoraLinear(Linear):
+    """A linear map W·x with an update of low rank, B·A·x (Hu et al. 2021, arXiv 2106.09685, section 4.1; α = r).
+
+    B is zero at first, so nothing is changed. W and its bias are not trained.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__(base.in_features, base.out_features)
+        self.weight, self.bias = base.weight, base.bias
+        self.requires_grad_(False)
+        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank))
+        nn.init.normal_(self.lora_a, std=base.in_features**-0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + linear(linear(x, self.lora_a, None), self.lora_b, None)
+
+
+class ClassifierBlock(Block):
+    """A block whose two branches may be left out of some samples while training (Huang et al. 2016)."""
+
+    def forward(self, x: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+        """Tokens [N, S, D] to [N, S, D]; ``kept`` [2, N] multiplies what the branches add, None being all ones."""
+        if kept is None:
+            return checkpointed(self._output, x, 0, keeps=self.checkpointing)
+        return checkpointed(self._some, x, kept, keeps=self.checkpointing)
+
+    def _some(self, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        kept = kept.to(x.dtype)[:, :, None, None]
+        x = x + kept[0] * self.attn(self.norm1(x))
+        return x + kept[1] * self.mlp(self.norm2(x))
+
+
+class Classifier(nn.Module):
+    """A vision transformer that gives logits of classes.
+
+    Args:
+        img_size, patch_size: (height, width) in pixels; the image must be a multiple of the patch.
+        in_chans: channels C of an image.
+        embed_dim, depth, num_heads, mlp_ratio: the encoder.
+        num_classes: logits.
+        global_pool: classify the mean of the patch tokens; otherwise the class token.
+        mean, std: C numbers each, in units of [0, 1], with which uint8 images are normalised.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        img_size: tuple[int, int],
+        patch_size: tuple[int, int],
+        in_chans: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        num_classes: int,
+        *,
+        mlp_ratio: float = 4.0,
+        global_pool: bool = True,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        (height, width), (ph, pw) = img_size, patch_size
+        if min(height, width) < 1 or height % ph or width % pw:
+            raise ValueError(f"an image of {height}×{width} pixels is not a multiple of a patch of {ph}×{pw}")
+        norm_layer: NormLayer = partial(nn.LayerNorm, eps=1e-6)
+        self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
+        self.grid_size = (height // ph, width // pw)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.head_dim = embed_dim // num_heads
+        self.global_pool = global_pool
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, embed_dim))
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.blocks = nn.ModuleList(ClassifierBlock(embed_dim, num_heads, mlp_ratio, norm_layer) for _ in range(depth))
+        if global_pool:
+            self.fc_norm = norm_layer(embed_dim)
+        else:
+            self.norm = norm_layer(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
+        nn.init.zeros_(self.head.bias)
+        for name, values in (("mean", mean), ("std", std), ("_zeros", [0.0] * in_chans), ("_ones", [1.0] * in_chans)):
+            self.register_buffer(name, torch.tensor(list(values), dtype=torch.float32), persistent=False)
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    _zeros: torch.Tensor
+    _ones: torch.Tensor
+
+    def forward(self, images: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [N, classes].
+
+        Args:
+            images: uint8 [N, H, W, C], or float [N, C, H, W], normalised.
+            kept: [depth, 2, N] from ``kept_branches``; None for all.
+        """
+        x = self._embed(images)
+        for number, block in enumerate(self.blocks):
+            x = block(x, None if kept is None else kept[number])
+        return self.head(self.fc_norm(x[:, 1:].mean(dim=1)) if self.global_pool else self.norm(x)[:, 0])
+
+    def _embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Tokens [N, 1+L, D] with their positions, class token first."""
+        is_uint8 = images.dtype == torch.uint8
+        pixels = images if is_uint8 else images.permute(0, 2, 3, 1)
+        if pixels.shape[1:] != (*self.img_size, self.in_chans):
+            expected = f"{self.img_size[0]}×{self.img_size[1]} pixels of {self.in_chans} channels"
+            raise ValueError(f"images must have {expected}, got shape {list(images.shape)}")
+        mean, std = (self.mean, self.std) if is_uint8 else (self._zeros, self._ones)
+        device = images.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.weight.dtype
+        ids = torch.arange(self.num_patches, device=images.device, dtype=torch.int32).expand(len(images), -1)
+        x = self.patch_embed(gather_patches(pixels, ids, self.patch_size, mean, std, dtype))
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+
+
+class ClassificationLoss(nn.Module):
+    """Cross-entropy with soft targets as a forward pass, which is what torch's wrappers expect."""
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, images: torch.Tensor, targets: torch.Tensor | None = None, kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The mean loss against ``targets`` [N, classes], shares that add up to 1; without them, the logits."""
+        logits = self.model(images, kept).float()
+        return logits if targets is None else F.cross_entropy(logits, targets)
+
+
+def classifier_of(
+    mae: MaskedAutoencoderViT, num_classes: int, *, img_size: tuple[int, int] | None = None, global_pool: bool = True
+) -> Classifier:
+    """A classifier with a copy of the encoder of ``mae``; ``fc_norm`` and the head are new.
+
+    Positions for another ``img_size`` are interpolated, as published.
+
+    Raises:
+        ValueError: ``img_size`` is not a multiple of the patch.
+    """
+    block = mae.blocks[0]
+    assert isinstance(block, Block)
+    model = Classifier(
+        img_size or mae.img_size,
+        mae.patch_size,
+        mae.in_chans,
+        mae.cls_token.shape[2],
+        len(mae.blocks),
+        block.attn.num_heads,
+        num_classes,
+        mlp_ratio=block.mlp.fc1.out_features / block.mlp.fc1.in_features,
+        global_pool=global_pool,
+        mean=mae.mean.tolist(),
+        std=mae.std.tolist(),
+    )
+    weights = mae.state_dict()
+    own = model.state_dict()
+    with torch.no_grad():
+        for name in own.keys() & weights.keys() - {"pos_embed"}:
+            own[name].copy_(weights[name])
+        model.pos_embed.copy_(resized_positions(mae.pos_embed, mae.grid_size, model.grid_size))
+    return model
+
+
+def resized_positions(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """Positions [1, 1+L, D] of a grid (rows, columns) of patches for another one, bicubic; the class token's as is."""
+    if grid == new_grid:
+        return positions
+    patches = positions[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], patches.flatten(2).mT], dim=1)
+
+
+# --- drop path --------------------------------------------------------------------------------------------------------
+
+
+def kept_branches(seed: int, draw_ids: np.ndarray, drop_path: float, depth: int) -> torch.Tensor:
+    """What the branches of each block are multiplied by: float32 [depth, 2, N], a pure function of its arguments.
+
+    A branch of block i is left out with a chance that grows from 0 to ``drop_path`` with i; otherwise it counts as much
+    more, so that the mean is 1.
+    """
+    rates = np.linspace(0, drop_path, depth)[:, None, None]
+    draws = uniforms_numpy(seed, STREAM_DROP_PATH, draw_ids, 2 * depth).T.reshape(depth, 2, len(draw_ids))
+    return torch.from_numpy(((draws >= rates) / (1 - rates)).astype(np.float32))
+
+
+# --- what is tuned ----------------------------------------------------------------------------------------------------
+
+
+def tune(model: Classifier, what: str, lora_rank: int = 8) -> None:
+    """Leaves trainable, in place: all (``full``); the head and its new norm (``linear``); those and the last K blocks
+    (``last-K``); those and updates of low rank of every block's attention (``lora``).
+
+    Raises:
+        ValueError: more blocks than there are.
+    """
+    if what == "full":
+        return
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    if model.global_pool:
+        model.fc_norm.requires_grad_(True)
+    if what.startswith("last-"):
+        blocks = int(what.removeprefix("last-"))
+        if blocks > len(model.blocks):
+            raise ValueError(f"the model has {len(model.blocks)} blocks")
+        for block in model.blocks[len(model.blocks) - blocks :]:
+            block.requires_grad_(True)
+        if not model.global_pool:
+            model.norm.requires_grad_(True)
+    elif what == "lora":
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            block.attn.qkv = LoraLinear(block.attn.qkv, lora_rank)
+            block.attn.proj = LoraLinear(block.attn.proj, lora_rank)
+
+
+def merged(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict in one piece with the updates of low rank added to their weights: the published keys alone."""
+    plain = {name: tensor for name, tensor in weights.items() if not name.endswith(LORA)}
+    for name in [name.removesuffix(".lora_a") for name in weights if name.endswith(".lora_a")]:
+        update = weights[f"{name}.lora_b"] @ weights[f"{name}.lora_a"]
+        plain[f"{name}.weight"] = plain[f"{name}.weight"] + update
+    return plain

@@ -15,8 +15,9 @@ SANITIZED := build/sanitize
 demo: $(VENV)/.installed
 	$(BIN)/fastmae pretrain --data_path digits --output_dir $(DEMO) --resume auto
 
+# Tests are small and many, so processes with one thread each; a GPU is for one of them at a time.
 test: check
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(if $(GPU),1,auto) --maxprocesses 8 --dist worksteal
 
 # The C++ ops once more, built with the address and undefined-behaviour sanitizers.
 test-native: $(VENV)/.installed-dev

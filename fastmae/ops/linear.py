@@ -19,9 +19,11 @@ from fastmae.ops.backends import ops_backend
 # Private to torch, where its own compiler calls it; there is no public way to oneDNN in float32.
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Multiply-adds below which calling an op of our own costs more than oneDNN wins.
-SMALLEST = 1 << 24
-# Measured on Zen 4: a weight's gradient is 1.1 to 1.4 times as fast from 768 inputs on, and slower below 512.
-WIDE_INPUTS = 768
+SMALLEST = 1 << 27
+# Numbers that are added up for each of the result, from which on oneDNN was faster (Zen 4).
+LEAST_SUMMED = 256
+# The gradient of a weight costs it a transposed copy first, which paid for this many inputs.
+WIDE_INPUTS = 2048
 
 
 class Linear(nn.Linear):
@@ -71,6 +73,12 @@ def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if x.shape[-1] < LEAST_SUMMED:
+        return F.linear(x, weight, bias)
+    return _onednn(x, weight, bias)
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -95,9 +103,8 @@ def _linear_backward(
         made.append(_product(grad, weight.T))
     if needs[1]:
         inputs = x.flatten(0, -2)
-        # oneDNN wants the gradient's columns one after another, which is a copy that pays only for wide inputs.
         wide = x.shape[-1] >= WIDE_INPUTS and len(rows) > 0
-        made.append(_product(rows.T, inputs.T) if wide else rows.T @ inputs)
+        made.append(_onednn(rows.T, inputs.T, None) if wide else rows.T @ inputs)
     if needs[2]:
         made.append(rows.sum(0))
     return made

@@ -42,6 +42,7 @@ from fastmae.model.official import build_model, save_official, save_weights
 from fastmae.model.sharding import in_one_piece
 from fastmae.ops.backends import using
 from fastmae.train import parallel
+from fastmae.train.allocator import keep_freed_memory
 from fastmae.train.checkpoint import Saver, open_checkpoint, restore, set_aside_newer, training_tensors
 from fastmae.train.health import (
     EXIT_INTERRUPTED,
@@ -80,6 +81,8 @@ def finetune(config: FinetuneConfig) -> int:
     check_finetune(config)
     check_sinks(config.log_dir, config.wandb)
     world = parallel.start(config.device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     try:
         with using(ops=config.ops, attention=config.attention), StopSignals() as stop:
             return _finetune(config, world, stop)

@@ -48,6 +48,7 @@ from fastmae.ops.attention import attention_backend
 from fastmae.ops.backends import asked_backends, describe_ops, using
 from fastmae.ops.linear import describe_linear
 from fastmae.train import parallel
+from fastmae.train.allocator import keep_freed_memory
 from fastmae.train.average import Average, in_checkpoint, start_average, update_average
 from fastmae.train.checkpoint import (
     MANIFEST,
@@ -96,6 +97,8 @@ def pretrain(config: PretrainConfig) -> int:
     check_pretrain(config)
     check_sinks(config.log_dir, config.wandb)
     world = parallel.start(config.device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     try:
         with using(ops=config.ops, attention=config.attention), StopSignals() as stop:
             while (status := _pretrain(config, world, stop)) is None:

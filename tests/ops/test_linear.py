@@ -12,6 +12,7 @@ from fastmae.ops.linear import Linear, linear
 @pytest.fixture(autouse=True)
 def nothing_is_too_small(monkeypatch):
     monkeypatch.setattr("fastmae.ops.linear.SMALLEST", 0)
+    monkeypatch.setattr("fastmae.ops.linear.LEAST_SUMMED", 0)
 
 
 @pytest.fixture(params=[0, 10**6], ids=["wide inputs", "narrow inputs"])

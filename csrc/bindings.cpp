@@ -114,6 +114,15 @@ void scatter_patches(const py::array& patches, const py::array& ids, Pair grid_s
   fastmae::scatter_patches(in, checked.ids, checked.grid, means, stds, workers, out);
 }
 
+void transpose_and_sum(const py::array& matrix, std::int64_t threads, const py::array& transposed,
+                       const py::array& sums) {
+  const Array in = view("matrix", matrix), out = view("transposed", transposed), total = view("sums", sums);
+  const int workers = fastmae::check_threads(threads);
+  fastmae::check_transpose_and_sum(in, out, total);
+  const py::gil_scoped_release release;
+  fastmae::transpose_and_sum(in, workers, out, total);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -136,6 +145,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("scatter_patches", &scatter_patches, arg("patches"), arg("ids"), arg("grid_size"), arg("patch_size"),
         arg("mean"), arg("std"), arg("threads"), arg("images"),
         "patches [N, M, P], ids [N, M], mean and std [C] -> images [N, H, W, C]");
+  m.def("transpose_and_sum", &transpose_and_sum, arg("matrix"), arg("threads"), arg("transposed"), arg("sums"),
+        "matrix float32 [R, C] -> transposed float32 [C, R], sums of the columns float32 [C]");
   m.def("instruction_sets", &fastmae::instruction_sets, "Names of those that run here, the best one last.");
   m.def("instruction_set", [] { return fastmae::kernels().name; }, "The name of the one in use.");
   m.def("set_instruction_set", &fastmae::set_instruction_set, arg("name"), "Uses another one from now on.");

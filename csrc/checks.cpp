@@ -277,4 +277,15 @@ Checked check_scatter_patches(const Array& patches, const Array& ids, Pair grid_
   return {std::move(checked), grid};
 }
 
+void check_transpose_and_sum(const Array& matrix, const Array& transposed, const Array& sums) {
+  check_dtype(matrix, {DType::kFloat32});
+  check_axes(matrix, 2, "[R, C]");
+  check_dtype(transposed, {DType::kFloat32});
+  check_shape(transposed, {matrix.shape[1], matrix.shape[0]}, "[C, R]");
+  check_dtype(sums, {DType::kFloat32});
+  check_shape(sums, {matrix.shape[1]}, "[C]");
+  check_output(transposed, {&matrix, &sums});
+  check_output(sums, {&matrix});
+}
+
 }  // namespace fastmae

@@ -35,5 +35,6 @@ Checked check_masked_mse(const Array& pred, const Array& images, const Array& id
                          const Array& std, double eps, const Array& loss, const Array& gradient);
 Checked check_scatter_patches(const Array& patches, const Array& ids, Pair grid_size, Pair patch_size,
                               const Array& mean, const Array& std, const Array& images);
+void check_transpose_and_sum(const Array& matrix, const Array& transposed, const Array& sums);
 
 }  // namespace fastmae

@@ -1,4 +1,4 @@
-// The five ops on checked arguments, a file each. fastmae/ops has their definitions; outputs are contiguous, every
+// The ops on checked arguments, a file each. fastmae/ops has their definitions; outputs are contiguous, every
 // element is written once, and the number of threads does not change a bit.
 #pragma once
 
@@ -27,5 +27,8 @@ void masked_mse(const Array& pred, const Array& images, const Ids& ids, const Gr
 // patches [N, M, P], ids [N, M] distinct in a row → images [N, gh·ph, gw·pw, C].
 void scatter_patches(const Array& patches, const Ids& ids, const Grid& grid, const Array& mean, const Array& std,
                      int threads, const Array& images);
+
+// matrix float32 [R, C] → transposed float32 [C, R], sums of the columns float32 [C].
+void transpose_and_sum(const Array& matrix, int threads, const Array& transposed, const Array& sums);
 
 }  // namespace fastmae

@@ -59,6 +59,7 @@ def check_channels(channels: int, mean: torch.Tensor, std: torch.Tensor) -> None
 
 
 def check_floating(name: str, dtype: torch.dtype) -> None:
+    """``dtype`` must be one of floating point."""
     if not dtype.is_floating_point:
         raise ValueError(f"{name} must be floating point, got {dtype}")
 

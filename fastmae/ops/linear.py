@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
+from fastmae.ops import native
 from fastmae.ops.backends import ops_backend
 
 # Private to torch, where its own compiler calls it; there is no public way to oneDNN in float32.
@@ -22,8 +23,6 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 SMALLEST = 1 << 27
 # Numbers that are added up for each of the result, from which on oneDNN was faster (Zen 4).
 LEAST_SUMMED = 256
-# The gradient of a weight costs it a transposed copy first, which paid for this many inputs.
-WIDE_INPUTS = 2048
 
 
 class Linear(nn.Linear):
@@ -98,15 +97,19 @@ def _linear_backward(
 ) -> list[torch.Tensor]:
     """Those gradients of x, weight and bias that are needed."""
     rows = grad.flatten(0, -2)
-    made = []
+    made, sums = [], None
     if needs[0]:
         made.append(_product(grad, weight.T))
     if needs[1]:
         inputs = x.flatten(0, -2)
-        wide = x.shape[-1] >= WIDE_INPUTS and len(rows) > 0
-        made.append(_onednn(rows.T, inputs.T, None) if wide else rows.T @ inputs)
+        if len(rows) < LEAST_SUMMED:
+            made.append(rows.T @ inputs)
+        else:
+            # oneDNN takes its first factor without gaps alone; the second it lays out anew in any case.
+            transposed, sums = native.transpose_and_sum(rows)
+            made.append(_onednn(transposed, inputs.T, None))
     if needs[2]:
-        made.append(rows.sum(0))
+        made.append(rows.sum(0) if sums is None else sums)
     return made
 
 

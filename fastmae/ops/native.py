@@ -125,6 +125,13 @@ def scatter_patches(
     return images
 
 
+def transpose_and_sum(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """matrix float32 [R, C]: its transposed copy [C, R], the sums of its columns [C]."""
+    transposed, sums = _empty(torch.float32, *reversed(matrix.shape)), _empty(torch.float32, *matrix.shape[1:])
+    _C.transpose_and_sum(_array(matrix), torch.get_num_threads(), _array(transposed), _array(sums))
+    return transposed, sums
+
+
 def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     """Room for a result; for a wrong shape any room will do, the extension refuses what led to it."""
     return torch.empty([max(0, size) for size in shape], dtype=dtype)

@@ -105,6 +105,23 @@ def relaid(tensor, order=None, step=2, lead=1):
 # Values
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 4), (63, 65), (64, 64), (130, 7), (7, 200), (400, 129)])
+def test_transpose_and_sum(shape):
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    for laid in (matrix, relaid(matrix), matrix[:1].expand(shape), matrix[:, :1].expand(shape)):
+        transposed, sums = native.transpose_and_sum(laid)
+        assert torch.equal(transposed, laid.T)
+        assert transposed.is_contiguous()
+        assert_as_close(sums, laid.sum(0), laid.double().sum(0), laid.double().abs().sum(0))
+
+
+def test_nothing_transposed_sums_to_zero():
+    transposed, sums = native.transpose_and_sum(torch.zeros(0, 3))
+    assert transposed.shape == (3, 0)
+    assert sums.tolist() == [0, 0, 0]
+    assert native.transpose_and_sum(torch.zeros(3, 0))[0].shape == (0, 3)
+
+
 @pytest.mark.parametrize("L", [1, 2, 3, 5, 31, 32, 33, 49, 196, 197, 1024, 4097, 65536])
 def test_random_masking_is_bit_equal(loops, L):
     draw_ids = torch.tensor([0, -(2**63), -1, 2**63 - 1, 123456789012])[: 2 if L > 5000 else 5]
@@ -326,6 +343,7 @@ def all_results(dtype):
         *native.assemble_tokens_backward(grad, 50, dtype),
         *native.masked_mse(pred, images, ids[:, 49:], (8, 8), mean, std, True, EPS),
         native.scatter_patches(pred, ids[:, 49:], (14, 14), (8, 8), mean, std, torch.uint8),
+        *native.transpose_and_sum(pred.flatten(0, 1).float()),
     ]
 
 
@@ -445,7 +463,19 @@ def _wrong():
     room = np.empty(3 * 8 * 8 * 3 + 3 * 4 * 48, np.float32)
     shared = room[: 3 * 8 * 8 * 3].reshape(3, 8, 8, 3), room[3 * 8 * 8 * 3 - 1 : -1].reshape(3, 4, 48)
     loss = np.empty((), np.float32)
+
+    wide, tall, row = room[:48].reshape(4, 12), room[48:96].reshape(12, 4), room[96:108]
+
+    def transpose(matrix=wide, transposed=tall, sums=row):
+        return lambda: _C.transpose_and_sum(matrix, 1, transposed, sums)
+
     return {
+        "transposed halves": ("matrix must be float32, got float16", transpose(np.zeros((4, 12), np.float16))),
+        "transposed vector": (r"matrix must have shape \[R, C\], got \[48\]", transpose(room[:48])),
+        "not transposed": (r"transposed must have shape \[C, R\] = \[12, 4\]", transpose(transposed=out[0])),
+        "sums of rows": (r"sums must have shape \[C\] = \[12\], got \[4\]", transpose(sums=room[96:100])),
+        "transposed in place": ("transposed must not overlap matrix", transpose(room[40:88].reshape(4, 12))),
+        "summed in place": ("sums must not overlap matrix", transpose(sums=room[4:16])),
         "draw_ids int32": ("draw_ids must be int64, got int32", masking(torch.arange(3, dtype=torch.int32))),
         "draw_ids 2-d": (
             r"draw_ids must have shape \[N\], got \[2, 2\]",

@@ -1,0 +1,98 @@
+// A transposed copy of a matrix, and the sums of its columns, in one pass on all threads: what the gradients of a linear
+// map's weight and bias need of the gradient of its output.
+#include <algorithm>
+#include <cstring>
+
+#include "ops.h"
+#include "parallel.h"
+
+namespace fastmae {
+namespace {
+
+// A thread takes so many columns at a time, and of them so many rows into the first-level cache, however far apart
+// the rows lie. The sums of kRows rows are added in float32, then to the others' in float64.
+constexpr std::int64_t kColumns = 64, kRows = 64;
+
+// Four numbers, which every processor of the target has a vector for.
+typedef float Float4 __attribute__((vector_size(16)));
+
+// Four of the eight numbers of two vectors.
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef std::int32_t Int4 __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Int4{__VA_ARGS__})
+#endif
+
+inline Float4 load(const float* p) {
+  Float4 x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+// rows × columns numbers of the matrix into the block, the rest of it 0.
+void copy_block(const Array& matrix, std::int64_t row, std::int64_t rows, std::int64_t column, std::int64_t columns,
+                float (&block)[kRows][kColumns]) {
+  const std::int64_t size = sizeof(float);
+  for (std::int64_t r = 0; r < kRows; ++r) {
+    float* to = block[r];
+    std::int64_t done = 0;
+    if (r < rows) {
+      const char* from = matrix.at(row + r, column);
+      if (matrix.strides[1] == size)
+        std::memcpy(to, from, static_cast<std::size_t>(columns * size));
+      else
+        for (std::int64_t c = 0; c < columns; ++c) std::memcpy(to + c, from + c * matrix.strides[1], sizeof(float));
+      done = columns;
+    }
+    std::fill(to + done, to + kColumns, 0.0f);
+  }
+}
+
+// The block's numbers from [r][c] on, four by four, column by column to where `out` has theirs, `stride` numbers apart.
+inline void transpose4(const float (&block)[kRows][kColumns], std::int64_t r, std::int64_t c, std::int64_t rows,
+                       std::int64_t columns, float* out, std::int64_t stride) {
+  const Float4 x0 = load(&block[r][c]), x1 = load(&block[r + 1][c]);
+  const Float4 x2 = load(&block[r + 2][c]), x3 = load(&block[r + 3][c]);
+  const Float4 low01 = SHUFFLE(x0, x1, 0, 4, 1, 5), high01 = SHUFFLE(x0, x1, 2, 6, 3, 7);
+  const Float4 low23 = SHUFFLE(x2, x3, 0, 4, 1, 5), high23 = SHUFFLE(x2, x3, 2, 6, 3, 7);
+  const Float4 turned[4] = {SHUFFLE(low01, low23, 0, 1, 4, 5), SHUFFLE(low01, low23, 2, 3, 6, 7),
+                            SHUFFLE(high01, high23, 0, 1, 4, 5), SHUFFLE(high01, high23, 2, 3, 6, 7)};
+  if (rows - r >= 4 && columns - c >= 4) {
+    for (int i = 0; i < 4; ++i) std::memcpy(out + i * stride, &turned[i], sizeof(Float4));
+  } else {
+    const std::size_t size = static_cast<std::size_t>(std::min<std::int64_t>(4, rows - r)) * sizeof(float);
+    for (std::int64_t i = 0; i < std::min<std::int64_t>(4, columns - c); ++i)
+      std::memcpy(out + i * stride, &turned[i], size);
+  }
+}
+
+}  // namespace
+
+void transpose_and_sum(const Array& matrix, int threads, const Array& transposed, const Array& sums) {
+  const std::int64_t R = matrix.shape[0], C = matrix.shape[1], panels = (C + kColumns - 1) / kColumns;
+  const std::int64_t bytes = 2 * R * std::min(C, kColumns) * size_of(DType::kFloat32);
+  float* out = reinterpret_cast<float*>(transposed.data);
+  float* totals_out = reinterpret_cast<float*>(sums.data);
+  parallel_for(panels, bytes, threads, [&](std::int64_t first, std::int64_t last) {
+    alignas(64) float block[kRows][kColumns];
+    for (std::int64_t panel = first; panel < last; ++panel) {
+      const std::int64_t column = panel * kColumns, columns = std::min(kColumns, C - column);
+      double totals[kColumns] = {};
+      for (std::int64_t row = 0; row < R; row += kRows) {
+        const std::int64_t rows = std::min(kRows, R - row);
+        copy_block(matrix, row, rows, column, columns, block);
+        float sum[kColumns] = {};
+        for (std::int64_t r = 0; r < rows; ++r)
+          for (std::int64_t c = 0; c < kColumns; ++c) sum[c] += block[r][c];
+        for (std::int64_t c = 0; c < kColumns; ++c) totals[c] += static_cast<double>(sum[c]);
+        for (std::int64_t c = 0; c < columns; c += 4)
+          for (std::int64_t r = 0; r < rows; r += 4)
+            transpose4(block, r, c, rows, columns, out + (column + c) * R + row + r, R);
+      }
+      for (std::int64_t c = 0; c < columns; ++c) totals_out[column + c] = static_cast<float>(totals[c]);
+    }
+  });
+}
+
+}  // namespace fastmae

@@ -39,6 +39,7 @@ setup(
         "fastmae",
         "fastmae.benchmarks",
         "fastmae.benchmarks.peers",
+        "fastmae.config",
         "fastmae.data",
         "fastmae.evaluate",
         "fastmae.export",

@@ -22,6 +22,7 @@ from fastmae.config import (
     BenchEndToEndConfig,
     BenchKernelsConfig,
     BenchLoaderConfig,
+    BenchQualityConfig,
     BenchScalingConfig,
     BenchStepConfig,
     ExportConfig,
@@ -59,7 +60,7 @@ COMMANDS = (
     "pretrain", "finetune", "probe", "reconstruct", "export", "info", "bench", "verify", "features", "search",
     "anomaly",
 )  # fmt: skip
-BENCHMARKS = ("kernels", "attention", "step", "loader", "checkpoint", "scaling", "end-to-end", "all")
+BENCHMARKS = ("kernels", "attention", "step", "loader", "checkpoint", "quality", "scaling", "end-to-end", "all")
 EXIT_WRONG_INPUT = 2
 
 
@@ -137,8 +138,10 @@ def _parse(argv: list[str]) -> Command:
 def _first_section(box: str) -> str:
     """The lines between the title of a boxed message and its first rule, as one."""
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    end = next((i for i, line in enumerate(lines) if not line or line[0] in "─╰"), len(lines))
-    return " ".join(" ".join(lines[:end]).split()).rstrip(".")
+    rules = [not set(line) - set("─╰╯-") for line in lines]  # of hyphens where the terminal has ASCII alone
+    begin = rules.index(False) if False in rules else 0
+    end = rules.index(True, begin) if True in rules[begin:] else len(lines)
+    return " ".join(" ".join(lines[begin:end]).split()).rstrip(".")
 
 
 def _opened(
@@ -393,7 +396,7 @@ def _info(config: InfoConfig) -> None:
     from fastmae.environment import hardware, versions
     from fastmae.train.parallel import choose_device
     from fastmae.train.precision import choose_precision
-    from fastmae.train.pretrain import chosen_backends
+    from fastmae.train.run import chosen_backends
 
     device = choose_device(None)
     shapes = {"encoder": (50, 64), "decoder": (197, 32)}  # of ViT-B/16 and ViT-L/16 with three quarters masked
@@ -417,6 +420,7 @@ def _bench(
     | BenchStepConfig
     | BenchLoaderConfig
     | BenchCheckpointConfig
+    | BenchQualityConfig
     | BenchScalingConfig
     | BenchEndToEndConfig
     | BenchAllConfig,
@@ -443,6 +447,10 @@ def _bench(
             from fastmae.benchmarks.checkpoint import bench_checkpoint
 
             return bench_checkpoint(config, words)
+        case BenchQualityConfig():
+            from fastmae.benchmarks.quality import bench_quality
+
+            return bench_quality(config, words)
         case BenchScalingConfig():
             from fastmae.benchmarks.scaling import bench_scaling
 

@@ -6,10 +6,7 @@ The other story of the parts that pretraining is made of (fastmae/train/pretrain
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -29,45 +26,50 @@ from fastmae.config import (
     check_finetune,
     resolve_finetune,
 )
-from fastmae.data.augment import BatchAugment, parse_randaugment
-from fastmae.data.loader import Batch, View, default_workers, describe_decoder, load_batches
-from fastmae.data.plan import micro_batches, plan_epoch
-from fastmae.data.quarantine import Quarantine
+from fastmae.data.augment import BatchAugment, RandAugment, parse_randaugment
+from fastmae.data.loader import Batch, View, default_workers, describe_decoder
 from fastmae.data.sources import Concat, FolderSource, Source, describe, shown, train_and_val
 from fastmae.errors import UserError
 from fastmae.evaluate.features import FOLDER_SHARE
 from fastmae.model.classifier import ClassificationLoss, Classifier, classifier_of, kept_branches, merged, tune
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.official import build_model, save_official, save_weights
+from fastmae.model.official import build_model
 from fastmae.model.sharding import in_one_piece
-from fastmae.ops.backends import using
 from fastmae.train import parallel
-from fastmae.train.allocator import keep_freed_memory
-from fastmae.train.checkpoint import Saver, open_checkpoint, restore, set_aside_newer, training_tensors
-from fastmae.train.health import (
-    EXIT_INTERRUPTED,
-    LossSpikes,
-    StopSignals,
-    Watchdog,
-    first_not_finite,
-    report_not_finite,
-    require_finite,
-    restart_hazard,
-)
-from fastmae.train.metrics import Screen, StepLog
-from fastmae.train.optim import learning_rate, make_finetuning_optimizer
+from fastmae.train.checkpoint import open_checkpoint, restore, training_tensors
+from fastmae.train.health import StopSignals, data_seed
+from fastmae.train.optim import make_finetuning_optimizer
 from fastmae.train.precision import choose_precision
-from fastmae.train.pretrain import (
-    MIN_CHECKPOINT_STEPS,
-    NAMED_SAMPLES,
-    Request,
+from fastmae.train.profile import profiled
+from fastmae.train.run import (
+    Feed,
+    Run,
     Say,
+    announce_beginning,
+    as_json,
+    begin,
     chosen_backends,
-    open_run_folder,
+    close_run,
+    end_step,
+    go_back,
+    known_detours,
+    loader_of,
+    open_run,
+    plan_steps,
+    published_path,
+    rate_at,
+    requests,
+    require_finite_weights,
     resolve_settings,
+    run_courses,
+    save_published,
+    save_run,
+    stop_run,
+    taken,
+    tell_quarantine,
+    written,
 )
-from fastmae.train.sinks import check_sinks, open_sinks
-from fastmae.train.step import MicroBatch, prepare, train_step
+from fastmae.train.step import MicroBatch, PassGraph, prepare, require_graph, train_step
 
 TOP = 5
 
@@ -79,27 +81,19 @@ def finetune(config: FinetuneConfig) -> int:
         UserError: settings, data or checkpoints that cannot work.
     """
     check_finetune(config)
-    check_sinks(config.log_dir, config.wandb)
-    world = parallel.start(config.device)
-    if world.device.type == "cpu":
-        keep_freed_memory()
-    try:
-        with using(ops=config.ops, attention=config.attention), StopSignals() as stop:
-            return _finetune(config, world, stop)
-    finally:
-        parallel.stop(world)
+    return run_courses(config, _finetune)
 
 
-def _finetune(flags: FinetuneConfig, world: parallel.World, stop: StopSignals) -> int:
+def _finetune(flags: FinetuneConfig, world: parallel.World, stop: StopSignals) -> int | None:
+    """One course: from where --resume says to the end, a signal, or (None) to where it is to go back and on again."""
     # Settings, data and encoder: from here on nothing is left open.
     train, val = train_and_val(flags.data_path)
     nb_classes = _classes(flags, train, val)
-    facts = describe(train)
     torch.manual_seed(flags.seed)
     encoder, preset = _encoder(flags, train, world)
     config = resolve_finetune(
         flags,
-        facts,
+        describe(train),
         model=preset,
         width=encoder.cls_token.shape[2],
         img_size=encoder.img_size,
@@ -109,31 +103,13 @@ def _finetune(flags: FinetuneConfig, world: parallel.World, stop: StopSignals) -
         ranks=world.size,
         num_workers=default_workers(),
     )
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))  # as they look in a manifest
+    settings = as_json(config)
     precision = choose_precision(config.precision, world.device)
-    of_a_rank = micro_batches(facts.length, config.batch_size, world.size, config.accum_iter)
-    steps_per_epoch = of_a_rank // config.accum_iter
-    _check_batches(config, world, steps_per_epoch)
-    total_steps = config.epochs * steps_per_epoch
-    checkpoint_freq = config.checkpoint_freq or steps_per_epoch * math.ceil(MIN_CHECKPOINT_STEPS / steps_per_epoch)
-    run = Path(config.output_dir)
-    view = View(
-        config.input_size,
-        config.in_chans,
-        seed=config.seed,
-        scale=config.crop_scale,
-        flip=config.flip,
-        augment=parse_randaugment(config.aa, config.seed, config.mean),
-    )
-    augment = BatchAugment(
-        seed=config.seed,
-        num_classes=config.nb_classes,
-        smoothing=config.smoothing,
-        reprob=config.reprob,
-        mixup=config.mixup,
-        cutmix=config.cutmix,
-        switch=config.mixup_switch_prob,
-    )
+    if config.cuda_graph:
+        require_graph(world.device, world.size)
+    steps = plan_steps(config, world, config.batch_size, "training images")
+    _check_batches(config)
+    randaugment = parse_randaugment(config.aa, config.seed, config.mean)
 
     # Model and optimiser, the same on every rank.
     model = _classifier(encoder, config).to(world.device)
@@ -145,132 +121,72 @@ def _finetune(flags: FinetuneConfig, world: parallel.World, stop: StopSignals) -
     optimizer = make_finetuning_optimizer(model, depth, config.lr, config.weight_decay, config.layer_decay)
 
     # Where to begin.
-    fixed = {key: settings[key] for key in FIXED_IN_A_FINETUNING}
-    restored = restore(config.resume, run, model, optimizer, fixed=fixed, fresh_step=0, steps_per_epoch=steps_per_epoch)
+    restored = restore(
+        config.resume,
+        Path(config.output_dir),
+        model,
+        optimizer,
+        fixed={key: settings[key] for key in FIXED_IN_A_FINETUNING},
+        fresh_step=0,
+        steps_per_epoch=steps.an_epoch,
+    )
+    detours = known_detours(Path(config.output_dir), restored)
     shapes = {"encoder": (model.num_patches + 1, model.head_dim)}
     backends = chosen_backends(world.device, precision, shapes, describe_decoder("pool", "the one that augments"))
     backends["parallel"] = f"{sharing.kind} ({sharing.reason})"
-    world.barrier()  # every rank has looked before the first one writes
-    screen = Screen(
-        total_steps=total_steps,
-        epochs=config.epochs,
-        images_a_step=config.global_batch,
-        start_step=restored.step,
-        shows=world.is_first,
-    )
-    say = screen.say
-    places = dict(log_dir=config.log_dir, wandb=config.wandb) if world.is_first else dict(log_dir=None, wandb=None)
-    log = StepLog(
-        run,
-        device=world.device,
-        log_freq=config.log_freq,
-        rank=world.rank,
-        ranks=world.size,
-        mean_over_ranks=world.mean,
-        num_workers=config.num_workers,
-        spike_score=LossSpikes().score,
-        sinks=open_sinks(run, **places, settings=settings, say=say),
-        say=say,
-    )
+    if config.cuda_graph:
+        backends["cuda_graph"] = "forward and backward pass (asked for)"
+    run = open_run(config, settings, world, stop, steps, restored, detours, backends)
     if world.is_first:
-        open_run_folder(run, settings, world, backends)
-        _announce(say, config, train, val, backends, model)
-        if restored.origin is not None:
-            say(f"resumed         {restored.origin}, after step {restored.step}")
-        if (hazard := restart_hazard()) is not None:
-            say(f"restarts        {hazard} (docs/large-runs.md)")
-        for path in set_aside_newer(run, restored.step):
-            say(f"set aside       {path}, as the run goes on from before it; delete it when nobody needs it")
-    log.resume(restored.step, restored.step // steps_per_epoch, restored.epoch_sums)
-    world.barrier()
+        _announce(run.say, config, train, val, model)
+        announce_beginning(run, restored, backends)
+    begin(run, restored)
 
     # The loop.
-    quarantine_name = "quarantine.jsonl" if world.size == 1 else f"quarantine-{world.rank}.jsonl"
-    quarantine = Quarantine(run / quarantine_name, config.max_corrupt)
-    load = partial(
-        load_batches,
-        device=world.device,
-        num_workers=config.num_workers,
-        pin_memory=config.pin_mem and world.device.type == "cuda",
-    )
-    requests_of = partial(_requests, train, config, world, steps_per_epoch)
-    take = partial(
-        _micro_batches, config=config, source=train, augment=augment, model=model, quarantine=quarantine, log=log
-    )
-    test = partial(_test, load, val, config, loss_of, world)
-    saver = Saver(run, keep=config.keep, keep_every=None, background=config.async_save)
+    feed = _feed(run, config, train, randaugment, model)
+    test = partial(_test, loader_of(run), val, config, loss_of, world)
+    profiling = profiled(run.folder, config.profile, world.rank, world.device, run.say)
+    graph = PassGraph() if config.cuda_graph else None
     unsaved = None
-    asked_to_stop = parallel.Vote(world)
-    watchdog = Watchdog(config.hang_timeout, run / f"hang-{world.rank}.txt", f"rank {world.rank}")
-    batches = load(train, requests_of(range(restored.step, total_steps)), view)
-    with screen, saver, watchdog, precision.products(), closing(batches):
-        for step in range(restored.step, total_steps):
-            epoch, index = divmod(step, steps_per_epoch)
-            lr = learning_rate(
-                epoch + index / steps_per_epoch,
-                lr=config.lr,
-                min_lr=config.min_lr,
-                warmup_epochs=config.warmup_epochs,
-                epochs=config.epochs,
-            )
+    batches = feed.batches_of(range(restored.step, steps.total))
+    with run.screen, run.saver, run.watchdog, profiling as profile_step, precision.products(), closing(batches):
+        for step in range(restored.step, steps.total):
+            epoch, index = steps.place(step)
+            lr = rate_at(step, config, steps)
+            micro = feed.take(batches)
             autocast = precision.context(world.device)
-            micro = take(batches)
             stepped = train_step(
-                loss_of, optimizer, micro, config.accum_iter, lr, autocast, config.clip_grad, world.mean
+                loss_of, optimizer, micro, config.accum_iter, lr, autocast, config.clip_grad, world.mean, graph
             )
-            done = step + 1
-            log.add(stepped, step=done, epoch=epoch, lr=lr, images=config.global_batch)
-            screen.update(done, epoch, log.latest)
-            watchdog.beat()
+            run.log.add(stepped, step=step + 1, epoch=epoch, lr=lr, images=config.global_batch)
+            run.screen.update(step + 1, epoch, run.log.latest)
+            run.watchdog.beat()
+            profile_step()
 
-            epoch_ends = index + 1 == steps_per_epoch
-            if epoch_ends:
-                is_last = epoch + 1 == config.epochs
-                results = test(autocast, watchdog.beat) if is_last or (epoch + 1) % config.test_freq == 0 else {}
-                log.end_epoch(epoch, results)
+            if index + 1 == steps.an_epoch:
+                is_tested = epoch + 1 == config.epochs or (epoch + 1) % config.test_freq == 0
+                results = test(autocast, run.watchdog.beat) if is_tested else {}
+                run.log.end_epoch(epoch, results)
                 if results:
-                    say(f"epoch {epoch + 1:<9} {_shown(results)} on {len(val):,} images")
-            stopping = asked_to_stop.any(stop.received is not None)
-            saves = done % checkpoint_freq == 0 or done == total_steps or stopping
-            if saves:
-                log.sync()
-            # Weights that made the last steps fail are no use to anybody, so nothing is saved until one succeeds.
-            failing = log.skipped_in_a_row > 0
-            if log.skipped_in_a_row >= config.max_skipped or (failing and done == total_steps):
-                first = done - log.skipped_in_a_row
-                names = [train.name(i) for i in next(iter(requests_of([first])))[0][:NAMED_SAMPLES].tolist()]
-                again = partial(_losses, loss_of, partial(load, train, view=view), partial(requests_of, [first]), take)
-                place = first_not_finite(model, partial(again, autocast), world.any)
-                log.close()
-                saver.wait()
-                remedy = "lower --blr (or use --precision fp32), then continue with --resume auto"
-                raise UserError(f"{report_not_finite(first + 1, done, place, names)}: {remedy}")
-            if epoch_ends and not failing and (epoch % config.save_freq == 0 or epoch + 1 == config.epochs):
-                require_finite(parallel.witness(model.parameters(), world), done)
-                unsaved = _export(run, epoch, settings, model, optimizer, world)
-            if saves and not failing:
-                require_finite(parallel.witness(model.parameters(), world), done)
-                saver.save(
-                    done, training_tensors(model, optimizer), {"settings": settings, "epoch_sums": log.epoch_sums}
-                )
-            if stopping and done < total_steps:
-                saver.finish()
-                log.close()
-                why = stop.received or "a signal to another rank"
-                saved = "which was skipped, so an earlier one is saved" if failing else "which is saved"
-                say(f"stopped         by {why} after step {done}, {saved}; continue with --resume auto")
-                return EXIT_INTERRUPTED
-            watchdog.beat()
+                    run.say(f"epoch {epoch + 1:<9} {_shown(results)} on {len(val):,} images")
+            end = end_step(run, step)
+            if end.gives_up:
+                go_back(run, end.done, feed, model, loss_of, autocast)
+                return None
+            if end.exports:
+                require_finite_weights(run, model, end.done)
+                unsaved = _export(run, epoch, model, optimizer)
+            if end.saves:
+                save_run(run, end.done, model, training_tensors(model, optimizer))
+            if end.stops:
+                return stop_run(run, end)
+            run.watchdog.beat()
 
     # What is left behind.
-    saver.finish()
-    log.close()
-    if world.any(unsaved is not None):
-        raise UserError(unsaved or "the first rank could not save all that it should; its last line says what")
+    close_run(run, unsaved)
     if world.is_first:
-        if len(quarantine):
-            say(f"skipped         {len(quarantine)} unusable images, listed in {quarantine.path}")
-        say(f"checkpoint      {_official_path(run, config.epochs - 1)}")
+        tell_quarantine(run)
+        run.say(f"checkpoint      {published_path(run.folder, config.epochs - 1)}")
     world.barrier()
     return 0
 
@@ -334,15 +250,7 @@ def _classifier(encoder: MaskedAutoencoderViT, config: ResolvedFinetuneConfig) -
     return model
 
 
-def _check_batches(config: ResolvedFinetuneConfig, world: parallel.World, steps_per_epoch: int) -> None:
-    if steps_per_epoch < 1:
-        size = f"--batch_size {config.batch_size}"
-        size += f" × --accum_iter {config.accum_iter}" if config.accum_iter > 1 else ""
-        size += f" × {world.size} ranks" if world.size > 1 else ""
-        fits = config.dataset_length // (config.accum_iter * world.size)
-        remedy = f"lower --batch_size to at most {fits}" if fits else "lower --accum_iter or the ranks"
-        given = f"the {config.dataset_length} training images of {shown(config.data_path)}"
-        raise UserError(f"{size} is more than {given}; {remedy}")
+def _check_batches(config: ResolvedFinetuneConfig) -> None:
     if config.batch_size % 2 and (config.mixup or config.cutmix):
         raise UserError(f"--batch_size {config.batch_size}: must be even with --mixup or --cutmix, which mix pairs")
     if config.warmup_epochs >= config.epochs:
@@ -352,19 +260,36 @@ def _check_batches(config: ResolvedFinetuneConfig, world: parallel.World, steps_
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def _requests(
-    source: Source, config: ResolvedFinetuneConfig, world: parallel.World, steps_per_epoch: int, steps: Iterable[int]
-) -> Iterator[Request]:
-    """The micro-batches of the steps, each epoch planned when it is reached."""
-    plan = None
-    for step in steps:
-        epoch, index = divmod(step, steps_per_epoch)
-        if plan is None or plan.epoch != epoch:
-            plan = plan_epoch(
-                config.seed, epoch, len(source), config.batch_size, world.rank, world.size, source.stretches
-            )
-        for micro in range(config.accum_iter):
-            yield plan.batch(index * config.accum_iter + micro)
+def _feed(
+    run: Run, config: ResolvedFinetuneConfig, train: Source, randaugment: RandAugment | None, model: Classifier
+) -> Feed:
+    """The run's data, of the seed that they have after so many detours."""
+    seed = data_seed(config.seed, len(run.detours))
+    view = View(
+        config.input_size,
+        config.in_chans,
+        seed=seed,
+        scale=config.crop_scale,
+        flip=config.flip,
+        augment=randaugment and dataclasses.replace(randaugment, seed=seed),
+    )
+    augment = BatchAugment(
+        seed=seed,
+        num_classes=config.nb_classes,
+        smoothing=config.smoothing,
+        reprob=config.reprob,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        switch=config.mixup_switch_prob,
+    )
+    requests_of = partial(requests, train, seed, config.batch_size, config.accum_iter, run.world, run.steps.an_epoch)
+    load = loader_of(run)
+
+    def batches_of(steps: Iterable[int]) -> Generator[Batch]:
+        return load(train, requests_of(steps), view)
+
+    take = partial(_micro_batches, run=run, config=config, source=train, augment=augment, model=model)
+    return Feed(train, requests_of, batches_of, take)
 
 
 def labels_of(source: Source, batch: Batch) -> torch.Tensor:
@@ -380,40 +305,21 @@ def labels_of(source: Source, batch: Batch) -> torch.Tensor:
 
 def _micro_batches(
     batches: Iterator[Batch],
+    run: Run,
     config: ResolvedFinetuneConfig,
     source: Source,
     augment: BatchAugment,
     model: Classifier,
-    quarantine: Quarantine,
-    log: StepLog,
 ) -> Iterator[MicroBatch]:
     """One step's micro-batches as (images, targets), and which branches are kept if some are not."""
-    for _ in range(config.accum_iter):
-        batch = next(batches)
-        log.loading.add(batch)
-        quarantine.add(batch.skipped, good=len(batch.images))
+    for batch in taken(run, batches):
         draw_ids = batch.draw_ids.numpy()
         images, targets = augment(batch.images, labels_of(source, batch), draw_ids, model.mean, model.std)
         if config.drop_path:
-            kept = kept_branches(config.seed, draw_ids, config.drop_path, len(model.blocks))
+            kept = kept_branches(augment.seed, draw_ids, config.drop_path, len(model.blocks))
             yield images, targets, kept.to(images.device)
         else:
             yield images, targets
-
-
-def _losses(
-    loss_of: nn.Module,
-    load: Callable[..., Any],
-    requests: Callable[[], Iterator[Request]],
-    take: Callable[[Iterator[Batch]], Iterator[MicroBatch]],
-    autocast: torch.autocast,
-) -> Iterator[torch.Tensor]:
-    """The losses of the micro-batches of one step."""
-    with closing(load(requests=requests())) as batches:
-        for micro_batch in take(batches):
-            with autocast:
-                loss = loss_of(*micro_batch)
-            yield loss
 
 
 # --- testing ----------------------------------------------------------------------------------------------------------
@@ -462,32 +368,15 @@ def _shown(results: dict[str, float]) -> str:
 # --- the run folder ---------------------------------------------------------------------------------------------------
 
 
-def _official_path(run: Path, epoch: int) -> Path:
-    return run / f"checkpoint-{epoch}.pth"
-
-
-def _export(
-    run: Path,
-    epoch: int,
-    settings: dict[str, Any],
-    model: Classifier,
-    optimizer: torch.optim.Optimizer,
-    world: parallel.World,
-) -> str | None:
+def _export(run: Run, epoch: int, model: Classifier, optimizer: torch.optim.Optimizer) -> str | None:
     """The published files after an epoch. Returns what could not be written, if anything; every rank calls it."""
-    weights = in_one_piece(model.state_dict(), keep=world.is_first)
-    moments = in_one_piece(optimizer.state_dict(), keep=world.is_first)
-    if not world.is_first:
-        return None
-    try:
-        path = _official_path(run, epoch)
-        plain = merged(weights)
-        save_official(path, plain, moments, epoch, settings)
-        save_weights(path.with_suffix(".safetensors"), plain, epoch, settings)
-    except UserError as error:
-        print(f"fastmae: {error}; the run goes on", file=sys.stderr, flush=True)
-        return str(error)
-    return None
+    weights = in_one_piece(model.state_dict(), keep=run.world.is_first)
+    moments = in_one_piece(optimizer.state_dict(), keep=run.world.is_first)
+
+    def write() -> None:
+        save_published(published_path(run.folder, epoch), merged(weights), moments, epoch, run.settings)
+
+    return written(write) if run.world.is_first else None
 
 
 def _announce(
@@ -495,7 +384,6 @@ def _announce(
     config: ResolvedFinetuneConfig,
     train: Source,
     val: Source,
-    backends: dict[str, str],
     model: Classifier,
 ) -> None:
     parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
@@ -508,5 +396,3 @@ def _announce(
     say(f"batch           {config.global_batch} images a step, lr {config.lr:.2e}, {config.epochs} epochs")
     chosen = {name: getattr(config, name) for name in ("aa", "reprob", "mixup", "cutmix", "smoothing", "drop_path")}
     say(f"regularised by  {', '.join(f'{name} {value}' for name, value in chosen.items() if value) or 'nothing'}")
-    for name, choice in backends.items():
-        say(f"{name:15} {choice}")

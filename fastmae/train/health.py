@@ -153,16 +153,18 @@ def read_detours(run: Path, step: int, manifest: Path | None) -> list[int]:
     Raises:
         UserError: the file is there but not readable.
     """
-    path = run / DETOURS
+    path, key = run / DETOURS, None
     if not path.exists():
         if manifest is None or not manifest.exists():
             return []
-        path = manifest
+        path, key = manifest, "detours"
     try:
         known = json.loads(path.read_text())
-        after = known["detours"] if isinstance(known, dict) else known
+        after = known if key is None else known.get(key, [])  # a manifest may be from before there were any
+        if not isinstance(after, list):
+            raise TypeError("no list of steps")
         return [int(known_step) for known_step in after if known_step <= step]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error!r}); restore it, or start in another --output_dir") from error
 
 

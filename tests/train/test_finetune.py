@@ -1,6 +1,8 @@
 """Fine-tuning: worth its pretraining, as published, and as exact as pretraining is."""
 
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,14 +23,16 @@ from fastmae.data.loader import Batch, Skipped
 from fastmae.data.plan import holdout
 from fastmae.data.sources import ArraySource
 from fastmae.errors import UserError
-from fastmae.model.classifier import Classifier
+from fastmae.model.classifier import ClassificationLoss, Classifier
 from fastmae.model.official import read_official
 from fastmae.train import finetune as module
-from fastmae.train.checkpoint import load_model
+from fastmae.train import step as step_part
+from fastmae.train.checkpoint import Restored, load_model
 from fastmae.train.finetune import finetune, labels_of
 from fastmae.train.health import EXIT_INTERRUPTED
 from fastmae.train.optim import layer_decay_groups
 from fastmae.train.pretrain import pretrain
+from fastmae.train.run import known_detours
 from fastmae.train.step import train_step
 
 # 72 images: 9 steps an epoch, with all that changes images or targets.
@@ -166,10 +170,109 @@ def test_image_files_are_learnt_from_random_weights_in_colour(image_folder, tmp_
     assert "0.JPEG" in (tmp_path / "run" / "quarantine.jsonl").read_text()
 
 
-def test_steps_that_are_not_finite_end_the_run_with_their_place(blobs, encoder, tmp_path):
+def test_a_run_sees_all_images_with_keep_last(blobs, encoder, tmp_path):
+    """72 of them in batches of 16."""
+    for keep_last, steps in ((False, 4), (True, 5)):
+        run = tmp_path / str(keep_last)
+        assert finetune(small(blobs, encoder, run, **SHORT, batch_size=16, keep_last=keep_last)) == 0
+        assert len(metrics(run)) == steps
+    kept = sorted(path.name for path in (tmp_path / "True" / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000004", "step-00000005"]
+    with pytest.raises(UserError, match="was made with keep_last True, not False"):
+        finetune(small(blobs, encoder, tmp_path / "True", **SHORT, batch_size=16, resume="auto"))
+
+
+def test_a_trace_is_left_and_checkpoints_are_kept_for_ever_where_that_is_asked_for(blobs, encoder, tmp_path):
+    asked = dict(profile=1, keep=1, keep_every=2)
+    assert finetune(small(blobs, encoder, tmp_path / "run", **SHORT, **asked)) == 0
+    assert (tmp_path / "run" / "profile" / "rank-0.json.gz").stat().st_size > 1000
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000008", "step-00000009"]
+
+
+@pytest.mark.parametrize("compiling", ["block", "model"])
+def test_a_compiled_run_learns_the_same_and_tests_are_not_compiled(blobs, encoder, tmp_path, monkeypatch, compiling):
+    """Without code generation, which takes minutes."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter, compile_anything = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **rest: compile_anything(*args, **rest, backend=counter))
+    torch.compiler.reset()
+    assert finetune(small(blobs, encoder, tmp_path / "compiled", **SHORT, compile=compiling)) == 0
+    torch.compiler.reset()
+    assert counter.frame_count == 1, "the blocks share their code"
+    assert finetune(small(blobs, encoder, tmp_path / "eager", **SHORT)) == 0
+    assert counter.frame_count == 1
+    np.testing.assert_allclose(metrics(tmp_path / "compiled"), metrics(tmp_path / "eager"), rtol=1e-5)
+    assert results(tmp_path / "compiled")[0] == pytest.approx(results(tmp_path / "eager")[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_step_from_a_graph_is_the_same_step(blobs, encoder, tmp_path, monkeypatch, tune):
+    """In place of CUDA graphs, what was captured is done again by Python, with the tensors of the capture."""
+    captured = []
+
+    def recorded(run, stream):
+        captured.append([tuple(tensor.shape) for tensor in run.args])
+        result = torch.zeros(())
+        return lambda: result.copy_(run())
+
+    monkeypatch.setattr(module, "require_graph", lambda device, ranks: None)
+    monkeypatch.setattr(step_part, "_warm_up", lambda run, device: run())
+    monkeypatch.setattr(step_part, "_recorded", recorded)
+    assert finetune(small(blobs, encoder, tmp_path / "graph", **SHORT, tune=tune, cuda_graph=True)) == 0
+    assert captured == [[(8, 1, 16, 16), (8, 3), (4, 2, 8)]]
+    assert finetune(small(blobs, encoder, tmp_path / "plain", **SHORT, tune=tune)) == 0
+    assert_same_run(tmp_path / "graph", tmp_path / "plain")
+
+
+# --- what is not finite -----------------------------------------------------------------------------------------------
+
+
+def test_too_many_steps_that_are_not_finite_are_done_once_more_with_other_data(
+    blobs, encoder, whole, tmp_path, monkeypatch, capfd
+):
+    """Steps 10 and 11 are; so is what is computed again to find the place."""
+    calls = itertools.count(1)
+
+    def forward(self, images, targets=None, kept=None, real=ClassificationLoss.forward):
+        out = real(self, images, targets, kept)
+        return out if targets is None or next(calls) not in (10, 11, 12) else out * math.nan
+
+    monkeypatch.setattr(ClassificationLoss, "forward", forward)
+    run, flags = tmp_path / "run", dict(log_freq=1, max_skipped=2)
+    assert finetune(small(blobs, encoder, run, **flags)) == 0
+    said = capfd.readouterr()
+    assert "at step 10 nor at the 1 after it, first the loss, in the batch with " in said.err
+    assert "going back to step 7, and on with other data" in said.err
+    assert "other data      after step 7, as losses were not finite there" in said.out
+    ours, undisturbed = metrics(run), metrics(whole)
+    assert [row[0] for row in ours] == list(range(1, 19))
+    assert ours[:7] == undisturbed[:7]
+    assert not {row[2] for row in ours[7:]} & {row[2] for row in undisturbed[7:]}
+
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    for path in (again / "checkpoints").iterdir():
+        if path.name > "step-00000014":
+            shutil.rmtree(path)
+    (again / "detours.json").unlink()  # the checkpoint knows them as well
+    assert finetune(small(blobs, encoder, again, **flags, resume=str(again / "checkpoints" / "step-00000014"))) == 0
+    assert_same_run(again, run)
+
+
+def test_steps_that_are_not_finite_with_other_data_too_end_the_run_with_their_place(blobs, encoder, tmp_path):
     flags = dict(lr=1e30, warmup_epochs=0.0, max_skipped=3, log_freq=1)
-    with pytest.raises(UserError, match=r"not finite at step \d.*first the output of .*lower --blr"):
+    with pytest.raises(UserError, match=r"not finite at step \d.*first the output of .*after step 0, too: lower --blr"):
         finetune(small(blobs, encoder, tmp_path / "run", **flags))
+
+
+def test_a_checkpoint_from_before_there_were_detours_has_none(tmp_path):
+    folder = tmp_path / "checkpoints" / "step-00000007"
+    folder.mkdir(parents=True)
+    for manifest, known in (({"step": 7}, []), ({"step": 7, "detours": [3]}, [3])):
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert known_detours(tmp_path, Restored(7, None, str(folder))) == known
 
 
 # --- worth its pretraining --------------------------------------------------------------------------------------------
@@ -300,10 +403,12 @@ def test_published_flags_have_their_names(tmp_path, blobs, encoder):
         (dict(layer_decay=1.5), "--layer_decay 1.5: must be above 0 and at most 1"),
         (dict(drop_path=1.0), "--drop_path 1.0: must be at least 0 and below 1"),
         (dict(nb_classes=2), "has labels from 0 to 2, and there are 2 classes; .*--nb_classes 3"),
-        (dict(batch_size=100), "--batch_size 100 is more than the 72 training images .*at most 72"),
+        (dict(batch_size=100), "--batch_size 100 is more than the 72 training images .*at most 72, or use --keep_last"),
         (dict(batch_size=7), "--batch_size 7: must be even with --mixup or --cutmix"),
         (dict(warmup_epochs=2.0), "--warmup_epochs 2: must be below the 2 of --epochs"),
         (dict(input_size=(18,)), "--input_size 18 18: an image of 18×18 pixels is not a multiple"),
+        (dict(cuda_graph=True), "--cuda_graph: the device is cpu, which has no CUDA graphs"),
+        (dict(profile=0), "--profile 0: must be at least 1"),
         (dict(finetune="nowhere"), "nowhere: no such checkpoint"),
         (dict(resume="nowhere"), "--resume nowhere: no such checkpoint"),
         (dict(resume="file"), "--resume .*: holds weights alone; give a run folder"),

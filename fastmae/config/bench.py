@@ -1,0 +1,257 @@
+"""The settings of bench, all but quality and scaling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+import tyro
+
+from fastmae.config.quality import BenchQualityConfig
+from fastmae.config.scaling import BenchScalingConfig
+from fastmae.config.shared import (
+    BenchPrecision,
+    Device,
+    Graph,
+    LoadingWorkers,
+    Rounds,
+    SampleMs,
+    Samples,
+    need_at_least_one,
+)
+from fastmae.errors import UserError
+
+BenchOp = Literal[
+    "random_masking", "gather_patches", "scatter_patches", "assemble_tokens", "masked_mse", "attention", "linear"
+]  # fmt: skip
+BENCH_OPS: tuple[BenchOp, ...] = get_args(BenchOp)
+BenchSwitch = Literal[
+    "bf16", "bf16-residual", "tf32", "checkpointing-selective", "checkpointing-full", "compile-block", "compile-model",
+    "float8", "cuda-graph", "clip-grad", "ema", "fsdp", "hsdp", "reduce-bf16", "cross",
+]  # fmt: skip
+BenchPeer = Literal["published", "strong", "strong-compiled", "transformers", "transformers-compiled", "timm"]
+BenchPart = Literal[
+    "kernels", "attention", "loader", "step", "batch-sizes", "input-sizes", "ranks", "end-to-end"
+]  # fmt: skip
+BENCH_PARTS: tuple[BenchPart, ...] = get_args(BenchPart)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchKernelsConfig:
+    """Time the ops and attention beside eager PyTorch and torch.compile; no time is given to a wrong result."""
+
+    models: tuple[str, ...] = ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")
+    """Presets whose shapes are timed."""
+    only: tuple[BenchOp, ...] = BENCH_OPS
+    """Which of the ops."""
+    batch_size: int | None = None
+    """Images a call. Default: 32 on a CPU, 256 on a GPU."""
+    device: Device = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of tokens and predictions, as autocast makes them. auto: bf16 on a GPU that has it, otherwise fp32."""
+    compile: bool = True
+    """Time torch.compile of the eager reference as well; compiling takes up to a minute a case on a CPU."""
+    rounds: Rounds = 15
+    sample_ms: SampleMs = 20.0
+    graph: Graph = True
+    output: str | None = None
+    """A folder for every sample (JSON) and a picture (PNG; needs the extra `bench`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchAttentionConfig:
+    """Time the backends of attention, forward and backward, and keep the fastest for each shape."""
+
+    models: tuple[str, ...] = ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")
+    """Presets whose shapes are timed: the encoder's with a quarter of the tokens and with all, the decoder's."""
+    shapes: tuple[str, ...] = ()
+    """Shapes to time instead, as TOKENSxHEADSxHEAD_DIM, such as 50x12x64."""
+    batch_size: int | None = None
+    """Images a call. Default: 8 on a CPU, 256 on a GPU."""
+    device: Device = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of queries, keys and values. auto: bf16 on a GPU that has it, otherwise fp32."""
+    rounds: Rounds = 15
+    sample_ms: SampleMs = 20.0
+    graph: Graph = True
+    write: tuple[str, ...] | None = None
+    """Enter the winners in the table that `--attention auto` looks in: yours, or the file that is named here."""
+    output: Samples = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchStepConfig:
+    """Time a training step beside other implementations, and ours with one switch of pretrain each, once their losses
+    agree. Under torchrun by all ranks, of which the slowest counts."""
+
+    model: str = "mae_vit_base_patch16"
+    """A preset."""
+    input_size: int | None = None
+    """Side of the images in pixels. Default: the model's."""
+    batch_size: int = 8
+    """Images a rank and step."""
+    device: Device = None
+    precision: BenchPrecision = "fp32"
+    peers: tuple[BenchPeer, ...] = ("published", "strong", "transformers", "timm")
+    """Whom to time as well: the published formulation in its own loop (published), with torch's attention and a fused
+    optimiser (strong), of timm's blocks (timm), and transformers' ViTMAE; those with -compiled through torch.compile,
+    which takes minutes on a CPU. `--peers` alone is nobody."""
+    switches: tuple[BenchSwitch, ...] = ()
+    """Time our step with each of these as well; fsdp, hsdp and reduce-bf16 need several ranks. Compiling takes minutes
+    on a CPU."""
+    phases: bool = False
+    """Say where the time goes: forward, backward, optimiser, and communication where there are several ranks."""
+    rounds: int = 7
+    """Steps a contestant; contestants take turns."""
+    output: Samples = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchLoaderConfig:
+    """Time loading, from files to crops, beside the published pipeline; no time is given to wrong images."""
+
+    data_path: tuple[str, ...] | None = None
+    """Image files, each as one --data_path of pretrain takes them, such as a folder and the same images in tar shards.
+    Default: made in a temporary folder, 500×375 pixels and about 110 KB each."""
+    kinds: tuple[Literal["folder", "tar", "parquet"], ...] | None = None
+    """As what images are made. Default: the same ones as all three."""
+    files: int | None = None
+    """How many images are made. Default: 1000."""
+    decoders: tuple[Literal["pool", "dali-cpu", "dali-gpu"], ...] = ("pool", "dali-cpu", "dali-gpu")
+    """Which, beside the pool."""
+    input_size: int = 224
+    """Side of the crops in pixels."""
+    batch_size: int = 64
+    """Images a batch."""
+    batches: int = 8
+    """Batches a sample, rounded up to a multiple of num_workers: the published pipeline's processes make one each."""
+    num_workers: LoadingWorkers = None
+    device: Device = None
+    rounds: Rounds = 7
+    output: Samples = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchEndToEndConfig:
+    """Time training from JPEG files: our loader and step, beside our step alone and the published loop with its
+    pipeline, once their losses agree."""
+
+    model: str = "mae_vit_base_patch16"
+    """A preset."""
+    data_path: str | None = None
+    """Image files. Default: made in a temporary folder, 500×375 pixels and about 110 KB each."""
+    files: int | None = None
+    """How many images are made. Default: 256, or 4 batches if that is more."""
+    batch_size: int | None = None
+    """Images a step. Default: 8 on a CPU, 256 on a GPU."""
+    steps: int | None = None
+    """Steps a sample, rounded up to a multiple of num_workers: the published pipeline's processes make a batch each.
+    Default: 4 on a CPU, 50 on a GPU."""
+    num_workers: LoadingWorkers = None
+    decoder: Literal["pool", "dali-cpu", "dali-gpu"] = "pool"
+    """Ours, of plain JPEGs."""
+    device: Device = None
+    precision: BenchPrecision = "auto"
+    compile: Literal["off", "block", "model"] = "off"
+    """Of our step, as for pretrain."""
+    rounds: Rounds = 7
+    output: Samples = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchAllConfig:
+    """Measure this machine's ceilings and everything that the other benchmarks measure, into one JSON and one report
+    (HTML). Each part is a command of its own; one that cannot run here is named, and the rest goes on."""
+
+    output: str
+    """A folder for all samples (JSON) and report.html."""
+    model: str = "mae_vit_base_patch16"
+    """A preset."""
+    only: tuple[BenchPart, ...] = BENCH_PARTS
+    """Which parts; the ceilings are always measured."""
+    batch_sizes: tuple[int, ...] | None = None
+    """Images a step, one timing of the step each. The middle one is that of all other parts. Default: 4 8 16 on a CPU,
+    64 128 256 on a GPU."""
+    input_sizes: tuple[int, ...] | None = None
+    """Sides of the images in pixels, one timing of the step each. Default: about 0.7, 1 and 1.3 times the model's."""
+    ranks: tuple[int, ...] | None = None
+    """Numbers of ranks on this machine, one timing of the step each. Default: 1, 2, 4 … up to the GPUs; on a CPU 1 and
+    2, if there are two cores."""
+    peers: tuple[BenchPeer, ...] = ("published", "strong", "transformers", "timm")
+    """Whom to time beside our step, as for bench step."""
+    switches: tuple[BenchSwitch, ...] = ()
+    """Switches of our step to time as well, as for bench step."""
+    device: str | None = None
+    """cpu or cuda. Default: cuda where there is one."""
+    precision: BenchPrecision = "auto"
+    rounds: int | None = None
+    """Samples a contestant, of every part. Default: each part's own, 7 or 15; 3 with --quick."""
+    quick: bool = False
+    """A first look: few and short samples, nothing compiled, one kind of files, peers in one timing of the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCheckpointConfig:
+    """Time what saving a checkpoint costs training, in the background and at once; and its check when a run goes on."""
+
+    model: str = "mae_vit_small_patch16"
+    """A preset."""
+    batch_size: int = 64
+    """Images a step."""
+    device: Device = None
+    precision: BenchPrecision = "auto"
+    rounds: int = 5
+    """Samples of each, in turns."""
+    folder: str | None = None
+    """Where checkpoints are written for a moment: on the disk of a run. Default: the system's temporary folder."""
+    output: Samples = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Measure speed on this machine, or what encoders are worth."""
+
+    what: (
+        Annotated[BenchKernelsConfig, tyro.conf.subcommand("kernels")]
+        | Annotated[BenchAttentionConfig, tyro.conf.subcommand("attention")]
+        | Annotated[BenchStepConfig, tyro.conf.subcommand("step")]
+        | Annotated[BenchLoaderConfig, tyro.conf.subcommand("loader")]
+        | Annotated[BenchCheckpointConfig, tyro.conf.subcommand("checkpoint")]
+        | Annotated[BenchQualityConfig, tyro.conf.subcommand("quality")]
+        | Annotated[BenchScalingConfig, tyro.conf.subcommand("scaling")]
+        | Annotated[BenchEndToEndConfig, tyro.conf.subcommand("end-to-end")]
+        | Annotated[BenchAllConfig, tyro.conf.subcommand("all")]
+    )
+
+
+def check_bench(
+    config: BenchKernelsConfig
+    | BenchAttentionConfig
+    | BenchStepConfig
+    | BenchLoaderConfig
+    | BenchCheckpointConfig
+    | BenchEndToEndConfig
+    | BenchAllConfig,
+) -> None:
+    """Refuses numbers that cannot work.
+
+    Raises:
+        UserError: naming the flag, its value and what it must be.
+    """
+    need_at_least_one(
+        config, "batch_size", "rounds", "batches", "files", "input_size", "num_workers", "steps",
+        "batch_sizes", "input_sizes", "ranks",
+    )  # fmt: skip
+    sample_ms = getattr(config, "sample_ms", 0.0)
+    if not (math.isfinite(sample_ms) and sample_ms >= 0):
+        raise UserError(f"--sample_ms {sample_ms}: must be 0 or more")
+    write = getattr(config, "write", None)
+    if write is not None and len(write) > 1:
+        raise UserError(f"--write {' '.join(write)}: must be one file, or none for your own table")
+    for flag in ("models", "only", "data_path", "kinds", "decoders", "batch_sizes", "input_sizes", "ranks"):
+        if getattr(config, flag, True) == ():
+            raise UserError(f"--{flag}: must name at least one")
+    for flag in ("kinds", "files"):
+        if getattr(config, "data_path", None) is not None and getattr(config, flag, None) is not None:
+            raise UserError(f"--{flag}: is for images that are made; leave it or --data_path out")

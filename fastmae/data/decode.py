@@ -128,7 +128,7 @@ def crop_and_resize(pixels: np.ndarray, box: Box, flip: bool, size: tuple[int, i
     if (box.height, box.width) != size:
         region = _resize(region, size)
     if flip:  # by torch, as NumPy copies backwards a byte at a time
-        region = torch.from_numpy(np.ascontiguousarray(region)).flip(1).numpy()
+        region = torch.from_numpy(np.require(region, requirements=("C", "W"))).flip(1).numpy()
     return region
 
 

@@ -1,0 +1,413 @@
+"""Are fastmae's encoders as good as those of the published trainer?
+
+    fastmae bench quality --data_path digits --seeds 0 1 2 --output benchmarks/results
+
+For every seed there are two trainings of one model on one data set, with the same epochs, batch, learning rates, weight
+decay, crop scale and mask ratio. One is ``fastmae pretrain`` itself. The other is the published loop, written out below
+around ``model/reference.py``: torch's DataLoader and its shuffle, Pillow's crops and flips, masks by ``torch.rand``,
+AdamW as it comes. Order, crops, flips, masks, groups, schedule and first weights are its own; the sizes of the model,
+its positions, the mean and deviation of pixels and the files' reader are shared. The same code then measures k-NN and
+linear probe of both, on images that are held out of the probes.
+
+The verdict is Welch's: the difference of the two means with its 95 % interval, from the spread of each side's seeds and
+no assumption that the two spread alike. A kind of accuracy agrees if that interval holds 0. Of two trainers that are
+equally good one comparison in twenty will not, so a disagreement asks for other seeds before it means anything; and an
+agreement excludes only what lies outside of the interval. With three seeds a side its half-width is 2.3 times the
+seeds' standard deviation where the two spread alike (2.5 times the larger where one does not spread at all):
+three can show that a trainer is broken, not that it is half a point worse. More seeds narrow it. The losses of the last
+epoch are compared in the same way for the reader and have no say, as nobody uses a model for its loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.table import Table
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from fastmae.benchmarks.cases import OURS
+from fastmae.benchmarks.peers.published import published_like
+from fastmae.benchmarks.report import console
+from fastmae.benchmarks.timing import machine_name, write_result
+from fastmae.config import (
+    PROBE_BATCH,
+    PROBE_RATES,
+    BenchQualityConfig,
+    ResolvedConfig,
+    check_quality,
+    pretraining,
+)
+from fastmae.data.sources import Source, describe, open_train, shown, train_and_val
+from fastmae.errors import UserError
+from fastmae.evaluate.probe import probe_in_detail
+from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.official import build_model
+from fastmae.train.checkpoint import load_model
+from fastmae.train.parallel import World, choose_device
+from fastmae.train.precision import choose_precision
+from fastmae.train.pretrain import pretrain
+from fastmae.train.run import resolve_settings
+
+PUBLISHED, UNTRAINED = "published loop", "untrained"
+KNN, LINEAR, LOSS = "knn", "linear", "loss"
+ACCURACIES = (KNN, LINEAR)
+CONFIDENCE = 0.95
+CROP_ATTEMPTS = 10
+RATIO = (3 / 4, 4 / 3)
+
+Figures = dict[str, float]
+"""KNN and LINEAR in percent, and of a training the LOSS of its last epoch."""
+
+
+def bench_quality(config: BenchQualityConfig, command: Sequence[str]) -> int:
+    """Prints the figures of all seeds and the verdict, writes what was asked for, and returns 1 if an accuracy does not
+    agree, otherwise 0; or what ``pretrain`` returned when a signal stopped it.
+
+    Raises:
+        UserError: settings or data that cannot work.
+    """
+    check_quality(config)
+    device = choose_device(config.device)
+    settings = _settings(config, device)
+    parts = train_and_val(config.data_path)
+    found: dict[str, list[Figures]] = {UNTRAINED: [], PUBLISHED: [], OURS: []}
+
+    def add(who: str, seed: int, model: MaskedAutoencoderViT, **loss: float) -> None:
+        figures = _worth(config, model.to(device), parts) | loss
+        found[who].append(figures)
+        print(f"seed {seed}, {who}: {_shown(figures)}", flush=True)
+
+    for seed in config.seeds:
+        add(UNTRAINED, seed, _fresh(settings, seed))  # first, as what cannot be probed is told here
+        ours = _ours(config, seed)
+        if isinstance(ours, int):
+            return ours
+        add(OURS, seed, ours[0], loss=ours[1])
+        theirs, loss = _theirs(settings, seed, device, config.num_workers)
+        add(PUBLISHED, seed, theirs, loss=loss)
+    verdict = {name: _compare(found, name) for name in (*ACCURACIES, LOSS)}
+    train, test = map(len, parts)
+    title = f"{settings.model} on {shown(config.data_path)} ({train} train, {test} test), {settings.epochs} epochs, "
+    console().print(_table(f"{title}{len(config.seeds)} seeds", found, verdict))
+    if config.output is not None:
+        name = f"quality-{_name_of(config.data_path)}-{settings.model}-{machine_name(device)}-e{settings.epochs}"
+        measured = {
+            "training": {key: getattr(settings, key) for key in _TRAINING},
+            "precision": choose_precision(settings.precision, device).name,
+            "images": {"pretrained_on": settings.dataset_length, "train": train, "test": test},
+            "seeds": {who: dict(zip(map(str, config.seeds), runs, strict=True)) for who, runs in found.items()},
+            "verdict": {name: dataclasses.asdict(one) | {"agrees": one.agrees} for name, one in verdict.items()},
+        }
+        print(write_result(config.output, name, command=command, settings=config, measured=measured))
+    apart = [name for name in ACCURACIES if not verdict[name].agrees]
+    if apart:
+        print(f"{' and '.join(apart)} differ by more than the seeds explain; try other seeds", file=sys.stderr)
+    return int(bool(apart))
+
+
+# What both trained with once defaults were filled in, for the file.
+_TRAINING = (
+    "model", "input_size", "in_chans", "mean", "std", "epochs", "lr", "warmup_epochs", "min_lr", "weight_decay",
+    "batch_size", "mask_ratio", "norm_pix_loss", "crop_scale", "flip",
+)  # fmt: skip
+
+
+def _settings(config: BenchQualityConfig, device: torch.device) -> ResolvedConfig:
+    """With every default filled in as the trainer does it.
+
+    Raises:
+        UserError: the published loop cannot train with these.
+    """
+    source = open_train(config.data_path)
+    flags = pretraining(config, config.seeds[0], "")
+    settings = resolve_settings(flags, source, describe(source), World(0, 1, device), None)
+    if settings.in_chans not in (1, 3):
+        raise UserError(f"--data_path: images of {settings.in_chans} channels; the published loop takes 1 or 3")
+    return settings
+
+
+def _fresh(settings: ResolvedConfig, seed: int) -> MaskedAutoencoderViT:
+    torch.manual_seed(seed)
+    return build_model(dataclasses.asdict(settings))
+
+
+def _ours(config: BenchQualityConfig, seed: int) -> tuple[MaskedAutoencoderViT, float] | int:
+    """The model after ``fastmae pretrain``, and the loss that it logged for its last epoch; or its exit status."""
+    with tempfile.TemporaryDirectory(prefix="fastmae-quality-") as folder:
+        with contextlib.redirect_stdout(io.StringIO()):
+            status = pretrain(pretraining(config, seed, folder))
+        if status != 0:
+            return status
+        last = json.loads((Path(folder) / "log.txt").read_text().splitlines()[-1])
+        return load_model(folder), float(last["train_loss"])
+
+
+def _worth(config: BenchQualityConfig, model: MaskedAutoencoderViT, parts: tuple[Source, Source]) -> Figures:
+    found = probe_in_detail(
+        model,
+        *parts,
+        pool=config.pool,
+        ks=(config.k,),
+        linear=config.linear,
+        rates=PROBE_RATES,
+        linear_batch=PROBE_BATCH,
+        batch_size=256,
+        num_workers=1,
+    )
+    summary = found.summary()
+    return {name: float(summary[name]) for name in ACCURACIES}
+
+
+# --- the published loop -----------------------------------------------------------------------------------------------
+
+
+def _theirs(
+    settings: ResolvedConfig, seed: int, device: torch.device, num_workers: int
+) -> tuple[MaskedAutoencoderViT, float]:
+    """A model of ours with the weights that the published loop ends with, and the mean loss of its last epoch."""
+    model = _fresh(settings, seed)
+    peer = published_like(model)
+    torch.manual_seed(seed)
+    initialise(peer)
+    source = open_train(settings.data_path)
+    loss = [*published_losses(peer.to(device), source, settings, device, num_workers)][-1]
+    model.load_state_dict(peer.state_dict(), strict=True)
+    return model, loss
+
+
+def published_losses(
+    model: nn.Module, source: Source, settings: ResolvedConfig, device: torch.device, num_workers: int = 0
+) -> Iterator[float]:
+    """Trains ``model`` as the published script does, from torch's generator as it stands: the mean loss of each epoch.
+
+    Raises:
+        UserError: an image that cannot be read, or a loss that is not finite, at either of which the script ends too.
+    """
+    precision = choose_precision(settings.precision, device)
+    crops = Crops(source, settings.input_size, settings.crop_scale, settings.flip, settings.mean, settings.std)
+    loader = DataLoader(
+        crops,
+        batch_size=settings.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=num_workers > 0,
+        multiprocessing_context="spawn" if num_workers else None,  # a process with threads must not be forked
+    )
+    (height, width), (ph, pw) = settings.input_size, tuple(model.patch_size)  # type: ignore[arg-type]
+    L = (height // ph) * (width // pw)
+    optimizer = torch.optim.AdamW(published_groups(model, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95))
+    for epoch in range(settings.epochs):
+        total = 0.0
+        for step, images in enumerate(_told(loader)):
+            for group in optimizer.param_groups:
+                group["lr"] = published_rate(epoch + step / len(loader), settings)
+            images = images.to(device, non_blocking=True)
+            # Who has the smallest noise is seen.
+            ids_shuffle = torch.rand(len(images), L, device=device).argsort(dim=1)
+            with precision.context(device):
+                loss, _, _ = model(images, ids_shuffle, settings.mask_ratio)
+            if not math.isfinite(loss.item()):
+                raise UserError(f"the published loop's loss is {loss.item()} in epoch {epoch}; lower --blr")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        yield total / len(loader)
+
+
+def published_rate(epoch: float, settings: ResolvedConfig) -> float:
+    """Of a fractional epoch: a straight line up, then half a period of the cosine down to ``min_lr``."""
+    warmup, span = settings.warmup_epochs, settings.lr - settings.min_lr
+    if epoch < warmup:
+        return settings.lr * epoch / warmup
+    angle = math.pi * (epoch - warmup) / (settings.epochs - warmup)
+    return settings.min_lr + span * (1 + math.cos(angle)) / 2
+
+
+def published_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """By name: biases and norms do not decay, all else does, the two tokens as well; positions are not trained."""
+    still: list[nn.Parameter] = []
+    decaying: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if name in ("pos_embed", "decoder_pos_embed"):
+            continue
+        (still if name.endswith(".bias") or "norm" in name else decaying).append(parameter)
+    return [{"params": still, "weight_decay": 0.0}, {"params": decaying, "weight_decay": weight_decay}]
+
+
+@torch.no_grad()
+def initialise(model: nn.Module) -> None:
+    """Draws the weights anew, as published: xavier for matrices and the patch projection, tokens of deviation 0.02.
+
+    Positions, which are constants, stay.
+    """
+    for name, parameter in model.named_parameters():
+        if name in ("cls_token", "mask_token"):
+            parameter.normal_(0, 0.02)
+        elif name.endswith(".bias"):
+            parameter.zero_()
+        elif "norm" in name:
+            parameter.fill_(1)
+        elif "pos_embed" not in name:
+            fan_out, fan_in = len(parameter), parameter[0].numel()
+            limit = math.sqrt(6 / (fan_in + fan_out))
+            parameter.uniform_(-limit, limit)
+
+
+@dataclass(frozen=True)
+class Crops(Dataset[torch.Tensor]):
+    """Random crops by Pillow, drawn from torch's generator: that of a worker in a worker."""
+
+    source: Source
+    size: tuple[int, int]
+    scale: tuple[float, float]
+    flip: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """float32 [C, H, W], normalised.
+
+        Raises:
+            UserError: the image cannot be read.
+        """
+        sample = self.source.read(index)
+        try:
+            image = self._opened(sample)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.source.name(index)}: Pillow cannot read it ({error}); remove it") from error
+        height, width = self.size
+        crop = image.crop(crop_box(image.width, image.height, self.scale))
+        crop = crop.resize((width, height), Image.Resampling.BICUBIC)
+        if self.flip and torch.rand(()).item() < 0.5:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = torch.from_numpy(np.array(crop)).view(height, width, -1).permute(2, 0, 1) / 255
+        return (pixels - torch.tensor(self.mean).view(-1, 1, 1)) / torch.tensor(self.std).view(-1, 1, 1)
+
+    def _opened(self, sample: bytes | np.ndarray) -> Image.Image:
+        if isinstance(sample, np.ndarray):
+            return Image.fromarray(sample[..., 0] if sample.shape[2] == 1 else sample)
+        with Image.open(io.BytesIO(sample)) as file:
+            return file.convert("L" if len(self.mean) == 1 else "RGB")
+
+
+def crop_box(width: int, height: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a random crop, drawn from torch's generator.
+
+    A share of the area within ``scale``, an aspect ratio within 3/4 to 4/3 that is uniform in its logarithm; ten
+    attempts to fit, then the largest central region within those ratios (Szegedy et al. 2014, section 6).
+    """
+    for _ in range(CROP_ATTEMPTS):
+        area, ratio, across, down = torch.rand(4).tolist()
+        pixels = width * height * (scale[0] + area * (scale[1] - scale[0]))
+        aspect = RATIO[0] * (RATIO[1] / RATIO[0]) ** ratio
+        w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if 1 <= w <= width and 1 <= h <= height:
+            left, top = int(across * (width - w + 1)), int(down * (height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _told(loader: DataLoader[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The batches; a worker's error, which comes with its traceback as the message, in one line."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("fastmae.errors.UserError: ")) from error
+
+
+# --- the verdict ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Means over the seeds, and how sure their difference is."""
+
+    ours: float
+    published: float
+    difference: float
+    """Ours less the published loop's."""
+    reach: float
+    """Half of the width of the difference's 95 % interval."""
+
+    @property
+    def agrees(self) -> bool:
+        return abs(self.difference) <= self.reach
+
+
+def compare(ours: Sequence[float], published: Sequence[float]) -> Comparison:
+    """Welch's interval of the difference of two means, of at least two samples each (Welch 1947)."""
+    from scipy.stats import t
+
+    means = [statistics.fmean(side) for side in (ours, published)]
+    shares = [statistics.variance(side) / len(side) for side in (ours, published)]
+    error, reach = math.sqrt(sum(shares)), 0.0
+    if error > 0:
+        freedom = sum(shares) ** 2 / sum(
+            share**2 / (len(side) - 1) for share, side in zip(shares, (ours, published), strict=True)
+        )
+        reach = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    return Comparison(means[0], means[1], means[0] - means[1], reach)
+
+
+def _compare(found: Mapping[str, list[Figures]], name: str) -> Comparison:
+    return compare([run[name] for run in found[OURS]], [run[name] for run in found[PUBLISHED]])
+
+
+def _table(title: str, found: Mapping[str, list[Figures]], verdict: Mapping[str, Comparison]) -> Table:
+    made = Table(title=title, title_justify="left", caption="mean ± standard deviation over the seeds")
+    made.add_column("", no_wrap=True)
+    for column in (*found, "difference", "95 % interval", "within the spread"):
+        made.add_column(column, justify="right", no_wrap=True)
+    for name, one in verdict.items():
+        low, high = one.difference - one.reach, one.difference + one.reach
+        interval = f"{_number(low, name)} to {_number(high, name)}"
+        sides = (_spread([run[name] for run in runs], name) if name in runs[0] else "–" for runs in found.values())
+        agrees = "yes" if one.agrees else "no"
+        made.add_row(LABELS[name], *sides, _number(one.difference, name), interval, agrees)
+    return made
+
+
+LABELS = {KNN: "k-NN, %", LINEAR: "linear probe, %", LOSS: "loss, last epoch"}
+
+
+def _number(value: float, name: str) -> str:
+    return f"{value:+.4f}" if name == LOSS else f"{value:+.2f}"
+
+
+def _spread(values: Sequence[float], name: str) -> str:
+    digits = 4 if name == LOSS else 2
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _shown(figures: Figures) -> str:
+    loss = f", loss {figures[LOSS]:.4f}" if LOSS in figures else ""
+    return f"k-NN {figures[KNN]:.2f} %, linear probe {figures[LINEAR]:.2f} %{loss}"
+
+
+def _name_of(data_path: str | Sequence[str]) -> str:
+    """Of the data, as a part of a file's name."""
+    first = data_path if isinstance(data_path, str) else data_path[0]
+    return Path(first).name.split(".")[0] or "data"

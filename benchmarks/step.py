@@ -9,6 +9,11 @@ Forward, backward and optimiser on the same images, masks and weights. No time i
 those of the first step and those of the second, which tell what the first one made of the weights. Only the switch
 `cross` is another model with losses of its own.
 
+Each contestant lives in a process of its own, as users run one trainer at a time: in a shared heap the memory of one
+lies between that of another, and what pretraining tells malloc would hold for all. It waits without work until it is
+its turn, and one that dies, for want of memory for instance, is left out. Ranks are processes that have each other, so
+those of torchrun each hold all contestants; they tell malloc only if no peer is among them.
+
 The images lie ready on the device: what loading adds is for `fastmae bench end-to-end` to say. Peers get them as their
 loaders leave them, float32 and normalised, so that normalising is no part of their step; ours does it within the step.
 
@@ -24,7 +29,8 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -35,32 +41,24 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.fsdp import FSDPModule
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from fastmae.benchmarks.peers.published import published_like
 from fastmae.benchmarks.peers.strong import strong_like
 from fastmae.benchmarks.peers.timm_blocks import timm_like
 from fastmae.benchmarks.peers.vitmae import vitmae_like
 from fastmae.benchmarks.report import console
-from fastmae.benchmarks.timing import (
-    Call,
-    Samples,
-    Stopwatch,
-    interleave,
-    machine_name,
-    quartiles,
-    times_as_fast,
-    write_result,
-)
-from fastmae.config import BenchPeer, BenchStepConfig, BenchSwitch, check_bench
+from fastmae.benchmarks.timing import Samples, elapsed, machine_name, quartiles, times_as_fast, write_result
+from fastmae.benchmarks.workers import CANNOT, GoneError, in_own_process, reason
+from fastmae.config import BenchStepConfig, check_bench
 from fastmae.environment import peak_flops
 from fastmae.errors import UserError
 from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import PRESETS, MaskedAutoencoderViT
 from fastmae.ops.random_masking import random_masking
 from fastmae.train import parallel
+from fastmae.train.allocator import keep_freed_memory
 from fastmae.train.average import start_average, update_average
 from fastmae.train.optim import BETAS, make_optimizer, parameter_groups
 from fastmae.train.precision import Precision, choose_precision, require_float8
@@ -74,6 +72,7 @@ STEPS_COMPARED = 2
 PHASES = ("forward", "backward", "optimiser", "communication")
 # How far calls go; what lies between them are the phases.
 FORWARD, BACKWARD, ALONE, STEP = "forward", "forward and backward", "a rank's step by itself", "step"
+PEAK = "the peak of memory"
 Stretches = dict[tuple[str, str], list[float]]
 """Seconds, a number a round, by contestant and how far it went."""
 
@@ -95,7 +94,7 @@ class Switches:
     decoder_attention: str = "self"
 
 
-CHANGES: dict[BenchSwitch, dict[str, Any]] = {
+CHANGES: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"},
     "bf16-residual": {"precision": "bf16", "residual": "bf16"},
     "tf32": {"precision": "tf32"},
@@ -162,6 +161,29 @@ class Contestant:
 
 
 @dataclass(frozen=True)
+class Entered:
+    """What is to be known of a contestant that can run."""
+
+    losses: list[float]
+    """Of its first steps; means over ranks."""
+    has_peak: bool
+    """Whether the memory of a step can be measured."""
+    has_parts: bool
+    tolerance: float
+    flops: int
+    """As a ``Contestant`` has them."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A contestant that can run, wherever it lives."""
+
+    entered: Entered
+    ask: Callable[[str], float]
+    """How far it goes to the seconds that it takes; ``PEAK`` to bytes."""
+
+
+@dataclass(frozen=True)
 class Inputs:
     """The same for all contestants; a rank's own."""
 
@@ -191,51 +213,50 @@ def bench_step(config: BenchStepConfig, command: Sequence[str]) -> int:
 
 
 def _bench_step(config: BenchStepConfig, command: Sequence[str], world: parallel.World) -> int:
-    base = Switches(precision=choose_precision(config.precision, world.device).name)
-    inputs = _inputs(config, world)
-    makers: dict[str, Callable[[], Contestant]] = {OURS: partial(ours, config.model, base, inputs, world)}
-    for peer in config.peers:
-        makers[peer] = partial(theirs, peer, config.model, base.precision, inputs, world)
-    for switch in config.switches:
-        makers[switch] = partial(ours, config.model, replace(base, **CHANGES[switch]), inputs, world)
-
-    entered, losses, left_out = _admitted(makers, world)
-    if OURS in left_out:
-        raise UserError(f"our own step cannot run ({left_out[OURS]}); use a smaller --batch_size or another --device")
-    for name, one in entered.items():
-        pairs = zip(losses[name], losses[OURS], strict=True)
-        if not all(abs(loss / right - 1) <= one.tolerance for loss, right in pairs):
-            if world.is_first:
-                print(f"the loss of {name} differs, so no time is reported: {losses}", file=sys.stderr)
-            return 1
-    memory = _memory(entered, world)
-    stretches = _timed(entered, config, world)
-    seconds = {name: stretches[name, STEP] for name in entered}
-    phases = _phases(entered, stretches, world.size) if config.phases else {}
-
+    precision = choose_precision(config.precision, world.device).name
+    with torch.device("meta"):  # only its sizes are asked for
+        _fresh_model(config)
+    with ExitStack() as processes:
+        enter = _among_ranks(config, world) if world.size > 1 else partial(_in_own_process, config, processes)
+        names = dict.fromkeys([OURS, *config.peers, *config.switches])
+        runners, left_out = _admitted(names, enter, world)
+        _require_ours(left_out)
+        losses = {name: runner.entered.losses for name, runner in runners.items()}
+        for name, runner in runners.items():
+            pairs = zip(losses[name], losses[OURS], strict=True)
+            if not all(abs(loss / right - 1) <= runner.entered.tolerance for loss, right in pairs):
+                if world.is_first:
+                    print(f"the loss of {name} differs, so no time is reported: {losses}", file=sys.stderr)
+                return 1
+        stretches = _timed(runners, config, world, left_out)
+        memory = _memory(runners, world, left_out)  # last, as training has no profiler, which it needs
+        _require_ours(left_out)
     if not world.is_first:
         return 0
+    entered = {name: runner.entered for name, runner in runners.items() if name not in left_out}
+    seconds = {name: stretches[name, STEP] for name in entered}
+    phases = _phases(entered, stretches, world.size) if config.phases else {}
     images = world.size * config.batch_size
     useful = {name: 3 * images * one.flops for name, one in entered.items()}
     ranks = f"{world.size} ranks, " if world.size > 1 else ""
     size = f"{config.input_size} pixels, " if config.input_size else ""
-    what = f"{config.model}, {size}{ranks}batch {config.batch_size}, {base.precision}, {machine_name(world.device)}"
+    what = f"{config.model}, {size}{ranks}batch {config.batch_size}, {precision}, {machine_name(world.device)}"
     title = f"{what}, median of {config.rounds}"
     console().print(_speeds(title, images, world, seconds, useful, memory))
     if phases:
         console().print(_parts(phases))
-    for name, reason in left_out.items():
-        print(f"{name} cannot run: {reason}", file=sys.stderr)
+    for name, why in left_out.items():
+        print(f"{name} cannot run: {why}", file=sys.stderr)
     if config.output is not None:
         ranks = f"-r{world.size}" if world.size > 1 else ""
         size = f"-s{config.input_size}" if config.input_size else ""
-        file = f"step-{config.model}{size}-{machine_name(world.device)}{ranks}-n{config.batch_size}-{base.precision}"
+        file = f"step-{config.model}{size}-{machine_name(world.device)}{ranks}-n{config.batch_size}-{precision}"
         measured = {
             "ranks": world.size,
-            "losses": losses,
+            "losses": {name: one.losses for name, one in entered.items()},
             "left_out": left_out,
             "useful_flops": useful,
-            "peak_bytes": memory,
+            "peak_bytes": {name: memory[name] for name in entered if name in memory},
             "seconds": seconds,
             "phases": phases,
         }
@@ -243,35 +264,107 @@ def _bench_step(config: BenchStepConfig, command: Sequence[str], world: parallel
     return 0
 
 
+def _require_ours(left_out: Mapping[str, str]) -> None:
+    if OURS in left_out:
+        raise UserError(f"our own step cannot run ({left_out[OURS]}); use a smaller --batch_size or another --device")
+
+
+# --- where contestants live -------------------------------------------------------------------------------------------
+
+
 def _admitted(
-    makers: Mapping[str, Callable[[], Contestant]], world: parallel.World
-) -> tuple[dict[str, Contestant], dict[str, list[float]], dict[str, str]]:
-    """(who can run on every rank, after its first steps; the mean losses of these over ranks; why others cannot)."""
-    entered, losses, left_out = {}, {}, {}
-    for name, make in makers.items():
+    names: Iterable[str], enter: Callable[[str], Runner], world: parallel.World
+) -> tuple[dict[str, Runner], dict[str, str]]:
+    """(who can run on every rank; why others cannot)."""
+    runners, left_out = {}, {}
+    for name in names:
         why = ""
         try:
-            one = make()
-            found = [world.mean(one.go(STEP)).item() for _ in range(STEPS_COMPARED)]
-        except (UserError, ImportError, TorchDynamoException, torch.OutOfMemoryError) as error:
-            why = next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
+            runner = enter(name)
+        except (GoneError, *CANNOT) as error:
+            why = reason(error)
         if world.any(bool(why)):
             left_out[name] = why or "another rank cannot"
         else:
-            entered[name], losses[name] = one, found
-    return entered, losses, left_out
+            runners[name] = runner
+    return runners, left_out
+
+
+def _among_ranks(config: BenchStepConfig, world: parallel.World) -> Callable[[str], Runner]:
+    """All contestants in this rank's process."""
+    if not config.peers:
+        _prepare_malloc(world.device)
+    inputs = _inputs(config, world)
+    return lambda name: Runner(*_start(name, config, inputs, world))
+
+
+def _in_own_process(config: BenchStepConfig, processes: ExitStack, name: str) -> Runner:
+    return Runner(*processes.enter_context(in_own_process(_start_alone, name, config)))
+
+
+def _start_alone(name: str, config: BenchStepConfig) -> tuple[Entered, Callable[[str], float]]:
+    """What the process of one contestant does; it draws the inputs itself."""
+    world = parallel.start(config.device)
+    if name not in config.peers:
+        _prepare_malloc(world.device)
+    entered, ask = _start(name, config, _inputs(config, world), world)
+    if world.device.type == "cpu":
+        return entered, ask
+
+    def ask_and_give_back(request: str) -> float:
+        """torch keeps a GPU's memory for later, which others need in their turn; so it is fetched before the clock."""
+        ask(request)
+        answer = ask(request)
+        torch.cuda.empty_cache()
+        return answer
+
+    return entered, ask_and_give_back
+
+
+def _start(
+    name: str, config: BenchStepConfig, inputs: Inputs, world: parallel.World
+) -> tuple[Entered, Callable[[str], float]]:
+    """A contestant's first steps, and what it does on request from then on: the fields of a ``Runner``."""
+    one = _contestant(name, config, inputs, world)
+    losses = [world.mean(one.go(STEP)).item() for _ in range(STEPS_COMPARED)]
+
+    def ask(request: str) -> float:
+        if request == PEAK:
+            return _peak(one, world.device)
+        world.any(False)  # ranks begin together
+        return elapsed(lambda: one.go(request), 1, world.device)
+
+    return Entered(losses, one.graph is None, one.has_parts, one.tolerance, one.flops), ask
+
+
+def _prepare_malloc(device: torch.device) -> None:
+    """As pretraining does."""
+    if device.type == "cpu":
+        keep_freed_memory()
 
 
 # --- contestants ------------------------------------------------------------------------------------------------------
 
 
+def _contestant(name: str, config: BenchStepConfig, inputs: Inputs, world: parallel.World) -> Contestant:
+    precision = choose_precision(config.precision, world.device).name
+    if name in config.peers:
+        return theirs(name, config.model, precision, inputs, world)
+    switches = Switches(precision=precision)
+    return ours(config.model, replace(switches, **({} if name == OURS else CHANGES[name])), inputs, world)
+
+
+def _fresh_model(config: BenchStepConfig) -> MaskedAutoencoderViT:
+    try:
+        return PRESETS[config.model](**({} if config.input_size is None else {"img_size": config.input_size}))
+    except ValueError as error:
+        raise UserError(f"--input_size {config.input_size}: {error}") from error
+
+
 def _inputs(config: BenchStepConfig, world: parallel.World) -> Inputs:
     """All ranks' images and masks together are those of one rank with a batch of that size."""
     torch.manual_seed(0)
-    try:
-        model = PRESETS[config.model](**({} if config.input_size is None else {"img_size": config.input_size}))
-    except ValueError as error:
-        raise UserError(f"--input_size {config.input_size}: {error}") from error
+    model = _fresh_model(config)
     indices = world.rank * config.batch_size + torch.arange(config.batch_size)
     images = torch.stack([_image(index, (*model.img_size, model.in_chans)) for index in indices.tolist()])
     normalised = ((images / 255 - model.mean) / model.std).permute(0, 3, 1, 2).contiguous()
@@ -366,7 +459,7 @@ class _LossOf(nn.Module):
         return self.peer(images, order)[0]
 
 
-def theirs(name: BenchPeer, model_name: str, precision_name: str, inputs: Inputs, world: parallel.World) -> Contestant:
+def theirs(name: str, model_name: str, precision_name: str, inputs: Inputs, world: parallel.World) -> Contestant:
     """A plain loop around somebody else's model.
 
     The published loop has torch's AdamW as it comes, which is not fused, and reads the loss after each step; it is
@@ -408,59 +501,71 @@ def theirs(name: BenchPeer, model_name: str, precision_name: str, inputs: Inputs
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def _memory(entered: Mapping[str, Contestant], world: parallel.World) -> dict[str, float]:
+def _timed(
+    runners: Mapping[str, Runner], config: BenchStepConfig, world: parallel.World, left_out: dict[str, str]
+) -> Stretches:
+    """In turns; of the rank that takes the longest."""
+    parts = [FORWARD, BACKWARD, *([ALONE] if world.size > 1 else [])] if config.phases else []
+    samples: Stretches = {
+        (name, stretch): []
+        for name, runner in runners.items()
+        for stretch in [*(parts if runner.entered.has_parts else []), STEP]
+    }
+    for round_ in range(config.rounds + 1):
+        for (name, stretch), seconds in samples.items():
+            taken = _answer(runners, name, stretch, left_out)
+            if taken is not None and round_ > 0:  # the first one warms up
+                seconds.append(taken)
+    return {key: _largest(seconds, world) for key, seconds in samples.items() if key[0] not in left_out}
+
+
+def _answer(runners: Mapping[str, Runner], name: str, request: str, left_out: dict[str, str]) -> float | None:
+    """None from a contestant whose process is gone, which is left out from then on."""
+    if name in left_out:
+        return None
+    try:
+        return runners[name].ask(request)
+    except GoneError as error:
+        left_out[name] = str(error)
+        return None
+
+
+def _memory(runners: Mapping[str, Runner], world: parallel.World, left_out: dict[str, str]) -> dict[str, float]:
     """Bytes that torch holds at the peak of a step beside what it holds before: weights and the optimiser's moments.
 
     Of the rank that takes the most. What libraries allocate behind torch's back is not in it, and a CUDA graph, which
     never gives its memory back, is left out.
     """
-    measured = {name: one for name, one in entered.items() if one.graph is None}
-    for one in measured.values():
-        one.optimizer.zero_grad(set_to_none=True)
-    peaks = _peaks_on_gpu(measured, world.device) if world.device.type == "cuda" else _peaks_on_cpu(measured)
-    return dict(zip(measured, _largest(peaks, world), strict=True))
+    peaks = {name: _answer(runners, name, PEAK, left_out) for name in runners if runners[name].entered.has_peak}
+    found = {name: peak for name, peak in peaks.items() if peak is not None}
+    return dict(zip(found, _largest(list(found.values()), world), strict=True))
 
 
-def _peaks_on_gpu(entered: Mapping[str, Contestant], device: torch.device) -> list[float]:
-    peaks = []
-    for one in entered.values():
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-        one.go(STEP)
-        torch.cuda.synchronize(device)
-        peaks.append(float(torch.cuda.max_memory_allocated(device) - held))
-    return peaks
+def _peak(one: Contestant, device: torch.device) -> float:
+    """Bytes, of this rank."""
+    one.optimizer.zero_grad(set_to_none=True)
+    return _peak_on_gpu(one, device) if device.type == "cuda" else _peak_on_cpu(one)
 
 
-def _peaks_on_cpu(entered: Mapping[str, Contestant]) -> list[float]:
+def _peak_on_gpu(one: Contestant, device: torch.device) -> float:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device)
+    one.go(STEP)
+    torch.cuda.synchronize(device)
+    return float(torch.cuda.max_memory_allocated(device) - held)
+
+
+def _peak_on_cpu(one: Contestant) -> float:
     """torch counts what it holds on a CPU only for its profiler, which writes it down for people: as a trace."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for name, one in entered.items():
-            with record_function(name):
-                one.go(STEP)
+        one.go(STEP)
     with tempfile.TemporaryDirectory(prefix="fastmae-bench-") as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-    steps = {event["name"]: event for event in events if event.get("cat") == "user_annotation"}
-    peaks = []
-    for name in entered:
-        begin, end = steps[name]["ts"], steps[name]["ts"] + steps[name]["dur"]
-        peaks.append(float(max(accumulate((size for when, size in changes if begin <= when <= end), initial=0))))
-    return peaks
-
-
-def _timed(entered: Mapping[str, Contestant], config: BenchStepConfig, world: parallel.World) -> Stretches:
-    """In one interleaved run; of the rank that takes the longest."""
-    parts = [FORWARD, BACKWARD, *([ALONE] if world.size > 1 else [])] if config.phases else []
-    calls: dict[tuple[str, str], Call] = {}
-    for name, one in entered.items():
-        for stretch in [*(parts if one.has_parts else []), STEP]:
-            calls[name, stretch] = lambda _, one=one, stretch=stretch: one.go(stretch)
-    watch = Stopwatch(device=world.device, rounds=config.rounds, line_up=lambda: world.any(False))
-    return {key: _largest(seconds, world) for key, seconds in interleave(calls, watch).items()}
+    return float(max(accumulate((size for _, size in changes), initial=0)))
 
 
 def _largest(numbers: list[float], world: parallel.World) -> list[float]:
@@ -472,7 +577,7 @@ def _largest(numbers: list[float], world: parallel.World) -> list[float]:
     return largest.tolist()
 
 
-def _phases(entered: Mapping[str, Contestant], stretches: Stretches, ranks: int) -> dict[str, Samples]:
+def _phases(entered: Mapping[str, Entered], stretches: Stretches, ranks: int) -> dict[str, Samples]:
     """Seconds of each part of a step, a number a round."""
     alone = ALONE if ranks > 1 else STEP
     found: dict[str, Samples] = {phase: {} for phase in PHASES}

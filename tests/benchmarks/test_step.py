@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
+import signal
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -10,7 +14,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from fastmae.benchmarks import step
+from fastmae.benchmarks import step, workers
 from fastmae.cli import main
 from fastmae.config import BenchStepConfig
 
@@ -20,6 +24,38 @@ WORDS = ["bench", "step", "--model", "mae_vit_tiny_patch4", "--batch_size", "2",
 def result_in(folder, name="step-mae_vit_tiny_patch4-*-n2-fp32.json"):
     (path,) = folder.glob(name)
     return json.loads(path.read_text())
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Contestants live here, where they can be tampered with. Gives those that tell malloc to keep what is freed."""
+    told = []
+
+    def start(config, processes, name):
+        monkeypatch.setattr(step, "keep_freed_memory", lambda: told.append(name))
+        return step.Runner(*step._start_alone(name, config))
+
+    monkeypatch.setattr(step, "_in_own_process", start)
+    return told
+
+
+@pytest.fixture
+def dies(monkeypatch):
+    """Given a name, has the process of that contestant killed after its first steps."""
+
+    def die(victim):
+        @contextmanager
+        def short_lived(begin, name, config):
+            before = set(multiprocessing.active_children())
+            with workers.in_own_process(begin, name, config) as runner:
+                (process,) = set(multiprocessing.active_children()) - before
+                if name == victim:
+                    os.kill(process.pid, signal.SIGKILL)
+                yield runner
+
+        monkeypatch.setattr(step, "in_own_process", short_lived)
+
+    return die
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +110,44 @@ def test_nobody_else_is_timed_if_no_peer_is_named(tmp_path):
     assert result_in(tmp_path)["seconds"].keys() == {"fastmae"}
 
 
+def test_malloc_keeps_what_our_steps_free_as_in_training_and_not_what_peers_free(in_this_process):
+    assert main([*WORDS, "--peers", "published", "strong", "--switches", "clip-grad"]) == 0
+    assert in_this_process == ["fastmae", "clip-grad"]
+
+
+@pytest.mark.parametrize("peers", [(), ("published",)])
+def test_malloc_keeps_what_a_rank_frees_unless_peers_share_its_process(peers, monkeypatch):
+    told = []
+    monkeypatch.setattr(step, "keep_freed_memory", lambda: told.append("it"))
+    config = BenchStepConfig(model="mae_vit_tiny_patch4", batch_size=2, peers=peers)
+    step._among_ranks(config, step.parallel.World(0, 2, torch.device("cpu")))
+    assert bool(told) == (not peers)
+
+
+def test_a_contestant_that_dies_is_left_out_and_all_processes_end(dies, tmp_path, capfd):
+    before = set(multiprocessing.active_children())
+    dies("published")
+    assert main([*WORDS, "--peers", "published", "strong", "--switches", "ema", "--output", str(tmp_path)]) == 0
+    result = result_in(tmp_path)
+    for key in ("seconds", "losses", "useful_flops", "peak_bytes"):
+        assert list(result[key]) == ["fastmae", "strong", "ema"]
+    assert all(len(samples) == 2 and min(samples) > 0 for samples in result["seconds"].values())
+    assert min(result["peak_bytes"].values()) > 0
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith("published cannot run: its process was killed by SIGKILL")
+    assert result["left_out"] == {"published": said.removeprefix("published cannot run: ")}
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_without_our_own_step_there_is_nothing_to_compare(dies, capfd):
+    before = set(multiprocessing.active_children())
+    dies("fastmae")
+    assert main([*WORDS, "--peers", "--phases"]) == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    assert "our own step cannot run (its process was killed by SIGKILL" in said
+    assert set(multiprocessing.active_children()) == before
+
+
 def test_ranks_see_the_losses_of_one_and_communicate(two_ranks):
     shared, one = two_ranks
     assert shared["ranks"] == 2
@@ -96,7 +170,9 @@ def test_communication_is_what_a_step_takes_longer_than_that_of_ranks_by_themsel
 
 
 @pytest.mark.parametrize("wrong_from", [1, 2])
-def test_a_wrong_loss_of_the_first_or_the_second_step_is_not_timed(wrong_from, monkeypatch, tmp_path, capsys):
+def test_a_wrong_loss_of_the_first_or_the_second_step_is_not_timed(
+    wrong_from, monkeypatch, tmp_path, capsys, in_this_process
+):
     right = step.theirs
 
     def wrong(*words):
@@ -130,9 +206,7 @@ def test_the_memory_of_a_step_is_what_it_holds_at_once():
         math.inf,
         0,
     )
-    world = step.parallel.World(0, 1, torch.device("cpu"))
-    found = step._memory({"one": made, "again": made}, world)
-    assert found == pytest.approx({"one": 5 << 20, "again": 5 << 20}, rel=1e-3)
+    assert step._peak(made, torch.device("cpu")) == pytest.approx(5 << 20, rel=1e-3)
 
 
 @pytest.mark.parametrize("words", [["--switches", "faster"], ["--model", "mae_vit_giant"], ["--peers", "somebody"]])

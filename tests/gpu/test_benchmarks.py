@@ -1,8 +1,9 @@
-"""On a GPU: the suite and its end-to-end part come to an end, with equal losses."""
+"""On a GPU: the suite, its steps and its end-to-end part come to an end, with equal losses."""
 
 import json
 
 import numpy as np
+import torch
 
 from fastmae.benchmarks.end_to_end import CACHED, FROM_FILES, PUBLISHED
 from fastmae.cli import main
@@ -17,6 +18,19 @@ def test_loading_ahead_of_the_gpu_changes_no_loss(tmp_path):
     losses = json.loads(path.read_text())["losses"]
     np.testing.assert_allclose(losses[FROM_FILES], losses[CACHED], rtol=1e-5)
     np.testing.assert_allclose(losses[PUBLISHED], losses[CACHED], rtol=1e-3)
+
+
+def test_contestants_share_the_gpu_and_no_process(tmp_path):
+    held = torch.cuda.memory_allocated()
+    words = ["--batch_size", "8", "--peers", "published", "strong", "--switches", "bf16", "cuda-graph", "--phases"]
+    assert main(["bench", "step", *MODEL, *words, "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    assert list(result["seconds"]) == ["fastmae", "published", "strong", "bf16", "cuda-graph"]
+    assert all(samples[0] > 0 for samples in result["seconds"].values())
+    assert result["peak_bytes"].keys() == result["seconds"].keys() - {"cuda-graph"}
+    assert min(result["peak_bytes"].values()) > 0
+    assert torch.cuda.memory_allocated() == held
 
 
 def test_everything_is_measured_and_drawn(tmp_path):

@@ -7,10 +7,12 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH ?= $(if $(GPU),torch>=2.11,torch==2.13.0)
 # What a change of must be installed (and compiled) again; Python files of an editable install need nothing.
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+PUBLIC := fastmae fastmae.config fastmae.data fastmae.errors fastmae.evaluate fastmae.export fastmae.model \
+	fastmae.ops.attention fastmae.ops.backends fastmae.ops.linear fastmae.philox fastmae.train '!fastmae.config.shared'
 DEMO := runs/demo
 SANITIZED := build/sanitize
 
-.PHONY: demo test test-native soak check clean
+.PHONY: demo test test-native soak check docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastmae pretrain --data_path digits --output_dir $(DEMO) --resume auto
@@ -32,12 +34,18 @@ test-native: $(VENV)/.installed-dev
 # Long campaigns, of which the tests do a sample: damaged files, memory, interruptions at every step, kills, bit flips.
 soak: $(VENV)/.installed-dev
 	FASTMAE_SOAK=1 $(BIN)/python -m pytest -q --durations=0 --durations-min=1 \
-		tests/data/test_damage.py tests/train/test_order.py tests/train/test_checkpoint.py tests/train/test_parallel.py
+		tests/data/test_damage.py tests/train/test_order.py tests/train/test_checkpoint.py tests/train/test_parallel.py \
+		tests/benchmarks/test_quality.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The API reference, from docstrings: of what is imported by others, so without the command line, kernels and benchmarks.
+docs: $(VENV)/.installed-dev
+	$(BIN)/pdoc --docformat google --no-show-source --template-directory docs/templates --output-directory build/docs $(PUBLIC)
+	@echo build/docs/index.html
 
 $(VENV)/.installed: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fastmae needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 2; }

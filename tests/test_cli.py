@@ -12,7 +12,7 @@ import pytest
 from helpers import run, small_run
 from PIL import Image
 
-from fastmae.cli import main
+from fastmae.cli import _first_section, main
 from fastmae.config import PretrainConfig
 from fastmae.train.pretrain import pretrain
 
@@ -177,6 +177,13 @@ def test_a_file_that_cannot_be_written_anywhere_in_a_run_is_one_line(finished, b
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     assert "probe.json" in lines[0]
+
+
+def test_what_a_box_complains_of_is_found_whatever_it_is_drawn_with():
+    unicode = "╭─ Parsing error ─╮\n│ No such │\n│ flag. │\n│ ───── │\n│ Perhaps: --epochs │\n╰───╯\n"
+    ascii_alone = " Parsing error   \n ------------ \n  No such \n  flag.  \n ------------ \n  Perhaps: --epochs \n"
+    assert _first_section(unicode) == _first_section(ascii_alone) == "No such flag"
+    assert _first_section("") == ""
 
 
 def test_help_names_every_flag(capsys):

@@ -83,7 +83,7 @@ class BenchAttentionConfig:
 @dataclass(frozen=True, kw_only=True)
 class BenchStepConfig:
     """Time a training step beside other implementations, and ours with one switch of pretrain each, once their losses
-    agree. Under torchrun by all ranks, of which the slowest counts."""
+    agree. Each has a process of its own; under torchrun all have those of the ranks, of which the slowest counts."""
 
     model: str = "mae_vit_base_patch16"
     """A preset."""

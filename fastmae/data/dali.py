@@ -49,6 +49,7 @@ def why_not_installed() -> str:
 
 
 def version() -> str:
+    """DALI's, such as 2.0.0."""
     import nvidia.dali
 
     return str(nvidia.dali.__version__)

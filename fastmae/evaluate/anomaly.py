@@ -159,7 +159,12 @@ def find_anomalies(
 
 
 def auroc(scores: torch.Tensor, anomalous: np.ndarray) -> float:
-    """The chance that an anomalous image has a higher score than a normal one, ties counting half."""
+    """The chance that an anomalous image has a higher score than a normal one, ties counting half.
+
+    Args:
+        scores: floating [m].
+        anomalous: bool [m], of both kinds.
+    """
     from sklearn.metrics import roc_auc_score
 
     return round(float(roc_auc_score(anomalous, scores.cpu().numpy())), 4)

@@ -79,7 +79,13 @@ def pooled(tokens: torch.Tensor, pool: AnomalyPool) -> torch.Tensor:
 def extract_features(
     model: MaskedAutoencoderViT, source: Source, *, pool: AnomalyPool, batch_size: int, num_workers: int
 ) -> Features:
-    """The features of every usable image, pooled after the encoder's norm."""
+    """The features of the central crops of all usable images, pooled after the encoder's norm.
+
+    Args:
+        model: computes where it is, without gradients.
+        pool: as for ``pooled``.
+        num_workers: threads that read and decode.
+    """
     values, count = torch.empty(0), 0
     indices: list[np.ndarray] = []
     skipped: list[Skipped] = []

@@ -26,6 +26,10 @@ def logistic_predictions(train: torch.Tensor, train_labels: torch.Tensor, test: 
     """Classes int64 [m] by multinomial logistic regression (L2, C = 1, on the CPU) on standardised features.
 
     Features are standardised by the training part, as the published probe's BatchNorm without affine does.
+
+    Args:
+        train, test: features [n, D] and [m, D].
+        train_labels: int64 [n].
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -125,6 +129,11 @@ def lars_predictions(
 
     Of several rates the best on a held-out fifth of the train part is taken, and trained once more on all of it: the
     test part has no say.
+
+    Args:
+        train, test: features [n, D] and [m, D], on one device.
+        train_labels: int64 [n], from 0.
+        rates: as for ``train_heads``, and so is ``batch_size``.
     """
     classes = int(train_labels.max()) + 1
     best, scores = rates[0], {}

@@ -13,6 +13,8 @@ from torch import nn
 
 
 class ReferenceBlock(nn.Module):
+    """A block with norms before attention and MLP, tokens [N, S, D] to [N, S, D]; attention is written out."""
+
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.num_heads = num_heads

@@ -75,7 +75,7 @@ def test_the_area_is_the_share_of_pairs_in_the_right_order():
 
 
 def test_a_digit_that_pretraining_never_saw_is_told_from_the_others(tmp_path, capsys):
-    """By the distance of its tokens; the error of reconstruction needs more pretraining (docs/evaluation.md)."""
+    """By the distance of its tokens; the error of reconstruction needs more pretraining (docs/anomalies.md)."""
     train, val = train_and_val("digits")
     seen = train.labels != 0
     images = dict(x_train=train.images[seen], y_train=train.labels[seen], x_test=val.images, y_test=val.labels)

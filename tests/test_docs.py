@@ -1,0 +1,169 @@
+"""What README.md and docs/ say is so: links lead somewhere, commands parse, the first ones and all Python run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import io
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import fastmae.config
+from fastmae.cli import _parse, main
+
+ROOT = Path(__file__).parents[1]
+README, *PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+COMMAND = re.compile(r"(?:^|\s)(?:fastmae|-m fastmae) (.*)")
+FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
+FLAGS_OF_OTHERS = {"help", "max_restarts", "requeue"}
+# Their first commands take long, start ranks of their own, or are another file's to test: they are parsed alone.
+NOT_RUN = ("benchmarks.md", "finetuning.md", "large-runs.md", "loading.md", "quality.md")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return [code for name, code in FENCE.findall(text) if name == language]
+
+
+def prose(text: str) -> str:
+    return FENCE.sub("", text)
+
+
+def words_of(line: str) -> Iterator[list[str]]:
+    """The words after `fastmae` in a line for a shell, without its comment and `…`, which stands for anything."""
+    if found := COMMAND.search(re.sub(r"\s#.*", "", line)):
+        yield [word for word in shlex.split(found[1].removesuffix("'")) if word != "…"]
+
+
+def shell_commands(blocks: list[str]) -> list[list[str]]:
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines for words in words_of(line)]
+
+
+def inline_commands(text: str) -> list[list[str]]:
+    """Those between backticks; the name of a command alone is one that --help knows."""
+    found = [words for code in INLINE.findall(prose(text)) for words in words_of(code)]
+    return [[*words, "--help"] if len(words) <= 1 + (words[:1] == ["bench"]) else words for words in found]
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", prose(page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def links(page: Path) -> list[str]:
+    return [link for link in LINK.findall(prose(page.read_text())) if not re.match(r"\w+://", link)]
+
+
+def documented() -> list[ModuleType]:
+    """The modules that `make docs` is about."""
+    pdoc_extract = pytest.importorskip("pdoc.extract", reason="needs the extra docs")
+    named = re.search(r"^PUBLIC := (.*?[^\\])$", (ROOT / "Makefile").read_text(), re.MULTILINE | re.DOTALL)
+    assert named
+    words = shlex.split(named[1].replace("\\\n", ""))
+    return [importlib.import_module(name) for name in pdoc_extract.walk_specs(words)]
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    for link in links(page):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_leads_to_every_page():
+    assert {f"docs/{page.name}" for page in PAGES} <= {link.partition("#")[0] for link in links(README)}
+
+
+def test_every_page_that_a_source_names_exists():
+    for folder in ("fastmae", "kernels", "csrc", "benchmarks", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".h"):
+                for name in re.findall(r"docs/[\w-]+\.md", path.read_text()):
+                    assert (ROOT / name).exists(), f"{path} names {name}"
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+def test_every_command_parses(page):
+    text = page.read_text()
+    for words in shell_commands(blocks(text, "sh")) + inline_commands(text):
+        if words[-1] == "--help":
+            with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit, match=r"^0$"):
+                _parse(words)
+        else:
+            _parse(words)
+
+
+def test_every_flag_between_backticks_is_a_setting():
+    configs = [one for one in vars(fastmae.config).values() if inspect.isclass(one) and dataclasses.is_dataclass(one)]
+    known = {field.name for config in configs for field in dataclasses.fields(config)} | FLAGS_OF_OTHERS
+    for page in (README, *PAGES):
+        for code in INLINE.findall(prose(page.read_text())):
+            named = {flag.replace("-", "_") for flag in FLAG.findall(code)}
+            assert not {flag for flag in named if flag not in known and flag.removeprefix("no_") not in known}, page
+
+
+@pytest.mark.timeout(900)
+def test_what_each_page_starts_with_runs_and_so_does_the_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done: list[list[str]] = []
+    for page in PAGES:
+        text = page.read_text()
+        first = shell_commands(blocks(text, "sh")[:1])
+        assert first, page
+        for words in first:
+            if page.name not in NOT_RUN and words not in done:
+                assert main(words) == 0, words
+                done.append(words)
+    names: dict[str, Any] = {}
+    for code in blocks((ROOT / "docs" / "python.md").read_text(), "python"):
+        exec(code, names)
+    assert names["features"].shape == (64, 128)
+    assert names["status"] == 0
+
+
+def test_the_quick_start_has_ten_lines():
+    first = blocks((ROOT / "docs" / "python.md").read_text(), "python")[0]
+    assert len([line for line in first.splitlines() if line]) == 10
+
+
+def test_every_public_function_and_class_says_what_it_is():
+    for module in documented():
+        assert module.__doc__, module
+        for name, one in vars(module).items():
+            is_own = not name.startswith("_") and getattr(one, "__module__", None) == module.__name__
+            if is_own and (inspect.isfunction(one) or inspect.isclass(one)):
+                says = inspect.cleandoc(one.__doc__ or "")
+                assert says, f"{module.__name__}.{name}"
+                assert not says.startswith(f"{name}("), f"{module.__name__}.{name} has what dataclass writes"
+
+
+def test_no_module_is_forgotten_in_the_reference():
+    found = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "fastmae").rglob("*.py")}
+    inner = {"fastmae.cli", "fastmae.__main__", "fastmae.environment", "fastmae.files", "fastmae.config.shared"}
+    known = {module.__name__ for module in documented()} | inner
+    ops = {name for name in found if name.startswith("fastmae.ops.")}
+    assert {name.removesuffix(".__init__") for name in found - ops} <= known
+
+
+def test_the_reference_has_an_index_of_its_modules(tmp_path):
+    pdoc = pytest.importorskip("pdoc", reason="needs the extra docs")
+    pdoc.render.configure(docformat="google", show_source=False, template_directory=ROOT / "docs" / "templates")
+    pdoc.pdoc("fastmae.errors", "fastmae.data.plan", output_directory=tmp_path)
+    index = (tmp_path / "index.html").read_text()
+    assert 'href="fastmae/errors.html"' in index
+    assert 'href="fastmae/data/plan.html"' in index
+    assert "a permutation" in (tmp_path / "fastmae" / "data" / "plan.html").read_text().lower()

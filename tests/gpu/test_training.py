@@ -6,8 +6,10 @@ import torch
 from helpers import metrics, small_run
 
 import fastmae
+from fastmae.config import FinetuneConfig
 from fastmae.ops.random_masking import random_masking
 from fastmae.train.average import start_average, update_average
+from fastmae.train.finetune import finetune
 from fastmae.train.optim import make_optimizer
 from fastmae.train.precision import choose_precision
 from fastmae.train.pretrain import pretrain
@@ -220,6 +222,18 @@ def test_a_graph_of_float8_gives_its_bits(compiling):
     steps = [[float_batch(step), float_batch(9)] for step in range(4)]
     got, expected = (trained(steps, graph, compiling=compiling, float8=True) for graph in (PassGraph(), None))
     assert_same_bits(got, expected)
+
+
+def test_fine_tuning_has_the_losses_of_the_cpu_and_a_graph_those_of_its_steps(blobs, tmp_path):
+    recipe = dict(batch_size=8, epochs=1, warmup_epochs=0.5, log_freq=5, blr=4e-2, drop_path=0.2, reprob=0.25)
+    kinds = {"cpu": dict(device="cpu"), "gpu": dict(device="cuda"), "graph": dict(device="cuda", cuda_graph=True)}
+    for name, kind in kinds.items():
+        config = FinetuneConfig(
+            data_path=blobs, output_dir=str(tmp_path / name), precision="fp32", mixup=0.8, cutmix=1.0, **recipe, **kind
+        )
+        assert finetune(config) == 0
+    np.testing.assert_allclose(metrics(tmp_path / "gpu"), metrics(tmp_path / "cpu"), rtol=1e-3)
+    assert metrics(tmp_path / "graph") == metrics(tmp_path / "gpu")
 
 
 @pytest.mark.skipif(not HAS_FLOAT8, reason="the GPU has no float8 products")

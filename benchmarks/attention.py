@@ -48,7 +48,7 @@ def bench_attention(config: BenchAttentionConfig, command: Sequence[str]) -> int
     shapes = [_parse_shape(text) for text in config.shapes] or _preset_shapes(config.models)
     device = choose_device(config.device)
     if config.write is not None and device.type != "cuda":
-        raise UserError(f"--write: the table is for GPUs, and this is {device.type}, where torch's own attention runs")
+        raise UserError(f"--write: the table is for GPUs, and this is {device.type}, where none is looked at")
     precision = choose_precision(config.precision, device)
     dtype = precision.autocast or torch.float32
     N = config.batch_size or (GPU_BATCH if device.type == "cuda" else CPU_BATCH)

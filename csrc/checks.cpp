@@ -11,7 +11,7 @@ namespace {
 
 using Shape = std::initializer_list<std::int64_t>;
 
-constexpr std::int64_t kMaxPatches = 65536;
+constexpr std::int64_t kMaxPatches = 65536, kMaxHead = 128;
 
 std::string text_of(const std::int64_t* sizes, std::size_t count) {
   std::string text = "[";
@@ -77,16 +77,20 @@ std::pair<const char*, const char*> extent(const Array& array) {
   return {first, last};
 }
 
+void check_contiguous(const Array& array) {
+  std::int64_t stride = size_of(array.dtype);
+  for (int axis = array.ndim - 1; axis >= 0; --axis) {
+    if (array.shape[axis] > 1 && array.strides[axis] != stride && elements_of(array) > 0)
+      refuse(std::string(array.name) + " must be contiguous, got strides of " +
+             text_of(array.strides.data(), static_cast<std::size_t>(array.ndim)) + " bytes");
+    stride *= array.shape[axis];
+  }
+}
+
 // An output must be ours alone, and have no gaps.
 void check_output(const Array& output, std::initializer_list<const Array*> others) {
   if (!output.writeable) refuse(std::string(output.name) + " must be writeable, got a read-only array");
-  std::int64_t stride = size_of(output.dtype);
-  for (int axis = output.ndim - 1; axis >= 0; --axis) {
-    if (output.shape[axis] > 1 && output.strides[axis] != stride && elements_of(output) > 0)
-      refuse(std::string(output.name) + " must be contiguous, got strides of " +
-             text_of(output.strides.data(), static_cast<std::size_t>(output.ndim)) + " bytes");
-    stride *= output.shape[axis];
-  }
+  check_contiguous(output);
   const auto [first, last] = extent(output);
   for (const Array* other : others) {
     const auto [other_first, other_last] = extent(*other);
@@ -159,6 +163,38 @@ Grid check_images(const Array& images, Pair patch_size, const Array& mean, const
   const Grid grid = {H / patch_size[0], W / patch_size[1], patch_size[0], patch_size[1], C};
   product("patch_size", {grid.ph, grid.pw, C, 8});  // images without pixels divide into patches of any size
   return grid;
+}
+
+// A head's numbers lie one after another.
+void check_heads(const Array& array, const char* axes) {
+  check_dtype(array, {DType::kFloat32});
+  check_axes(array, 4, axes);
+  if (array.shape[3] > 1 && array.strides[3] != size_of(array.dtype) && elements_of(array) > 0)
+    refuse(std::string(array.name) + " must have no gaps on its last axis, got strides of " +
+           text_of(array.strides.data(), 4) + " bytes");
+}
+
+// `like` is [N, T, H, D]: the output or its gradient.
+void check_attended(const Array& packed, const Array* queries, const Array& lse, const Array& like) {
+  check_heads(like, "[N, T, H, D]");
+  const std::int64_t N = like.shape[0], T = like.shape[1], H = like.shape[2], D = like.shape[3];
+  if (T < 1 || H < 1) refuse(std::string(like.name) + " must have a token and a head, got shape " + shape_of(like));
+  if (D < 16 || D % 16 || D > kMaxHead)
+    refuse(std::string(like.name) + " must have heads of a multiple of 16 numbers up to " + std::to_string(kMaxHead) +
+           ", got shape " + shape_of(like));
+  if (queries) {
+    check_heads(*queries, "[N, T, H, D]");
+    check_shape(*queries, {N, T, H, D}, "[N, T, H, D]");
+    check_heads(packed, "[N, S, 2·H, D]");
+    check_shape(packed, {N, packed.shape[1], 2 * H, D}, "[N, S, 2·H, D]");
+    if (packed.shape[1] < 1) refuse("packed must have a token, got shape " + shape_of(packed));
+  } else {
+    check_heads(packed, "[N, T, 3·H, D]");
+    check_shape(packed, {N, T, 3 * H, D}, "[N, T, 3·H, D]");
+  }
+  check_dtype(lse, {DType::kFloat32});
+  check_shape(lse, {N, H, T}, "[N, H, T]");
+  check_contiguous(lse);
 }
 
 }  // namespace
@@ -286,6 +322,27 @@ void check_transpose_and_sum(const Array& matrix, const Array& transposed, const
   check_shape(sums, {matrix.shape[1]}, "[C]");
   check_output(transposed, {&matrix, &sums});
   check_output(sums, {&matrix});
+}
+
+void check_attention(const Array& packed, const Array* queries, const Array& out, const Array& lse) {
+  check_attended(packed, queries, lse, out);
+  const Array& asking = queries ? *queries : packed;
+  check_output(out, {&packed, &asking, &lse});
+  check_output(lse, {&packed, &asking});
+}
+
+void check_attention_backward(const Array& grad, const Array& packed, const Array* queries, const Array& lse,
+                              const Array& grad_packed, const Array* grad_queries) {
+  check_attended(packed, queries, lse, grad);
+  if (!queries != !grad_queries) refuse("grad_queries must come with queries, and only with them");
+  const Array& asking = queries ? *queries : packed;
+  check_dtype(grad_packed, {DType::kFloat32});
+  check_shape(grad_packed, {packed.shape[0], packed.shape[1], packed.shape[2], packed.shape[3]}, "of packed");
+  check_output(grad_packed, {&grad, &packed, &asking, &lse});
+  if (!grad_queries) return;
+  check_dtype(*grad_queries, {DType::kFloat32});
+  check_shape(*grad_queries, {asking.shape[0], asking.shape[1], asking.shape[2], asking.shape[3]}, "of queries");
+  check_output(*grad_queries, {&grad, &packed, &asking, &lse, &grad_packed});
 }
 
 }  // namespace fastmae

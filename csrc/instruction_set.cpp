@@ -11,54 +11,68 @@
 namespace fastmae {
 
 extern const Kernels kBaseline;
+extern const AttentionKernels kAttentionBaseline;
 #ifdef FASTMAE_X86_64
 extern const Kernels kAvx2, kAvx512;
+extern const AttentionKernels kAttentionAvx2, kAttentionAvx512;
 #endif
 
 namespace {
 
-std::vector<const Kernels*> find_supported() {
-  std::vector<const Kernels*> found = {&kBaseline};
+struct Loops {
+  const Kernels* ops;
+  const AttentionKernels* attention;
+};
+
+const Loops kBaselineLoops = {&kBaseline, &kAttentionBaseline};
+#ifdef FASTMAE_X86_64
+const Loops kAvx2Loops = {&kAvx2, &kAttentionAvx2}, kAvx512Loops = {&kAvx512, &kAttentionAvx512};
+#endif
+
+std::vector<const Loops*> find_supported() {
+  std::vector<const Loops*> found = {&kBaselineLoops};
 #ifdef FASTMAE_X86_64
   // The builtin asks the operating system too; not every compiler lets it be asked for F16C.
   unsigned a, b, c = 0, d;
   const bool has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
   __builtin_cpu_init();
-  if (has_f16c && __builtin_cpu_supports("avx2")) {
-    found.push_back(&kAvx2);
+  if (has_f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    found.push_back(&kAvx2Loops);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      found.push_back(&kAvx512);
+      found.push_back(&kAvx512Loops);
   }
 #endif
   return found;
 }
 
-const std::vector<const Kernels*>& supported() {
-  static const std::vector<const Kernels*> found = find_supported();
+const std::vector<const Loops*>& supported() {
+  static const std::vector<const Loops*> found = find_supported();
   return found;
 }
 
-std::atomic<const Kernels*>& chosen() {
-  static std::atomic<const Kernels*> table{supported().back()};
-  return table;
+std::atomic<const Loops*>& chosen() {
+  static std::atomic<const Loops*> loops{supported().back()};
+  return loops;
 }
 
 }  // namespace
 
-const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
+const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed)->ops; }
+
+const AttentionKernels& attention_kernels() { return *chosen().load(std::memory_order_relaxed)->attention; }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const Kernels* table : supported()) names.push_back(table->name);
+  for (const Loops* loops : supported()) names.push_back(loops->ops->name);
   return names;
 }
 
 void set_instruction_set(const std::string& name) {
   std::string known;
-  for (const Kernels* table : supported()) {
-    if (name == table->name) return chosen().store(table);
-    known += (known.empty() ? "" : ", ") + std::string(table->name);
+  for (const Loops* loops : supported()) {
+    if (name == loops->ops->name) return chosen().store(loops);
+    known += (known.empty() ? "" : ", ") + std::string(loops->ops->name);
   }
   throw std::invalid_argument("instruction set must be one of " + known + ", got " + name);
 }

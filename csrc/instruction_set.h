@@ -10,6 +10,7 @@ namespace fastmae {
 
 // The loops in use: the best ones, until somebody chooses.
 const Kernels& kernels();
+const AttentionKernels& attention_kernels();
 
 // Names of the instruction sets that this processor has and this build knows, the best one last.
 std::vector<std::string> instruction_sets();

@@ -57,4 +57,32 @@ struct Kernels {
   void (*convert)(const void* in, DType in_dtype, std::int64_t count, void* out, DType out_dtype);
 };
 
+// Queries [T, D], keys and values [S, D] of one head of one image, or their gradients. Rows are so many numbers apart,
+// the numbers of a row none.
+template <class Number>
+struct AttentionHead {
+  Number *q, *k, *v;
+  std::int64_t q_row, k_row, v_row;
+};
+
+// D is a multiple of 16; scores are multiplied by the scale.
+struct AttentionShape {
+  std::int64_t T, S, D;
+  float scale;
+};
+
+// Attention of one head, in fused multiply-adds where the instruction set has them: here it does change the bits.
+struct AttentionKernels {
+  // Numbers that the others want for their own use, from an address that a vector of any instruction set may have.
+  std::int64_t (*room)(AttentionShape shape, bool backward);
+
+  // out [T, D], and the logarithms of the sums of the exponentials of its scores, lse [T].
+  void (*forward)(AttentionHead<const float> head, AttentionShape shape, float* out, std::int64_t out_row, float* lse,
+                  float* room);
+
+  // grad [T, D] of out, and lse as forward has left it.
+  void (*backward)(AttentionHead<const float> head, AttentionShape shape, const float* grad, std::int64_t grad_row,
+                   const float* lse, AttentionHead<float> gradients, float* room);
+};
+
 }  // namespace fastmae

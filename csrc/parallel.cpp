@@ -2,6 +2,7 @@
 // the most threads ever asked for and is never torn down: a process ends with its threads asleep.
 #include "parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
 
@@ -129,17 +130,40 @@ Pool& pool() {
   return *found;
 }
 
-}  // namespace
-
-void parallel_for(std::int64_t count, std::int64_t bytes_per_item, int threads, const Work& work) {
+// Calls run(loop, helpers) for a loop that is worth several threads.
+template <class Run>
+void split(std::int64_t count, std::int64_t bytes_per_item, int threads, const Work& work, Run run) {
   if (count <= 0) return;
   const std::int64_t smallest = std::max<std::int64_t>(1, kSmallestRange / std::max<std::int64_t>(1, bytes_per_item));
   const std::int64_t most = std::min<std::int64_t>(threads, (count - 1) / smallest + 1);
   if (most <= 1) return work(0, count);
   const std::int64_t ranges = most * kRangesPerThread;
   Loop loop(count, std::max(smallest, (count - 1) / ranges + 1), work);
-  pool().run(loop, static_cast<int>(most - 1));
+  run(loop, static_cast<int>(most - 1));
   loop.rethrow_failure();
+}
+
+// The function that compilers call for `#pragma omp parallel`; null where nothing has loaded OpenMP for all to see.
+using OpenMP = void (*)(void (*task)(void*), void* argument, unsigned threads, unsigned flags);
+
+OpenMP openmp() {
+  static const OpenMP found = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+}
+
+}  // namespace
+
+void parallel_for(std::int64_t count, std::int64_t bytes_per_item, int threads, const Work& work) {
+  split(count, bytes_per_item, threads, work, [](Loop& loop, int helpers) { pool().run(loop, helpers); });
+}
+
+void parallel_for_beside_torch(std::int64_t count, std::int64_t bytes_per_item, int threads, const Work& work) {
+  if (!openmp()) return parallel_for(count, bytes_per_item, threads, work);
+  // As many threads as torch has, even if there are fewer ranges: OpenMP ends those that a team has no use for.
+  split(count, bytes_per_item, threads, work, [&](Loop& loop, int) {
+    openmp()([](void* shared) { static_cast<Loop*>(shared)->take_part(true); }, &loop,
+             static_cast<unsigned>(threads), 0);
+  });
 }
 
 }  // namespace fastmae

@@ -13,4 +13,10 @@ namespace fastmae {
 void parallel_for(std::int64_t count, std::int64_t bytes_per_item, int threads,
                   const std::function<void(std::int64_t first, std::int64_t last)>& work);
 
+// The same on the threads of OpenMP, where the process has loaded it, as torch does: between two loops these stay awake
+// for some milliseconds, in which threads of our own would have to share the processors with them. For what runs
+// between products of torch's. Not in a child after a fork, which OpenMP does not survive.
+void parallel_for_beside_torch(std::int64_t count, std::int64_t bytes_per_item, int threads,
+                               const std::function<void(std::int64_t first, std::int64_t last)>& work);
+
 }  // namespace fastmae

@@ -1,10 +1,12 @@
 // A transposed copy of a matrix, and the sums of its columns, in one pass on all threads: what the gradients of a linear
 // map's weight and bias need of the gradient of its output.
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 
 #include "ops.h"
 #include "parallel.h"
+#include "turn.h"
 
 namespace fastmae {
 namespace {
@@ -12,17 +14,6 @@ namespace {
 // A thread takes so many columns at a time, and of them so many rows into the first-level cache, however far apart
 // the rows lie. The sums of kRows rows are added in float32, then to the others' in float64.
 constexpr std::int64_t kColumns = 64, kRows = 64;
-
-// Four numbers, which every processor of the target has a vector for.
-typedef float Float4 __attribute__((vector_size(16)));
-
-// Four of the eight numbers of two vectors.
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef std::int32_t Int4 __attribute__((vector_size(16)));
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Int4{__VA_ARGS__})
-#endif
 
 inline Float4 load(const float* p) {
   Float4 x;
@@ -52,12 +43,9 @@ void copy_block(const Array& matrix, std::int64_t row, std::int64_t rows, std::i
 // The block's numbers from [r][c] on, four by four, column by column to where `out` has theirs, `stride` numbers apart.
 inline void transpose4(const float (&block)[kRows][kColumns], std::int64_t r, std::int64_t c, std::int64_t rows,
                        std::int64_t columns, float* out, std::int64_t stride) {
-  const Float4 x0 = load(&block[r][c]), x1 = load(&block[r + 1][c]);
-  const Float4 x2 = load(&block[r + 2][c]), x3 = load(&block[r + 3][c]);
-  const Float4 low01 = SHUFFLE(x0, x1, 0, 4, 1, 5), high01 = SHUFFLE(x0, x1, 2, 6, 3, 7);
-  const Float4 low23 = SHUFFLE(x2, x3, 0, 4, 1, 5), high23 = SHUFFLE(x2, x3, 2, 6, 3, 7);
-  const Float4 turned[4] = {SHUFFLE(low01, low23, 0, 1, 4, 5), SHUFFLE(low01, low23, 2, 3, 6, 7),
-                            SHUFFLE(high01, high23, 0, 1, 4, 5), SHUFFLE(high01, high23, 2, 3, 6, 7)};
+  const Float4 lines[4] = {load(&block[r][c]), load(&block[r + 1][c]), load(&block[r + 2][c]), load(&block[r + 3][c])};
+  Float4 turned[4];
+  turn(lines, turned);
   if (rows - r >= 4 && columns - c >= 4) {
     for (int i = 0; i < 4; ++i) std::memcpy(out + i * stride, &turned[i], sizeof(Float4));
   } else {
@@ -74,7 +62,7 @@ void transpose_and_sum(const Array& matrix, int threads, const Array& transposed
   const std::int64_t bytes = 2 * R * std::min(C, kColumns) * size_of(DType::kFloat32);
   float* out = reinterpret_cast<float*>(transposed.data);
   float* totals_out = reinterpret_cast<float*>(sums.data);
-  parallel_for(panels, bytes, threads, [&](std::int64_t first, std::int64_t last) {
+  parallel_for_beside_torch(panels, bytes, threads, [&](std::int64_t first, std::int64_t last) {
     alignas(64) float block[kRows][kColumns];
     for (std::int64_t panel = first; panel < last; ++panel) {
       const std::int64_t column = panel * kColumns, columns = std::min(kColumns, C - column);

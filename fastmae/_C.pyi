@@ -54,3 +54,13 @@ def scatter_patches(
     images: _Array,
 ) -> None: ...
 def transpose_and_sum(matrix: _Array, threads: int, transposed: _Array, sums: _Array) -> None: ...
+def attention(packed: _Array, queries: _Array | None, threads: int, out: _Array, lse: _Array) -> None: ...
+def attention_backward(
+    grad: _Array,
+    packed: _Array,
+    queries: _Array | None,
+    lse: _Array,
+    threads: int,
+    grad_packed: _Array,
+    grad_queries: _Array | None,
+) -> None: ...

@@ -66,11 +66,12 @@ Ops = Annotated[
     ),
 ]
 Attention = Annotated[
-    Literal["auto", "sdpa", "xformers", "triton"],
+    Literal["auto", "sdpa", "xformers", "triton", "native"],
     arg(
         help=(
-            "sdpa is torch's own choice. auto: the fastest in the table that `fastmae bench attention --write` "
-            "measures, sdpa for what is not in it."
+            "sdpa is torch's own choice, native C++ (a CPU). auto: on a GPU the fastest in the table that `fastmae "
+            "bench attention --write` measures, sdpa for what is not in it; native on a CPU in float32, sdpa for what "
+            "it cannot do."
         )
     ),
 ]

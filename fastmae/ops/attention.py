@@ -1,22 +1,29 @@
-"""attention: softmax(q·kᵀ/√Dh)·v for short sequences, straight from the packed projection, in one of three ways.
+"""attention: softmax(q·kᵀ/√Dh)·v for short sequences, straight from the packed projection, in one of four ways.
 
-Which one runs is asked for in fastmae/ops/backends.py; ``auto`` looks up what was measured on the device at hand.
+Which one runs is asked for in fastmae/ops/backends.py; ``auto`` is C++ on a CPU where that does it, and on a GPU looks
+up what was measured there.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
 
+from fastmae import _C
+from fastmae.ops import native
 from fastmae.ops.attention_table import DTYPES, dtype_name, measurements
-from fastmae.ops.backends import asked_backends, triton_runs_on
+from fastmae.ops.backends import asked_backends, ops_backend, triton_runs_on
 
 TRITON_TOKENS = 320
 TRITON_HEAD_DIMS = (32, 64, 80)
+NATIVE_TOKENS = 1024  # up to which C++ was measured, and was faster
+WIDE_VECTORS = _C.instruction_sets()[-1] != "baseline"  # with those of 16 bytes it was half as fast as torch
 
 NEAREST = 1.25  # a measurement at S tokens speaks for sequences up to so many times longer or shorter
 NOT_MEASURED = "not measured on this device: fastmae bench attention --write"
@@ -84,10 +91,11 @@ def _check(packed: torch.Tensor, queries: torch.Tensor | None) -> None:
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype, S: int, head_dim: int) -> tuple[str, str]:
-    """(``sdpa``, ``xformers`` or ``triton``; why) for sequences of S tokens with heads of ``head_dim`` numbers.
+    """(``sdpa``, ``xformers``, ``triton`` or ``native``; why) for S tokens with heads of ``head_dim`` numbers.
 
-    ``auto`` takes the winner of the nearest measurement, if one lies within a factor of 1.25 of S; the user's table
-    goes before the shipped one. float64 is always ``sdpa``, as the kernels of all ops leave it to torch.
+    On a GPU ``auto`` takes the winner of the nearest measurement, if one lies within a factor of 1.25 of S; the user's
+    table goes before the shipped one. On a CPU it is ``native`` in float32, unless the ops are the reference's. float64
+    is always ``sdpa``, as the kernels of all ops leave it to torch, and so is a program that is exported.
 
     Raises:
         ValueError: what was asked for cannot run here, or a table is damaged.
@@ -95,10 +103,15 @@ def attention_backend(device: torch.device, dtype: torch.dtype, S: int, head_dim
     asked = asked_backends().attention
     if dtype == torch.float64:
         return "sdpa", "float64 is for torch alone"
+    if torch.compiler.is_exporting():
+        return "sdpa", "an exported program knows torch's ops alone"
     if asked != "auto":
         if refusal := _refusal(asked, device, dtype, S, head_dim):
             raise ValueError(f"attention '{asked}' {refusal}; choose auto or sdpa")
         return asked, "asked for"
+    is_for_cpp = S <= NATIVE_TOKENS and not _refusal("native", device, dtype, S, head_dim)
+    if is_for_cpp and WIDE_VECTORS and ops_backend(device) == "native":
+        return "native", "C++, on a CPU"
     if device.type != "cuda":
         return "sdpa", f"torch's own on {device.type}"
     for measured in measurements(device, dtype):
@@ -114,6 +127,14 @@ def attention_backend(device: torch.device, dtype: torch.dtype, S: int, head_dim
 def _refusal(name: str, device: torch.device, dtype: torch.dtype, S: int, head_dim: int) -> str:
     """Why a backend cannot run, as the end of a sentence that starts with its name; empty if it can."""
     if name == "sdpa":
+        return ""
+    if name == "native":
+        if device.type != "cpu":
+            return f"is for the CPU, got {device.type}"
+        if dtype != torch.float32:
+            return f"does float32, got {dtype_name(dtype)}"
+        if head_dim % 16 or head_dim > 128:
+            return f"does heads of a multiple of 16 numbers up to 128, got {head_dim}"
         return ""
     if not _runs(name, device):
         package = "Triton" if name == "triton" else "xformers (pip install 'fastmae[cuda]')"
@@ -144,6 +165,8 @@ def _runs(name: str, device: torch.device) -> bool:
 @torch.library.custom_op("fastmae::attention", mutates_args=())
 def _attention(packed: torch.Tensor, queries: torch.Tensor | None, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [N, T, H, Dh], log-sum-exp of its rows float32 [N, H, T], the base being the backend's own)."""
+    if backend == "native":
+        return native.attention(*_for_cpp(packed, queries))
     q, k, v = (_dense_heads(x) for x in _unpack(packed, queries))
     if backend == "triton":
         from fastmae.kernels.attention import attention_forward_triton
@@ -170,8 +193,11 @@ def _attention_backward(
     backend: str,
 ) -> list[torch.Tensor]:
     """[gradient of packed], and that of queries behind it if there are any."""
-    q, k, v = (_dense_heads(x) for x in _unpack(packed, queries))
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in _present(packed, queries)]
+    if backend == "native":
+        native.attention_backward(_dense_heads(grad), *_for_cpp(packed, queries), lse, *_for_cpp(*gradients))
+        return gradients
+    q, k, v = (_dense_heads(x) for x in _unpack(packed, queries))
     dq, dk, dv = _unpack(*gradients, *[None] * (2 - len(gradients)))
     if backend == "triton":
         from fastmae.kernels.attention import attention_backward_triton
@@ -201,6 +227,11 @@ def _present(packed: torch.Tensor, queries: torch.Tensor | None) -> list[torch.T
     return [packed] if queries is None else [packed, queries]
 
 
+def _for_cpp(packed: torch.Tensor, queries: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Views of four axes, as many as the extension knows: ``packed`` with its parts' heads side by side."""
+    return _dense_heads(packed.flatten(2, 3)), None if queries is None else _dense_heads(queries)
+
+
 def _dense_heads(x: torch.Tensor) -> torch.Tensor:
     """The kernels read a head's Dh numbers one after another, and count within an image in 32 bits."""
     small = sum(length * stride for length, stride in zip(x.shape[1:], x.stride()[1:], strict=True)) < 2**31
@@ -222,3 +253,17 @@ def _backward(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[torch.Tenso
 
 
 _attention.register_autograd(_backward, setup_context=_save)
+
+
+# What is computed anew in the backward pass is counted, as torch counts its own: 2 products, then 5.
+
+
+@register_flop_formula(torch.ops.fastmae.attention)
+def _flops(packed: torch.Size, queries: torch.Size | None, backend: str, **_: Any) -> int:
+    asking = math.prod(packed) // 3 if queries is None else math.prod(queries)
+    return 2 * 2 * asking * packed[1]
+
+
+@register_flop_formula(torch.ops.fastmae.attention_backward)
+def _flops_backward(grad: torch.Size, packed: torch.Size, *_: Any, **__: Any) -> int:
+    return 5 * 2 * math.prod(grad) * packed[1]

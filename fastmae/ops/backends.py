@@ -14,7 +14,7 @@ import torch
 from fastmae import _C
 
 OPS = ("auto", "triton", "native", "reference")
-ATTENTION = ("auto", "sdpa", "xformers", "triton")
+ATTENTION = ("auto", "sdpa", "xformers", "triton", "native")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Backends:
     ops: str = "auto"
     """``triton`` (a CUDA device), ``native`` (C++ on a CPU), ``reference`` (the PyTorch that defines the ops)."""
     attention: str = "auto"
-    """``sdpa`` (torch chooses), ``xformers``, ``triton``."""
+    """``sdpa`` (torch chooses), ``xformers``, ``triton``, ``native`` (C++ on a CPU)."""
     check_ids: bool = False
     """For debugging: look at patch numbers on a GPU too, which waits for it. On a CPU they are always looked at."""
 

@@ -132,6 +132,43 @@ def transpose_and_sum(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return transposed, sums
 
 
+def attention(packed: torch.Tensor, queries: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """packed float32 [N, S, 3·H, D], or [N, S, 2·H, D] with queries [N, T, H, D]: out [N, T, H, D], lse [N, H, T].
+
+    The one result whose bits depend on the instruction set.
+    """
+    N, T, H, D = (*packed.shape[:2], packed.shape[2] // 3, packed.shape[3]) if queries is None else queries.shape
+    out, lse = _empty(torch.float32, N, T, H, D), _empty(torch.float32, N, H, T)
+    _C.attention(
+        _array(packed),
+        None if queries is None else _array(queries),
+        torch.get_num_threads(),
+        _array(out),
+        _array(lse),
+    )
+    return out, lse
+
+
+def attention_backward(
+    grad: torch.Tensor,
+    packed: torch.Tensor,
+    queries: torch.Tensor | None,
+    lse: torch.Tensor,
+    grad_packed: torch.Tensor,
+    grad_queries: torch.Tensor | None,
+) -> None:
+    """The gradients of ``attention``, into contiguous tensors of the shapes of its arguments."""
+    _C.attention_backward(
+        _array(grad),
+        _array(packed),
+        None if queries is None else _array(queries),
+        _array(lse),
+        torch.get_num_threads(),
+        _array(grad_packed),
+        None if grad_queries is None else _array(grad_queries),
+    )
+
+
 def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     """Room for a result; for a wrong shape any room will do, the extension refuses what led to it."""
     return torch.empty([max(0, size) for size in shape], dtype=dtype)

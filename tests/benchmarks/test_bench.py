@@ -139,7 +139,7 @@ def test_attention_times_what_runs_and_names_what_does_not(tmp_path, capsys):
     (path,) = tmp_path.glob("attention-*.json")
     cases = json.loads(path.read_text())["cases"]
     assert [case["sizes"] for case in cases] == ["N 2, S 13, 4 heads of 32", "N 2, S 5, 2 heads of 16"]
-    assert all(case["seconds"].keys() == {"sdpa"} for case in cases)
+    assert all(case["seconds"].keys() == {"sdpa", "native"} for case in cases)
     assert all(case["left_out"].keys() == {"xformers", "triton"} for case in cases)
 
 

@@ -1,4 +1,7 @@
-"""attention: its definition, torch's own, and the op around the kernels; how one is chosen; what is refused."""
+"""attention: its definition, torch's own, and the op around the kernels; how one is chosen; what is refused.
+
+The C++ itself is tested in test_native.py, the Triton kernels in tests/kernels.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastmae.model.vit import Attention
 from fastmae.ops.attention import NOT_MEASURED, attention, attention_backend, attention_reference
@@ -98,6 +102,92 @@ def test_the_module_is_what_it_was():
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 9, 24)
     torch.testing.assert_close(module(x), module.proj(out))
     torch.testing.assert_close(module(x, 5), module.proj(out)[:, 5:])
+
+
+# --- C++ behind the op ------------------------------------------------------------------------------------------------
+
+# Packed, queries of their own, one query, and more queries than keys.
+CPP = [{"D": 32}, {"T": 3, "D": 64}, {"S": 50, "T": 1, "D": 80}, {"S": 5, "T": 40, "D": 16}]
+
+
+def runs_in_cpp(*arguments):
+    return "fastmae_attention" in type(attention(*arguments).grad_fn).__name__
+
+
+def cpp_sample(**shape):
+    return [x.requires_grad_() for x in sample(**shape, dtype=torch.float32)]
+
+
+def assert_as_good_as_torch(*arguments):
+    """No further from the definition in float64 than twice what torch's own is, and a few roundings."""
+    truths = gradients(attention_reference, [x.double() for x in arguments])
+    with using(attention="sdpa"):
+        torchs = gradients(attention, arguments)
+    for got, other, truth in zip(gradients(attention, arguments), torchs, truths, strict=True):
+        assert got.dtype == torch.float32
+        error, torch_error = ((x.double() - truth).norm() for x in (got, other))
+        assert error <= 2 * torch_error + 8 * torch.finfo(torch.float32).eps * truth.norm()
+
+
+@pytest.mark.parametrize("shape", CPP)
+def test_cpp_is_as_good_as_torch(shape):
+    arguments = cpp_sample(**shape)
+    assert runs_in_cpp(*arguments)
+    assert_as_good_as_torch(*arguments)
+
+
+def test_cpp_takes_any_strides():
+    packed, queries = cpp_sample(S=9, T=6, D=32)
+    for packed_view in (
+        packed.transpose(0, 1).contiguous().transpose(0, 1),
+        packed[:, 2:],
+        packed[:1].expand(2, -1, -1, -1, -1),
+    ):
+        for queries_view in (queries[:, ::2], queries.transpose(2, 3).contiguous().transpose(2, 3)):
+            assert_as_good_as_torch(packed_view, queries_view)
+    (whole,) = cpp_sample(S=9, D=32)
+    assert_as_good_as_torch(whole[..., ::2])
+    assert_as_good_as_torch(whole[:, :, 1:], whole[:, 4:, 0])
+
+
+def test_a_gradient_that_was_expanded_comes_through_cpp():
+    (packed,) = cpp_sample(D=32)
+    (got,) = torch.autograd.grad(attention(packed).sum(), packed)
+    (expected,) = torch.autograd.grad(attention_reference(packed).sum(), packed)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("shape", CPP[:2])
+def test_cpp_compiles_as_one_graph(shape):
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    arguments = cpp_sample(**shape)
+    for one, other in zip(gradients(compiled, arguments), gradients(attention, arguments), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shape", CPP[:2])
+def test_cpp_is_one_op_to_torch(shape):
+    packed, queries = (*cpp_sample(**shape), None)[:2]
+    torch.library.opcheck(torch.ops.fastmae.attention.default, (packed, queries, "native"))
+    out, lse = torch.ops.fastmae.attention(packed.detach(), queries if queries is None else queries.detach(), "native")
+    arguments = (torch.randn_like(out), packed.detach(), None if queries is None else queries.detach(), out, lse)
+    torch.library.opcheck(torch.ops.fastmae.attention_backward.default, (*arguments, "native"))
+
+
+def test_its_products_are_counted():
+    for shape, product in (({"D": 32}, 2 * 2 * 3 * 7 * 7 * 32), ({"T": 5, "D": 32}, 2 * 2 * 3 * 5 * 7 * 32)):
+        arguments = cpp_sample(**shape)
+        with FlopCounterMode(display=False) as counter:
+            out = attention(*arguments)
+        assert counter.get_total_flops() == 2 * product
+        with FlopCounterMode(display=False) as counter:
+            out.sum().backward()
+        assert counter.get_total_flops() == 5 * product
+
+
+def test_an_exported_program_has_torch_ops_alone():
+    program = torch.export.export(Attention(64, 2), (torch.randn(1, 5, 64),))
+    assert "fastmae" not in str(program.graph)
 
 
 # --- the kernels behind the op, in Triton's interpreter ---------------------------------------------------------------
@@ -222,12 +312,44 @@ def test_a_winner_that_is_not_installed_is_not_taken_and_said(h100, monkeypatch)
 
 
 def test_what_needs_no_table(h100):
-    assert attention_backend(CPU, torch.float32, 50, 64) == ("sdpa", "torch's own on cpu")
+    assert attention_backend(torch.device("mps"), torch.float32, 50, 64) == ("sdpa", "torch's own on mps")
     with using(attention="triton"):
         assert chosen(dtype=torch.float64)[0] == "sdpa"
         assert chosen() == ("triton", "asked for")
     with using(attention="sdpa"):
         assert chosen() == ("sdpa", "asked for")
+
+
+@pytest.mark.parametrize(
+    ("S", "head_dim", "dtype", "name"),
+    [
+        (50, 64, torch.float32, "native"),
+        (1, 16, torch.float32, "native"),
+        (1024, 128, torch.float32, "native"),
+        (1025, 64, torch.float32, "sdpa"),
+        (50, 24, torch.float32, "sdpa"),
+        (50, 144, torch.float32, "sdpa"),
+        (50, 64, torch.bfloat16, "sdpa"),
+        (50, 64, torch.float64, "sdpa"),
+    ],
+)
+def test_cpp_runs_on_a_cpu_where_it_can(S, head_dim, dtype, name):
+    assert chosen(S, head_dim, dtype, CPU)[0] == name
+    with using(ops="reference"):
+        assert chosen(S, head_dim, dtype, CPU)[0] == "sdpa"
+    with using(attention="sdpa"):
+        assert chosen(S, head_dim, dtype, CPU)[0] == "sdpa"
+
+
+def test_cpp_does_what_it_was_asked_for_alone():
+    arguments = cpp_sample(D=32)
+    assert runs_in_cpp(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not runs_in_cpp(*arguments)
+    with using(ops="reference"):
+        assert not runs_in_cpp(*arguments)
+        with using(attention="native"):
+            assert runs_in_cpp(*arguments)
 
 
 def test_writing_merges_and_keeps_notes(h100):
@@ -316,9 +438,23 @@ def test_what_was_asked_for_and_cannot_run_is_refused(name, monkeypatch):
         ("triton", 50, 64, torch.float32, "bfloat16 and float16, got float32"),
         ("xformers", 50, 64, torch.float32, "bfloat16 and float16, got float32"),
         ("xformers", 50, 12, torch.float16, "multiple of 8 numbers up to 256, got 12"),
+        ("native", 50, 64, torch.float32, "is for the CPU, got cuda; choose auto or sdpa"),
     ],
 )
 def test_limits_of_the_backends(name, S, head_dim, dtype, words, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with using(attention=name), pytest.raises(ValueError, match=words):
         chosen(S, head_dim, dtype)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "words"),
+    [
+        (24, torch.float32, "does heads of a multiple of 16 numbers up to 128, got 24"),
+        (144, torch.float32, "does heads of a multiple of 16 numbers up to 128, got 144"),
+        (32, torch.bfloat16, "does float32, got bfloat16"),
+    ],
+)
+def test_limits_of_cpp(head_dim, dtype, words):
+    with using(attention="native"), pytest.raises(ValueError, match=f"attention 'native' {words}; choose auto or sdpa"):
+        chosen(50, head_dim, dtype, CPU)

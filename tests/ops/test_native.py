@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from fastmae import _C
 from fastmae.ops import native
 from fastmae.ops.assemble_tokens import assemble_tokens_reference
+from fastmae.ops.attention import attention_reference
 from fastmae.ops.gather_patches import gather_patches_reference
 from fastmae.ops.masked_mse import masked_mse_reference
 from fastmae.ops.random_masking import random_masking_reference
@@ -42,6 +43,17 @@ SHAPES = [
 ]
 # (N, L, K, D): the published decoder's grid and an odd one, odd widths, all visible, none visible, one number.
 TOKENS = [(1, 197, 49, 96), (3, 196, 49, 40), (2, 9, 9, 33), (3, 7, 0, 600), (2, 5, 2, 1)]
+# (N, S, H, D, T), T queries of their own or None: published shapes, one token, more queries than keys, wide heads.
+ATTENTIONS = [
+    (2, 197, 2, 32, None),
+    (2, 197, 2, 32, 147),
+    (1, 50, 3, 64, None),
+    (3, 13, 4, 32, None),
+    (2, 1, 2, 16, None),
+    (2, 1, 1, 16, 3),
+    (1, 5, 2, 80, 33),
+    (1, 67, 1, 128, 1),
+]
 
 
 @pytest.fixture(params=SETS)
@@ -227,6 +239,106 @@ def test_mse_of_one_number_a_patch_has_no_variance(loops):
     torch.testing.assert_close(loss, masked_mse_reference(pred, images, ids, (1, 1), mean, std, False))
 
 
+def draw_attention(N, S, H, D, T, scale=1.0):
+    """packed [N, S, 3·H, D], None; or packed [N, S, 2·H, D], queries [N, T, H, D]. And the output's gradient."""
+    generator = torch.Generator().manual_seed(S + D)
+    packed = torch.randn(N, S, (3 if T is None else 2) * H, D, generator=generator) * scale
+    queries = None if T is None else torch.randn(N, T, H, D, generator=generator) * scale
+    return packed, queries, torch.randn(N, T or S, H, D, generator=generator)
+
+
+def attention_results(packed, queries, grad):
+    """The output and the gradients of what is there."""
+    out, lse = native.attention(packed, queries)
+    gradients = [None if x is None else torch.empty(x.shape) for x in (packed, queries)]
+    native.attention_backward(grad, packed, queries, lse, *gradients)
+    return [x for x in (out, *gradients) if x is not None]
+
+
+def attention_in(dtype, packed, queries, grad):
+    """The same by the definition."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (packed, queries) if x is not None]
+    out = attention_reference(leaves[0].unflatten(2, (-1, grad.shape[2])), *leaves[1:])
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+
+def assert_attention_as_good_as_torch(*arguments):
+    results = attention_results(*arguments)
+    for got, same_dtype, truth in zip(
+        results, attention_in(torch.float32, *arguments), attention_in(torch.float64, *arguments), strict=True
+    ):
+        assert got.shape == truth.shape
+        assert not got.isnan().any(), "an element was not written"
+        error, torch_error = ((x.double() - truth).norm() for x in (got, same_dtype))
+        # Other sums and another exponential: within a few roundings of what torch makes of it.
+        assert error <= 2 * torch_error + ROUNDINGS * truth.norm()
+
+
+@pytest.mark.parametrize("shape", ATTENTIONS)
+def test_attention(loops, shape):
+    assert_attention_as_good_as_torch(*draw_attention(*shape))
+
+
+@pytest.mark.parametrize("T", [None, 9])
+def test_strides_do_not_matter_to_attention_between_heads(loops, T):
+    packed, queries, grad = draw_attention(2, 7, 3, 16, T)
+    wanted = attention_results(packed, queries, grad)
+
+    def turned(x):
+        return x if x is None else x.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
+
+    def gaps(x):
+        return x if x is None else torch.nn.functional.pad(x, (3, 5, 1, 1))[:, :, 1:-1, 3:-5]
+
+    for laid in (turned, gaps):
+        got = attention_results(laid(packed), laid(queries), laid(grad))
+        assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+def test_the_exponential_is_that_of_float64(loops):
+    """Two keys: of one the score is 0, of the other x. The weights, which the values pick out, are as 1 to e^x."""
+    x = torch.cat([-torch.logspace(-8, 1.9395, 3000), torch.linspace(-87, 0, 3000), torch.tensor([-87.5, -1e4, -8e37])])
+    queries, packed = torch.zeros(1, len(x), 1, 16), torch.zeros(1, 2, 2, 16)
+    queries[0, :, 0, 0] = 4 * x  # scores are divided by √16
+    packed[0, 1, 0, 0] = packed[0, 0, 1, 0] = packed[0, 1, 1, 1] = 1
+    weights = native.attention(packed, queries)[0][0, :, 0, :2].double()
+    got, truth = weights[:, 1] / weights[:, 0], x.double().exp()
+    assert ((got - truth).abs() <= 2e-7 * truth + 2e-38).all()
+    assert got[-3:].tolist() == [0, 0, 0]
+
+
+def test_large_scores_do_not_overflow(loops):
+    packed, queries, grad = draw_attention(1, 50, 2, 32, 20, scale=45.0)
+    scores = attention_reference(packed.unflatten(2, (2, 2)), queries * 1e-9)
+    assert (queries.flatten(1).abs().amax() * packed.abs().amax() * 32**0.5 > 1e4).all()
+    assert scores.isfinite().all()
+    assert_attention_as_good_as_torch(packed, queries, grad)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", range(4))
+def test_what_is_not_finite_comes_through_as_in_torch(loops, where, bad):
+    """In a query, a key, a value, or the gradient; in one head of one image only."""
+    packed, _, grad = draw_attention(2, 19, 2, 16, None)
+    if where < 3:
+        packed[1, 5, 2 * where + 1, 3] = bad
+    else:
+        grad[1, 5, 1, 3] = bad
+    wanted = attention_in(torch.float32, packed, None, grad)
+    for got, one in zip(attention_results(packed, None, grad), wanted, strict=True):
+        assert torch.equal(got.isfinite(), one.isfinite())
+
+
+@pytest.mark.parametrize("T", [None, 70])
+def test_the_bits_of_attention_do_not_depend_on_threads(loops, threads, T):
+    arguments = draw_attention(8, 50, 4, 32, T)
+    threads(1)
+    wanted = attention_results(*arguments)
+    for count in (1, 2, 5):
+        threads(count)
+        assert all(torch.equal(a, b) for a, b in zip(attention_results(*arguments), wanted, strict=True))
+
+
 @pytest.mark.parametrize("dtype", PIXELS)
 @pytest.mark.parametrize("given_dtype", FLOATS)
 @pytest.mark.parametrize(("N", "size", "patch", "channels"), SHAPES)
@@ -322,6 +434,9 @@ def test_no_images_give_empty_results(loops):
     assert grad_mask_token.tolist() == [0] * 8
     patches = torch.zeros(0, 4, 48)
     assert native.scatter_patches(patches, ids, (2, 2), (4, 4), mean, std, torch.uint8).shape == (0, 8, 8, 3)
+    out, lse = native.attention(torch.zeros(0, 5, 6, 16), None)
+    assert (out.shape, lse.shape) == ((0, 5, 2, 16), (0, 2, 5))
+    native.attention_backward(out, torch.zeros(0, 5, 6, 16), None, lse, torch.zeros(0, 5, 6, 16), None)
     with pytest.raises(ValueError, match="pred must have elements"):
         native.masked_mse(patches, images, ids, (4, 4), mean, std, True, EPS)
 
@@ -469,6 +584,17 @@ def _wrong():
     def transpose(matrix=wide, transposed=tall, sums=row):
         return lambda: _C.transpose_and_sum(matrix, 1, transposed, sums)
 
+    pairs, triples = np.zeros((2, 5, 4, 16), np.float32), np.zeros((2, 5, 6, 16), np.float32)
+    asking, logs = np.zeros((2, 3, 2, 16), np.float32), np.zeros((2, 2, 3), np.float32)
+    attended = asking.copy()
+
+    def attend(packed=pairs, queries=asking, out=attended, lse=logs):
+        return lambda: _C.attention(packed, queries, 1, out, lse)
+
+    def attend_back(grad=attended, packed=pairs, queries=asking, lse=logs, **gradients):
+        gradients = {"grad_packed": pairs.copy(), "grad_queries": asking.copy(), **gradients}
+        return lambda: _C.attention_backward(grad, packed, queries, lse, 1, **gradients)
+
     return {
         "transposed halves": ("matrix must be float32, got float16", transpose(np.zeros((4, 12), np.float16))),
         "transposed vector": (r"matrix must have shape \[R, C\], got \[48\]", transpose(room[:48])),
@@ -476,6 +602,35 @@ def _wrong():
         "sums of rows": (r"sums must have shape \[C\] = \[12\], got \[4\]", transpose(sums=room[96:100])),
         "transposed in place": ("transposed must not overlap matrix", transpose(room[40:88].reshape(4, 12))),
         "summed in place": ("sums must not overlap matrix", transpose(sums=room[4:16])),
+        "halves attended": ("packed must be float32, got float16", attend(pairs.astype(np.float16))),
+        "packed as five": ("packed must have at most 4 axes", attend(pairs[None])),
+        "three heads of two": (r"packed must have shape \[N, S, 2·H, D\] = \[2, 5, 4, 16\]", attend(triples)),
+        "two of three": (r"packed must have shape \[N, T, 3·H, D\] = \[2, 3, 6, 16\]", attend(queries=None)),
+        "no keys": (r"packed must have a token, got shape \[2, 0, 4, 16\]", attend(pairs[:, :0])),
+        "no queries": ("out must have a token and a head", attend(out=attended[:, :0])),
+        "narrow heads": ("out must have heads of a multiple of 16 numbers up to 128", attend(out=attended[..., :8])),
+        "wide heads": ("out must have heads of .* got shape", attend(out=np.zeros((2, 3, 2, 144), np.float32))),
+        "other queries": (r"queries must have shape \[N, T, H, D\] = \[2, 3, 2, 16\]", attend(queries=asking[:1])),
+        "gaps in queries": ("queries must have no gaps", attend(queries=np.repeat(asking, 2, 3)[..., ::2])),
+        "turned packed": ("packed must have no gaps", attend(pairs[..., ::-1])),
+        "float64 out": ("out must be .* got float64", attend(out=attended.astype(float))),
+        "gaps in out": ("out must be contiguous", attend(out=np.repeat(attended, 2, 2)[:, :, ::2])),
+        "out on queries": ("out must not overlap queries", attend(out=asking)),
+        "short lse": (r"lse must have shape \[N, H, T\] = \[2, 2, 3\], got \[2, 2, 2\]", attend(lse=logs[..., :2])),
+        "grad in halves": ("grad must be float32, got float16", attend_back(attended.astype(np.float16))),
+        "gaps in lse": ("lse must be contiguous", attend_back(lse=np.repeat(logs, 2, 2)[..., ::2])),
+        "queries without gradient": ("grad_queries must come with queries", attend_back(grad_queries=None)),
+        "short gradient": (
+            r"grad_packed must have shape of packed = \[2, 5, 4, 16\]",
+            attend_back(grad_packed=triples),
+        ),
+        "gaps in gradient": (
+            "grad_packed must be contiguous",
+            attend_back(grad_packed=np.zeros_like(triples)[:, :, :4]),
+        ),
+        "gradient on packed": ("grad_packed must not overlap packed", attend_back(grad_packed=pairs)),
+        "gradient on grad": ("grad_queries must not overlap grad", attend_back(grad_queries=attended)),
+        "gradient of other queries": ("grad_queries must have shape of queries", attend_back(grad_queries=asking[:1])),
         "draw_ids int32": ("draw_ids must be int64, got int32", masking(torch.arange(3, dtype=torch.int32))),
         "draw_ids 2-d": (
             r"draw_ids must have shape \[N\], got \[2, 2\]",

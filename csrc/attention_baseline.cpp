@@ -1,0 +1,22 @@
+// Attention for every processor; see isa_baseline.cpp.
+#include "kernels.h"
+
+namespace fastmae {
+namespace {
+
+constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 2;
+typedef float Float __attribute__((vector_size(16)));
+typedef std::uint32_t Bits __attribute__((vector_size(16)));
+
+inline Float broadcast(float x) { return Float{x, x, x, x}; }
+// The second one where either is NaN.
+inline Float larger(Float a, Float b) { return a > b ? a : b; }
+
+}  // namespace
+}  // namespace fastmae
+
+#include "attention_loops.h"
+
+namespace fastmae {
+extern const AttentionKernels kAttentionBaseline = attention_table();
+}

@@ -16,7 +16,6 @@ namespace {
 
 // Queries at a time: scores of so many, and what comes of them, lie in the nearest caches.
 constexpr std::int64_t kQueries = 32;
-constexpr int kQueryVectors = kQueries / kLanes;
 
 inline Float load(const float* p) {
   Float x;

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastmae.model.huggingface import in_version_5, to_huggingface
 from fastmae.model.mae import MaskedAutoencoderViT
 
 
@@ -43,39 +44,7 @@ def vitmae_like(model: MaskedAutoencoderViT, mask_ratio: float = 0.75) -> torch.
 
 def as_transformers(state: dict[str, torch.Tensor], expected: Iterable[str]) -> dict[str, torch.Tensor]:
     """Published names as those of transformers 5 (or 4, if those are ``expected``); qkv in three."""
-    old = any(".encoder.layer." in key for key in expected)
-    names = {
-        "attn.q": "attention.attention.query" if old else "attention.q_proj",
-        "attn.k": "attention.attention.key" if old else "attention.k_proj",
-        "attn.v": "attention.attention.value" if old else "attention.v_proj",
-        "attn.proj": "attention.output.dense" if old else "attention.o_proj",
-        "mlp.fc1": "intermediate.dense" if old else "mlp.fc1",
-        "mlp.fc2": "output.dense" if old else "mlp.fc2",
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-    }
-    outside = {
-        "cls_token": "vit.embeddings.cls_token",
-        "pos_embed": "vit.embeddings.position_embeddings",
-        "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
-        "norm": "vit.layernorm",
-    }
-    outside |= {f"decoder_{name}": f"decoder.decoder_{name}" for name in ("pos_embed", "embed", "norm", "pred")}
-    outside["mask_token"] = "decoder.mask_token"
-    found = {}
-    for key, tensor in state.items():
-        module, _, leaf = key.rpartition(".")
-        if key in outside:
-            found[outside[key]] = tensor
-        elif module in outside:
-            found[f"{outside[module]}.{leaf}"] = tensor
-        else:
-            stack, number, part = module.split(".", 2)
-            encoder = "vit.encoder.layer" if old else "vit.layers"
-            prefix = f"{encoder if stack == 'blocks' else 'decoder.decoder_layers'}.{number}"
-            if part == "attn.qkv":
-                for name, third in zip("qkv", tensor.chunk(3), strict=True):
-                    found[f"{prefix}.{names['attn.' + name]}.{leaf}"] = third
-            else:
-                found[f"{prefix}.{names[part]}.{leaf}"] = tensor
-    return found
+    named = to_huggingface(state)
+    if any(".encoder.layer." in key for key in expected):
+        return named
+    return {in_version_5(name): tensor for name, tensor in named.items()}

@@ -51,6 +51,8 @@ _OF_VERSION_5 = {
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
+_IN_VERSION_5 = {old: new for new, old in _OF_VERSION_5.items()}
+_BLOCK = re.compile(rf"({'|'.join(map(re.escape, _STACKS.values()))})\.(\d+)\.(.+)\.(\w+)")
 # What stands on an encoder for another purpose; it is left out, and that is said.
 _HEADS = ("vit.pooler.", "pooler.", "classifier.")
 
@@ -85,6 +87,15 @@ def to_huggingface(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             else:
                 found[f"{prefix}.{_IN_A_BLOCK[part]}.{leaf}"] = tensor
     return found
+
+
+def in_version_5(name: str) -> str:
+    """What the modules of version 5 call a tensor that ``to_huggingface`` has named."""
+    in_a_block = _BLOCK.fullmatch(name)
+    if in_a_block is None:
+        return name
+    stack, number, part, leaf = in_a_block.groups()
+    return ".".join([stack.replace("vit.encoder.layer", "vit.layers"), number, _IN_VERSION_5.get(part, part), leaf])
 
 
 def from_huggingface(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -34,7 +34,7 @@ test-native: $(VENV)/.installed-dev
 # Long campaigns, of which the tests do a sample: damaged files, memory, interruptions at every step, kills, bit flips.
 soak: $(VENV)/.installed-dev
 	FASTMAE_SOAK=1 $(BIN)/python -m pytest -q --durations=0 --durations-min=1 \
-		tests/data/test_damage.py tests/train/test_order.py tests/train/test_checkpoint.py tests/train/test_parallel.py \
+		tests/data/test_damage.py tests/train/test_order.py tests/checkpoint/test_checkpoint.py tests/train/test_parallel.py \
 		tests/benchmarks/test_quality.py
 
 check: $(VENV)/.installed-dev

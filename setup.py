@@ -39,6 +39,7 @@ setup(
         "fastmae",
         "fastmae.benchmarks",
         "fastmae.benchmarks.peers",
+        "fastmae.checkpoint",
         "fastmae.config",
         "fastmae.data",
         "fastmae.evaluate",

@@ -23,11 +23,7 @@ from rich.table import Table
 
 from fastmae.benchmarks.report import console
 from fastmae.benchmarks.timing import Samples, machine_name, quartiles, write_result
-from fastmae.config import BenchCheckpointConfig, check_bench
-from fastmae.errors import UserError
-from fastmae.model.mae import PRESETS
-from fastmae.ops.random_masking import random_masking
-from fastmae.train.checkpoint import (
+from fastmae.checkpoint.save import (
     FOLDER,
     BadCheckpointError,
     Saver,
@@ -35,6 +31,10 @@ from fastmae.train.checkpoint import (
     read_manifest,
     training_tensors,
 )
+from fastmae.config import BenchCheckpointConfig, check_bench
+from fastmae.errors import UserError
+from fastmae.model.mae import PRESETS
+from fastmae.ops.random_masking import random_masking
 from fastmae.train.optim import make_optimizer
 from fastmae.train.parallel import choose_device
 from fastmae.train.precision import Precision, choose_precision

@@ -44,6 +44,8 @@ from fastmae.benchmarks.cases import OURS
 from fastmae.benchmarks.peers.published import published_like
 from fastmae.benchmarks.report import console
 from fastmae.benchmarks.timing import machine_name, write_result
+from fastmae.checkpoint.official import build_model
+from fastmae.checkpoint.save import load_model
 from fastmae.config import (
     PROBE_BATCH,
     PROBE_RATES,
@@ -56,8 +58,6 @@ from fastmae.data.sources import Source, describe, open_train, shown, train_and_
 from fastmae.errors import UserError
 from fastmae.evaluate.probe import probe_in_detail
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.official import build_model
-from fastmae.train.checkpoint import load_model
 from fastmae.train.parallel import World, choose_device
 from fastmae.train.precision import choose_precision
 from fastmae.train.pretrain import pretrain

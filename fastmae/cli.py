@@ -150,7 +150,7 @@ def _opened(
     needs_decoder: bool = False,
 ) -> MaskedAutoencoderViT:
     """The frozen model of a command, on its device."""
-    from fastmae.train.checkpoint import load_model
+    from fastmae.checkpoint.save import load_model
     from fastmae.train.parallel import choose_device
 
     check_evaluation(config)
@@ -368,10 +368,10 @@ def _export(config: ExportConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from fastmae.checkpoint.save import open_checkpoint
     from fastmae.data.loader import default_workers
     from fastmae.data.sources import shown
     from fastmae.export.run import export
-    from fastmae.train.checkpoint import open_checkpoint
 
     check_export(config)
     opened = open_checkpoint(config.checkpoint, config.model)

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from fastmae.checkpoint import save as checkpoint
 from fastmae.config import PretrainConfig
-from fastmae.train import checkpoint
 from fastmae.train import pretrain as pretrain_module
 
 _FORKSERVER = multiprocessing.get_context("forkserver")

@@ -21,11 +21,14 @@ ALLOWED = {
     "ops": LEAVES | {"_C", "kernels"},
     "model": LEAVES | {"ops"},
     "data": LEAVES | {"config", "ops"},
-    "evaluate": LEAVES | {"config", "ops", "model", "data"},
-    "export": LEAVES | {"config", "model", "data", "evaluate"},
-    "train": LEAVES | {"config", "environment", "ops", "model", "data", "evaluate"},
-    "benchmarks": LEAVES | {"config", "environment", "kernels", "ops", "model", "data", "evaluate", "train"},
-    "cli": LEAVES | {"config", "environment", "model", "data", "evaluate", "export", "train", "benchmarks"},
+    "checkpoint": LEAVES | {"config", "model"},
+    "evaluate": LEAVES | {"config", "ops", "model", "data", "checkpoint"},
+    "export": LEAVES | {"config", "model", "data", "checkpoint", "evaluate"},
+    "train": LEAVES | {"config", "environment", "ops", "model", "data", "checkpoint", "evaluate"},
+    "benchmarks": LEAVES
+    | {"config", "environment", "kernels", "ops", "model", "data", "checkpoint", "evaluate", "train"},
+    "cli": LEAVES
+    | {"config", "environment", "model", "data", "checkpoint", "evaluate", "export", "train", "benchmarks"},
     "__init__": {"ops", "model"},
     "__main__": {"cli"},
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastmae.model.huggingface import in_version_5, to_huggingface
+from fastmae.checkpoint.huggingface import in_version_5, to_huggingface
 from fastmae.model.mae import MaskedAutoencoderViT
 
 

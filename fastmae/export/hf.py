@@ -9,10 +9,10 @@ from typing import Any
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
+from fastmae.checkpoint.huggingface import CONFIG, EPS, PREPROCESSOR, WEIGHTS, to_huggingface
 from fastmae.errors import UserError
 from fastmae.export.official import Part, numbers, weights_of
 from fastmae.export.place import written_aside
-from fastmae.model.huggingface import CONFIG, EPS, PREPROCESSOR, WEIGHTS, to_huggingface
 from fastmae.model.mae import MaskedAutoencoderViT
 
 BICUBIC = 3

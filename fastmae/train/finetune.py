@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from fastmae.checkpoint.official import build_model
+from fastmae.checkpoint.save import open_checkpoint, restore, training_tensors
 from fastmae.config import (
     FIXED_IN_A_FINETUNING,
     FinetuneConfig,
@@ -33,10 +35,8 @@ from fastmae.errors import UserError
 from fastmae.evaluate.features import FOLDER_SHARE
 from fastmae.model.classifier import ClassificationLoss, Classifier, classifier_of, kept_branches, merged, tune
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.official import build_model
 from fastmae.model.sharding import in_one_piece
 from fastmae.train import parallel
-from fastmae.train.checkpoint import open_checkpoint, restore, training_tensors
 from fastmae.train.health import StopSignals, data_seed
 from fastmae.train.optim import make_finetuning_optimizer
 from fastmae.train.precision import choose_precision

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastmae.checkpoint.official import build_model
+from fastmae.checkpoint.save import restore, training_tensors
 from fastmae.config import FIXED_IN_A_RUN, PROBE_LIMIT, DataFacts, PretrainConfig, ResolvedConfig, check_pretrain
 from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
 from fastmae.data.loader import Batch, View, choose_decoder, describe_decoder
@@ -30,11 +32,9 @@ from fastmae.evaluate.reconstruct import caption, fixed_images, reconstruct, sav
 from fastmae.files import write_text
 from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.official import build_model
 from fastmae.model.sharding import in_one_piece, is_sharded
 from fastmae.train import parallel
 from fastmae.train.average import Average, in_checkpoint, start_average, update_average
-from fastmae.train.checkpoint import restore, training_tensors
 from fastmae.train.health import StopSignals, data_seed
 from fastmae.train.optim import make_optimizer
 from fastmae.train.precision import Precision, choose_precision, require_float8

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastmae.checkpoint.official import save_official, save_weights
+from fastmae.checkpoint.save import MANIFEST, Restored, Saver, find_checkpoint, on_first, set_aside_newer
 from fastmae.config import FinetuneConfig, PretrainConfig, ResolvedConfig, ResolvedFinetuneConfig, resolve
 from fastmae.config.data import DataFacts
 from fastmae.data.decode import FOLDER_CHANNELS
@@ -33,13 +35,11 @@ from fastmae.environment import hardware, versions
 from fastmae.errors import UserError
 from fastmae.files import write_text
 from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD
-from fastmae.model.official import save_official, save_weights
 from fastmae.ops.attention import attention_backend
 from fastmae.ops.backends import asked_backends, describe_ops, using
 from fastmae.ops.linear import describe_linear
 from fastmae.train import parallel
 from fastmae.train.allocator import keep_freed_memory
-from fastmae.train.checkpoint import MANIFEST, Restored, Saver, find_checkpoint, on_first, set_aside_newer
 from fastmae.train.health import (
     EXIT_INTERRUPTED,
     LossSpikes,

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastmae
+from fastmae.checkpoint.save import manifest_text
 from fastmae.cli import main
 from fastmae.config import PretrainConfig, check_pretrain
 from fastmae.data import masks as module
@@ -32,7 +33,6 @@ from fastmae.errors import UserError
 from fastmae.ops import random_masking
 from fastmae.philox import STREAM_BLOCKS, STREAM_MASK, uniforms_numpy
 from fastmae.train import pretrain as training
-from fastmae.train.checkpoint import manifest_text
 from fastmae.train.pretrain import pretrain
 
 CPU = torch.device("cpu")

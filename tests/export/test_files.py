@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fastmae.checkpoint.official import model_of_file, read_official
+from fastmae.checkpoint.save import load_model, open_checkpoint, restore
 from fastmae.cli import main
 from fastmae.errors import UserError
 from fastmae.export.hf import save_huggingface
 from fastmae.export.timm import save_timm
 from fastmae.model.mae import MaskedAutoencoderViT, mae_vit_tiny_patch4
-from fastmae.model.official import model_of_file, read_official
-from fastmae.train.checkpoint import load_model, open_checkpoint, restore
 from fastmae.train.optim import make_optimizer
 
 FORMATS = {

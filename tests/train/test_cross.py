@@ -9,14 +9,14 @@ import torch
 from helpers import assert_same_run, metrics, small_run
 from ranks import run_ranks
 
+from fastmae.checkpoint.official import read_official
+from fastmae.checkpoint.save import load_model
 from fastmae.cli import main
 from fastmae.config import PretrainConfig, check_pretrain
 from fastmae.data.sources import open_train
 from fastmae.errors import UserError
 from fastmae.evaluate.reconstruct import fixed_images
-from fastmae.model.official import read_official
 from fastmae.ops import random_masking
-from fastmae.train.checkpoint import load_model
 from fastmae.train.pretrain import pretrain
 
 # 4 of 16 patches are predicted; 9 steps an epoch.

@@ -17,6 +17,8 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from fastmae.checkpoint.official import read_official
+from fastmae.checkpoint.save import Restored, load_model
 from fastmae.cli import main
 from fastmae.config import DataFacts, FinetuneConfig, PretrainConfig, resolve_finetune
 from fastmae.data.loader import Batch, Skipped
@@ -24,10 +26,8 @@ from fastmae.data.plan import holdout
 from fastmae.data.sources import ArraySource
 from fastmae.errors import UserError
 from fastmae.model.classifier import ClassificationLoss, Classifier
-from fastmae.model.official import read_official
 from fastmae.train import finetune as module
 from fastmae.train import step as step_part
-from fastmae.train.checkpoint import Restored, load_model
 from fastmae.train.finetune import finetune, labels_of
 from fastmae.train.health import EXIT_INTERRUPTED
 from fastmae.train.optim import layer_decay_groups

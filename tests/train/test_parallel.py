@@ -17,11 +17,11 @@ import torch
 from helpers import assert_same_run, command, environment, metrics, small_run, soak
 from ranks import MOMENT, Rank, run_ranks, start_ranks
 
+from fastmae.checkpoint.official import read_official
+from fastmae.checkpoint.save import find_checkpoint, load_model, read_manifest
 from fastmae.config import PretrainConfig
 from fastmae.errors import UserError
-from fastmae.model.official import read_official
 from fastmae.train.average import start_average
-from fastmae.train.checkpoint import find_checkpoint, load_model, read_manifest
 from fastmae.train.parallel import World, choose_sharing
 from fastmae.train.pretrain import pretrain
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from helpers import assert_same_run, command, environment, final_state, metrics, run, small_run
 
+from fastmae.checkpoint.save import load_model
 from fastmae.errors import UserError
-from fastmae.train.checkpoint import load_model
 from fastmae.train.health import EXIT_INTERRUPTED
 from fastmae.train.pretrain import pretrain
 

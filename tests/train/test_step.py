@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmae
+from fastmae.checkpoint.save import load_model
 from fastmae.errors import UserError
 from fastmae.ops.backends import using
 from fastmae.train import pretrain as story
 from fastmae.train import step as step_part
 from fastmae.train.average import start_average, update_average
-from fastmae.train.checkpoint import load_model
 from fastmae.train.metrics import StepLog
 from fastmae.train.optim import make_optimizer
 from fastmae.train.precision import Precision, choose_precision, require_float8

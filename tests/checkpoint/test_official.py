@@ -10,11 +10,11 @@ from helpers import metrics, small_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fastmae.checkpoint.official import model_of_file, read_official
+from fastmae.checkpoint.save import load_model
 from fastmae.cli import main
 from fastmae.errors import UserError
 from fastmae.model.mae import mae_vit_tiny_patch4
-from fastmae.model.official import model_of_file, read_official
-from fastmae.train.checkpoint import load_model
 from fastmae.train.optim import make_optimizer
 from fastmae.train.pretrain import pretrain
 

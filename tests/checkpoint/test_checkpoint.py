@@ -11,9 +11,8 @@ import pytest
 import torch
 from helpers import soak
 
-from fastmae.errors import UserError
-from fastmae.model.official import build_model, save_official, save_weights
-from fastmae.train.checkpoint import (
+from fastmae.checkpoint.official import build_model, save_official, save_weights
+from fastmae.checkpoint.save import (
     Saver,
     find_checkpoint,
     load_checkpoint,
@@ -24,6 +23,7 @@ from fastmae.train.checkpoint import (
     save_checkpoint,
     training_tensors,
 )
+from fastmae.errors import UserError
 from fastmae.train.optim import make_optimizer
 
 SETTINGS = dict(model="mae_vit_tiny_patch4", input_size=[16, 16], in_chans=1, norm_pix_loss=False, mean=None, std=None)

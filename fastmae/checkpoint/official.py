@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
+from fastmae.checkpoint.huggingface import from_huggingface, is_huggingface, read_config, weights_file
 from fastmae.errors import UserError
 from fastmae.files import write_whole
-from fastmae.model.huggingface import from_huggingface, is_huggingface, read_config, weights_file
 from fastmae.model.mae import PRESETS, MaskedAutoencoderViT
 from fastmae.model.sharding import laid_out_like
 

@@ -135,7 +135,7 @@ def bench_end_to_end(config: BenchEndToEndConfig, command: Sequence[str]) -> int
     machine = machine_name(setting.device)
     screen = console()
     screen.print(
-        f"{config.model}, {precision}, {len(setting.source):,} images {setting.source.found}, batch "
+        f"{config.model}, {precision}, {len(setting.source):,} images {setting.source.location}, batch "
         f"{setting.batch_size}, {setting.num_workers} threads or processes, {machine}, windows of {steps} steps, "
         f"files in the page cache, median of {config.rounds}"
     )
@@ -287,7 +287,7 @@ def _requests(setting: _Setting, start: int, count: int) -> Requests:
 
     @lru_cache(1)
     def plan(epoch: int) -> EpochPlan:
-        return plan_epoch(SEED, epoch, len(source), N, stretches=source.stretches)
+        return plan_epoch(SEED, epoch, len(source), N, shards=source.shards)
 
     in_an_epoch = len(source) // N
     return [plan(step // in_an_epoch).batch(step % in_an_epoch) for step in range(start, start + count)]

@@ -125,7 +125,7 @@ def bench_loader(config: BenchLoaderConfig, command: Sequence[str]) -> int:
     machine, kilobytes = machine_name(setting.device), sum(map(len, files)) / max(1, len(files)) / 1e3
     screen = console()
     for name, source in setting.sources.items():
-        screen.print(f"{name}: {len(source):,} images {source.found}")
+        screen.print(f"{name}: {len(source):,} images {source.location}")
     screen.print(
         f"{kilobytes:.0f} KB on average, to {config.input_size}×{config.input_size}, batch {config.batch_size}, "
         f"{setting.num_workers} threads or processes, {machine}, files in the page cache, median of {config.rounds}"
@@ -291,7 +291,7 @@ def _requests(setting: _Setting, source: Source, start: int, count: int) -> Requ
     N = setting.batch_size
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for epoch in itertools.count(start // (len(source) // N)):
-        plan = plan_epoch(SEED, epoch, len(source), N, stretches=source.stretches)
+        plan = plan_epoch(SEED, epoch, len(source), N, shards=source.shards)
         first = max(0, start - epoch * len(plan))
         found += [plan.batch(i) for i in range(first, min(len(plan), first + count - len(found)))]
         if len(found) == count:

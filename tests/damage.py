@@ -212,7 +212,7 @@ def try_passes(decoder: str, kind: str, count: int, passes: int) -> None:
         source = open_train(str(root))
         refused = 0
         for number in range(passes):
-            plan = plan_epoch(0, number, len(source), BATCH, stretches=source.stretches)
+            plan = plan_epoch(0, number, len(source), BATCH, shards=source.shards)
             requests = (plan.batch(k) for k in range(len(plan)))
             for batch in load_batches(source, requests, VIEW, device=CPU, num_workers=2, decoder=decoder):
                 refused += len(batch.skipped)

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from fastmae.data.decode import BadImageError, decode, plain_jpeg_shape
-from fastmae.data.plan import Stretches
+from fastmae.data.plan import Shards
 from fastmae.data.sources import Source, evenly_spaced
 from fastmae.errors import UserError
 
@@ -68,12 +68,12 @@ class CachedSource:
         return self.source.kind
 
     @property
-    def found(self) -> str:
-        return self.source.found
+    def location(self) -> str:
+        return self.source.location
 
     @property
-    def stretches(self) -> Stretches | None:
-        return self.source.stretches
+    def shards(self) -> Shards | None:
+        return self.source.shards
 
     @property
     def labels(self) -> np.ndarray | None:

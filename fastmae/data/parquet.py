@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmae.data.plan import Stretches
+from fastmae.data.plan import Shards
 from fastmae.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
@@ -52,12 +52,12 @@ class ParquetSource:
         object.__setattr__(self, "_group", _Held(self._read_group, self.held + self.held // 4 + 4))
 
     @property
-    def stretches(self) -> Stretches:
-        """Each row group is a stretch."""
-        return Stretches(self.starts, self.held * len(self) // max(1, len(self.group_file)))
+    def shards(self) -> Shards:
+        """Each row group is a shard."""
+        return Shards(self.starts, self.held * len(self) // max(1, len(self.group_file)))
 
     @property
-    def found(self) -> str:
+    def location(self) -> str:
         """What there is, for people."""
         files = f"{len(self.files)} Parquet file{'s' if len(self.files) > 1 else ''}"
         return f"in column {self.column!r} of {files}"

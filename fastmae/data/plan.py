@@ -30,13 +30,13 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Stretches:
-    """Runs of samples that are best read at about the same time, such as the shards of a data set."""
+class Shards:
+    """Runs of samples that are best read at about the same time: the tar files of a data set, or its row groups."""
 
     starts: np.ndarray
-    """int64 [stretches + 1], from 0 to the length of the data set: stretch s is [starts[s], starts[s + 1])."""
-    spread: int
-    """Over how many places of the order the samples of a stretch are scattered."""
+    """int64 [shards + 1], from 0 to the length of the data set: shard s is [starts[s], starts[s + 1])."""
+    window: int
+    """The shuffle window: over how many places of the order the samples of a shard are scattered."""
 
 
 @dataclass(frozen=True)
@@ -75,54 +75,54 @@ def plan_epoch(
     batch_size: int,
     rank: int = 0,
     ranks: int = 1,
-    stretches: Stretches | None = None,
+    shards: Shards | None = None,
 ) -> EpochPlan:
-    """A full shuffle of ``length`` samples; with ``stretches``, one that stays near their order."""
-    if _is_scattered(stretches, length):
-        order = scattered_order(seed, epoch, stretches)
+    """A full shuffle of ``length`` samples; with ``shards``, one that stays near their order."""
+    if _is_scattered(shards, length):
+        order = scattered_order(seed, epoch, shards)
     else:
         order = permutation_numpy(seed, STREAM_ORDER, epoch, length)
     return EpochPlan(order, epoch, batch_size, rank, ranks)
 
 
-def _is_scattered(stretches: Stretches | None, length: int) -> TypeGuard[Stretches]:
-    return stretches is not None and len(stretches.starts) > 2 and stretches.spread < length
+def _is_scattered(shards: Shards | None, length: int) -> TypeGuard[Shards]:
+    return shards is not None and len(shards.starts) > 2 and shards.window < length
 
 
-def describe_order(length: int, stretches: Stretches | None) -> str:
+def describe_order(length: int, shards: Shards | None) -> str:
     """What, beside seed, epoch and length, an epoch's order depends on: a line that is the same if that is the same."""
-    if not _is_scattered(stretches, length):
+    if not _is_scattered(shards, length):
         return FULL_SHUFFLE
-    digest = hashlib.sha256(stretches.starts.astype("<i8").tobytes()).hexdigest()[:12]
-    return f"{len(stretches.starts) - 1} shards or row groups ({digest}) scattered over {stretches.spread} places"
+    digest = hashlib.sha256(shards.starts.astype("<i8").tobytes()).hexdigest()[:12]
+    return f"{len(shards.starts) - 1} shards or row groups ({digest}) scattered over {shards.window} places"
 
 
-def scattered_order(seed: int, epoch: int, stretches: Stretches) -> np.ndarray:
-    """Shuffles the stretches, then scatters the samples of each over the next ``spread`` places: int64 [length].
+def scattered_order(seed: int, epoch: int, shards: Shards) -> np.ndarray:
+    """Shuffles the shards, then scatters the samples of each over the next ``window`` places: int64 [length].
 
     The places form a ring, so what is scattered past the end comes first. Everywhere in the epoch, then, the next
-    sample comes from any of the ``spread`` samples' worth of stretches that are open there with the same chance, and
-    a stretch is read in one go but for those at the end, which are opened twice.
+    sample comes from any of the ``window`` samples' worth of shards that are open there with the same chance, and
+    a shard is read in one go but for those at the end, which are opened twice.
     """
-    starts, lengths = stretches.starts, np.diff(stretches.starts)
+    starts, lengths = shards.starts, np.diff(shards.starts)
     length, count = int(starts[-1]), len(lengths)
-    # One draw for both: the words of samples, then those of stretches.
+    # One draw for both: the words of samples, then those of shards.
     words = words_numpy(seed, STREAM_ORDER, np.array([epoch]), length + count)[0]
     turn = np.argsort(words[length:], kind="stable")
     place = np.empty(count, np.int64)
     place[turn] = np.cumsum(lengths[turn]) - lengths[turn]
     # Whole numbers, in 2**-32 of a place, so that no rounding depends on the machine.
     keys = np.repeat(place, lengths).astype(np.uint64) << np.uint64(32)
-    keys += words[:length].astype(np.uint64) * np.uint64(stretches.spread)
+    keys += words[:length].astype(np.uint64) * np.uint64(shards.window)
     return np.argsort(keys % (np.uint64(length) << np.uint64(32)), kind="stable")
 
 
-def mixing(order: np.ndarray, stretches: Stretches, batch_size: int) -> float:
-    """How well an order mixes: stretches in a batch, on average, over the number that a full shuffle would have there.
+def shuffle_quality(order: np.ndarray, shards: Shards, batch_size: int) -> float:
+    """How well an order mixes: shards in a batch, on average, over the number that a full shuffle would have there.
 
-    1 is a full shuffle; reading stretch after stretch is near 0.
+    1 is a full shuffle; reading shard after shard is near 0.
     """
-    lengths = np.diff(stretches.starts)
+    lengths = np.diff(shards.starts)
     owner = np.repeat(np.arange(len(lengths)), lengths)[order]
     batches = owner[: len(owner) // batch_size * batch_size].reshape(-1, batch_size)
     present = np.mean([len(np.unique(batch)) for batch in batches])

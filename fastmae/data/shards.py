@@ -30,7 +30,7 @@ from fastmae.data.index import (
     unpack_names,
     write_index,
 )
-from fastmae.data.plan import Stretches
+from fastmae.data.plan import Shards
 from fastmae.errors import UserError
 
 BLOCK = 512
@@ -39,9 +39,9 @@ MAX_EXTENSION = 1 << 20
 MAX_LABEL_BYTES = 32
 OPEN_SHARDS = 256
 INDEX_THREADS = 8
-# How far samples are spread while they are shuffled: at least so many shards and so many samples.
-SPREAD_SHARDS = 64
-SPREAD_SAMPLES = 16_384
+# The shuffle window of a source of shards: at least so many shards and so many samples.
+WINDOW_SHARDS = 64
+WINDOW_SAMPLES = 16_384
 COMPRESSED_SUFFIXES = {
     ".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tar.xz": "unxz", ".tar.zst": "unzstd",
     ".tar.lz4": "unlz4",
@@ -53,10 +53,10 @@ COMPRESSED_STARTS = {
 
 
 @dataclass(frozen=True)
-class ShardSource:
+class TarSource:
     """Image files inside tar files."""
 
-    shards: tuple[str, ...]
+    paths: tuple[str, ...]
     stamps: tuple[tuple[int, int], ...]
     """(size, modification time in ns) of each shard when it was indexed."""
     shard: np.ndarray
@@ -77,16 +77,16 @@ class ShardSource:
         object.__setattr__(self, "_open", functools.lru_cache(OPEN_SHARDS)(self._open_shard))
 
     @property
-    def stretches(self) -> Stretches:
-        """Each shard is a stretch."""
-        lengths = np.bincount(self.shard, minlength=len(self.shards))
+    def shards(self) -> Shards:
+        """Each tar file that holds samples is a shard."""
+        lengths = np.bincount(self.shard, minlength=len(self.paths))
         starts = np.concatenate([[0], np.cumsum(lengths[lengths > 0])])
-        return Stretches(starts, max(SPREAD_SAMPLES, SPREAD_SHARDS * len(self) // max(1, len(starts) - 1)))
+        return Shards(starts, max(WINDOW_SAMPLES, WINDOW_SHARDS * len(self) // max(1, len(starts) - 1)))
 
     @property
-    def found(self) -> str:
+    def location(self) -> str:
         """What there is, for people."""
-        text = f"in {len(self.shards)} tar shard{'s' if len(self.shards) > 1 else ''}"
+        text = f"in {len(self.paths)} tar shard{'s' if len(self.paths) > 1 else ''}"
         return "; ".join([text, *map(" ".join, self.damage)])
 
     def __len__(self) -> int:
@@ -103,17 +103,17 @@ class ShardSource:
             raise OSError(f"{size} bytes, over the limit of {MAX_FILE_BYTES}")
         data = os.pread(shard.descriptor, size, int(self.offset[index]))
         if len(data) != size:
-            raise OSError(f"{self.shards[self.shard[index]]} has become shorter since it was indexed")
+            raise OSError(f"{self.paths[self.shard[index]]} has become shorter since it was indexed")
         return data
 
     def name(self, index: int) -> str:
-        return f"{self.shards[self.shard[index]]}:{self.names[index]}"
+        return f"{self.paths[self.shard[index]]}:{self.names[index]}"
 
     def _open_shard(self, number: int) -> _OpenShard:
-        shard = _OpenShard(self.shards[number])
+        shard = _OpenShard(self.paths[number])
         status = os.fstat(shard.descriptor)
         if (status.st_size, status.st_mtime_ns) != self.stamps[number]:
-            raise OSError(f"{self.shards[number]} has changed since it was indexed; start again")
+            raise OSError(f"{self.paths[number]} has changed since it was indexed; start again")
         return shard
 
 
@@ -128,7 +128,7 @@ class _OpenShard:
             os.close(self.descriptor)
 
 
-def open_shards(paths: Sequence[Path]) -> ShardSource:
+def open_shards(paths: Sequence[Path]) -> TarSource:
     """Tar files as one source, in the order given.
 
     Samples are grouped as webdataset does: consecutive members whose names agree up to the first dot of the file name.
@@ -197,10 +197,10 @@ def _is_sound(columns: dict[str, np.ndarray], stamps: Sequence[tuple[int, int]])
     return bool(np.all((offset >= 0) & (size >= 0) & (size <= ends) & (offset <= ends - size)))
 
 
-def _source(paths: Sequence[Path], stamps: list[tuple[int, int]], columns: dict[str, np.ndarray]) -> ShardSource:
+def _source(paths: Sequence[Path], stamps: list[tuple[int, int]], columns: dict[str, np.ndarray]) -> TarSource:
     labelled = len(columns["label"]) > 0 and bool(columns["has_label"].all())
-    return ShardSource(
-        shards=tuple(map(str, paths)),
+    return TarSource(
+        paths=tuple(map(str, paths)),
         stamps=tuple(stamps),
         shard=columns["shard"],
         offset=columns["offset"],

@@ -25,7 +25,7 @@ import numpy as np
 from fastmae.config import DataFacts
 from fastmae.data.index import IMAGE_SUFFIXES, MAX_FILE_BYTES, WORTH_KEEPING, list_images
 from fastmae.data.parquet import open_parquet
-from fastmae.data.plan import Stretches, describe_order, holdout
+from fastmae.data.plan import Shards, describe_order, holdout
 from fastmae.data.shards import expand_braces, open_shards, refuse_compressed
 from fastmae.errors import UserError
 
@@ -61,11 +61,11 @@ class Source(Protocol):
         """`digits`, `array`, or `folder`: image files, wherever they lie."""
 
     @property
-    def found(self) -> str:
+    def location(self) -> str:
         """Where the images lie, for people: completes "1,000 images …"."""
 
     @property
-    def stretches(self) -> Stretches | None:
+    def shards(self) -> Shards | None:
         """What is best read at about the same time; None where any order costs the same."""
 
     @property
@@ -90,10 +90,10 @@ class ArraySource:
     labels: np.ndarray | None
     origin: str
     kind: str = "array"
-    stretches = None
+    shards = None
 
     @property
-    def found(self) -> str:
+    def location(self) -> str:
         return f"of {' × '.join(map(str, self.images.shape[1:]))}"
 
     def __len__(self) -> int:
@@ -118,10 +118,10 @@ class FolderSource:
     """What lies in the same folder and is not used."""
     damage: tuple[tuple[str, str], ...] = ()
     """(name, what is wrong) of folders whose images are missed."""
-    stretches = None
+    shards = None
 
     @property
-    def found(self) -> str:
+    def location(self) -> str:
         text = (f"in {len(self.classes)} class folders" if self.classes else "in files") + self.beside
         return "; ".join([text, *map(" ".join, self.damage)])
 
@@ -157,15 +157,15 @@ class Subset:
 
     source: Source
     indices: np.ndarray
-    stretches = None
+    shards = None
 
     @property
     def kind(self) -> str:
         return self.source.kind
 
     @property
-    def found(self) -> str:
-        return self.source.found
+    def location(self) -> str:
+        return self.source.location
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -199,8 +199,8 @@ class Concat:
         return kinds.pop() if len(kinds) == 1 else "folder" if "folder" in kinds else "array"
 
     @property
-    def found(self) -> str:
-        return "in all: " + " + ".join(f"{len(part):,} {part.found}" for part in self.parts)
+    def location(self) -> str:
+        return "in all: " + " + ".join(f"{len(part):,} {part.location}" for part in self.parts)
 
     @cached_property
     def labels(self) -> np.ndarray | None:
@@ -218,18 +218,18 @@ class Concat:
         return np.concatenate(present)
 
     @cached_property
-    def stretches(self) -> Stretches | None:
-        """Those of the parts; a sample of a part without any is a stretch of its own."""
-        if all(part.stretches is None for part in self.parts):
+    def shards(self) -> Shards | None:
+        """Those of the parts; a sample of a part without any is a shard of its own."""
+        if all(part.shards is None for part in self.parts):
             return None
-        starts, spreads = [np.zeros(1, np.int64)], []
+        starts, windows = [np.zeros(1, np.int64)], []
         for first, part in zip(self.starts[:-1].tolist(), self.parts, strict=True):
-            own = part.stretches
+            own = part.shards
             starts.append(first + (np.arange(1, len(part) + 1) if own is None else own.starts[1:]))
             if own is not None:
-                # No part has more of its stretches open at a time than when it is alone.
-                spreads.append(own.spread * len(self) // len(part))
-        return Stretches(np.concatenate(starts), min(spreads))
+                # No part has more of its shards open at a time than when it is alone.
+                windows.append(own.window * len(self) // len(part))
+        return Shards(np.concatenate(starts), min(windows))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -257,7 +257,7 @@ def open_train(data_path: str | Sequence[str]) -> Source:
     for path in _each(data_path):
         source = _open(path, "train")
         if source is None or len(source) == 0:
-            where = "" if source is None else f" {source.found}"
+            where = "" if source is None else f" {source.location}"
             raise UserError(f"--data_path {path}: holds no images{where}; give data that does")
         parts.append(source)
     return parts[0] if len(parts) == 1 else Concat(tuple(parts))
@@ -318,18 +318,18 @@ def describe(source: Source) -> DataFacts:
         size=size,
         labelled=labelled,
         length=len(source),
-        order=describe_order(len(source), source.stretches),
-        found=source.found,
+        order=describe_order(len(source), source.shards),
+        found=source.location,
     )
 
 
 def evenly_spaced(source: Source, count: int, run: int) -> np.ndarray:
     """About ``count`` samples that stand for all: sorted, each once.
 
-    They are evenly spaced; of a source that is read a stretch at a time, in evenly spaced runs of ``run``.
+    They are evenly spaced; of a source that is read a shard at a time, in evenly spaced runs of ``run``.
     """
     length = len(source)
-    if source.stretches is None or length <= count:
+    if source.shards is None or length <= count:
         return np.unique(np.linspace(0, length - 1, min(length, count)).astype(np.int64))
     starts = np.linspace(0, length - run, count // run).astype(np.int64)
     return np.unique(starts[:, None] + np.arange(run))

@@ -9,14 +9,14 @@ from fastmae.data.sources import Source, evenly_spaced
 from fastmae.errors import UserError
 
 SAMPLES = 2048
-# Of sources that are read a stretch at a time, images are taken in runs of so many.
+# Of sources that are read a shard at a time, images are taken in runs of so many.
 RUN = 64
 
 
 def channel_statistics(source: Source, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) a channel in units of [0, 1], over up to 2048 images; a pure function of the data.
 
-    They are evenly spaced; of a source that is read a stretch at a time, in evenly spaced runs.
+    They are evenly spaced; of a source that is read a shard at a time, in evenly spaced runs.
 
     Raises:
         UserError: none of them can be decoded.

@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastmae.config import VerifyConfig, check_verify
 from fastmae.data.decode import FOLDER_CHANNELS, BadImageError, convert_channels, decode
 from fastmae.data.loader import Skipped, default_workers
-from fastmae.data.shards import ShardSource
+from fastmae.data.shards import TarSource
 from fastmae.data.sources import ArraySource, Concat, FolderSource, Source, describe, open_train, open_val, shown
 from fastmae.errors import UserError
 
@@ -113,7 +113,7 @@ def verify(config: VerifyConfig) -> int:
             write({"part": part, "index": None, "name": name, "reason": reason})
         with _Screen(sum(map(len, parts.values()))) as screen:
             for part, source in parts.items():
-                screen.say(f"{part:15} {shown(config.data_path)}: {len(source):,} images {source.found}")
+                screen.say(f"{part:15} {shown(config.data_path)}: {len(source):,} images {source.location}")
                 with contextlib.closing(check(source, in_chans, num_workers)) as chunks:
                     for chunk in chunks:
                         for bad in chunk.examples:
@@ -149,7 +149,7 @@ def choose_channels(asked: int | None, parts: dict[str, Source]) -> int:
 def damaged_places(source: Source) -> list[tuple[str, str]]:
     """(name, what is wrong) of tar shards of which only the start can be used, and of folders that cannot be listed."""
     parts = _together(source)
-    return [place for part in parts if isinstance(part, FolderSource | ShardSource) for place in part.damage]
+    return [place for part in parts if isinstance(part, FolderSource | TarSource) for place in part.damage]
 
 
 def _together(source: Source) -> tuple[Source, ...]:

@@ -389,7 +389,7 @@ def _announce(
     parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
     every, tuned = sum(count for count, _ in parameters), sum(count for count, trained in parameters if trained)
     height, width = config.input_size
-    say(f"data            {shown(config.data_path)}: {len(train):,} to learn {train.found}, {len(val):,} to test")
+    say(f"data            {shown(config.data_path)}: {len(train):,} to learn {train.location}, {len(val):,} to test")
     say(f"encoder         {config.finetune or 'random weights'}: {config.model}, {height}×{width}×{config.in_chans}")
     share = f"{tuned / 1e6:.2f} of {every / 1e6:.2f} M parameters"
     say(f"tuned           {config.tune}: {share}, {config.nb_classes} classes")

@@ -328,7 +328,7 @@ def requests(
     for step in steps:
         epoch, index = divmod(step, an_epoch)
         if plan is None or plan.epoch != epoch:
-            plan = plan_epoch(seed, epoch, len(source), crops, world.rank, world.size, source.stretches)
+            plan = plan_epoch(seed, epoch, len(source), crops, world.rank, world.size, source.shards)
         for micro in range(accum_iter):
             yield plan.batch(index * accum_iter + micro)
 

@@ -80,7 +80,7 @@ def test_own_data_have_their_path_as_their_name(tmp_path, capsys):
 
 
 def test_a_sample_begins_and_ends_with_as_much_work_ahead():
-    source = dataclasses.make_dataclass("Bytes", ["stretches"])(None)
+    source = dataclasses.make_dataclass("Bytes", ["shards"])(None)
     type(source).__len__, type(source).read = lambda self: 10, lambda self, index: b""
     setting = loader._Setting({}, True, small_view(), batch_size=4, num_workers=1, device=CPU, left_out={})
     asked, given, reads = [], [], []
@@ -126,7 +126,7 @@ def test_row_groups_are_read_anew_in_every_epoch(tmp_path, monkeypatch):
     # All 20 are held, or 5 of them: then an epoch reads what the last one did not end with, and its own end twice.
     for each, least, most in ((source, 20, 20), (loader._holding_little(source), 3 * 14, 3 * 23)):
         for epoch in range(3):
-            for index in plan_epoch(0, epoch, 40, 4, stretches=each.stretches).order.tolist():
+            for index in plan_epoch(0, epoch, 40, 4, shards=each.shards).order.tolist():
                 each.read(index)
         assert least <= len(reads) <= most
         assert set(reads) == set(range(20))

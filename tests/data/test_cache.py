@@ -64,8 +64,8 @@ class Files:
 
     files: list
     kind: str = "folder"
-    found: str = "in files"
-    stretches = None
+    location: str = "in files"
+    shards = None
     labels = None
 
     def __len__(self):
@@ -129,7 +129,7 @@ def opened(tmp_path):
 
 def batches(source, in_chans=3, epochs=2, decoder="pool", threads=3):
     view = View((16, 16), in_chans, seed=7, scale=(0.2, 1.0), flip=True)
-    plans = [plan_epoch(0, epoch, len(source), 4, stretches=source.stretches) for epoch in range(epochs)]
+    plans = [plan_epoch(0, epoch, len(source), 4, shards=source.shards) for epoch in range(epochs)]
     requests = (plan.batch(k) for plan in plans for k in range(len(plan)))
     return list(load_batches(source, requests, view, device=CPU, num_workers=threads, decoder=decoder))
 
@@ -178,7 +178,7 @@ def test_batches_are_the_same_where_only_some_images_fit(opened, share):
 def test_what_else_is_asked_of_a_source_is_the_same(opened):
     for source in opened.values():
         ours = cached(source, source.read(len(source) - 1).shape[-1] if source.kind == "array" else 3, PLENTY, "pool")
-        for what in ("kind", "found", "stretches"):
+        for what in ("kind", "location", "shards"):
             assert str(getattr(ours, what)) == str(getattr(source, what))
         assert (len(ours), ours.name(3)) == (len(source), source.name(3))
         assert channel_statistics(ours, ours.in_chans) == channel_statistics(source, ours.in_chans)
@@ -365,7 +365,7 @@ def test_a_budget_of_less_than_an_image_keeps_nothing():
     assert (ours.budget, ours.kept_bytes) == (0, 0)
 
 
-def test_the_estimate_reads_few_images_and_few_stretches(tmp_path):
+def test_the_estimate_reads_few_images_and_few_shards(tmp_path):
     many = Counted(Files(JPEGS[:1] * 5000))
     ours = cached(many, 3, PLENTY, "pool")
     assert len(many.reads) == cache.SAMPLES

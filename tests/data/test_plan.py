@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmae.data.plan import (
-    Stretches,
+    Shards,
     central_box,
     crop_draws,
     describe_order,
@@ -16,10 +16,10 @@ from fastmae.data.plan import (
     is_flipped,
     mask_draws,
     micro_batches,
-    mixing,
     plan_epoch,
     random_box,
     scattered_order,
+    shuffle_quality,
 )
 from fastmae.philox import STREAM_ORDER, permutation_numpy
 
@@ -70,10 +70,10 @@ def test_every_crop_has_masks_of_its_own():
 
 def test_an_order_is_described_by_what_it_depends_on():
     full = describe_order(90, None)
-    assert describe_order(90, stretches_of([90], 3)) == describe_order(90, stretches_of([30] * 3, 90)) == full
-    scattered = [stretches_of([30] * 3, 60), stretches_of([30] * 3, 59), stretches_of([20, 40, 30], 60)]
-    assert len({full, *(describe_order(90, stretches) for stretches in scattered)}) == 4
-    assert describe_order(90, stretches_of([30] * 3, 60)) == describe_order(90, scattered[0])
+    assert describe_order(90, shards_of([90], 3)) == describe_order(90, shards_of([30] * 3, 90)) == full
+    scattered = [shards_of([30] * 3, 60), shards_of([30] * 3, 59), shards_of([20, 40, 30], 60)]
+    assert len({full, *(describe_order(90, shards) for shards in scattered)}) == 4
+    assert describe_order(90, shards_of([30] * 3, 60)) == describe_order(90, scattered[0])
 
 
 # Resuming a run relies on these never changing.
@@ -83,17 +83,17 @@ lengths = st.lists(st.integers(1, 40), min_size=1, max_size=40)
 seeds = st.integers(0, 2**63 - 1)
 
 
-def stretches_of(lengths, spread):
-    return Stretches(np.cumsum([0, *lengths]), spread)
+def shards_of(lengths, window):
+    return Shards(np.cumsum([0, *lengths]), window)
 
 
 @settings(max_examples=60, deadline=None)
 @given(lengths, st.integers(1, 500), seeds, st.integers(0, 1000), st.integers(1, 4), st.integers(1, 7))
-def test_with_stretches_too_every_sample_comes_once_and_ranks_share(lengths, spread, seed, epoch, ranks, batch_size):
-    stretches, length = stretches_of(lengths, spread), sum(lengths)
-    alone = plan_epoch(seed, epoch, length, batch_size * ranks, stretches=stretches)
+def test_with_shards_too_every_sample_comes_once_and_ranks_share(lengths, window, seed, epoch, ranks, batch_size):
+    shards, length = shards_of(lengths, window), sum(lengths)
+    alone = plan_epoch(seed, epoch, length, batch_size * ranks, shards=shards)
     assert np.array_equal(np.sort(alone.order), np.arange(length))
-    parts = [plan_epoch(seed, epoch, length, batch_size, rank, ranks, stretches) for rank in range(ranks)]
+    parts = [plan_epoch(seed, epoch, length, batch_size, rank, ranks, shards) for rank in range(ranks)]
     for k in range(len(alone)):
         indices, draw_ids = zip(*(part.batch(k) for part in parts), strict=True)
         assert np.array_equal(np.concatenate(indices), alone.batch(k)[0])
@@ -102,25 +102,25 @@ def test_with_stretches_too_every_sample_comes_once_and_ranks_share(lengths, spr
 
 @settings(max_examples=60, deadline=None)
 @given(lengths, st.integers(1, 500), seeds)
-def test_a_stretch_stays_within_its_spread(lengths, spread, seed):
-    """On the ring of places, two samples of a stretch are never further apart than spread and the stretches beside."""
-    stretches, length = stretches_of(lengths, spread), sum(lengths)
-    spread = min(spread, length)
-    place = np.argsort(scattered_order(seed, 0, stretches))
-    for first, last in zip(stretches.starts, stretches.starts[1:], strict=False):
+def test_a_shard_stays_within_its_window(lengths, window, seed):
+    """On the ring of places, two samples of a shard are never further apart than window and the shards beside."""
+    shards, length = shards_of(lengths, window), sum(lengths)
+    window = min(window, length)
+    place = np.argsort(scattered_order(seed, 0, shards))
+    for first, last in zip(shards.starts, shards.starts[1:], strict=False):
         places = np.sort(place[first:last])
         gaps = np.diff(np.append(places, places[0] + length))
-        assert length - gaps.max() <= 2 * spread + max(lengths)
+        assert length - gaps.max() <= 2 * window + max(lengths)
 
 
-def openings(order, stretches, held):
-    """How often a stretch has to be opened when ``held`` of them stay open."""
-    owner = np.repeat(np.arange(len(stretches.starts) - 1), np.diff(stretches.starts))
+def openings(order, shards, held):
+    """How often a shard has to be opened when ``held`` of them stay open."""
+    owner = np.repeat(np.arange(len(shards.starts) - 1), np.diff(shards.starts))
     kept, count = OrderedDict(), 0
-    for stretch in owner[order].tolist():
-        count += stretch not in kept
-        kept[stretch] = True
-        kept.move_to_end(stretch)
+    for shard in owner[order].tolist():
+        count += shard not in kept
+        kept[shard] = True
+        kept.move_to_end(shard)
         if len(kept) > held:
             kept.popitem(last=False)
     return count
@@ -128,22 +128,22 @@ def openings(order, stretches, held):
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(20, 60), st.integers(30, 80), st.integers(2, 9), seeds)
-def test_stretches_are_opened_once_but_for_those_at_the_end(count, each, window, seed):
-    stretches = stretches_of([each] * count, window * each)
-    order = scattered_order(seed, 3, stretches)
-    assert openings(order, stretches, window + window // 4 + 4) <= count + window + 1
+def test_shards_are_opened_once_but_for_those_at_the_end(count, each, window, seed):
+    shards = shards_of([each] * count, window * each)
+    order = scattered_order(seed, 3, shards)
+    assert openings(order, shards, window + window // 4 + 4) <= count + window + 1
     full = permutation_numpy(seed, STREAM_ORDER, 3, count * each)
-    assert openings(full, stretches, window) > 5 * count
+    assert openings(full, shards, window) > 5 * count
 
 
 def test_how_well_it_mixes():
     """The figures of docs/data.md: shards of 1000 with 64 of them open."""
-    stretches = stretches_of([1000] * 320, 64_000)
-    order = scattered_order(0, 0, stretches)
-    assert mixing(permutation_numpy(0, STREAM_ORDER, 0, 320_000), stretches, 256) == pytest.approx(1, abs=0.01)
-    assert mixing(np.arange(320_000), stretches, 250) < 0.01
-    assert mixing(order, stretches, 64) == pytest.approx(0.70, abs=0.03)
-    assert mixing(order, stretches, 256) == pytest.approx(0.36, abs=0.03)
+    shards = shards_of([1000] * 320, 64_000)
+    order = scattered_order(0, 0, shards)
+    assert shuffle_quality(permutation_numpy(0, STREAM_ORDER, 0, 320_000), shards, 256) == pytest.approx(1, abs=0.01)
+    assert shuffle_quality(np.arange(320_000), shards, 250) < 0.01
+    assert shuffle_quality(order, shards, 64) == pytest.approx(0.70, abs=0.03)
+    assert shuffle_quality(order, shards, 256) == pytest.approx(0.36, abs=0.03)
     # Beginning, middle and end alike, and all of those that are open with the same chance.
     owner = order // 1000
     for start in (0, 160_000, 319_000):
@@ -152,21 +152,21 @@ def test_how_well_it_mixes():
         assert counts.max() < 40
 
 
-def test_stretches_do_not_change_the_full_shuffle():
+def test_shards_do_not_change_the_full_shuffle():
     """As it was before there were any: where there are none, where there is one, where all are open at once."""
     expected = permutation_numpy(5, STREAM_ORDER, 2, 90)
     assert expected[:6].tolist() == plan_epoch(5, 2, 90, 10).order[:6].tolist()
-    for stretches in (None, stretches_of([90], 3), stretches_of([30, 30, 30], 90)):
-        assert np.array_equal(plan_epoch(5, 2, 90, 10, stretches=stretches).order, expected)
-    assert not np.array_equal(plan_epoch(5, 2, 90, 10, stretches=stretches_of([30] * 3, 60)).order, expected)
+    for shards in (None, shards_of([90], 3), shards_of([30, 30, 30], 90)):
+        assert np.array_equal(plan_epoch(5, 2, 90, 10, shards=shards).order, expected)
+    assert not np.array_equal(plan_epoch(5, 2, 90, 10, shards=shards_of([30] * 3, 60)).order, expected)
 
 
 def test_a_scattered_order_is_a_function_of_seed_and_epoch():
-    stretches = stretches_of([30] * 50, 200)
-    one = scattered_order(1, 2, stretches)
-    assert np.array_equal(one, scattered_order(1, 2, stretches))
-    assert not np.array_equal(one, scattered_order(1, 3, stretches))
-    assert not np.array_equal(one, scattered_order(2, 2, stretches))
+    shards = shards_of([30] * 50, 200)
+    one = scattered_order(1, 2, shards)
+    assert np.array_equal(one, scattered_order(1, 2, shards))
+    assert not np.array_equal(one, scattered_order(1, 3, shards))
+    assert not np.array_equal(one, scattered_order(2, 2, shards))
     assert one[:8].tolist() == GOLDEN
     assert plan_epoch(0, 0, 1000, 10).order[:8].tolist() == GOLDEN_FULL
 

@@ -87,7 +87,7 @@ def test_folder_tar_and_parquet_give_the_same_training_batches(made):
     found = []
     for kind in ("folder", "tar", "parquet"):
         source = open_train(str(made / kind))
-        plan = plan_epoch(0, 1, len(source), 16, stretches=source.stretches)
+        plan = plan_epoch(0, 1, len(source), 16, shards=source.shards)
         requests = (plan.batch(k) for k in range(len(plan)))
         batches = load_batches(source, requests, view, device=torch.device("cpu"), num_workers=2)
         found.append(list(batches))

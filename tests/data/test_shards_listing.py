@@ -70,7 +70,9 @@ def test_a_folder_that_may_not_be_listed_is_passed_by_and_named(folder, monkeypa
     for _ in range(2):  # such a listing is not kept
         source = open_train(str(folder))
         assert len(source) == 10
-        assert source.found == f"in 4 class folders; {folder / 'c' / 'deep'} may not be read, so its images are missed"
+        assert (
+            source.location == f"in 4 class folders; {folder / 'c' / 'deep'} may not be read, so its images are missed"
+        )
         assert source.damage == ((str(folder / "c" / "deep"), "may not be read, so its images are missed"),)
     monkeypatch.undo()
     assert len(open_train(str(folder))) == 15

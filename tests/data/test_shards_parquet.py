@@ -41,7 +41,7 @@ def test_the_column_is_found_whatever_it_is_called(tmp_path, type, name):
     assert source.labels.dtype == np.int64
     assert source.labels.tolist() == list(range(50))
     assert source.name(33) == f"{tmp_path / 'x.parquet'}[33]"
-    assert source.stretches.starts.tolist() == [*range(0, 50, 7), 50]
+    assert source.shards.starts.tolist() == [*range(0, 50, 7), 50]
 
 
 def test_files_follow_each_other_and_parts_are_told_by_name(tmp_path):

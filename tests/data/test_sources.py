@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmae.data.plan import Stretches
+from fastmae.data.plan import Shards
 from fastmae.data.sources import ArraySource, Concat, describe, open_train, open_val, train_and_val
 from fastmae.errors import UserError
 
@@ -127,8 +127,8 @@ def test_several_paths_follow_each_other(image_folder, tmp_path):
     facts = describe(mixed)
     assert (facts.kind, facts.size, facts.channels, len(mixed)) == ("folder", None, 3, 10 + 24 + 1438)
     assert mixed.read(10) == open_train(str(image_folder)).read(0)
-    assert mixed.stretches is None
-    assert open_train([str(tmp_path / "a.npy")]).found == open_train(str(tmp_path / "a.npy")).found
+    assert mixed.shards is None
+    assert open_train([str(tmp_path / "a.npy")]).location == open_train(str(tmp_path / "a.npy")).location
 
 
 def test_classes_of_several_folders_are_told_by_name(image_folder, tmp_path):
@@ -140,12 +140,12 @@ def test_classes_of_several_folders_are_told_by_name(image_folder, tmp_path):
     assert (len(train), len(val)) == (24, 8)
 
 
-def test_parts_with_stretches_among_others():
-    with_stretches = ArraySource(COLOUR, LABELS, "x")
-    object.__setattr__(with_stretches, "stretches", Stretches(np.array([0, 4, 10]), 4))
-    mixed = Concat((ArraySource(GRAY[:3, :, :, None], None, "y"), with_stretches))
-    assert mixed.stretches.starts.tolist() == [0, 1, 2, 3, 7, 13]
-    assert mixed.stretches.spread == 4 * 13 // 10
+def test_parts_with_shards_among_others():
+    with_shards = ArraySource(COLOUR, LABELS, "x")
+    object.__setattr__(with_shards, "shards", Shards(np.array([0, 4, 10]), 4))
+    mixed = Concat((ArraySource(GRAY[:3, :, :, None], None, "y"), with_shards))
+    assert mixed.shards.starts.tolist() == [0, 1, 2, 3, 7, 13]
+    assert mixed.shards.window == 4 * 13 // 10
 
 
 @pytest.mark.parametrize("paths", [[], ["digits", "nowhere"]])

@@ -31,8 +31,8 @@ INTERRUPTED = [(5,), (1, 2, 3), (6, 17, 22), *soak([], [(step,) for step in rang
 @pytest.fixture(autouse=True)
 def _scattered(monkeypatch):
     """Two shards' worth of samples in use at a time, so that the order is no full shuffle."""
-    monkeypatch.setattr(shards, "SPREAD_SHARDS", 2)
-    monkeypatch.setattr(shards, "SPREAD_SAMPLES", 1)
+    monkeypatch.setattr(shards, "WINDOW_SHARDS", 2)
+    monkeypatch.setattr(shards, "WINDOW_SAMPLES", 1)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_a_scattered_order_goes_on_where_it_was(tars, tmp_path, monkeypatch, sto
     seen = Seen(monkeypatch)
     run_with_stops(seen, small_run(str(tars), tmp_path / "whole", **TINY), [])
     whole, seen.steps = seen.steps, {}
-    assert open_train(str(tars)).stretches.spread == 16
+    assert open_train(str(tars)).shards.window == 16
     run_with_stops(seen, small_run(str(tars), tmp_path / "parts", **TINY), stops)
     assert seen.steps.keys() == whole.keys() == set(range(24))
     for step, batches in whole.items():

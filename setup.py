@@ -38,7 +38,7 @@ setup(
     packages=[
         "fastmae",
         "fastmae.benchmarks",
-        "fastmae.benchmarks.peers",
+        "fastmae.benchmarks.baselines",
         "fastmae.checkpoint",
         "fastmae.config",
         "fastmae.data",

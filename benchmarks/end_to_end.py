@@ -4,7 +4,7 @@
     fastmae bench end-to-end --model mae_vit_large_patch16 --compile block --decoder dali-gpu           # on a GPU
 
 Our loader feeds our step, as in a run. Beside it: our step on a batch that lies ready on the device, which no loader
-can surpass; and the published loop, fed by the published pipeline (peers/published_pipeline.py). No time is reported
+can surpass; and the published loop, fed by the published pipeline (baselines/official_pipeline.py). No time is reported
 unless our losses on files are those of the same images decoded beforehand, one after another, and the published loop's
 are those but for another build of libjpeg and another resize.
 
@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from fastmae.benchmarks.baselines.official_pipeline import PublishedPipeline, Requests
 from fastmae.benchmarks.images import ImagesConfig, make_jpegs, write_images
-from fastmae.benchmarks.peers.published_pipeline import PublishedPipeline, Requests
 from fastmae.benchmarks.report import console
 from fastmae.benchmarks.step import LOSS_TOLERANCE, MASK_RATIO, STEP, Contestant, Inputs, Switches, ours, theirs
 from fastmae.benchmarks.timing import Samples, machine_name, quartiles, times_as_fast, write_result

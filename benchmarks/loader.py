@@ -4,7 +4,7 @@
     fastmae bench loader --data_path ~/imagenet ~/imagenet-tars --device cuda            # on a GPU: dali-gpu as well
 
 Everybody loads in the order of a training run, from files to crops on the device. The published pipeline is torch's
-DataLoader with worker processes and Pillow (peers/published_pipeline.py); ours are the decoders, each from a folder,
+DataLoader with worker processes and Pillow (baselines/official_pipeline.py); ours are the decoders, each from a folder,
 from tar shards and from Parquet files. Decoding alone, of bytes in memory, is what no loader with that decoder can
 surpass. Who makes other images than the pool does is not timed.
 
@@ -38,8 +38,8 @@ import torch
 from PIL import Image
 from rich.table import Table
 
+from fastmae.benchmarks.baselines.official_pipeline import PublishedPipeline, Requests, grey_levels
 from fastmae.benchmarks.images import ImagesConfig, make_jpegs, write_images
-from fastmae.benchmarks.peers.published_pipeline import PublishedPipeline, Requests, grey_levels
 from fastmae.benchmarks.report import console
 from fastmae.benchmarks.timing import Samples, machine_name, quartiles, times_as_fast, write_result
 from fastmae.config import BenchLoaderConfig, check_bench

@@ -40,8 +40,8 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from fastmae.benchmarks.baselines.official import published_like
 from fastmae.benchmarks.cases import OURS
-from fastmae.benchmarks.peers.published import published_like
 from fastmae.benchmarks.report import console
 from fastmae.benchmarks.timing import machine_name, write_result
 from fastmae.checkpoint.official import build_model

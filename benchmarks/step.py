@@ -44,10 +44,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
-from fastmae.benchmarks.peers.published import published_like
-from fastmae.benchmarks.peers.strong import strong_like
-from fastmae.benchmarks.peers.timm_blocks import timm_like
-from fastmae.benchmarks.peers.vitmae import vitmae_like
+from fastmae.benchmarks.baselines.official import published_like
+from fastmae.benchmarks.baselines.strong import strong_like
+from fastmae.benchmarks.baselines.timm_blocks import timm_like
+from fastmae.benchmarks.baselines.vitmae import vitmae_like
 from fastmae.benchmarks.report import console
 from fastmae.benchmarks.timing import Samples, elapsed, machine_name, quartiles, times_as_fast, write_result
 from fastmae.benchmarks.workers import CANNOT, GoneError, in_own_process, reason

@@ -48,7 +48,7 @@ def test_a_wheel_trains_in_an_empty_environment(tmp_path):
     assert {
         "fastmae/kernels/__init__.py",
         "fastmae/ops/attention_table.json",
-        "fastmae/benchmarks/peers/vitmae.py",
+        "fastmae/benchmarks/baselines/vitmae.py",
         "fastmae/py.typed",
     } <= set(names)
     assert [name for name in names if name.startswith("fastmae/_C.") and name.endswith(".so")]

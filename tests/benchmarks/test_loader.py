@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastmae.benchmarks import images, loader
+from fastmae.benchmarks.baselines.official_pipeline import PublishedPipeline, _Crops, grey_levels
 from fastmae.benchmarks.images import ImagesConfig, write_images
-from fastmae.benchmarks.peers.published_pipeline import PublishedPipeline, _Crops, grey_levels
 from fastmae.cli import main
 from fastmae.data.loader import View, load_sample
 from fastmae.data.parquet import ParquetSource

@@ -12,8 +12,8 @@ from helpers import soak
 from PIL import Image
 
 from fastmae.benchmarks import quality
+from fastmae.benchmarks.baselines.official import published_like
 from fastmae.benchmarks.cases import OURS
-from fastmae.benchmarks.peers.published import published_like
 from fastmae.benchmarks.quality import (
     PUBLISHED,
     UNTRAINED,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastmae.benchmarks.peers.vitmae import as_transformers, vitmae_like
+from fastmae.benchmarks.baselines.vitmae import as_transformers, vitmae_like
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.reference import ReferenceMAE
 from fastmae.ops import random_masking

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from fastmae.benchmarks.peers.published import published_like
+from fastmae.benchmarks.baselines.official import published_like
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.reference import ReferenceBlock
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastmae.benchmarks.peers.published import published_like
-from fastmae.benchmarks.peers.strong import strong_like
-from fastmae.benchmarks.peers.timm_blocks import timm_like
+from fastmae.benchmarks.baselines.official import published_like
+from fastmae.benchmarks.baselines.strong import strong_like
+from fastmae.benchmarks.baselines.timm_blocks import timm_like
 from fastmae.errors import UserError
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.ops.random_masking import random_masking

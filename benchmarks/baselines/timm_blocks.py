@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from fastmae.benchmarks.peers.published import published_like
+from fastmae.benchmarks.baselines.official import published_like
 from fastmae.errors import UserError
 from fastmae.model.mae import MaskedAutoencoderViT
 

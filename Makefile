@@ -29,7 +29,7 @@ test-native: $(VENV)/.installed-dev
 	$(BIN)/cmake --build $(SANITIZED) --parallel $$(nproc)
 	FASTMAE_SANITIZED=$(CURDIR)/$(SANITIZED) PYTHONPATH=tests ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-		$(BIN)/python -m pytest -q --capture=sys -p sanitized tests/ops/test_native.py
+		$(BIN)/python -m pytest -q --capture=sys -p sanitized tests/ops/test_cpu.py
 
 # Long campaigns, of which the tests do a sample: damaged files, memory, interruptions at every step, kills, bit flips.
 soak: $(VENV)/.installed-dev

@@ -2,9 +2,10 @@
 
 Forward: each program makes some tokens of one image; the mask token is read once a program. Backward: each program
 walks over the tokens of one image for some channels, copies the visible ones and adds up the masked ones; torch adds
-up the images' sums afterwards, so that no atomics are needed and the gradient is the same in every run. Floor, for S
-tokens of D channels: D numbers read for each visible token, D of positions (which stay in the cache) and D written for
-each token; backward D read for each token and D written for each visible one. Definition:
+up the images' sums afterwards, so that no atomics are needed and the gradient is the same in every run.
+
+Lower bound, for S tokens of D channels: D numbers read for each visible token, D of positions (which stay in the cache)
+and D written for each token; backward D read for each token and D written for each visible one. Definition:
 fastmae/ops/assemble_tokens.py.
 """
 

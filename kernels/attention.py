@@ -7,7 +7,7 @@ dv a tile of keys at a time. So there are no atomics, and gradients are the same
 accumulators are float32. Of the tiles that stream past, all are full and unmasked but the last, which is as small as it
 can be: 197 keys take the tensor cores' time of 208.
 
-Floor a head, for T queries and S keys of D numbers of e bytes:
+Lower bound per head, for T queries and S keys of D numbers of e bytes:
     forward   e·D·(2T + 2S) bytes, 4·T·S·D floating-point operations in 2 matrix products, T·S exponentials
     backward  e·D·(3T + 4S) bytes, 10·T·S·D in 5 products, T·S exponentials
 Two sweeps take 7 products and the exponentials twice, and read the output and 4·T bytes of log-sum-exp besides; what

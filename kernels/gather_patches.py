@@ -1,6 +1,6 @@
 """gather_patches on a GPU: each program cuts out some patches of one image, normalising on the way.
 
-Floor: P bytes read and P numbers of the result's type written a patch; the arithmetic is free. Definition:
+Lower bound: P bytes read and P numbers of the result's type written a patch; the arithmetic is free. Definition:
 fastmae/ops/gather_patches.py.
 """
 

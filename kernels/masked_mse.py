@@ -2,7 +2,7 @@
 
 Each program holds some patches whole: it reads the pixels once, makes the target in registers, and writes the gradient
 beside the sum of its squared errors. The sums are added up by torch afterwards, so that no atomics are needed and the
-loss is the same in every run. Floor: P bytes of pixels, P numbers read and P written a patch. Definition:
+loss is the same in every run. Lower bound: P bytes of pixels, P numbers read and P written a patch. Definition:
 fastmae/ops/masked_mse.py.
 """
 

@@ -2,7 +2,7 @@
 
 Bit-equal to fastmae/ops/random_masking.py, which has the definition. Counting instead of sorting: L² comparisons an
 image (512 a thread at L = 196, 8192 at 1024), no sorted data to exchange, and nothing read but the draw's number.
-Floor: 4·L bytes written an image; how near it comes has not been measured.
+Lower bound: 4·L bytes written an image; how near it comes has not been measured.
 """
 
 import torch

@@ -2,7 +2,7 @@
 twice and none is left over.
 
 Which of the listed patches belongs at a place is found by comparing the place with all M ids, which the cache holds.
-Floor: P numbers read a listed patch, P pixels written a patch. Definition: fastmae/ops/scatter_patches.py.
+Lower bound: P numbers read a listed patch, P pixels written a patch. Definition: fastmae/ops/scatter_patches.py.
 """
 
 import torch

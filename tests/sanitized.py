@@ -18,9 +18,9 @@ sys.modules["fastmae._C"] = sanitized
 
 
 def pytest_sessionfinish() -> None:
-    from fastmae.ops import native
+    from fastmae.ops import cpu
 
-    assert native._C is sanitized, "the tests ran against another build"
+    assert cpu._C is sanitized, "the tests ran against another build"
 
 
 def pytest_report_header() -> str:

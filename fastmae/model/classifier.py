@@ -122,7 +122,7 @@ class Classifier(nn.Module):
 
         Args:
             images: uint8 [N, H, W, C], or float [N, C, H, W], normalised.
-            kept: [depth, 2, N] from ``kept_branches``; None for all.
+            kept: [depth, 2, N] from ``stochastic_depth_mask``; None for all.
         """
         x = self._embed(images)
         for number, block in enumerate(self.blocks):
@@ -205,7 +205,7 @@ def resized_positions(positions: torch.Tensor, grid: tuple[int, int], new_grid: 
 # --- drop path --------------------------------------------------------------------------------------------------------
 
 
-def kept_branches(seed: int, draw_ids: np.ndarray, drop_path: float, depth: int) -> torch.Tensor:
+def stochastic_depth_mask(seed: int, draw_ids: np.ndarray, drop_path: float, depth: int) -> torch.Tensor:
     """What the branches of each block are multiplied by: float32 [depth, 2, N], a pure function of its arguments.
 
     A branch of block i is left out with a chance that grows from 0 to ``drop_path`` with i; otherwise it counts as much
@@ -247,7 +247,7 @@ def tune(model: Classifier, what: str, lora_rank: int = 8) -> None:
             block.attn.proj = LoraLinear(block.attn.proj, lora_rank)
 
 
-def merged(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def merge_lora(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict in one piece with the updates of low rank added to their weights: the published keys alone."""
     plain = {name: tensor for name, tensor in weights.items() if not name.endswith(LORA)}
     for name in [name.removesuffix(".lora_a") for name in weights if name.endswith(".lora_a")]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastmae.ops import native
+from fastmae.ops import cpu
 from fastmae.ops.backends import ops_backend
 from fastmae.ops.checks import check_devices, check_floating, check_ids, check_range
 
@@ -75,8 +75,8 @@ def _assemble_tokens(
 ) -> torch.Tensor:
     arguments = visible, mask_token, pos_embed, ids_shuffle
     backend = ops_backend(visible.device, dtype)
-    if backend == "native":  # checks the ids itself
-        return native.assemble_tokens(*arguments, dtype)
+    if backend == "cpu":  # checks the ids itself
+        return cpu.assemble_tokens(*arguments, dtype)
     check_range("ids_shuffle", ids_shuffle, ids_shuffle.shape[1])
     if backend == "reference":
         return assemble_tokens_reference(*arguments).to(dtype)
@@ -96,8 +96,8 @@ def _assemble_tokens_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """grad [N, L+1, D]: (of the visible tokens [N, K+1, D] in ``dtype``, of the mask token [D] in float32 or 64)."""
     backend = ops_backend(grad.device, grad.dtype, dtype)
-    if backend == "native":
-        return native.assemble_tokens_backward(grad, visible_tokens, dtype)
+    if backend == "cpu":
+        return cpu.assemble_tokens_backward(grad, visible_tokens, dtype)
     if backend == "reference":
         masked = grad[:, visible_tokens:].to(_sum_dtype(grad.dtype))
         return grad[:, :visible_tokens].to(dtype, copy=True).contiguous(), masked.sum(dim=1).sum(dim=0)

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from fastmae import _C
-from fastmae.ops import native
+from fastmae.ops import cpu
 from fastmae.ops.attention_table import DTYPES, dtype_name, measurements
 from fastmae.ops.backends import asked_backends, ops_backend, triton_runs_on
 
 TRITON_TOKENS = 320
 TRITON_HEAD_DIMS = (32, 64, 80)
-NATIVE_TOKENS = 1024  # up to which C++ was measured, and was faster
+CPU_TOKENS = 1024  # up to which C++ was measured, and was faster
 WIDE_VECTORS = _C.instruction_sets()[-1] != "baseline"  # with those of 16 bytes it was half as fast as torch
 
 NEAREST = 1.25  # a measurement at S tokens speaks for sequences up to so many times longer or shorter
@@ -91,10 +91,10 @@ def _check(packed: torch.Tensor, queries: torch.Tensor | None) -> None:
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype, S: int, head_dim: int) -> tuple[str, str]:
-    """(``sdpa``, ``xformers``, ``triton`` or ``native``; why) for S tokens with heads of ``head_dim`` numbers.
+    """Chooses (``sdpa``, ``xformers``, ``triton`` or ``cpu``; why) for S tokens with heads of ``head_dim`` numbers.
 
     On a GPU ``auto`` takes the winner of the nearest measurement, if one lies within a factor of 1.25 of S; the user's
-    table goes before the shipped one. On a CPU it is ``native`` in float32, unless the ops are the reference's. float64
+    table goes before the shipped one. On a CPU it is ``cpu`` in float32, unless the ops are the reference's. float64
     is always ``sdpa``, as the kernels of all ops leave it to torch, and so is a program that is exported.
 
     Raises:
@@ -106,54 +106,63 @@ def attention_backend(device: torch.device, dtype: torch.dtype, S: int, head_dim
     if torch.compiler.is_exporting():
         return "sdpa", "an exported program knows torch's ops alone"
     if asked != "auto":
-        if refusal := _refusal(asked, device, dtype, S, head_dim):
-            raise ValueError(f"attention '{asked}' {refusal}; choose auto or sdpa")
+        unmet = _unmet_requirement(asked, device, dtype, S, head_dim)
+        if unmet is not None:
+            raise ValueError(f"attention '{asked}' needs {unmet}; choose auto or sdpa")
         return asked, "asked for"
-    is_for_cpp = S <= NATIVE_TOKENS and not _refusal("native", device, dtype, S, head_dim)
-    if is_for_cpp and WIDE_VECTORS and ops_backend(device) == "native":
-        return "native", "C++, on a CPU"
-    if device.type != "cuda":
-        return "sdpa", f"torch's own on {device.type}"
-    for measured in measurements(device, dtype):
-        near = [(max(S / at, at / S), at, name, where) for at, dim, name, where in measured if dim == head_dim]
-        distance, at, name, where = min(near, default=(NEAREST + 1, 0, "", ""))
+    if device.type == "cuda":
+        return _fastest_measured(device, dtype, S, head_dim)
+    can_run_cpp = _unmet_requirement("cpu", device, dtype, S, head_dim) is None
+    if can_run_cpp and S <= CPU_TOKENS and WIDE_VECTORS and ops_backend(device) == "cpu":
+        return "cpu", "C++, on a CPU"
+    return "sdpa", f"torch's own on {device.type}"
+
+
+def _fastest_measured(device: torch.device, dtype: torch.dtype, S: int, head_dim: int) -> tuple[str, str]:
+    """Chooses the winner of the nearest measurement on this GPU; ``sdpa`` if none is near, or the winner cannot run."""
+    for table in measurements(device, dtype):
+        same_head = [
+            (max(S / tokens, tokens / S), tokens, name, where) for tokens, D, name, where in table if head_dim == D
+        ]
+        distance, tokens, name, where = min(same_head, default=(math.inf, 0, "", ""))
         if distance <= NEAREST:
-            if refusal := _refusal(name, device, dtype, S, head_dim):
-                return "sdpa", f"{name} was faster at {at} tokens ({where}), but it {refusal}"
-            return name, f"fastest at {at} tokens ({where})"
+            unmet = _unmet_requirement(name, device, dtype, S, head_dim)
+            if unmet is not None:
+                return "sdpa", f"{name} was faster at {tokens} tokens ({where}), but it needs {unmet}"
+            return name, f"fastest at {tokens} tokens ({where})"
     return "sdpa", NOT_MEASURED
 
 
-def _refusal(name: str, device: torch.device, dtype: torch.dtype, S: int, head_dim: int) -> str:
-    """Why a backend cannot run, as the end of a sentence that starts with its name; empty if it can."""
+def _unmet_requirement(name: str, device: torch.device, dtype: torch.dtype, S: int, head_dim: int) -> str | None:
+    """What a backend needs and does not get ("float32, got bfloat16"); None if it can run."""
     if name == "sdpa":
-        return ""
-    if name == "native":
+        return None
+    if name == "cpu":
         if device.type != "cpu":
-            return f"is for the CPU, got {device.type}"
+            return f"a CPU, got {device.type}"
         if dtype != torch.float32:
-            return f"does float32, got {dtype_name(dtype)}"
+            return f"float32, got {dtype_name(dtype)}"
         if head_dim % 16 or head_dim > 128:
-            return f"does heads of a multiple of 16 numbers up to 128, got {head_dim}"
-        return ""
-    if not _runs(name, device):
+            return f"heads of a multiple of 16 numbers up to 128, got {head_dim}"
+        return None
+    if not _is_installed(name, device):
         package = "Triton" if name == "triton" else "xformers (pip install 'fastmae[cuda]')"
-        return f"needs {package} and a CUDA device, got {device.type}"
+        return f"{package} and a CUDA device, got {device.type}"
     # Without tensor cores, float32 would spill registers in Triton; xformers does not take it.
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"does bfloat16 and float16, got {dtype_name(dtype)}"
+        return f"bfloat16 or float16, got {dtype_name(dtype)}"
     if name == "triton" and S > TRITON_TOKENS:
-        return f"does 1 to {TRITON_TOKENS} tokens, got {S}"
+        return f"1 to {TRITON_TOKENS} tokens, got {S}"
     if name == "triton" and head_dim not in TRITON_HEAD_DIMS:
-        return f"does heads of {', '.join(map(str, TRITON_HEAD_DIMS))} numbers, got {head_dim}"
+        return f"heads of {', '.join(map(str, TRITON_HEAD_DIMS))} numbers, got {head_dim}"
     if name == "xformers" and (head_dim % 8 or head_dim > 256):
-        return f"does heads of a multiple of 8 numbers up to 256, got {head_dim}"
-    return ""
+        return f"heads of a multiple of 8 numbers up to 256, got {head_dim}"
+    return None
 
 
 @torch.compiler.assume_constant_result
-def _runs(name: str, device: torch.device) -> bool:
-    """Whether this machine can run it; a constant to torch.compile, which cannot trace looking for a package."""
+def _is_installed(name: str, device: torch.device) -> bool:
+    """Whether this machine has it; a constant to torch.compile, which cannot trace the search for a package."""
     if name == "triton":
         return triton_runs_on(device)
     return device.type == "cuda" and importlib.util.find_spec("xformers") is not None
@@ -165,8 +174,8 @@ def _runs(name: str, device: torch.device) -> bool:
 @torch.library.custom_op("fastmae::attention", mutates_args=())
 def _attention(packed: torch.Tensor, queries: torch.Tensor | None, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [N, T, H, Dh], log-sum-exp of its rows float32 [N, H, T], the base being the backend's own)."""
-    if backend == "native":
-        return native.attention(*_for_cpp(packed, queries))
+    if backend == "cpu":
+        return cpu.attention(*_for_cpp(packed, queries))
     q, k, v = (_dense_heads(x) for x in _unpack(packed, queries))
     if backend == "triton":
         from fastmae.kernels.attention import attention_forward_triton
@@ -194,8 +203,8 @@ def _attention_backward(
 ) -> list[torch.Tensor]:
     """[gradient of packed], and that of queries behind it if there are any."""
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in _present(packed, queries)]
-    if backend == "native":
-        native.attention_backward(_dense_heads(grad), *_for_cpp(packed, queries), lse, *_for_cpp(*gradients))
+    if backend == "cpu":
+        cpu.attention_backward(_dense_heads(grad), *_for_cpp(packed, queries), lse, *_for_cpp(*gradients))
         return gradients
     q, k, v = (_dense_heads(x) for x in _unpack(packed, queries))
     dq, dk, dv = _unpack(*gradients, *[None] * (2 - len(gradients)))

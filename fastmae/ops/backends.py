@@ -13,25 +13,33 @@ import torch
 
 from fastmae import _C
 
-OPS = ("auto", "triton", "native", "reference")
-ATTENTION = ("auto", "sdpa", "xformers", "triton", "native")
+OPS = ("auto", "triton", "cpu", "reference")
+ATTENTION = ("auto", "sdpa", "xformers", "triton", "cpu")
+# Names of version 0.1, which its run folders hold.
+OLD_NAMES = {"native": "cpu"}
 
 
 @dataclass(frozen=True)
 class Backends:
-    """What was asked for. ``auto`` is decided per device, and for attention per shape as well."""
+    """The implementations that were asked for. ``auto`` is decided per device, and for attention per shape as well.
+
+    ``native``, as version 0.1 called the C++ implementations, is read as ``cpu``.
+    """
 
     ops: str = "auto"
-    """``triton`` (a CUDA device), ``native`` (C++ on a CPU), ``reference`` (the PyTorch that defines the ops)."""
+    """``triton`` (a CUDA device), ``cpu`` (C++ on a CPU), ``reference`` (the PyTorch that defines the ops)."""
     attention: str = "auto"
-    """``sdpa`` (torch chooses), ``xformers``, ``triton``, ``native`` (C++ on a CPU)."""
+    """``sdpa`` (torch chooses), ``xformers``, ``triton``, ``cpu`` (C++ on a CPU)."""
     check_ids: bool = False
     """For debugging: look at patch numbers on a GPU too, which waits for it. On a CPU they are always looked at."""
 
     def __post_init__(self) -> None:
-        for name, value, known in (("ops", self.ops, OPS), ("attention", self.attention, ATTENTION)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        for name, values in (("ops", OPS), ("attention", ATTENTION)):
+            asked = getattr(self, name)
+            value = OLD_NAMES.get(asked, asked)
+            if value not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, got {asked!r}")
+            object.__setattr__(self, name, value)
 
 
 _asked = Backends()
@@ -69,14 +77,14 @@ def triton_runs_on(device: torch.device) -> bool:
 def describe_ops(device: torch.device) -> str:
     """``ops_backend`` in words, for people."""
     chosen = ops_backend(device)
-    name = f"C++ ({_C.instruction_set()})" if chosen == "native" else {"triton": "Triton"}.get(chosen, "PyTorch")
+    name = f"C++ ({_C.instruction_set()})" if chosen == "cpu" else {"triton": "Triton"}.get(chosen, "PyTorch")
     if asked_backends().ops != "auto":
         return f"{name}, asked for"
     return f"{name}, on a {'GPU' if device.type == 'cuda' else device.type.upper()}"
 
 
 def ops_backend(device: torch.device, *dtypes: torch.dtype) -> str:
-    """The implementation of the five ops on ``device``: ``triton``, ``native`` or ``reference``.
+    """The implementation of the five ops on ``device``: ``triton``, ``cpu`` or ``reference``.
 
     The kernels compute in float32, so what has float64 among its ``dtypes`` is the reference's, whatever was asked for.
 
@@ -85,9 +93,9 @@ def ops_backend(device: torch.device, *dtypes: torch.dtype) -> str:
     """
     asked = asked_backends().ops
     if asked == "auto":
-        asked = {"cuda": "triton", "cpu": "native"}.get(device.type, "reference")
+        asked = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
     if asked == "triton" and not triton_runs_on(device):
         raise ValueError(f"ops 'triton' needs Triton and a CUDA device, got {device.type}; choose auto or reference")
-    if asked == "native" and device.type != "cpu":
-        raise ValueError(f"ops 'native' is for the CPU, got {device.type}; choose auto or triton")
+    if asked == "cpu" and device.type != "cpu":
+        raise ValueError(f"ops 'cpu' needs a CPU, got {device.type}; choose auto or triton")
     return "reference" if torch.float64 in dtypes else asked

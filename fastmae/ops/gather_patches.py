@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastmae.ops import native
+from fastmae.ops import cpu
 from fastmae.ops.backends import ops_backend
 from fastmae.ops.checks import (
     check_channels,
@@ -82,8 +82,8 @@ def _gather_patches(
 ) -> torch.Tensor:
     arguments = images, ids, patch_size, mean, std, dtype
     backend = ops_backend(images.device, images.dtype, dtype)
-    if backend == "native":  # checks the ids itself
-        return native.gather_patches(*arguments)
+    if backend == "cpu":  # checks the ids itself
+        return cpu.gather_patches(*arguments)
     check_range("ids", ids, grid_patches(images, patch_size))
     if backend == "reference":
         return gather_patches_reference(*arguments)

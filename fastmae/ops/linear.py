@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
-from fastmae.ops import native
+from fastmae.ops import cpu
 from fastmae.ops.backends import ops_backend
 
 # Private to torch, where its own compiler calls it; there is no public way to oneDNN in float32.
@@ -54,7 +54,7 @@ def describe_linear(device: torch.device, dtype: torch.dtype) -> str:
         return "torch"
     if dtype != torch.float32:
         return "oneDNN, torch's own choice"
-    return "oneDNN" if ONEDNN and ops_backend(device) == "native" else "torch"
+    return "oneDNN" if ONEDNN and ops_backend(device) == "cpu" else "torch"
 
 
 def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -66,7 +66,7 @@ def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
         and ONEDNN
-        and ops_backend(x.device) == "native"
+        and ops_backend(x.device) == "cpu"
         and x.numel() * weight.shape[0] >= SMALLEST  # last: an exported program must not be bound to a batch by it
     )
 
@@ -106,7 +106,7 @@ def _linear_backward(
             made.append(rows.T @ inputs)
         else:
             # oneDNN takes its first factor without gaps alone; the second it lays out anew in any case.
-            transposed, sums = native.transpose_and_sum(rows)
+            transposed, sums = cpu.transpose_and_sum(rows)
             made.append(_onednn(transposed, inputs.T, None))
     if needs[2]:
         made.append(rows.sum(0) if sums is None else sums)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastmae.ops import native
+from fastmae.ops import cpu
 from fastmae.ops.backends import ops_backend
 from fastmae.ops.checks import (
     check_channels,
@@ -128,8 +128,8 @@ def _masked_mse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     arguments = pred, images, ids, patch_size, mean, std, norm_pix
     backend = ops_backend(pred.device, images.dtype, pred.dtype)
-    if backend == "native":  # checks the ids itself
-        return native.masked_mse(*arguments, VARIANCE_EPS)
+    if backend == "cpu":  # checks the ids itself
+        return cpu.masked_mse(*arguments, VARIANCE_EPS)
     check_range("ids", ids, grid_patches(images, patch_size))
     if backend == "reference":
         return _loss_and_gradient(*arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastmae.ops import native
+from fastmae.ops import cpu
 from fastmae.ops.backends import ops_backend
 from fastmae.philox import STREAM_MASK, words_torch
 
@@ -51,8 +51,8 @@ def random_masking_reference(draw_ids: torch.Tensor, seed: int, num_patches: int
 @torch.library.custom_op("fastmae::random_masking", mutates_args=())
 def _random_masking(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch.Tensor:
     backend = ops_backend(draw_ids.device)
-    if backend == "native":
-        return native.random_masking(draw_ids, seed % 2**64, num_patches)
+    if backend == "cpu":
+        return cpu.random_masking(draw_ids, seed % 2**64, num_patches)
     if backend == "reference" or num_patches > MAX_COUNTED:
         return random_masking_reference(draw_ids, seed % 2**64, num_patches)
     from fastmae.kernels.random_masking import random_masking_triton

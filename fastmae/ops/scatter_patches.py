@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastmae.ops import native
+from fastmae.ops import cpu
 from fastmae.ops.backends import asked_backends, ops_backend
 from fastmae.ops.checks import check_channels, check_devices, check_floating, check_ids, check_range, check_sizes
 
@@ -91,8 +91,8 @@ def _scatter_patches(
 ) -> torch.Tensor:
     arguments = patches, ids, grid_size, patch_size, mean, std, dtype
     backend = ops_backend(patches.device, patches.dtype, dtype)
-    if backend == "native":  # checks the ids itself
-        return native.scatter_patches(*arguments)
+    if backend == "cpu":  # checks the ids itself
+        return cpu.scatter_patches(*arguments)
     check_range("ids", ids, grid_size[0] * grid_size[1])
     _check_distinct(ids)
     if backend == "reference":

@@ -33,7 +33,14 @@ from fastmae.data.loader import Batch, View, default_workers, describe_decoder
 from fastmae.data.sources import Concat, FolderSource, Source, describe, shown, train_and_val
 from fastmae.errors import UserError
 from fastmae.evaluate.features import FOLDER_SHARE
-from fastmae.model.classifier import ClassificationLoss, Classifier, classifier_of, kept_branches, merged, tune
+from fastmae.model.classifier import (
+    ClassificationLoss,
+    Classifier,
+    classifier_of,
+    merge_lora,
+    stochastic_depth_mask,
+    tune,
+)
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.sharding import in_one_piece
 from fastmae.train import parallel
@@ -316,7 +323,7 @@ def _micro_batches(
         draw_ids = batch.draw_ids.numpy()
         images, targets = augment(batch.images, labels_of(source, batch), draw_ids, model.mean, model.std)
         if config.drop_path:
-            kept = kept_branches(augment.seed, draw_ids, config.drop_path, len(model.blocks))
+            kept = stochastic_depth_mask(augment.seed, draw_ids, config.drop_path, len(model.blocks))
             yield images, targets, kept.to(images.device)
         else:
             yield images, targets
@@ -374,7 +381,7 @@ def _export(run: Run, epoch: int, model: Classifier, optimizer: torch.optim.Opti
     moments = in_one_piece(optimizer.state_dict(), keep=run.world.is_first)
 
     def write() -> None:
-        save_published(published_path(run.folder, epoch), merged(weights), moments, epoch, run.settings)
+        save_published(published_path(run.folder, epoch), merge_lora(weights), moments, epoch, run.settings)
 
     return written(write) if run.world.is_first else None
 

@@ -11,9 +11,9 @@ from fastmae.model.classifier import (
     ClassificationLoss,
     Classifier,
     classifier_of,
-    kept_branches,
-    merged,
+    merge_lora,
     resized_positions,
+    stochastic_depth_mask,
     tune,
 )
 from fastmae.model.mae import mae_vit_base_patch16, mae_vit_tiny_patch4
@@ -124,7 +124,7 @@ def test_the_loss_is_the_cross_entropy_with_soft_targets():
 
 
 def test_branches_are_left_out_at_a_rate_that_grows_with_depth_and_the_mean_stays():
-    kept = kept_branches(0, np.arange(20_000), 0.3, 4)
+    kept = stochastic_depth_mask(0, np.arange(20_000), 0.3, 4)
     assert kept.shape == (4, 2, 20_000)
     left_out = (kept == 0).float().mean(dim=2)
     torch.testing.assert_close(left_out, torch.tensor([0, 0.1, 0.2, 0.3])[:, None].expand(4, 2), rtol=0, atol=0.015)
@@ -133,9 +133,9 @@ def test_branches_are_left_out_at_a_rate_that_grows_with_depth_and_the_mean_stay
 
 
 def test_what_is_left_out_depends_on_the_draw_alone():
-    together, alone = kept_branches(0, np.arange(8), 0.5, 4), kept_branches(0, np.array([5]), 0.5, 4)
+    together, alone = stochastic_depth_mask(0, np.arange(8), 0.5, 4), stochastic_depth_mask(0, np.array([5]), 0.5, 4)
     assert torch.equal(together[:, :, 5:6], alone)
-    assert not torch.equal(together, kept_branches(1, np.arange(8), 0.5, 4))
+    assert not torch.equal(together, stochastic_depth_mask(1, np.arange(8), 0.5, 4))
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
@@ -202,7 +202,7 @@ def test_updates_of_low_rank_change_nothing_at_first_and_are_merged_into_the_pub
         if "lora" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     assert not torch.allclose(model(images()), plain(images()))
-    weights = merged(model.state_dict())
+    weights = merge_lora(model.state_dict())
     assert weights.keys() == plain.state_dict().keys()
     update = weights["blocks.0.attn.qkv.weight"] - plain.state_dict()["blocks.0.attn.qkv.weight"]
     assert torch.linalg.matrix_rank(update, atol=1e-4) == 2

@@ -168,10 +168,10 @@ def test_cpp_compiles_as_one_graph(shape):
 @pytest.mark.parametrize("shape", CPP[:2])
 def test_cpp_is_one_op_to_torch(shape):
     packed, queries = (*cpp_sample(**shape), None)[:2]
-    torch.library.opcheck(torch.ops.fastmae.attention.default, (packed, queries, "native"))
-    out, lse = torch.ops.fastmae.attention(packed.detach(), queries if queries is None else queries.detach(), "native")
+    torch.library.opcheck(torch.ops.fastmae.attention.default, (packed, queries, "cpu"))
+    out, lse = torch.ops.fastmae.attention(packed.detach(), queries if queries is None else queries.detach(), "cpu")
     arguments = (torch.randn_like(out), packed.detach(), None if queries is None else queries.detach(), out, lse)
-    torch.library.opcheck(torch.ops.fastmae.attention_backward.default, (*arguments, "native"))
+    torch.library.opcheck(torch.ops.fastmae.attention_backward.default, (*arguments, "cpu"))
 
 
 def test_its_products_are_counted():
@@ -323,9 +323,9 @@ def test_what_needs_no_table(h100):
 @pytest.mark.parametrize(
     ("S", "head_dim", "dtype", "name"),
     [
-        (50, 64, torch.float32, "native"),
-        (1, 16, torch.float32, "native"),
-        (1024, 128, torch.float32, "native"),
+        (50, 64, torch.float32, "cpu"),
+        (1, 16, torch.float32, "cpu"),
+        (1024, 128, torch.float32, "cpu"),
         (1025, 64, torch.float32, "sdpa"),
         (50, 24, torch.float32, "sdpa"),
         (50, 144, torch.float32, "sdpa"),
@@ -348,7 +348,7 @@ def test_cpp_does_what_it_was_asked_for_alone():
         assert not runs_in_cpp(*arguments)
     with using(ops="reference"):
         assert not runs_in_cpp(*arguments)
-        with using(attention="native"):
+        with using(attention="cpu"):
             assert runs_in_cpp(*arguments)
 
 
@@ -435,10 +435,10 @@ def test_what_was_asked_for_and_cannot_run_is_refused(name, monkeypatch):
     [
         ("triton", 321, 64, torch.bfloat16, "1 to 320 tokens, got 321"),
         ("triton", 50, 48, torch.bfloat16, "heads of 32, 64, 80 numbers, got 48"),
-        ("triton", 50, 64, torch.float32, "bfloat16 and float16, got float32"),
-        ("xformers", 50, 64, torch.float32, "bfloat16 and float16, got float32"),
+        ("triton", 50, 64, torch.float32, "bfloat16 or float16, got float32"),
+        ("xformers", 50, 64, torch.float32, "bfloat16 or float16, got float32"),
         ("xformers", 50, 12, torch.float16, "multiple of 8 numbers up to 256, got 12"),
-        ("native", 50, 64, torch.float32, "is for the CPU, got cuda; choose auto or sdpa"),
+        ("cpu", 50, 64, torch.float32, "needs a CPU, got cuda; choose auto or sdpa"),
     ],
 )
 def test_limits_of_the_backends(name, S, head_dim, dtype, words, monkeypatch):
@@ -450,11 +450,11 @@ def test_limits_of_the_backends(name, S, head_dim, dtype, words, monkeypatch):
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "words"),
     [
-        (24, torch.float32, "does heads of a multiple of 16 numbers up to 128, got 24"),
-        (144, torch.float32, "does heads of a multiple of 16 numbers up to 128, got 144"),
-        (32, torch.bfloat16, "does float32, got bfloat16"),
+        (24, torch.float32, "needs heads of a multiple of 16 numbers up to 128, got 24"),
+        (144, torch.float32, "needs heads of a multiple of 16 numbers up to 128, got 144"),
+        (32, torch.bfloat16, "needs float32, got bfloat16"),
     ],
 )
 def test_limits_of_cpp(head_dim, dtype, words):
-    with using(attention="native"), pytest.raises(ValueError, match=f"attention 'native' {words}; choose auto or sdpa"):
+    with using(attention="cpu"), pytest.raises(ValueError, match=f"attention 'cpu' {words}; choose auto or sdpa"):
         chosen(50, head_dim, dtype, CPU)

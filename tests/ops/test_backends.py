@@ -16,7 +16,7 @@ def _not_interpreted(monkeypatch):
 
 def test_auto_is_what_is_made_for_the_device():
     assert asked_backends() == Backends()
-    assert ops_backend(CPU) == "native"
+    assert ops_backend(CPU) == "cpu"
     assert ops_backend(CUDA) == "triton"
     assert ops_backend(torch.device("meta")) == "reference"
     assert describe_ops(CPU).startswith("C++ (")
@@ -24,7 +24,7 @@ def test_auto_is_what_is_made_for_the_device():
 
 def test_float64_is_the_references():
     assert ops_backend(CPU, torch.uint8, torch.float64) == "reference"
-    assert ops_backend(CPU, torch.uint8, torch.float32) == "native"
+    assert ops_backend(CPU, torch.uint8, torch.float32) == "cpu"
 
 
 def test_a_choice_holds_until_it_is_taken_back():
@@ -43,7 +43,7 @@ def test_a_choice_holds_until_it_is_taken_back():
 
 @pytest.mark.parametrize(
     ("asked", "device", "words"),
-    [("triton", CPU, "needs Triton and a CUDA device, got cpu"), ("native", CUDA, "for the CPU, got cuda")],
+    [("triton", CPU, "needs Triton and a CUDA device, got cpu"), ("cpu", CUDA, "needs a CPU, got cuda")],
 )
 def test_what_cannot_run_is_refused(asked, device, words):
     with using(ops=asked), pytest.raises(ValueError, match=words):
@@ -60,3 +60,9 @@ def test_an_op_does_not_fall_back_silently():
 def test_unknown_names_are_refused(wrong):
     with pytest.raises(ValueError, match="must be one of auto"):
         Backends(**wrong)
+
+
+def test_the_name_of_version_0_1_is_read():
+    assert Backends(ops="native", attention="native") == Backends(ops="cpu", attention="cpu")
+    with using(ops="native"):
+        assert ops_backend(CPU) == "cpu"

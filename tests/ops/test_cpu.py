@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmae import _C
-from fastmae.ops import native
+from fastmae.ops import cpu
 from fastmae.ops.assemble_tokens import assemble_tokens_reference
 from fastmae.ops.attention import attention_reference
 from fastmae.ops.gather_patches import gather_patches_reference
@@ -121,27 +121,27 @@ def relaid(tensor, order=None, step=2, lead=1):
 def test_transpose_and_sum(shape):
     matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     for laid in (matrix, relaid(matrix), matrix[:1].expand(shape), matrix[:, :1].expand(shape)):
-        transposed, sums = native.transpose_and_sum(laid)
+        transposed, sums = cpu.transpose_and_sum(laid)
         assert torch.equal(transposed, laid.T)
         assert transposed.is_contiguous()
         assert_as_close(sums, laid.sum(0), laid.double().sum(0), laid.double().abs().sum(0))
 
 
 def test_nothing_transposed_sums_to_zero():
-    transposed, sums = native.transpose_and_sum(torch.zeros(0, 3))
+    transposed, sums = cpu.transpose_and_sum(torch.zeros(0, 3))
     assert transposed.shape == (3, 0)
     assert sums.tolist() == [0, 0, 0]
-    assert native.transpose_and_sum(torch.zeros(3, 0))[0].shape == (0, 3)
+    assert cpu.transpose_and_sum(torch.zeros(3, 0))[0].shape == (0, 3)
 
 
 @pytest.mark.parametrize("L", [1, 2, 3, 5, 31, 32, 33, 49, 196, 197, 1024, 4097, 65536])
 def test_random_masking_is_bit_equal(loops, L):
     draw_ids = torch.tensor([0, -(2**63), -1, 2**63 - 1, 123456789012])[: 2 if L > 5000 else 5]
     for seed in (2**64 - 1,) if L > 5000 else (0, 7, 2**64 - 1):
-        got = native.random_masking(draw_ids, seed, L)
+        got = cpu.random_masking(draw_ids, seed, L)
         assert got.dtype == torch.int32
         assert torch.equal(got, random_masking_reference(draw_ids, seed, L))
-    assert torch.equal(native.random_masking(draw_ids[::2], seed, L), got[::2])
+    assert torch.equal(cpu.random_masking(draw_ids[::2], seed, L), got[::2])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -153,15 +153,15 @@ def test_gather(loops, N, size, patch, channels, images_dtype, dtype):
         truth = gather_patches_reference(images, chosen, patch, mean.double(), std.double(), torch.float64)
         same = gather_patches_reference(images, chosen, patch, mean, std, dtype)
         for laid in (images, images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
-            assert_as_close(native.gather_patches(laid, chosen, patch, mean, std, dtype), same, truth)
+            assert_as_close(cpu.gather_patches(laid, chosen, patch, mean, std, dtype), same, truth)
 
 
 @pytest.mark.parametrize("statistics", FLOATS)
 def test_gather_takes_mean_and_std_of_any_dtype(loops, statistics):
     images, ids, mean, std = sample(*SHAPES[0])
     mean, std = mean.to(statistics), std.to(statistics)
-    wanted = native.gather_patches(images, ids, (16, 16), mean.float(), std.float(), torch.float32)
-    assert torch.equal(native.gather_patches(images, ids, (16, 16), mean, relaid(std), torch.float32), wanted)
+    wanted = cpu.gather_patches(images, ids, (16, 16), mean.float(), std.float(), torch.float32)
+    assert torch.equal(cpu.gather_patches(images, ids, (16, 16), mean, relaid(std), torch.float32), wanted)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -175,8 +175,8 @@ def test_assemble(loops, N, L, K, D, given_dtype, dtype):
     for parts in ((visible, mask_token, pos_embed), (visible, mask_token.to(dtype), pos_embed.to(given_dtype))):
         truth = assemble_tokens_reference(*(part.double() for part in parts), ids)
         same = assemble_tokens_reference(*(part.float() for part in parts), ids).to(dtype)
-        assert_as_close(native.assemble_tokens(*parts, ids, dtype), same, truth)
-        strided = native.assemble_tokens(*(relaid(part) for part in parts), relaid(ids.long()), dtype)
+        assert_as_close(cpu.assemble_tokens(*parts, ids, dtype), same, truth)
+        strided = cpu.assemble_tokens(*(relaid(part) for part in parts), relaid(ids.long()), dtype)
         assert_as_close(strided, same, truth)
 
 
@@ -186,7 +186,7 @@ def test_assemble(loops, N, L, K, D, given_dtype, dtype):
 def test_assemble_backward(loops, N, L, K, D, given_dtype, dtype):
     grad = torch.randn(N, L + 1, D, generator=torch.Generator().manual_seed(1)).to(given_dtype)
     for laid in (grad, relaid(grad), grad[:1].expand(N, -1, -1)):
-        grad_visible, grad_mask_token = native.assemble_tokens_backward(laid, K + 1, dtype)
+        grad_visible, grad_mask_token = cpu.assemble_tokens_backward(laid, K + 1, dtype)
         assert torch.equal(grad_visible, laid[:, : K + 1].to(dtype))
         masked = laid[:, K + 1 :].double()
         same = laid[:, K + 1 :].float().sum(dim=(0, 1))
@@ -211,13 +211,13 @@ def test_mse(loops, N, size, patch, channels, images_dtype, dtype, norm_pix):
         return loss.detach(), leaf.grad
 
     (true_loss, true_gradient), (same_loss, same_gradient) = torch_in(torch.float64), torch_in(torch.float32)
-    loss, gradient = native.masked_mse(pred, images, ids, patch, mean, std, norm_pix, EPS)
+    loss, gradient = cpu.masked_mse(pred, images, ids, patch, mean, std, norm_pix, EPS)
     assert loss.dtype == torch.float32
     assert abs(loss - true_loss) <= abs(same_loss - true_loss) + ROUNDINGS * true_loss
     # Targets are as large as 1 / std, and where they are normalised as many deviations.
     unit = 2 / pred.numel() / std.min().item()
     assert_as_close(gradient, same_gradient.to(dtype), true_gradient, unit)
-    again = native.masked_mse(relaid(pred), relaid(images), relaid(ids.long()), patch, mean, std, norm_pix, EPS)
+    again = cpu.masked_mse(relaid(pred), relaid(images), relaid(ids.long()), patch, mean, std, norm_pix, EPS)
     assert torch.equal(again[0], loss)
     assert torch.equal(again[1], gradient)
 
@@ -226,7 +226,7 @@ def test_mse_of_flat_patches_normalises_them_to_zero(loops):
     images = torch.tensor([[37]], dtype=torch.uint8).expand(2, 8, 8, 1)
     pred = torch.randn(2, 4, 16)
     ids = torch.arange(4).expand(2, -1)
-    loss, gradient = native.masked_mse(pred, images, ids, (4, 4), torch.tensor([0.3]), torch.tensor([0.7]), True, EPS)
+    loss, gradient = cpu.masked_mse(pred, images, ids, (4, 4), torch.tensor([0.3]), torch.tensor([0.7]), True, EPS)
     torch.testing.assert_close(gradient, pred * (2 / 128), rtol=1e-6, atol=0)
     torch.testing.assert_close(loss, pred.square().mean(), rtol=1e-6, atol=0)
 
@@ -234,8 +234,8 @@ def test_mse_of_flat_patches_normalises_them_to_zero(loops):
 def test_mse_of_one_number_a_patch_has_no_variance(loops):
     images, ids, mean, std = sample(2, (3, 4), (1, 1), 1)
     pred = torch.randn(2, 12, 1)
-    assert native.masked_mse(pred, images, ids, (1, 1), mean, std, True, EPS)[0].isnan()
-    loss, _ = native.masked_mse(pred, images, ids, (1, 1), mean, std, False, EPS)
+    assert cpu.masked_mse(pred, images, ids, (1, 1), mean, std, True, EPS)[0].isnan()
+    loss, _ = cpu.masked_mse(pred, images, ids, (1, 1), mean, std, False, EPS)
     torch.testing.assert_close(loss, masked_mse_reference(pred, images, ids, (1, 1), mean, std, False))
 
 
@@ -249,9 +249,9 @@ def draw_attention(N, S, H, D, T, scale=1.0):
 
 def attention_results(packed, queries, grad):
     """The output and the gradients of what is there."""
-    out, lse = native.attention(packed, queries)
+    out, lse = cpu.attention(packed, queries)
     gradients = [None if x is None else torch.empty(x.shape) for x in (packed, queries)]
-    native.attention_backward(grad, packed, queries, lse, *gradients)
+    cpu.attention_backward(grad, packed, queries, lse, *gradients)
     return [x for x in (out, *gradients) if x is not None]
 
 
@@ -301,7 +301,7 @@ def test_the_exponential_is_that_of_float64(loops):
     queries, packed = torch.zeros(1, len(x), 1, 16), torch.zeros(1, 2, 2, 16)
     queries[0, :, 0, 0] = 4 * x  # scores are divided by √16
     packed[0, 1, 0, 0] = packed[0, 0, 1, 0] = packed[0, 1, 1, 1] = 1
-    weights = native.attention(packed, queries)[0][0, :, 0, :2].double()
+    weights = cpu.attention(packed, queries)[0][0, :, 0, :2].double()
     got, truth = weights[:, 1] / weights[:, 0], x.double().exp()
     assert ((got - truth).abs() <= 2e-7 * truth + 2e-38).all()
     assert got[-3:].tolist() == [0, 0, 0]
@@ -349,7 +349,7 @@ def test_scatter(loops, N, size, patch, channels, given_dtype, dtype):
         patches = torch.randn(*chosen.shape, patch[0] * patch[1] * channels).to(given_dtype)
         same = scatter_patches_reference(patches, chosen, grid, patch, mean, std, dtype)
         for laid in (patches, relaid(patches)):
-            got = native.scatter_patches(laid, chosen, grid, patch, mean, std, dtype)
+            got = cpu.scatter_patches(laid, chosen, grid, patch, mean, std, dtype)
             if dtype == torch.uint8:  # the same additions and multiplications, rounded once
                 assert torch.equal(got, same)
             else:
@@ -361,7 +361,7 @@ def test_scatter_to_uint8_is_defined_for_every_number(loops):
     given = [float("nan"), float("inf"), -float("inf"), -0.0, 1e30, -1e30, 0.5 / 255, 1.5 / 255, 2.5 / 255, 254.5 / 255]
     patches = torch.tensor(given).view(1, 1, 10)
     zero, one = torch.zeros(1), torch.ones(1)
-    got = native.scatter_patches(patches, torch.zeros(1, 1, dtype=torch.int32), (1, 1), (2, 5), zero, one, torch.uint8)
+    got = cpu.scatter_patches(patches, torch.zeros(1, 1, dtype=torch.int32), (1, 1), (2, 5), zero, one, torch.uint8)
     wanted = (patches * 255).round().clamp(0, 255).nan_to_num(0).flatten().to(torch.uint8)
     assert torch.equal(got.flatten(), wanted)
 
@@ -369,9 +369,9 @@ def test_scatter_to_uint8_is_defined_for_every_number(loops):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_narrow_number_widens_exactly(loops, dtype):
     narrow = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(1, 1, -1)
-    wide, _ = native.assemble_tokens_backward(narrow, 1, torch.float32)
+    wide, _ = cpu.assemble_tokens_backward(narrow, 1, torch.float32)
     torch.testing.assert_close(wide, narrow.float(), rtol=0, atol=0, equal_nan=True)
-    back, _ = native.assemble_tokens_backward(wide, 1, dtype)
+    back, _ = cpu.assemble_tokens_backward(wide, 1, dtype)
     torch.testing.assert_close(back, narrow, rtol=0, atol=0, equal_nan=True)
 
 
@@ -382,7 +382,7 @@ def test_narrowing_rounds_to_nearest_even(loops, dtype):
     between = torch.nextafter(narrow[:-1], narrow[1:])
     ties = (narrow[:-1] + narrow[1:]) / 2
     floats = torch.cat([bits.view(torch.float32), between, ties, torch.nextafter(ties, narrow[1:]), -ties])
-    got, _ = native.assemble_tokens_backward(floats.view(1, 1, -1), 1, dtype)
+    got, _ = cpu.assemble_tokens_backward(floats.view(1, 1, -1), 1, dtype)
     torch.testing.assert_close(got.flatten(), floats.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -403,12 +403,12 @@ def test_strides_do_not_matter(sizes, channels, dtype, order, step, lead, repeat
     before = _C.instruction_set()
     _C.set_instruction_set(chosen)
     try:
-        wanted = native.gather_patches(images.contiguous(), ids, (ph, pw), mean, std, torch.float32)
-        got = native.gather_patches(laid, relaid(ids), (ph, pw), mean, std, torch.float32)
+        wanted = cpu.gather_patches(images.contiguous(), ids, (ph, pw), mean, std, torch.float32)
+        got = cpu.gather_patches(laid, relaid(ids), (ph, pw), mean, std, torch.float32)
     finally:
         _C.set_instruction_set(before)
     assert torch.equal(got, wanted)
-    assert torch.equal(got, native.gather_patches(laid, ids, (ph, pw), mean, std, torch.float32))
+    assert torch.equal(got, cpu.gather_patches(laid, ids, (ph, pw), mean, std, torch.float32))
 
 
 def test_negative_strides_of_numpy(loops):
@@ -416,29 +416,29 @@ def test_negative_strides_of_numpy(loops):
     out = np.empty((2, 6, 48), np.float32)
     turned = images.numpy()[:, ::-1, ::-1, ::-1]
     _C.gather_patches(turned, ids.numpy()[::-1], (4, 4), mean.numpy()[::-1], std.numpy()[::-1], 1, out)
-    wanted = native.gather_patches(images.flip(1, 2, 3), ids.flip(0), (4, 4), mean.flip(0), std.flip(0), torch.float32)
+    wanted = cpu.gather_patches(images.flip(1, 2, 3), ids.flip(0), (4, 4), mean.flip(0), std.flip(0), torch.float32)
     assert torch.equal(torch.from_numpy(out), wanted)
 
 
 def test_no_images_give_empty_results(loops):
     images, mean, std = torch.zeros(0, 8, 8, 3, dtype=torch.uint8), torch.zeros(3), torch.ones(3)
     ids = torch.zeros(0, 4, dtype=torch.int32)
-    assert native.random_masking(torch.zeros(0, dtype=torch.int64), 0, 9).shape == (0, 9)
-    assert native.gather_patches(images, ids, (4, 4), mean, std, torch.float32).shape == (0, 4, 48)
-    tokens = native.assemble_tokens(torch.zeros(0, 3, 8), torch.zeros(8), torch.zeros(5, 8), ids, torch.float32)
+    assert cpu.random_masking(torch.zeros(0, dtype=torch.int64), 0, 9).shape == (0, 9)
+    assert cpu.gather_patches(images, ids, (4, 4), mean, std, torch.float32).shape == (0, 4, 48)
+    tokens = cpu.assemble_tokens(torch.zeros(0, 3, 8), torch.zeros(8), torch.zeros(5, 8), ids, torch.float32)
     assert tokens.shape == (0, 5, 8)
     nothing = torch.zeros(2, 3, 0), mean[:0], torch.zeros(5, 0), torch.zeros(2, 4, dtype=torch.int32)
-    assert native.assemble_tokens(*nothing, torch.float32).shape == (2, 5, 0)
-    grad_visible, grad_mask_token = native.assemble_tokens_backward(tokens, 3, torch.float32)
+    assert cpu.assemble_tokens(*nothing, torch.float32).shape == (2, 5, 0)
+    grad_visible, grad_mask_token = cpu.assemble_tokens_backward(tokens, 3, torch.float32)
     assert grad_visible.shape == (0, 3, 8)
     assert grad_mask_token.tolist() == [0] * 8
     patches = torch.zeros(0, 4, 48)
-    assert native.scatter_patches(patches, ids, (2, 2), (4, 4), mean, std, torch.uint8).shape == (0, 8, 8, 3)
-    out, lse = native.attention(torch.zeros(0, 5, 6, 16), None)
+    assert cpu.scatter_patches(patches, ids, (2, 2), (4, 4), mean, std, torch.uint8).shape == (0, 8, 8, 3)
+    out, lse = cpu.attention(torch.zeros(0, 5, 6, 16), None)
     assert (out.shape, lse.shape) == ((0, 5, 2, 16), (0, 2, 5))
-    native.attention_backward(out, torch.zeros(0, 5, 6, 16), None, lse, torch.zeros(0, 5, 6, 16), None)
+    cpu.attention_backward(out, torch.zeros(0, 5, 6, 16), None, lse, torch.zeros(0, 5, 6, 16), None)
     with pytest.raises(ValueError, match="pred must have elements"):
-        native.masked_mse(patches, images, ids, (4, 4), mean, std, True, EPS)
+        cpu.masked_mse(patches, images, ids, (4, 4), mean, std, True, EPS)
 
 
 # Threads and instruction sets
@@ -452,13 +452,13 @@ def all_results(dtype):
     visible, grad = (torch.randn(6, rows, 257, generator=generator).to(dtype) for rows in (50, 197))
     mask_token, pos_embed = torch.randn(257, generator=generator), torch.randn(197, 257, generator=generator)
     return [
-        native.random_masking(torch.arange(64), 5, 197),
-        native.gather_patches(images, ids, (8, 8), mean, std, dtype),
-        native.assemble_tokens(visible, mask_token, pos_embed, ids, dtype),
-        *native.assemble_tokens_backward(grad, 50, dtype),
-        *native.masked_mse(pred, images, ids[:, 49:], (8, 8), mean, std, True, EPS),
-        native.scatter_patches(pred, ids[:, 49:], (14, 14), (8, 8), mean, std, torch.uint8),
-        *native.transpose_and_sum(pred.flatten(0, 1).float()),
+        cpu.random_masking(torch.arange(64), 5, 197),
+        cpu.gather_patches(images, ids, (8, 8), mean, std, dtype),
+        cpu.assemble_tokens(visible, mask_token, pos_embed, ids, dtype),
+        *cpu.assemble_tokens_backward(grad, 50, dtype),
+        *cpu.masked_mse(pred, images, ids[:, 49:], (8, 8), mean, std, True, EPS),
+        cpu.scatter_patches(pred, ids[:, 49:], (14, 14), (8, 8), mean, std, torch.uint8),
+        *cpu.transpose_and_sum(pred.flatten(0, 1).float()),
     ]
 
 
@@ -549,22 +549,22 @@ def _wrong():
     last[2, 3] = 4
 
     def gather(images=images, ids=ids, patch=patch, mean=mean, std=std, dtype=f32):
-        return lambda: native.gather_patches(images, ids, patch, mean, std, dtype)
+        return lambda: cpu.gather_patches(images, ids, patch, mean, std, dtype)
 
     def mse(pred=pred, images=images, ids=ids, patch=patch, mean=mean, std=std, eps=EPS):
-        return lambda: native.masked_mse(pred, images, ids, patch, mean, std, True, eps)
+        return lambda: cpu.masked_mse(pred, images, ids, patch, mean, std, True, eps)
 
     def assemble(visible=tokens, mask_token=token, pos_embed=positions, ids=ids, dtype=f32):
-        return lambda: native.assemble_tokens(visible, mask_token, pos_embed, ids, dtype)
+        return lambda: cpu.assemble_tokens(visible, mask_token, pos_embed, ids, dtype)
 
     def backward(grad=tokens, visible_tokens=2, dtype=f32):
-        return lambda: native.assemble_tokens_backward(grad, visible_tokens, dtype)
+        return lambda: cpu.assemble_tokens_backward(grad, visible_tokens, dtype)
 
     def scatter(patches=pred, ids=ids, grid=(2, 2), patch=patch, mean=mean, std=std, dtype=f32):
-        return lambda: native.scatter_patches(patches, ids, grid, patch, mean, std, dtype)
+        return lambda: cpu.scatter_patches(patches, ids, grid, patch, mean, std, dtype)
 
     def masking(draw_ids=three, num_patches=4):
-        return lambda: native.random_masking(draw_ids, 0, num_patches)
+        return lambda: cpu.random_masking(draw_ids, 0, num_patches)
 
     arrays = [tensor.numpy() for tensor in (images, ids, mean, std)]
 

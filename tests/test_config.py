@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 
-from fastmae.config import DataFacts, PretrainConfig, check_pretrain, resolve
+from fastmae.config import FinetuneConfig, PretrainConfig, check_pretrain, resolve
+from fastmae.config.groups import GROUPS, MAIN
 from fastmae.errors import UserError
+from fastmae.facts import DataFacts
 
 DIGITS = DataFacts(kind="digits", channels=1, size=(8, 8), labelled=True, length=1438)
 CIFAR = DataFacts(kind="array", channels=3, size=(32, 32), labelled=True, length=50_000)
@@ -76,3 +78,18 @@ def test_settings_that_cannot_work_are_named(flags):
     (flag,) = [name for name in flags if name != "epochs" or len(flags) == 1]
     with pytest.raises(UserError, match=f"--{flag} .*: must be"):
         check_pretrain(PretrainConfig(**flags))
+
+
+@pytest.mark.parametrize("config", [PretrainConfig, FinetuneConfig])
+def test_every_setting_is_in_one_group_of_the_help(config):
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert len(grouped) == len(set(grouped))
+    settings = {field.name for field in dataclasses.fields(config)}
+    assert settings <= set(grouped)
+    assert 9 <= len(settings & set(MAIN)) <= 11
+
+
+def test_the_groups_of_the_help_hold_no_other_names():
+    settings = {field.name for config in (PretrainConfig, FinetuneConfig) for field in dataclasses.fields(config)}
+    assert settings == {name for names in GROUPS.values() for name in names}
+    assert set(MAIN) <= settings

@@ -24,13 +24,6 @@ from fastmae.config.bench import (
     BenchSwitch,
     check_bench,
 )
-from fastmae.config.data import (
-    FULL_SHUFFLE,
-    DataFacts,
-    MaskFacts,
-    VerifyConfig,
-    check_verify,
-)
 from fastmae.config.evaluate import (
     PROBE_BATCH,
     PROBE_RATES,
@@ -85,4 +78,8 @@ from fastmae.config.scaling import (
     BenchScalingConfig,
     ScalingMachine,
     check_scaling,
+)
+from fastmae.config.verify import (
+    VerifyConfig,
+    check_verify,
 )

@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass
 from functools import partial
 
-from fastmae.config.data import DataFacts
 from fastmae.config.shared import (
     AccumIter,
     AsyncSave,
@@ -43,6 +42,7 @@ from fastmae.config.shared import (
     need,
     need_at_least_one,
 )
+from fastmae.facts import DataFacts
 
 
 @dataclass(frozen=True, kw_only=True)

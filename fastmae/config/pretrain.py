@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from fastmae.config.data import FULL_SHUFFLE, DataFacts, MaskFacts
 from fastmae.config.masking import PUBLISHED_RATIO, Masking, check_masking, chosen_masking
 from fastmae.config.shared import (
     AccumIter,
@@ -45,6 +44,7 @@ from fastmae.config.shared import (
     need_at_least_one,
     need_size,
 )
+from fastmae.facts import FULL_SHUFFLE, DataFacts, MaskFacts
 
 SMALL_SIDE = 64
 SMALL_MODEL = "mae_vit_tiny_patch4"
@@ -270,7 +270,7 @@ def resolve(
         global_batch=global_batch,
         dataset_length=facts.length,
         order=facts.order,
-        given_masks="" if masks is None else masks.found,
+        given_masks="" if masks is None else masks.description,
     )
     return ResolvedConfig(**{**dataclasses.asdict(config), **chosen})
 

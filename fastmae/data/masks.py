@@ -15,8 +15,9 @@ from tokenize import TokenError
 import numpy as np
 import torch
 
-from fastmae.config import PUBLISHED_RATIO, MaskFacts, Masking
+from fastmae.config import PUBLISHED_RATIO, Masking
 from fastmae.errors import UserError
+from fastmae.facts import MaskFacts
 from fastmae.ops.random_masking import random_masking
 from fastmae.philox import STREAM_BLOCKS, STREAM_MASK_FILE, uniforms_numpy, words_numpy
 
@@ -50,8 +51,8 @@ class MaskFile:
         """What settings depend on."""
         number, rows, columns = self.masked.shape
         kind = f"{number} {'mask' if number == 1 else 'masks'} of {rows}×{columns}"
-        found = f"{kind}, {self.count} masked ({self.digest})"
-        return MaskFacts(mask_ratio=exact_ratio(rows * columns - self.count, rows * columns), found=found)
+        description = f"{kind}, {self.count} masked ({self.digest})"
+        return MaskFacts(mask_ratio=exact_ratio(rows * columns - self.count, rows * columns), description=description)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Masks:
                 return f"{share}, all but the top left of every 2×2"
             case "file":
                 assert self.file is not None
-                return f"{share}, {self.file.path}: {self.file.facts.found}"
+                return f"{share}, {self.file.path}: {self.file.facts.description}"
 
 
 def choose_masks(masking: Masking, file: MaskFile | None, grid: Grid, visible: int, seed: int) -> Masks:

@@ -12,7 +12,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-from fastmae.config import FULL_SHUFFLE
+from fastmae.facts import FULL_SHUFFLE
 from fastmae.philox import STREAM_CROP, STREAM_ORDER, STREAM_SPLIT, permutation_numpy, uniforms_numpy, words_numpy
 
 CROP_ATTEMPTS = 10

@@ -22,12 +22,12 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from fastmae.config import DataFacts
 from fastmae.data.index import IMAGE_SUFFIXES, MAX_FILE_BYTES, WORTH_KEEPING, list_images
 from fastmae.data.parquet import open_parquet
 from fastmae.data.plan import Shards, describe_order, holdout
 from fastmae.data.shards import expand_braces, open_shards, refuse_compressed
 from fastmae.errors import UserError
+from fastmae.facts import DataFacts
 
 Split = Literal["train", "val"]
 
@@ -319,7 +319,7 @@ def describe(source: Source) -> DataFacts:
         labelled=labelled,
         length=len(source),
         order=describe_order(len(source), source.shards),
-        found=source.location,
+        location=source.location,
     )
 
 

@@ -18,7 +18,7 @@ import torch
 
 from fastmae.checkpoint.official import build_model
 from fastmae.checkpoint.save import restore, training_tensors
-from fastmae.config import FIXED_IN_A_RUN, PROBE_LIMIT, DataFacts, PretrainConfig, ResolvedConfig, check_pretrain
+from fastmae.config import FIXED_IN_A_RUN, PROBE_LIMIT, PretrainConfig, ResolvedConfig, check_pretrain
 from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
 from fastmae.data.loader import Batch, View, choose_decoder, describe_decoder
 from fastmae.data.masks import MaskFile, Masks, choose_masks, open_masks, shuffled_ids
@@ -29,6 +29,7 @@ from fastmae.environment import peak_flops
 from fastmae.errors import UserError
 from fastmae.evaluate.probe import probe
 from fastmae.evaluate.reconstruct import caption, fixed_images, reconstruct, save_grid
+from fastmae.facts import DataFacts
 from fastmae.files import write_text
 from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import MaskedAutoencoderViT
@@ -401,7 +402,7 @@ def _announce(
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     height, width = config.input_size
     labels = "labelled" if facts.labelled else "without labels"
-    say(f"data            {shown(config.data_path)}: {facts.length:,} images {facts.found}, {labels}")
+    say(f"data            {shown(config.data_path)}: {facts.length:,} images {facts.location}, {labels}")
     say(f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}")
     if config.decoder_attention == "cross":
         predicted = model.num_predicted(config.mask_ratio, config.predict_ratio)

@@ -23,7 +23,6 @@ from torch import nn
 from fastmae.checkpoint.official import save_official, save_weights
 from fastmae.checkpoint.save import MANIFEST, Restored, Saver, find_checkpoint, on_first, set_aside_newer
 from fastmae.config import FinetuneConfig, PretrainConfig, ResolvedConfig, ResolvedFinetuneConfig, resolve
-from fastmae.config.data import DataFacts
 from fastmae.data.decode import FOLDER_CHANNELS
 from fastmae.data.loader import Batch, default_workers, load_batches
 from fastmae.data.masks import MaskFile
@@ -33,6 +32,7 @@ from fastmae.data.sources import Source, shown
 from fastmae.data.statistics import channel_statistics
 from fastmae.environment import hardware, versions
 from fastmae.errors import UserError
+from fastmae.facts import DataFacts
 from fastmae.files import write_text
 from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.ops.attention import attention_backend

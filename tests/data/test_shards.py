@@ -77,9 +77,9 @@ def test_folder_tar_and_parquet_give_the_same_bytes_and_labels(made):
     assert contents(folder) == contents(tar) == contents(parquet)
     assert folder.labels.tolist() == tar.labels.tolist() == parquet.labels.tolist()
     assert {describe(source).kind for source in (folder, tar, parquet)} == {"folder"}
-    assert describe(tar).found == "in 4 tar shards"
-    assert describe(parquet).found == "in column 'image' of 4 Parquet files"
-    assert describe(folder).found == "in 3 class folders"
+    assert describe(tar).location == "in 4 tar shards"
+    assert describe(parquet).location == "in column 'image' of 4 Parquet files"
+    assert describe(folder).location == "in 3 class folders"
 
 
 def test_folder_tar_and_parquet_give_the_same_training_batches(made):
@@ -133,7 +133,7 @@ def test_images_win_over_shards_beside_them_and_it_is_said(made, tmp_path):
     shutil.copy(made / "tar" / "part-000000.tar", tmp_path / "both" / "train")
     source = open_train(str(tmp_path / "both"))
     assert len(source) == COUNT
-    assert describe(source).found == "in 3 class folders; 1 .tar files beside them are not used"
+    assert describe(source).location == "in 3 class folders; 1 .tar files beside them are not used"
 
 
 def test_pretrain_on_a_tar(made, tmp_path, capsys):
@@ -219,9 +219,9 @@ def test_of_a_cut_shard_what_is_intact_is_used_and_the_cut_is_named(tmp_path):
         intact = len(source) - 9
         assert contents(source) == expected + expected[:intact]
         assert source.labels.tolist() == [*(i % 3 for i in range(9)), *(i % 3 for i in range(intact))]
-        assert f"first {intact} images are used" in describe(source).found
-        assert "b.tar" in describe(source).found
-        assert "\n" not in describe(source).found
+        assert f"first {intact} images are used" in describe(source).location
+        assert "b.tar" in describe(source).location
+        assert "\n" not in describe(source).location
         seen.add(intact)
     assert {*range(9)} <= seen
 
@@ -317,7 +317,7 @@ def test_a_wrong_header_in_the_middle_ends_a_shard(tmp_path):
     path.write_bytes(data)
     source = open_train(str(path))
     assert len(source) == 2
-    assert f"no tar header at byte {second}" in describe(source).found
+    assert f"no tar header at byte {second}" in describe(source).location
 
 
 def test_broken_and_sparse_extensions_end_a_shard(tmp_path):
@@ -327,12 +327,12 @@ def test_broken_and_sparse_extensions_end_a_shard(tmp_path):
             member = tarfile.TarInfo(name)
             member.size, member.pax_headers = 3, headers
             archive.addfile(member, io.BytesIO(b"one"))
-    assert "sparse member" in describe(open_train(str(path))).found
+    assert "sparse member" in describe(open_train(str(path))).location
     data = path.read_bytes()
     for old, new in ((b"GNU.sparse.major=1\n", b"GNU.sparse.major=1x"), (b"22 GNU", b"99 GNU"), (b"22 GNU", b"xx GNU")):
         path.write_bytes(data.replace(old, new))
         assert data != path.read_bytes()
-        assert "broken PAX header" in describe(open_train(str(path))).found, new
+        assert "broken PAX header" in describe(open_train(str(path))).location, new
 
 
 def test_missing_shards_and_mixed_kinds_are_refused(made, tmp_path):

@@ -53,7 +53,7 @@ def test_files_follow_each_other_and_parts_are_told_by_name(tmp_path):
     assert [val.read(i) for i in range(10)] == DATA[40:]
     assert train.labels.tolist() == list(range(40))
     assert train.name(20) == f"{tmp_path / 'train-00001-of-00002.parquet'}[0]"
-    assert describe(train).found == "in column 'image' of 2 Parquet files"
+    assert describe(train).location == "in column 'image' of 2 Parquet files"
 
 
 @pytest.mark.parametrize("label", [None, pa.array([0.5] * 50), pa.array(["cat"] * 50), pa.array([1] * 49 + [None])])

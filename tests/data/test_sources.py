@@ -119,7 +119,7 @@ def test_several_paths_follow_each_other(image_folder, tmp_path):
     assert both.name(10) == f"{tmp_path / 'b.npy'}[0]"
     facts = describe(both)
     assert (facts.kind, facts.size, facts.channels, facts.length, facts.labelled) == ("array", (6, 5), 1, 14, False)
-    assert facts.found == "in all: 10 of 6 × 5 × 1 + 4 of 6 × 5 × 1"
+    assert facts.location == "in all: 10 of 6 × 5 × 1 + 4 of 6 × 5 × 1"
     np.save(tmp_path / "b_labels.npy", LABELS[:4] + 5)
     labels = open_train([str(tmp_path / "a.npy"), str(tmp_path / "b.npy")]).labels
     assert labels.tolist() == [*LABELS, *(LABELS[:4] + 5)]

@@ -20,11 +20,12 @@ from sklearn.datasets import load_digits
 from fastmae.checkpoint.official import read_official
 from fastmae.checkpoint.save import Restored, load_model
 from fastmae.cli import main
-from fastmae.config import DataFacts, FinetuneConfig, PretrainConfig, resolve_finetune
+from fastmae.config import FinetuneConfig, PretrainConfig, resolve_finetune
 from fastmae.data.loader import Batch, Skipped
 from fastmae.data.plan import holdout
 from fastmae.data.sources import ArraySource
 from fastmae.errors import UserError
+from fastmae.facts import DataFacts
 from fastmae.model.classifier import ClassificationLoss, Classifier
 from fastmae.train import finetune as module
 from fastmae.train import step as step_part

@@ -1,0 +1,37 @@
+"""In which group of ``--help`` each setting of pretrain and finetune is shown, and which ones come first."""
+
+MAIN = (
+    "finetune", "data_path", "output_dir", "model", "input_size", "mask_ratio", "tune", "batch_size", "epochs", "blr",
+    "device", "resume",
+)  # fmt: skip
+"""The settings that matter first. Each is in one of the groups as well."""
+
+GROUPS = {
+    "data": (
+        "data_path", "in_chans", "mean", "std", "crop_scale", "flip", "aa", "reprob", "mixup", "cutmix",
+        "mixup_switch_prob", "repeated_masks",
+    ),
+    "model and masks": (
+        "finetune", "model", "input_size", "start_size", "grow_epochs", "mask_ratio", "masking", "masks",
+        "norm_pix_loss", "decoder_attention", "decoder_depth", "predict_ratio", "nb_classes", "tune", "lora_rank",
+        "global_pool", "cls_token", "drop_path",
+    ),
+    "optimisation": (
+        "batch_size", "accum_iter", "epochs", "blr", "lr", "min_lr", "warmup_epochs", "layer_decay", "weight_decay",
+        "clip_grad", "smoothing", "ema", "seed",
+    ),
+    "speed and memory": (
+        "device", "precision", "residual", "checkpointing", "compile", "num_workers", "decoder", "cache", "cache_gb",
+        "pin_mem",
+    ),
+    "saving and resuming": (
+        "output_dir", "resume", "save_freq", "checkpoint_freq", "keep", "keep_every", "async_save",
+    ),
+    "logging": ("log_freq", "log_dir", "wandb", "probe", "probe_freq", "test_freq"),
+    "distributed": ("parallel", "shard_size", "reduce", "hang_timeout"),
+    "expert": (
+        "start_epoch", "keep_last", "max_corrupt", "max_skipped", "ops", "attention", "cuda_graph", "float8", "profile",
+    ),
+}  # fmt: skip
+"""The names of the settings by the title of their group, in the order in which they are shown. Names that a command
+does not have are passed over."""

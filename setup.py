@@ -42,6 +42,7 @@ setup(
         "fastmae.checkpoint",
         "fastmae.config",
         "fastmae.data",
+        "fastmae.data.decoders",
         "fastmae.evaluate",
         "fastmae.export",
         "fastmae.kernels",

@@ -38,7 +38,7 @@ from fastmae.benchmarks.report import console
 from fastmae.benchmarks.step import LOSS_TOLERANCE, MASK_RATIO, STEP, Contestant, Inputs, Switches, ours, theirs
 from fastmae.benchmarks.timing import Samples, machine_name, quartiles, times_as_fast, write_result
 from fastmae.config import BenchEndToEndConfig, check_bench
-from fastmae.data import dali
+from fastmae.data.decoders import dali
 from fastmae.data.loader import PREFETCH, View, choose_decoder, default_workers, load_batches, load_sample
 from fastmae.data.parquet import ParquetSource
 from fastmae.data.plan import EpochPlan, crop_draws, plan_epoch

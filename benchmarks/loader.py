@@ -43,8 +43,8 @@ from fastmae.benchmarks.images import ImagesConfig, make_jpegs, write_images
 from fastmae.benchmarks.report import console
 from fastmae.benchmarks.timing import Samples, machine_name, quartiles, times_as_fast, write_result
 from fastmae.config import BenchLoaderConfig, check_bench
-from fastmae.data import dali
 from fastmae.data.decode import BadImageError, crop_and_resize, decode, plain_jpeg_shape
+from fastmae.data.decoders import dali
 from fastmae.data.loader import PREFETCH, View, choose_decoder, default_workers, load_batches
 from fastmae.data.parquet import ParquetSource
 from fastmae.data.plan import crop_draws, is_flipped, plan_epoch, random_box
@@ -426,7 +426,7 @@ def _by_dali(files: list[bytes], threads: int) -> Callable[[], float]:
     """On the CPU, with as many batches scheduled ahead as the loader has."""
     from nvidia.dali import Pipeline, fn, types
 
-    # As fastmae/data/dali.py decodes, but for the crop.
+    # As fastmae/data/decoders/dali.py decodes, but for the crop.
     pipeline: Any = Pipeline(ALONE_BATCH, threads, None, prefetch_queue_depth=1, exec_dynamic=True)
     with pipeline:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)

@@ -1,6 +1,7 @@
 """From bytes to pixels: decode, convert channels, crop, antialiased bicubic resize and flip one image, all in uint8.
 
-What "the pool" runs, a thread an image, and the judge of what is a usable image; fastmae/data/dali.py decodes batches.
+This is what the thread decoder runs, one image per thread, and what decides which images are usable. It knows nothing
+of batches; fastmae/data/decoders has those.
 
 Channels follow Pillow's ``convert``: colour becomes gray by ITU-R 601 luma, gray is repeated, alpha is dropped. 16-bit
 images keep their high byte, floating-point and 32-bit ones are refused for want of a range, of animations the first

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastmae.data import dali
 from fastmae.data.augment import RandAugment
-from fastmae.data.dali import DaliDecoder, DaliError, Encoded
 from fastmae.data.decode import BadImageError, crop_and_resize, decode, plain_jpeg_shape
+from fastmae.data.decoders import dali
+from fastmae.data.decoders.dali import DaliDecoder, DaliError, Encoded
 from fastmae.data.plan import Box, central_box, crop_draws, is_flipped, random_box
 from fastmae.data.sources import Source
 from fastmae.errors import UserError

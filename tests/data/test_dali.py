@@ -17,10 +17,11 @@ from PIL import Image
 pytest.importorskip("nvidia.dali", reason="DALI is not installed (the extra `dali`)")
 
 from fastmae.cli import main
-from fastmae.data import dali, loader
 from fastmae.data import decode as decode_module
-from fastmae.data.dali import DaliDecoder, DaliError, Encoded, graph
+from fastmae.data import loader
 from fastmae.data.decode import crop_and_resize, decode, plain_jpeg_shape
+from fastmae.data.decoders import dali
+from fastmae.data.decoders.dali import DaliDecoder, DaliError, Encoded, graph
 from fastmae.data.loader import View, load_batches
 from fastmae.data.plan import Box, crop_draws, plan_epoch, random_box
 from fastmae.data.sources import open_train

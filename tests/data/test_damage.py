@@ -21,7 +21,7 @@ from helpers import run, soak
 from PIL import Image
 
 from fastmae.benchmarks.images import make_jpeg
-from fastmae.data.dali import why_not_installed
+from fastmae.data.decoders.dali import why_not_installed
 from fastmae.data.loader import View, load_batches
 from fastmae.data.plan import crop_draws, is_flipped, random_box
 from fastmae.data.sources import FolderSource, open_train

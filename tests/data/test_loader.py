@@ -123,7 +123,7 @@ def test_a_run_stops_when_too_much_is_unusable(image_folder, tmp_path, capsys):
 
 def test_the_decoder_is_chosen_for_a_reason_or_refused_with_a_remedy(image_folder, monkeypatch):
     cuda, files, arrays = torch.device("cuda"), open_train(str(image_folder)), ArraySource(IMAGES, None, "x")
-    monkeypatch.setattr("fastmae.data.dali.why_not_installed", lambda: "")
+    monkeypatch.setattr("fastmae.data.decoders.dali.why_not_installed", lambda: "")
     assert choose_decoder("auto", CPU, files, 3) == ("pool", "the fastest on a CPU")
     assert choose_decoder("auto", cuda, arrays, 4)[0] == "pool"
     assert choose_decoder("dali-gpu", cuda, None, 1) == ("dali-gpu", "asked for")

@@ -1,0 +1,1 @@
+"""Decoders of whole batches: threads of this process, and NVIDIA DALI."""

@@ -40,6 +40,7 @@ setup(
         "fastmae.benchmarks",
         "fastmae.benchmarks.baselines",
         "fastmae.checkpoint",
+        "fastmae.commands",
         "fastmae.config",
         "fastmae.data",
         "fastmae.data.decoders",

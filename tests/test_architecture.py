@@ -28,8 +28,9 @@ ALLOWED = {
     "train": LEAVES | {"config", "environment", "ops", "model", "data", "checkpoint", "evaluate"},
     "benchmarks": LEAVES
     | {"config", "environment", "kernels", "ops", "model", "data", "checkpoint", "evaluate", "train"},
-    "cli": LEAVES
+    "commands": LEAVES
     | {"config", "environment", "model", "data", "checkpoint", "evaluate", "export", "train", "benchmarks"},
+    "cli": {"errors", "config", "commands", "train"},
     "__init__": {"ops", "model"},
     "__main__": {"cli"},
 }

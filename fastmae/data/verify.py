@@ -8,36 +8,26 @@ shows anyway: sizes, formats, and what a run takes but its owner may not have me
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import io
-import json
 import os
 import threading
-import time
-import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any
 
 import numpy as np
 import simplejpeg
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastmae.config import VerifyConfig, check_verify
 from fastmae.data.decode import FOLDER_CHANNELS, BadImageError, convert_channels, decode
-from fastmae.data.loader import Skipped, default_workers
+from fastmae.data.loader import Skipped
 from fastmae.data.shards import TarSource
-from fastmae.data.sources import ArraySource, Concat, FolderSource, Source, describe, open_train, open_val, shown
+from fastmae.data.sources import ArraySource, Concat, FolderSource, Source, describe
 from fastmae.errors import UserError
 
 EXAMPLES = 20
-QUIET_SECONDS = 15.0
 # Images a task: so few that all threads together stay within few row groups.
 CHUNK = 16
 # Tasks a thread that wait for their turn or to be counted.
@@ -90,41 +80,6 @@ class Findings:
         for note, (count, first) in later.notes.items():
             before, earlier = self.notes.get(note, (0, first))
             self.notes[note] = (before + count, earlier)
-
-
-def verify(config: VerifyConfig) -> int:
-    """Checks both parts of the data and returns the exit status: 0 if every image and every shard is whole, else 1.
-
-    Raises:
-        UserError: settings that cannot work, or data that a run would refuse at its start.
-    """
-    check_verify(config)
-    parts = {"train": open_train(config.data_path)}
-    val = open_val(config.data_path)
-    if val is not None:
-        parts["val"] = val
-    in_chans = choose_channels(config.in_chans, parts)
-    num_workers = config.num_workers or default_workers()
-    damage = [(part, *place) for part, source in parts.items() for place in damaged_places(source)]
-    found = {part: Findings() for part in parts}
-    with _written(config.output) as write, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # of images that it takes all the same
-        for part, name, reason in damage:
-            write({"part": part, "index": None, "name": name, "reason": reason})
-        with _Screen(sum(map(len, parts.values()))) as screen:
-            for part, source in parts.items():
-                screen.say(f"{part:15} {shown(config.data_path)}: {len(source):,} images {source.location}")
-                with contextlib.closing(check(source, in_chans, num_workers)) as chunks:
-                    for chunk in chunks:
-                        for bad in chunk.examples:
-                            write({"part": part, **dataclasses.asdict(bad)})
-                        found[part].add(chunk)
-                        screen.update(chunk)
-                for name, text in _facts(source, found[part]):
-                    screen.say(f"  {name:13} {text}")
-            how = f"--num_workers {num_workers} --in_chans {in_chans}"
-            screen.say(f"speed           {screen.speed():,.0f} images/s with {how}")
-            return _verdict(screen.say, found, damage, config.output)
 
 
 def choose_channels(asked: int | None, parts: dict[str, Source]) -> int:
@@ -252,116 +207,3 @@ def _is_of_one_colour(pixels: np.ndarray) -> bool:
     """Few pixels tell of most images that they are not."""
     first = pixels[0, 0]
     return bool((pixels[::16, ::16] == first).all() and (pixels == first).all())
-
-
-# --- what is said -----------------------------------------------------------------------------------------------------
-
-
-class _Screen:
-    """A progress bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, total: int) -> None:
-        self._console = Console(soft_wrap=True, highlight=False)
-        self._total, self._done, self._unusable = total, 0, 0
-        self._started = self._said = time.perf_counter()
-        self._bar = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("images, {task.fields[unusable]} unusable, {task.fields[speed]} images/s"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-            transient=True,
-        )
-        self._task = self._bar.add_task("verify", total=total, unusable=0, speed="–")
-
-    def __enter__(self) -> _Screen:
-        self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._bar.stop()
-
-    def say(self, line: str) -> None:
-        """Prints a line; of names that come from files, what is not printable is escaped."""
-        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-        self._console.print(shown, markup=False)
-
-    def speed(self) -> float:
-        """Images a second since the start."""
-        return self._done / max(time.perf_counter() - self._started, 1e-9)
-
-    def update(self, chunk: Findings) -> None:
-        """Counts images that were checked."""
-        self._done += chunk.images
-        self._unusable += chunk.unusable
-        unusable, speed = f"{self._unusable:,}", f"{self.speed():,.0f}"
-        self._bar.update(self._task, completed=self._done, unusable=unusable, speed=speed)
-        if not self._console.is_terminal and time.perf_counter() - self._said > QUIET_SECONDS:
-            self._said = time.perf_counter()
-            self.say(f"  {self._done:,} of {self._total:,} images checked, {unusable} unusable, {speed} images/s")
-
-
-@contextlib.contextmanager
-def _written(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Takes a record of what is unusable and writes it at once as a line of JSON, if there is a file to write to."""
-    if path is None:
-        yield lambda record: None
-        return
-    try:
-        file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error}); name another file") from error
-    with file:
-        yield lambda record: print(json.dumps(record), file=file)
-
-
-def _facts(source: Source, found: Findings) -> Iterator[tuple[str, str]]:
-    """(name, text) of what is known about a part."""
-    yield "size", f"{_bytes(found.size)}, {_bytes(found.size / found.images)} an image"
-    if found.smallest is None or found.largest is None:
-        return
-    usable = found.images - found.unusable
-    kinds = found.kinds.most_common()
-    shares = (f"{kind} {count:,} ({100 * count / usable:.3g} %)" for kind, count in kinds)
-    yield "format", kinds[0][0] if len(kinds) == 1 else ", ".join(shares)
-    if found.smallest[:3] == found.largest[:3]:
-        yield "pixels", f"{found.smallest[2]}×{found.smallest[1]}, all alike"
-    else:
-        for name, (_, height, width, index) in (("smallest", found.smallest), ("largest", found.largest)):
-            yield name, f"{width}×{height} pixels, {source.name(abs(index))}"
-    for note, (count, index) in sorted(found.notes.items()):
-        yield "note", f"{count:,} {note}, first {source.name(index)}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
-
-
-def _verdict(
-    say: Callable[[str], None], found: dict[str, Findings], damage: list[tuple[str, str, str]], output: str | None
-) -> int:
-    """Says how many images are usable and what is not, and returns the exit status."""
-    images = sum(part.images for part in found.values())
-    unusable = sum(part.unusable for part in found.values())
-    line = f"{images - unusable:,} of {images:,} images are usable" if unusable else f"all {images:,} images are usable"
-    if unusable:
-        line += f"; {unusable:,} {'is' if unusable == 1 else 'are'} not"
-    if damage:
-        places = "shard or folder" if len(damage) == 1 else "shards or folders"
-        line += f"; {len(damage):,} {places} cannot be read whole"
-    bad = [f"{part}: {name} {what}" for part, name, what in damage[:EXAMPLES]]
-    examples = [(part, example) for part in found for example in found[part].examples]
-    bad += [f"{part}: {example.name}: {example.reason}" for part, example in examples[:EXAMPLES]]
-    say(line + ":" * bool(bad))
-    for text in bad:
-        say(f"  {text}")
-    if len(bad) < unusable + len(damage):
-        say(f"  and {unusable + len(damage) - len(bad):,} more{'' if output else '; --output FILE lists all'}")
-    if bad and output:
-        say(f"listed in {output}")
-    return 1 if bad else 0

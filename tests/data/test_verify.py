@@ -20,7 +20,7 @@ from helpers import environment
 from PIL import Image
 
 from fastmae.cli import main
-from fastmae.data import verify as module
+from fastmae.commands import verify as module
 from fastmae.data.loader import View, load_batches
 from fastmae.data.sources import ArraySource, FolderSource, open_train
 from fastmae.data.verify import AHEAD, CHUNK, MISNAMED, ONE_COLOUR, SMALL, TURNED, check, file_facts

@@ -1,0 +1,56 @@
+"""Scores images by how little they are like normal ones and prints a table or one line of JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fastmae.commands.shared import choose_workers, make_folder, open_model
+from fastmae.config import AnomalyConfig
+from fastmae.data.sources import open_train, shown, train_and_val
+from fastmae.evaluate.anomaly import are_anomalous, find_anomalies, save_anomalies, summarise, without_class
+from fastmae.evaluate.features import tell_skipped
+
+
+def run_anomaly(config: AnomalyConfig) -> None:
+    """Scores images, draws heat maps of the least normal ones, and prints how well the scores separate labels."""
+    model = open_model(config, needs_decoder=True)
+    make_folder(Path(config.output))
+    if config.test_path is None:
+        normal, test = train_and_val(config.data_path)
+    else:
+        normal, test = open_train(config.data_path), open_train(config.test_path)
+    if config.left_out is not None:
+        normal = without_class(normal, config.left_out)
+    scores = find_anomalies(
+        model,
+        normal,
+        test,
+        pool=config.pool,
+        k=config.k,
+        mask_ratio=config.mask_ratio,
+        rounds=config.rounds,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        num_workers=choose_workers(config),
+    )
+    tell_skipped(scores.skipped)
+    anomalous = are_anomalous(normal, test, scores.indices)
+    summary = {"normal": len(normal), "pool": config.pool, **summarise(scores, anomalous)}
+    save_anomalies(Path(config.output), model, test, scores, anomalous, summary, config.count)
+    if config.json:
+        print(json.dumps(summary))
+        return
+    counted = f", {summary['anomalous']} of them anomalous" if "anomalous" in summary else ""
+    title = f"{summary['images']} images{counted}, beside {len(normal)} normal ones of {shown(config.data_path)}"
+    table = Table(title=title)
+    table.add_column("score")
+    table.add_column("AUROC", justify="right")
+    for name, key in ((f"distance ({config.pool}, k = {config.k})", "distance"), ("reconstruction error", "error")):
+        area = summary.get(f"auroc_{key}")
+        table.add_row(name, "– (no labels of both kinds)" if area is None else f"{area:.4f}")
+    Console().print(table)
+    print(Path(config.output) / "anomaly.png")

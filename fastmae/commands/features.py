@@ -1,0 +1,30 @@
+"""Writes frozen features to a file and prints how many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastmae.commands.shared import choose_workers, make_folder, open_model
+from fastmae.config import FeaturesConfig, check_evaluation
+from fastmae.data.sources import open_train, shown, train_and_val
+from fastmae.evaluate.features import check_features_file, extract_features, save_features, tell_skipped
+
+
+def run_features(config: FeaturesConfig) -> None:
+    """Extracts features, writes them to ``config.output`` and prints how many there are."""
+    check_evaluation(config)
+    output = Path(config.output)
+    check_features_file(output)
+    model = open_model(config)
+    make_folder(output.parent)
+    if config.split == "val":
+        _, source = train_and_val(config.data_path)
+    else:
+        source = open_train(config.data_path)
+    features = extract_features(
+        model, source, pool=config.pool, batch_size=config.batch_size, num_workers=choose_workers(config)
+    )
+    tell_skipped(features.skipped)
+    save_features(output, source, features)
+    count, width = features.values.shape
+    print(f"{output}: {count} × {width} features of {shown(config.data_path)}")

@@ -1,0 +1,52 @@
+"""Measures frozen features on labelled data and prints a table or one line of JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fastmae.commands.shared import choose_workers, make_folder, open_model
+from fastmae.config import ProbeConfig
+from fastmae.data.sources import shown, train_and_val
+from fastmae.evaluate.features import tell_skipped
+from fastmae.evaluate.probe import probe_in_detail, save_probe
+
+
+def run_probe(config: ProbeConfig) -> None:
+    """Measures the features of a frozen model and prints their accuracy."""
+    model = open_model(config)
+    if config.output is not None:
+        make_folder(Path(config.output))
+    result = probe_in_detail(
+        model,
+        *train_and_val(config.data_path),
+        pool=config.pool,
+        ks=config.k,
+        linear=config.linear,
+        rates=config.blr,
+        linear_batch=config.linear_batch,
+        batch_size=config.batch_size,
+        num_workers=choose_workers(config),
+    )
+    summary = result.summary()
+    tell_skipped(result.skipped)
+    sizes = f"{summary['train']} train, {summary['test']} test"
+    title = f"{config.checkpoint} on {shown(config.data_path)}: {sizes}"
+    if config.output is not None:
+        save_probe(Path(config.output), result, title)
+    if config.json:
+        print(json.dumps(summary))
+        return
+    table = Table(title=title)
+    table.add_column("frozen features")
+    table.add_column("top-1", justify="right")
+    for k in config.k:
+        table.add_row(f"k-NN (k = {k}, {config.pool})", f"{result.accuracy(result.knn[k]):.2f} %")
+    classifier = f"LARS, blr {summary['blr']:g}" if config.linear == "lars" else "logistic regression"
+    table.add_row(f"{classifier} ({config.pool})", f"{summary['linear']:.2f} %")
+    Console().print(table)
+    if config.output is not None:
+        print(Path(config.output) / "confusion.png")

@@ -1,0 +1,52 @@
+"""Draws originals, masked images and reconstructions, and prints where the picture is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fastmae.commands.shared import open_model
+from fastmae.config import ReconstructConfig, check_evaluation, chosen_masking
+from fastmae.data.masks import choose_masks, open_masks, shuffled_ids
+from fastmae.data.sources import open_train
+from fastmae.errors import UserError
+from fastmae.evaluate.reconstruct import (
+    about_targets,
+    caption,
+    central_crops,
+    fixed_indices,
+    masks_of_pictures,
+    reconstruct,
+    reconstruct_each,
+    save_reconstructions,
+)
+
+
+def run_reconstruct(config: ReconstructConfig) -> None:
+    """Draws reconstructions and prints the path of the picture."""
+    check_evaluation(config)
+    file = open_masks(config.masks, config.mask_ratio)
+    model = open_model(config, needs_decoder=True)
+    source = open_train(config.images)
+    indices = fixed_indices(source, config.count)
+    pictures = []
+    if config.mask_image:
+        masked = masks_of_pictures(config.mask_image, model, source, indices)
+        images = central_crops(model, source, indices)
+        rows = reconstruct_each(model, images, masked, paste_visible=config.paste_visible)
+        pictures.append((f"masked as {' '.join(config.mask_image)}{about_targets(model)}", rows))
+    else:
+        images = central_crops(model, source, indices)
+        flag = "--sweep" if config.sweep else "--mask_ratio"
+        for ratio in config.sweep or (config.mask_ratio if file is None else file.facts.mask_ratio,):
+            try:
+                visible = model.num_visible(ratio)
+            except ValueError as error:
+                raise UserError(f"{flag} {ratio}: {error}; choose another ratio") from error
+            masks = choose_masks(chosen_masking(config), file, model.grid_size, visible, config.seed)
+            ids_shuffle = shuffled_ids(torch.arange(len(images)), masks, images.device)
+            rows = reconstruct(model, images, ids_shuffle, mask_ratio=ratio, paste_visible=config.paste_visible)
+            pictures.append((caption(model, ratio), rows))
+    save_reconstructions(Path(config.output), pictures, errors=config.errors)
+    print(config.output)

@@ -1,0 +1,48 @@
+"""Finds the nearest images and prints them as a table or one line of JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fastmae.commands.shared import choose_workers, make_folder, open_model
+from fastmae.config import SearchConfig
+from fastmae.data.sources import Subset, open_train, shown
+from fastmae.evaluate.features import extract_features, tell_skipped
+from fastmae.evaluate.reconstruct import fixed_indices
+from fastmae.evaluate.search import engine, save_search, search
+
+
+def run_search(config: SearchConfig) -> None:
+    """Searches for the images that are nearest to each query and prints them."""
+    model = open_model(config)
+    make_folder(Path(config.output).parent)
+    source, queries = open_train(config.data_path), open_train(config.queries)
+    queries = Subset(queries, fixed_indices(queries, config.count))
+    features, query_features = (
+        extract_features(
+            model, part, pool=config.pool, batch_size=config.batch_size, num_workers=choose_workers(config)
+        )
+        for part in (source, queries)
+    )
+    tell_skipped(features.skipped + query_features.skipped)
+    by = engine(features.values.device)
+    results = search(queries, query_features, source, features, k=config.k, by=by)
+    save_search(Path(config.output), model, queries, source, results)
+    if config.json:
+        print(json.dumps({"by": by, "results": results}))
+        return
+    table = Table(title=f"nearest of {len(features.values)} images of {shown(config.data_path)}, compared by {by}")
+    for column in ("query", "nearest", "class"):
+        table.add_column(column, overflow="fold")
+    table.add_column("cosine", justify="right")
+    for result in results:
+        for rank, match in enumerate(result["found"]):
+            query = "" if rank else result["query"]
+            table.add_row(query, match["name"], match.get("class", "–"), f"{match['cosine']:.4f}")
+        table.add_section()
+    Console().print(table)
+    print(config.output)

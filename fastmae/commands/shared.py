@@ -1,0 +1,47 @@
+"""What the commands of a frozen model share: opening it, and making the folder of what they write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastmae.checkpoint.save import load_model
+from fastmae.config import (
+    AnomalyConfig,
+    FeaturesConfig,
+    ProbeConfig,
+    ReconstructConfig,
+    SearchConfig,
+    check_evaluation,
+)
+from fastmae.data.loader import default_workers
+from fastmae.errors import UserError
+from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.train.parallel import choose_device
+
+
+def open_model(
+    config: ProbeConfig | ReconstructConfig | FeaturesConfig | SearchConfig | AnomalyConfig,
+    *,
+    needs_decoder: bool = False,
+) -> MaskedAutoencoderViT:
+    """Opens the frozen model of a command, on its device, once the settings are checked."""
+    check_evaluation(config)
+    device = choose_device(config.device)
+    return load_model(config.checkpoint, config.model, needs_decoder=needs_decoder).to(device)
+
+
+def choose_workers(config: ProbeConfig | FeaturesConfig | SearchConfig | AnomalyConfig) -> int:
+    """Returns the number of decoding threads: the one that was asked for, or the default."""
+    return config.num_workers or default_workers()
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of what a command will write, so that a wrong name is reported before the work, not after it.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: {folder} cannot be written ({error}); name another folder") from error

@@ -1,4 +1,4 @@
-# Two commands: `make demo` runs the main job, `make test` passes the tests. Both set up what they need in .venv.
+# `make demo` runs the main job, `make test` the tests, `make test-all` the slow ones too; each sets up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,14 +12,20 @@ PUBLIC := fastmae fastmae.config fastmae.data fastmae.errors fastmae.evaluate fa
 DEMO := runs/demo
 SANITIZED := build/sanitize
 
-.PHONY: demo test test-native soak check docs clean
+.PHONY: demo test test-all test-native soak check docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastmae pretrain --data_path digits --output_dir $(DEMO) --resume auto
 
 # Tests are small and many, so processes with one thread each; a GPU is for one of them at a time.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(if $(GPU),1,auto) --maxprocesses 8 --dist worksteal
+
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(if $(GPU),1,auto) --maxprocesses 8 --dist worksteal
+	$(PYTEST) -m 'not slow$(if $(GPU),, and not gpu)'
+
+# The slow ones too, among them wheels for every Python that is supported.
+test-all: check
+	$(PYTEST)
 
 # The C++ ops once more, built with the address and undefined-behaviour sanitizers.
 test-native: $(VENV)/.installed-dev

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -30,27 +30,15 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
 
 
+# `kernels/` and `benchmarks/` stand beside the package in the repository and are installed inside it; top-level ones
+# would collide with other distributions' of those names.
+BESIDE = [f"fastmae.{name}" for name in find_packages(include=["kernels*", "benchmarks*"])]
+
 setup(
     ext_modules=[Extension("fastmae._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    # `kernels/` and `benchmarks/` stand beside the package in the repository and are installed inside it; top-level
-    # ones would collide with other distributions' of those names.
-    packages=[
-        "fastmae",
-        "fastmae.benchmarks",
-        "fastmae.benchmarks.baselines",
-        "fastmae.checkpoint",
-        "fastmae.commands",
-        "fastmae.config",
-        "fastmae.data",
-        "fastmae.data.decoders",
-        "fastmae.evaluate",
-        "fastmae.export",
-        "fastmae.kernels",
-        "fastmae.model",
-        "fastmae.ops",
-        "fastmae.train",
-    ],
+    packages=find_packages(include=["fastmae*"]) + BESIDE,
     package_dir={"fastmae.kernels": "kernels", "fastmae.benchmarks": "benchmarks"},
     package_data={"fastmae": ["py.typed", "_C.pyi", "ops/attention_table.json"]},
+    include_package_data=False,  # what MANIFEST.in adds to the sdist, such as measured results, is not for the wheel
 )

@@ -92,10 +92,5 @@ def test_nothing_beside_the_package_is_imported_as_if_it_were_at_the_top():
 
 
 def test_every_package_is_installed():
-    listed = set(ast.literal_eval(next(
-        keyword.value for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"
-        for keyword in node.keywords if keyword.arg == "packages"
-    )))  # fmt: skip
-    found = {".".join(path.parent.relative_to(ROOT).parts) for path in FILES if path.name == "__init__.py"}
-    assert listed == {f"fastmae.{name}" if name.split(".")[0] in BESIDE else name for name in found}
+    for path in FILES:  # setup.py finds packages by these files, and only these
+        assert (path.parent / "__init__.py").exists(), f"{path.parent} would not be in a wheel"

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return run_verify(command)
         return 0
     except UserError as error:
-        print(f"fastmae: {error}", file=sys.stderr)
+        print(f"fastmae: {error.as_on_the_command_line()}", file=sys.stderr)
         return EXIT_WRONG_INPUT
     except BrokenPipeError:  # whoever reads the output has seen enough, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

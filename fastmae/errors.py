@@ -1,5 +1,60 @@
-"""The one exception that the command line turns into a single line and exit status 2."""
+"""The errors that the command line turns into a single line and exit status 2."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+NO_VALUE: Any = object()
 
 
 class UserError(Exception):
     """Something the user can mend. The message says what is wrong, where, and what to do, in one line."""
+
+    def as_on_the_command_line(self) -> str:
+        """The message for somebody who gave flags."""
+        return str(self)
+
+
+class SettingError(UserError):
+    """A setting has a value that cannot work.
+
+    Its message names the setting as the caller knows it: ``str(error)`` as an argument of Python
+    (``"keep=0: must be at least 1"``), ``as_on_the_command_line`` as a flag (``"--keep 0: must be at least 1"``).
+
+    Args:
+        name: of the setting.
+        value: that it has; left out where none is to be shown.
+        problem: what is wrong, and what to do. Other settings are written in it as flags, with ``=`` before a value:
+            ``"must be left out with --masks"``, ``"must be given together with --parallel=hsdp"``.
+        flag: what the command line calls the setting, where that is not ``--name``.
+    """
+
+    def __init__(self, name: str, value: Any = NO_VALUE, problem: str = "", flag: str | None = None) -> None:
+        super().__init__(name, value, problem, flag)
+        self.name, self.value, self.problem, self.flag = name, value, problem, flag
+
+    def __str__(self) -> str:
+        value = self.value[0] if isinstance(self.value, tuple) and len(self.value) == 1 else self.value
+        shown = "" if value is NO_VALUE else f"={_in_one_line(repr(value))}"
+        problem = re.sub(r"--([a-z]\w*)(?:=([^\s,;:)]+))?", _as_argument, self.problem)
+        return f"{self.name}{shown}: {problem}"
+
+    def as_on_the_command_line(self) -> str:
+        value = " ".join(map(str, self.value)) if isinstance(self.value, tuple | list) else str(self.value)
+        shown = "" if self.value is NO_VALUE else f" {_in_one_line(value)}"
+        problem = re.sub(r"(--[a-z]\w*)=", r"\1 ", self.problem)
+        return f"{self.flag or f'--{self.name}'}{shown}: {problem}"
+
+
+def _as_argument(flag: re.Match[str]) -> str:
+    name, value = flag.groups()
+    if value is None:
+        return name
+    is_literal = re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?|True|False|None", value) is not None
+    return f"{name}={value if is_literal else repr(value)}"
+
+
+def _in_one_line(text: str, limit: int = 200) -> str:
+    text = text.replace("\r", " ").replace("\n", " ")
+    return text if len(text) <= limit else f"{text[:limit]} …"

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastmae.config.shared import (
-    Checkpoint,
-    Preset,
-)
-from fastmae.errors import UserError
+from fastmae.config.shared import Checkpoint, Preset
+from fastmae.config.values import coerce, need
+from fastmae.errors import SettingError
 
 ExportFormat = Literal["official", "timm", "hf", "onnx", "torch-export"]
 
@@ -20,39 +18,46 @@ class ExportConfig:
 
     checkpoint: Checkpoint
     to: ExportFormat
-    """official: .pth or .safetensors with the published names. timm: a state dict for its vit_*_patch*_224.mae. hf: a
-    folder for transformers' ViTMAEForPreTraining, or ViTModel for the encoder. onnx, torch-export: the encoder as a
-    program (.onnx, .pt2)."""
+    """official: a .pth or .safetensors file with the names of the official files. timm: a state dict for its models
+    vit_*_patch*_224.mae. hf: a folder for ViTMAEForPreTraining of transformers, or for ViTModel with the encoder alone.
+    onnx and torch-export: the encoder as a program (.onnx, .pt2)."""
     output: str
     """The file to write, or the folder for hf."""
     part: Literal["encoder", "full"] | None = None
-    """Without or with the decoder. Default: with it, where the checkpoint has one and the format is official or hf."""
+    """Write the encoder alone, or the decoder as well. Default: both, where the checkpoint has a decoder and the format
+    is official or hf."""
     variant: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
-    """Of a program's numbers: float32; fp16; bf16 (torch-export alone); int8 matrices (onnx alone)."""
+    """Format of the numbers of a program: float32, float16, bfloat16 (only for torch-export), or matrices of int8 (only
+    for onnx)."""
     input: Literal["float", "uint8"] = "float"
-    """What a program takes: normalised float32 [N, C, H, W], or uint8 [N, H, W, C] that it normalises itself."""
+    """What a program takes: normalised float32 images [N, C, H, W], or uint8 images [N, H, W, C] that it normalises
+    itself."""
     check: str | tuple[str, ...] | None = None
-    """Labelled data, such as `digits`, on which a program's features and speed are compared with fastmae's."""
+    """Labelled data, such as `digits`, on which the features and the speed of a program are compared with those of
+    fastmae."""
     model: Preset = None
+
+    def __post_init__(self) -> None:
+        coerce(self)
+        check_export(self)
 
 
 def check_export(config: ExportConfig) -> None:
     """Refuses what does not go together, whatever the checkpoint.
 
     Raises:
-        UserError: naming the flag, its value and what it must be.
+        SettingError: naming the setting, its value and what it must be.
     """
+    to = f"with --to={config.to}"
     endings = {"onnx": (".onnx",), "torch-export": (".pt2",), "hf": ()}.get(config.to, (".pth", ".safetensors"))
-    if endings and not config.output.endswith(endings):
-        raise UserError(f"--output {config.output}: must end in {' or '.join(endings)} with --to {config.to}")
-    if config.part == "full" and config.to not in ("official", "hf"):
-        raise UserError(f"--part full: must be encoder, or left out, with --to {config.to}")
+    ends = not endings or config.output.endswith(endings)
+    need(config, ends, "output", f"a path that ends in {' or '.join(endings)} {to}")
+    need(config, config.part != "full" or config.to in ("official", "hf"), "part", f"encoder, or left out, {to}")
     is_program = config.to in ("onnx", "torch-export")
-    for flag, value, default in (("variant", config.variant, "fp32"), ("input", config.input, "float")):
-        if value != default and not is_program:
-            raise UserError(f"--{flag} {value}: must be {default}, or left out, with --to {config.to}")
+    for name, default in (("variant", "fp32"), ("input", "float")):
+        need(config, is_program or getattr(config, name) == default, name, f"{default}, or left out, {to}")
     if config.check is not None and not is_program:
-        raise UserError(f"--check: must be left out with --to {config.to}; its numbers are the checkpoint's, unchanged")
+        problem = f"must be left out {to}; its numbers are those of the checkpoint, unchanged"
+        raise SettingError("check", problem=problem)
     other = {"bf16": "torch-export", "int8": "onnx"}.get(config.variant, config.to)
-    if other != config.to:
-        raise UserError(f"--variant {config.variant}: must be given together with --to {other}")
+    need(config, other == config.to, "variant", f"given together with --to={other}")

@@ -8,145 +8,98 @@ import re
 from dataclasses import dataclass
 from functools import partial
 
-from fastmae.config.shared import (
-    AccumIter,
-    AsyncSave,
-    Attention,
-    CheckpointFreq,
-    Checkpointing,
-    ClipGrad,
-    Compile,
-    CudaGraph,
-    Device,
-    Flip,
-    HangTimeout,
-    Keep,
-    KeepEvery,
-    KeepLast,
-    LogDir,
-    LogFreq,
-    MaxCorrupt,
-    MaxSkipped,
-    MinLR,
-    Ops,
-    Parallel,
-    PinMem,
-    Precision,
-    Profile,
-    Reduce,
-    ShardSize,
-    Wandb,
-    WorkersARank,
-    check_training,
-    given,
-    need,
-    need_at_least_one,
-)
+from fastmae.config.training import TrainingConfig, check_training
+from fastmae.config.values import coerce, given, need, need_at_least_one
 from fastmae.facts import DataFacts
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """Fine-tune a pretrained encoder on labelled images. Flags of the published script have their published names."""
+class FinetuneConfig(TrainingConfig):
+    """Fine-tune a pretrained encoder on labelled images. The flags of the official script keep their names and
+    meanings."""
 
-    finetune: str = ""
-    """What to begin with: a run folder of pretrain, one of its checkpoints, or a file with an encoder. Empty: random
-    weights, to compare with."""
+    # Data.
     data_path: str | tuple[str, ...] = "digits"
-    """Labelled data, as for pretrain; its train part is learnt, its val or test part is scored (without one, a fifth is
-    held out)."""
+    """Labelled images, of every kind that pretrain takes. The model learns from the train part and is tested on the val
+    or test part; if there is none, a fifth of the images is held out."""
     output_dir: str = "./output_dir"
-    """The run folder: checkpoints, log.txt, metrics.jsonl, config.json."""
-    model: str | None = None
-    """The preset, for a --finetune that does not say, or without one; vit_large_patch16 is mae_vit_large_patch16."""
-    input_size: tuple[int, ...] | None = None
-    """Side of the images in pixels, or height and width. Default: that of --finetune. Positions are interpolated."""
+    """The run folder, into which checkpoints, log.txt, metrics.jsonl and config.yaml are written."""
     nb_classes: int | None = None
-    """Default: as many as the labels have."""
+    """Number of classes. Default: as many as the labels have."""
+    crop_scale: tuple[float, float] | None = None
+    """Smallest and largest share of an image's area that a crop takes. Default: 0.08 and 1; for the digits 0.7 and
+    1."""
+    aa: str | None = None
+    """RandAugment, as rand-mMAGNITUDE[-nNUMBER][-mstdDEVIATION]-inc1; an empty text turns it off. Default: as in the
+    official script, rand-m9-mstd0.5-inc1, for image files; none for arrays and the digits."""
+    reprob: float | None = None
+    """Probability with which a rectangle of an image is replaced by noise (random erasing). Default: 0.25; for the
+    digits 0."""
+    smoothing: float = 0.1
+    """Label smoothing: the share of a label that is spread over all classes."""
+    mixup: float | None = None
+    """The α of mixup's Beta distribution; 0 turns mixup off. Default: 0.8; for the digits 0."""
+    cutmix: float | None = None
+    """The α of cutmix's Beta distribution; 0 turns cutmix off. Default: 1; for the digits 0."""
+    mixup_switch_prob: float = 0.5
+    """With both mixup and cutmix, the probability with which a pair of images is cut instead of blended."""
+
+    # Model.
+    finetune: str = ""
+    """The pretrained encoder: a run folder of pretrain, one of its checkpoints, or a file with an encoder. Default:
+    random weights, for comparison."""
+    model: str | None = None
+    """The name of the encoder's preset, if --finetune does not say it or is not given. The names of the official script
+    are accepted: vit_large_patch16 is mae_vit_large_patch16."""
+    input_size: tuple[int, ...] | None = None
+    """Side of the images in pixels, or their height and width; position embeddings are interpolated to it. Default:
+    that of the pretrained encoder."""
     tune: str = "full"
-    """What is trained: full; linear (the head and the norm before it); last-K (those and the last K blocks); lora
-    (those and updates of low rank of every block's attention)."""
+    """What is trained: everything (full); the head and the norm before it (linear); these and the last K blocks
+    (last-K, such as last-2); or these and low-rank updates of the attention of every block (lora)."""
     lora_rank: int = 8
     """With --tune lora, the rank of the updates."""
     global_pool: bool = True
-    """Classify the mean of the patch tokens, as published; --cls_token turns it off."""
+    """Classify the mean of the patch tokens, as in the official script. --cls_token turns it off."""
     cls_token: bool = False
-    """Classify the class token instead."""
-
-    batch_size: int = 64
-    """Images a rank and micro-step; the global batch is batch_size · accum_iter · ranks, 1024 as published."""
-    epochs: int | None = None
-    """Default: as published, 100 for encoders up to the width of ViT-B, otherwise 50; 20 for the built-in digits."""
-    accum_iter: AccumIter = 1
-    lr: float | None = None
-    """Absolute learning rate, of the head. Default: blr · global batch / 256."""
-    blr: float | None = None
-    """Learning rate for a global batch of 256. Default: as published, 5e-4 up to ViT-B, otherwise 1e-3; 1e-2 for the
-    built-in digits."""
-    layer_decay: float | None = None
-    """What a layer's learning rate is of that of the layer above. Default: as published, 0.65 up to ViT-B, otherwise
-    0.75."""
-    min_lr: MinLR = 1e-6
-    warmup_epochs: float = 5.0
-    """Epochs of linear warm-up."""
-    weight_decay: float = 0.05
-    """On parameters of two or more dimensions but for the class token and the positions."""
-    clip_grad: ClipGrad = None
+    """Classify the class token instead of the mean of the patch tokens."""
     drop_path: float | None = None
-    """Chance that a branch of the last block is left out of a sample; it grows from 0 with depth. Default: as
-    published, 0.1 up to ViT-B, 0.2 for ViT-L, 0.3 for ViT-H; 0 where not all is tuned."""
+    """Stochastic depth: the probability with which a branch of the last block is skipped for an image. It grows from 0
+    with the depth of the block. Default: as in the official script, 0.1 up to ViT-B, 0.2 for ViT-L, 0.3 for ViT-H; 0
+    unless everything is tuned."""
 
-    crop_scale: tuple[float, float] | None = None
-    """Smallest and largest share of an image's area that a crop takes. Default: 0.08 1; for the digits 0.7 1."""
-    flip: Flip = None
-    aa: str | None = None
-    """RandAugment, as rand-mMAGNITUDE[-nNUMBER][-mstdDEVIATION]-inc1, or empty for none. Default: as published,
-    rand-m9-mstd0.5-inc1, for image files; none for arrays and the digits."""
-    reprob: float | None = None
-    """Chance of an image to lose a rectangle to noise (random erasing). Default: 0.25; for the digits 0."""
-    smoothing: float = 0.1
-    """Share of a label that is spread over all classes."""
-    mixup: float | None = None
-    """α of mixup's Beta distribution, 0 for none. Default: 0.8; for the digits 0."""
-    cutmix: float | None = None
-    """α of cutmix's, 0 for none. Default: 1; for the digits 0."""
-    mixup_switch_prob: float = 0.5
-    """With both, the chance of a pair of images to be cut rather than blended."""
-
-    device: Device = None
-    precision: Precision = "auto"
-    checkpointing: Checkpointing = "none"
-    compile: Compile = "off"
-    cuda_graph: CudaGraph = False
-    ops: Ops = "auto"
-    attention: Attention = "auto"
-    parallel: Parallel = "ddp"
-    shard_size: ShardSize = None
-    reduce: Reduce = "fp32"
+    # Optimisation.
+    epochs: int | None = None
+    """Passes over the train part. Default: as in the official script, 100 for encoders up to the width of ViT-B,
+    otherwise 50; 20 for the digits."""
+    blr: float | None = None
+    """Base learning rate, for a global batch of 256 images; --lr is computed from it. Default: as in the official
+    script, 5e-4 up to ViT-B, otherwise 1e-3; 1e-2 for the digits."""
+    lr: float | None = None
+    """Learning rate of the head at the end of the warm-up. Default: blr × global batch / 256."""
+    layer_decay: float | None = None
+    """The learning rate of a layer, as a share of that of the layer above. Default: as in the official script, 0.65 up
+    to ViT-B, otherwise 0.75."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of the cosine schedule."""
+    warmup_epochs: float = 5.0
+    """Epochs over which the learning rate grows from 0, linearly."""
+    weight_decay: float = 0.05
+    """Weight decay of AdamW. Parameters of one dimension, the class token and the position embeddings have none."""
     seed: int = 0
-    """Of the head, order, crops and every augmentation."""
-    num_workers: WorkersARank = None
-    pin_mem: PinMem = True
-    keep_last: KeepLast = False
-    max_corrupt: MaxCorrupt = 0.01
+    """The number from which everything random follows: the head, the order of the images, crops and every
+    augmentation."""
 
-    max_skipped: MaxSkipped = 20
-    hang_timeout: HangTimeout = 1800.0
+    # Saving, resuming, logging.
     resume: str = ""
-    """`auto` continues output_dir's newest intact checkpoint, or starts if there is none; or a run folder of finetune
-    or one of its checkpoints."""
-    save_freq: int = 20
-    """Epochs between checkpoint-EPOCH.pth files (their weights beside them as .safetensors)."""
+    """`auto` continues from the newest intact checkpoint in output_dir, or starts if there is none. Otherwise what to
+    continue from: a run folder of finetune, or one of its checkpoints."""
     test_freq: int = 1
-    """Epochs between tests on the val part; the last epoch is always tested."""
-    checkpoint_freq: CheckpointFreq = None
-    keep: Keep = 2
-    keep_every: KeepEvery = None
-    async_save: AsyncSave = True
-    log_freq: LogFreq = 20
-    log_dir: LogDir = None
-    wandb: Wandb = None
-    profile: Profile = None
+    """Epochs between two tests on the val part. The last epoch is always tested."""
+
+    def __post_init__(self) -> None:
+        coerce(self)
+        check_finetune(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +130,9 @@ class ResolvedFinetuneConfig(FinetuneConfig):
     order: str
     """What an epoch's order depends on besides the seed."""
 
+    def __post_init__(self) -> None:
+        coerce(self)  # the values that the user chose were checked when the FinetuneConfig was made
+
 
 # As FIXED_IN_A_RUN, for fine-tuning.
 FIXED_IN_A_FINETUNING = (
@@ -200,10 +156,9 @@ def resolve_finetune(
     num_workers: int,
 ) -> ResolvedFinetuneConfig:
     """Fills in what was left open, from the data (``facts``, ``nb_classes``), the encoder (``model``, the ``width`` of
-    its tokens, ``img_size``, ``mean``, ``std``) and the machine.
-    """
+    its tokens, ``img_size``, ``mean``, ``std``) and the machine."""
     digits = facts.kind == "digits"
-    # Of ViT-B, ViT-L and ViT-H, as published.
+    # Of ViT-B, ViT-L and ViT-H in the official script.
     epochs, blr, layer_decay, drop_path = (
         (100, 5e-4, 0.65, 0.1) if width <= 768 else (50, 1e-3, 0.75, 0.2 if width <= 1024 else 0.3)
     )
@@ -245,7 +200,7 @@ def check_finetune(config: FinetuneConfig) -> None:
     """Refuses settings that cannot work, whatever the data and the encoder.
 
     Raises:
-        UserError: naming the flag, its value and what it must be.
+        SettingError: naming the setting, its value and what it must be.
     """
     check_training(config)
     needed = partial(need, config)
@@ -253,14 +208,14 @@ def check_finetune(config: FinetuneConfig) -> None:
     needed(tunes, "tune", "full, linear, lora or last-K, such as last-2")
     need_at_least_one(config, "test_freq", "lora_rank")
     needed(config.nb_classes is None or config.nb_classes >= 2, "nb_classes", "at least 2")
-    for flag in ("mixup", "cutmix"):
-        value = getattr(config, flag)
-        needed(value is None or (math.isfinite(value) and value >= 0), flag, "0 or more")
+    for name in ("mixup", "cutmix"):
+        value = getattr(config, name)
+        needed(value is None or (math.isfinite(value) and value >= 0), name, "0 or more")
     decay = config.layer_decay
     needed(decay is None or 0 < decay <= 1, "layer_decay", "above 0 and at most 1")
-    for flag in ("drop_path", "smoothing"):
-        value = getattr(config, flag)
-        needed(value is None or 0 <= value < 1, flag, "at least 0 and below 1")
-    for flag in ("reprob", "mixup_switch_prob"):
-        value = getattr(config, flag)
-        needed(value is None or 0 <= value <= 1, flag, "between 0 and 1")
+    for name in ("drop_path", "smoothing"):
+        value = getattr(config, name)
+        needed(value is None or 0 <= value < 1, name, "at least 0 and below 1")
+    for name in ("reprob", "mixup_switch_prob"):
+        value = getattr(config, name)
+        needed(value is None or 0 <= value <= 1, name, "between 0 and 1")

@@ -1,37 +1,44 @@
-"""Which patches are masked: what pretrain and reconstruct both ask for, and check."""
+"""Which patches are masked: the settings that pretrain and reconstruct have in common."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from fastmae.errors import UserError
-
-if TYPE_CHECKING:
-    from fastmae.config.evaluate import ReconstructConfig
-    from fastmae.config.pretrain import PretrainConfig
-
+from fastmae.config.values import need
 
 Masking = Literal["random", "block", "grid", "file"]
 PUBLISHED_RATIO = 0.75
 
 
-def chosen_masking(config: PretrainConfig | ReconstructConfig) -> Masking:
+@dataclass(frozen=True, kw_only=True)
+class MaskingConfig:
+    """The masks of images."""
+
+    mask_ratio: float = PUBLISHED_RATIO
+    """Share of the patches that is masked. With --masks it is the share of the file, and need not be given."""
+    masking: Masking | None = None
+    """Which patches are masked: any at random, as in the paper; rectangles (block); all but one of every 2×2 (grid); or
+    those of the file that --masks names (file). Default: random, and file with --masks."""
+    masks: str = ""
+    """A .npy file of masks: bool or uint8 [B, rows, columns] of patches, 1 where a patch is masked. Every image takes
+    one of the B masks at random."""
+
+
+def chosen_masking(config: MaskingConfig) -> Masking:
     """What --masking says, or its default."""
     return config.masking or ("file" if config.masks else "random")
 
 
-def check_masking(config: PretrainConfig | ReconstructConfig) -> None:
+def check_masking(config: MaskingConfig) -> None:
     """Refuses what cannot be masked, whatever the data and the model.
 
     Raises:
-        UserError: naming the flag, its value and what it must be.
+        SettingError: naming the setting, its value and what it must be.
     """
-    ratio, masking = f"--mask_ratio {config.mask_ratio}", f"--masking {config.masking}"
-    if not 0 < config.mask_ratio < 1:
-        raise UserError(f"{ratio}: must be above 0 and below 1; the published ratio is {PUBLISHED_RATIO}")
-    if config.masking == "file" and not config.masks:
-        raise UserError(f"{masking}: must be given together with --masks FILE.npy")
-    if config.masks and config.masking not in (None, "file"):
-        raise UserError(f"{masking}: must be file, or left out, with --masks")
-    if config.masking == "grid" and config.mask_ratio != PUBLISHED_RATIO:
-        raise UserError(f"{ratio}: must be {PUBLISHED_RATIO} with --masking grid, which keeps one patch of every 2×2")
+    above_0 = f"above 0 and below 1; the published ratio is {PUBLISHED_RATIO}"
+    need(config, 0 < config.mask_ratio < 1, "mask_ratio", above_0)
+    need(config, config.masking != "file" or bool(config.masks), "masking", "given together with --masks=FILE.npy")
+    need(config, not config.masks or config.masking in (None, "file"), "masking", "file, or left out, with --masks")
+    every_2x2 = f"{PUBLISHED_RATIO} with --masking=grid, which keeps one patch of every 2×2"
+    need(config, config.masking != "grid" or config.mask_ratio == PUBLISHED_RATIO, "mask_ratio", every_2x2)

@@ -8,42 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from fastmae.config.masking import PUBLISHED_RATIO, Masking, check_masking, chosen_masking
-from fastmae.config.shared import (
-    AccumIter,
-    AsyncSave,
-    Attention,
-    CheckpointFreq,
-    Checkpointing,
-    ClipGrad,
-    Compile,
-    CudaGraph,
-    Device,
-    Flip,
-    HangTimeout,
-    Keep,
-    KeepEvery,
-    KeepLast,
-    LogDir,
-    LogFreq,
-    MaxCorrupt,
-    MaxSkipped,
-    MinLR,
-    Ops,
-    Parallel,
-    PinMem,
-    Precision,
-    Profile,
-    Reduce,
-    ShardSize,
-    Wandb,
-    WorkersARank,
-    check_training,
-    given,
-    need,
-    need_at_least_one,
-    need_size,
-)
+from fastmae.config.masking import Masking, MaskingConfig, check_masking, chosen_masking
+from fastmae.config.training import TrainingConfig, check_training
+from fastmae.config.values import coerce, given, need, need_at_least_one, need_size
 from fastmae.facts import FULL_SHUFFLE, DataFacts, MaskFacts
 
 SMALL_SIDE = 64
@@ -52,130 +19,104 @@ PROBE_LIMIT = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Pretrain a masked autoencoder. Flags of the published script have their published names and meanings."""
+class PretrainConfig(TrainingConfig, MaskingConfig):
+    """Pretrain a masked autoencoder on images. The flags of the official script keep their names and meanings."""
 
+    # Data.
     data_path: str | tuple[str, ...] = "digits"
-    """`digits` (built in), a folder of images (DATA_PATH/train/CLASS/*.JPEG, or flat), .tar or .parquet shards (a file,
-    a folder, or a pattern such as 'part-{000..146}.tar'), or a .npy, .npz, IDX or CIFAR file or folder. Several are
-    taken one after another."""
+    """The images: `digits` (built in), a folder of images (DATA_PATH/train/CLASS/*.JPEG, or without subfolders), .tar
+    or .parquet shards (a file, a folder, or a pattern such as 'part-{000..146}.tar'), or a file or folder of .npy,
+    .npz, IDX or CIFAR arrays. If several are given, they are used one after another."""
     output_dir: str = "./output_dir"
-    """The run folder: checkpoints, log.txt, metrics.jsonl, config.json, reconstructions."""
-    model: str | None = None
-    """A preset, such as mae_vit_large_patch16 (the default for images over 64 pixels) or mae_vit_tiny_patch4 (the
-    default for smaller ones)."""
-    input_size: tuple[int, ...] | None = None
-    """Side of the training crops in pixels, or height and width. Default: 224; for tiny_patch4 the images' own size."""
-    start_size: tuple[int, ...] | None = None
-    """Side of the crops of the first epochs, or height and width; it grows to input_size in steps of whole patches.
-    Default: input_size from the beginning, as published."""
-    grow_epochs: int | None = None
-    """With start_size, the number of epochs before crops have input_size. Default: 80 % of the epochs."""
-    mask_ratio: float = PUBLISHED_RATIO
-    """Share of the patches that is masked. --masks says it itself: any value but the default must then be the same."""
-    masking: Masking | None = None
-    """Which patches: any at random, as published; rectangles (block); all but one of every 2×2 (grid); those that
-    --masks says (file). Default: random, with --masks file."""
-    masks: str = ""
-    """A .npy file of masks, bool or uint8 [B, rows, columns] of patches with 1 where masked, of which every draw takes
-    one at random."""
-    norm_pix_loss: bool = False
-    """Predict pixels normalised by the mean and variance of their patch."""
-    decoder_attention: Literal["self", "cross"] = "self"
-    """What the decoder predicts a patch from: all other tokens, as published (self), or what the encoder saw alone
-    (cross, as CrossMAE). They are different models."""
-    decoder_depth: int | None = None
-    """Blocks of the decoder. Default: those of the model."""
-    predict_ratio: float | None = None
-    """With --decoder_attention cross: predict this share of all patches, drawn from the masked ones. Default: all that
-    are masked."""
-
-    batch_size: int = 64
-    """Images a rank and micro-step; the global batch is batch_size · accum_iter · ranks."""
-    epochs: int | None = None
-    """Default: 400, as published; 60 for the built-in digits."""
-    accum_iter: AccumIter = 1
-    lr: float | None = None
-    """Absolute learning rate. Default: blr · global batch / 256."""
-    blr: float | None = None
-    """Learning rate for a global batch of 256. Default: 1e-3, as published; 3e-3 for the built-in digits."""
-    min_lr: MinLR = 0.0
-    clip_grad: ClipGrad = None
-    ema: float | None = None
-    """Keep a moving average of the weights, of which a step leaves this share as it was, such as 0.9999, and write it
-    as checkpoint-EPOCH-ema.pth. Default: none, as published."""
-    warmup_epochs: float | None = None
-    """Epochs of linear warm-up. Default: 40, as published; a tenth of the epochs for the built-in digits."""
-    weight_decay: float = 0.05
-    """On parameters of two or more dimensions, the class token and the mask token."""
-
+    """The run folder, into which checkpoints, log.txt, metrics.jsonl, config.yaml and reconstructions are written."""
     crop_scale: tuple[float, float] | None = None
-    """Smallest and largest share of an image's area that a crop takes. Default: 0.2 1; for the digits 0.7 1."""
-    flip: Flip = None
+    """Smallest and largest share of an image's area that a crop takes. Default: 0.2 and 1; for the digits 0.7 and 1."""
     in_chans: int | None = None
-    """Channels of the model: 1 turns colour into gray, 3 repeats gray. Default: those of the data."""
+    """Channels of the model. 1 turns colour images into gray ones, 3 repeats a gray channel. Default: as many as the
+    data have."""
     mean: tuple[float, ...] | None = None
-    """A number a channel in [0, 1]. Default: ImageNet's for colour folders, otherwise measured on the data."""
+    """One number per channel, as a share of the value range: it is subtracted from the pixels. Default: that of
+    ImageNet for folders of colour images, otherwise measured on the data."""
     std: tuple[float, ...] | None = None
-    """A number a channel in [0, 1]; as for mean."""
-
-    device: Device = None
-    precision: Precision = "auto"
-    residual: Literal["fp32", "bf16"] = "fp32"
-    """Format of the tokens between blocks under --precision bf16; bf16 is half the memory, rounded in every block."""
-    checkpointing: Checkpointing = "none"
-    compile: Compile = "off"
-    float8: bool = False
-    """Matrix products of the blocks in float8 (torchao, the extra `float8`), on a GPU that has it (compute capability
-    8.9 and up), with --precision bf16 and --compile."""
-    cuda_graph: CudaGraph = False
-    ops: Ops = "auto"
-    attention: Attention = "auto"
-    parallel: Parallel = "ddp"
-    shard_size: ShardSize = None
-    reduce: Reduce = "fp32"
-    seed: int = 0
-    """Of weights, order, crops, flips and masks."""
-    num_workers: WorkersARank = None
-    pin_mem: PinMem = True
-    decoder: Literal["auto", "pool", "dali-cpu", "dali-gpu"] = "auto"
-    """Of plain JPEGs: threads of this process, or NVIDIA DALI (the extra `dali`) on the CPU or the GPU; the pool takes
-    all else. auto: pool, until DALI on a GPU has been measured."""
-    keep_last: KeepLast = False
+    """One number per channel, as a share of the value range: pixels are divided by it. Default: as for mean."""
     repeated_masks: int = 1
-    """Rows of a batch that share a decoded crop, each with masks of its own: less to decode, less variety. An epoch has
-    as many times the steps."""
+    """How many rows of a batch share one decoded crop, each with a mask of its own. Less is decoded, batches vary less,
+    and an epoch has this many times the steps."""
+    image_decoder: Literal["auto", "threads", "dali-cpu", "dali-gpu"] = "auto"
+    """What decodes plain JPEG files: threads of this process, or NVIDIA DALI (the extra `dali`) on the CPU or on the
+    GPU (dali-gpu is experimental: it has not run on a GPU yet). Other images are always decoded by threads. auto is
+    threads."""
     cache: Literal["none", "ram"] = "none"
-    """ram: keep images in memory after they were first read, decoded if all of them fit. The results are the same."""
+    """ram keeps images in memory after they were first read; they are kept decoded if all of them fit. The results are
+    the same."""
     cache_gb: float | None = None
-    """What --cache ram may take, in GiB a rank. Default: half of the memory that is available, shared
-    by the ranks of the machine."""
-    max_corrupt: MaxCorrupt = 0.01
+    """With --cache ram, the largest size of the cache in GiB per rank. Default: half of the available memory, divided
+    by the number of ranks on the machine."""
 
-    max_skipped: MaxSkipped = 20
-    hang_timeout: HangTimeout = 1800.0
+    # Model.
+    model: str | None = None
+    """The name of a preset. Default: mae_vit_large_patch16; for images of up to 64 pixels mae_vit_tiny_patch4."""
+    input_size: tuple[int, ...] | None = None
+    """Side of the training crops in pixels, or their height and width. Default: 224; for mae_vit_tiny_patch4 the size
+    of the images."""
+    start_size: tuple[int, ...] | None = None
+    """Side of the crops of the first epochs, or their height and width. It grows to input_size in steps of whole
+    patches. Default: input_size from the beginning, as in the official script."""
+    grow_epochs: int | None = None
+    """With --start_size, the number of epochs until crops have input_size. Default: 80 % of the epochs."""
+    norm_pix_loss: bool = False
+    """Predict pixels that are normalised by the mean and variance of their patch."""
+    decoder_attention: Literal["self", "cross"] = "self"
+    """What the decoder predicts a patch from: all other tokens, as in the paper (self), or only what the encoder saw,
+    as in CrossMAE (cross). The two are different models."""
+    decoder_depth: int | None = None
+    """Number of blocks of the decoder. Default: as many as the preset has."""
+    predict_ratio: float | None = None
+    """With --decoder_attention cross, the share of all patches that is predicted; they are drawn from the masked ones.
+    Default: all masked patches."""
 
-    resume: str = ""
-    """`auto` continues output_dir's newest intact checkpoint, or starts if there is none; or a run folder, one of its
-    checkpoints, an official .pth or .safetensors file, or a folder of transformers."""
+    # Optimisation.
+    epochs: int | None = None
+    """Passes over the data. Default: 400, as in the official script; 60 for the digits."""
     start_epoch: int = 0
-    """Epoch to start at; a resumed checkpoint overrules it."""
-    save_freq: int = 20
-    """Epochs between official-format checkpoint-EPOCH.pth files (their weights beside them as .safetensors) and
-    reconstruction pictures."""
-    checkpoint_freq: CheckpointFreq = None
-    keep: Keep = 2
-    keep_every: KeepEvery = None
-    async_save: AsyncSave = True
+    """The epoch to start at. A resumed checkpoint decides it instead."""
+    blr: float | None = None
+    """Base learning rate, for a global batch of 256 images; --lr is computed from it. Default: 1e-3, as in the official
+    script; 3e-3 for the digits."""
+    warmup_epochs: float | None = None
+    """Epochs over which the learning rate grows from 0, linearly. Default: 40, as in the official script; for the
+    digits a tenth of the epochs."""
+    ema: float | None = None
+    """Keep a moving average of the weights as well, and write it as checkpoint-EPOCH-ema.pth. The number is the share
+    of the average that each step keeps, such as 0.9999. Default: no average, as in the official script."""
+    seed: int = 0
+    """The number from which everything random follows: weights, the order of the images, crops, flips and masks."""
 
-    log_freq: LogFreq = 20
-    log_dir: LogDir = None
-    wandb: Wandb = None
-    profile: Profile = None
+    # Speed and memory.
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """With --precision bf16, the format of the tokens between blocks. bf16 halves their memory; every block rounds
+    them."""
+    float8: bool = False
+    """Compute matrix products of the blocks in float8 (torchao, the extra `float8`), on a GPU of compute capability 8.9
+    or higher, together with --precision bf16 and --compile (experimental: it has not run on a GPU yet)."""
+
+    # Saving, resuming, logging.
+    resume: str = ""
+    """`auto` continues from the newest intact checkpoint in output_dir, or starts if there is none. Otherwise what to
+    continue from: a run folder, one of its checkpoints, an official .pth or .safetensors file, or a folder of
+    transformers."""
+    save_freq: int = 20
+    """Epochs between files checkpoint-EPOCH.pth in the official format and pictures of reconstructions. The weights are
+    written as .safetensors as well."""
     probe: bool | None = None
-    """Measure k-NN and linear-probe accuracy before and after. Default: where labels exist, up to 20,000 images."""
+    """Measure the accuracy of k-NN and a linear probe before and after the training. Default: for labelled data of up
+    to 20,000 images."""
     probe_freq: int | None = None
-    """Also measure them every so many epochs, on up to 20,000 images of each part. Default: never."""
+    """Measure these accuracies every this many epochs as well, on up to 20,000 images of each part. Default: never."""
+
+    def __post_init__(self) -> None:
+        coerce(self)
+        check_pretrain(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +147,9 @@ class ResolvedConfig(PretrainConfig):
     """What an epoch's order depends on besides the seed."""
     given_masks: str
     """What --masks holds; empty without."""
+
+    def __post_init__(self) -> None:
+        coerce(self)  # the values that the user chose were checked when the PretrainConfig was made
 
 
 # What the meaning of "step k" depends on: a run cannot be continued with another value of any of these. The split of
@@ -279,30 +223,29 @@ def check_pretrain(config: PretrainConfig) -> None:
     """Refuses settings that cannot work, whatever the data.
 
     Raises:
-        UserError: naming the flag, its value and what it must be.
+        SettingError: naming the setting, its value and what it must be.
     """
     check_masking(config)
     check_training(config)
     needed = partial(need, config)
     need_at_least_one(config, "repeated_masks", "in_chans", "grow_epochs", "decoder_depth", "probe_freq")
     divides = config.batch_size % config.repeated_masks == 0
-    needed(divides, "repeated_masks", f"a divisor of --batch_size {config.batch_size}")
-    needed(config.cache_gb is None or config.cache == "ram", "cache_gb", "given together with --cache ram")
+    needed(divides, "repeated_masks", f"a divisor of --batch_size={config.batch_size}")
+    needed(config.cache_gb is None or config.cache == "ram", "cache_gb", "given together with --cache=ram")
     needed(config.cache_gb is None or 0 < config.cache_gb < math.inf, "cache_gb", "a positive number of GiB")
     if config.predict_ratio is not None:
         cross, masking = config.decoder_attention == "cross", chosen_masking(config)
-        needed(cross, "predict_ratio", "given together with --decoder_attention cross")
-        needed(masking == "random", "predict_ratio", f"left out with --masking {masking}, which lists patches in order")
-        share = f"above 0 and at most --mask_ratio {config.mask_ratio}"
+        needed(cross, "predict_ratio", "given together with --decoder_attention=cross")
+        needed(masking == "random", "predict_ratio", f"left out with --masking={masking}, which lists patches in order")
+        share = f"above 0 and at most --mask_ratio={config.mask_ratio}"
         needed(0 < config.predict_ratio <= config.mask_ratio, "predict_ratio", share)
     needed(config.start_epoch >= 0, "start_epoch", "0 or more")
     if config.epochs is not None:
-        needed(config.start_epoch < config.epochs, "start_epoch", f"below --epochs {config.epochs}")
+        needed(config.start_epoch < config.epochs, "start_epoch", f"below --epochs={config.epochs}")
     need_size(config, "start_size")
     needed(config.start_size is None or not config.masks, "start_size", "left out with --masks, which are of one size")
-    needed(
-        config.grow_epochs is None or config.start_size is not None, "grow_epochs", "given together with --start_size"
-    )
+    grows = config.grow_epochs is None or config.start_size is not None
+    needed(grows, "grow_epochs", "given together with --start_size")
     needed(config.ema is None or 0 < config.ema < 1, "ema", "above 0 and below 1")
     if config.float8:
         needed(config.compile != "off", "compile", "block or model with --float8, which is slower than bf16 without")

@@ -8,7 +8,7 @@ from typing import Literal
 from fastmae.config.evaluate import LinearProbe, Pool
 from fastmae.config.masking import PUBLISHED_RATIO
 from fastmae.config.pretrain import PretrainConfig, check_pretrain
-from fastmae.config.shared import Device, Flip
+from fastmae.config.shared import Device
 from fastmae.errors import UserError
 
 # What the two trainings have in common, under pretrain's names and with its defaults.
@@ -48,7 +48,8 @@ class BenchQualityConfig:
     """On parameters of two or more dimensions, the class token and the mask token."""
     crop_scale: tuple[float, float] | None = None
     """Smallest and largest share of an image's area that a crop takes. Default: 0.2 1; for the digits 0.7 1."""
-    flip: Flip = None
+    flip: bool | None = None
+    """Flip half of the crops horizontally. Default: for colour images only."""
     device: Device = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 is autocast over float32 weights. auto: bf16 on a GPU that has it, otherwise fp32."""

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastmae.config.shared import Workers, need_at_least_one
+from fastmae.config.shared import Workers
+from fastmae.config.values import coerce, need_at_least_one
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """Read and decode every image as a run would, and name what it could not use. Exit status 1 if there is any."""
+    """Read and decode every image as a run would, and list those that it could not use. The exit status is 1 if there
+    are any."""
 
     data_path: tuple[str, ...]
-    """One or several, of every kind that --data_path of pretrain takes; their val parts are checked too."""
+    """The images: one or several paths, of every kind that --data_path of pretrain takes. Their val parts are checked
+    as well."""
     in_chans: int | None = None
-    """Channels of the model to be trained. Default: as pretrain chooses, those of the data."""
+    """Channels of the model that will be trained. Default: as many as the data have."""
     num_workers: Workers = None
     output: str | None = None
-    """A file for all that is unusable: JSON lines of part, index, name and reason."""
+    """A file in which every unusable image is listed: lines of JSON with part, index, name and reason."""
+
+    def __post_init__(self) -> None:
+        coerce(self)
+        check_verify(self)
 
 
 def check_verify(config: VerifyConfig) -> None:
     """Refuses numbers that cannot work.
 
     Raises:
-        UserError: naming the flag, its value and what it must be.
+        SettingError: naming the setting, its value and what it must be.
     """
     need_at_least_one(config, "in_chans", "num_workers")

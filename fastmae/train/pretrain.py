@@ -95,7 +95,7 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     settings = as_json(config)
     probed = _probed_parts(config) if config.probe_freq is not None else None
     precision = _precision(config, world)
-    decoder, why_decoder = choose_decoder(config.decoder, world.device, source, config.in_chans)
+    decoder, why_decoder = choose_decoder(config.image_decoder, world.device, source, config.in_chans)
     if config.cache == "ram":
         source = cached(source, config.in_chans, memory_budget(config.cache_gb, parallel.ranks_here()), decoder)
     steps = plan_steps(config, world, config.batch_size // config.repeated_masks, "images")

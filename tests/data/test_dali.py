@@ -351,7 +351,7 @@ def test_pretraining_uses_it_and_says_so_and_what_it_failed_on(image_folder, tmp
     monkeypatch.setattr(DaliDecoder, "_outputs", fails_once)
     words = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / "run"), "--device", "cpu"]
     words += ["--model", "mae_vit_tiny_patch4", "--input_size", "16", "--batch_size", "8", "--epochs", "1"]
-    assert main(["pretrain", *words, "--probe", "False", "--decoder", "dali-cpu", "--num_workers", "1"]) == 0
+    assert main(["pretrain", *words, "--probe", "False", "--image_decoder", "dali-cpu", "--num_workers", "1"]) == 0
     out = capsys.readouterr().out
     assert f"decoding        dali-cpu (asked for): NVIDIA DALI {dali.version()} on the CPU" in out
     assert "DALI failed on a batch, which the pool decoded instead: bad luck" in out

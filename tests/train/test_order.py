@@ -77,11 +77,11 @@ class Seen:
         monkeypatch.setattr(module, "_requests", recording_requests)
 
 
-def run_with_stops(seen, config, stops, decoders=("pool",)):
+def run_with_stops(seen, config, stops, decoders=("threads",)):
     """Runs to the end; stopped by a signal in each of the steps ``stops``, gone on with the next decoder."""
     for number, stop in enumerate([*stops, None]):
         seen.before = lambda step, stop=stop: os.kill(os.getpid(), signal.SIGUSR1) if step == stop else None
-        this_time = replace(config, resume="auto", decoder=decoders[number % len(decoders)])
+        this_time = replace(config, resume="auto", image_decoder=decoders[number % len(decoders)])
         assert pretrain(this_time) == (0 if stop is None else EXIT_INTERRUPTED)
 
 
@@ -125,7 +125,7 @@ def test_the_decoder_may_change_on_the_way(tars, tmp_path, monkeypatch, stops):
     seen = Seen(monkeypatch)
     run_with_stops(seen, small_run(str(tars), tmp_path / "pool", **TINY), [])
     pool, seen.steps = seen.steps, {}
-    run_with_stops(seen, small_run(str(tars), tmp_path / "both", **TINY), stops, ("dali-cpu", "pool"))
+    run_with_stops(seen, small_run(str(tars), tmp_path / "both", **TINY), stops, ("dali-cpu", "threads"))
     assert seen.steps.keys() == pool.keys()
     for step, batches in pool.items():
         for (images, ids), (images_too, ids_too) in zip(batches, seen.steps[step], strict=True):

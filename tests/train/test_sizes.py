@@ -151,7 +151,7 @@ def test_dali_grows_too_and_goes_on_where_it_was_stopped(image_folder, tmp_path,
     pytest.importorskip("nvidia.dali", reason="DALI is not installed (the extra `dali`)")
     seen = sizes_of(monkeypatch)
     flags = dict(start_size=(8, 12), input_size=(16, 24), model="mae_vit_tiny_patch4", epochs=3, checkpoint_freq=1)
-    flags |= dict(save_freq=4, keep=9, decoder="dali-cpu", num_workers=1)
+    flags |= dict(save_freq=4, keep=9, image_decoder="dali-cpu", num_workers=1)
     assert pretrain(small_run(str(image_folder), tmp_path / "whole", **flags)) == 0
     assert seen == [(8, 12)] * 3 + [(8, 16)] * 3 + [(16, 24)] * 3
     run = stopped_after(4, tmp_path / "whole", tmp_path / "run")

@@ -23,14 +23,9 @@ from rich.table import Table
 
 from fastmae.benchmarks.report import console
 from fastmae.benchmarks.timing import Samples, machine_name, quartiles, write_result
-from fastmae.checkpoint.save import (
-    FOLDER,
-    BadCheckpointError,
-    Saver,
-    load_checkpoint,
-    read_manifest,
-    training_tensors,
-)
+from fastmae.checkpoint.manifest import FOLDER, BadCheckpointError, read_manifest
+from fastmae.checkpoint.restore import load_checkpoint
+from fastmae.checkpoint.save import Saver, training_tensors
 from fastmae.config import BenchCheckpointConfig, check_bench
 from fastmae.errors import UserError
 from fastmae.model.mae import PRESETS

@@ -44,8 +44,7 @@ from fastmae.benchmarks.baselines.official import published_like
 from fastmae.benchmarks.cases import OURS
 from fastmae.benchmarks.report import console
 from fastmae.benchmarks.timing import machine_name, write_result
-from fastmae.checkpoint.official import build_model
-from fastmae.checkpoint.save import load_model
+from fastmae.checkpoint.load import load_model
 from fastmae.config import (
     PROBE_BATCH,
     PROBE_RATES,
@@ -57,6 +56,7 @@ from fastmae.config import (
 from fastmae.data.sources import Source, describe, open_train, shown, train_and_val
 from fastmae.errors import UserError
 from fastmae.evaluate.probe import probe_in_detail
+from fastmae.model.build import build_model
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.train.parallel import World, choose_device
 from fastmae.train.precision import choose_precision

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from fastmae.checkpoint import save as checkpoint
+from fastmae import torch_compat
+from fastmae.checkpoint import save as saving
 from fastmae.config import PretrainConfig
 from fastmae.train import pretrain as pretrain_module
 
@@ -113,7 +114,7 @@ def _do(
 def _keep_journal(journal: int) -> None:
     """Written at once, so that it says of a rank that was killed what it was doing."""
 
-    take_step, save = pretrain_module.train_step, checkpoint.save_checkpoint
+    take_step, save = pretrain_module.train_step, saving.save_checkpoint
 
     def note(line: str) -> None:
         os.write(journal, f"{line}\n".encode())
@@ -130,7 +131,7 @@ def _keep_journal(journal: int) -> None:
         note(f"save ends step-{step:08d}")
         return path
 
-    pretrain_module.train_step, checkpoint.save_checkpoint = noted_step, noted_save
+    pretrain_module.train_step, saving.save_checkpoint = noted_step, noted_save
 
 
 def _slow_saves() -> None:
@@ -141,8 +142,9 @@ def _slow_saves() -> None:
 
         return waits
 
-    for place, name in ((checkpoint, "_stored"), (checkpoint, "_sha256"), (checkpoint, "write_text"), (Path, "rename")):
-        setattr(place, name, slowly(getattr(place, name)))
+    stages = (torch_compat, "stored_tensors"), (saving, "sha256_of"), (saving, "write_text"), (Path, "rename")
+    for owner, name in stages:
+        setattr(owner, name, slowly(getattr(owner, name)))
 
     class SlowFile(io.FileIO):
         def write(self, data: Any) -> int:

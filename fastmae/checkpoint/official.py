@@ -12,18 +12,21 @@ import dataclasses
 import json
 import math
 import pickle
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 from fastmae.checkpoint.huggingface import from_huggingface, is_huggingface, read_config, weights_file
 from fastmae.errors import UserError
 from fastmae.files import write_whole
+from fastmae.model.build import build_model
 from fastmae.model.mae import PRESETS, MaskedAutoencoderViT
 from fastmae.model.sharding import laid_out_like
 
@@ -71,7 +74,7 @@ class OfficialFile:
         return len({key.split(".")[1] for key in self.model if key.startswith("decoder_blocks.")}) or None
 
 
-def save_official(
+def write_training_file(
     path: Path, weights: dict[str, torch.Tensor], moments: dict[str, Any], epoch: int, args: dict[str, Any]
 ) -> None:
     """Writes the published training file whole or not at all.
@@ -95,7 +98,7 @@ def save_official(
     _save(path, lambda file: torch.save(content, file))
 
 
-def save_weights(path: Path, weights: dict[str, torch.Tensor], epoch: int, args: dict[str, Any]) -> None:
+def write_weights_file(path: Path, weights: dict[str, torch.Tensor], epoch: int, args: dict[str, Any]) -> None:
     """Writes the weights alone as .safetensors, whole or not at all; ``epoch`` and ``args`` are in its metadata.
 
     Raises:
@@ -145,6 +148,14 @@ def read_official(path: Path) -> OfficialFile:
     if unused:
         remarks.append(f"not used, as no masked autoencoder has them: {_listed(unused)}")
     return OfficialFile(path, weights, None, None, {**settings, **file.args}, heads, tuple(remarks))
+
+
+def report_remarks(file: OfficialFile) -> None:
+    """Reports, once for all ranks, what of a file is not used."""
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    for remark in file.remarks:
+        print(f"fastmae: {file.path}: {remark}", file=sys.stderr)
 
 
 def _listed(keys: list[str]) -> str:
@@ -269,28 +280,3 @@ def settings_of_file(file: OfficialFile, preset: str | None) -> dict[str, Any]:
         "mean": file.args.get("mean"),
         "std": file.args.get("std"),
     }
-
-
-def build_model(settings: dict[str, Any]) -> MaskedAutoencoderViT:
-    """A fresh model from a configuration's model, input_size, in_chans, norm_pix_loss, mean and std, and, where they
-    are said, decoder_attention and decoder_depth.
-
-    Raises:
-        UserError: an unknown preset, or sizes that do not fit each other.
-    """
-    name = settings["model"]
-    if name not in PRESETS:
-        raise UserError(f"--model {name}: unknown; one of {', '.join(PRESETS)}")
-    depth = settings.get("decoder_depth")
-    try:
-        return PRESETS[name](
-            img_size=settings["input_size"],
-            in_chans=settings["in_chans"],
-            norm_pix_loss=settings["norm_pix_loss"],
-            decoder_attention=settings.get("decoder_attention", "self"),
-            mean=settings["mean"],
-            std=settings["std"],
-            **({} if depth is None else {"decoder_depth": depth}),
-        )
-    except ValueError as error:
-        raise UserError(f"--model {name}: {error}; choose another --input_size or --model") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from fastmae.checkpoint.save import open_checkpoint
+from fastmae.checkpoint.load import open_checkpoint
 from fastmae.config import ExportConfig, check_export
 from fastmae.data.loader import default_workers
 from fastmae.data.sources import shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastmae.checkpoint.save import load_model
+from fastmae.checkpoint.load import load_model
 from fastmae.config import (
     AnomalyConfig,
     FeaturesConfig,

@@ -15,7 +15,7 @@ from fastmae.model.mae import MaskedAutoencoderViT
 Part = Literal["encoder", "full"]
 
 
-def save_official(path: Path, model: MaskedAutoencoderViT, settings: dict[str, Any], part: Part) -> None:
+def export_official(path: Path, model: MaskedAutoencoderViT, settings: dict[str, Any], part: Part) -> None:
     """Writes ``{'model', 'args'}`` as a .pth, or the weights as a .safetensors with the settings in its metadata.
 
     Args:

@@ -10,7 +10,7 @@ from fastmae.config import ExportConfig
 from fastmae.errors import UserError
 from fastmae.export.hf import save_huggingface
 from fastmae.export.measure import Encode, Worth, measure, open_labelled, sample_difference
-from fastmae.export.official import Part, numbers, save_official
+from fastmae.export.official import Part, export_official, numbers
 from fastmae.export.onnx import opened_onnx, save_onnx
 from fastmae.export.program import opened_program, save_program
 from fastmae.export.timm import save_timm
@@ -42,7 +42,7 @@ def export(
     if config.to in ("onnx", "torch-export"):
         return _program(config, model, path, uint8, num_workers)
     if config.to == "official":
-        save_official(path, model, _described(model, settings), part)
+        export_official(path, model, _described(model, settings), part)
     elif config.to == "timm":
         save_timm(path, model)
     else:

@@ -1,5 +1,5 @@
 """The name that the documentation of version 0.1 shows for ``load_model``."""
 
-from fastmae.checkpoint.save import load_model
+from fastmae.checkpoint.load import load_model
 
 __all__ = ["load_model"]

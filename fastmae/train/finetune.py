@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from fastmae.checkpoint.official import build_model
-from fastmae.checkpoint.save import open_checkpoint, restore, training_tensors
+from fastmae.checkpoint.load import open_checkpoint
+from fastmae.checkpoint.restore import restore
+from fastmae.checkpoint.save import training_tensors
 from fastmae.config import (
     FIXED_IN_A_FINETUNING,
     FinetuneConfig,
@@ -33,6 +34,7 @@ from fastmae.data.loader import Batch, View, default_workers, describe_decoder
 from fastmae.data.sources import Concat, FolderSource, Source, describe, shown, train_and_val
 from fastmae.errors import UserError
 from fastmae.evaluate.features import FOLDER_SHARE
+from fastmae.model.build import build_model
 from fastmae.model.classifier import (
     ClassificationLoss,
     Classifier,

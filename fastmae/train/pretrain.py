@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmae.checkpoint.official import build_model
-from fastmae.checkpoint.save import restore, training_tensors
+from fastmae.checkpoint.restore import restore
+from fastmae.checkpoint.save import training_tensors
 from fastmae.config import FIXED_IN_A_RUN, PROBE_LIMIT, PretrainConfig, ResolvedConfig, check_pretrain
 from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
 from fastmae.data.loader import Batch, View, choose_decoder, describe_decoder
@@ -31,6 +31,7 @@ from fastmae.evaluate.probe import probe
 from fastmae.evaluate.reconstruct import caption, fixed_images, reconstruct, save_grid
 from fastmae.facts import DataFacts
 from fastmae.files import write_text
+from fastmae.model.build import build_model
 from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.sharding import in_one_piece, is_sharded

@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastmae.checkpoint.official import save_official, save_weights
-from fastmae.checkpoint.save import MANIFEST, Restored, Saver, find_checkpoint, on_first, set_aside_newer
+from fastmae.checkpoint.manifest import MANIFEST, find_checkpoint, set_aside_newer
+from fastmae.checkpoint.official import write_training_file, write_weights_file
+from fastmae.checkpoint.restore import Restored, on_main
+from fastmae.checkpoint.save import Saver
 from fastmae.config import FinetuneConfig, PretrainConfig, ResolvedConfig, ResolvedFinetuneConfig, resolve
 from fastmae.data.decode import FOLDER_CHANNELS
 from fastmae.data.loader import Batch, default_workers, load_batches
@@ -435,7 +437,7 @@ def go_back(
     report = report_not_finite(first + 1, done, place, names)
     run.log.close()
     run.saver.wait()
-    found = on_first(lambda: find_checkpoint(run.folder))
+    found = on_main(lambda: find_checkpoint(run.folder))
     step = fresh_step if found.path is None else int(found.manifest["step"])
     remedy = "lower --blr (or use --precision fp32), then continue with --resume auto"
     if step in run.detours:
@@ -465,8 +467,8 @@ def save_published(
     Raises:
         UserError: the file system refused.
     """
-    save_official(path, weights, moments, epoch, settings)
-    save_weights(path.with_suffix(".safetensors"), weights, epoch, settings)
+    write_training_file(path, weights, moments, epoch, settings)
+    write_weights_file(path.with_suffix(".safetensors"), weights, epoch, settings)
 
 
 def written(write: Callable[[], None]) -> str | None:

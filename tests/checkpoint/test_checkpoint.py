@@ -11,19 +11,13 @@ import pytest
 import torch
 from helpers import soak
 
-from fastmae.checkpoint.official import build_model, save_official, save_weights
-from fastmae.checkpoint.save import (
-    Saver,
-    find_checkpoint,
-    load_checkpoint,
-    load_model,
-    manifest_text,
-    prune_checkpoints,
-    read_manifest,
-    save_checkpoint,
-    training_tensors,
-)
+from fastmae.checkpoint.load import load_model
+from fastmae.checkpoint.manifest import find_checkpoint, manifest_text, read_manifest
+from fastmae.checkpoint.official import write_training_file, write_weights_file
+from fastmae.checkpoint.restore import load_checkpoint
+from fastmae.checkpoint.save import Saver, prune_checkpoints, save_checkpoint, training_tensors
 from fastmae.errors import UserError
+from fastmae.model.build import build_model
 from fastmae.train.optim import make_optimizer
 
 SETTINGS = dict(model="mae_vit_tiny_patch4", input_size=[16, 16], in_chans=1, norm_pix_loss=False, mean=None, std=None)
@@ -78,9 +72,9 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, trained):
         with full_disk(limit), pytest.raises(UserError, match=r"could not be saved .*earlier ones are intact"):
             save_checkpoint(tmp_path, 2, tensors, POSITION)
         with full_disk(limit), pytest.raises(UserError, match=r"could not be saved .*are intact"):
-            save_official(tmp_path / "checkpoint-0.pth", model.state_dict(), optimizer.state_dict(), 0, {})
+            write_training_file(tmp_path / "checkpoint-0.pth", model.state_dict(), optimizer.state_dict(), 0, {})
         with full_disk(limit), pytest.raises(UserError, match=r"could not be saved .*are intact"):
-            save_weights(tmp_path / "checkpoint-0.safetensors", model.state_dict(), 0, {})
+            write_weights_file(tmp_path / "checkpoint-0.safetensors", model.state_dict(), 0, {})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert find_checkpoint(tmp_path).path == first

@@ -10,8 +10,8 @@ from helpers import metrics, small_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fastmae.checkpoint.load import load_model
 from fastmae.checkpoint.official import model_of_file, read_official
-from fastmae.checkpoint.save import load_model
 from fastmae.cli import main
 from fastmae.errors import UserError
 from fastmae.model.mae import mae_vit_tiny_patch4

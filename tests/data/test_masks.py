@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastmae
-from fastmae.checkpoint.save import manifest_text
+from fastmae.checkpoint.manifest import manifest_text
 from fastmae.cli import main
 from fastmae.config import PretrainConfig
 from fastmae.data import masks as module

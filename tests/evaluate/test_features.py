@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import small_run
 
-from fastmae.checkpoint.save import load_model
+from fastmae.checkpoint.load import load_model
 from fastmae.cli import main
 from fastmae.data.sources import open_train, train_and_val
 from fastmae.evaluate.features import extract_features

@@ -203,7 +203,7 @@ def test_probing_between_epochs_changes_no_bit_and_goes_on_when_resumed(blobs, t
 
 
 def probe_of(run, blobs):
-    from fastmae.checkpoint.save import load_model
+    from fastmae.checkpoint.load import load_model
 
     return probe(load_model(str(run)), *train_and_val(blobs))
 

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fastmae.checkpoint.load import load_model, open_checkpoint
 from fastmae.checkpoint.official import model_of_file, read_official
-from fastmae.checkpoint.save import load_model, open_checkpoint, restore
+from fastmae.checkpoint.restore import restore
 from fastmae.cli import main
 from fastmae.errors import UserError
 from fastmae.export.hf import save_huggingface

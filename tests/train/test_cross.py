@@ -9,8 +9,8 @@ import torch
 from helpers import assert_same_run, metrics, small_run
 from ranks import run_ranks
 
+from fastmae.checkpoint.load import load_model
 from fastmae.checkpoint.official import read_official
-from fastmae.checkpoint.save import load_model
 from fastmae.cli import main
 from fastmae.config import PretrainConfig
 from fastmae.data.sources import open_train

@@ -17,8 +17,9 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from fastmae.checkpoint.load import load_model
 from fastmae.checkpoint.official import read_official
-from fastmae.checkpoint.save import Restored, load_model
+from fastmae.checkpoint.restore import Restored
 from fastmae.cli import main
 from fastmae.config import FinetuneConfig, PretrainConfig, resolve_finetune
 from fastmae.data.loader import Batch, Skipped

@@ -17,8 +17,9 @@ import torch
 from helpers import assert_same_run, command, environment, metrics, small_run, soak
 from ranks import MOMENT, Rank, run_ranks, start_ranks
 
+from fastmae.checkpoint.load import load_model
+from fastmae.checkpoint.manifest import find_checkpoint, read_manifest
 from fastmae.checkpoint.official import read_official
-from fastmae.checkpoint.save import find_checkpoint, load_model, read_manifest
 from fastmae.config import PretrainConfig
 from fastmae.errors import UserError
 from fastmae.train.average import start_average

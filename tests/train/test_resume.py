@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import assert_same_run, command, environment, final_state, metrics, run, small_run
 
-from fastmae.checkpoint.save import load_model
+from fastmae.checkpoint.load import load_model
 from fastmae.errors import UserError
 from fastmae.train.health import EXIT_INTERRUPTED
 from fastmae.train.pretrain import pretrain
@@ -128,7 +128,7 @@ def test_a_damaged_newest_checkpoint_is_refused_by_name_and_the_one_before_used(
     assert pretrain(small_run(blobs, tmp_path / "run", **LONG, resume="auto")) == 0
     captured = capsys.readouterr()
     assert f"refused checkpoint {newest}" in captured.err
-    assert f"{newest.with_name('abandoned-' + newest.name)}, as the run goes on from before it" in captured.out
+    assert f"{newest.with_name('superseded-' + newest.name)}, as the run goes on from before it" in captured.out
     assert f"{older}, after step {int(older.name[5:])}" in captured.out
     assert_same_run(tmp_path / "run", undisturbed)
 
@@ -139,7 +139,7 @@ def test_going_back_to_an_older_checkpoint_leaves_the_newer_course(blobs, undist
     stopped = small_run(blobs, tmp_path / "run", **{**LONG, "checkpoint_freq": 1}, resume=str(older), weight_decay=0.5)
     assert pretrain(stopped) == 0
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names == [f"abandoned-{newest.name}", "step-00000107", "step-00000108"]
+    assert names == ["step-00000107", "step-00000108", f"superseded-{newest.name}"]
     assert final_state(tmp_path / "run") != final_state(undisturbed)
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from helpers import metrics, small_run
 
-from fastmae.checkpoint.official import build_model
 from fastmae.data.loader import View, load_batches
 from fastmae.data.plan import plan_epoch
 from fastmae.data.sources import open_train
 from fastmae.data.statistics import channel_statistics
+from fastmae.model.build import build_model
 from fastmae.model.reference import ReferenceMAE
 from fastmae.ops import random_masking
 from fastmae.train.optim import learning_rate, make_optimizer

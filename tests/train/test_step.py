@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmae
-from fastmae.checkpoint.save import load_model
+from fastmae.checkpoint.load import load_model
 from fastmae.errors import UserError
 from fastmae.ops.backends import using
 from fastmae.train import pretrain as story

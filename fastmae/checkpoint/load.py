@@ -1,0 +1,73 @@
+"""Opening a checkpoint to use its model: no optimiser, no run, no other rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastmae.checkpoint.manifest import MANIFEST, BadCheckpointError, find_checkpoint, read_manifest
+from fastmae.checkpoint.official import holds_file, model_of_file, read_official, report_remarks, settings_of_file
+from fastmae.checkpoint.restore import load_checkpoint
+from fastmae.errors import UserError
+from fastmae.model.build import build_model
+from fastmae.model.mae import MaskedAutoencoderViT
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint as it is used after training."""
+
+    model: MaskedAutoencoderViT
+    """It is on the CPU and in evaluation mode."""
+    settings: dict[str, Any]
+    """The settings of the run, as far as they are known; ``model``, ``input_size`` and ``in_chans`` always are."""
+    has_decoder: bool
+    """Whether the decoder was in the checkpoint; otherwise it is a fresh one."""
+
+
+def load_model(
+    checkpoint: str | Path, model: str | None = None, *, needs_decoder: bool = False
+) -> MaskedAutoencoderViT:
+    """Returns the model of a checkpoint, on the CPU, in evaluation mode.
+
+    Args:
+        checkpoint: a run folder (its newest intact checkpoint counts), a ``step-NNNNNNNN`` folder, a .pth, a
+            .safetensors, or a folder of transformers.
+        model: the preset, for a file that does not name its own.
+        needs_decoder: whether a file with the encoder alone is refused.
+
+    Raises:
+        UserError: nothing there, not intact, or not a masked autoencoder.
+    """
+    opened = open_checkpoint(checkpoint, model)
+    if needs_decoder and not opened.has_decoder:
+        raise UserError(f"{checkpoint}: holds the encoder alone; reconstruction needs a file with its decoder")
+    return opened.model
+
+
+def open_checkpoint(checkpoint: str | Path, preset: str | None = None) -> Opened:
+    """Opens a checkpoint as ``load_model`` does, and returns what else it says."""
+    path = Path(checkpoint)
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint; give a run folder, one of its checkpoints or an official file")
+    if holds_file(path):
+        file = read_official(path)
+        report_remarks(file)
+        settings = {**file.args, **settings_of_file(file, preset)}
+        return Opened(model_of_file(file, preset).eval(), settings, file.has_decoder)
+    try:
+        if (path / MANIFEST).exists():
+            manifest = read_manifest(path)
+        else:
+            newest = find_checkpoint(path)
+            if newest.path is None:
+                raise BadCheckpointError(f"no intact checkpoint ({'; '.join(newest.refused) or 'none at all'})")
+            path, manifest = newest.path, newest.manifest
+        if "nb_classes" in manifest["settings"]:
+            raise BadCheckpointError("is of a fine-tuned classifier, not of a masked autoencoder")
+        model = build_model(manifest["settings"])
+        load_checkpoint(path, manifest, model)
+    except (BadCheckpointError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: {error}; give another checkpoint") from error
+    return Opened(model.eval(), manifest["settings"], True)

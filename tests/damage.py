@@ -34,7 +34,7 @@ HEADER = 700
 CHUNK = 12
 """Mutants that are loaded at once, with a whole image after every third."""
 BATCH = 8
-# Of files that neither the pool nor DALI objects to: they may decode what a flipped bit made of a block differently.
+# Of files that neither the threads nor DALI objects to: they may decode what a flipped bit made of a block differently.
 MEAN_DIFFERENCE = 2.0
 MEMORY_GROWTH = 1.1
 
@@ -101,8 +101,8 @@ def load(source: Source, decoder: str) -> list[Batch]:
     return list(load_batches(source, iter(requests), VIEW, device=CPU, num_workers=2, decoder=decoder))
 
 
-def pool_view(data: bytes, draw_id: int) -> np.ndarray | None:
-    """What the pool makes of a file, or None if it refuses it."""
+def threads_view(data: bytes, draw_id: int) -> np.ndarray | None:
+    """The image that the threads make of a file, or None if they refuse it."""
     try:
         pixels = decode(data, VIEW.in_chans)
     except BadImageError:
@@ -122,20 +122,20 @@ def check(files: list[bytes], batches: list[Batch], decoder: str) -> int:
     """Asserts that every image is the file's own or the next usable one's; returns how many were refused."""
     refused = 0
     for batch in batches:
-        asks_dali = decoder != "pool" and not batch.redone
+        asks_dali = decoder != "threads" and not batch.redone
         skipped: list[int] = []
         for draw_id, image in zip(batch.draw_ids.tolist(), batch.images.numpy(), strict=True):
             assert (image.shape, image.dtype) == ((*VIEW.size, VIEW.in_chans), np.uint8)
             used = draw_id
-            while not (asks_dali and is_for_dali(files[used])) and pool_view(files[used], draw_id) is None:
+            while not (asks_dali and is_for_dali(files[used])) and threads_view(files[used], draw_id) is None:
                 used += 1  # the last file is whole
             skipped += range(draw_id, used)
-            expected = pool_view(files[used], draw_id)
+            expected = threads_view(files[used], draw_id)
             if not (asks_dali and is_for_dali(files[used])):
-                assert np.array_equal(image, expected), f"sample {draw_id} is not the pool's"
+                assert np.array_equal(image, expected), f"sample {draw_id} is not the threads'"
             elif expected is not None:
                 difference = abs(image.astype(int) - expected).mean()
-                assert difference <= MEAN_DIFFERENCE, f"sample {draw_id} is {difference} levels from the pool's"
+                assert difference <= MEAN_DIFFERENCE, f"sample {draw_id} is {difference} levels from the threads'"
         assert [bad.index for bad in batch.skipped] == skipped
         refused += len(skipped)
     return refused
@@ -247,7 +247,7 @@ def main(task: str, decoder: str, *words: str) -> None:
     if task == "mutants":
         first, last, *kinds = words
         every = list(whole_files())
-        try_mutants(decoder, int(first), int(last), kinds or (every if decoder == "pool" else every[:5]))
+        try_mutants(decoder, int(first), int(last), kinds or (every if decoder == "threads" else every[:5]))
     else:
         kind, count, passes = words
         try_passes(decoder, kind, int(count), int(passes))

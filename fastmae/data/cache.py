@@ -137,14 +137,14 @@ class _Kept:
 def cached(source: Source, in_chans: int, budget: int, decoder: str) -> CachedSource:
     """A source around ``source`` that keeps up to ``budget`` bytes of its images.
 
-    It keeps decoded pixels if the pool decodes and all of them fit, or if they take less room than files; otherwise it
-    keeps files. This goes by an estimate from up to 64 evenly spaced images.
+    It keeps decoded pixels if the threads decode and all pixels fit, or if pixels take less room than files; otherwise
+    it keeps files. This is decided by an estimate from up to 64 evenly spaced images.
 
     Args:
         in_chans: of the model.
         decoder: as ``choose_decoder`` names it; DALI takes files and no pixels.
     """
-    may_decode = decoder == "pool"
+    may_decode = decoder == "threads"
     sizes = [_sizes(source, index, in_chans, may_decode) for index in evenly_spaced(source, SAMPLES, RUN).tolist()]
     encoded, decoded = (int(sum(each) * len(source) / len(sizes)) for each in zip(*sizes, strict=True))
     form: Form = "decoded" if may_decode and (decoded * MARGIN <= budget or decoded <= encoded) else "encoded"

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmae.data.loader import Skipped
+from fastmae.data.sample import Skipped
 from fastmae.errors import UserError
 from fastmae.files import JsonLines
 

@@ -22,7 +22,7 @@ import simplejpeg
 from PIL import Image
 
 from fastmae.data.decode import FOLDER_CHANNELS, BadImageError, convert_channels, decode
-from fastmae.data.loader import Skipped
+from fastmae.data.sample import Skipped
 from fastmae.data.shards import TarSource
 from fastmae.data.sources import ArraySource, Concat, FolderSource, Source, describe
 from fastmae.errors import UserError

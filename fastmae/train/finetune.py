@@ -141,7 +141,7 @@ def _finetune(flags: FinetuneConfig, world: parallel.World, stop: StopSignals) -
     )
     detours = known_detours(Path(config.output_dir), restored)
     shapes = {"encoder": (model.num_patches + 1, model.head_dim)}
-    backends = chosen_backends(world.device, precision, shapes, describe_decoder("pool", "the one that augments"))
+    backends = chosen_backends(world.device, precision, shapes, describe_decoder("threads", "the one that augments"))
     backends["parallel"] = f"{sharing.kind} ({sharing.reason})"
     if config.cuda_graph:
         backends["cuda_graph"] = "forward and backward pass (asked for)"

@@ -365,11 +365,11 @@ def _say_what_was_redone(batches: Iterable[Batch], say: Say) -> Generator[Batch]
         for batch in batches:
             redone += bool(batch.redone)
             if batch.redone and redone == 1:
-                say(f"decoding        DALI failed on a batch, which the pool decoded instead: {batch.redone}")
+                say(f"decoding        DALI failed on a batch, which the threads decoded instead: {batch.redone}")
             yield batch
     finally:
         if redone:
-            say(f"decoding        batches that DALI failed on and the pool decoded instead: {redone}")
+            say(f"decoding        batches that DALI failed on and the threads decoded instead: {redone}")
 
 
 def _micro_batches(

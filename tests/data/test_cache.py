@@ -127,7 +127,7 @@ def opened(tmp_path):
     }
 
 
-def batches(source, in_chans=3, epochs=2, decoder="pool", threads=3):
+def batches(source, in_chans=3, epochs=2, decoder="threads", threads=3):
     view = View((16, 16), in_chans, seed=7, scale=(0.2, 1.0), flip=True)
     plans = [plan_epoch(0, epoch, len(source), 4, shards=source.shards) for epoch in range(epochs)]
     requests = (plan.batch(k) for plan in plans for k in range(len(plan)))
@@ -168,7 +168,7 @@ def test_batches_are_the_same_to_the_bit_and_every_image_is_read_once(opened, na
 def test_batches_are_the_same_where_only_some_images_fit(opened, share):
     source = opened["concat"]
     inner = Counted(source)
-    ours = cached(inner, 3, int(share * cached(source, 3, PLENTY, "dali-cpu").estimate), "pool")
+    ours = cached(inner, 3, int(share * cached(source, 3, PLENTY, "dali-cpu").estimate), "threads")
     inner.reads.clear()
     assert_same(batches(ours), batches(source))
     assert ours.kept_bytes <= ours.budget
@@ -177,16 +177,18 @@ def test_batches_are_the_same_where_only_some_images_fit(opened, share):
 
 def test_what_else_is_asked_of_a_source_is_the_same(opened):
     for source in opened.values():
-        ours = cached(source, source.read(len(source) - 1).shape[-1] if source.kind == "array" else 3, PLENTY, "pool")
+        ours = cached(
+            source, source.read(len(source) - 1).shape[-1] if source.kind == "array" else 3, PLENTY, "threads"
+        )
         for what in ("kind", "location", "shards"):
             assert str(getattr(ours, what)) == str(getattr(source, what))
         assert (len(ours), ours.name(3)) == (len(source), source.name(3))
         assert channel_statistics(ours, ours.in_chans) == channel_statistics(source, ours.in_chans)
-        assert choose_decoder("pool", CPU, ours, 3) == choose_decoder("pool", CPU, source, 3)
+        assert choose_decoder("threads", CPU, ours, 3) == choose_decoder("threads", CPU, source, 3)
         assert describe(ours) == describe(source)
     arrays = opened["array"]
     labelled = ArraySource(arrays.images, np.arange(COUNT), "x")
-    assert np.array_equal(cached(labelled, 3, PLENTY, "pool").labels, np.arange(COUNT))
+    assert np.array_equal(cached(labelled, 3, PLENTY, "threads").labels, np.arange(COUNT))
 
 
 def test_unusable_images_are_reported_alike_in_every_pass_and_not_kept_decoded(tmp_path):
@@ -216,14 +218,14 @@ def test_decoded_images_are_kept_if_all_fit_and_files_otherwise():
     source = Files(JPEGS)
     decoded = sum(ENTRY_BYTES + decode(data, 3).nbytes for data in JPEGS)
     files = sum(ENTRY_BYTES + sys.getsizeof(data) for data in JPEGS)
-    assert cached(source, 3, decoded * 2, "pool").form == "decoded"
-    assert cached(source, 3, decoded * 2, "pool").estimate == decoded
-    assert cached(source, 1, decoded, "pool").form == "decoded"
-    tight = cached(source, 3, decoded, "pool")
+    assert cached(source, 3, decoded * 2, "threads").form == "decoded"
+    assert cached(source, 3, decoded * 2, "threads").estimate == decoded
+    assert cached(source, 1, decoded, "threads").form == "decoded"
+    tight = cached(source, 3, decoded, "threads")
     assert (tight.form, tight.estimate) == ("encoded", files)
     # Where pixels take less room than files, more of them fit.
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert cached(Files([png(noise)] * 9), 1, 10_000, "pool").form == "decoded"
+    assert cached(Files([png(noise)] * 9), 1, 10_000, "threads").form == "decoded"
 
 
 @pytest.mark.parametrize("decoder", ["dali-cpu", "dali-gpu"])
@@ -241,9 +243,9 @@ def test_a_kept_array_is_read_only_contiguous_and_no_view(tmp_path):
     source = open_train(str(write_array(tmp_path / "alpha.npy", 4)))
     columns = ArraySource(source.images.transpose(0, 2, 1, 3), None, "x")
     for ours in (
-        cached(source, 3, PLENTY, "pool"),
-        cached(columns, 4, PLENTY, "pool"),
-        cached(Files(JPEGS), 1, PLENTY, "pool"),
+        cached(source, 3, PLENTY, "threads"),
+        cached(columns, 4, PLENTY, "threads"),
+        cached(Files(JPEGS), 1, PLENTY, "threads"),
     ):
         for _ in range(2):
             pixels = ours.read(5)
@@ -253,24 +255,24 @@ def test_a_kept_array_is_read_only_contiguous_and_no_view(tmp_path):
         assert pixels is ours.read(5)
         assert np.array_equal(pixels, decode(ours.source.read(5), ours.in_chans))
     assert source.images.base is not None
-    assert cached(columns, 4, PLENTY, "pool").read(0).strides != columns.read(0).strides
+    assert cached(columns, 4, PLENTY, "threads").read(0).strides != columns.read(0).strides
 
 
 def test_arrays_that_lie_in_memory_are_not_kept_twice():
     source = ArraySource(np.zeros((9, 4, 4, 3), np.uint8), None, "x")
-    ours = cached(source, 3, PLENTY, "pool")
+    ours = cached(source, 3, PLENTY, "threads")
     assert np.shares_memory(ours.read(3), source.images)
     assert ours.kept_bytes == 0
     assert source.images.flags.writeable
     assert describe_cache(ours) == "nothing: the images lie in memory already, or cannot be read"
-    mixed = cached(Concat((source, Files(JPEGS))), 3, PLENTY, "pool")
+    mixed = cached(Concat((source, Files(JPEGS))), 3, PLENTY, "threads")
     assert_same(batches(mixed), batches(Concat((source, Files(JPEGS)))))
     assert mixed.kept_bytes == sum(ENTRY_BYTES + decode(data, 3).nbytes for data in JPEGS)
 
 
 def test_memory_is_released_with_the_source(tmp_path):
     source = open_train(str(write_folder(tmp_path / "folder")))
-    ours = cached(source, 3, PLENTY, "pool")
+    ours = cached(source, 3, PLENTY, "threads")
     batches(ours)
     pixels = weakref.ref(ours.read(0))
     assert pixels() is not None
@@ -351,29 +353,29 @@ def test_people_are_told_what_is_kept_and_what_is_not(tmp_path):
         ),
     ):
         assert describe_cache(ours) == line
-    assert describe_cache(cached(Files(JPEGS), 3, PLENTY, "pool")).startswith(
+    assert describe_cache(cached(Files(JPEGS), 3, PLENTY, "threads")).startswith(
         "decoded images in memory: about 134 KiB, of 1.0 GiB"
     )
     mapped = open_train(str(write_array(tmp_path / "x.npy", 3)))
-    assert describe_cache(cached(mapped, 3, PLENTY, "pool")).startswith("images in memory: about")
-    assert describe_cache(cached(mapped, 3, 40_000, "pool")).startswith("images in memory, as many as fit: about 4")
+    assert describe_cache(cached(mapped, 3, PLENTY, "threads")).startswith("images in memory: about")
+    assert describe_cache(cached(mapped, 3, 40_000, "threads")).startswith("images in memory, as many as fit: about 4")
 
 
 def test_a_budget_of_less_than_an_image_keeps_nothing():
-    ours = cached(Files(JPEGS), 3, 500, "pool")
+    ours = cached(Files(JPEGS), 3, 500, "threads")
     assert [ours.read(i) for i in range(COUNT)] == JPEGS
     assert (ours.budget, ours.kept_bytes) == (0, 0)
 
 
 def test_the_estimate_reads_few_images_and_few_shards(tmp_path):
     many = Counted(Files(JPEGS[:1] * 5000))
-    ours = cached(many, 3, PLENTY, "pool")
+    ours = cached(many, 3, PLENTY, "threads")
     assert len(many.reads) == cache.SAMPLES
     assert (min(many.reads), max(many.reads)) == (0, 4999)
     assert ours.estimate == 5000 * (ENTRY_BYTES + decode(JPEGS[0], 3).nbytes)
     tar = open_train(str(write_tar(tmp_path / "part.tar")))
     runs = Counted(Concat((tar,) * 200))
-    cached(runs, 3, PLENTY, "pool")
+    cached(runs, 3, PLENTY, "threads")
     assert len(runs.reads) == cache.SAMPLES
     assert np.count_nonzero(np.diff(runs.reads) > 1) == cache.SAMPLES // cache.RUN - 1
 

@@ -1,4 +1,4 @@
-"""DALI beside the pool: the same pixels within what another resampler needs, the same replacements, no thread left."""
+"""DALI beside the threads: the same pixels up to another resampler, the same replacements, no thread left."""
 
 import io
 import os
@@ -18,7 +18,7 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed (the extra `dal
 
 from fastmae.cli import main
 from fastmae.data import decode as decode_module
-from fastmae.data import loader
+from fastmae.data import sample
 from fastmae.data.decode import crop_and_resize, decode, plain_jpeg_shape
 from fastmae.data.decoders import dali
 from fastmae.data.decoders.dali import DaliDecoder, DaliError, Encoded, graph
@@ -93,7 +93,7 @@ def batch_of(names, seed=0):
     return made
 
 
-def by_pool(batch, size, in_chans):
+def by_threads(batch, size, in_chans):
     images = [crop_and_resize(decode(one.data, in_chans), one.box, one.flip, size) for one in batch]
     return np.stack(images).astype(int)
 
@@ -123,11 +123,11 @@ def load(source, decoder, view=TRAIN, batch_size=5):
 
 
 def compare(source, view=TRAIN):
-    """Asserts that pool and DALI give the same batches within the tolerance, and returns DALI's."""
-    pool, other = list(load(source, "pool", view)), list(load(source, "dali-cpu", view))
-    assert len(pool) == len(other) > 1
+    """Asserts that threads and DALI give the same batches within the tolerance, and returns DALI's."""
+    ours, other = list(load(source, "threads", view)), list(load(source, "dali-cpu", view))
+    assert len(ours) == len(other) > 1
     mean, largest = TOLERANCE["cpu"]
-    for a, b in zip(pool, other, strict=True):
+    for a, b in zip(ours, other, strict=True):
         assert torch.equal(a.draw_ids, b.draw_ids)
         assert a.skipped == b.skipped
         difference = (a.images.int() - b.images.int()).abs()
@@ -138,7 +138,7 @@ def compare(source, view=TRAIN):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_a_batch_is_the_pools(device, in_chans):
+def test_a_batch_is_that_of_the_threads(device, in_chans):
     decoder = decoder_on(device, in_chans=in_chans)
     batches = [batch_of(PLAIN), batch_of(list(PLAIN)[:3], seed=1), batch_of(list(PLAIN)[3:], seed=2)]
     for batch in batches:
@@ -146,7 +146,7 @@ def test_a_batch_is_the_pools(device, in_chans):
     results = [decoder.collect() for _ in batches]  # all of them alive at once: none may lie in another's memory
     for batch, got in zip(batches, results, strict=True):
         assert (got.dtype, got.device.type) == (torch.uint8, device)
-        difference = abs(got.cpu().numpy().astype(int) - by_pool(batch, (64, 56), in_chans))
+        difference = abs(got.cpu().numpy().astype(int) - by_threads(batch, (64, 56), in_chans))
         assert difference.mean() <= TOLERANCE[device][0]
         assert difference.max() <= TOLERANCE[device][1]
 
@@ -160,30 +160,30 @@ def test_it_is_told_apart_by_the_header_what_goes_to_dali():
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_every_kind_of_file_is_loaded_replaced_and_reported_as_by_the_pool(folder, in_chans):
+def test_every_kind_of_file_is_loaded_replaced_and_reported_as_by_the_threads(folder, in_chans):
     batches = compare(folder, View((32, 48), in_chans, seed=7, scale=(0.2, 1.0), flip=True))
     assert {bad.name[-6:] for batch in batches for bad in batch.skipped} >= {"03.jpg", "08.jpg", "09.jpg", "10.jpg"}
     assert not any(batch.redone for batch in batches)
     compare(folder, View((32, 48), in_chans))
 
 
-def test_a_batch_that_dali_fails_on_is_redone_by_the_pool_and_the_next_are_dalis(folder, monkeypatch):
-    right = loader.plain_jpeg_shape
+def test_a_batch_that_dali_fails_on_is_redone_by_the_threads_and_the_next_are_dalis(folder, monkeypatch):
+    right = sample.plain_jpeg_shape
 
     def credulous(data, in_chans):
         return (150, 200) if data == OTHER["cut"] else right(data, in_chans)
 
-    monkeypatch.setattr(loader, "plain_jpeg_shape", credulous)
+    monkeypatch.setattr(sample, "plain_jpeg_shape", credulous)
     redone = [batch.redone for batch in compare(folder)]
     assert any("Failed to decode" in reason for reason in redone)
     assert not all(redone)
     assert all(len(reason.splitlines()) <= 1 for reason in redone)
 
 
-def test_a_batch_without_a_plain_jpeg_is_the_pools_alone(tmp_path):
+def test_a_batch_without_a_plain_jpeg_is_left_to_the_threads(tmp_path):
     for i in range(20):
         (tmp_path / f"{i:02}.png").write_bytes(OTHER["alpha"])
-    for a, b in zip(*(load(open_train(str(tmp_path)), name) for name in ("pool", "dali-cpu")), strict=True):
+    for a, b in zip(*(load(open_train(str(tmp_path)), name) for name in ("threads", "dali-cpu")), strict=True):
         assert torch.equal(a.images, b.images)
 
 
@@ -266,7 +266,9 @@ def test_dali_that_cannot_start_is_one_line(folder, monkeypatch):
         raise RuntimeError("no\nluck")
 
     monkeypatch.setattr("nvidia.dali.Pipeline", broken)
-    with pytest.raises(UserError, match=r"--decoder dali-cpu: DALI cannot start \(no; luck\); use --decoder pool"):
+    with pytest.raises(
+        UserError, match=r"--image_decoder dali-cpu: DALI cannot start \(no; luck\); use --image_decoder threads"
+    ):
         next(load(folder, "dali-cpu"))
 
 
@@ -299,7 +301,7 @@ for n, batch in enumerate(load_batches(source, requests, view, device=torch.devi
 """
 
 
-@pytest.mark.parametrize("decoder", ["pool", "dali-cpu"])
+@pytest.mark.parametrize("decoder", ["threads", "dali-cpu"])
 @pytest.mark.parametrize(("number", "words"), [("SIGINT", "KeyboardInterrupt"), ("SIGTERM", "ended by SIGTERM")])
 def test_a_signal_ends_the_process(folder, decoder, number, words):
     line = [sys.executable, "-c", LOOP, str(Path(folder.paths[0]).parent), decoder]
@@ -354,8 +356,8 @@ def test_pretraining_uses_it_and_says_so_and_what_it_failed_on(image_folder, tmp
     assert main(["pretrain", *words, "--probe", "False", "--image_decoder", "dali-cpu", "--num_workers", "1"]) == 0
     out = capsys.readouterr().out
     assert f"decoding        dali-cpu (asked for): NVIDIA DALI {dali.version()} on the CPU" in out
-    assert "DALI failed on a batch, which the pool decoded instead: bad luck" in out
-    assert "batches that DALI failed on and the pool decoded instead: 1" in out
+    assert "DALI failed on a batch, which the threads decoded instead: bad luck" in out
+    assert "batches that DALI failed on and the threads decoded instead: 1" in out
     assert len(calls) == 3
     assert "dali-cpu (asked for)" in (tmp_path / "run" / "environment.jsonl").read_text()
 

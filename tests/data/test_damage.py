@@ -28,19 +28,19 @@ from fastmae.data.sources import FolderSource, open_train
 
 CPU = torch.device("cpu")
 WITHOUT_DALI = pytest.mark.skipif(bool(why_not_installed()), reason="DALI is not installed (the extra `dali`)")
-DECODERS = ["pool", pytest.param("dali-cpu", marks=WITHOUT_DALI)]
+DECODERS = ["threads", pytest.param("dali-cpu", marks=WITHOUT_DALI)]
 SIDE = 64
 
 # --- mutations, in a process of their own -----------------------------------------------------------------------------
 
 MUTATIONS = soak(24, 2004)
 """Of each kind of file."""
-POOLS = list(damage.whole_files())
-DALIS = POOLS[:5]
+EVERY_KIND = list(damage.whole_files())
+PLAIN_JPEGS = EVERY_KIND[:5]
 CAMPAIGNS = soak(
-    [("pool", POOLS), pytest.param("dali-cpu", DALIS, marks=WITHOUT_DALI)],
-    [("pool", [kind]) for kind in POOLS]
-    + [pytest.param("dali-cpu", [kind], marks=WITHOUT_DALI) for kind in DALIS],
+    [("threads", EVERY_KIND), pytest.param("dali-cpu", PLAIN_JPEGS, marks=WITHOUT_DALI)],
+    [("threads", [kind]) for kind in EVERY_KIND]
+    + [pytest.param("dali-cpu", [kind], marks=WITHOUT_DALI) for kind in PLAIN_JPEGS],
 )  # fmt: skip
 
 
@@ -67,9 +67,9 @@ def test_damage_of_any_kind_is_refused_or_read_and_leaves_no_thread_descriptor_o
 @pytest.mark.parametrize(
     ("decoder", "kind"),
     soak(
-        [("pool", "tar")],
+        [("threads", "tar")],
         [pytest.param(decoder, kind, marks=WITHOUT_DALI if decoder == "dali-cpu" else ())
-         for decoder, kind in itertools.product(["pool", "dali-cpu"], ["folder", "tar", "parquet"])],
+         for decoder, kind in itertools.product(["threads", "dali-cpu"], ["folder", "tar", "parquet"])],
     ),
 )  # fmt: skip
 def test_memory_is_flat_from_the_third_pass_to_the_twentieth(decoder, kind):
@@ -202,7 +202,7 @@ def load(source, decoder, in_chans, size=(SIDE, SIDE)):
 
 
 def assert_same_pixels(got, expected, decoder, name):
-    """The pool's are exact but for JPEG, of which every decoder rounds in its own way."""
+    """Those of the threads are exact but for JPEG, of which every decoder rounds in its own way."""
     difference = abs(got.astype(int) - expected)
     jpeg = READ.get(name, (JPEG,))[0][:3] == JPEG[:3]
     assert difference.max() <= (4 if jpeg else 0), f"{name} by {decoder}: {difference.max()} levels off"
@@ -352,7 +352,7 @@ def test_a_mistake_in_the_loader_is_raised_and_leaves_no_thread(tmp_path, decode
 # --- accuracy ---------------------------------------------------------------------------------------------------------
 
 # Mean and largest difference from Pillow in grey levels, over all crops.
-ACCURACY = {"pool": (0.02, 2), "dali-cpu": (0.25, 14)}
+ACCURACY = {"threads": (0.02, 2), "dali-cpu": (0.25, 14)}
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -124,16 +124,16 @@ def test_a_run_stops_when_too_much_is_unusable(image_folder, tmp_path, capsys):
 def test_the_decoder_is_chosen_for_a_reason_or_refused_with_a_remedy(image_folder, monkeypatch):
     cuda, files, arrays = torch.device("cuda"), open_train(str(image_folder)), ArraySource(IMAGES, None, "x")
     monkeypatch.setattr("fastmae.data.decoders.dali.why_not_installed", lambda: "")
-    assert choose_decoder("auto", CPU, files, 3) == ("pool", "the fastest on a CPU")
-    assert choose_decoder("auto", cuda, arrays, 4)[0] == "pool"
+    assert choose_decoder("auto", CPU, files, 3) == ("threads", "the fastest on a CPU")
+    assert choose_decoder("auto", cuda, arrays, 4)[0] == "threads"
     assert choose_decoder("dali-gpu", cuda, None, 1) == ("dali-gpu", "asked for")
     assert choose_decoder("dali-cpu", cuda, files, 3) == ("dali-cpu", "asked for")
     for asked, device, source, in_chans, match in (
         ("dali-gpu", CPU, files, 3, "the device is cpu; use --device cuda"),
-        ("dali-cpu", CPU, arrays, 3, "arrays, which need no decoding; use --decoder pool"),
-        ("dali-cpu", CPU, files, 4, "1 or 3 channels, not 4; use --decoder pool"),
+        ("dali-cpu", CPU, arrays, 3, "arrays, which need no decoding; use --image_decoder threads"),
+        ("dali-cpu", CPU, files, 4, "1 or 3 channels, not 4; use --image_decoder threads"),
     ):
-        with pytest.raises(UserError, match=f"--decoder {asked}: .*{match}"):
+        with pytest.raises(UserError, match=f"--image_decoder {asked}: .*{match}"):
             choose_decoder(asked, device, source, in_chans)
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "nvidia.dali.fn", None)

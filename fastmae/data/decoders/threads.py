@@ -1,0 +1,143 @@
+"""The thread decoder: reads and decodes whole batches with a pool of threads, one image per thread at a time.
+
+It knows nothing of devices; its images lie in the memory of the host.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastmae.data.plan import crop_draws
+from fastmae.data.sample import LoadedSample, Skipped, View, load_sample
+from fastmae.data.sources import Source
+
+PREFETCH = 3
+"""Batches that the threads work on at the same time: the one that is waited for and those behind it."""
+
+Requests = Iterable[tuple[np.ndarray, np.ndarray]]
+"""(indices, draw_ids) of each batch, int64 [N] each."""
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    """A batch as a decoder hands it over, not yet on the model's device."""
+
+    images: torch.Tensor
+    """uint8 [N, H, W, C] on the host; the rows of ``by_dali`` have no meaning here."""
+    draw_ids: torch.Tensor
+    """int64 [N] on the CPU."""
+    skipped: tuple[Skipped, ...]
+    bytes_read: int
+    busy: float
+    """Seconds that threads spent on it, added up."""
+    ready: int
+    """How many of the batches behind this one are complete."""
+    by_dali: tuple[list[int], torch.Tensor] | None = None
+    """The rows that DALI decoded, and their images uint8 [rows, H, W, C] on DALI's device."""
+    redone: str = ""
+    """Why DALI failed on this batch; empty if it did not."""
+
+
+@dataclass
+class PendingBatch:
+    """A batch that the threads work on."""
+
+    images: torch.Tensor
+    """uint8 [N, H, W, C], which the threads write into."""
+    draw_ids: torch.Tensor
+    load: Callable[[int, bool], Future[LoadedSample]]
+    """Starts to load the image of a row; with True, to read it for DALI."""
+    samples: list[Future[LoadedSample]]
+
+    def is_done(self) -> bool:
+        """Tells whether ``finish`` would not wait."""
+        return all(sample.done() for sample in self.samples)
+
+    def finish(
+        self,
+        behind: Iterable[PendingBatch],
+        by_dali: tuple[list[int], torch.Tensor] | None = None,
+        redone: str = "",
+    ) -> DecodedBatch:
+        """Waits until the threads are done with this batch, then counts those ``behind`` it that are complete.
+
+        Raises:
+            UserError: no usable image within reach, as ``load_sample``.
+        """
+        samples = [sample.result() for sample in self.samples]
+        return DecodedBatch(
+            self.images,
+            self.draw_ids,
+            skipped=tuple(bad for sample in samples for bad in sample.skipped),
+            bytes_read=sum(sample.bytes_read for sample in samples),
+            busy=sum(sample.busy for sample in samples),
+            ready=sum(batch.is_done() for batch in behind),
+            by_dali=by_dali,
+            redone=redone,
+        )
+
+
+class DecodeThreads:
+    """A pool of threads that load samples of ``source`` as ``view`` says. ``close`` ends them.
+
+    Args:
+        pin_memory: keep images in page-locked memory, from which they are copied to a GPU without waiting.
+    """
+
+    def __init__(self, source: Source, view: View, num_workers: int, pin_memory: bool) -> None:
+        self._source, self._view, self._pin_memory = source, view, pin_memory
+        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="fastmae-decode")
+
+    def start(self, indices: np.ndarray, draw_ids: np.ndarray, for_dali: bool = False) -> PendingBatch:
+        """Starts to load a batch, and returns at once.
+
+        Args:
+            indices, draw_ids: int64 [N] each, as from ``EpochPlan.batch``.
+            for_dali: only read plain JPEGs, as ``load_sample`` has it.
+        """
+        view = self._view
+        images = torch.empty(len(indices), *view.size, view.in_chans, dtype=torch.uint8, pin_memory=self._pin_memory)
+        rows = images.numpy()
+        crops = None if view.seed is None else crop_draws(view.seed, draw_ids)
+        changes = None if view.augment is None else view.augment.draws(draw_ids)
+
+        def load(row: int, for_dali: bool) -> Future[LoadedSample]:
+            crop = None if crops is None else crops[row]
+            change = None if changes is None else changes[row]
+            return self._pool.submit(
+                load_sample, self._source, int(indices[row]), view, crop, rows[row], for_dali, change
+            )
+
+        samples = [load(row, for_dali) for row in range(len(indices))]
+        return PendingBatch(images, torch.from_numpy(draw_ids.copy()), load, samples)
+
+    def close(self) -> None:
+        """Ends the threads, once each has finished its image."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def decode_by_threads(
+    source: Source, requests: Requests, view: View, num_workers: int, pin_memory: bool
+) -> Generator[DecodedBatch]:
+    """Yields the requested batches in order, and works on ``PREFETCH`` of them at the same time.
+
+    Arguments and errors are those of ``loader.load_batches``. The threads end with the iterator, however it ends.
+    """
+    threads = DecodeThreads(source, view, num_workers, pin_memory)
+    ahead: deque[PendingBatch] = deque()
+    waiting = iter(requests)
+    try:
+        while True:
+            while len(ahead) < PREFETCH and (request := next(waiting, None)) is not None:
+                ahead.append(threads.start(*request))
+            if not ahead:
+                return
+            yield ahead.popleft().finish(behind=ahead)
+    finally:
+        threads.close()

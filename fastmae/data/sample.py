@@ -1,0 +1,122 @@
+"""One sample: read from its source, decoded, cropped to the model's size, or replaced when it cannot be used.
+
+It knows nothing of batches or threads; fastmae/data/decoders has those.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastmae.data.augment import RandAugment
+from fastmae.data.decode import BadImageError, crop_and_resize, decode, plain_jpeg_shape
+from fastmae.data.plan import Box, central_box, is_flipped, random_box
+from fastmae.data.sources import Source
+from fastmae.errors import UserError
+
+MAX_REPLACEMENTS = 1000
+
+
+@dataclass(frozen=True)
+class View:
+    """How a sample becomes an image of the model's size: cropped at random for training, centrally otherwise."""
+
+    size: tuple[int, int]
+    """(height, width) in pixels."""
+    in_chans: int
+    seed: int | None = None
+    """The seed of crops and flips; None for the central region."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """The smallest and the largest share of the area that a random crop takes."""
+    flip: bool = False
+    """Whether a random crop is mirrored with a chance of ½."""
+    central_share: float = 1.0
+    """The share that a central crop takes of the height and width that it could have."""
+    augment: RandAugment | None = None
+    """Changes the pixels of a crop. Only the thread decoder can do it."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that could not be used, and why."""
+
+    index: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A plain JPEG that is not decoded yet, with the region of it that is wanted."""
+
+    data: bytes
+    box: Box
+    flip: bool
+
+
+@dataclass(frozen=True)
+class LoadedSample:
+    """What became of a sample, beside its pixels."""
+
+    skipped: tuple[Skipped, ...]
+    encoded: Encoded | None
+    """A plain JPEG that was read for DALI and not decoded."""
+    bytes_read: int
+    busy: float
+    """Seconds that a thread spent on it."""
+
+
+def load_sample(
+    source: Source,
+    index: int,
+    view: View,
+    draws: np.ndarray | None,
+    out: np.ndarray,
+    for_dali: bool = False,
+    changes: np.ndarray | None = None,
+) -> LoadedSample:
+    """Writes sample ``index`` into ``out``; an image that cannot be used is replaced by the next one that can.
+
+    Args:
+        source: the data set.
+        index: the sample.
+        view: how it becomes an image.
+        draws: float64, the row of ``plan.crop_draws`` that decides crop and flip; None for the central region.
+        out: uint8 [H, W, C], the place for the pixels.
+        for_dali: only read a plain JPEG, and return it as ``encoded``.
+        changes: float64, the row of ``view.augment.draws`` that decides the augmentation; None for none.
+
+    Raises:
+        UserError: none of the next ``MAX_REPLACEMENTS`` images can be used.
+    """
+    started, bytes_read = time.perf_counter(), 0
+    skipped: list[Skipped] = []
+    for attempt in range(min(len(source), MAX_REPLACEMENTS)):
+        candidate = (index + attempt) % len(source)
+        encoded = None
+        try:
+            data = source.read(candidate)
+            bytes_read += len(data) if isinstance(data, bytes) else data.nbytes
+            if for_dali and isinstance(data, bytes) and (shape := plain_jpeg_shape(data, view.in_chans)):
+                encoded = Encoded(data, *_crop(view, draws, *shape))
+            else:
+                pixels = decode(data, view.in_chans)
+        except (BadImageError, OSError) as error:
+            skipped.append(Skipped(candidate, source.name(candidate), str(error)))
+            continue
+        if encoded is None:
+            out[:] = crop_and_resize(pixels, *_crop(view, draws, *pixels.shape[:2]), view.size)
+            if view.augment is not None and changes is not None:
+                out[:] = view.augment(out, changes)
+        return LoadedSample(tuple(skipped), encoded, bytes_read, time.perf_counter() - started)
+    first = skipped[0]
+    raise UserError(f"{len(skipped)} images in a row cannot be used, from {first.name} ({first.reason}); mend the data")
+
+
+def _crop(view: View, draws: np.ndarray | None, height: int, width: int) -> tuple[Box, bool]:
+    """Returns the region of an image of this size, and whether it is mirrored."""
+    if draws is None:
+        return central_box(height, width, view.size, view.central_share), False
+    return random_box(draws, height, width, view.scale), view.flip and is_flipped(draws)

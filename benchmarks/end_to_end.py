@@ -218,7 +218,7 @@ def _runners(
         for _ in requests:
             yield images, ids_shuffle
 
-    is_pool = setting.decoder == "pool"
+    is_pool = setting.decoder in ("threads", "pool")
     ahead = PREFETCH + (not is_pool) * dali.AHEAD
     of_pixels = tolerance if is_pool else max(tolerance, OTHER_PIXELS)
     runners = {

@@ -7,8 +7,6 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH ?= $(if $(GPU),torch>=2.11,torch==2.13.0)
 # What a change of must be installed (and compiled) again; Python files of an editable install need nothing.
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
-PUBLIC := fastmae fastmae.config fastmae.data fastmae.errors fastmae.evaluate fastmae.export fastmae.model \
-	fastmae.ops.attention fastmae.ops.backends fastmae.ops.linear fastmae.philox fastmae.train '!fastmae.config.shared'
 DEMO := runs/demo
 SANITIZED := build/sanitize
 
@@ -48,9 +46,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The API reference, from docstrings: of what is imported by others, so without the command line, kernels and benchmarks.
+# The documentation site. It needs no server and no network: open build/docs/index.html.
 docs: $(VENV)/.installed-dev
-	$(BIN)/pdoc --docformat google --no-show-source --template-directory docs/templates --output-directory build/docs $(PUBLIC)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo build/docs/index.html
 
 $(VENV)/.installed: $(SOURCES)

@@ -193,7 +193,7 @@ def _runners(
     stack: ExitStack,
 ) -> dict[str, _Runner]:
     """Each with weights of its own, all the same; processes end with the ``stack``."""
-    world = parallel.World(0, 1, setting.device)
+    context = parallel.DistContext(0, 1, setting.device)
     images, ids_shuffle = _decoded(setting, _requests(setting, 0, 1)[0])
     pixels = (images / 255 - model.mean.to(images.device)) / model.std.to(images.device)
     inputs = Inputs(images, pixels.permute(0, 3, 1, 2).contiguous(), ids_shuffle, model.state_dict())
@@ -222,9 +222,9 @@ def _runners(
     ahead = PREFETCH + (not is_pool) * dali.AHEAD
     of_pixels = tolerance if is_pool else max(tolerance, OTHER_PIXELS)
     runners = {
-        FROM_FILES: _Runner(ours(config.model, switches, inputs, world), from_files, ahead, of_pixels),
+        FROM_FILES: _Runner(ours(config.model, switches, inputs, context), from_files, ahead, of_pixels),
         # One step, as after somebody else's turn the processor's caches are cold.
-        CACHED: _Runner(ours(config.model, switches, inputs, world), on_device, 1, tolerance),
+        CACHED: _Runner(ours(config.model, switches, inputs, context), on_device, 1, tolerance),
     }
     if not isinstance(setting.source, FolderSource) or model.in_chans != 3:
         left_out[PUBLISHED] = "it reads folders of image files in colour"
@@ -244,7 +244,7 @@ def _runners(
             for (_, draw_ids), batch in zip(requests, loaded, strict=True):
                 yield batch, setting.masks(torch.from_numpy(draw_ids)).long()
 
-    loop = theirs("published", config.model, precision, inputs, world)
+    loop = theirs("published", config.model, precision, inputs, context)
     return runners | {PUBLISHED: _Runner(loop, published, pipeline.ahead, max(LOSS_TOLERANCE[precision], OTHER_PIXELS))}
 
 

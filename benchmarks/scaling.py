@@ -689,20 +689,20 @@ def _rank(rank: int, ranks: int, port: int, config: BenchScalingConfig, path: Pa
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
             for samples, seconds in zip(clocks.values(), slowest.tolist(), strict=True):
                 samples[name] += [seconds] if round_ > 0 else []  # the first one warms up
-    if world.is_first:
+    if world.is_main:
         path.write_text(json.dumps([clocks, {name: float(loss) for name, loss in losses.items()}]))
     parallel.stop(world)
 
 
 def _steps(
-    config: BenchScalingConfig, world: parallel.World, way: str, losses: dict[str, torch.Tensor]
+    config: BenchScalingConfig, world: parallel.DistContext, way: str, losses: dict[str, torch.Tensor]
 ) -> Callable[[], None]:
     """The trainer's step, of this rank alone or shared. All ranks have the same images, so all losses are equal."""
     torch.manual_seed(0)
     model = PRESETS[config.check_model]()
     among = replace(world, size=1) if "alone" in way else world
-    sharing = parallel.choose_sharing(way, "fp32", None, among)
-    loss_of = parallel.share(TrainingLoss(model, MASK_RATIO), among, sharing)
+    sharing = parallel.choose_parallelism(way, "fp32", None, among)
+    loss_of = parallel.parallelize(TrainingLoss(model, MASK_RATIO), among, sharing)
     if way == "fsdp alone":
         mesh = init_device_mesh("cpu", (world.size, 1), mesh_dim_names=("others", "mine"))["mine"]
         for module in [part for part in loss_of.modules() if isinstance(part, Block)]:
@@ -729,7 +729,7 @@ def _optimizer_alone(config: BenchScalingConfig) -> Callable[[], object]:
     return optimizer.step
 
 
-def _collectives(config: BenchScalingConfig, world: parallel.World) -> dict[str, Callable[[], object]]:
+def _collectives(config: BenchScalingConfig, world: parallel.DistContext) -> dict[str, Callable[[], object]]:
     """Each with a number a rank, and with as much as the step sends at once."""
     bucket, block = _message_sizes(units_of(_shape_of(config.check_model)))
     calls: dict[str, Callable[[], object]] = {}

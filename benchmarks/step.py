@@ -205,54 +205,54 @@ def bench_step(config: BenchStepConfig, command: Sequence[str]) -> int:
     check_bench(config)
     if config.model not in PRESETS:
         raise UserError(f"--model {config.model}: unknown; one of {', '.join(PRESETS)}")
-    world = parallel.start(config.device)
+    context = parallel.start(config.device)
     try:
-        return _bench_step(config, command, world)
+        return _bench_step(config, command, context)
     finally:
-        parallel.stop(world)
+        parallel.stop(context)
 
 
-def _bench_step(config: BenchStepConfig, command: Sequence[str], world: parallel.World) -> int:
-    precision = choose_precision(config.precision, world.device).name
+def _bench_step(config: BenchStepConfig, command: Sequence[str], context: parallel.DistContext) -> int:
+    precision = choose_precision(config.precision, context.device).name
     with torch.device("meta"):  # only its sizes are asked for
         _fresh_model(config)
     with ExitStack() as processes:
-        enter = _among_ranks(config, world) if world.size > 1 else partial(_in_own_process, config, processes)
+        enter = _among_ranks(config, context) if context.size > 1 else partial(_in_own_process, config, processes)
         names = dict.fromkeys([OURS, *config.peers, *config.switches])
-        runners, left_out = _admitted(names, enter, world)
+        runners, left_out = _admitted(names, enter, context)
         _require_ours(left_out)
         losses = {name: runner.entered.losses for name, runner in runners.items()}
         for name, runner in runners.items():
             pairs = zip(losses[name], losses[OURS], strict=True)
             if not all(abs(loss / right - 1) <= runner.entered.tolerance for loss, right in pairs):
-                if world.is_first:
+                if context.is_main:
                     print(f"the loss of {name} differs, so no time is reported: {losses}", file=sys.stderr)
                 return 1
-        stretches = _timed(runners, config, world, left_out)
-        memory = _memory(runners, world, left_out)  # last, as training has no profiler, which it needs
+        stretches = _timed(runners, config, context, left_out)
+        memory = _memory(runners, context, left_out)  # last, as training has no profiler, which it needs
         _require_ours(left_out)
-    if not world.is_first:
+    if not context.is_main:
         return 0
     entered = {name: runner.entered for name, runner in runners.items() if name not in left_out}
     seconds = {name: stretches[name, STEP] for name in entered}
-    phases = _phases(entered, stretches, world.size) if config.phases else {}
-    images = world.size * config.batch_size
+    phases = _phases(entered, stretches, context.size) if config.phases else {}
+    images = context.size * config.batch_size
     useful = {name: 3 * images * one.flops for name, one in entered.items()}
-    ranks = f"{world.size} ranks, " if world.size > 1 else ""
+    ranks = f"{context.size} ranks, " if context.size > 1 else ""
     size = f"{config.input_size} pixels, " if config.input_size else ""
-    what = f"{config.model}, {size}{ranks}batch {config.batch_size}, {precision}, {machine_name(world.device)}"
+    what = f"{config.model}, {size}{ranks}batch {config.batch_size}, {precision}, {machine_name(context.device)}"
     title = f"{what}, median of {config.rounds}"
-    console().print(_speeds(title, images, world, seconds, useful, memory))
+    console().print(_speeds(title, images, context, seconds, useful, memory))
     if phases:
         console().print(_parts(phases))
     for name, why in left_out.items():
         print(f"{name} cannot run: {why}", file=sys.stderr)
     if config.output is not None:
-        ranks = f"-r{world.size}" if world.size > 1 else ""
+        ranks = f"-r{context.size}" if context.size > 1 else ""
         size = f"-s{config.input_size}" if config.input_size else ""
-        file = f"step-{config.model}{size}-{machine_name(world.device)}{ranks}-n{config.batch_size}-{precision}"
+        file = f"step-{config.model}{size}-{machine_name(context.device)}{ranks}-n{config.batch_size}-{precision}"
         measured = {
-            "ranks": world.size,
+            "ranks": context.size,
             "losses": {name: one.losses for name, one in entered.items()},
             "left_out": left_out,
             "useful_flops": useful,
@@ -273,7 +273,7 @@ def _require_ours(left_out: Mapping[str, str]) -> None:
 
 
 def _admitted(
-    names: Iterable[str], enter: Callable[[str], Runner], world: parallel.World
+    names: Iterable[str], enter: Callable[[str], Runner], context: parallel.DistContext
 ) -> tuple[dict[str, Runner], dict[str, str]]:
     """(who can run on every rank; why others cannot)."""
     runners, left_out = {}, {}
@@ -283,19 +283,19 @@ def _admitted(
             runner = enter(name)
         except (GoneError, *CANNOT) as error:
             why = reason(error)
-        if world.any(bool(why)):
+        if context.any(bool(why)):
             left_out[name] = why or "another rank cannot"
         else:
             runners[name] = runner
     return runners, left_out
 
 
-def _among_ranks(config: BenchStepConfig, world: parallel.World) -> Callable[[str], Runner]:
+def _among_ranks(config: BenchStepConfig, context: parallel.DistContext) -> Callable[[str], Runner]:
     """All contestants in this rank's process."""
     if not config.peers:
-        _prepare_malloc(world.device)
-    inputs = _inputs(config, world)
-    return lambda name: Runner(*_start(name, config, inputs, world))
+        _prepare_malloc(context.device)
+    inputs = _inputs(config, context)
+    return lambda name: Runner(*_start(name, config, inputs, context))
 
 
 def _in_own_process(config: BenchStepConfig, processes: ExitStack, name: str) -> Runner:
@@ -304,11 +304,11 @@ def _in_own_process(config: BenchStepConfig, processes: ExitStack, name: str) ->
 
 def _start_alone(name: str, config: BenchStepConfig) -> tuple[Entered, Callable[[str], float]]:
     """What the process of one contestant does; it draws the inputs itself."""
-    world = parallel.start(config.device)
+    context = parallel.start(config.device)
     if name not in config.peers:
-        _prepare_malloc(world.device)
-    entered, ask = _start(name, config, _inputs(config, world), world)
-    if world.device.type == "cpu":
+        _prepare_malloc(context.device)
+    entered, ask = _start(name, config, _inputs(config, context), context)
+    if context.device.type == "cpu":
         return entered, ask
 
     def ask_and_give_back(request: str) -> float:
@@ -322,17 +322,17 @@ def _start_alone(name: str, config: BenchStepConfig) -> tuple[Entered, Callable[
 
 
 def _start(
-    name: str, config: BenchStepConfig, inputs: Inputs, world: parallel.World
+    name: str, config: BenchStepConfig, inputs: Inputs, context: parallel.DistContext
 ) -> tuple[Entered, Callable[[str], float]]:
     """A contestant's first steps, and what it does on request from then on: the fields of a ``Runner``."""
-    one = _contestant(name, config, inputs, world)
-    losses = [world.mean(one.go(STEP)).item() for _ in range(STEPS_COMPARED)]
+    one = _contestant(name, config, inputs, context)
+    losses = [context.mean(one.go(STEP)).item() for _ in range(STEPS_COMPARED)]
 
     def ask(request: str) -> float:
         if request == PEAK:
-            return _peak(one, world.device)
-        world.any(False)  # ranks begin together
-        return elapsed(lambda: one.go(request), 1, world.device)
+            return _peak(one, context.device)
+        context.any(False)  # ranks begin together
+        return elapsed(lambda: one.go(request), 1, context.device)
 
     return Entered(losses, one.graph is None, one.has_parts, one.tolerance, one.flops), ask
 
@@ -346,12 +346,12 @@ def _prepare_malloc(device: torch.device) -> None:
 # --- contestants ------------------------------------------------------------------------------------------------------
 
 
-def _contestant(name: str, config: BenchStepConfig, inputs: Inputs, world: parallel.World) -> Contestant:
-    precision = choose_precision(config.precision, world.device).name
+def _contestant(name: str, config: BenchStepConfig, inputs: Inputs, context: parallel.DistContext) -> Contestant:
+    precision = choose_precision(config.precision, context.device).name
     if name in config.peers:
-        return theirs(name, config.model, precision, inputs, world)
+        return theirs(name, config.model, precision, inputs, context)
     switches = Switches(precision=precision)
-    return ours(config.model, replace(switches, **({} if name == OURS else CHANGES[name])), inputs, world)
+    return ours(config.model, replace(switches, **({} if name == OURS else CHANGES[name])), inputs, context)
 
 
 def _fresh_model(config: BenchStepConfig) -> MaskedAutoencoderViT:
@@ -361,16 +361,16 @@ def _fresh_model(config: BenchStepConfig) -> MaskedAutoencoderViT:
         raise UserError(f"--input_size {config.input_size}: {error}") from error
 
 
-def _inputs(config: BenchStepConfig, world: parallel.World) -> Inputs:
+def _inputs(config: BenchStepConfig, context: parallel.DistContext) -> Inputs:
     """All ranks' images and masks together are those of one rank with a batch of that size."""
     torch.manual_seed(0)
     model = _fresh_model(config)
-    indices = world.rank * config.batch_size + torch.arange(config.batch_size)
+    indices = context.rank * config.batch_size + torch.arange(config.batch_size)
     images = torch.stack([_image(index, (*model.img_size, model.in_chans)) for index in indices.tolist()])
     normalised = ((images / 255 - model.mean) / model.std).permute(0, 3, 1, 2).contiguous()
     ids_shuffle = random_masking(indices, 0, model.num_patches)
     return Inputs(
-        images.to(world.device), normalised.to(world.device), ids_shuffle.to(world.device), model.state_dict()
+        images.to(context.device), normalised.to(context.device), ids_shuffle.to(context.device), model.state_dict()
     )
 
 
@@ -385,18 +385,18 @@ def _model(name: str, inputs: Inputs) -> MaskedAutoencoderViT:
     return model.to(inputs.images.device)
 
 
-def ours(name: str, switches: Switches, inputs: Inputs, world: parallel.World) -> Contestant:
+def ours(name: str, switches: Switches, inputs: Inputs, context: parallel.DistContext) -> Contestant:
     """The trainer's own step.
 
     Raises:
         UserError: it cannot run with these switches here.
     """
-    device = world.device
+    device = context.device
     precision = choose_precision(switches.precision, device)
     if switches.float8:
         require_float8(device, precision)
     if switches.cuda_graph:
-        require_graph(device, world.size)
+        require_graph(device, context.size)
     model = _model(name, inputs)
     if switches.decoder_attention == "cross":
         model = PRESETS[name](img_size=model.img_size, decoder_attention="cross").to(device)
@@ -404,7 +404,7 @@ def ours(name: str, switches: Switches, inputs: Inputs, world: parallel.World) -
     loss_alone = TrainingLoss(model, MASK_RATIO)
     prepare(loss_alone, switches.checkpointing, switches.compile, float8=switches.float8)
     flops = flops_per_image(model, MASK_RATIO)
-    loss_of = parallel.share(loss_alone, world, _sharing(switches, world))
+    loss_of = parallel.parallelize(loss_alone, context, _sharing(switches, context))
     optimizer = make_optimizer(model, LR, WEIGHT_DECAY)
     average = start_average(model, None) if switches.ema is not None else {}
     graph = PassGraph() if switches.cuda_graph else None
@@ -419,7 +419,7 @@ def ours(name: str, switches: Switches, inputs: Inputs, world: parallel.World) -
                 LR,
                 precision.context(device),
                 switches.clip_grad,
-                world.mean if shares else torch.clone,
+                context.mean if shares else torch.clone,
                 graph,
             )
         if switches.ema is not None:
@@ -437,15 +437,15 @@ def _tolerance(switches: Switches) -> float:
     return LOSS_TOLERANCE["float8" if switches.float8 else rounded]
 
 
-def _sharing(switches: Switches, world: parallel.World) -> parallel.Sharing:
+def _sharing(switches: Switches, context: parallel.DistContext) -> parallel.Parallelism:
     asked = (switches.parallel, switches.reduce)
-    if world.size == 1 and asked != ("ddp", "fp32"):
+    if context.size == 1 and asked != ("ddp", "fp32"):
         raise UserError("one rank shares nothing; use torchrun --nproc_per_node RANKS -m fastmae bench step …")
     # Copies are a machine's; of a single machine, halves.
-    size = world.size // 2 if world.size == parallel.ranks_here() else None
-    if switches.parallel == "hsdp" and (world.size < 4 or world.size % 2):
-        raise UserError(f"{world.size} ranks are no copies of several ranks each; use 4, 6, 8 …")
-    return parallel.choose_sharing(*asked, size, world)
+    size = context.size // 2 if context.size == parallel.ranks_here() else None
+    if switches.parallel == "hsdp" and (context.size < 4 or context.size % 2):
+        raise UserError(f"{context.size} ranks are no copies of several ranks each; use 4, 6, 8 …")
+    return parallel.choose_parallelism(*asked, size, context)
 
 
 class _LossOf(nn.Module):
@@ -459,7 +459,9 @@ class _LossOf(nn.Module):
         return self.peer(images, order)[0]
 
 
-def theirs(name: str, model_name: str, precision_name: str, inputs: Inputs, world: parallel.World) -> Contestant:
+def theirs(
+    name: str, model_name: str, precision_name: str, inputs: Inputs, context: parallel.DistContext
+) -> Contestant:
     """A plain loop around somebody else's model.
 
     The published loop has torch's AdamW as it comes, which is not fused, and reads the loss after each step; it is
@@ -469,7 +471,7 @@ def theirs(name: str, model_name: str, precision_name: str, inputs: Inputs, worl
         UserError: a package cannot be used, or the precision not here.
         ImportError: a package is not installed.
     """
-    precision = choose_precision(precision_name, world.device)
+    precision = choose_precision(precision_name, context.device)
     formulation, compiled = name.removesuffix("-compiled"), name.endswith("-compiled")
     model, ids_shuffle = _model(model_name, inputs), inputs.ids_shuffle
     order = ids_shuffle.long()
@@ -478,10 +480,10 @@ def theirs(name: str, model_name: str, precision_name: str, inputs: Inputs, worl
         order = ids_shuffle.argsort(dim=1).float()  # the noise that it sorts patches by
     else:
         peer = {"published": published_like, "strong": strong_like, "timm": timm_like}[formulation](model)
-    module = _LossOf(peer.to(world.device))
+    module = _LossOf(peer.to(context.device))
     if compiled:
         module.compile(dynamic=False)
-    loss_of = parallel.share(module, world, parallel.choose_sharing("ddp", "fp32", None, world))
+    loss_of = parallel.parallelize(module, context, parallel.choose_parallelism("ddp", "fp32", None, context))
     optimizer = make_optimizer(module, LR, WEIGHT_DECAY)
     if formulation == "published":
         optimizer = torch.optim.AdamW(parameter_groups(module, WEIGHT_DECAY), lr=LR, betas=BETAS)
@@ -502,10 +504,10 @@ def theirs(name: str, model_name: str, precision_name: str, inputs: Inputs, worl
 
 
 def _timed(
-    runners: Mapping[str, Runner], config: BenchStepConfig, world: parallel.World, left_out: dict[str, str]
+    runners: Mapping[str, Runner], config: BenchStepConfig, context: parallel.DistContext, left_out: dict[str, str]
 ) -> Stretches:
     """In turns; of the rank that takes the longest."""
-    parts = [FORWARD, BACKWARD, *([ALONE] if world.size > 1 else [])] if config.phases else []
+    parts = [FORWARD, BACKWARD, *([ALONE] if context.size > 1 else [])] if config.phases else []
     samples: Stretches = {
         (name, stretch): []
         for name, runner in runners.items()
@@ -516,7 +518,7 @@ def _timed(
             taken = _answer(runners, name, stretch, left_out)
             if taken is not None and round_ > 0:  # the first one warms up
                 seconds.append(taken)
-    return {key: _largest(seconds, world) for key, seconds in samples.items() if key[0] not in left_out}
+    return {key: _largest(seconds, context) for key, seconds in samples.items() if key[0] not in left_out}
 
 
 def _answer(runners: Mapping[str, Runner], name: str, request: str, left_out: dict[str, str]) -> float | None:
@@ -530,7 +532,7 @@ def _answer(runners: Mapping[str, Runner], name: str, request: str, left_out: di
         return None
 
 
-def _memory(runners: Mapping[str, Runner], world: parallel.World, left_out: dict[str, str]) -> dict[str, float]:
+def _memory(runners: Mapping[str, Runner], context: parallel.DistContext, left_out: dict[str, str]) -> dict[str, float]:
     """Bytes that torch holds at the peak of a step beside what it holds before: weights and the optimiser's moments.
 
     Of the rank that takes the most. What libraries allocate behind torch's back is not in it, and a CUDA graph, which
@@ -538,7 +540,7 @@ def _memory(runners: Mapping[str, Runner], world: parallel.World, left_out: dict
     """
     peaks = {name: _answer(runners, name, PEAK, left_out) for name in runners if runners[name].entered.has_peak}
     found = {name: peak for name, peak in peaks.items() if peak is not None}
-    return dict(zip(found, _largest(list(found.values()), world), strict=True))
+    return dict(zip(found, _largest(list(found.values()), context), strict=True))
 
 
 def _peak(one: Contestant, device: torch.device) -> float:
@@ -568,9 +570,9 @@ def _peak_on_cpu(one: Contestant) -> float:
     return float(max(accumulate((size for _, size in changes), initial=0)))
 
 
-def _largest(numbers: list[float], world: parallel.World) -> list[float]:
+def _largest(numbers: list[float], context: parallel.DistContext) -> list[float]:
     """Each number, of the rank whose number is the largest."""
-    if world.size == 1:
+    if context.size == 1:
         return numbers
     largest = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -600,10 +602,15 @@ def _less(whole: list[float], part: list[float]) -> list[float]:
 
 
 def _speeds(
-    title: str, images: int, world: parallel.World, seconds: Samples, useful: dict[str, int], memory: dict[str, float]
+    title: str,
+    images: int,
+    context: parallel.DistContext,
+    seconds: Samples,
+    useful: dict[str, int],
+    memory: dict[str, float],
 ) -> Table:
     """A row a contestant; ``images`` and ``useful`` operations are those of a step of all ranks."""
-    peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+    peak = peak_flops(torch.cuda.get_device_name(context.device)) if context.device.type == "cuda" else None
     made = Table(title=title, title_justify="left")
     made.add_column("step", no_wrap=True)
     for column in ("images/s", f"times {OURS}", "useful TFLOP/s", "MFU", "memory"):
@@ -615,7 +622,7 @@ def _speeds(
             f"{images / median:.2f}",
             f"{times_as_fast(seconds, name, OURS):.2f}",
             f"{useful[name] / median / 1e12:.3g}",
-            "–" if peak is None else f"{useful[name] / median / (world.size * peak):.1%}",
+            "–" if peak is None else f"{useful[name] / median / (context.size * peak):.1%}",
             f"{memory[name] / 2**20:.0f} MiB" if name in memory else "–",
         )
     return made

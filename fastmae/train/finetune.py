@@ -63,15 +63,15 @@ from fastmae.train.run import (
     go_back,
     known_detours,
     loader_of,
+    official_path,
     open_run,
     plan_steps,
-    published_path,
     rate_at,
     requests,
     require_finite_weights,
     resolve_settings,
-    run_courses,
-    save_published,
+    run_attempts,
+    save_official_files,
     save_run,
     stop_run,
     taken,
@@ -90,16 +90,16 @@ def finetune(config: FinetuneConfig) -> int:
         UserError: settings, data or checkpoints that cannot work.
     """
     check_finetune(config)
-    return run_courses(config, _finetune)
+    return run_attempts(config, _finetune)
 
 
-def _finetune(flags: FinetuneConfig, world: parallel.World, stop: StopSignals) -> int | None:
+def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSignals) -> int | None:
     """One course: from where --resume says to the end, a signal, or (None) to where it is to go back and on again."""
     # Settings, data and encoder: from here on nothing is left open.
     train, val = train_and_val(flags.data_path)
     nb_classes = _classes(flags, train, val)
     torch.manual_seed(flags.seed)
-    encoder, preset = _encoder(flags, train, world)
+    encoder, preset = _encoder(flags, train, context)
     config = resolve_finetune(
         flags,
         describe(train),
@@ -109,24 +109,24 @@ def _finetune(flags: FinetuneConfig, world: parallel.World, stop: StopSignals) -
         mean=tuple(encoder.mean.tolist()),
         std=tuple(encoder.std.tolist()),
         nb_classes=nb_classes,
-        ranks=world.size,
+        ranks=context.size,
         num_workers=default_workers(),
     )
     settings = as_json(config)
-    precision = choose_precision(config.precision, world.device)
+    precision = choose_precision(config.precision, context.device)
     if config.cuda_graph:
-        require_graph(world.device, world.size)
-    steps = plan_steps(config, world, config.batch_size, "training images")
+        require_graph(context.device, context.size)
+    steps = plan_steps(config, context, config.batch_size, "training images")
     _check_batches(config)
     randaugment = parse_randaugment(config.aa, config.seed, config.mean)
 
     # Model and optimiser, the same on every rank.
-    model = _classifier(encoder, config).to(world.device)
+    model = _classifier(encoder, config).to(context.device)
     depth = len(model.blocks)
-    sharing = parallel.choose_sharing(config.parallel, config.reduce, config.shard_size, world)
+    parallelism = parallel.choose_parallelism(config.parallel, config.reduce, config.shard_size, context)
     loss_alone = ClassificationLoss(model)
     prepare(loss_alone, config.checkpointing, config.compile)
-    loss_of = parallel.share(loss_alone, world, sharing)
+    loss_of = parallel.parallelize(loss_alone, context, parallelism)
     optimizer = make_finetuning_optimizer(model, depth, config.lr, config.weight_decay, config.layer_decay)
 
     # Where to begin.
@@ -137,42 +137,42 @@ def _finetune(flags: FinetuneConfig, world: parallel.World, stop: StopSignals) -
         optimizer,
         fixed={key: settings[key] for key in FIXED_IN_A_FINETUNING},
         fresh_step=0,
-        steps_per_epoch=steps.an_epoch,
+        steps_per_epoch=steps.per_epoch,
     )
     detours = known_detours(Path(config.output_dir), restored)
     shapes = {"encoder": (model.num_patches + 1, model.head_dim)}
-    backends = chosen_backends(world.device, precision, shapes, describe_decoder("threads", "the one that augments"))
-    backends["parallel"] = f"{sharing.kind} ({sharing.reason})"
+    backends = chosen_backends(context.device, precision, shapes, describe_decoder("threads", "the one that augments"))
+    backends["parallel"] = f"{parallelism.kind} ({parallelism.reason})"
     if config.cuda_graph:
         backends["cuda_graph"] = "forward and backward pass (asked for)"
-    run = open_run(config, settings, world, stop, steps, restored, detours, backends)
-    if world.is_first:
+    run = open_run(config, settings, context, stop, steps, restored, detours, backends)
+    if context.is_main:
         _announce(run.say, config, train, val, model)
         announce_beginning(run, restored, backends)
     begin(run, restored)
 
     # The loop.
     feed = _feed(run, config, train, randaugment, model)
-    test = partial(_test, loader_of(run), val, config, loss_of, world)
-    profiling = profiled(run.folder, config.profile, world.rank, world.device, run.say)
+    test = partial(_test, loader_of(run), val, config, loss_of, context)
+    profiling = profiled(run.folder, config.profile, context.rank, context.device, run.say)
     graph = PassGraph() if config.cuda_graph else None
     unsaved = None
     batches = feed.batches_of(range(restored.step, steps.total))
     with run.screen, run.saver, run.watchdog, profiling as profile_step, precision.products(), closing(batches):
         for step in range(restored.step, steps.total):
-            epoch, index = steps.place(step)
+            epoch, index = steps.epoch_and_index(step)
             lr = rate_at(step, config, steps)
             micro = feed.take(batches)
-            autocast = precision.context(world.device)
-            stepped = train_step(
-                loss_of, optimizer, micro, config.accum_iter, lr, autocast, config.clip_grad, world.mean, graph
+            autocast = precision.context(context.device)
+            result = train_step(
+                loss_of, optimizer, micro, config.accum_iter, lr, autocast, config.clip_grad, context.mean, graph
             )
-            run.log.add(stepped, step=step + 1, epoch=epoch, lr=lr, images=config.global_batch)
+            run.log.add(result, step=step + 1, epoch=epoch, lr=lr, images=config.global_batch)
             run.screen.update(step + 1, epoch, run.log.latest)
             run.watchdog.beat()
             profile_step()
 
-            if index + 1 == steps.an_epoch:
+            if index + 1 == steps.per_epoch:
                 is_tested = epoch + 1 == config.epochs or (epoch + 1) % config.test_freq == 0
                 results = test(autocast, run.watchdog.beat) if is_tested else {}
                 run.log.end_epoch(epoch, results)
@@ -193,10 +193,10 @@ def _finetune(flags: FinetuneConfig, world: parallel.World, stop: StopSignals) -
 
     # What is left behind.
     close_run(run, unsaved)
-    if world.is_first:
+    if context.is_main:
         tell_quarantine(run)
-        run.say(f"checkpoint      {published_path(run.folder, config.epochs - 1)}")
-    world.barrier()
+        run.say(f"checkpoint      {official_path(run.folder, config.epochs - 1)}")
+    context.barrier()
     return 0
 
 
@@ -235,14 +235,14 @@ def _class_names(source: Source) -> set[str]:
     return {name for part in parts if isinstance(part, FolderSource) for name in part.classes}
 
 
-def _encoder(flags: FinetuneConfig, train: Source, world: parallel.World) -> tuple[MaskedAutoencoderViT, str]:
+def _encoder(flags: FinetuneConfig, train: Source, context: parallel.DistContext) -> tuple[MaskedAutoencoderViT, str]:
     """The masked autoencoder whose encoder is tuned, and its preset: that of --finetune, or a fresh one."""
     preset = f"mae_{flags.model}" if flags.model and flags.model.startswith("vit_") else flags.model
     if flags.finetune:
         opened = open_checkpoint(flags.finetune, preset)
         return opened.model, opened.settings["model"]
     alike = PretrainConfig(data_path=flags.data_path, model=preset, input_size=flags.input_size, seed=flags.seed)
-    chosen = resolve_settings(alike, train, describe(train), world, None)
+    chosen = resolve_settings(alike, train, describe(train), context, None)
     return build_model(dataclasses.asdict(chosen)), chosen.model
 
 
@@ -291,7 +291,7 @@ def _feed(
         cutmix=config.cutmix,
         switch=config.mixup_switch_prob,
     )
-    requests_of = partial(requests, train, seed, config.batch_size, config.accum_iter, run.world, run.steps.an_epoch)
+    requests_of = partial(requests, train, seed, config.batch_size, config.accum_iter, run.context, run.steps.per_epoch)
     load = loader_of(run)
 
     def batches_of(steps: Iterable[int]) -> Generator[Batch]:
@@ -340,7 +340,7 @@ def _test(
     val: Source,
     config: ResolvedFinetuneConfig,
     loss_of: nn.Module,
-    world: parallel.World,
+    context: parallel.DistContext,
     autocast: torch.autocast,
     beat: Callable[[], None],
 ) -> dict[str, Any]:
@@ -348,9 +348,9 @@ def _test(
     share = FOLDER_SHARE if val.kind == "folder" else 1.0
     view = View(config.input_size, config.in_chans, central_share=share)
     # As many batches on every rank, as sharded weights need all ranks; what is filled up does not count.
-    mine = np.arange(world.rank, -(-len(val) // world.size) * world.size, world.size)
+    mine = np.arange(context.rank, -(-len(val) // context.size) * context.size, context.size)
     pieces = [mine[start : start + config.batch_size] for start in range(0, len(mine), config.batch_size)]
-    sums = torch.zeros(3, device=world.device, dtype=torch.float64)
+    sums = torch.zeros(3, device=context.device, dtype=torch.float64)
     requests = ((piece % len(val), piece % len(val)) for piece in pieces)
     with closing(load(val, requests, view)) as batches, torch.compiler.set_stance("force_eager"):
         for piece, batch in zip(pieces, batches, strict=True):
@@ -359,13 +359,13 @@ def _test(
             labels = labels_of(val, batch)
             found = logits.topk(min(TOP, logits.shape[1]), dim=1).indices == labels[:, None]
             losses = F.cross_entropy(logits, labels, reduction="none")
-            counts = torch.from_numpy(piece < len(val)).to(world.device)
+            counts = torch.from_numpy(piece < len(val)).to(context.device)
             each = torch.stack([losses, found[:, 0].float(), found.any(dim=1).float()])
             sums += (each * counts).sum(dim=1)
             beat()
     if isinstance(loss_of, FSDPModule):
         loss_of.reshard()
-    loss, first, among = (world.mean(sums) * world.size / len(val)).tolist()
+    loss, first, among = (context.mean(sums) * context.size / len(val)).tolist()
     return {"test_loss": loss, "test_acc1": 100 * first, "test_acc5": 100 * among}
 
 
@@ -379,13 +379,13 @@ def _shown(results: dict[str, float]) -> str:
 
 def _export(run: Run, epoch: int, model: Classifier, optimizer: torch.optim.Optimizer) -> str | None:
     """The published files after an epoch. Returns what could not be written, if anything; every rank calls it."""
-    weights = in_one_piece(model.state_dict(), keep=run.world.is_first)
-    moments = in_one_piece(optimizer.state_dict(), keep=run.world.is_first)
+    weights = in_one_piece(model.state_dict(), keep=run.context.is_main)
+    moments = in_one_piece(optimizer.state_dict(), keep=run.context.is_main)
 
     def write() -> None:
-        save_published(published_path(run.folder, epoch), merge_lora(weights), moments, epoch, run.settings)
+        save_official_files(official_path(run.folder, epoch), merge_lora(weights), moments, epoch, run.settings)
 
-    return written(write) if run.world.is_first else None
+    return written(write) if run.context.is_main else None
 
 
 def _announce(

@@ -248,13 +248,13 @@ def restart_hazard() -> str | None:
     return None
 
 
-def require_finite(witness: torch.Tensor, step: int) -> None:
+def require_finite(finiteness_check: torch.Tensor, step: int) -> None:
     """Looks at a number that is finite only if all weights are, before they are saved; waits for the device once.
 
     Raises:
         UserError: it is not, so that saving them would poison the newest checkpoint.
     """
-    if not witness.isfinite():
+    if not finiteness_check.isfinite():
         raise UserError(
             f"the weights after step {step} are not finite and were not saved: lower --blr (or use --precision fp32), "
             "then continue with --resume auto"

@@ -30,7 +30,7 @@ NO_SPEED = "– images/s"
 KNOWN_LOSSES = 200  # of a resumed run, for finding spikes
 
 
-class Stepped(Protocol):
+class StepResult(Protocol):
     """What a step came to: scalars on the device."""
 
     @property
@@ -112,7 +112,7 @@ class StepLog:
 
     def add(
         self,
-        stepped: Stepped,
+        result: StepResult,
         *,
         step: int,
         epoch: int,
@@ -129,7 +129,7 @@ class StepLog:
             seconds_at_peak: what it would take if all devices computed at their peak (MFU 1), if it is known.
             measured: other numbers of the weights after it, for its line.
         """
-        for kind, value in enumerate((stepped.loss, stepped.grad_norm, stepped.skipped)):
+        for kind, value in enumerate((result.loss, result.grad_norm, result.skipped)):
             self._waiting[kind, len(self._rows)] = value
         self._rows.append({"step": step, "epoch": epoch, "loss": None, "lr": lr, **(measured or {})})
         self._images += images

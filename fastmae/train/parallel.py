@@ -26,7 +26,7 @@ _TRAININGS = itertools.count()
 
 
 @dataclass(frozen=True)
-class World:
+class DistContext:
     """This process among the ranks that torchrun started; alone without torchrun."""
 
     rank: int
@@ -34,7 +34,7 @@ class World:
     device: torch.device
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
@@ -59,14 +59,14 @@ class World:
             dist.barrier()
 
 
-class Vote:
+class StopFlag:
     """Asks all ranks a question every step and has the answer a step later, so that no step waits for their words.
 
     On a thousand ranks they take longer to go round (2(n − 1) messages, over the CPU) than a step may take.
     """
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, context: DistContext) -> None:
+        self._world = context
         self._asked: tuple[torch.Tensor, dist.Work] | None = None
 
     def any(self, flag: bool) -> bool:
@@ -105,12 +105,12 @@ def choose_device(flag: str | None, local_rank: int = 0) -> torch.device:
     return device
 
 
-def witness(parameters: Iterable[torch.Tensor], world: World) -> torch.Tensor:
+def finiteness_check(parameters: Iterable[torch.Tensor], context: DistContext) -> torch.Tensor:
     """A number, the same on every rank, that is finite only if all weights of all ranks are."""
-    return world.mean(torch.stack([local_part(parameter.detach()).sum() for parameter in parameters]).sum())
+    return context.mean(torch.stack([local_part(parameter.detach()).sum() for parameter in parameters]).sum())
 
 
-def start(device: str | None) -> World:
+def start(device: str | None) -> DistContext:
     """Joins the ranks that torchrun announces in the environment."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -122,7 +122,7 @@ def start(device: str | None) -> World:
         names = dist.PrefixStore(f"training {next(_TRAININGS)}", _store())
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=names, rank=rank, world_size=size)
-    return World(rank, size, chosen)
+    return DistContext(rank, size, chosen)
 
 
 @functools.cache
@@ -137,14 +137,14 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def stop(world: World) -> None:
+def stop(context: DistContext) -> None:
     """Leaves the ranks."""
-    if world.size > 1:
+    if context.size > 1:
         dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
-class Sharing:
+class Parallelism:
     """What ranks have in common: ``ddp`` copies, ``fsdp`` pieces of one copy, ``hsdp`` pieces of several."""
 
     kind: str
@@ -155,51 +155,53 @@ class Sharing:
     """Ranks that hold one copy together."""
 
 
-def choose_sharing(kind: str, reduce: str, shard_size: int | None, world: World) -> Sharing:
+def choose_parallelism(kind: str, reduce: str, shard_size: int | None, context: DistContext) -> Parallelism:
     """What --parallel, --reduce and --shard_size come to with these ranks.
 
     Raises:
         UserError: copies of ``shard_size`` ranks do not come out even.
     """
     dtype = torch.bfloat16 if reduce == "bf16" else torch.float32
-    if world.size == 1:
-        return Sharing("none", "one rank", dtype, 1)
+    if context.size == 1:
+        return Parallelism("none", "one rank", dtype, 1)
     if kind != "hsdp":
-        return Sharing(kind, f"{world.size} ranks, gradients in {reduce}", dtype, 1 if kind == "ddp" else world.size)
+        return Parallelism(
+            kind, f"{context.size} ranks, gradients in {reduce}", dtype, 1 if kind == "ddp" else context.size
+        )
     if shard_size is None:
-        shard_size = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    if world.size % shard_size:
-        raise UserError(f"--shard_size {shard_size}: must divide the {world.size} ranks")
-    copies = f"{world.size // shard_size} copies of {shard_size} ranks each"
-    return Sharing(kind, f"{copies}, gradients in {reduce}", dtype, shard_size)
+        shard_size = int(os.environ.get("LOCAL_WORLD_SIZE", context.size))
+    if context.size % shard_size:
+        raise UserError(f"--shard_size {shard_size}: must divide the {context.size} ranks")
+    copies = f"{context.size // shard_size} copies of {shard_size} ranks each"
+    return Parallelism(kind, f"{copies}, gradients in {reduce}", dtype, shard_size)
 
 
-def share(module: nn.Module, world: World, sharing: Sharing) -> nn.Module:
+def parallelize(module: nn.Module, context: DistContext, parallelism: Parallelism) -> nn.Module:
     """The module as all ranks train it: gradients are averaged over them during backward.
 
     FSDP2 works in place: from here on parameters are DTensors, of which each rank holds a piece, so the optimiser is
     made afterwards. They stay float32; autocast computes in less, as it does with DDP.
     """
-    if world.size == 1:
+    if context.size == 1:
         return module
-    if sharing.kind == "ddp":
+    if parallelism.kind == "ddp":
         # Buffers are constants, which DDP would send round before every forward pass; the option has a new name.
         known = inspect.signature(DistributedDataParallel).parameters
         send_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {"gradient_as_bucket_view": True, send_buffers: False}
-        if world.device.type == "cuda":
-            options["device_ids"] = [world.device.index]
+        if context.device.type == "cuda":
+            options["device_ids"] = [context.device.index]
         copy = DistributedDataParallel(module, **options)
-        if sharing.reduce == torch.bfloat16:
+        if parallelism.reduce == torch.bfloat16:
             # Under its own name DDP refuses it on a CPU, where gloo can do it as well.
             copy.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
         return copy
-    shape: tuple[int, ...] = (world.size,)
+    shape: tuple[int, ...] = (context.size,)
     names: tuple[str, ...] = ("shard",)
-    if sharing.kind == "hsdp":
-        shape, names = (world.size // sharing.shard_size, sharing.shard_size), ("replicate", "shard")
-    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
-    policy = MixedPrecisionPolicy(reduce_dtype=sharing.reduce)
+    if parallelism.kind == "hsdp":
+        shape, names = (context.size // parallelism.shard_size, parallelism.shard_size), ("replicate", "shard")
+    mesh = init_device_mesh(context.device.type, shape, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(reduce_dtype=parallelism.reduce)
     for block in [part for part in module.modules() if isinstance(part, BLOCKS)]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -55,15 +55,15 @@ from fastmae.train.run import (
     go_back,
     known_detours,
     loader_of,
+    official_path,
     open_run,
     plan_steps,
-    published_path,
     rate_at,
     requests,
     require_finite_weights,
     resolve_settings,
-    run_courses,
-    save_published,
+    run_attempts,
+    save_official_files,
     save_run,
     stop_run,
     taken,
@@ -83,35 +83,35 @@ def pretrain(config: PretrainConfig) -> int:
         UserError: settings, data or checkpoints that cannot work.
     """
     check_pretrain(config)
-    return run_courses(config, _pretrain)
+    return run_attempts(config, _pretrain)
 
 
-def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -> int | None:
+def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSignals) -> int | None:
     """One course: from where --resume says to the end, a signal, or (None) to where it is to go back and on again."""
     # Settings and data: from here on nothing is left open.
     source = open_train(flags.data_path)
     facts = describe(source)
     mask_file = open_masks(flags.masks, flags.mask_ratio)
-    config = resolve_settings(flags, source, facts, world, mask_file)
+    config = resolve_settings(flags, source, facts, context, mask_file)
     settings = as_json(config)
     probed = _probed_parts(config) if config.probe_freq is not None else None
-    precision = _precision(config, world)
-    decoder, why_decoder = choose_decoder(config.image_decoder, world.device, source, config.in_chans)
+    precision = _precision(config, context)
+    decoder, why_decoder = choose_decoder(config.image_decoder, context.device, source, config.in_chans)
     if config.cache == "ram":
         source = cached(source, config.in_chans, memory_budget(config.cache_gb, parallel.ranks_here()), decoder)
-    steps = plan_steps(config, world, config.batch_size // config.repeated_masks, "images")
-    fresh_step = config.start_epoch * steps.an_epoch
+    steps = plan_steps(config, context, config.batch_size // config.repeated_masks, "images")
+    fresh_step = config.start_epoch * steps.per_epoch
 
     # Model and optimiser, the same on every rank.
     torch.manual_seed(config.seed)
-    model = _model(settings, config).to(world.device)
+    model = _model(settings, config).to(context.device)
     model.autocast_residual = config.residual == "bf16"
     sizes = _sizes(config, model)
     model.allow_sizes(sizes)
-    sharing = parallel.choose_sharing(config.parallel, config.reduce, config.shard_size, world)
+    parallelism = parallel.choose_parallelism(config.parallel, config.reduce, config.shard_size, context)
     loss_alone = TrainingLoss(model, config.mask_ratio, config.predict_ratio)
     prepare(loss_alone, config.checkpointing, config.compile, len(sizes), config.float8)
-    loss_of = parallel.share(loss_alone, world, sharing)
+    loss_of = parallel.parallelize(loss_alone, context, parallelism)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     masks_of = {size: _masks(config, model, size, mask_file) for size in sizes}
 
@@ -123,27 +123,27 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
         optimizer,
         fixed={key: settings[key] for key in FIXED_IN_A_RUN},
         fresh_step=fresh_step,
-        steps_per_epoch=steps.an_epoch,
+        steps_per_epoch=steps.per_epoch,
     )
     detours = known_detours(Path(config.output_dir), restored)
     average = start_average(model, restored.origin) if config.ema is not None else {}
     decoding = describe_decoder(decoder, why_decoder)
-    backends = chosen_backends(world.device, precision, model.attention_shapes(config.mask_ratio), decoding)
-    backends |= _more_backends(config, sharing, source)
-    run = open_run(config, settings, world, stop, steps, restored, detours, backends)
-    if world.is_first:
+    backends = chosen_backends(context.device, precision, model.attention_shapes(config.mask_ratio), decoding)
+    backends |= _more_backends(config, parallelism, source)
+    run = open_run(config, settings, context, stop, steps, restored, detours, backends)
+    if context.is_main:
         _announce(run.say, config, facts, model, masks_of)
         announce_beginning(run, restored, backends)
     if config.probe and restored.step == 0:
-        weights = in_one_piece(model.state_dict(), keep=world.is_first)
-        if world.is_first:
+        weights = in_one_piece(model.state_dict(), keep=context.is_main)
+        if context.is_main:
             _probe(run, "before", config, _unsharded(model, weights, settings))
     begin(run, restored)
 
     # The loop.
     feed = _feed(run, config, source, decoder, masks_of, sizes)
-    at_peak = {size: _seconds_at_peak(model, config, size, world) for size in sizes}
-    profiling = profiled(run.folder, config.profile, world.rank, world.device, run.say)
+    at_peak = {size: _seconds_at_peak(model, config, size, context) for size in sizes}
+    profiling = profiled(run.folder, config.profile, context.rank, context.device, run.say)
     graph = PassGraph() if config.cuda_graph else None
     unsaved = None
     loaded = feed.batches_of(range(restored.step, steps.total))
@@ -157,24 +157,24 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
         closing(_say_what_was_redone(loaded, run.say)) as batches,
     ):
         for step in range(restored.step, steps.total):
-            epoch, index = steps.place(step)
-            epoch_ends = index + 1 == steps.an_epoch
+            epoch, index = steps.epoch_and_index(step)
+            epoch_ends = index + 1 == steps.per_epoch
             lr = rate_at(step, config, steps)
             micro = feed.take(batches)
-            autocast = precision.context(world.device)
-            stepped = train_step(
-                loss_of, optimizer, micro, config.accum_iter, lr, autocast, config.clip_grad, world.mean, graph
+            autocast = precision.context(context.device)
+            result = train_step(
+                loss_of, optimizer, micro, config.accum_iter, lr, autocast, config.clip_grad, context.mean, graph
             )
             if config.ema is not None:
-                update_average(average, model, config.ema, stepped.skipped)
+                update_average(average, model, config.ema, result.skipped)
             measured: dict[str, float] = {}
             if epoch_ends and probed is not None and (epoch + 1) % (config.probe_freq or 1) == 0:
                 require_finite_weights(run, model, step + 1)
-                weights = in_one_piece(model.state_dict(), keep=world.is_first)
-                if world.is_first:
+                weights = in_one_piece(model.state_dict(), keep=context.is_main)
+                if context.is_main:
                     measured = _probe_epoch(run, epoch + 1, config, _unsharded(model, weights, settings), probed)
             run.log.add(
-                stepped,
+                result,
                 step=step + 1,
                 epoch=epoch,
                 lr=lr,
@@ -204,39 +204,39 @@ def _pretrain(flags: PretrainConfig, world: parallel.World, stop: StopSignals) -
     # What is left behind.
     close_run(run, unsaved)
     if config.probe:
-        weights = in_one_piece(model.state_dict(), keep=world.is_first)
-    if world.is_first:
+        weights = in_one_piece(model.state_dict(), keep=context.is_main)
+    if context.is_main:
         if config.probe:
             _show_probe(run.say, _probe(run, "after", config, _unsharded(model, weights, settings)))
         tell_quarantine(run)
         run.say(f"reconstruction  {_picture_path(run.folder, config.epochs - 1)}")
-        run.say(f"checkpoint      {published_path(run.folder, config.epochs - 1)}")
-    world.barrier()
+        run.say(f"checkpoint      {official_path(run.folder, config.epochs - 1)}")
+    context.barrier()
     return 0
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def _precision(config: ResolvedConfig, world: parallel.World) -> Precision:
+def _precision(config: ResolvedConfig, context: parallel.DistContext) -> Precision:
     """The format of the run's numbers.
 
     Raises:
         UserError: the device has not got it, or it does not go with another flag.
     """
-    precision = choose_precision(config.precision, world.device)
+    precision = choose_precision(config.precision, context.device)
     if config.residual == "bf16" and precision.autocast is None:
         raise UserError(f"--residual bf16: goes with --precision bf16, not {precision.name}; leave one out")
     if config.float8:
-        require_float8(world.device, precision)
+        require_float8(context.device, precision)
     if config.cuda_graph:
-        require_graph(world.device, world.size)
+        require_graph(context.device, context.size)
     return precision
 
 
-def _more_backends(config: ResolvedConfig, sharing: parallel.Sharing, source: Source) -> dict[str, str]:
+def _more_backends(config: ResolvedConfig, parallelism: parallel.Parallelism, source: Source) -> dict[str, str]:
     """What else is used, by name, where it was asked for."""
-    found = {"parallel": f"{sharing.kind} ({sharing.reason})"}
+    found = {"parallel": f"{parallelism.kind} ({parallelism.reason})"}
     if config.float8:
         found["float8"] = f"products of the blocks (torchao {version('torchao')})"
     if config.cuda_graph:
@@ -282,13 +282,13 @@ def _masks(config: ResolvedConfig, model: MaskedAutoencoderViT, size: Size, file
 
 
 def _seconds_at_peak(
-    model: MaskedAutoencoderViT, config: ResolvedConfig, size: Size, world: parallel.World
+    model: MaskedAutoencoderViT, config: ResolvedConfig, size: Size, context: parallel.DistContext
 ) -> float | None:
     """What a step would take if all devices computed at their peak; None where it is unknown."""
-    peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+    peak = peak_flops(torch.cuda.get_device_name(context.device)) if context.device.type == "cuda" else None
     L = math.prod(model.grid_of(size))
     flops = 3 * config.global_batch * flops_per_image(model, config.mask_ratio, L, config.predict_ratio)
-    return peak and flops / (world.size * peak)
+    return peak and flops / (context.size * peak)
 
 
 def _unsharded(
@@ -321,7 +321,7 @@ def _feed(
     masks_now = {size: dataclasses.replace(masks, seed=seed) for size, masks in masks_of.items()}
     view = View(config.input_size, config.in_chans, seed=seed, scale=config.crop_scale, flip=config.flip)
     load = partial(loader_of(run), source, decoder=decoder)
-    requests_of = partial(_requests, source, config, seed, run.world, run.steps.an_epoch)
+    requests_of = partial(_requests, source, config, seed, run.context, run.steps.per_epoch)
     size_at = partial(_size_at, run=run, config=config, sizes=sizes)
     batches_of = partial(_batches, load, requests_of, view, size_at)
     return Feed(source, requests_of, batches_of, partial(_micro_batches, run=run, config=config, masks_of=masks_now))
@@ -329,20 +329,20 @@ def _feed(
 
 def _size_at(step: int, run: Run, config: ResolvedConfig, sizes: tuple[Size, ...]) -> Size:
     """That of the crops of a step."""
-    return size_in(step // run.steps.an_epoch, sizes, config.grow_epochs)
+    return size_in(step // run.steps.per_epoch, sizes, config.grow_epochs)
 
 
 def _requests(
     source: Source,
     config: ResolvedConfig,
     seed: int,
-    world: parallel.World,
+    context: parallel.DistContext,
     steps_per_epoch: int,
     steps: Iterable[int],
 ) -> Iterator[Request]:
     """The crops of the steps."""
     crops = config.batch_size // config.repeated_masks
-    return requests(source, seed, crops, config.accum_iter, world, steps_per_epoch, steps)
+    return requests(source, seed, crops, config.accum_iter, context, steps_per_epoch, steps)
 
 
 def _batches(
@@ -429,19 +429,19 @@ def _export(
 
     Every rank calls it, the first one writes.
     """
-    keep = run.world.is_first
+    keep = run.context.is_main
     weights = in_one_piece(model.state_dict(), keep=keep)
     moments = in_one_piece(optimizer.state_dict(), keep=keep)
     means = in_one_piece(average, keep=keep)
 
     def write() -> None:
-        path = published_path(run.folder, epoch)
-        save_published(path, weights, moments, epoch, run.settings)
+        path = official_path(run.folder, epoch)
+        save_official_files(path, weights, moments, epoch, run.settings)
         if means:
-            save_published(path.with_stem(f"{path.stem}-ema"), weights | means, moments, epoch, run.settings)
+            save_official_files(path.with_stem(f"{path.stem}-ema"), weights | means, moments, epoch, run.settings)
         _picture(_picture_path(run.folder, epoch), config, masks, _unsharded(model, weights, run.settings), source)
 
-    return written(write) if run.world.is_first else None
+    return written(write) if run.context.is_main else None
 
 
 def _picture(path: Path, config: ResolvedConfig, masks: Masks, model: MaskedAutoencoderViT, source: Source) -> None:

@@ -69,26 +69,26 @@ Flags = TypeVar("Flags", PretrainConfig, FinetuneConfig)
 Resolved = ResolvedConfig | ResolvedFinetuneConfig
 
 
-def run_courses(flags: Flags, course: Callable[[Flags, parallel.World, StopSignals], int | None]) -> int:
+def run_attempts(flags: Flags, course: Callable[[Flags, parallel.DistContext, StopSignals], int | None]) -> int:
     """Joins the ranks and runs courses of a story until one says with which status it ends; None is once more."""
     check_sinks(flags.log_dir, flags.wandb)
-    world = parallel.start(flags.device)
-    if world.device.type == "cpu":
+    context = parallel.start(flags.device)
+    if context.device.type == "cpu":
         keep_freed_memory()
     try:
         with using(ops=flags.ops, attention=flags.attention), StopSignals() as stop:
-            while (status := course(flags, world, stop)) is None:
+            while (status := course(flags, context, stop)) is None:
                 flags = dataclasses.replace(flags, resume="auto")
             return status
     finally:
-        parallel.stop(world)
+        parallel.stop(context)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
 def resolve_settings(
-    flags: PretrainConfig, source: Source, facts: DataFacts, world: parallel.World, mask_file: MaskFile | None
+    flags: PretrainConfig, source: Source, facts: DataFacts, context: parallel.DistContext, mask_file: MaskFile | None
 ) -> ResolvedConfig:
     """The configuration of a pretraining with every default filled in."""
     in_chans = flags.in_chans or facts.channels
@@ -100,7 +100,7 @@ def resolve_settings(
         measured = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else channel_statistics(source, in_chans)
         mean, std = mean or measured[0], std or measured[1]
     masks = None if mask_file is None else mask_file.facts
-    return resolve(flags, facts, mean=mean, std=std, ranks=world.size, num_workers=default_workers(), masks=masks)
+    return resolve(flags, facts, mean=mean, std=std, ranks=context.size, num_workers=default_workers(), masks=masks)
 
 
 def as_json(config: Resolved) -> dict[str, Any]:
@@ -112,16 +112,16 @@ def as_json(config: Resolved) -> dict[str, Any]:
 class Steps:
     """The optimiser steps of a run, the same for every split of the global batch."""
 
-    an_epoch: int
+    per_epoch: int
     total: int
     between_checkpoints: int
 
-    def place(self, step: int) -> tuple[int, int]:
+    def epoch_and_index(self, step: int) -> tuple[int, int]:
         """The epoch of a step and its number in it."""
-        return divmod(step, self.an_epoch)
+        return divmod(step, self.per_epoch)
 
 
-def plan_steps(config: Resolved, world: parallel.World, crops: int, images: str) -> Steps:
+def plan_steps(config: Resolved, context: parallel.DistContext, crops: int, images: str) -> Steps:
     """Counts the steps.
 
     Args:
@@ -131,25 +131,25 @@ def plan_steps(config: Resolved, world: parallel.World, crops: int, images: str)
     Raises:
         UserError: there are not enough for one.
     """
-    of_a_rank = micro_batches(config.dataset_length, crops, world.size, config.accum_iter, config.keep_last)
-    an_epoch = of_a_rank // config.accum_iter
-    if an_epoch < 1:
+    of_a_rank = micro_batches(config.dataset_length, crops, context.size, config.accum_iter, config.keep_last)
+    per_epoch = of_a_rank // config.accum_iter
+    if per_epoch < 1:
         size = f"--batch_size {config.batch_size}"
         size += f" × --accum_iter {config.accum_iter}" if config.accum_iter > 1 else ""
-        size += f" × {world.size} ranks" if world.size > 1 else ""
-        fits = config.dataset_length // (config.accum_iter * world.size) * (config.batch_size // crops)
+        size += f" × {context.size} ranks" if context.size > 1 else ""
+        fits = config.dataset_length // (config.accum_iter * context.size) * (config.batch_size // crops)
         remedy = f"lower --batch_size to at most {fits}" if fits else "lower --accum_iter or the ranks"
         given = f"the {config.dataset_length} {images} of {shown(config.data_path)}"
         raise UserError(f"{size} is more than {given}; {remedy}, or use --keep_last")
-    between_checkpoints = config.checkpoint_freq or an_epoch * math.ceil(MIN_CHECKPOINT_STEPS / an_epoch)
-    return Steps(an_epoch, config.epochs * an_epoch, between_checkpoints)
+    between_checkpoints = config.checkpoint_freq or per_epoch * math.ceil(MIN_CHECKPOINT_STEPS / per_epoch)
+    return Steps(per_epoch, config.epochs * per_epoch, between_checkpoints)
 
 
 def rate_at(step: int, config: Resolved, steps: Steps) -> float:
     """The learning rate of a step."""
-    epoch, index = steps.place(step)
+    epoch, index = steps.epoch_and_index(step)
     return learning_rate(
-        epoch + index / steps.an_epoch,
+        epoch + index / steps.per_epoch,
         lr=config.lr,
         min_lr=config.min_lr,
         warmup_epochs=config.warmup_epochs,
@@ -195,11 +195,11 @@ class Run:
     """The same as JSON."""
     folder: Path
     steps: Steps
-    world: parallel.World
+    context: parallel.DistContext
     detours: list[int]
     """Steps after which it went on with other data."""
     stop: StopSignals
-    asked_to_stop: parallel.Vote
+    asked_to_stop: parallel.StopFlag
     screen: Screen
     log: StepLog
     quarantine: Quarantine
@@ -218,7 +218,7 @@ def known_detours(folder: Path, restored: Restored) -> list[int]:
 def open_run(
     config: Resolved,
     settings: dict[str, Any],
-    world: parallel.World,
+    context: parallel.DistContext,
     stop: StopSignals,
     steps: Steps,
     restored: Restored,
@@ -227,53 +227,55 @@ def open_run(
 ) -> Run:
     """Opens screen, log and folder once every rank has looked at what was there. All ranks call it."""
     folder = Path(config.output_dir)
-    world.barrier()  # every rank has looked before the first one writes
+    context.barrier()  # every rank has looked before the first one writes
     screen = Screen(
         total_steps=steps.total,
         epochs=config.epochs,
         images_a_step=config.global_batch,
         start_step=restored.step,
-        shows=world.is_first,
+        shows=context.is_main,
     )
-    places = dict(log_dir=config.log_dir, wandb=config.wandb) if world.is_first else dict(log_dir=None, wandb=None)
+    places = dict(log_dir=config.log_dir, wandb=config.wandb) if context.is_main else dict(log_dir=None, wandb=None)
     log = StepLog(
         folder,
-        device=world.device,
+        device=context.device,
         log_freq=config.log_freq,
-        rank=world.rank,
-        ranks=world.size,
-        mean_over_ranks=world.mean,
+        rank=context.rank,
+        ranks=context.size,
+        mean_over_ranks=context.mean,
         num_workers=config.num_workers,
         spike_score=LossSpikes().score,
         sinks=open_sinks(folder, **places, settings=settings, say=screen.say),
         say=screen.say,
     )
-    if world.is_first:
-        _write_beginning(folder, settings, world, backends)
-    quarantine = "quarantine.jsonl" if world.size == 1 else f"quarantine-{world.rank}.jsonl"
+    if context.is_main:
+        _write_beginning(folder, settings, context, backends)
+    quarantine = "quarantine.jsonl" if context.size == 1 else f"quarantine-{context.rank}.jsonl"
     keep_every = config.keep_every and config.keep_every * steps.between_checkpoints
     return Run(
         config=config,
         settings=settings,
         folder=folder,
         steps=steps,
-        world=world,
+        context=context,
         detours=detours,
         stop=stop,
-        asked_to_stop=parallel.Vote(world),
+        asked_to_stop=parallel.StopFlag(context),
         screen=screen,
         log=log,
         quarantine=Quarantine(folder / quarantine, config.max_corrupt),
         saver=Saver(folder, keep=config.keep, keep_every=keep_every, background=config.async_save),
-        watchdog=Watchdog(config.hang_timeout, folder / f"hang-{world.rank}.txt", f"rank {world.rank}"),
+        watchdog=Watchdog(config.hang_timeout, folder / f"hang-{context.rank}.txt", f"rank {context.rank}"),
     )
 
 
-def _write_beginning(folder: Path, settings: dict[str, Any], world: parallel.World, backends: dict[str, str]) -> None:
+def _write_beginning(
+    folder: Path, settings: dict[str, Any], context: parallel.DistContext, backends: dict[str, str]
+) -> None:
     """Writes config.json, and a line for this start in environment.jsonl."""
     start = {
         "command": sys.argv,
-        "ranks": world.size,
+        "ranks": context.size,
         "versions": versions(),
         "hardware": hardware(),
         "backends": backends,
@@ -304,8 +306,8 @@ def announce_beginning(run: Run, restored: Restored, backends: dict[str, str]) -
 
 def begin(run: Run, restored: Restored) -> None:
     """Takes up the log where the run goes on, and waits for all ranks."""
-    run.log.resume(restored.step, restored.step // run.steps.an_epoch, restored.epoch_sums)
-    run.world.barrier()
+    run.log.resume(restored.step, restored.step // run.steps.per_epoch, restored.epoch_sums)
+    run.context.barrier()
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -323,21 +325,27 @@ class Feed:
 
 
 def requests(
-    source: Source, seed: int, crops: int, accum_iter: int, world: parallel.World, an_epoch: int, steps: Iterable[int]
+    source: Source,
+    seed: int,
+    crops: int,
+    accum_iter: int,
+    context: parallel.DistContext,
+    per_epoch: int,
+    steps: Iterable[int],
 ) -> Iterator[Request]:
     """The micro-batches of the steps, each epoch planned when it is reached."""
     plan = None
     for step in steps:
-        epoch, index = divmod(step, an_epoch)
+        epoch, index = divmod(step, per_epoch)
         if plan is None or plan.epoch != epoch:
-            plan = plan_epoch(seed, epoch, len(source), crops, world.rank, world.size, source.shards)
+            plan = plan_epoch(seed, epoch, len(source), crops, context.rank, context.size, source.shards)
         for micro in range(accum_iter):
             yield plan.batch(index * accum_iter + micro)
 
 
 def loader_of(run: Run) -> Callable[..., Generator[Batch]]:
     """``load_batches`` for the device and the threads of a run."""
-    device = run.world.device
+    device = run.context.device
     pin_memory = run.config.pin_mem and device.type == "cuda"
     return partial(load_batches, device=device, num_workers=run.config.num_workers, pin_memory=pin_memory)
 
@@ -364,7 +372,7 @@ def _losses(feed: Feed, step: int, loss_of: nn.Module, autocast: torch.autocast)
 
 
 @dataclass(frozen=True)
-class StepEnd:
+class StepActions:
     """What is due after a step; the same on every rank."""
 
     done: int
@@ -379,9 +387,9 @@ class StepEnd:
     """A signal ends the run before its last step."""
 
 
-def end_step(run: Run, step: int) -> StepEnd:
+def end_step(run: Run, step: int) -> StepActions:
     """Decides what is due after a step that was logged."""
-    done, (epoch, index) = step + 1, run.steps.place(step)
+    done, (epoch, index) = step + 1, run.steps.epoch_and_index(step)
     stopping = run.asked_to_stop.any(run.stop.received is not None)
     saves = done % run.steps.between_checkpoints == 0 or done == run.steps.total or stopping
     if saves:
@@ -389,11 +397,11 @@ def end_step(run: Run, step: int) -> StepEnd:
     # Weights that made the last steps fail are no use to anybody, so nothing is saved until one succeeds.
     skipped = run.log.skipped_in_a_row
     export_due = epoch % run.config.save_freq == 0 or epoch + 1 == run.config.epochs
-    return StepEnd(
+    return StepActions(
         done=done,
         failing=skipped > 0,
         gives_up=skipped >= run.config.max_skipped or (skipped > 0 and done == run.steps.total),
-        exports=index + 1 == run.steps.an_epoch and skipped == 0 and export_due,
+        exports=index + 1 == run.steps.per_epoch and skipped == 0 and export_due,
         saves=saves and skipped == 0,
         stops=stopping and done < run.steps.total,
     )
@@ -401,7 +409,7 @@ def end_step(run: Run, step: int) -> StepEnd:
 
 def require_finite_weights(run: Run, model: nn.Module, done: int) -> None:
     """Refuses to go on with weights that are not finite, before somebody uses them. All ranks call it."""
-    require_finite(parallel.witness(model.parameters(), run.world), done)
+    require_finite(parallel.finiteness_check(model.parameters(), run.context), done)
 
 
 def save_run(run: Run, done: int, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -411,7 +419,7 @@ def save_run(run: Run, done: int, model: nn.Module, tensors: dict[str, torch.Ten
     run.saver.save(done, tensors, position)
 
 
-def stop_run(run: Run, end: StepEnd) -> int:
+def stop_run(run: Run, end: StepActions) -> int:
     """Leaves a run that a signal stopped, and returns the exit status."""
     run.saver.finish()
     run.log.close()
@@ -433,7 +441,7 @@ def go_back(
     first = done - run.log.skipped_in_a_row
     drawn = [index for indices, _ in feed.requests_of([first]) for index in indices[:NAMED_SAMPLES].tolist()]
     names = [feed.source.name(index) for index in drawn[:NAMED_SAMPLES]]
-    place = first_not_finite(model, partial(_losses, feed, first, loss_of, autocast), run.world.any)
+    place = first_not_finite(model, partial(_losses, feed, first, loss_of, autocast), run.context.any)
     report = report_not_finite(first + 1, done, place, names)
     run.log.close()
     run.saver.wait()
@@ -446,20 +454,20 @@ def go_back(
         resume = run.config.resume
         raise UserError(f"{report}; no checkpoint was saved since {resume}: lower --blr and name another folder")
     print(f"fastmae: {report}; going back to step {step}, and on with other data", file=sys.stderr, flush=True)
-    if run.world.is_first:
+    if run.context.is_main:
         write_detours(run.folder, [*run.detours, step])
-    run.world.barrier()
+    run.context.barrier()
 
 
 # --- what is left behind ----------------------------------------------------------------------------------------------
 
 
-def published_path(folder: Path, epoch: int) -> Path:
+def official_path(folder: Path, epoch: int) -> Path:
     """Where the published file of an epoch lies; its weights lie beside it."""
     return folder / f"checkpoint-{epoch}.pth"
 
 
-def save_published(
+def save_official_files(
     path: Path, weights: dict[str, torch.Tensor], moments: dict[str, Any], epoch: int, settings: dict[str, Any]
 ) -> None:
     """Writes the published .pth, and a .safetensors of its weights.
@@ -492,7 +500,7 @@ def close_run(run: Run, unsaved: str | None) -> None:
     """
     run.saver.finish()
     run.log.close()
-    if run.world.any(unsaved is not None):
+    if run.context.any(unsaved is not None):
         raise UserError(unsaved or "the first rank could not save all that it should; its last line says what")
 
 

@@ -179,7 +179,7 @@ def require_graph(device: torch.device, ranks: int) -> None:
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepResult:
     """What a step came to: scalars on the device, which nobody has waited for."""
 
     loss: torch.Tensor
@@ -209,7 +209,7 @@ def train_step(
     clip_grad: float | None = None,
     mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
     graph: PassGraph | None = None,
-) -> Stepped:
+) -> StepResult:
     """Steps once with the mean gradient of the micro-batches, unless it or a loss is not finite.
 
     Args:
@@ -254,7 +254,7 @@ def train_step(
     # Read by the fused kernel: at 1.0 it leaves weights, moments and step counts as they are.
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.step()
-    return Stepped(total, norm, skipped)
+    return StepResult(total, norm, skipped)
 
 
 @contextmanager

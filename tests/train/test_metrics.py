@@ -40,7 +40,7 @@ def step_log(run: Path, said: list[str], **changes) -> StepLog:
     return StepLog(run, **{**settings, **changes})
 
 
-def stepped(loss: float, skipped: bool = False, grad_norm: float = 1.0) -> SimpleNamespace:
+def result(loss: float, skipped: bool = False, grad_norm: float = 1.0) -> SimpleNamespace:
     values = dict(loss=loss, grad_norm=grad_norm, skipped=float(skipped))
     return SimpleNamespace(**{name: torch.tensor(value) for name, value in values.items()})
 
@@ -58,7 +58,7 @@ def test_skipped_steps_are_counted_in_a_row_and_are_no_part_of_means(tmp_path):
     losses = [1.0, math.nan, math.inf, 2.0, math.nan, 3.0, math.nan, math.nan]
     in_a_row = []
     for step, loss in enumerate(losses, 1):
-        log.add(stepped(loss, skipped=not math.isfinite(loss)), step=step, epoch=0, lr=step, images=8)
+        log.add(result(loss, skipped=not math.isfinite(loss)), step=step, epoch=0, lr=step, images=8)
         in_a_row.append(log.skipped_in_a_row)
     assert in_a_row == [0, 0, 0, 0, 0, 0, 0, 2], "known only when the numbers are read, every 4 steps"
     assert [row["loss"] for row in rows(tmp_path)] == [1.0, None, None, 2.0, None, 3.0, None, None]
@@ -78,7 +78,7 @@ def test_skipped_steps_are_counted_in_a_row_and_are_no_part_of_means(tmp_path):
 
 def test_an_epoch_of_skipped_steps_alone_has_no_mean(tmp_path):
     log = step_log(tmp_path, [])
-    log.add(stepped(math.nan, skipped=True), step=1, epoch=0, lr=0.1, images=8)
+    log.add(result(math.nan, skipped=True), step=1, epoch=0, lr=0.1, images=8)
     log.end_epoch(0)
     assert json.loads((tmp_path / "log.txt").read_text()) == {"train_lr": None, "train_loss": None, "epoch": 0}
 
@@ -87,7 +87,7 @@ def test_a_spike_is_in_its_line_and_on_the_screen(tmp_path):
     said: list[str] = []
     log = step_log(tmp_path, said, spike_score=lambda loss: 12.34 if loss > 5 else None)
     for step, loss in enumerate([1.0, 9.0, 1.0, 1.0], 1):
-        log.add(stepped(loss), step=step, epoch=0, lr=0.1, images=8)
+        log.add(result(loss), step=step, epoch=0, lr=0.1, images=8)
     assert [row.get("spike") for row in rows(tmp_path)] == [None, 12.3, None, None]
     assert said == ["loss spike      9.0000 at step 2, 12 robust standard deviations above those before"]
 
@@ -107,7 +107,7 @@ def test_one_exchange_a_read_tells_the_mean_loss_and_the_slowest_rank(tmp_path, 
         log = step_log(tmp_path / str(rank), [], rank=rank, ranks=2, mean_over_ranks=exchange)
         log.loading.wait = wait
         for step, loss in enumerate(losses, 1):
-            log.add(stepped(loss), step=step, epoch=0, lr=0.1, images=8, seconds_at_peak=8e-5)
+            log.add(result(loss), step=step, epoch=0, lr=0.1, images=8, seconds_at_peak=8e-5)
         return log
 
     (tmp_path / "0").mkdir()
@@ -202,7 +202,7 @@ def test_a_sink_that_fails_is_left_off_with_one_line(tmp_path):
     sink = Sink("wandb", lambda: (write, lambda: taken.append(-1)), said.append)
     log = step_log(tmp_path, said, sinks=[sink])
     for step in range(1, 9):
-        log.add(stepped(1.0), step=step, epoch=0, lr=0.1, images=8)
+        log.add(result(1.0), step=step, epoch=0, lr=0.1, images=8)
     log.close()
     assert taken == [1, 2, 3]
     assert said == ["wandb           failed and is off from here on; the run and metrics.jsonl go on (no network)"]

@@ -19,7 +19,7 @@ from fastmae.data.sources import open_train
 from fastmae.errors import UserError
 from fastmae.train import pretrain as module
 from fastmae.train.health import EXIT_INTERRUPTED
-from fastmae.train.parallel import World
+from fastmae.train.parallel import DistContext
 from fastmae.train.pretrain import pretrain
 
 CPU = torch.device("cpu")
@@ -68,10 +68,10 @@ class Seen:
             self.steps[step] = [(images.clone(), ids.clone()) for images, ids in batches]
             return take_step(loss_of, optimizer, iter(batches), *rest)
 
-        def recording_requests(source, config, seed, world, steps_per_epoch, steps):
+        def recording_requests(source, config, seed, context, steps_per_epoch, steps):
             steps = list(steps)
             self.first, self.taken = steps[0], 0
-            return requests(source, config, seed, world, steps_per_epoch, steps)
+            return requests(source, config, seed, context, steps_per_epoch, steps)
 
         monkeypatch.setattr(module, "train_step", recording_step)
         monkeypatch.setattr(module, "_requests", recording_requests)
@@ -148,7 +148,7 @@ def test_ranks_see_one_order_from_any_step_on(tars, tmp_path, accum_iter, repeat
         )
         by_rank = []
         for rank in range(ranks):
-            requests = module._requests(source, config, 3, World(rank, ranks, CPU), 4, range(start, 14))
+            requests = module._requests(source, config, 3, DistContext(rank, ranks, CPU), 4, range(start, 14))
             batches = load_batches(source, requests, view, device=CPU, num_workers=2)
             by_rank.append([(batch.draw_ids, batch.images) for batch in batches])
         # Ranks take turns within a micro-step, micro-steps within a step.

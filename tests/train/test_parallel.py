@@ -23,7 +23,7 @@ from fastmae.checkpoint.official import read_official
 from fastmae.config import PretrainConfig
 from fastmae.errors import UserError
 from fastmae.train.average import start_average
-from fastmae.train.parallel import World, choose_sharing
+from fastmae.train.parallel import DistContext, choose_parallelism
 from fastmae.train.pretrain import pretrain
 
 # 9 steps of 8 images.
@@ -160,10 +160,10 @@ def test_the_published_file_resumes_in_pieces(runs):
 
 
 def test_copies_must_come_out_even():
-    world = World(0, 4, torch.device("cpu"))
-    assert choose_sharing("hsdp", "fp32", 2, world).reason == "2 copies of 2 ranks each, gradients in fp32"
+    context = DistContext(0, 4, torch.device("cpu"))
+    assert choose_parallelism("hsdp", "fp32", 2, context).reason == "2 copies of 2 ranks each, gradients in fp32"
     with pytest.raises(UserError, match="--shard_size 3: must divide the 4 ranks"):
-        choose_sharing("hsdp", "fp32", 3, world)
+        choose_parallelism("hsdp", "fp32", 3, context)
 
 
 @pytest.fixture(scope="module")

@@ -527,28 +527,28 @@ from fastmae.train.average import start_average, update_average
 from fastmae.train.optim import make_optimizer
 from fastmae.train.step import TrainingLoss, in_float8, prepare, train_step
 kind, compiling, *float8 = sys.argv[1:]
-world = parallel.start("cpu")
+context = parallel.start("cpu")
 compile_anything = torch.compile
 torch.compile = lambda *args, **rest: compile_anything(*args, **rest, backend="aot_eager")
 torch.manual_seed(0)
 model = fastmae.mae_vit_tiny_patch4(img_size=16, depth=2)
 images = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8)
 ids = fastmae.ops.random_masking(torch.arange(8), 0, 16)
-mine = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
+mine = slice(context.rank * 8 // context.size, (context.rank + 1) * 8 // context.size)
 loss_of = TrainingLoss(model, 0.75)
 if float8:
     in_float8(model, emulate=True)
 prepare(loss_of, "selective", compiling)
-loss_of = parallel.share(loss_of, world, parallel.choose_sharing(kind, "fp32", None, world))
+loss_of = parallel.parallelize(loss_of, context, parallel.choose_parallelism(kind, "fp32", None, context))
 optimizer = make_optimizer(model, 1e-3, 0.05)
 average = start_average(model, None)
 
 def step():
     micro = [(images[mine], ids[mine]), (images[mine] // 2, ids[mine])]
     autocast = torch.autocast("cpu", enabled=False)
-    stepped = train_step(loss_of, optimizer, micro, 2, 1e-3, autocast, 0.5, world.mean)
-    update_average(average, model, 0.9, stepped.skipped)
-    return stepped
+    result = train_step(loss_of, optimizer, micro, 2, 1e-3, autocast, 0.5, context.mean)
+    update_average(average, model, 0.9, result.skipped)
+    return result
 
 def state():
     moments = [value for p in model.parameters() for value in optimizer.state.get(p, {}).values()]
@@ -556,19 +556,19 @@ def state():
 
 first = step()
 before = state()
-hook = model.decoder_norm.register_forward_hook(lambda _, __, out: out * torch.nan if world.rank == 1 else out)
+hook = model.decoder_norm.register_forward_hook(lambda _, __, out: out * torch.nan if context.rank == 1 else out)
 bad = step()
 hook.remove()
-if world.size > 1:
-    assert bad.skipped == 1 and bool(bad.loss.isfinite()) == (world.rank == 0), bad
+if context.size > 1:
+    assert bad.skipped == 1 and bool(bad.loss.isfinite()) == (context.rank == 0), bad
     assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
 last = step()
 assert first.skipped == last.skipped == 0
-numbers = [x.item() for step in (first, last) for x in (step.grad_norm, world.mean(step.loss))]
+numbers = [x.item() for step in (first, last) for x in (step.grad_norm, context.mean(step.loss))]
 numbers.append(torch.stack([mean.norm() for mean in in_one_piece(average, True).values()]).norm().item())
-if world.is_first:
+if context.is_main:
     print("seen", *numbers, flush=True)
-parallel.stop(world)
+parallel.stop(context)
 """
 
 
@@ -600,10 +600,10 @@ def test_the_average_is_torchs_and_leaves_skipped_steps_out():
     average = start_average(trainer.loss_of, None)
     expected = [mean.clone() for mean in average.values()]
     for seed in range(3):
-        stepped = trainer.step(seed)
+        result = trainer.step(seed)
         weights = [p.detach() for p in trainer.loss_of.parameters() if p.requires_grad]
         torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)(expected, weights, None)
-        update_average(average, trainer.loss_of, 0.9, stepped.skipped)
+        update_average(average, trainer.loss_of, 0.9, result.skipped)
         for mean, other in zip(average.values(), expected, strict=True):
             torch.testing.assert_close(mean, other, rtol=1e-6, atol=1e-8)
     before = copy.deepcopy(average)

@@ -120,7 +120,7 @@ def test_malloc_keeps_what_a_rank_frees_unless_peers_share_its_process(peers, mo
     told = []
     monkeypatch.setattr(step, "keep_freed_memory", lambda: told.append("it"))
     config = BenchStepConfig(model="mae_vit_tiny_patch4", batch_size=2, peers=peers)
-    step._among_ranks(config, step.parallel.World(0, 2, torch.device("cpu")))
+    step._among_ranks(config, step.parallel.DistContext(0, 2, torch.device("cpu")))
     assert bool(told) == (not peers)
 
 

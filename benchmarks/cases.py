@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from fastmae.errors import UserError
-from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD, PRESETS
+from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD
+from fastmae.model.presets import PRESETS
 from fastmae.ops.assemble_tokens import assemble_tokens, assemble_tokens_reference
 from fastmae.ops.attention import attention, attention_backend, attention_reference
 from fastmae.ops.backends import ops_backend

@@ -28,7 +28,7 @@ from fastmae.checkpoint.restore import load_checkpoint
 from fastmae.checkpoint.save import Saver, training_tensors
 from fastmae.config import BenchCheckpointConfig, check_bench
 from fastmae.errors import UserError
-from fastmae.model.mae import PRESETS
+from fastmae.model.presets import PRESETS
 from fastmae.ops.random_masking import random_masking
 from fastmae.train.optim import make_optimizer
 from fastmae.train.parallel import choose_device

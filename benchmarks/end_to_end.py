@@ -45,7 +45,8 @@ from fastmae.data.plan import EpochPlan, crop_draws, plan_epoch
 from fastmae.data.sources import FolderSource, Source, open_train
 from fastmae.errors import UserError
 from fastmae.model.flops import flops_per_image
-from fastmae.model.mae import PRESETS, MaskedAutoencoderViT
+from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.presets import PRESETS
 from fastmae.ops.random_masking import random_masking
 from fastmae.train import parallel
 from fastmae.train.precision import choose_precision

@@ -34,7 +34,8 @@ from fastmae.benchmarks.report import console
 from fastmae.benchmarks.timing import Samples, elapsed, machine_name, quartiles, write_result
 from fastmae.config import BenchScalingConfig, ScalingMachine, check_scaling
 from fastmae.errors import UserError
-from fastmae.model.mae import PRESETS, MaskedAutoencoderViT
+from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.presets import PRESETS
 from fastmae.model.vit import Block
 from fastmae.ops.random_masking import random_masking
 from fastmae.train import parallel

@@ -55,7 +55,8 @@ from fastmae.config import BenchStepConfig, check_bench
 from fastmae.environment import peak_flops
 from fastmae.errors import UserError
 from fastmae.model.flops import flops_per_image
-from fastmae.model.mae import PRESETS, MaskedAutoencoderViT
+from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.presets import PRESETS
 from fastmae.ops.random_masking import random_masking
 from fastmae.train import parallel
 from fastmae.train.allocator import keep_freed_memory

@@ -45,7 +45,7 @@ from fastmae.config import (
 from fastmae.data.loader import default_workers
 from fastmae.errors import UserError
 from fastmae.files import write_text
-from fastmae.model.mae import PRESETS
+from fastmae.model.presets import PRESETS
 from fastmae.train.parallel import choose_device
 from fastmae.train.precision import Precision, choose_precision
 

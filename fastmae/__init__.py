@@ -4,8 +4,8 @@ Importing it touches no device and starts no thread.
 """
 
 from fastmae import ops
-from fastmae.model.mae import (
-    MaskedAutoencoderViT,
+from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.presets import (
     mae_vit_base_patch16,
     mae_vit_base_patch16_dec512d8b,
     mae_vit_huge_patch14,

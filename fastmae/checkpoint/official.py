@@ -27,7 +27,8 @@ from fastmae.checkpoint.huggingface import from_huggingface, is_huggingface, rea
 from fastmae.errors import UserError
 from fastmae.files import write_whole
 from fastmae.model.build import build_model
-from fastmae.model.mae import PRESETS, MaskedAutoencoderViT
+from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.presets import PRESETS
 from fastmae.model.sharding import laid_out_like
 
 # The state of a fresh gradient scaler. bf16 and fp32 need none, but the published loader asks for one.

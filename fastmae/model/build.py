@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastmae.errors import UserError
-from fastmae.model.mae import PRESETS, MaskedAutoencoderViT
+from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.presets import PRESETS
 
 
 def build_model(settings: dict[str, Any]) -> MaskedAutoencoderViT:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.vit import Block, NormLayer, PatchEmbed, checkpointed
+from fastmae.model.vit import Block, NormLayer, PatchEmbed, checkpointed, patch_grid
 from fastmae.ops.gather_patches import gather_patches
 from fastmae.ops.linear import Linear, linear
 from fastmae.philox import STREAM_DROP_PATH, uniforms_numpy
@@ -89,12 +89,9 @@ class Classifier(nn.Module):
         std: Sequence[float],
     ) -> None:
         super().__init__()
-        (height, width), (ph, pw) = img_size, patch_size
-        if min(height, width) < 1 or height % ph or width % pw:
-            raise ValueError(f"an image of {height}×{width} pixels is not a multiple of a patch of {ph}×{pw}")
         norm_layer: NormLayer = partial(nn.LayerNorm, eps=1e-6)
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
-        self.grid_size = (height // ph, width // pw)
+        self.grid_size = patch_grid(img_size, patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.head_dim = embed_dim // num_heads
         self.global_pool = global_pool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastmae.model.cross import CrossMAE
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.vit import Block, CrossBlock
 
@@ -27,7 +28,7 @@ def flops_per_image(
     encoder = sum(_block(block, K + 1, K + 1) for block in model.blocks if isinstance(block, Block))
     patches = 2 * K * pixels * width
     head = 2 * M * decoder_width * pixels
-    if model.decoder_attention == "cross":
+    if isinstance(model, CrossMAE):
         between = 2 * model.decoder_map_weights.numel() * (K + 1) * width
         decoding = sum(_block(block, K + 1, M) for block in model.decoder_blocks if isinstance(block, CrossBlock))
     else:

@@ -32,6 +32,18 @@ EXPENSIVE = [
 ]
 
 
+def patch_grid(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    """The (rows, columns) of patches of an image; both sizes are (height, width) in pixels.
+
+    Raises:
+        ValueError: the image is not a multiple of the patch.
+    """
+    (height, width), (ph, pw) = img_size, patch_size
+    if min(ph, pw) < 1 or min(height, width) < 1 or height % ph or width % pw:
+        raise ValueError(f"an image of {height}×{width} pixels is not a multiple of a patch of {ph}×{pw}")
+    return height // ph, width // pw
+
+
 def sincos_positions(dim: int, grid_size: tuple[int, int], full_grid: tuple[int, int] | None = None) -> torch.Tensor:
     """Fixed 2-D sine-cosine positions with a zero row for the class token: float32 [1 + gh·gw, dim].
 

@@ -12,7 +12,7 @@ from fastmae.benchmarks.cases import MASK_RATIO, TOLERANCE, all_cases, attention
 from fastmae.benchmarks.measure import Measured
 from fastmae.cli import main
 from fastmae.config import BENCH_OPS
-from fastmae.model.mae import mae_vit_tiny_patch4
+from fastmae.model.presets import mae_vit_tiny_patch4
 from fastmae.ops import random_masking
 from fastmae.ops.attention import attention_reference
 from fastmae.ops.attention_table import read_table, write_table

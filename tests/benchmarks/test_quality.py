@@ -30,7 +30,7 @@ from fastmae.cli import main
 from fastmae.config import BenchQualityConfig
 from fastmae.data.sources import ArraySource, open_train
 from fastmae.errors import UserError
-from fastmae.model.mae import PRESETS
+from fastmae.model.presets import PRESETS
 from fastmae.train.optim import learning_rate, parameter_groups
 
 CPU = torch.device("cpu")

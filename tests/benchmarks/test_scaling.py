@@ -34,7 +34,7 @@ from fastmae.benchmarks.scaling import (
 from fastmae.cli import main
 from fastmae.config import ScalingMachine
 from fastmae.model.flops import flops_per_image
-from fastmae.model.mae import PRESETS
+from fastmae.model.presets import PRESETS
 from fastmae.model.vit import Block
 
 MACHINE = ScalingMachine()

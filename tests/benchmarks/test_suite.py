@@ -21,7 +21,7 @@ from fastmae.benchmarks.suite import Part, execute, judged, operations, parts_of
 from fastmae.cli import _parse, main
 from fastmae.config import BENCH_PARTS, BenchAllConfig, BenchStepConfig
 from fastmae.model.flops import flops_per_image
-from fastmae.model.mae import PRESETS
+from fastmae.model.presets import PRESETS
 
 CPU = torch.device("cpu")
 WORDS = ["bench", "all", "--model", "mae_vit_tiny_patch4", "--quick", "--rounds", "1", "--batch_sizes", "1", "2", "3"]

@@ -14,7 +14,7 @@ from fastmae.checkpoint.load import load_model
 from fastmae.checkpoint.official import model_of_file, read_official
 from fastmae.cli import main
 from fastmae.errors import UserError
-from fastmae.model.mae import mae_vit_tiny_patch4
+from fastmae.model.presets import mae_vit_tiny_patch4
 from fastmae.train.optim import make_optimizer
 from fastmae.train.pretrain import pretrain
 

@@ -14,7 +14,8 @@ from fastmae.cli import main
 from fastmae.errors import UserError
 from fastmae.export.hf import save_huggingface
 from fastmae.export.timm import save_timm
-from fastmae.model.mae import MaskedAutoencoderViT, mae_vit_tiny_patch4
+from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.presets import mae_vit_tiny_patch4
 from fastmae.train.optim import make_optimizer
 
 FORMATS = {

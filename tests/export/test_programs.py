@@ -18,7 +18,8 @@ from fastmae.export.encoder import Encoder
 from fastmae.export.measure import as_taken, measure, sample_difference
 from fastmae.export.onnx import opened_onnx, save_onnx
 from fastmae.export.program import opened_program, save_program
-from fastmae.model.mae import MaskedAutoencoderViT, mae_vit_tiny_patch4
+from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.presets import mae_vit_tiny_patch4
 
 EXACT = 1e-5
 # The largest difference of features that are normalised, so of the order of 1: what these formats round.

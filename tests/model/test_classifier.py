@@ -16,7 +16,7 @@ from fastmae.model.classifier import (
     stochastic_depth_mask,
     tune,
 )
-from fastmae.model.mae import mae_vit_base_patch16, mae_vit_tiny_patch4
+from fastmae.model.presets import mae_vit_base_patch16, mae_vit_tiny_patch4
 from fastmae.model.vit import sincos_positions
 
 # What `timm.create_model("vit_base_patch16_224", global_pool="avg")` holds, as the published fine-tuned files do.

@@ -7,8 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastmae
+from fastmae.model.cross import CrossMAE
 from fastmae.model.flops import flops_per_image
-from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.reference import ReferenceMAE
 from fastmae.ops import random_masking
 from fastmae.train.step import TrainingLoss, prepare
@@ -21,9 +21,7 @@ def cross_model(dtype=torch.float32, size=(24, 40), patch=(4, 8), norm_pix=False
     """30 patches, 7 of them visible at the published ratio."""
     torch.manual_seed(0)
     settings = dict(img_size=size, patch_size=patch, norm_pix_loss=norm_pix, **{**SIZES, **sizes})
-    model = MaskedAutoencoderViT(
-        norm_layer=lambda width: nn.LayerNorm(width, eps=1e-6), decoder_attention="cross", **settings
-    )
+    model = CrossMAE(norm_layer=lambda width: nn.LayerNorm(width, eps=1e-6), **settings)
     for parameter in model.parameters():  # biases and norms start at 0 and 1, where mistakes could hide
         if parameter.requires_grad:
             parameter.data += 0.02 * torch.randn_like(parameter)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastmae
-from fastmae.model.mae import PRESETS
+from fastmae.model.presets import PRESETS
 from fastmae.model.vit import sincos_positions
 
 PUBLISHED_DEPTH = {"base": 12, "large": 24, "huge": 32}
@@ -74,6 +74,25 @@ def test_initialisation_is_the_published_one():
     assert all(not p.any() for n, p in model.named_parameters() if n.endswith("bias"))
     assert all((p == 1).all() for n, p in model.named_parameters() if "norm" in n and n.endswith("weight"))
     assert model.norm.eps == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("decoder_attention", "first_patch_weights", "last_weights", "next_draw"),
+    [
+        ("self", [-0.011560979, -0.071741067], [-0.109741092, -0.173536092], 0.461805105),
+        ("cross", [-0.043543231, -0.081732944], [0.154096022, 0.138731465], 0.948859453),
+    ],
+)
+def test_the_weights_of_a_seed_are_those_of_version_0_1(
+    decoder_attention, first_patch_weights, last_weights, next_draw
+):
+    """The numbers were written down with version 0.1; the next draw tells how many were taken for the weights."""
+    torch.manual_seed(0)
+    model = fastmae.mae_vit_tiny_patch4(decoder_attention=decoder_attention)
+    drawn = torch.rand(1).item()
+    assert model.patch_embed.proj.weight[0, 0, 0, :2].tolist() == pytest.approx(first_patch_weights, rel=1e-6)
+    assert model.decoder_pred.weight[-1, -2:].tolist() == pytest.approx(last_weights, rel=1e-6)
+    assert drawn == pytest.approx(next_draw, rel=1e-6)
 
 
 def test_patchify_and_unpatchify_are_inverses():

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastmae.environment import peak_flops
 from fastmae.errors import UserError
 from fastmae.model.flops import flops_per_image
-from fastmae.model.mae import PRESETS
+from fastmae.model.presets import PRESETS
 from fastmae.ops.random_masking import random_masking
 from fastmae.train.metrics import Screen, StepLog
 from fastmae.train.pretrain import pretrain

@@ -10,7 +10,7 @@ from ranks import run_ranks
 
 from fastmae.errors import UserError
 from fastmae.model.flops import flops_per_image
-from fastmae.model.mae import MaskedAutoencoderViT, mae_vit_tiny_patch4
+from fastmae.model.presets import MODELS, mae_vit_tiny_patch4
 from fastmae.model.vit import sincos_positions
 from fastmae.ops.random_masking import random_masking
 from fastmae.train.pretrain import pretrain
@@ -57,7 +57,7 @@ def test_a_patch_of_a_small_grid_lies_in_the_middle_of_the_patches_that_it_cover
 @pytest.mark.parametrize("size", [(8, 16), (12, 12)])
 def test_the_loss_of_a_small_image_is_that_of_a_small_model_with_these_positions(size, decoder):
     def model(size):
-        return MaskedAutoencoderViT(size, 4, 1, 32, 2, 2, 16, 2, 2, decoder_attention=decoder, norm_pix_loss=True)
+        return MODELS[decoder](size, 4, 1, 32, 2, 2, 16, 2, 2, norm_pix_loss=True)
 
     torch.manual_seed(0)
     full = model((16, 24))

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastmae.data.images import IMAGE_SUFFIXES, MAX_FILE_BYTES
 from fastmae.data.index import (
-    IMAGE_SUFFIXES,
-    MAX_FILE_BYTES,
     Index,
     Names,
     cache_file,

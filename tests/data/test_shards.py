@@ -338,7 +338,7 @@ def test_broken_and_sparse_extensions_end_a_shard(tmp_path):
 def test_missing_shards_and_mixed_kinds_are_refused(made, tmp_path):
     for shard in (0, 2):
         shutil.copy(made / "tar" / f"part-00000{shard}.tar", tmp_path)
-    with pytest.raises(UserError, match=r"1 of its 3 files are not there, the first of them .*part-000001.tar"):
+    with pytest.raises(UserError, match=r"1 of its 3 files are missing, the first of them .*part-000001.tar"):
         open_train(str(tmp_path / "part-{000000..000002}.tar"))
     shutil.copy(made / "parquet" / "train-00000-of-00004.parquet", tmp_path)
     with pytest.raises(UserError, match=r"both \.tar and \.parquet"):

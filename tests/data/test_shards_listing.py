@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmae.data import index
-from fastmae.data.index import Index, Listing, cache_file, list_images, pack_names, read_index, unpack_names
+from fastmae.data import images
+from fastmae.data.images import Listing, list_images, scan_folder
+from fastmae.data.index import Index, cache_file, pack_names, read_index, unpack_names, write_index
 from fastmae.data.sources import open_train
 from fastmae.errors import UserError
 
@@ -17,7 +18,7 @@ from fastmae.errors import UserError
 def folder(tmp_path, monkeypatch):
     """Four class folders of five files, old enough for their listing to be kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(index, "WORTH_KEEPING", 10)
+    monkeypatch.setattr(images, "WORTH_KEEPING", 10)
     root = tmp_path / "photos"
     for name in ("a", "b", "c/deep", "empty", ".hidden"):
         (root / name).mkdir(parents=True)
@@ -31,8 +32,7 @@ def folder(tmp_path, monkeypatch):
 def listed(monkeypatch):
     """How often a folder was listed."""
     calls = []
-    original = index._list
-    monkeypatch.setattr(index, "_list", lambda *words: (calls.append(words[0]), original(*words))[1])
+    monkeypatch.setattr(images, "scan_folder", lambda folder: (calls.append(folder), scan_folder(folder))[1])
     return calls
 
 
@@ -94,7 +94,7 @@ def test_what_is_no_file_is_not_waited_for(folder, monkeypatch):
     os.mkfifo(folder / "a" / "pipe.jpg")
     (folder / "a" / "zero.jpg").symlink_to("/dev/zero")
     with open(folder / "a" / "sparse.jpg", "wb") as file:
-        file.truncate(index.MAX_FILE_BYTES + 1)
+        file.truncate(images.MAX_FILE_BYTES + 1)
     source = open_train(str(folder))
     for name, reason in (("pipe.jpg", "not a file"), ("zero.jpg", "not a file"), ("sparse.jpg", "over the limit")):
         (place,) = [i for i, path in enumerate(source.paths) if path.endswith(name)]
@@ -132,7 +132,7 @@ def test_what_comes_or_goes_is_seen(folder, listed, change):
     after = list_images(folder)
     assert len(listed) == 2
     assert not same(before, after)
-    assert same(after, index._list(folder, {}))
+    assert same(after, scan_folder(folder)[0])
 
 
 def test_a_folder_that_has_just_changed_is_not_kept(folder, listed):
@@ -143,7 +143,7 @@ def test_a_folder_that_has_just_changed_is_not_kept(folder, listed):
 
 
 def test_short_listings_are_not_kept(folder, monkeypatch):
-    monkeypatch.setattr(index, "WORTH_KEEPING", 16)
+    monkeypatch.setattr(images, "WORTH_KEEPING", 16)
     list_images(folder)
     assert not list(folder.parent.glob("cache/**/*.index"))
 
@@ -187,7 +187,7 @@ def test_a_damaged_or_foreign_listing_is_made_anew(folder, listed, case):
     if FOREIGN[case] is None:
         kept.write_bytes(kept.read_bytes()[:-3])
     else:
-        assert index.write_index(kept, FOREIGN[case](known))
+        assert write_index(kept, FOREIGN[case](known))
     assert same(list_images(folder), expected)
     assert len(listed) == 2
     list_images(folder)

@@ -36,7 +36,7 @@ class Index:
 
 
 def cache_file(identity: str) -> Path:
-    """Returns the index file for data of this identity, in the folder fastmae of ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Returns the index file for data of this identity: in fastmae/ of ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     digest = hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fastmae" / f"{digest}.index"
 

@@ -14,6 +14,7 @@ import tyro
 from fastmae.config import (
     AnomalyConfig,
     BenchConfig,
+    EstimateConfig,
     ExportConfig,
     FeaturesConfig,
     FinetuneConfig,
@@ -34,6 +35,7 @@ Command = (
     | Annotated[ExportConfig, tyro.conf.subcommand("export")]
     | Annotated[InfoConfig, tyro.conf.subcommand("info")]
     | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
+    | Annotated[EstimateConfig, tyro.conf.subcommand("estimate")]
     | Annotated[VerifyConfig, tyro.conf.subcommand("verify")]
     | Annotated[FeaturesConfig, tyro.conf.subcommand("features")]
     | Annotated[SearchConfig, tyro.conf.subcommand("search")]
@@ -41,9 +43,9 @@ Command = (
 )
 COMMANDS = (
     "pretrain", "finetune", "probe", "reconstruct", "export", "info", "bench", "verify", "features", "search",
-    "anomaly",
+    "anomaly", "estimate",
 )  # fmt: skip
-BENCHMARKS = ("kernels", "attention", "step", "loader", "checkpoint", "quality", "scaling", "end-to-end", "all")
+BENCHMARKS = ("kernels", "attention", "step", "loader", "checkpoint", "quality", "end-to-end", "all")
 EXIT_WRONG_INPUT = 2
 
 
@@ -93,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from fastmae.commands.info import run_info
 
                 run_info(command)
+            case EstimateConfig():
+                from fastmae.commands.estimate import run_estimate
+
+                run_estimate(command)
             case BenchConfig():
                 from fastmae.commands.bench import run_bench
 
@@ -117,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: list[str]) -> Command:
     """tyro's parse, with its boxed messages folded into the one line that every error of this program is."""
+    if argv[:2] == ["bench", "scaling"]:
+        raise UserError("bench scaling: use `fastmae estimate` instead; see `fastmae estimate --help`")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

@@ -10,7 +10,6 @@ from fastmae.config import (
     BenchKernelsConfig,
     BenchLoaderConfig,
     BenchQualityConfig,
-    BenchScalingConfig,
     BenchStepConfig,
 )
 
@@ -22,7 +21,6 @@ def run_bench(
     | BenchLoaderConfig
     | BenchCheckpointConfig
     | BenchQualityConfig
-    | BenchScalingConfig
     | BenchEndToEndConfig
     | BenchAllConfig,
     argv: list[str],
@@ -53,10 +51,6 @@ def run_bench(
             from fastmae.benchmarks.quality import bench_quality
 
             return bench_quality(config, argv)
-        case BenchScalingConfig():
-            from fastmae.benchmarks.scaling import bench_scaling
-
-            return bench_scaling(config, argv)
         case BenchEndToEndConfig():
             from fastmae.benchmarks.end_to_end import bench_end_to_end
 

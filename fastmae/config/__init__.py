@@ -24,6 +24,10 @@ from fastmae.config.bench import (
     BenchSwitch,
     check_bench,
 )
+from fastmae.config.estimate import (
+    EstimateConfig,
+    check_estimate,
+)
 from fastmae.config.evaluate import (
     PROBE_BATCH,
     PROBE_RATES,
@@ -73,11 +77,6 @@ from fastmae.config.quality import (
     BenchQualityConfig,
     check_quality,
     pretraining,
-)
-from fastmae.config.scaling import (
-    BenchScalingConfig,
-    ScalingMachine,
-    check_scaling,
 )
 from fastmae.config.verify import (
     VerifyConfig,

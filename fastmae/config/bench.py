@@ -1,4 +1,4 @@
-"""The settings of bench, all but quality and scaling."""
+"""The settings of bench, all but quality."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Annotated, Literal, get_args
 import tyro
 
 from fastmae.config.quality import BenchQualityConfig
-from fastmae.config.scaling import BenchScalingConfig
 from fastmae.config.shared import (
     BenchPrecision,
     Device,
@@ -219,7 +218,6 @@ class BenchConfig:
         | Annotated[BenchLoaderConfig, tyro.conf.subcommand("loader")]
         | Annotated[BenchCheckpointConfig, tyro.conf.subcommand("checkpoint")]
         | Annotated[BenchQualityConfig, tyro.conf.subcommand("quality")]
-        | Annotated[BenchScalingConfig, tyro.conf.subcommand("scaling")]
         | Annotated[BenchEndToEndConfig, tyro.conf.subcommand("end-to-end")]
         | Annotated[BenchAllConfig, tyro.conf.subcommand("all")]
     )

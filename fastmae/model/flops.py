@@ -1,47 +1,93 @@
-"""The arithmetic that the loss needs, counted from the model's shapes; what MFU is measured by."""
+"""The one count of arithmetic: the matrix products that a step's loss needs, from plain sizes. Imports no torch."""
 
 from __future__ import annotations
 
-from fastmae.model.cross import CrossMAE
-from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.vit import Block, CrossBlock
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from fastmae.model.sizes import Sizes, sizes_of
+
+if TYPE_CHECKING:
+    from fastmae.model.mae import MaskedAutoencoderViT
+
+
+@dataclass(frozen=True)
+class Product:
+    """``count`` products of an image's forward pass, each of a matrix [m, k] with one [k, n].
+
+    The rows of all images of a batch are multiplied at once by a ``linear`` layer's weights, which are k·n numbers; an
+    ``attention`` product belongs to one head of one image.
+    """
+
+    name: str
+    m: int
+    n: int
+    k: int
+    count: int
+    kind: Literal["linear", "attention"] = "linear"
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of all ``count``, a multiply-add being two; backward takes twice as many."""
+        return 2 * self.m * self.n * self.k * self.count
+
+
+def products_of(
+    model: MaskedAutoencoderViT | Sizes,
+    mask_ratio: float,
+    num_patches: int | None = None,
+    predict_ratio: float | None = None,
+) -> tuple[Product, ...]:
+    """The matrix products of an image's forward pass that the loss depends on.
+
+    No masked patch is in the encoder and no visible one follows the decoder's last keys and values. What is computed
+    again under activation checkpointing is not counted. ``num_patches``: L, by default of ``img_size``.
+    ``predict_ratio``: as in ``training_loss``.
+    """
+    sizes = model if isinstance(model, Sizes) else sizes_of(model)
+    L = sizes.num_patches if num_patches is None else num_patches
+    K = int(L * (1 - mask_ratio))
+    M = L - K if predict_ratio is None else int(L * predict_ratio)
+    S, D, E, P = K + 1, sizes.width, sizes.decoder_width, sizes.patch_numbers
+    encoder = (D, D, sizes.hidden, sizes.heads)
+    decoder = (E, D if sizes.crosses else E, sizes.decoder_hidden, sizes.decoder_heads)
+    found = [Product("patch embedding", K, D, P, 1), *_blocks("encoder", sizes.depth, *encoder, S, S)]
+    if sizes.crosses:
+        found.append(Product("decoder maps", S * D, sizes.decoder_depth, sizes.depth + 1, 1))
+        found += _blocks("decoder", sizes.decoder_depth, *decoder, S, M)
+    else:
+        found.append(Product("decoder embedding", S, E, D, 1))
+        found += _blocks("decoder", sizes.decoder_depth - 1, *decoder, L + 1, L + 1)
+        found += _blocks("decoder, last", 1, *decoder, L + 1, M)
+    found.append(Product("prediction", M, P, E, 1))
+    return tuple(product for product in found if product.count)
+
+
+def _blocks(
+    part: str, count: int, width: int, read_width: int, hidden: int, heads: int, tokens: int, queries: int
+) -> Iterator[Product]:
+    """Products of blocks whose keys and values come from ``tokens`` and whose output is for ``queries``."""
+    if tokens == queries and width == read_width:
+        yield Product(f"{part} qkv", tokens, 3 * width, width, count)
+    else:
+        yield Product(f"{part} q", queries, width, width, count)
+        yield Product(f"{part} kv", tokens, 2 * width, read_width, count)
+    yield Product(f"{part} scores", queries, tokens, width // heads, count * heads, "attention")
+    yield Product(f"{part} mixing", queries, width // heads, tokens, count * heads, "attention")
+    yield Product(f"{part} proj", queries, width, width, count)
+    yield Product(f"{part} fc1", queries, hidden, width, count)
+    yield Product(f"{part} fc2", queries, width, hidden, count)
 
 
 def flops_per_image(
-    model: MaskedAutoencoderViT,
+    model: MaskedAutoencoderViT | Sizes,
     mask_ratio: float,
     num_patches: int | None = None,
     predict_ratio: float | None = None,
 ) -> int:
-    """Floating-point operations of an image's forward pass, a multiply-add being two; a training step takes 3 times it.
+    """Floating-point operations of an image's forward pass, by which MFU is measured; a training step takes 3 times it.
 
-    Matrix products alone (norms, GELU and softmax are a few percent and use other units), and only those that the loss
-    depends on: no masked patch in the encoder, no visible one after the decoder's last keys and values. What is
-    computed again under activation checkpointing is not counted. ``num_patches``: L, by default of ``img_size``.
-    ``predict_ratio``: as in ``training_loss``.
+    Matrix products alone: norms, GELU and softmax are a few percent and use other units.
     """
-    L = model.num_patches if num_patches is None else num_patches
-    K = model.num_visible(mask_ratio, L)
-    M = model.num_predicted(mask_ratio, predict_ratio, L)
-    width, decoder_width = model.cls_token.shape[2], model.mask_token.shape[2]
-    pixels = model.decoder_pred.out_features
-    encoder = sum(_block(block, K + 1, K + 1) for block in model.blocks if isinstance(block, Block))
-    patches = 2 * K * pixels * width
-    head = 2 * M * decoder_width * pixels
-    if isinstance(model, CrossMAE):
-        between = 2 * model.decoder_map_weights.numel() * (K + 1) * width
-        decoding = sum(_block(block, K + 1, M) for block in model.decoder_blocks if isinstance(block, CrossBlock))
-    else:
-        between = 2 * (K + 1) * width * decoder_width
-        decoder = [block for block in model.decoder_blocks if isinstance(block, Block)]
-        decoding = sum(_block(block, L + 1, L + 1) for block in decoder[:-1]) + _block(decoder[-1], L + 1, M)
-    return patches + encoder + between + decoding + head
-
-
-def _block(block: Block | CrossBlock, tokens: int, queries: int) -> int:
-    """A block whose keys and values come from ``tokens`` and whose output is for ``queries``."""
-    width, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
-    read_width = block.attn.kv.in_features if isinstance(block, CrossBlock) else width
-    projections = 2 * width * (2 * tokens * read_width + 2 * queries * width)
-    attention = 2 * 2 * queries * tokens * width
-    return projections + attention + 2 * 2 * queries * width * hidden
+    return sum(product.flops for product in products_of(model, mask_ratio, num_patches, predict_ratio))

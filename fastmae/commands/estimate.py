@@ -1,0 +1,83 @@
+"""Prints how long a pretraining would take, what it would need, and what that rests on."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+
+from fastmae.config import EstimateConfig
+from fastmae.estimate import Constant, Estimate, Machine, estimate
+
+
+def run_estimate(config: EstimateConfig) -> None:
+    """Prints tables, or one JSON object.
+
+    Raises:
+        UserError: settings that cannot work.
+    """
+    found = estimate(config, cpu_machine)
+    if config.json:
+        constants = {name: constant._asdict() for name, constant in found.constants.items()}
+        print(json.dumps(asdict(found) | {"constants": constants}))
+        return
+    console = Console(highlight=False)
+    unit = "rank of this machine's CPU" if config.gpu == "cpu" else f"{config.gpu} GPU"
+    who = f"1 {unit}" if config.gpus == 1 else f"{config.gpus:,} {unit.replace('rank', 'ranks').replace('GPU', 'GPUs')}"
+    console.print(f"[bold]{config.model} on {who}[/]: {config.epochs} epochs of {config.images:,.0f} images, "
+                  f"{found.global_batch:,} images and {found.step * 1e3:,.1f} ms per step")  # fmt: skip
+    per_gpu = f" ({found.images_per_second / found.gpus:,.0f} each)" if found.gpus > 1 else ""
+    console.print(f"{found.images_per_second:,.0f} images/s{per_gpu}, {found.hours:,.1f} hours without probes, "
+                  f"checkpoints and failures; the limit is {found.limit}; the products that the loss needs run at "
+                  f"{found.useful_share:.0%} of the rate of large products", _classes(found))  # fmt: skip
+    memory = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in found.memory.items())
+    console.print(f"memory each: {sum(found.memory.values()) / 2**30:.1f} GiB ({memory})")
+    if not found.fits:
+        console.print("This does not fit: lower --batch_size, or use --checkpointing selective or full.")
+    for basis in ("measured", "datasheet", "counted", "assumed"):
+        used = [f"{name} {one.value:.3g} ({one.source})" for name, one in found.constants.items() if one.basis == basis]
+        if used:
+            console.print(f"[bold]{basis}:[/] {'; '.join(used)}")
+    if config.gpu != "cpu":
+        console.print("No GPU has run this. Every time rests on some of the assumed constants; expect ±15 % or more.")
+
+
+def _classes(found: Estimate) -> Table:
+    table = Table(title="a step, by class of kernel", title_justify="left")
+    for column in ("class", "ms", "of a step", ""):
+        table.add_column(column, justify="right" if column in ("ms", "of a step") else "left")
+    hidden = f"{1e3 * found.communication:.1f} ms with what backward hides" if found.gpus > 1 else ""
+    rows = [(name, seconds, hidden if name == "communication" else "") for name, seconds in found.classes.items()]
+    rows.append(("loading", found.loading, "beside the others: decoding"))
+    rows.append(("host", found.host, "beside the others: launches, agreement on stopping"))
+    for name, seconds, note in rows:
+        table.add_row(name, f"{1e3 * seconds:.1f}", f"{seconds / found.step:.0%}", note)
+    return table
+
+
+def cpu_machine(ranks: int) -> Machine:
+    """Measures the rates of this machine's processor for one of so many ranks, which share its cores."""
+    import torch
+
+    from fastmae.benchmarks.timing import measure_ceilings
+
+    before = torch.get_num_threads()
+    threads = max(1, before // ranks)
+    torch.set_num_threads(threads)
+    try:
+        found = measure_ceilings(torch.device("cpu"), copied=256 << 20, rounds=5)
+    finally:
+        torch.set_num_threads(before)
+    here = f"here, {threads} threads"
+    copy = Constant(found.copy_bytes, "measured", f"{here}: a copy beyond the caches")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+    return Machine(
+        products=Constant(found.matmul_flops["float32"], "measured", f"{here}: float32, 2048³"),
+        copy=copy,
+        memory=Constant(memory, "measured", "this machine's memory over its ranks"),
+        link=copy,
+        network=copy,
+    )

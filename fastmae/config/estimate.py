@@ -1,0 +1,68 @@
+"""The settings of estimate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from fastmae.config.shared import need_at_least_one
+from fastmae.errors import UserError
+
+EstimateGpu = Literal["a100-40", "a100-80", "h100", "h200", "b200", "l4", "rtx4090", "cpu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig:
+    """Estimate speed, hours and memory of a pretraining before it runs. No GPU is needed and none is used."""
+
+    model: str = "mae_vit_base_patch16"
+    """A preset."""
+    gpu: EstimateGpu = "h200"
+    """The kind of GPU; cpu measures this machine for some seconds and estimates a step on its processor."""
+    gpus: int = 1
+    """How many GPUs, or ranks with --gpu cpu."""
+    gpus_per_node: int = 8
+    """GPUs per machine."""
+    images: float = 1_281_167.0
+    """Images of the data set."""
+    epochs: int = 800
+    """Passes over the data."""
+    batch_size: int = 64
+    """Images per rank and micro-step, as for pretrain."""
+    accum_iter: int = 1
+    """Micro-steps per step, as for pretrain."""
+    input_size: int | None = None
+    """Side of the crops in pixels. Default: the model's."""
+    mask_ratio: float = 0.75
+    """Share of the patches that is masked."""
+    compile: Literal["off", "block"] = "off"
+    """As for pretrain."""
+    attention: Literal["sdpa", "triton"] = "sdpa"
+    """As for pretrain; on a CPU it is that of C++."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """As for pretrain."""
+    cores: int = 112
+    """CPU cores per machine that decode images."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print one JSON object instead of tables."""
+
+
+def check_estimate(config: EstimateConfig) -> None:
+    """Refuses numbers that cannot work.
+
+    Raises:
+        UserError: naming the flag, its value and what it must be.
+    """
+    need_at_least_one(
+        config, "gpus", "gpus_per_node", "epochs", "batch_size", "accum_iter", "input_size", "cores"
+    )  # fmt: skip
+    if not (math.isfinite(config.images) and config.images >= 1):
+        raise UserError(f"--images {config.images:g}: must be at least 1")
+    if not 0 < config.mask_ratio < 1:
+        raise UserError(f"--mask_ratio {config.mask_ratio:g}: must be above 0 and below 1")
+    if config.gpus > config.gpus_per_node and config.gpus % config.gpus_per_node and config.gpu != "cpu":
+        whole = f"up to {config.gpus_per_node} (--gpus_per_node), or a multiple of it"
+        raise UserError(f"--gpus {config.gpus}: must be {whole}")

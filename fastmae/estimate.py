@@ -1,0 +1,321 @@
+"""How long a pretraining takes and how much memory it needs, by arithmetic: no run, no torch, no GPU.
+
+A step's work is split by class of kernel, each class is a number of operations or bytes over a rate, and every rate and
+count is a ``Constant`` that says where it comes from. docs/estimate.md explains the formulas and how far off they were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from fastmae.config import EstimateConfig, check_estimate
+from fastmae.errors import UserError
+from fastmae.model.flops import Product, products_of
+from fastmae.model.sizes import PRESET_SIZES, Sizes, preset_sizes
+
+Basis = Literal["measured", "datasheet", "counted", "assumed"]
+WEIGHT = 4  # bytes: weights, gradients and moments are float32
+
+
+class Constant(NamedTuple):
+    value: float
+    basis: Basis
+    source: str
+
+
+def _assumed(value: float, source: str) -> Constant:
+    return Constant(value, "assumed", source)
+
+
+CONSTANTS: dict[str, Constant] = {
+    # GPUs whose rates nobody measured reach the same shares of their data sheets as the H200 did.
+    "products_reached": Constant(0.80, "measured", "H200: 790 of 989 TFLOP/s, bf16, 8192³"),
+    "copy_reached": Constant(0.90, "measured", "H200: a copy, 4.3 of 4.8 TB/s"),
+    # Shares of a large square product's rate, by the smaller side of a layer's weight.
+    "linear_1024": _assumed(0.80, "layers from 1024 wide on"),
+    "linear_768": _assumed(0.74, "layers from 768 wide on"),
+    "linear_512": _assumed(0.62, "layers from 512 wide on; 512 to 512 is bound by memory"),
+    "linear_narrow": _assumed(0.40, "narrower layers"),
+    "narrow_weight_gradient": _assumed(0.84, "weight gradients below 768 wide, of the share above: few output tiles"),
+    # Shares of a copy's rate that attention reaches with the fewest bytes it can move, 8 forward and 14 backward.
+    "attention_forward": Constant(8, "counted", "bytes per token and channel: q, k, v read, output written, bf16"),
+    "attention_backward": Constant(14, "counted", "bytes per token and channel: four read, three gradients written"),
+    "attention_sdpa": _assumed(0.26, "tiles of 128 tokens, and three gradients packed by a copy"),
+    "attention_triton_short": _assumed(0.65, "up to 64 tokens: one tile per head"),
+    "attention_triton_long": _assumed(0.415, "more tokens: bound by exponentials and two sweeps backward"),
+    # Bytes per token and channel of a block that are neither products nor attention, bf16 with a float32 residual.
+    "pointwise_off_forward": Constant(66, "counted", "traced: LayerNorm, additions, GELU, casts, eager"),
+    "pointwise_off_backward": _assumed(150, "the same, backward, eager"),
+    "pointwise_block_forward": _assumed(44, "fused by --compile block"),
+    "pointwise_block_backward": _assumed(90, "fused by --compile block"),
+    "pointwise_reached": _assumed(0.85, "share of a copy's rate that pointwise kernels and the optimiser reach"),
+    "patches": Constant(9, "counted", "bytes per number of decoder tokens and of predicted patches; 3 per visible one"),
+    "optimiser": Constant(44, "counted", "bytes per weight: AdamW 28, norm 4, casts to bf16 6, of gradients 6"),
+    "launches_off": Constant(66, "counted", "kernels per block, forward 21 (traced) and backward 45, eager"),
+    "launches_block": _assumed(35, "kernels per block under --compile block"),
+    "launch": _assumed(8e-6, "seconds of Python and PyTorch per kernel"),
+    "links_reached": _assumed(0.8, "share of a link's data sheet that collectives reach"),
+    "local_hop": _assumed(3.4e-6, "seconds per hop within a machine, as NCCL itself assumes for NVLink"),
+    "network_hop": _assumed(14e-6, "seconds per hop between machines, as NCCL itself assumes"),
+    "bucket": Constant(25 << 20, "counted", "bytes that DDP sends at once; the last ones hide behind nothing"),
+    "stop_hop": _assumed(40e-6, "seconds per hop of gloo's ring, by which ranks agree after every step not to stop"),
+    "decode": _assumed(500, "JPEGs per second and core, about what one Zen 4 core gave"),
+    "kept_none": Constant(36, "counted", "bytes per token and channel that a block keeps for backward, bf16"),
+    "kept_selective": Constant(24, "counted", "the same under --checkpointing selective"),
+    "kept_full": Constant(4, "counted", "the same under --checkpointing full"),
+    "weight_copies": Constant(2, "counted", "bytes per weight that autocast keeps in bf16 from forward to backward"),
+    "usable_memory": _assumed(0.9, "share of a GPU's memory that the allocator can use"),
+}
+# What is different on a CPU, which computes in float32 and hides no communication.
+ON_CPU: dict[str, Constant] = {
+    **{name: _assumed(0.85, "share of a 2048³ product's rate") for name in ("linear_1024", "linear_768", "linear_512")},
+    "linear_narrow": _assumed(0.7, "narrow layers, share of a 2048³ product's rate"),
+    "narrow_weight_gradient": _assumed(0.84, "transposed copies"),
+    "attention_cpu": _assumed(0.4, "share of a 2048³ product's rate; backward computes 2.5 times as much"),
+    "pointwise_off_forward": Constant(72, "counted", "bytes per token and channel: norms 16, additions 24, GELU 32"),
+    "pointwise_off_backward": Constant(132, "counted", "norms 24, additions 24, GELU 48, bias gradients 36"),
+    "pointwise_reached": _assumed(0.6, "share of a copy's rate: GELU's erf is arithmetic"),
+    "optimiser": Constant(32, "counted", "bytes per weight: AdamW 28, norm 4"),
+    "gloo": _assumed(0.15, "share of a copy's rate at which gloo sums gradients"),
+    "local_hop": _assumed(110e-6, "seconds per hop of gloo"),
+    "kept_none": Constant(64, "counted", "bytes per token and channel that a block keeps for backward, float32"),
+    "kept_selective": Constant(44, "counted", "the same under --checkpointing selective"),
+    "weight_copies": Constant(0, "counted", "float32 needs no copies"),
+}
+
+
+class Machine(NamedTuple):
+    """Rates of one GPU, or of one rank on a CPU: operations per second of large products, bytes per second of a copy
+    (read and written ones added up), bytes of memory, and bytes per second to another GPU of its machine and to other
+    machines."""
+
+    products: Constant
+    copy: Constant
+    memory: Constant
+    link: Constant
+    network: Constant
+
+
+def _sheet(name: str, tera: float, copy: float, memory: float, link: float, network: float) -> Machine:
+    """From the maker's data sheet: dense bf16 TFLOP/s, GB/s of memory, GB, and GB/s of links in one direction."""
+
+    def reached(value: float, share: str) -> Constant:
+        part = CONSTANTS[share].value
+        return _assumed(value * part, f"{part:.0%} of the {name}'s data sheet, as measured on an H200")
+
+    return Machine(
+        reached(1e12 * tera, "products_reached"),
+        reached(1e9 * copy, "copy_reached"),
+        Constant(1e9 * memory, "datasheet", name),
+        Constant(1e9 * link, "datasheet", name),
+        _assumed(1e9 * network, f"a network of {network:g} GB/s per GPU"),
+    )
+
+
+MACHINES: dict[str, Machine] = {
+    "a100-40": _sheet("A100 SXM 40 GB", 312, 1555, 40, 300, 25),
+    "a100-80": _sheet("A100 SXM 80 GB", 312, 2039, 80, 300, 25),
+    "h100": _sheet("H100 SXM", 989, 3350, 80, 450, 50),
+    "h200": _sheet("H200", 989, 4800, 141, 450, 50)._replace(
+        products=Constant(790e12, "measured", "H200: bf16, 8192³"), copy=Constant(4.3e12, "measured", "H200")
+    ),
+    "b200": _sheet("B200", 2250, 8000, 180, 900, 50),
+    "l4": _sheet("L4", 121, 300, 24, 32, 3),
+    "rtx4090": _sheet("RTX 4090", 165, 1008, 24, 32, 3),
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes. Times are seconds of one step unless stated."""
+
+    model: str
+    gpu: str
+    gpus: int
+    global_batch: int
+    images_per_second: float
+    step: float
+    hours: float
+    limit: str
+    """What a step is not faster than: the GPU, the host (launches, agreement on stopping) or loading."""
+    classes: dict[str, float]
+    """On the GPU, by class of kernel; of communication what backward does not hide."""
+    communication: float
+    """With what backward hides."""
+    host: float
+    loading: float
+    useful_share: float
+    """The rate of products that the loss needs over that of large products."""
+    memory: dict[str, float]
+    """Bytes per GPU."""
+    fits: bool
+    constants: dict[str, Constant]
+
+
+class _Rates:
+    """The constants of one estimate, noting those that it uses."""
+
+    def __init__(self, config: EstimateConfig, machine: Machine) -> None:
+        self._table = CONSTANTS | (ON_CPU if config.gpu == "cpu" else {})
+        self._table |= {f"{config.gpu} {name}": constant for name, constant in machine._asdict().items()}
+        self._gpu = config.gpu
+        self.used: dict[str, Constant] = {}
+
+    def __getitem__(self, name: str) -> float:
+        self.used[name] = self._table[name]
+        return self._table[name].value
+
+    def of_machine(self, name: str) -> float:
+        return self[f"{self._gpu} {name}"]
+
+
+def estimate(config: EstimateConfig, measure_cpu: Callable[[int], Machine]) -> Estimate:
+    """The estimate for these settings; ``measure_cpu`` gives the rates of a rank among so many on this machine.
+
+    Raises:
+        UserError: settings that cannot work.
+    """
+    sizes = _checked_sizes(config)
+    machine = measure_cpu(config.gpus) if config.gpu == "cpu" else MACHINES[config.gpu]
+    rates = _Rates(config, machine)
+    N, L = config.batch_size, sizes.num_patches
+    K, D, E = int(L * (1 - config.mask_ratio)), sizes.width, sizes.decoder_width
+    # (how many blocks, tokens that they read, tokens that they give, width of a token)
+    blocks = [
+        (sizes.depth, N * (K + 1), N * (K + 1), D),
+        (sizes.decoder_depth - 1, N * (L + 1), N * (L + 1), E),
+        (1, N * (L + 1), N * (L - K), E),
+    ]
+    products = products_of(sizes, config.mask_ratio)
+    forward, backward = _passes(config, rates, products, blocks)
+    copying = rates.of_machine("copy") * rates["pointwise_reached"]
+    ends = 9 * (L + 1) * E + 9 * (L - K) * sizes.patch_numbers + 3 * K * sizes.patch_numbers
+    forward["pointwise"] += rates["patches"] / 9 * N * ends / copying
+    again = {"none": (), "selective": ("pointwise",), "full": tuple(forward)}[config.checkpointing]
+    classes = {name: config.accum_iter * (forward[name] * (1 + (name in again)) + backward[name]) for name in forward}
+    classes["optimiser"] = sizes.parameters * rates["optimiser"] / copying
+    sent, exposed = _communication(config, rates, sizes, sum(backward.values()))
+    classes["communication"] = exposed
+    count = sizes.depth + sizes.decoder_depth
+    host = config.accum_iter * count * rates[f"launches_{config.compile}"] * rates["launch"]
+    host = 0.0 if config.gpu == "cpu" else host  # its launches are part of its products' rate
+    host += 2 * (config.gpus - 1) * rates["stop_hop"] if config.gpus > 1 else 0.0
+    images = config.gpus * config.accum_iter * N
+    nodes = 1 if config.gpu == "cpu" else math.ceil(config.gpus / config.gpus_per_node)
+    loading = images / (nodes * config.cores * rates["decode"])
+    bounds = {
+        "the processor" if config.gpu == "cpu" else "the GPU": sum(classes.values()),
+        "the host": host,
+        "loading": loading,
+    }
+    limit = max(bounds, key=lambda name: bounds[name])
+    step = bounds[limit]
+    useful = 3 * images / config.gpus * sum(product.flops for product in products)
+    memory = _memory(config, rates, sizes, blocks)
+    return Estimate(
+        model=config.model,
+        gpu=config.gpu,
+        gpus=config.gpus,
+        global_batch=images,
+        images_per_second=images / step,
+        step=step,
+        hours=config.epochs * (config.images // images) * step / 3600,
+        limit=limit,
+        classes=classes,
+        communication=sent,
+        host=host,
+        loading=loading,
+        useful_share=useful / step / rates.of_machine("products"),
+        memory=memory,
+        fits=sum(memory.values()) <= rates["usable_memory"] * rates.of_machine("memory"),
+        constants=rates.used,
+    )
+
+
+def _checked_sizes(config: EstimateConfig) -> Sizes:
+    check_estimate(config)
+    name = config.model.removesuffix("_dec512d8b")
+    if name not in PRESET_SIZES:
+        raise UserError(f"--model {config.model}: unknown; one of {', '.join(PRESET_SIZES)}")
+    try:
+        sizes = preset_sizes(name, config.input_size)
+    except ValueError as error:
+        raise UserError(f"--input_size {config.input_size}: {error}") from error
+    if int(sizes.num_patches * (1 - config.mask_ratio)) < 1:
+        raise UserError(f"--mask_ratio {config.mask_ratio:g}: leaves none of {sizes.num_patches} patches visible")
+    images = config.batch_size * config.accum_iter * config.gpus
+    if config.images < images:
+        raise UserError(f"--images {config.images:g}: fewer than the {images} of a step")
+    if config.gpu == "cpu" and (config.compile != "off" or config.attention != "sdpa"):
+        raise UserError("--gpu cpu: takes neither --compile block nor --attention triton; leave them out")
+    return sizes
+
+
+Blocks = list[tuple[int, int, int, int]]
+Seconds = dict[str, float]
+
+
+def _passes(
+    config: EstimateConfig, rates: _Rates, products: tuple[Product, ...], blocks: Blocks
+) -> tuple[Seconds, Seconds]:
+    """Seconds of a forward and of a backward pass by class of kernel."""
+    N, peak, copy = config.batch_size, rates.of_machine("products"), rates.of_machine("copy")
+    forward, backward = (dict.fromkeys(("matrix products", "attention", "pointwise"), 0.0) for _ in range(2))
+    for product in products:
+        if product.kind == "linear":
+            narrow = min(product.n, product.k)
+            layer = next((f"linear_{side}" for side in (1024, 768, 512) if narrow >= side), "linear_narrow")
+            seconds = N * product.flops / peak / rates[layer]
+            forward["matrix products"] += seconds
+            slower = rates["narrow_weight_gradient"] if narrow < 768 else 1.0
+            backward["matrix products"] += seconds * (1 + 1 / slower)
+        elif config.gpu == "cpu":
+            seconds = N * product.flops / peak / rates["attention_cpu"]
+            forward["attention"] += seconds
+            backward["attention"] += 2.5 * seconds
+    for count, read, given, width in blocks:
+        numbers = count * (read + given) / 2 * width
+        pointwise = f"pointwise_{config.compile}"
+        forward["pointwise"] += numbers * rates[f"{pointwise}_forward"] / copy / rates["pointwise_reached"]
+        backward["pointwise"] += numbers * rates[f"{pointwise}_backward"] / copy / rates["pointwise_reached"]
+        if config.gpu != "cpu":
+            length = "_short" if read <= 64 * N else "_long"
+            share = rates[f"attention_{config.attention}{length if config.attention == 'triton' else ''}"]
+            forward["attention"] += numbers * rates["attention_forward"] / copy / share
+            backward["attention"] += numbers * rates["attention_backward"] / copy / share
+    return forward, backward
+
+
+def _communication(config: EstimateConfig, rates: _Rates, sizes: Sizes, backward: float) -> tuple[float, float]:
+    """(seconds of the all-reduce of all gradients; those of them that the backward pass does not hide)."""
+    n, size = config.gpus, WEIGHT * sizes.parameters
+    if n == 1:
+        return 0.0, 0.0
+    if config.gpu == "cpu":
+        sent = 2 * (n - 1) / n * size / (rates["gloo"] * rates.of_machine("copy")) + 2 * (n - 1) * rates["local_hop"]
+        return sent, sent
+    local = min(n, config.gpus_per_node)
+    nodes = math.ceil(n / local)
+    rate = rates["links_reached"] * rates.of_machine("link")
+    hops = 2 * (local - 1) * rates["local_hop"]
+    if nodes > 1:
+        rate = min(rate, local * rates["links_reached"] * rates.of_machine("network"))
+        hops += 2 * math.ceil(math.log2(nodes)) * rates["network_hop"]
+    buckets = math.ceil(size / rates["bucket"])
+    sent = buckets * hops + 2 * (n - 1) / n * size / rate
+    last = sent / buckets
+    return sent, max(last, sent - backward)
+
+
+def _memory(config: EstimateConfig, rates: _Rates, sizes: Sizes, blocks: Blocks) -> dict[str, float]:
+    """Bytes by what they hold; activations are those between blocks and of the block at work."""
+    numbers = [count * read * width for count, read, _, width in blocks]
+    kept = rates[f"kept_{config.checkpointing}"] * sum(numbers)
+    if config.checkpointing != "none":
+        kept += rates["kept_none"] * max(read * width for _, read, _, width in blocks)
+    P = sizes.parameters
+    weights = (WEIGHT + rates["weight_copies"]) * P
+    return {"weights": weights, "gradients": WEIGHT * P, "moments": 2 * WEIGHT * P, "activations": kept}

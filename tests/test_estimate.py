@@ -1,0 +1,174 @@
+"""``fastmae estimate``: hand-worked figures, what moves them, what is refused, and a step of this machine beside one."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from fastmae.cli import main
+from fastmae.config import EstimateConfig
+from fastmae.estimate import CONSTANTS, MACHINES, ON_CPU, Constant, Machine, estimate
+from fastmae.model.flops import flops_per_image
+from fastmae.model.sizes import preset_sizes
+
+RATE = Constant(1e11, "measured", "a test")
+CPU = Machine(RATE, RATE, RATE, RATE, RATE)
+
+
+def of(**settings):
+    return estimate(EstimateConfig(**settings), lambda ranks: CPU)
+
+
+# Worked out by hand for an H200 with 256 images (images/s), before the command was written.
+BY_HAND = [
+    ("mae_vit_base_patch16", dict(compile="block", attention="triton"), 5690),
+    ("mae_vit_large_patch16", dict(compile="block", attention="triton"), 3100),
+    ("mae_vit_huge_patch14", dict(compile="block", attention="triton"), 1460),
+    ("mae_vit_base_patch16", {}, 4630),
+    ("mae_vit_large_patch16", {}, 2570),
+    ("mae_vit_huge_patch14", {}, 1240),
+]
+
+
+@pytest.mark.parametrize(("model", "switches", "images_per_second"), BY_HAND)
+def test_the_arithmetic_is_that_worked_out_by_hand(model, switches, images_per_second):
+    found = of(model=model, batch_size=256, **switches)
+    assert found.images_per_second == pytest.approx(images_per_second, rel=0.03)
+    assert found.step == pytest.approx(sum(found.classes.values()))
+    assert found.limit == "the GPU"
+
+
+def test_hours_and_the_useful_share_follow_from_the_step():
+    found = of(model="mae_vit_large_patch16", gpus=64, images=1.28e6, epochs=800)
+    assert found.global_batch == 4096
+    assert found.hours == pytest.approx(800 * 312 * found.step / 3600)
+    flops = 3 * 64 * flops_per_image(preset_sizes("mae_vit_large_patch16"), 0.75)
+    assert found.useful_share == pytest.approx(flops / found.step / 790e12)
+
+
+def test_memory_is_counted_by_what_it_holds():
+    found, full = of(batch_size=128), of(batch_size=128, checkpointing="full")
+    weights = preset_sizes("mae_vit_base_patch16").parameters
+    assert found.memory["weights"] == 6 * weights
+    assert found.memory["gradients"] == 4 * weights
+    assert found.memory["moments"] == 8 * weights
+    tokens = 12 * 50 * 768 + 8 * 197 * 512
+    assert found.memory["activations"] == 36 * 128 * tokens
+    assert full.memory["activations"] == 128 * (4 * tokens + 36 * 197 * 512)
+    assert full.step > found.step
+    assert not of(gpu="l4", batch_size=1024).fits
+    assert found.fits
+
+
+def test_gradients_travel_unseen_but_for_the_last_ones():
+    alone, shared = of(batch_size=256), of(batch_size=256, gpus=8)
+    assert alone.communication == alone.classes["communication"] == 0
+    assert 0 < shared.classes["communication"] < shared.communication
+    slow = of(batch_size=16, gpu="rtx4090", gpus=8)
+    assert slow.classes["communication"] > slow.communication / 2
+
+
+def test_many_ranks_wait_for_their_agreement_and_few_cores_for_decoding():
+    assert of(gpus=1024, model="mae_vit_large_patch16").limit == "the host"
+    assert of(batch_size=512, cores=1).limit == "loading"
+
+
+def test_micro_steps_repeat_all_but_the_optimiser():
+    one, four = of(), of(accum_iter=4)
+    assert four.classes["optimiser"] == one.classes["optimiser"]
+    assert four.classes["matrix products"] == 4 * one.classes["matrix products"]
+    assert four.global_batch == 4 * one.global_batch
+
+
+@pytest.mark.parametrize("gpu", MACHINES)
+def test_every_gpu_is_estimated_and_every_constant_says_where_it_is_from(gpu):
+    found = of(gpu=gpu, gpus=2)
+    assert found.images_per_second > 0
+    for constant in found.constants.values():
+        assert constant.value > 0
+        assert constant.basis in ("measured", "datasheet", "counted", "assumed")
+        assert constant.source
+    assert (found.constants[f"{gpu} products"].basis == "measured") == (gpu == "h200")
+
+
+def test_what_a_cpu_needs_is_in_the_table():
+    assert {name for name in ON_CPU if name not in CONSTANTS} == {"attention_cpu", "gloo"}
+    found = of(gpu="cpu", gpus=2, model="mae_vit_tiny_patch16")
+    assert found.classes["communication"] == found.communication > 0
+    assert found.memory["weights"] == 4 * preset_sizes("mae_vit_tiny_patch16").parameters
+
+
+def test_the_command_prints_classes_and_says_what_is_assumed(capsys):
+    assert main(["estimate", "--model", "mae_vit_large_patch16", "--gpu", "h200", "--gpus", "64"]) == 0
+    out = capsys.readouterr().out
+    for text in ("images/s", "hours", "GiB", "matrix products", "attention", "pointwise", "optimiser", "communication",
+                 "loading", "measured:", "assumed:", "No GPU has run this"):  # fmt: skip
+        assert text in out
+
+
+def test_json_holds_every_figure_and_constant(capsys):
+    assert main(["estimate", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {field.name for field in dataclasses.fields(of())}
+    assert found["constants"]["optimiser"] == {
+        "value": 44, "basis": "counted", "source": CONSTANTS["optimiser"].source,
+    }  # fmt: skip
+
+
+def test_a_step_of_this_machine_is_near_the_estimate(capsys):
+    """Within a factor of three: a loaded machine's clock is no place for a narrow one. docs/estimate.md has figures."""
+    from fastmae.commands.estimate import cpu_machine
+    from fastmae.model.presets import PRESETS
+    from fastmae.ops.random_masking import random_masking
+    from fastmae.train.optim import make_optimizer
+
+    config = EstimateConfig(gpu="cpu", model="mae_vit_tiny_patch16", batch_size=8)
+    found = estimate(config, cpu_machine)
+    model = PRESETS[config.model]()
+    optimizer = make_optimizer(model, 1e-4, 0.05)
+    images = torch.zeros(8, 224, 224, 3, dtype=torch.uint8)
+    ids = random_masking(torch.arange(8), 0, model.num_patches)
+
+    def step():
+        optimizer.zero_grad()
+        model.training_loss(images, ids, 0.75).backward()
+        optimizer.step()
+
+    from time import perf_counter
+
+    step()
+    samples = []
+    for _ in range(3):
+        begin = perf_counter()
+        step()
+        samples.append(perf_counter() - begin)
+    assert min(samples) / 3 < found.step < 3 * min(samples)
+
+
+WRONG = {
+    "unknown model": (["--model", "vit"], "--model vit: unknown"),
+    "unknown GPU": (["--gpu", "h900"], "h900"),
+    "part of a machine": (["--gpus", "12"], "--gpus 12: must be up to 8"),
+    "no GPU": (["--gpus", "0"], "--gpus 0: must be at least 1"),
+    "no images": (["--images", "0"], "--images 0: must be at least 1"),
+    "fewer images than a step": (["--images", "10"], "--images 10: fewer than the 64 of a step"),
+    "all masked": (["--mask_ratio", "1"], "--mask_ratio 1: must be"),
+    "none visible": (["--mask_ratio", "0.999"], "leaves none of 196 patches visible"),
+    "part of a patch": (["--input_size", "100"], "--input_size 100: an image of 100×100 pixels"),
+    "compiled CPU": (["--gpu", "cpu", "--compile", "block"], "--gpu cpu: takes neither"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_status_2(case, capsys):
+    words, expected = WRONG[case]
+    assert main(["estimate", *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert expected in line
+
+
+def test_bench_scaling_names_its_successor(capsys):
+    assert main(["bench", "scaling", "--gpus", "8"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "fastmae estimate" in line

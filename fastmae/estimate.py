@@ -21,6 +21,8 @@ WEIGHT = 4  # bytes: weights, gradients and moments are float32
 
 
 class Constant(NamedTuple):
+    """A number of the arithmetic, what it is based on, and where it is from."""
+
     value: float
     basis: Basis
     source: str
@@ -156,7 +158,7 @@ class Estimate:
 
 
 class _Rates:
-    """The constants of one estimate, noting those that it uses."""
+    """The constants of one estimate. It notes those that are used."""
 
     def __init__(self, config: EstimateConfig, machine: Machine) -> None:
         self._table = CONSTANTS | (ON_CPU if config.gpu == "cpu" else {})

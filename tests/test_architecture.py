@@ -29,8 +29,9 @@ ALLOWED = {
     "train": LEAVES | {"config", "environment", "ops", "model", "data", "checkpoint", "evaluate"},
     "benchmarks": LEAVES
     | {"config", "environment", "kernels", "ops", "model", "data", "checkpoint", "evaluate", "train"},
+    "estimate": {"errors", "config", "model"},
     "commands": LEAVES
-    | {"config", "environment", "model", "data", "checkpoint", "evaluate", "export", "train", "benchmarks"},
+    | {"config", "environment", "estimate", "model", "data", "checkpoint", "evaluate", "export", "train", "benchmarks"},
     "cli": {"errors", "config", "commands", "train"},
     "__init__": {"ops", "model"},
     "__main__": {"cli"},

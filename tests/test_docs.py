@@ -38,7 +38,7 @@ LOOKED_UP = ("install.md", "fidelity.md", "glossary.md", "reference.md", "troubl
 SHORTEST = [
     ["pretrain"], ["finetune"], ["probe", "x"], ["reconstruct", "x"], ["verify"], ["features", "x"], ["search", "x"],
     ["anomaly", "x"], ["export", "x", "--to", "hf", "--output", "y"], ["info"], ["bench", "step"], ["bench", "all"],
-    ["bench", "loader"], ["bench", "scaling"], ["bench", "quality"],
+    ["bench", "loader"], ["bench", "quality"], ["estimate"],
 ]  # fmt: skip
 # Their first commands take long, start ranks of their own, or are another file's to test: they are parsed alone.
 NOT_RUN = ("benchmarks.md", "finetuning.md", "large-runs.md", "loading.md", "quality.md")

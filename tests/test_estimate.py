@@ -1,7 +1,8 @@
-"""``fastmae estimate``: hand-worked figures, what moves them, what is refused, and a step of this machine beside one."""
+"""``fastmae estimate``: hand-worked figures, what moves them, what is refused, and a step of this machine."""
 
 import dataclasses
 import json
+from time import perf_counter
 
 import pytest
 import torch
@@ -134,8 +135,6 @@ def test_a_step_of_this_machine_is_near_the_estimate(capsys):
         optimizer.zero_grad()
         model.training_loss(images, ids, 0.75).backward()
         optimizer.step()
-
-    from time import perf_counter
 
     step()
     samples = []

@@ -1,7 +1,7 @@
-"""Which patches are masked when it is not at random: in blocks, by a grid, or as a file says.
+"""Which patches are masked: at random, in blocks, by a grid, or as a file says.
 
-A mask is a row of ``ids_shuffle``: a permutation of the L patches of which the first K are visible, K the same for all
-rows, so that shapes are static. It is a pure function of (seed, draw_id), whatever the batch, the rank or the restart.
+A mask is a row of ``ids_shuffle``: a permutation of the L patches of which the first K are visible. K is the same for
+all rows, so that shapes are static. A mask is a pure function of (seed, draw_id), for any batch, rank or restart.
 """
 
 from __future__ import annotations
@@ -23,32 +23,33 @@ from fastmae.philox import STREAM_BLOCKS, STREAM_MASK_FILE, uniforms_numpy, word
 
 Grid = tuple[int, int]
 
-# The smallest rectangle is 16 patches of a grid of 14×14, and the same share of any other.
+# The share of the grid that the smallest rectangle has: 16 patches of a grid of 14×14.
 SMALLEST_BLOCK = 16 / 196
-# Height over width, the log of it uniform.
+# The range of height over width, whose log is uniform.
 BLOCK_RATIO = (0.3, 1 / 0.3)
-# The last one is as large as the grid, so that every mask ends. Of 14×14 patches at 75 % one mask in 2000 needs more
-# than 40 rectangles, at 90 % one in 100 comes to the last.
+# The last rectangle is as large as the grid, so that every mask is completed. Of 14×14 patches at 75 % one mask in 2000
+# needs more than 40 rectangles; at 90 % one in 100 needs the last.
 MAX_BLOCKS = 64
 CHECKED_AT_ONCE = 2**24
-# What NumPy raises for damaged .npy files, and this file for wrong ones.
+# What NumPy raises for a damaged .npy file, and this module for a wrong one.
 _UNREADABLE = (OSError, EOFError, ValueError, TypeError, OverflowError, SyntaxError, TokenError)
 
 
 @dataclass(frozen=True)
 class MaskFile:
-    """Masks that a user made."""
+    """The masks in a file of the user's."""
 
     path: str
     masked: np.ndarray
-    """uint8 [B, rows, columns], 1 where masked, as many in each; mapped from the file."""
+    """uint8 [B, rows, columns], 1 where masked; mapped from the file."""
     count: int
-    """How many patches each masks."""
+    """How many patches each mask masks."""
     digest: str
+    """The start of a SHA-256 of what the masks are, whatever their dtype in the file."""
 
     @property
     def facts(self) -> MaskFacts:
-        """What settings depend on."""
+        """What the settings of a run depend on."""
         number, rows, columns = self.masked.shape
         kind = f"{number} {'mask' if number == 1 else 'masks'} of {rows}×{columns}"
         description = f"{kind}, {self.count} masked ({self.digest})"
@@ -62,9 +63,9 @@ class Masks:
     masking: Masking
     seed: int
     grid: Grid
-    """(rows, columns) of patches; L of them."""
+    """(rows, columns) of patches, L in all."""
     visible: int
-    """K."""
+    """K, the number of visible patches."""
     file: MaskFile | None = None
 
     def __str__(self) -> str:
@@ -83,25 +84,31 @@ class Masks:
 
 
 def choose_masks(masking: Masking, file: MaskFile | None, grid: Grid, visible: int, seed: int) -> Masks:
-    """Checks that a model's patches can be masked so.
+    """Returns the masks of a run, once it is checked that the patches of a model can be masked so.
+
+    Args:
+        file: the masks of the user, if ``masking`` is "file".
+        grid: (rows, columns) of the model's patches.
+        visible: K, the number of visible patches.
 
     Raises:
-        UserError: they cannot.
+        UserError: the grid has an odd side, or is not that of the file.
     """
-    own = "×".join(map(str, grid))
+    needed = "×".join(map(str, grid))
     if masking == "grid" and (grid[0] % 2 or grid[1] % 2):
-        raise UserError(f"--masking grid: the model has {own} patches, not even numbers; choose another image size")
+        raise UserError(f"--masking grid: the model has {needed} patches, not even numbers; choose another image size")
     if file is not None and file.masked.shape[1:] != grid:
-        held = "×".join(map(str, file.masked.shape[1:]))
-        raise UserError(f"--masks {file.path}: for {held} patches, the model has {own}; give masks of its size")
+        given = "×".join(map(str, file.masked.shape[1:]))
+        raise UserError(f"--masks {file.path}: for {given} patches, the model has {needed}; give masks of its size")
     return Masks(masking, seed, grid, visible, file)
 
 
 def shuffled_ids(draw_ids: torch.Tensor, masks: Masks, device: torch.device) -> torch.Tensor:
-    """ids_shuffle int32 [N, L] on ``device``, a permutation a row whose first K entries are visible.
+    """Returns ids_shuffle int32 [N, L] on ``device``: one permutation per row, whose first K entries are visible.
 
-    Random ones are made there, in the order of their keys. The others are made on the CPU and list visible and masked
-    patches in rising order: attention does not depend on the order of its tokens, so only rounding does.
+    Random masks are computed on the device and list patches in the order of their keys. The other masks are computed on
+    the CPU and list first the visible and then the masked patches, each in rising order. Attention does not depend on
+    the order of its tokens, so this changes no more than rounding.
 
     Args:
         draw_ids: int64 [N] on the CPU; training uses ``epoch · len(dataset) + index``.
@@ -115,7 +122,7 @@ def shuffled_ids(draw_ids: torch.Tensor, masks: Masks, device: torch.device) -> 
 
 
 def masked_patches(draw_ids: np.ndarray, masks: Masks) -> np.ndarray:
-    """Where the masks are that are not random: bool [N, rows, columns]."""
+    """Returns which patches are masked, for all ways of masking but random: bool [N, rows, columns]."""
     if masks.file is not None:
         number = len(masks.file.masked)
         words = words_numpy(masks.seed, STREAM_MASK_FILE, draw_ids, 1)[:, 0].astype(np.uint64)
@@ -126,25 +133,25 @@ def masked_patches(draw_ids: np.ndarray, masks: Masks) -> np.ndarray:
 
 
 def visible_first(masked: np.ndarray) -> np.ndarray:
-    """Masks bool [N, rows, columns] as permutations int32 [N, L]: visible patches, then masked ones, each rising."""
+    """Turns masks bool [N, rows, columns] into permutations int32 [N, L]: visible, then masked patches, each rising."""
     return np.argsort(masked.reshape(len(masked), -1), axis=1, kind="stable").astype(np.int32)
 
 
 def grid_mask(grid: Grid) -> np.ndarray:
-    """All but the top left of every 2×2 patches (paper, table 1f): bool [rows, columns], for even numbers of them."""
+    """Masks all but the top left of every 2×2 patches (paper, table 1f): bool [rows, columns], both of them even."""
     masked = np.ones(grid, dtype=bool)
     masked[::2, ::2] = False
     return masked
 
 
 def block_masks(draw_ids: np.ndarray, seed: int, grid: Grid, count: int) -> np.ndarray:
-    """Rectangles at random places until ``count`` patches are masked (paper, table 1f; Bao et al. 2021, algorithm 1).
+    """Masks random rectangles until ``count`` patches are masked (paper, table 1f; Bao et al. 2021, algorithm 1).
 
-    The area of a rectangle is uniform between ``SMALLEST_BLOCK`` of the grid and what is still to be masked, the log
-    of its aspect ratio uniform in ``BLOCK_RATIO``; sides are rounded, and cut to the grid's. Algorithm 1 ends with at
-    least as many patches as are asked for. Here they are exactly that many: a rectangle that would mask too many is
-    filled line by line from one of its corners until the number is reached. The corner, and whether lines are rows or
-    columns, is drawn, so that no side is preferred.
+    The area of a rectangle is uniform between ``SMALLEST_BLOCK`` of the grid and the number of patches still missing.
+    The log of its aspect ratio is uniform in ``BLOCK_RATIO``. Its sides are rounded, and cut to those of the grid.
+    Algorithm 1 may mask more than ``count`` patches; here it is exactly that many. A rectangle that would mask too many
+    is filled line by line from one of its corners until the number is reached. The corner, and whether lines are rows
+    or columns, are drawn at random, so that no side is preferred.
 
     Returns:
         bool [N, rows, columns]. Row n depends on seed and ``draw_ids[n]`` alone.
@@ -153,38 +160,42 @@ def block_masks(draw_ids: np.ndarray, seed: int, grid: Grid, count: int) -> np.n
     L, N = rows * columns, len(draw_ids)
     smallest = max(1.0, SMALLEST_BLOCK * L)
     low, high = np.log(BLOCK_RATIO)
-    # Four draws a rectangle; four before them, of which one says how the last is filled.
+    # Four draws per rectangle; four before them, of which one says how the last rectangle is filled.
     draws = uniforms_numpy(seed, STREAM_BLOCKS, draw_ids, 4 * (MAX_BLOCKS + 1)).reshape(N, MAX_BLOCKS + 1, 4)
-    way = (draws[:, 0, 0] * 8).astype(np.int64)
-    stretch = np.exp((low + (high - low) * draws[..., 1]) / 2)
-    # All masks grow by a rectangle at a time. A line of patches is a row of 64-bit words, which are fewer than bools.
-    lines, words = np.arange(rows), np.arange(0, columns, 64)
-    masked = np.zeros((N, rows, len(words)), dtype="<u8")
+    scan_number = (draws[:, 0, 0] * 8).astype(np.int64)
+    elongation = np.exp((low + (high - low) * draws[..., 1]) / 2)  # the root of height over width
+    # All N masks grow together, by one rectangle per round. A row of patches is kept as bits of 64-bit words (the patch
+    # of column c is bit c % 64 of word c // 64), because bits are faster than bools. A rectangle has the same words in
+    # each of its rows: the bits below its right end without those below its left, for left 2 and width 3 these are
+    # 0b11111 & ~0b00011 = 0b11100. ``new`` is what of them is not masked yet; its bits are counted byte by byte. A mask
+    # that needs more than that takes it and goes on; otherwise it stays in ``last``, for ``_first`` to take a part of.
+    row_numbers, word_starts = np.arange(rows), np.arange(0, columns, 64)
+    masked = np.zeros((N, rows, len(word_starts)), dtype="<u8")
     last = np.zeros_like(masked)
     missing = np.full(N, count)
-    growing = np.arange(N)
+    growing = np.arange(N)  # the masks that are not complete
     for number in range(1, MAX_BLOCKS + 1):
-        still = missing[growing]
+        wanted = missing[growing]
         area, _, top, left = draws[growing, number].T
-        side = np.sqrt(smallest + np.maximum(still - smallest, 0) * area)
-        height = np.minimum(np.rint(side * stretch[growing, number]), rows)
-        width = np.minimum(np.rint(side / stretch[growing, number]), columns)
+        side = np.sqrt(smallest + np.maximum(wanted - smallest, 0) * area)
+        height = np.minimum(np.rint(side * elongation[growing, number]), rows)
+        width = np.minimum(np.rint(side / elongation[growing, number]), columns)
         if number == MAX_BLOCKS:
             height[:], width[:] = rows, columns
         top, left = np.floor(top * (rows - height + 1)), np.floor(left * (columns - width + 1))
-        inside = (lines >= top[:, None]) & (lines < (top + height)[:, None])
-        line = _first_bits((left + width)[:, None] - words) & ~_first_bits(left[:, None] - words)
-        new = np.where(inside[:, :, None], line[:, None, :], np.uint64(0)) & ~masked[growing]
+        inside = (row_numbers >= top[:, None]) & (row_numbers < (top + height)[:, None])
+        row_words = _first_bits((left + width)[:, None] - word_starts) & ~_first_bits(left[:, None] - word_starts)
+        new = np.where(inside[:, :, None], row_words[:, None, :], np.uint64(0)) & ~masked[growing]
         added = _SET_BITS[new.view(np.uint8)].sum(axis=(1, 2), dtype=np.int64)
-        fits = added < still
+        fits = added < wanted
         last[growing] = new
         growing = growing[fits]
         masked[growing] |= new[fits]
         missing[growing] -= added[fits]
         if not len(growing):
             break
-    whole = _patches(masked, columns) | _first(_patches(last, columns), missing, _scans(grid)[way])
-    return whole.reshape(N, rows, columns)
+    completed = _patches(masked, columns) | _first(_patches(last, columns), missing, _scans(grid)[scan_number])
+    return completed.reshape(N, rows, columns)
 
 
 _ONES = np.array([2**n - 1 for n in range(65)], dtype="<u8")
@@ -192,30 +203,30 @@ _SET_BITS = np.array([n.bit_count() for n in range(256)], dtype=np.uint8)
 
 
 def _first_bits(n: np.ndarray) -> np.ndarray:
-    """Words with their first ``n`` bits set; none below 0, all above 64."""
+    """Returns words with their first ``n`` bits set: no bit for n below 0, all 64 for n above 64."""
     return _ONES[np.minimum(np.maximum(n, 0), 64).astype(np.int64)]
 
 
 def _patches(words: np.ndarray, columns: int) -> np.ndarray:
-    """Lines of bits [n, rows, words] as bool [n, L]."""
+    """Unpacks rows of bits [n, rows, words] to bool [n, L]."""
     bits = np.unpackbits(words.view(np.uint8), axis=2, count=columns, bitorder="little")
     return bits.reshape(len(words), -1).astype(bool)
 
 
 def _scans(grid: Grid) -> np.ndarray:
-    """The eight ways to go through a grid line by line, from each corner along rows or columns: int64 [8, L]."""
+    """Returns the eight ways through a grid line by line, from each corner along rows or columns: int64 [8, L]."""
     patches = np.arange(math.prod(grid)).reshape(grid)
     corners = [patches[::down, ::right] for down in (1, -1) for right in (1, -1)]
     return np.stack([view.reshape(-1) for corner in corners for view in (corner, corner.T)])
 
 
 def _first(new: np.ndarray, count: np.ndarray, scan: np.ndarray) -> np.ndarray:
-    """The first ``count`` [n] of the patches ``new`` (bool [n, L]) on a way through the grid (``scan`` [n, L])."""
-    on_the_way = np.take_along_axis(new, scan, axis=1)
-    on_the_way &= np.cumsum(on_the_way, axis=1) <= count[:, None]
-    kept = np.zeros_like(new)
-    np.put_along_axis(kept, scan, on_the_way, axis=1)
-    return kept
+    """Returns the first ``count`` [n] of the patches ``new`` (bool [n, L]) in the order of ``scan`` [n, L]."""
+    scanned = np.take_along_axis(new, scan, axis=1)
+    scanned &= np.cumsum(scanned, axis=1) <= count[:, None]
+    chosen = np.zeros_like(new)
+    np.put_along_axis(chosen, scan, scanned, axis=1)
+    return chosen
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -224,11 +235,11 @@ def _first(new: np.ndarray, count: np.ndarray, scan: np.ndarray) -> np.ndarray:
 def open_masks(path: str, asked_ratio: float) -> MaskFile | None:
     """Opens a .npy file of masks, bool or uint8 [B, rows, columns] with 1 where masked, and reads it once to check it.
 
-    The file says how many patches are masked. ``asked_ratio`` must be the same, unless it is the published one, which
-    is that of --mask_ratio when nothing was asked for. Without a ``path`` there are none.
+    Returns None without a ``path``. The file decides how many patches are masked, so ``asked_ratio`` must agree with
+    it, unless it is the default of ``mask_ratio``, which means that no ratio was asked for.
 
     Raises:
-        UserError: not such a file, its masks do not all mask the same number of patches, or another one is asked for.
+        UserError: the file is not such a file, its masks mask different numbers of patches, or ``asked_ratio`` differs.
     """
     if not path:
         return None
@@ -247,7 +258,7 @@ def open_masks(path: str, asked_ratio: float) -> MaskFile | None:
 
 
 def _checked(path: Path) -> tuple[np.ndarray, int, str]:
-    """The masks, the number of patches that each masks, and a digest of what they are, whatever their dtype."""
+    """Returns the masks, the number of patches that each masks, and a digest of them that no dtype changes."""
     if not path.is_file():
         raise ValueError("not a file" if path.exists() else "no such file")
     masked = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -257,7 +268,7 @@ def _checked(path: Path) -> tuple[np.ndarray, int, str]:
         raise ValueError(f"holds {masked.dtype}")
     if masked.ndim != 3 or min(masked.shape) < 1:
         raise ValueError(f"has shape {list(masked.shape)}")
-    masked = masked.view(np.uint8)  # bools of a file may be any byte
+    masked = masked.view(np.uint8)  # a bool in a file may be any byte
     L = masked.shape[1] * masked.shape[2]
     count, digest = int(np.count_nonzero(masked[0])), hashlib.sha256(repr(masked.shape).encode())
     if not 0 < count < L:
@@ -279,7 +290,10 @@ def _checked(path: Path) -> tuple[np.ndarray, int, str]:
 
 
 def exact_ratio(visible: int, patches: int) -> float:
-    """The mask ratio nearest to the exact one for which int(L · (1 − ratio)) is ``visible``, as the model counts."""
+    """Returns the mask ratio nearest to the exact one for which int(L · (1 − ratio)) is ``visible``.
+
+    This is how the model counts visible patches, and rounding of the exact ratio may be off by one patch.
+    """
     ratio = (patches - visible) / patches
     while int(patches * (1 - ratio)) < visible:
         ratio = math.nextafter(ratio, 0)

@@ -1,6 +1,7 @@
 """Parquet files with images in a column, as Hugging Face's `datasets` writes them.
 
-Such a file is stored in row groups, of which one image cannot be read alone: the groups in use are kept, few at a time.
+Such a file is stored in row groups, from which a single image cannot be read. A whole group is read and kept while it
+is in use, and few groups are in use at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fastmae.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label", "target")
-# What the row groups that are read at about the same time may take, and how many there are at least.
+# The memory that the row groups in use may take together, and the least number of them.
 HELD_BYTES = 512 << 20
 MIN_HELD = 4
 MAX_GROUP_BYTES = 2 << 30
@@ -34,22 +35,22 @@ class ParquetSource:
     files: tuple[str, ...]
     column: str
     group_file: np.ndarray
-    """int64 [groups]: in which file a row group lies, ascending."""
+    """int64 [groups], ascending: the file in which each row group lies."""
     group_number: np.ndarray
-    """int64 [groups]: its number there."""
+    """int64 [groups]: the number of each row group in its file."""
     starts: np.ndarray
-    """int64 [groups + 1]: the sample it begins with."""
+    """int64 [groups + 1]: the first sample of each row group, and the length."""
     held: int
-    """How many row groups samples are mixed from."""
+    """How many row groups are in use at the same time."""
     labels: np.ndarray | None
     metadata: tuple[Any, ...] = field(repr=False, compare=False)
-    """Each file's, so that it is parsed once."""
+    """The footer of each file, parsed."""
     kind: str = "folder"
     _group: Callable[[int], Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # A few more than are mixed: threads are not all at the same place of the order.
-        object.__setattr__(self, "_group", _Held(self._read_group, self.held + self.held // 4 + 4))
+        # A few more than are in use by the order, as threads are not all at the same sample of it.
+        object.__setattr__(self, "_group", Recent(self._read_group, self.held + self.held // 4 + 4))
 
     @property
     def shards(self) -> Shards:
@@ -58,7 +59,7 @@ class ParquetSource:
 
     @property
     def location(self) -> str:
-        """What there is, for people."""
+        """Where the images lie, as a phrase for people."""
         files = f"{len(self.files)} Parquet file{'s' if len(self.files) > 1 else ''}"
         return f"in column {self.column!r} of {files}"
 
@@ -66,10 +67,10 @@ class ParquetSource:
         return int(self.starts[-1])
 
     def read(self, index: int) -> bytes:
-        """The bytes of an image file.
+        """Returns the bytes of an image file.
 
         Raises:
-            OSError: there are none, or the file has changed or is damaged there.
+            OSError: the row has no bytes, or the file was changed or is damaged there.
         """
         group = int(np.searchsorted(self.starts, index, side="right")) - 1
         value = _bytes_of(self._group(group), index - int(self.starts[group]))
@@ -84,16 +85,19 @@ class ParquetSource:
 
     def _read_group(self, group: int) -> Any:
         file = int(self.group_file[group])
-        return _read_group(self.files[file], int(self.group_number[group]), self.column, self.metadata[file])
+        return read_group(self.files[file], int(self.group_number[group]), self.column, self.metadata[file])
 
 
-class _Held:
-    """The newest results of a function, at most ``capacity``; what several threads want at once is made once."""
+class Recent:
+    """The newest results of a function, at most ``capacity``. If threads ask for a key together, it is called once."""
 
     def __init__(self, make: Callable[[int], Any], capacity: int) -> None:
         self._make, self._capacity = make, capacity
         self._results: OrderedDict[int, Future[Any]] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._results)
 
     def __call__(self, key: int) -> Any:
         with self._lock:
@@ -109,13 +113,13 @@ class _Held:
                 result.set_result(self._make(key))
             except BaseException as error:
                 with self._lock:
-                    self._results.pop(key, None)  # the next one tries again
+                    self._results.pop(key, None)  # the next call tries again
                 result.set_exception(error)
         return result.result()
 
 
 def open_parquet(paths: Sequence[Path]) -> ParquetSource:
-    """Parquet files as one source, in the order given; only their footers and labels are read.
+    """Opens Parquet files as one source, in the order given, and reads only their footers and labels.
 
     The image column is a struct of `bytes` and `path` or a column of bytes, found by its name or by being the only one.
     Labels are the integers of a column `label` or the like, if every row has one.
@@ -162,7 +166,7 @@ def open_parquet(paths: Sequence[Path]) -> ParquetSource:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Puts the file's name into pyarrow's errors."""
+    """Adds the name of the file to pyarrow's errors."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -199,7 +203,7 @@ def _group_bytes(group: Any, column: str) -> int:
 
 
 def _labels(paths: Sequence[Path], metadata: Sequence[Any]) -> np.ndarray | None:
-    """int64 [length], if all files have an integer column of one of the names and no row lacks its label."""
+    """Reads labels int64 [length], if all files have the same integer column for them and no row lacks its label."""
     import pyarrow.parquet as pq
     import pyarrow.types as types
 
@@ -217,18 +221,18 @@ def _labels(paths: Sequence[Path], metadata: Sequence[Any]) -> np.ndarray | None
     return np.concatenate(parts)
 
 
-def _read_group(path: str, number: int, column: str, metadata: Any) -> Any:
-    """The images of a row group, as pyarrow's chunked array. Raises OSError, whatever pyarrow raises."""
+def read_group(path: str, number: int, column: str, metadata: Any) -> Any:
+    """Reads the images of a row group, as pyarrow's chunked array. Raises OSError for every error of pyarrow's."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     import pyarrow.types as types
 
     is_struct = types.is_struct(metadata.schema.to_arrow_schema().field(column).type)
     try:
-        # A file object of its own for each read: pyarrow does not promise that threads may share one.
+        # Each read opens the file, because pyarrow does not promise that threads may share an open one.
         with pq.ParquetFile(path, metadata=metadata, pre_buffer=False) as file:  # one column: nothing to gather
-            wanted = f"{column}.bytes" if is_struct else column
-            return file.read_row_group(number, columns=[wanted], use_threads=False).column(column)
+            leaf = f"{column}.bytes" if is_struct else column
+            return file.read_row_group(number, columns=[leaf], use_threads=False).column(column)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise OSError(f"row group {number}: {' '.join(str(error).split())}") from error
 
@@ -239,6 +243,6 @@ def _bytes_of(images: Any, row: int) -> bytes | None:
 
 
 def _holds_only_paths(source: ParquetSource) -> bool:
-    """Whether the first row group has no bytes at all."""
+    """Tells whether the first row group has no bytes at all."""
     images = source._group(0)
     return all(_bytes_of(images, row) is None for row in range(int(source.starts[1])))

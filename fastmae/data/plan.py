@@ -1,6 +1,7 @@
-"""Which sample comes when, cropped how: pure functions of (seed, epoch), with no state to lose.
+"""The plan of an epoch: which sample comes when, and how it is cropped.
 
-Global batch k of an epoch is the same samples with the same crops whatever the number of ranks or threads.
+These are pure functions of (seed, epoch), so there is no state that a restart could lose. Global batch k of an epoch
+has the same samples with the same crops for any number of ranks or threads.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fastmae.philox import STREAM_CROP, STREAM_ORDER, STREAM_SPLIT, permutation_
 
 CROP_ATTEMPTS = 10
 RATIO = (3 / 4, 4 / 3)
+"""The smallest and the largest width over height of a random crop."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,12 @@ class Shards:
     starts: np.ndarray
     """int64 [shards + 1], from 0 to the length of the data set: shard s is [starts[s], starts[s + 1])."""
     window: int
-    """The shuffle window: over how many places of the order the samples of a shard are scattered."""
+    """The shuffle window: the number of places in the order over which the samples of a shard are scattered."""
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """One epoch's order for one rank: ``batch(i)`` is micro-batch i of that rank."""
+    """The order of one epoch for one rank: ``batch(i)`` is micro-batch i of that rank."""
 
     order: np.ndarray
     """int64 [length], a permutation of the data set."""
@@ -51,18 +53,22 @@ class EpochPlan:
     ranks: int
 
     def __len__(self) -> int:
-        """Micro-batches in the epoch; the last partial global batch is dropped, as published."""
+        """Returns the micro-batches in the epoch; a last, partial global batch is dropped, as in the official code."""
         return micro_batches(len(self.order), self.batch_size, self.ranks)
 
     def batch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(indices, draw_ids) of micro-batch ``index``, int64 [batch_size] each; past the end it begins anew."""
+        """Returns (indices, draw_ids) of micro-batch ``index``, int64 [batch_size] each; the end wraps around."""
         start = (index * self.ranks + self.rank) * self.batch_size
         indices = self.order.take(np.arange(start, start + self.batch_size), mode="wrap")
         return indices, self.epoch * len(self.order) + indices
 
 
 def micro_batches(length: int, batch_size: int, ranks: int, accum_iter: int = 1, keep_last: bool = False) -> int:
-    """A rank's micro-batches in an epoch: whole ones alone, or with ``keep_last`` enough for whole steps to see all."""
+    """Returns the number of micro-batches per rank and epoch.
+
+    Only whole global batches count. With ``keep_last`` there are as many as it takes to see every sample, rounded up to
+    whole steps of ``accum_iter`` micro-batches.
+    """
     if keep_last:
         return -(-length // (batch_size * ranks * accum_iter)) * accum_iter
     return length // (batch_size * ranks)
@@ -77,7 +83,7 @@ def plan_epoch(
     ranks: int = 1,
     shards: Shards | None = None,
 ) -> EpochPlan:
-    """A full shuffle of ``length`` samples; with ``shards``, one that stays near their order."""
+    """Plans a full shuffle of ``length`` samples; with ``shards``, a shuffle that has few shards in use at a time."""
     if _is_scattered(shards, length):
         order = scattered_order(seed, epoch, shards)
     else:
@@ -90,7 +96,10 @@ def _is_scattered(shards: Shards | None, length: int) -> TypeGuard[Shards]:
 
 
 def describe_order(length: int, shards: Shards | None) -> str:
-    """What, beside seed, epoch and length, an epoch's order depends on: a line that is the same if that is the same."""
+    """Returns what the order of an epoch depends on beside seed, epoch and length, as one line.
+
+    Runs compare this line when they resume, so its words never change.
+    """
     if not _is_scattered(shards, length):
         return FULL_SHUFFLE
     digest = hashlib.sha256(shards.starts.astype("<i8").tobytes()).hexdigest()[:12]
@@ -100,27 +109,33 @@ def describe_order(length: int, shards: Shards | None) -> str:
 def scattered_order(seed: int, epoch: int, shards: Shards) -> np.ndarray:
     """Shuffles the shards, then scatters the samples of each over the next ``window`` places: int64 [length].
 
-    The places form a ring, so what is scattered past the end comes first. Everywhere in the epoch, then, the next
-    sample comes from any of the ``window`` samples' worth of shards that are open there with the same chance, and
-    a shard is read in one go but for those at the end, which are opened twice.
+    Returns:
+        A permutation of the samples in which few shards are in use at a time. At any point of the epoch the next sample
+        comes, with equal chance, from any of the shards that are open there, which hold about ``window`` samples.
+
+    An example with 2 shards of 3 samples (a b c, d e f), in this order after the shuffle, and ``window`` 4: the first
+    shard starts at place 0 and the second at place 3. Each sample gets the place where its shard starts plus a random
+    number in [0, 4), say a 0.9, b 3.5, c 1.7, d 3.2, e 6.6, f 4.1. The 6 places form a ring, so e goes to 0.6. Sorted
+    by place the order is e a c d b f. A shard that is scattered past the end, like the second, is thus opened twice.
     """
     starts, lengths = shards.starts, np.diff(shards.starts)
     length, count = int(starts[-1]), len(lengths)
-    # One draw for both: the words of samples, then those of shards.
+    # One draw for both: first a random word per sample, then one per shard.
     words = words_numpy(seed, STREAM_ORDER, np.array([epoch]), length + count)[0]
-    turn = np.argsort(words[length:], kind="stable")
-    place = np.empty(count, np.int64)
-    place[turn] = np.cumsum(lengths[turn]) - lengths[turn]
-    # Whole numbers, in 2**-32 of a place, so that no rounding depends on the machine.
-    keys = np.repeat(place, lengths).astype(np.uint64) << np.uint64(32)
+    shard_order = np.argsort(words[length:], kind="stable")
+    first_place = np.empty(count, np.int64)
+    first_place[shard_order] = np.cumsum(lengths[shard_order]) - lengths[shard_order]
+    # Places are whole numbers in units of 2**-32, so that no rounding depends on the machine: place 3 is 3 << 32, and
+    # a random word w in [0, 2**32) times the window is that share of the window in these units.
+    keys = np.repeat(first_place, lengths).astype(np.uint64) << np.uint64(32)
     keys += words[:length].astype(np.uint64) * np.uint64(shards.window)
     return np.argsort(keys % (np.uint64(length) << np.uint64(32)), kind="stable")
 
 
 def shuffle_quality(order: np.ndarray, shards: Shards, batch_size: int) -> float:
-    """How well an order mixes: shards in a batch, on average, over the number that a full shuffle would have there.
+    """Returns how well an order shuffles: the mean number of shards in a batch, divided by that of a full shuffle.
 
-    1 is a full shuffle; reading shard after shard is near 0.
+    1 is a full shuffle; reading one shard after another is near 0.
     """
     lengths = np.diff(shards.starts)
     owner = np.repeat(np.arange(len(lengths)), lengths)[order]
@@ -131,32 +146,33 @@ def shuffle_quality(order: np.ndarray, shards: Shards, batch_size: int) -> float
 
 
 def holdout(length: int, share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
-    """A fixed split of a data set that has none: sorted indices of the train part and of the held-out part."""
+    """Returns a fixed split of a data set that has none: sorted indices of the train part and of the held-out part."""
     order = permutation_numpy(0, STREAM_SPLIT, 0, length)
-    held = max(1, round(length * share))
-    return np.sort(order[held:]), np.sort(order[:held])
+    count = max(1, round(length * share))
+    return np.sort(order[count:]), np.sort(order[:count])
 
 
 def mask_draws(draw_ids: np.ndarray, length: int, repeated_masks: int) -> np.ndarray:
-    """The draws of the masks of some crops, ``repeated_masks`` (R) of each, side by side: int64 [N · R].
+    """Returns the draw ids of masks, ``repeated_masks`` (R) per crop, side by side: int64 [N · R].
 
-    No two crops of a run share one; with R = 1 they are the crops' own.
+    No two crops of a run share one. With R = 1 they are the ``draw_ids`` of the crops, int64 [N].
     """
     first = draw_ids + draw_ids // length * (repeated_masks - 1) * length
     return (first[:, None] + np.arange(repeated_masks) * length).reshape(-1)
 
 
 def crop_draws(seed: int, draw_ids: np.ndarray) -> np.ndarray:
-    """The uniform numbers that decide a sample's crop and flip: float64 [N, CROP_ATTEMPTS + 1, 4]."""
+    """Returns the uniform numbers in [0, 1) that decide crops and flips: float64 [N, CROP_ATTEMPTS + 1, 4]."""
     draws = uniforms_numpy(seed, STREAM_CROP, draw_ids, 4 * (CROP_ATTEMPTS + 1))
     return draws.reshape(len(draw_ids), CROP_ATTEMPTS + 1, 4)
 
 
 def random_box(draws: np.ndarray, height: int, width: int, scale: tuple[float, float]) -> Box:
-    """RandomResizedCrop's box, from one row of ``crop_draws``.
+    """Returns the box of RandomResizedCrop, from one row of ``crop_draws``.
 
-    Area uniform in ``scale``, the log of the aspect ratio uniform in (3/4, 4/3); the first of ten attempts that fits,
-    or else the largest central region within those ratios (Szegedy et al. 2014, section 6; recipe of the MAE paper).
+    The share of the area is uniform in ``scale``, the log of the aspect ratio uniform in (3/4, 4/3). The box is the
+    first of ten attempts that fits, or else the largest central region within those ratios (Szegedy et al. 2014,
+    section 6; recipe of the MAE paper).
     """
     for area_draw, ratio_draw, top_draw, left_draw in draws[:CROP_ATTEMPTS].tolist():
         area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
@@ -174,12 +190,12 @@ def random_box(draws: np.ndarray, height: int, width: int, scale: tuple[float, f
 
 
 def is_flipped(draws: np.ndarray) -> bool:
-    """Whether a sample is mirrored, from the same row of ``crop_draws``."""
+    """Tells whether a sample is mirrored, from the same row of ``crop_draws``."""
     return bool(draws[CROP_ATTEMPTS, 0] < 0.5)
 
 
 def central_box(height: int, width: int, size: tuple[int, int], share: float = 1.0) -> Box:
-    """The largest central region of the aspect ratio of ``size``, each side times ``share``; for evaluation."""
+    """Returns the largest central region of the aspect ratio of ``size``, each side times ``share``; for evaluation."""
     zoom = min(height / size[0], width / size[1]) * share
     h, w = max(1, min(height, round(size[0] * zoom))), max(1, min(width, round(size[1] * zoom)))
     return Box((height - h) // 2, (width - w) // 2, h, w)

@@ -1,7 +1,8 @@
-"""Tar shards, as webdataset writes them: samples grouped by key, found by their headers, read in place.
+"""Tar shards, as webdataset writes them: samples are grouped by key, found by their headers and read in place.
 
-The headers of all shards are read once; where each image lies is kept beside the shards, or else in the cache folder,
-for as long as the shards have the same sizes and modification times. An image is then one read at an offset.
+The headers of all shards are read once. They say where each image lies, so that an image is one read at an offset. That
+is kept in an index beside the shards, or else in the cache folder, as long as the shards have the same sizes and
+modification times.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fastmae.data.plan import Shards
 from fastmae.errors import UserError
 
 BLOCK = 512
-# Header entries that only describe the next one; longer ones are not believed.
+# The largest header entry that only describes the next one; a larger one is taken for damage.
 MAX_EXTENSION = 1 << 20
 MAX_LABEL_BYTES = 32
 OPEN_SHARDS = 256
@@ -59,20 +60,21 @@ class TarSource:
     stamps: tuple[tuple[int, int], ...]
     """(size, modification time in ns) of each shard when it was indexed."""
     shard: np.ndarray
-    """int64 [length]: in which shard each sample lies, ascending."""
+    """int64 [length], ascending: the tar file in which each sample lies."""
     offset: np.ndarray
-    """int64 [length], in bytes."""
+    """int64 [length]: the byte of the tar file at which each image begins."""
     size: np.ndarray
-    """int64 [length], in bytes."""
+    """int64 [length]: the bytes of each image."""
     names: Names
     labels: np.ndarray | None
+    """int64 [length], or None."""
     damage: tuple[tuple[str, str], ...]
-    """(shard, what is wrong) of each that ends too early or goes wrong on the way."""
+    """(tar file, what is wrong) of each that ends too early or is damaged inside."""
     kind: str = "folder"
     _open: Callable[[int], _OpenShard] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Bounded, as there may be more shards than a process may have files open.
+        # Bounded, because there may be more shards than files that a process may have open.
         object.__setattr__(self, "_open", functools.lru_cache(OPEN_SHARDS)(self._open_shard))
 
     @property
@@ -84,7 +86,7 @@ class TarSource:
 
     @property
     def location(self) -> str:
-        """What there is, for people."""
+        """Where the images lie, and which shards are damaged, as a phrase for people."""
         text = f"in {len(self.paths)} tar shard{'s' if len(self.paths) > 1 else ''}"
         return "; ".join([text, *map(" ".join, self.damage)])
 
@@ -92,10 +94,10 @@ class TarSource:
         return len(self.offset)
 
     def read(self, index: int) -> bytes:
-        """The bytes of an image file.
+        """Returns the bytes of an image file.
 
         Raises:
-            OSError: the shard is gone or is not the one that was indexed, or the file is too large for an image.
+            OSError: the shard is gone or was changed since it was indexed, or the file is too large for an image.
         """
         shard, size = self._open(int(self.shard[index])), int(self.size[index])
         if size > MAX_FILE_BYTES:
@@ -117,7 +119,7 @@ class TarSource:
 
 
 class _OpenShard:
-    """A descriptor that is closed when the last thread has let go of it."""
+    """An open file, which is closed when no thread uses it any more."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -128,55 +130,57 @@ class _OpenShard:
 
 
 def open_shards(paths: Sequence[Path]) -> TarSource:
-    """Tar files as one source, in the order given.
+    """Opens tar files as one source, in the order given.
 
-    Samples are grouped as webdataset does: consecutive members whose names agree up to the first dot of the file name.
-    The first member of a group with the suffix of an image file is the image; groups without one are passed by. Labels
-    are the integers in `.cls` members, if every sample has one. Of a shard that is cut or damaged, what lies before the
-    damage is used, and ``damage`` names it.
+    Samples are grouped as webdataset does: a group is consecutive members whose names agree up to the first dot of the
+    file name. The first member of a group with the suffix of an image file is the image; groups without an image are
+    passed over. Labels are the integers in `.cls` members, if every sample has one. Of a shard that is cut or damaged,
+    the part before the damage is used, and ``damage`` names the shard.
 
     Raises:
-        UserError: compressed, or not a tar file at all.
-        OSError: cannot be read.
+        UserError: a file is compressed, or is not a tar file at all.
+        OSError: a file cannot be read.
     """
     for path in paths:
         refuse_compressed(path)
     stamps = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, paths)]
     fingerprint = [[path.name, *stamp] for path, stamp in zip(paths, stamps, strict=True)]
-    kept_in = _kept_in(paths)
-    for place in kept_in:
-        known = read_index(place)
-        if known is not None and known.fingerprint == fingerprint and _is_sound(known.columns, stamps):
-            return _source(paths, stamps, known.columns)
+    index_paths = _index_paths(paths)
+    for index_path in index_paths:
+        index = read_index(index_path)
+        if index is not None and index.fingerprint == fingerprint and _is_sound(index.columns, stamps):
+            return _source(paths, stamps, index.columns)
     with ThreadPoolExecutor(INDEX_THREADS) as pool:
-        indexed = list(pool.map(_index_shard, paths))
+        indexed = list(pool.map(index_shard, paths))
     columns = _columns(indexed)
     if is_settled(modified for _, modified in stamps):
-        any(write_index(place, Index(fingerprint, columns)) for place in kept_in)
+        any(write_index(index_path, Index(fingerprint, columns)) for index_path in index_paths)  # the first that works
     return _source(paths, stamps, columns)
 
 
 def refuse_compressed(path: Path) -> None:
-    """Raises:
-    UserError: the name is that of a compressed tar file, in which nothing can be read in place.
+    """Refuses a compressed tar file by its name, because nothing can be read in place in it.
+
+    Raises:
+        UserError: the name is that of a compressed tar file.
     """
     for suffix, tool in COMPRESSED_SUFFIXES.items():
         if path.name.lower().endswith(suffix):
             raise UserError(f"{path}: a compressed tar cannot be read in place; run `{tool} {path}` first")
 
 
-def _kept_in(paths: Sequence[Path]) -> list[Path]:
-    """Where the index of these shards may be: beside them (if they share a folder), and in the cache folder."""
+def _index_paths(paths: Sequence[Path]) -> list[Path]:
+    """Returns where the index of these shards may be: beside them (if they share a folder), and in the cache folder."""
     real = [os.path.realpath(path) for path in paths]
     folders = {os.path.dirname(path) for path in real}
-    # Beside the shards only their names count, so that it moves with them.
+    # The name of an index beside the shards depends on their names alone, so that it can be moved with them.
     names = cache_file("\0".join(["shards", *map(os.path.basename, real)])).name
     beside = [Path(folder) / f".fastmae-{names}" for folder in folders if len(folders) == 1]
     return [*beside, cache_file("\0".join(["shards", *real]))]
 
 
 def _is_sound(columns: dict[str, np.ndarray], stamps: Sequence[tuple[int, int]]) -> bool:
-    """Whether every sample of an index lies inside its shard and every column has its length."""
+    """Tells whether every sample of an index lies inside its shard and every column has its length."""
     if columns.keys() != {"shard", "offset", "size", "label", "has_label", "names", "damaged", "damage"}:
         return False
     shard, offset, size = (columns[name] for name in ("shard", "offset", "size"))
@@ -207,8 +211,8 @@ def _source(paths: Sequence[Path], stamps: list[tuple[int, int]], columns: dict[
         names=names_of(columns["names"]),
         labels=columns["label"].copy() if labelled else None,
         damage=tuple(
-            (str(paths[number]), what)
-            for number, what in zip(columns["damaged"].tolist(), unpack_names(columns["damage"]), strict=True)
+            (str(paths[number]), reason)
+            for number, reason in zip(columns["damaged"].tolist(), unpack_names(columns["damage"]), strict=True)
         ),
     )
 
@@ -230,7 +234,7 @@ def _columns(indexed: list[tuple[list[_Sample], str | None]]) -> dict[str, np.nd
     for number, (inside, damage) in enumerate(indexed):
         if damage is not None:
             if labelled and inside and inside[-1].label is None:
-                inside.pop()  # its label lay behind the damage
+                inside.pop()  # the label of the last sample lay behind the damage
             damaged.append(number)
             damages.append(f"{damage}, so only its first {len(inside)} images are used; replace it to have all")
     samples = [sample for inside, _ in indexed for sample in inside]
@@ -246,8 +250,12 @@ def _columns(indexed: list[tuple[list[_Sample], str | None]]) -> dict[str, np.nd
     }
 
 
-def _index_shard(path: Path) -> tuple[list[_Sample], str | None]:
-    """A shard's samples, and what is wrong with it, if anything is."""
+def index_shard(path: Path) -> tuple[list[_Sample], str | None]:
+    """Reads the headers of a shard. Returns its samples, and what is wrong with it, if anything is.
+
+    Raises:
+        UserError: the file is compressed, or its first header is not one of a tar file.
+    """
     shard = _OpenShard(str(path))
     size = os.fstat(shard.descriptor).st_size
     start = os.pread(shard.descriptor, BLOCK, 0)
@@ -280,22 +288,22 @@ class _Member:
 
 
 class _DamageError(Exception):
-    """What is wrong with a tar file, from which byte on."""
+    """Damage of a tar file: the message says what is wrong, ``position`` from which byte on."""
 
-    def __init__(self, position: int, what: str) -> None:
-        super().__init__(what)
+    def __init__(self, position: int, reason: str) -> None:
+        super().__init__(reason)
         self.position = position
 
 
 def _key(name: str) -> str | None:
-    """A name up to the first dot of its last part; None for hidden files and for files without a dot."""
+    """Returns a name up to the first dot of its last part; None for hidden files and for files without a dot."""
     folder, slash, base = name.rpartition("/")
     stem, dot, _ = base.partition(".")
     return folder + slash + stem if stem and dot else None
 
 
 def _sample(group: list[_Member], read: Callable[[int, int], bytes]) -> _Sample | None:
-    """The sample that members of one key are, or none."""
+    """Returns the sample that the members of one key make up; None without an image among them."""
     key = _key(group[0].name)
     if key is None:
         return None
@@ -313,9 +321,9 @@ def _sample(group: list[_Member], read: Callable[[int, int], bytes]) -> _Sample 
 
 
 def _members(read: Callable[[int, int], bytes], end: int) -> Iterator[_Member]:
-    """The regular files of a tar file in order; ``read(size, offset)`` gives its bytes.
+    """Yields the regular files of a tar file in order; ``read(size, offset)`` returns its bytes.
 
-    Knows the formats that are written today: ustar with its name prefix, GNU's long names and sizes in base 256, and
+    It reads the formats that are written today: ustar with its name prefix, GNU's long names and sizes in base 256, and
     PAX headers for path and size.
 
     Raises:
@@ -345,7 +353,7 @@ def _members(read: Callable[[int, int], bytes], end: int) -> Iterator[_Member]:
             continue
         if "size" in extended:
             if not extended["size"].isascii() or not extended["size"].isdigit() or len(extended["size"]) > 19:
-                raise _DamageError(position, f"has a size that is none at byte {position}")
+                raise _DamageError(position, f"has a size that is no number at byte {position}")
             size = int(extended["size"])
         if kind == "S" or any(word.startswith("GNU.sparse") for word in extended):
             raise _DamageError(position, f"has a sparse member at byte {position} (make it without `tar --sparse`)")
@@ -360,7 +368,7 @@ def _members(read: Callable[[int, int], bytes], end: int) -> Iterator[_Member]:
 
 
 def _header(block: bytes, position: int) -> tuple[str, int, str]:
-    """(name, size, kind) of a header whose checksum is right."""
+    """Returns (name, size, kind) of a header, once its checksum is found right."""
     try:
         checksum = int(block[148:156].strip(b" \0"), 8)
         if block[124] & 0x80:  # GNU, for sizes from 8 GiB
@@ -377,8 +385,8 @@ def _header(block: bytes, position: int) -> tuple[str, int, str]:
 
 
 def _pax(text: bytes, position: int) -> dict[str, str]:
-    """The records `LENGTH KEY=VALUE\\n` of a PAX header."""
-    found = {}
+    """Returns the records `LENGTH KEY=VALUE\\n` of a PAX header by key."""
+    records = {}
     while text:
         digits, _, _ = text.partition(b" ")
         length = int(digits) if digits.isdigit() and len(digits) < 10 else 0
@@ -386,19 +394,19 @@ def _pax(text: bytes, position: int) -> dict[str, str]:
         if length > len(text) or not record.endswith(b"\n") or b"=" not in record:
             raise _DamageError(position, f"has a broken PAX header at byte {position}")
         word, _, value = record[:-1].partition(b"=")
-        found[os.fsdecode(word)] = os.fsdecode(value.split(b"\0")[0])
+        records[os.fsdecode(word)] = os.fsdecode(value.split(b"\0")[0])
         text = text[length:]
-    return found
+    return records
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`part-{000..146}.tar` and `{a,b}.tar` as the shell reads them, in that order.
+    """Returns the names that `part-{000..146}.tar` or `{a,b}.tar` stands for in a shell, in that order.
 
     Raises:
-        UserError: more than a million names.
+        UserError: the pattern stands for more than a million names.
     """
     match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if match is None:

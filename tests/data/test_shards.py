@@ -372,8 +372,8 @@ def test_a_shard_that_changes_under_a_run_is_an_error_and_not_other_bytes(tmp_pa
 def counted(monkeypatch):
     """How many shards were indexed so far."""
     indexed = []
-    original = shards._index_shard
-    monkeypatch.setattr(shards, "_index_shard", lambda path: (indexed.append(path), original(path))[1])
+    original = shards.index_shard
+    monkeypatch.setattr(shards, "index_shard", lambda path: (indexed.append(path), original(path))[1])
     return indexed
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastmae.data import parquet
-from fastmae.data.parquet import _Held
+from fastmae.data.parquet import Recent
 from fastmae.data.sources import describe, open_train, train_and_val
 from fastmae.data.statistics import channel_statistics
 from fastmae.errors import UserError
@@ -138,11 +138,11 @@ def test_damage_inside_a_row_group_is_an_error_of_its_rows(tmp_path):
         source.read(15)
 
 
-def test_row_groups_are_read_once_while_they_are_held(tmp_path, monkeypatch):
+def test_row_groups_are_read_once_while_they_are_in_use(tmp_path, monkeypatch):
     path = write(tmp_path / "x.parquet", {"image": images(), "huge": [b"y" * 1000] * 50})
     loads = []
-    original = parquet._read_group
-    monkeypatch.setattr(parquet, "_read_group", lambda *words: (loads.append(words[1]), original(*words))[1])
+    original = parquet.read_group
+    monkeypatch.setattr(parquet, "read_group", lambda *words: (loads.append(words[1]), original(*words))[1])
     source = open_train(path)
     assert loads == [0]
     order = np.random.default_rng(0).permutation(50).tolist()
@@ -151,30 +151,30 @@ def test_row_groups_are_read_once_while_they_are_held(tmp_path, monkeypatch):
     assert sorted(loads) == list(range(8))
 
 
-def test_what_is_held_is_bounded_and_made_once_for_all_threads():
-    made = []
+def test_recent_results_are_bounded_and_computed_once_for_all_threads():
+    calls = []
     lock = threading.Lock()
 
     def make(key):
         time.sleep(0.001)
         with lock:
-            made.append(key)
+            calls.append(key)
         return key * key
 
-    held = _Held(make, 3)
+    recent = Recent(make, 3)
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(held, [5] * 50)) == [25] * 50
-        assert made == [5]
+        assert list(pool.map(recent, [5] * 50)) == [25] * 50
+        assert calls == [5]
         keys = np.random.default_rng(0).integers(0, 6, 400).tolist()
-        assert list(pool.map(held, keys)) == [key * key for key in keys]
-    assert len(held._results) <= 3
-    made.clear()
+        assert list(pool.map(recent, keys)) == [key * key for key in keys]
+    assert len(recent) <= 3
+    calls.clear()
     for key in (1, 2, 3, 1, 4, 1, 2):
-        held(key)
-    assert [key for key in made if key not in (1, 3)][-2:] == [4, 2]
+        recent(key)
+    assert [key for key in calls if key not in (1, 3)][-2:] == [4, 2]
 
 
-def test_a_failure_is_everyones_and_is_tried_again():
+def test_a_failure_reaches_the_caller_and_is_tried_again():
     outcomes = iter([OSError("first"), None])
 
     def make(key):
@@ -183,10 +183,10 @@ def test_a_failure_is_everyones_and_is_tried_again():
             raise outcome
         return key
 
-    held = _Held(make, 3)
+    recent = Recent(make, 3)
     with pytest.raises(OSError, match="first"):
-        held(1)
-    assert held(1) == 1
+        recent(1)
+    assert recent(1) == 1
 
 
 def test_statistics_read_runs_and_not_every_row_group(tmp_path, monkeypatch):
@@ -196,8 +196,8 @@ def test_statistics_read_runs_and_not_every_row_group(tmp_path, monkeypatch):
     path = write(tmp_path / "x.parquet", {"image": images(data * 1000)}, group=10)
     source = open_train(path)
     loads = []
-    original = parquet._read_group
-    monkeypatch.setattr(parquet, "_read_group", lambda *words: (loads.append(words[1]), original(*words))[1])
+    original = parquet.read_group
+    monkeypatch.setattr(parquet, "read_group", lambda *words: (loads.append(words[1]), original(*words))[1])
     mean, std = channel_statistics(source, 1)
     assert len(set(loads)) < 300
     assert 0.2 < mean[0] < 0.8

@@ -53,6 +53,7 @@ from fastmae.config import (
     check_quality,
     pretraining,
 )
+from fastmae.config.model import ModelSpec
 from fastmae.data.sources import Source, describe, open_train, shown, train_and_val
 from fastmae.errors import UserError
 from fastmae.evaluate.probe import probe_in_detail
@@ -143,7 +144,7 @@ def _settings(config: BenchQualityConfig, device: torch.device) -> ResolvedConfi
 
 def _fresh(settings: ResolvedConfig, seed: int) -> MaskedAutoencoderViT:
     torch.manual_seed(seed)
-    return build_model(dataclasses.asdict(settings))
+    return build_model(ModelSpec.of(settings))
 
 
 def _ours(config: BenchQualityConfig, seed: int) -> tuple[MaskedAutoencoderViT, float] | int:

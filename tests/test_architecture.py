@@ -21,7 +21,7 @@ ALLOWED = {
     "_C": set(),
     "kernels": LEAVES,
     "ops": LEAVES | {"_C", "kernels"},
-    "model": LEAVES | {"ops"},
+    "model": LEAVES | {"config", "ops"},
     "data": LEAVES | {"config", "ops"},
     "checkpoint": LEAVES | {"config", "model"},
     "evaluate": LEAVES | {"config", "ops", "model", "data", "checkpoint"},

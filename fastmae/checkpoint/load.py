@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fastmae.checkpoint.manifest import MANIFEST, BadCheckpointError, find_checkpoint, read_manifest
-from fastmae.checkpoint.official import holds_file, model_of_file, read_official, report_remarks, settings_of_file
+from fastmae.checkpoint.official import holds_file, model_of_file, read_official, report_remarks, spec_of_file
 from fastmae.checkpoint.restore import load_checkpoint
-from fastmae.errors import UserError
+from fastmae.config.model import ModelSpec
+from fastmae.errors import SettingError, UserError
 from fastmae.model.build import build_model
 from fastmae.model.mae import MaskedAutoencoderViT
 
@@ -54,7 +55,7 @@ def open_checkpoint(checkpoint: str | Path, preset: str | None = None) -> Opened
     if holds_file(path):
         file = read_official(path)
         report_remarks(file)
-        settings = {**file.args, **settings_of_file(file, preset)}
+        settings = {**file.args, **spec_of_file(file, preset).as_json()}
         return Opened(model_of_file(file, preset).eval(), settings, file.has_decoder)
     try:
         if (path / MANIFEST).exists():
@@ -66,8 +67,8 @@ def open_checkpoint(checkpoint: str | Path, preset: str | None = None) -> Opened
             path, manifest = newest.path, newest.manifest
         if "nb_classes" in manifest["settings"]:
             raise BadCheckpointError("is of a fine-tuned classifier, not of a masked autoencoder")
-        model = build_model(manifest["settings"])
+        model = build_model(ModelSpec.from_json(manifest["settings"]))
         load_checkpoint(path, manifest, model)
-    except (BadCheckpointError, KeyError, TypeError) as error:
+    except (BadCheckpointError, KeyError, TypeError, SettingError) as error:
         raise UserError(f"{path}: {error}; give another checkpoint") from error
     return Opened(model.eval(), manifest["settings"], True)

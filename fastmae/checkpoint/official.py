@@ -16,7 +16,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 from fastmae.checkpoint.huggingface import from_huggingface, is_huggingface, read_config, weights_file
-from fastmae.errors import UserError
+from fastmae.config.model import ModelSpec
+from fastmae.errors import SettingError, UserError
 from fastmae.files import write_whole
 from fastmae.model.build import build_model
 from fastmae.model.mae import MaskedAutoencoderViT
@@ -65,7 +66,7 @@ class OfficialFile:
         return "decoder_pred.weight" in self.model
 
     @property
-    def decoder_attention(self) -> str:
+    def decoder_attention(self) -> Literal["self", "cross"]:
         """By the names of its tensors, which a file with weights alone has too."""
         return "cross" if "decoder_map_weights" in self.model else "self"
 
@@ -241,17 +242,13 @@ def model_of_file(file: OfficialFile, preset: str | None) -> MaskedAutoencoderVi
     Raises:
         UserError: no preset is known to fit.
     """
-    settings = settings_of_file(file, preset)
-    try:
-        model = build_model(settings)
-    except TypeError as error:
-        raise UserError(f"{file.path}: its settings make no model ({error}); give an intact file") from error
+    model = build_model(spec_of_file(file, preset))
     load_weights(model, file)
     return model
 
 
-def settings_of_file(file: OfficialFile, preset: str | None) -> dict[str, Any]:
-    """What ``build_model`` needs, as ``model_of_file`` finds it.
+def spec_of_file(file: OfficialFile, preset: str | None) -> ModelSpec:
+    """The model of a file; what the file does not say is taken from ``preset`` and the shapes.
 
     Raises:
         UserError: not a masked autoencoder, or its sizes contradict each other.
@@ -271,13 +268,16 @@ def settings_of_file(file: OfficialFile, preset: str | None) -> dict[str, Any]:
     if name in PRESETS and (positions.ndim != 3 or positions.shape[1] < needed):  # before memory is taken for a model
         shapes = f"{list(positions.shape)}, and {size[0]}×{size[1]} pixels need {needed} positions"
         raise UserError(f"{file.path}: pos_embed is of another shape ({shapes}); name its preset with --model")
-    return {
-        "model": name,
-        "input_size": tuple(size),
-        "in_chans": weight.shape[1],
-        "norm_pix_loss": bool(file.args.get("norm_pix_loss", False)),
-        "decoder_attention": file.decoder_attention,
-        "decoder_depth": file.decoder_depth,
-        "mean": file.args.get("mean"),
-        "std": file.args.get("std"),
-    }
+    try:
+        return ModelSpec(
+            model=name,
+            input_size=tuple(size),
+            in_chans=weight.shape[1],
+            norm_pix_loss=bool(file.args.get("norm_pix_loss", False)),
+            decoder_attention=file.decoder_attention,
+            decoder_depth=file.decoder_depth,
+            mean=file.args.get("mean"),
+            std=file.args.get("std"),
+        )
+    except SettingError as error:
+        raise UserError(f"{file.path}: its settings make no model ({error}); give an intact file") from error

@@ -1,34 +1,30 @@
-"""A fresh model from the name of its preset and its settings."""
+"""A fresh model from what decides its architecture."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastmae.errors import UserError
+from fastmae.config.model import ModelSpec
+from fastmae.errors import SettingError
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.presets import PRESETS
 
 
-def build_model(settings: dict[str, Any]) -> MaskedAutoencoderViT:
-    """A fresh model from a configuration's model, input_size, in_chans, norm_pix_loss, mean and std, and, where they
-    are said, decoder_attention and decoder_depth.
+def build_model(spec: ModelSpec) -> MaskedAutoencoderViT:
+    """Returns a fresh model.
 
     Raises:
-        UserError: an unknown preset, or sizes that do not fit each other.
+        SettingError: an unknown preset, or sizes that do not fit each other.
     """
-    name = settings["model"]
-    if name not in PRESETS:
-        raise UserError(f"--model {name}: unknown; one of {', '.join(PRESETS)}")
-    depth = settings.get("decoder_depth")
+    if spec.model not in PRESETS:
+        raise SettingError("model", spec.model, f"unknown; one of {', '.join(PRESETS)}")
     try:
-        return PRESETS[name](
-            img_size=settings["input_size"],
-            in_chans=settings["in_chans"],
-            norm_pix_loss=settings["norm_pix_loss"],
-            decoder_attention=settings.get("decoder_attention", "self"),
-            mean=settings["mean"],
-            std=settings["std"],
-            **({} if depth is None else {"decoder_depth": depth}),
+        return PRESETS[spec.model](
+            img_size=spec.input_size,
+            in_chans=spec.in_chans,
+            norm_pix_loss=spec.norm_pix_loss,
+            decoder_attention=spec.decoder_attention,
+            mean=spec.mean,
+            std=spec.std,
+            **({} if spec.decoder_depth is None else {"decoder_depth": spec.decoder_depth}),
         )
     except ValueError as error:
-        raise UserError(f"--model {name}: {error}; choose another --input_size or --model") from error
+        raise SettingError("model", spec.model, f"{error}; choose another --input_size or --model") from error

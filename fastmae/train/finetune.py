@@ -29,6 +29,7 @@ from fastmae.config import (
     check_finetune,
     resolve_finetune,
 )
+from fastmae.config.model import ModelSpec
 from fastmae.data.augment import BatchAugment, RandAugment, parse_randaugment
 from fastmae.data.loader import Batch, View, default_workers, describe_decoder
 from fastmae.data.sources import Concat, FolderSource, Source, describe, shown, train_and_val
@@ -243,7 +244,7 @@ def _encoder(flags: FinetuneConfig, train: Source, context: parallel.DistContext
         return opened.model, opened.settings["model"]
     alike = PretrainConfig(data_path=flags.data_path, model=preset, input_size=flags.input_size, seed=flags.seed)
     chosen = resolve_settings(alike, train, describe(train), context, None)
-    return build_model(dataclasses.asdict(chosen)), chosen.model
+    return build_model(ModelSpec.of(chosen)), chosen.model
 
 
 def _classifier(encoder: MaskedAutoencoderViT, config: ResolvedFinetuneConfig) -> Classifier:

@@ -19,6 +19,7 @@ import torch
 from fastmae.checkpoint.restore import restore
 from fastmae.checkpoint.save import training_tensors
 from fastmae.config import FIXED_IN_A_RUN, PROBE_LIMIT, PretrainConfig, ResolvedConfig, check_pretrain
+from fastmae.config.model import ModelSpec
 from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
 from fastmae.data.loader import Batch, View, choose_decoder, describe_decoder
 from fastmae.data.masks import MaskFile, Masks, choose_masks, open_masks, shuffled_ids
@@ -247,7 +248,7 @@ def _more_backends(config: ResolvedConfig, parallelism: parallel.Parallelism, so
 
 
 def _model(settings: dict[str, Any], config: ResolvedConfig) -> MaskedAutoencoderViT:
-    model = build_model(settings)
+    model = build_model(ModelSpec.of(config))
     flag, ratio = "--mask_ratio", config.mask_ratio
     try:
         model.num_visible(ratio)
@@ -300,7 +301,7 @@ def _unsharded(
     """
     if not (is_sharded(model) or settings["float8"]):
         return model
-    copy = build_model(settings).to(model.mean.device)
+    copy = build_model(ModelSpec.from_json(settings)).to(model.mean.device)
     copy.load_state_dict(weights)
     return copy
 

@@ -16,6 +16,7 @@ from fastmae.checkpoint.manifest import find_checkpoint, manifest_text, read_man
 from fastmae.checkpoint.official import write_training_file, write_weights_file
 from fastmae.checkpoint.restore import load_checkpoint
 from fastmae.checkpoint.save import Saver, prune_checkpoints, save_checkpoint, training_tensors
+from fastmae.config.model import ModelSpec
 from fastmae.errors import UserError
 from fastmae.model.build import build_model
 from fastmae.train.optim import make_optimizer
@@ -28,7 +29,7 @@ POSITION = {"settings": SETTINGS, "epoch_sums": {"loss": 0.5, "lr": 0.25, "steps
 @pytest.fixture
 def trained():
     torch.manual_seed(0)
-    model = build_model(SETTINGS)
+    model = build_model(ModelSpec.from_json(SETTINGS))
     optimizer = make_optimizer(model, 1e-3, 0.05)
     images, ids = torch.randn(2, 1, 16, 16), torch.rand(2, 16).argsort(dim=1)
     model.training_loss(images, ids).backward()
@@ -51,7 +52,7 @@ def test_what_is_saved_comes_back(tmp_path, trained):
     model, optimizer = trained
     path = save_checkpoint(tmp_path, 7, training_tensors(model, optimizer), POSITION)
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", FILE]
-    other = build_model(SETTINGS)
+    other = build_model(ModelSpec.from_json(SETTINGS))
     restored = make_optimizer(other, 1e-3, 0.05)
     manifest = read_manifest(path)
     load_checkpoint(path, manifest, other, restored)
@@ -133,7 +134,7 @@ def test_a_save_that_fails_is_told_at_once_and_the_next_one_tries_again(tmp_path
 
 def test_weights_that_were_never_trained_come_back_too(tmp_path):
     """As when every step so far was skipped: AdamW has no moments yet."""
-    model = build_model(SETTINGS)
+    model = build_model(ModelSpec.from_json(SETTINGS))
     path = save_checkpoint(tmp_path, 1, training_tensors(model, make_optimizer(model, 1e-3, 0.05)), POSITION)
     restored = make_optimizer(model, 1e-3, 0.05)
     load_checkpoint(path, read_manifest(path), model, restored)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import metrics, small_run
 
+from fastmae.config.model import ModelSpec
 from fastmae.data.loader import View, load_batches
 from fastmae.data.plan import plan_epoch
 from fastmae.data.sources import open_train
@@ -30,7 +31,7 @@ def test_twenty_steps_are_those_of_a_plain_loop(blobs, tmp_path, norm_pix):
     source = open_train(blobs)
     mean, std = channel_statistics(source, 1)
     torch.manual_seed(11)
-    start = build_model({**SETTINGS, "norm_pix_loss": norm_pix, "mean": mean, "std": std})
+    start = build_model(ModelSpec(**SETTINGS, norm_pix_loss=norm_pix, mean=mean, std=std))
     model = ReferenceMAE((16, 16), (4, 4), 1, **TINY, norm_pix_loss=norm_pix)
     model.load_state_dict(start.state_dict())
     decayed, plain = [], []
@@ -80,7 +81,7 @@ def test_learning_rate_follows_the_published_schedule():
 
 
 def test_groups_are_the_published_ones_in_the_published_order():
-    model = build_model({**SETTINGS, "norm_pix_loss": False, "mean": None, "std": None})
+    model = build_model(ModelSpec(**SETTINGS))
     optimizer = make_optimizer(model, 1.0, 0.05)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     plain, decayed = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)

@@ -1,0 +1,54 @@
+"""What decides the architecture of a model: the settings that ``build_model`` needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastmae.config.values import coerce, need_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A masked autoencoder without its weights."""
+
+    model: str
+    """The name of its preset."""
+    input_size: tuple[int, ...]
+    """(height, width) of its images in pixels; one number is both."""
+    in_chans: int
+    mean: tuple[float, ...] | None = None
+    """One number per channel, as a share of the value range. None: the model's own default."""
+    std: tuple[float, ...] | None = None
+    norm_pix_loss: bool = False
+    decoder_attention: Literal["self", "cross"] = "self"
+    decoder_depth: int | None = None
+    """None: as many blocks as the preset has."""
+
+    def __post_init__(self) -> None:
+        coerce(self)
+        need_size(self, "input_size")
+        object.__setattr__(self, "input_size", (self.input_size[0], self.input_size[-1]))
+
+    @classmethod
+    def of(cls, config: Any) -> ModelSpec:
+        """The model of a resolved configuration of pretrain."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
+
+    @classmethod
+    def from_json(cls, settings: Mapping[str, Any]) -> ModelSpec:
+        """The model of settings that were saved: a manifest's, a config.json's, or those in an official file.
+
+        Settings of other things are passed over. What versions did not save yet has its default.
+
+        Raises:
+            TypeError: the model, its size or its channels are not among them.
+            SettingError: a value has another type.
+        """
+        return cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls) if field.name in settings})
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as they look after a round trip through JSON."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}

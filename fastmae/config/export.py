@@ -50,8 +50,8 @@ def check_export(config: ExportConfig) -> None:
     """
     to = f"with --to={config.to}"
     endings = {"onnx": (".onnx",), "torch-export": (".pt2",), "hf": ()}.get(config.to, (".pth", ".safetensors"))
-    ends = not endings or config.output.endswith(endings)
-    need(config, ends, "output", f"a path that ends in {' or '.join(endings)} {to}")
+    if endings and not config.output.endswith(endings):
+        raise SettingError("output", config.output, f"must end in {' or '.join(endings)} {to}")
     need(config, config.part != "full" or config.to in ("official", "hf"), "part", f"encoder, or left out, {to}")
     is_program = config.to in ("onnx", "torch-export")
     for name, default in (("variant", "fp32"), ("input", "float")):

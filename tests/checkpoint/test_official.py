@@ -181,7 +181,7 @@ def hostile(tmp_path_factory):
         ("no tensors", {}, {}),
         ("far too large", state, {"input_size": [4 << 20, 4 << 20]}),
         ("no size", state, {"input_size": None}),
-        ("no mean", state, {"mean": 1}),
+        ("no mean", state, {"mean": "gray"}),
     ):
         metadata = {"format": "pt", "settings": json.dumps(settings | changes)}
         save_file(tensors, tmp_path / f"{name}.safetensors", metadata)
@@ -207,7 +207,7 @@ def hostile(tmp_path_factory):
         ("missing key.pth", "1 tensors are missing"),
         ("other shape.pth", "1 tensors are of another shape"),
         ("not a MAE.pth", "not a checkpoint of a masked autoencoder"),
-        ("unknown preset.pth", "resnet50: unknown"),
+        ("unknown preset.pth", "model='resnet50': unknown"),
         ("absurd size.pth", "not a multiple"),
         ("truncated.pth", "not a readable checkpoint"),
         ("empty.pth", "not a readable checkpoint"),

@@ -31,8 +31,9 @@ def finished(blobs, tmp_path_factory):
 
 
 def test_digits_are_learnt(tmp_path, capsys):
-    config = PretrainConfig(output_dir=str(tmp_path / "run"), device="cpu", epochs=3, probe=False, predict_ratio=0.25)
-    assert pretrain(replace(config, decoder_attention="cross", norm_pix_loss=True)) == 0
+    cross = dict(decoder_attention="cross", predict_ratio=0.25, norm_pix_loss=True)
+    config = PretrainConfig(output_dir=str(tmp_path / "run"), device="cpu", epochs=3, probe=False, **cross)
+    assert pretrain(config) == 0
     assert "cross-attention, 2 blocks, 4 of 16 patches predicted" in capsys.readouterr().out
     model = load_model(str(tmp_path / "run"))
     images = fixed_images(model, open_train("digits"), 200)

@@ -56,7 +56,8 @@ OPERATIONS: tuple[Operation, ...] = (
     lambda image, strength, fill: ImageOps.equalize(image),
     lambda image, strength, fill: ImageOps.invert(image),
     lambda image, strength, fill: image.rotate(ROTATION * strength, Image.Resampling.BICUBIC, fillcolor=fill),
-    lambda image, strength, fill: ImageOps.posterize(image, FIRST_BITS - int(abs(strength) * FIRST_BITS)),
+    # At full strength no bit would remain; Pillow refuses that, so one does.
+    lambda image, strength, fill: ImageOps.posterize(image, max(1, FIRST_BITS - int(abs(strength) * FIRST_BITS))),
     lambda image, strength, fill: ImageOps.solarize(image, 256 - int(abs(strength) * 256)),
     _solarize_add,
     lambda image, strength, fill: _enhance(ImageEnhance.Color, image, strength),

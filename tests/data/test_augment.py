@@ -95,6 +95,13 @@ def test_operations_do_what_the_paper_says_at_magnitude_9():
     assert left[50, 20, 0] < left[50, 80, 0]
 
 
+@pytest.mark.parametrize("strength", [-1.0, 0.0, 1.0])
+def test_every_operation_takes_every_strength(strength):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    for operation in OPERATIONS:
+        assert operation(image, strength, (0, 0, 0)).size == image.size
+
+
 @pytest.mark.parametrize(
     "text", ["rand", "rand-m11-inc1", "rand-m9", "rand-m9-n0-inc1", "augmix-m3", "rand-m9-inc1-w0"]
 )

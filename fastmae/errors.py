@@ -1,4 +1,4 @@
-"""The errors that the command line turns into a single line and exit status 2."""
+"""The errors that the command line turns into a single line and exit status 2, and what their texts share."""
 
 from __future__ import annotations
 
@@ -45,6 +45,15 @@ class SettingError(UserError):
         shown = "" if self.value is NO_VALUE else f" {_in_one_line(value)}"
         problem = re.sub(r"(--[a-z]\w*)=", r"\1 ", self.problem)
         return f"{self.flag or f'--{self.name}'}{shown}: {problem}"
+
+
+def install_hint(extra: str) -> str:
+    """The command that adds what an optional part needs, for the end of a message.
+
+    pip takes fastmae as it is installed and only adds the extra's packages, so this works for a checkout and for a
+    wheel, and asks no index for fastmae itself.
+    """
+    return f"pip install 'fastmae[{extra}]'"
 
 
 def _as_argument(flag: re.Match[str]) -> str:

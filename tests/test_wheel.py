@@ -1,6 +1,7 @@
 """The sdist has what git has, and its wheels install into empty environments, with the repository out of sight."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+VERSION = PROJECT["version"]
 WITHOUT_TORCH = """
 import sys, fastmae, fastmae._C
 assert "site-packages" in fastmae.__file__, fastmae.__file__
@@ -54,6 +56,15 @@ def interpreter(version: str) -> str:
         return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
         pytest.skip(f"there is no python{version} on this machine")
+
+
+def test_every_extra_that_is_named_exists():
+    paths = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "fastmae").rglob("*.py")]
+    text = "\n".join(path.read_text() for path in paths)
+    named = re.findall(r"(?:fastmae|pip install '?\.)\[([\w,]+)\]", text)
+    named += re.findall(r"install_hint\([\"'](\w+)[\"']\)", text)
+    extras = {extra for names in named for extra in names.split(",")}
+    assert {"dali", "export"} <= extras <= set(PROJECT["optional-dependencies"])
 
 
 @pytest.fixture(scope="module")

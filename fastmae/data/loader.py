@@ -18,7 +18,7 @@ from fastmae.data.decoders import dali
 from fastmae.data.decoders.threads import PREFETCH, DecodedBatch, Requests, decode_by_threads
 from fastmae.data.sample import Skipped, View, load_sample
 from fastmae.data.sources import Source
-from fastmae.errors import UserError
+from fastmae.errors import UserError, install_hint
 
 __all__ = [
     "PREFETCH", "Batch", "LoadingStats", "Requests", "Skipped", "View", "choose_decoder", "default_workers",
@@ -118,7 +118,7 @@ def choose_decoder(asked: str, device: torch.device, source: Source | None, in_c
         raise UserError(f"--image_decoder {asked}: {unsuited}; use --image_decoder threads")
     missing = dali.why_not_installed()
     if missing:
-        remedy = "pip install 'fastmae[dali]', or use --image_decoder threads"
+        remedy = f"{install_hint('dali')}, or use --image_decoder threads"
         raise UserError(f"--image_decoder {asked}: nvidia-dali {missing}; {remedy}")
     return asked, "asked for"
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastmae.data.plan import Shards
-from fastmae.errors import UserError
+from fastmae.errors import UserError, install_hint
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label", "target")
@@ -131,7 +131,7 @@ def open_parquet(paths: Sequence[Path]) -> ParquetSource:
     try:
         import pyarrow  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{paths[0]}: Parquet files need pyarrow; run pip install 'fastmae[parquet]'") from error
+        raise UserError(f"{paths[0]}: Parquet files need pyarrow; run {install_hint('parquet')}") from error
     metadata = tuple(map(_metadata, paths))
     column = _image_column(paths[0], metadata[0].schema.to_arrow_schema())
     for path, facts in zip(paths, metadata, strict=True):

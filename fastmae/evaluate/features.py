@@ -14,7 +14,7 @@ import torch
 from fastmae.config import AnomalyPool
 from fastmae.data.loader import Skipped, View, load_batches
 from fastmae.data.sources import Concat, FolderSource, Source, Subset
-from fastmae.errors import UserError
+from fastmae.errors import UserError, install_hint
 from fastmae.files import write_whole
 from fastmae.model.mae import MaskedAutoencoderViT
 
@@ -136,7 +136,7 @@ def check_features_file(path: Path) -> None:
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError as error:
-            raise UserError(f"--output {path}: needs pyarrow; pip install 'fastmae[parquet]', or use .npz") from error
+            raise UserError(f"--output {path}: needs pyarrow; {install_hint('parquet')}, or use .npz") from error
 
 
 def save_features(path: Path, source: Source, found: Features) -> None:

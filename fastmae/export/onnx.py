@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastmae.errors import UserError
+from fastmae.errors import UserError, install_hint
 from fastmae.export.official import numbers
 from fastmae.export.place import written_aside
 from fastmae.export.program import encoder_and_images
@@ -83,7 +83,7 @@ def _needs(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"--to onnx: {package} is not installed; pip install 'fastmae[export]'") from error
+        raise UserError(f"--to onnx: {package} is not installed; {install_hint('export')}") from error
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from fastmae import _C
+from fastmae.errors import install_hint
 from fastmae.ops import cpu
 from fastmae.ops.attention_table import DTYPES, dtype_name, measurements
 from fastmae.ops.backends import asked_backends, ops_backend, triton_runs_on
@@ -146,7 +147,7 @@ def _unmet_requirement(name: str, device: torch.device, dtype: torch.dtype, S: i
             return f"heads of a multiple of 16 numbers up to 128, got {head_dim}"
         return None
     if not _is_installed(name, device):
-        package = "Triton" if name == "triton" else "xformers (pip install 'fastmae[cuda]')"
+        package = "Triton" if name == "triton" else f"xformers ({install_hint('cuda')})"
         return f"{package} and a CUDA device, got {device.type}"
     # Without tensor cores, float32 would spill registers in Triton; xformers does not take it.
     if dtype not in (torch.bfloat16, torch.float16):

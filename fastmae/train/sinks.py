@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastmae.errors import UserError
+from fastmae.errors import UserError, install_hint
 
 # The published script's names for TensorBoard.
 NAMES = {"loss": "train_loss"}
@@ -56,7 +56,7 @@ def check_sinks(log_dir: str | None, wandb: str | None) -> None:
         ("wandb", wandb, "wandb", "Weights & Biases", "wandb"),
     ):
         if value and importlib.util.find_spec(module) is None:
-            raise UserError(f"--{flag} {value}: {name} is not installed; pip install 'fastmae[{extra}]'")
+            raise UserError(f"--{flag} {value}: {name} is not installed; {install_hint(extra)}")
 
 
 def open_sinks(

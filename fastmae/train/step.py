@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from fastmae.errors import UserError
+from fastmae.errors import UserError, install_hint
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.vit import BLOCKS, Checkpointing
 
@@ -86,7 +86,7 @@ def in_float8(model: MaskedAutoencoderViT, emulate: bool = False) -> None:
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
-        raise UserError(f"--float8: torchao cannot be loaded ({error}); pip install 'fastmae[float8]'") from error
+        raise UserError(f"--float8: torchao cannot be loaded ({error}); {install_hint('float8')}") from error
     taken_apart = f"decoder_blocks.{len(model.decoder_blocks) - 1}.attn.qkv"
 
     def fits(module: nn.Module, name: str) -> bool:

@@ -12,7 +12,7 @@ from fastmae.commands.shared import choose_workers, make_folder, open_model
 from fastmae.config import AnomalyConfig
 from fastmae.data.sources import open_train, shown, train_and_val
 from fastmae.evaluate.anomaly import are_anomalous, find_anomalies, save_anomalies, summarise, without_class
-from fastmae.evaluate.features import tell_skipped
+from fastmae.evaluate.features import report_skipped
 
 
 def run_anomaly(config: AnomalyConfig) -> None:
@@ -37,7 +37,7 @@ def run_anomaly(config: AnomalyConfig) -> None:
         batch_size=config.batch_size,
         num_workers=choose_workers(config),
     )
-    tell_skipped(scores.skipped)
+    report_skipped(scores.skipped)
     anomalous = are_anomalous(normal, test, scores.indices)
     summary = {"normal": len(normal), "pool": config.pool, **summarise(scores, anomalous)}
     save_anomalies(Path(config.output), model, test, scores, anomalous, summary, config.count)

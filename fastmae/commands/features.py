@@ -7,7 +7,7 @@ from pathlib import Path
 from fastmae.commands.shared import choose_workers, make_folder, open_model
 from fastmae.config import FeaturesConfig, check_evaluation
 from fastmae.data.sources import open_train, shown, train_and_val
-from fastmae.evaluate.features import check_features_file, extract_features, save_features, tell_skipped
+from fastmae.evaluate.features import check_features_file, extract_features, report_skipped, save_features
 
 
 def run_features(config: FeaturesConfig) -> None:
@@ -24,7 +24,7 @@ def run_features(config: FeaturesConfig) -> None:
     features = extract_features(
         model, source, pool=config.pool, batch_size=config.batch_size, num_workers=choose_workers(config)
     )
-    tell_skipped(features.skipped)
+    report_skipped(features.skipped)
     save_features(output, source, features)
     count, width = features.values.shape
     print(f"{output}: {count} × {width} features of {shown(config.data_path)}")

@@ -11,7 +11,7 @@ from rich.table import Table
 from fastmae.commands.shared import choose_workers, make_folder, open_model
 from fastmae.config import ProbeConfig
 from fastmae.data.sources import shown, train_and_val
-from fastmae.evaluate.features import tell_skipped
+from fastmae.evaluate.features import report_skipped
 from fastmae.evaluate.probe import probe_in_detail, save_probe
 
 
@@ -32,7 +32,7 @@ def run_probe(config: ProbeConfig) -> None:
         num_workers=choose_workers(config),
     )
     summary = result.summary()
-    tell_skipped(result.skipped)
+    report_skipped(result.skipped)
     sizes = f"{summary['train']} train, {summary['test']} test"
     title = f"{config.checkpoint} on {shown(config.data_path)}: {sizes}"
     if config.output is not None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from fastmae.commands.shared import choose_workers, make_folder, open_model
 from fastmae.config import SearchConfig
 from fastmae.data.sources import Subset, open_train, shown
-from fastmae.evaluate.features import extract_features, tell_skipped
+from fastmae.evaluate.features import extract_features, report_skipped
 from fastmae.evaluate.reconstruct import fixed_indices
 from fastmae.evaluate.search import engine, save_search, search
 
@@ -28,7 +28,7 @@ def run_search(config: SearchConfig) -> None:
         )
         for part in (source, queries)
     )
-    tell_skipped(features.skipped + query_features.skipped)
+    report_skipped(features.skipped + query_features.skipped)
     by = engine(features.values.device)
     results = search(queries, query_features, source, features, k=config.k, by=by)
     save_search(Path(config.output), model, queries, source, results)

@@ -1,1 +1,4 @@
-"""Evaluation of a frozen model: features, k-NN, linear probe, reconstruction pictures. Knows no trainer."""
+"""Evaluation of a frozen model: features, k-NN, linear probe, reconstruction, search, anomalies.
+
+Nothing here depends on the trainer. An error names the argument; the command line shows its flag instead.
+"""

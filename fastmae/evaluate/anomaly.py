@@ -1,4 +1,4 @@
-"""How little an image is like normal ones: distance of its features from theirs, and error of its reconstruction."""
+"""Scores of how unlike normal images an image is: the distance of its features, and the error of its reconstruction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from fastmae.config import AnomalyPool
 from fastmae.data.loader import Skipped
 from fastmae.data.sources import Source, Subset
-from fastmae.errors import UserError
+from fastmae.errors import SettingError
 from fastmae.evaluate.features import Features, class_names, classes_of, extract_features, usable_batches
 from fastmae.evaluate.knn import nearest
 from fastmae.evaluate.pictures import coloured, grid_picture, save_png
@@ -30,48 +30,48 @@ MAX_FEATURE_BYTES = 8 * 2**30
 
 @dataclass(frozen=True)
 class Anomalies:
-    """Scores of the usable images of a source; more is less normal."""
+    """Scores of the usable images of a source. A higher score means a less normal image."""
 
     indices: np.ndarray
-    """int64 [m]: which images."""
+    """int64 [m]: the numbers of the images in their source."""
     distance: torch.Tensor
-    """[m]: of the features, the mean over the k nearest normal images."""
+    """[m]: the distance of the features, averaged over the k nearest normal images."""
     error: torch.Tensor
-    """[m]: of the reconstruction, the mean of ``maps``."""
+    """[m]: the error of the reconstruction, which is the mean of ``maps``."""
     maps: torch.Tensor
-    """[m, rows, columns]: squared error of each patch when it is masked, the mean over masks."""
+    """[m, rows, columns]: the squared error of each patch while it is masked, averaged over masks."""
     skipped: tuple[Skipped, ...]
 
 
 def without_class(source: Source, left_out: str) -> Source:
-    """A labelled source without one class.
+    """Returns a labelled source without the class ``left_out``.
 
     Raises:
-        UserError: no labels, no such class, or nothing else.
+        SettingError: the source has no labels, no such class, or no other class.
     """
     classes = classes_of(source, np.arange(len(source)))
     if classes is None:
-        raise UserError(f"--left_out {left_out}: {source.name(0)} and its like have no labels; leave it out")
-    kept = np.flatnonzero(classes != left_out)
-    if len(kept) == len(source):
-        known = np.unique(classes)
-        some = ", ".join(known[:10].tolist()) + (" …" if len(known) > 10 else "")
-        raise UserError(f"--left_out {left_out}: no such class; there are {some}")
-    if len(kept) == 0:
-        raise UserError(f"--left_out {left_out}: all images are of that class, so none would be normal")
-    return Subset(source, kept)
+        raise SettingError("left_out", left_out, f"images such as {source.name(0)} have no labels; leave it out")
+    indices = np.flatnonzero(classes != left_out)
+    if len(indices) == len(source):
+        names = np.unique(classes)
+        some = ", ".join(names[:10].tolist()) + (" …" if len(names) > 10 else "")
+        raise SettingError("left_out", left_out, f"no such class; there are {some}")
+    if len(indices) == 0:
+        raise SettingError("left_out", left_out, "all images are of that class, so none would be normal")
+    return Subset(source, indices)
 
 
 def are_anomalous(normal: Source, test: Source, indices: np.ndarray) -> np.ndarray | None:
-    """Which samples of ``test`` are of a class that the normal images have none of: bool [m].
+    """Tells which samples of ``test`` belong to a class that no normal image has: bool [m].
 
-    None if either has no labels, or one has class folders and the other numbers.
+    Returns None if either source has no labels, or one has class folders and the other numbers.
     """
-    known = classes_of(normal, np.arange(len(normal)))
+    normal_classes = classes_of(normal, np.arange(len(normal)))
     classes = classes_of(test, indices)
-    if known is None or classes is None or (class_names(normal) is None) != (class_names(test) is None):
+    if normal_classes is None or classes is None or (class_names(normal) is None) != (class_names(test) is None):
         return None
-    return ~np.isin(classes, known)
+    return ~np.isin(classes, normal_classes)
 
 
 @torch.no_grad()
@@ -84,21 +84,22 @@ def patch_errors(
     rounds: int,
     seed: int,
 ) -> torch.Tensor:
-    """Squared errors of the patches while they are masked: float32 [N, rows, columns], means over pixels and masks.
+    """Computes the squared error of each patch while it is masked: float32 [N, rows, columns].
 
-    A round goes through a random order of the patches in groups of the size of a mask, so each is masked at least once
-    a round. Targets are the model's own: with norm_pix_loss patches without their mean and contrast.
+    It is averaged over pixels and masks. A round goes through a random order of the patches in groups of the size of a
+    mask, so that each patch is masked at least once per round. The targets are those of the model's loss: with
+    norm_pix_loss, patches without their mean and contrast.
 
     Args:
         images: uint8 [N, H, W, C].
-        draw_ids: int64 [N] on the CPU; with ``seed`` they say which masks.
+        draw_ids: int64 [N] on the CPU; together with ``seed`` they determine the masks.
     """
     L, K = model.num_patches, model.num_visible(mask_ratio)
     M, N = L - K, len(images)
     total = torch.zeros(N, L, device=images.device)
     count = torch.zeros_like(total)
-    for turn in range(rounds):
-        order = random_masking((draw_ids * rounds + turn).to(images.device), seed, L)
+    for number in range(rounds):
+        order = random_masking((draw_ids * rounds + number).to(images.device), seed, L)
         for group in range(math.ceil(L / M)):
             ids_shuffle = order.roll(K - group * M, dims=1)
             masked = ids_shuffle[:, K:].contiguous()
@@ -131,35 +132,39 @@ def find_anomalies(
     """Scores every usable image of ``test``.
 
     Raises:
-        UserError: fewer normal images than ``k``, features that would not fit, or a mask ratio that leaves nothing.
+        SettingError: there are fewer normal images than ``k``, their features would not fit into memory, or the mask
+            ratio leaves no patch visible or masked.
     """
     if k > len(normal):
-        raise UserError(f"--k {k}: must be at most the {len(normal)} normal images")
+        raise SettingError("k", k, f"must be at most the {len(normal)} normal images")
     try:
         model.num_visible(mask_ratio)
     except ValueError as error:
-        raise UserError(f"--mask_ratio {mask_ratio}: {error}; choose another ratio") from error
+        raise SettingError("mask_ratio", mask_ratio, f"{error}; choose another ratio") from error
     width = model.cls_token.shape[2] * (model.num_patches if pool == "tokens" else 1 + (pool == "both"))
     if 4 * width * len(normal) > MAX_FEATURE_BYTES:
         size = f"{4 * width * len(normal) / 2**30:.0f} GiB of features"
-        raise UserError(f"--pool {pool}: {len(normal)} normal images make {size}; use --pool mean, or fewer images")
+        problem = f"{len(normal)} normal images make {size}; use --pool=mean, or fewer images"
+        raise SettingError("pool", pool, problem)
 
     def features(source: Source) -> Features:
         return extract_features(model, source, pool=pool, batch_size=batch_size, num_workers=num_workers)
 
-    known, found = features(normal), features(test)
-    closeness, _ = nearest(known.values, found.values, min(k, len(known.values)), lambda a, b: -torch.cdist(a, b))
+    normal_features, test_features = features(normal), features(test)
+    k = min(k, len(normal_features.values))
+    closeness, _ = nearest(normal_features.values, test_features.values, k, lambda a, b: -torch.cdist(a, b))
     batches = usable_batches(model, test, batch_size=batch_size, num_workers=num_workers)
     maps = torch.cat([
         patch_errors(model, images, torch.from_numpy(indices), mask_ratio=mask_ratio, rounds=rounds, seed=seed)
         for indices, images, _ in batches
     ])  # fmt: skip
     distance = -closeness.mean(dim=1)
-    return Anomalies(found.indices, distance, maps.mean(dim=(1, 2)), maps, known.skipped + found.skipped)
+    skipped = normal_features.skipped + test_features.skipped
+    return Anomalies(test_features.indices, distance, maps.mean(dim=(1, 2)), maps, skipped)
 
 
 def auroc(scores: torch.Tensor, anomalous: np.ndarray) -> float:
-    """The chance that an anomalous image has a higher score than a normal one, ties counting half.
+    """Computes the chance that an anomalous image has a higher score than a normal one; ties count half.
 
     Args:
         scores: floating [m].
@@ -170,14 +175,14 @@ def auroc(scores: torch.Tensor, anomalous: np.ndarray) -> float:
     return round(float(roc_auc_score(anomalous, scores.cpu().numpy())), 4)
 
 
-def summarise(found: Anomalies, anomalous: np.ndarray | None) -> dict[str, Any]:
-    """{images, anomalous, auroc_distance, auroc_error}; without the last two where all are of one kind."""
+def summarise(anomalies: Anomalies, anomalous: np.ndarray | None) -> dict[str, Any]:
+    """Returns {images, anomalous, auroc_distance, auroc_error}, without the last two if all images are of one kind."""
     if anomalous is None:
-        return {"images": len(found.indices)}
+        return {"images": len(anomalies.indices)}
     counts = {"images": len(anomalous), "anomalous": int(anomalous.sum())}
     if anomalous.all() or not anomalous.any():
         return counts
-    areas = {"auroc_distance": auroc(found.distance, anomalous), "auroc_error": auroc(found.error, anomalous)}
+    areas = {"auroc_distance": auroc(anomalies.distance, anomalous), "auroc_error": auroc(anomalies.error, anomalous)}
     return counts | areas
 
 
@@ -185,7 +190,7 @@ def save_anomalies(
     folder: Path,
     model: MaskedAutoencoderViT,
     test: Source,
-    found: Anomalies,
+    anomalies: Anomalies,
     anomalous: np.ndarray | None,
     summary: dict[str, Any],
     count: int,
@@ -193,37 +198,39 @@ def save_anomalies(
     """Writes scores.json, the largest distance first, and anomaly.png: the first ``count`` of them with heat maps.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: the files cannot be written.
     """
-    ranked = found.distance.argsort(descending=True, stable=True).tolist()
+    ranked = anomalies.distance.argsort(descending=True, stable=True).tolist()
     scores = [
         {
-            "name": test.name(int(found.indices[place])),
-            "distance": round(float(found.distance[place]), 6),
-            "error": round(float(found.error[place]), 6),
+            "name": test.name(int(anomalies.indices[row])),
+            "distance": round(float(anomalies.distance[row]), 6),
+            "error": round(float(anomalies.error[row]), 6),
         }
-        | ({} if anomalous is None else {"anomalous": bool(anomalous[place])})
-        for place in ranked
+        | ({} if anomalous is None else {"anomalous": bool(anomalous[row])})
+        for row in ranked
     ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "scores.json", json.dumps({**summary, "scores": scores}, indent=1))
     except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written ({error}); name another folder") from error
+        problem = f"cannot be written ({error}); name another folder"
+        raise SettingError("folder", str(folder), problem, flag="--output") from error
     shown = ranked[:count]
-    images = list(central_crops(model, test, found.indices[shown]).cpu().numpy())
-    captions = [f"{scores[n]['distance']:.2f}{_mark(anomalous, place)}" for n, place in enumerate(shown)]
-    heat, hottest = _heat(found.maps, shown, model.patch_size)
+    images = list(central_crops(model, test, anomalies.indices[shown]).cpu().numpy())
+    captions = [f"{scores[n]['distance']:.2f}{_mark(anomalous, row)}" for n, row in enumerate(shown)]
+    heat, hottest = _heat(anomalies.maps, shown, model.patch_size)
     title = f"largest distances; below, errors of reconstruction (white: {hottest:.2g})"
     save_png(folder / "anomaly.png", grid_picture([images, heat], title, captions=[captions, [""] * len(shown)]))
 
 
-def _mark(anomalous: np.ndarray | None, place: int) -> str:
-    return "" if anomalous is None else " anomalous" if anomalous[place] else " normal"
+def _mark(anomalous: np.ndarray | None, row: int) -> str:
+    """What the caption of an image adds to its score."""
+    return "" if anomalous is None else " anomalous" if anomalous[row] else " normal"
 
 
 def _heat(maps: torch.Tensor, shown: Sequence[int], patch_size: tuple[int, int]) -> tuple[list[np.ndarray], float]:
-    """Heat maps uint8 [H, W, 3] of some images, and the error that is white: only one in a hundred is larger."""
+    """Draws heat maps uint8 [H, W, 3] of some images; also returns the error that is white, which 1 % exceed."""
     hottest = max(float(np.quantile(maps.cpu().numpy(), 0.99)), 1e-6)
     large = maps[list(shown)].repeat_interleave(patch_size[0], dim=1).repeat_interleave(patch_size[1], dim=2)
     return list(coloured((large / hottest).cpu().numpy())), hottest

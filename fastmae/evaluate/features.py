@@ -1,4 +1,4 @@
-"""Features of a frozen encoder, a batch at a time, and files of them."""
+"""Features of a frozen encoder, computed batch by batch, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ import torch
 from fastmae.config import AnomalyPool
 from fastmae.data.loader import Skipped, View, load_batches
 from fastmae.data.sources import Concat, FolderSource, Source, Subset
-from fastmae.errors import UserError, install_hint
+from fastmae.errors import SettingError, UserError, install_hint
 from fastmae.files import write_whole
 from fastmae.model.mae import MaskedAutoencoderViT
 
-# Of image files the centre is looked at, as published: resized to 256, 224 cropped. Arrays are looked at whole.
+# Image files are resized to 256 and cropped to 224 pixels, as in the official evaluation. Arrays are taken whole.
 FOLDER_SHARE = 224 / 256
 FILE_SUFFIXES = (".npz", ".parquet")
 
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder makes of the usable images of a source."""
+    """The features of the usable images of a source."""
 
     values: torch.Tensor
     """float32 [n, D] on the model's device."""
     indices: np.ndarray
-    """int64 [n], rising: which of the source's images."""
+    """int64 [n], rising: the numbers of the images in their source."""
     skipped: tuple[Skipped, ...]
-    """Those that could not be used."""
+    """The images that could not be used."""
 
 
 def evaluation_view(model: MaskedAutoencoderViT, source: Source) -> View:
-    """The central crop that suits a source's images."""
+    """Returns the central crop that suits the images of a source."""
     share = FOLDER_SHARE if source.kind == "folder" else 1.0
     return View(model.img_size, model.in_chans, central_share=share)
 
@@ -44,16 +44,16 @@ def evaluation_view(model: MaskedAutoencoderViT, source: Source) -> View:
 def usable_batches(
     model: MaskedAutoencoderViT, source: Source, *, batch_size: int, num_workers: int
 ) -> Iterator[tuple[np.ndarray, torch.Tensor, tuple[Skipped, ...]]]:
-    """(indices int64 [n], central crops uint8 [n, H, W, C] on the model's device, what was skipped), in order.
+    """Yields (indices int64 [n], central crops uint8 [n, H, W, C] on the model's device, skipped images), in order.
 
-    The loader fills the place of an unusable image with another one, which has another name and label: left out here.
+    The loader puts another image where one is unusable; it has another name and label, so it is removed here.
     """
-    asked = [np.arange(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
+    chunks = [np.arange(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
     device, view = model.cls_token.device, evaluation_view(model, source)
-    batches = load_batches(source, ((i, i) for i in asked), view, device=device, num_workers=num_workers)
-    for indices, batch in zip(asked, batches, strict=True):
+    batches = load_batches(source, ((i, i) for i in chunks), view, device=device, num_workers=num_workers)
+    for indices, batch in zip(chunks, batches, strict=True):
         usable = ~np.isin(indices, [skipped.index for skipped in batch.skipped])
-        skipped = tuple(one for one in batch.skipped if indices[0] <= one.index <= indices[-1])
+        skipped = tuple(image for image in batch.skipped if indices[0] <= image.index <= indices[-1])
         if usable.all():
             yield indices, batch.images, skipped
         elif usable.any():
@@ -63,9 +63,10 @@ def usable_batches(
 
 
 def pooled(tokens: torch.Tensor, pool: AnomalyPool) -> torch.Tensor:
-    """Tokens [N, 1+L, D] as features: ``mean`` of the patch tokens or class token ``cls`` [N, D]; ``both`` [N, 2·D].
+    """Turns tokens [N, 1+L, D] into features.
 
-    ``tokens`` are all patch tokens one after another, [N, L·D].
+    ``mean`` takes the mean of the patch tokens [N, D], ``cls`` the class token [N, D], ``both`` the class token and the
+    mean [N, 2·D], and ``tokens`` all patch tokens one after another [N, L·D].
     """
     if pool == "cls":
         return tokens[:, 0]
@@ -79,36 +80,36 @@ def pooled(tokens: torch.Tensor, pool: AnomalyPool) -> torch.Tensor:
 def extract_features(
     model: MaskedAutoencoderViT, source: Source, *, pool: AnomalyPool, batch_size: int, num_workers: int
 ) -> Features:
-    """The features of the central crops of all usable images, pooled after the encoder's norm.
+    """Computes the features of the central crops of all usable images, pooled after the encoder's norm.
 
     Args:
-        model: computes where it is, without gradients.
-        pool: as for ``pooled``.
-        num_workers: threads that read and decode.
+        model: the encoder; features are computed on its device, without gradients.
+        pool: as in ``pooled``.
+        num_workers: threads that read and decode images.
     """
     values, count = torch.empty(0), 0
     indices: list[np.ndarray] = []
     skipped: list[Skipped] = []
     for chosen, images, bad in usable_batches(model, source, batch_size=batch_size, num_workers=num_workers):
-        found = pooled(model.forward_features(images), pool).float()
+        features = pooled(model.forward_features(images), pool).float()
         if not indices:
-            values = found.new_empty(len(source), found.shape[1])
-        values[count : count + len(chosen)] = found
+            values = features.new_empty(len(source), features.shape[1])
+        values[count : count + len(chosen)] = features
         count += len(chosen)
         indices.append(chosen)
         skipped += bad
     return Features(values[:count], np.concatenate(indices), tuple(skipped))
 
 
-def tell_skipped(skipped: Sequence[Skipped]) -> None:
-    """Says on stderr how many images were left out, and why the first one."""
+def report_skipped(skipped: Sequence[Skipped]) -> None:
+    """Prints to stderr how many images were skipped, and the reason for the first one."""
     if skipped:
         first = f"the first is {skipped[0].name} ({skipped[0].reason})"
-        print(f"fastmae: {len(skipped)} unusable images were left out; {first}", file=sys.stderr, flush=True)
+        print(f"fastmae: {len(skipped)} unusable images were skipped; {first}", file=sys.stderr, flush=True)
 
 
 def class_names(source: Source) -> tuple[str, ...] | None:
-    """The names of the classes that a source's labels count, where it has class folders."""
+    """Returns the names of the classes that the labels of a source number, if it has class folders."""
     if isinstance(source, Subset):
         return class_names(source.source)
     if isinstance(source, Concat) and all(isinstance(part, FolderSource) for part in source.parts):
@@ -117,7 +118,7 @@ def class_names(source: Source) -> tuple[str, ...] | None:
 
 
 def classes_of(source: Source, indices: np.ndarray) -> np.ndarray | None:
-    """The classes of some samples, as strings: names of folders, or else the numbers. None without labels."""
+    """Returns the classes of some samples as strings: names of folders, or else numbers. None without labels."""
     if source.labels is None:
         return None
     labels, names = source.labels[indices], class_names(source)
@@ -125,32 +126,33 @@ def classes_of(source: Source, indices: np.ndarray) -> np.ndarray | None:
 
 
 def check_features_file(path: Path) -> None:
-    """Refuses what features cannot be written to, before any are made.
+    """Refuses a file that features cannot be written to, before any are computed.
 
     Raises:
-        UserError: another ending, or .parquet without pyarrow.
+        SettingError: the name has another ending, or ends in .parquet and pyarrow is not installed.
     """
     if path.suffix not in FILE_SUFFIXES:
-        raise UserError(f"--output {path}: must end in {' or '.join(FILE_SUFFIXES)}")
+        raise SettingError("path", str(path), f"must end in {' or '.join(FILE_SUFFIXES)}", flag="--output")
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError as error:
-            raise UserError(f"--output {path}: needs pyarrow; {install_hint('parquet')}, or use .npz") from error
+            problem = f"needs pyarrow; {install_hint('parquet')}, or use .npz"
+            raise SettingError("path", str(path), problem, flag="--output") from error
 
 
-def save_features(path: Path, source: Source, found: Features) -> None:
-    """Writes ``features`` float32 [n, D], ``names``, and where there are labels ``labels`` int64 and ``classes``.
+def save_features(path: Path, source: Source, features: Features) -> None:
+    """Writes ``features`` float32 [n, D], ``names``, and if there are labels ``labels`` int64 and ``classes``.
 
-    An .npz has an array of each, a .parquet a column, its features lists of fixed size.
+    An .npz has one array for each. A .parquet has one column for each; the features are lists of fixed size.
 
     Raises:
         UserError: the file cannot be written.
     """
-    columns: dict[str, Any] = {"names": np.array([source.name(int(index)) for index in found.indices], dtype=str)}
+    columns: dict[str, Any] = {"names": np.array([source.name(int(index)) for index in features.indices], dtype=str)}
     if source.labels is not None:
-        columns |= {"labels": source.labels[found.indices], "classes": classes_of(source, found.indices)}
-    values = found.values.cpu().numpy()
+        columns |= {"labels": source.labels[features.indices], "classes": classes_of(source, features.indices)}
+    values = features.values.cpu().numpy()
 
     def write(file: BinaryIO) -> None:
         if path.suffix == ".npz":
@@ -167,4 +169,4 @@ def save_features(path: Path, source: Source, found: Features) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, write)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}); free space or name another place") from error
+        raise UserError(f"{path} cannot be written ({error}); free space or name another file") from error

@@ -1,4 +1,4 @@
-"""Linear classifiers on frozen features: logistic regression for small data, and the published probe for large."""
+"""Linear classifiers on frozen features: logistic regression for small data, and the official probe for large."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastmae.data.plan import holdout
 from fastmae.philox import STREAM_ORDER, permutation_numpy
 
 MAX_ITERATIONS = 1000
-# The published probe (paper, appendix A.1).
+# The official probe (paper, appendix A.1).
 EPOCHS, WARMUP_EPOCHS = 90, 10
 MOMENTUM, TRUST = 0.9, 1e-3
 NORM_EPS, INIT_STD = 1e-6, 0.01
@@ -23,9 +23,9 @@ RATE_SHARE = 0.2
 
 
 def logistic_predictions(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
-    """Classes int64 [m] by multinomial logistic regression (L2, C = 1, on the CPU) on standardised features.
+    """Predicts classes int64 [m] by multinomial logistic regression (L2, C = 1, on the CPU) on standardised features.
 
-    Features are standardised by the training part, as the published probe's BatchNorm without affine does.
+    Features are standardised by the training part, as the official probe's BatchNorm without affine does.
 
     Args:
         train, test: features [n, D] and [m, D].
@@ -48,19 +48,19 @@ class Heads:
 
     norm: nn.BatchNorm1d
     weight: torch.Tensor
-    """[R, C, D]."""
+    """The weights [R, C, D]."""
     bias: torch.Tensor
-    """[R, C]."""
+    """The biases [R, C]."""
 
     @torch.no_grad()
     def predictions(self, features: torch.Tensor) -> torch.Tensor:
-        """Classes int64 [R, m] of features [m, D]."""
+        """Predicts the classes int64 [R, m] of features [m, D]."""
         parts = features.split(4096)
         return torch.cat([_logits(self.norm(part), self.weight, self.bias).argmax(dim=2) for part in parts], dim=1)
 
 
 def _logits(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """[R, N, C], in one product."""
+    """Computes the logits [R, N, C] in one matrix product."""
     R, C, _ = weight.shape
     return (features @ weight.flatten(0, 1).T + bias.flatten()).view(-1, R, C).transpose(0, 1)
 
@@ -70,14 +70,14 @@ def train_heads(
 ) -> Heads:
     """Trains a classifier for each of the ``rates`` at once, all from the same start and on the same batches.
 
-    LARS with momentum 0.9 and trust 1e-3 on weights (biases take plain steps), no weight decay, BatchNorm without
-    affine before, 90 epochs of which 10 warm up, then half a cosine to 0, by fractional epochs. No gradient flows from
-    one classifier to another, so each is what it would be alone.
+    The recipe is LARS with momentum 0.9 and trust 1e-3 on weights (biases take plain steps), no weight decay, BatchNorm
+    without affine before the classifier, and 90 epochs: 10 of warm-up, then half a cosine to 0, by fractional epochs.
+    No gradient flows from one classifier to another, so each becomes what it would be alone.
 
     Args:
         features: float32 [n, D]; labels int64 [n], from 0.
-        rates: for 256 samples; that of a step is ``rate · batch / 256``.
-        batch_size: at most n of it are used; what an epoch leaves over is dropped.
+        rates: learning rates per 256 samples; a step takes ``rate · batch / 256``.
+        batch_size: samples per step, at most n; an epoch drops the incomplete last batch.
     """
     device, (n, D), R = features.device, features.shape, len(rates)
     batch = min(batch_size, n)
@@ -106,13 +106,13 @@ def train_heads(
 
 
 def _trust(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """LARS' factor [R, 1, 1] (You et al. 2017): the step is so long in relation to the weight; 1 where either is 0."""
+    """Computes LARS' factor [R, 1, 1] (You et al. 2017), a weight's norm over its gradient's; 1 if one is 0."""
     length, slope = weight.norm(dim=(1, 2), keepdim=True), gradient.norm(dim=(1, 2), keepdim=True)
     return torch.where((length > 0) & (slope > 0), TRUST * length / slope, torch.ones_like(length))
 
 
 def _schedule(epoch: float) -> float:
-    """The share of the learning rate at a fractional epoch."""
+    """Returns the share of the learning rate at a fractional epoch."""
     if epoch < WARMUP_EPOCHS:
         return epoch / WARMUP_EPOCHS
     return 0.5 * (1 + math.cos(math.pi * (epoch - WARMUP_EPOCHS) / (EPOCHS - WARMUP_EPOCHS)))
@@ -125,21 +125,21 @@ def lars_predictions(
     rates: Sequence[float],
     batch_size: int,
 ) -> tuple[torch.Tensor, float, dict[float, float]]:
-    """Classes int64 [m] by the published probe, the rate that it used, and the accuracy in percent that chose it.
+    """Returns classes int64 [m] by the official probe, the rate that it used, and the accuracy in percent by rate.
 
-    Of several rates the best on a held-out fifth of the train part is taken, and trained once more on all of it: the
-    test part has no say.
+    Several rates are compared on a held-out fifth of the train part; the best one is trained once more on all of it.
+    The test part does not influence the choice. The accuracies are empty for a single rate.
 
     Args:
         train, test: features [n, D] and [m, D], on one device.
         train_labels: int64 [n], from 0.
-        rates: as for ``train_heads``, and so is ``batch_size``.
+        rates, batch_size: as for ``train_heads``.
     """
     classes = int(train_labels.max()) + 1
     best, scores = rates[0], {}
     if len(rates) > 1:
-        kept, held = (torch.from_numpy(part).to(train.device) for part in holdout(len(train), RATE_SHARE))
-        heads = train_heads(train[kept], train_labels[kept], rates, classes=classes, batch_size=batch_size)
+        fitted, held = (torch.from_numpy(part).to(train.device) for part in holdout(len(train), RATE_SHARE))
+        heads = train_heads(train[fitted], train_labels[fitted], rates, classes=classes, batch_size=batch_size)
         right = (heads.predictions(train[held]) == train_labels[held]).double().mean(dim=1)
         scores = {rate: round(100 * share, 2) for rate, share in zip(rates, right.tolist(), strict=True)}
         best = max(scores, key=lambda rate: scores[rate])

@@ -1,4 +1,4 @@
-"""Pictures for people: rows of images under a title, confusion matrices, heat maps. Knows pixels, and no model."""
+"""Pictures: rows of images under a title, confusion matrices, heat maps. This module knows pixels and no model."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ TEXT = 14
 SMALL_TEXT = 10
 MATRIX = 480
 READABLE = 20
-# From nothing to the most: black, purple, red, yellow, white.
+# From the lowest to the highest value: black, purple, red, yellow, white.
 HEAT = np.array([[0, 0, 0], [90, 15, 110], [215, 50, 45], [250, 200, 40], [255, 255, 255]], np.float64)
 BLUE = np.array([[255, 255, 255], [150, 190, 230], [10, 50, 120]], np.float64)
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:
-    """Pixels [H, W, C] for a screen: gray repeated, of more than three channels the first three."""
+    """Makes pixels [H, W, C] ready for a screen: gray is repeated, and only the first 3 of more channels are shown."""
     return np.ascontiguousarray(image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2))
 
 
 def coloured(values: np.ndarray, colours: np.ndarray = HEAT) -> np.ndarray:
-    """Numbers in [0, 1] of any shape as uint8 [..., 3], between the colours."""
-    place = np.clip(np.nan_to_num(values), 0, 1) * (len(colours) - 1)
-    low = np.minimum(place.astype(int), len(colours) - 2)
-    share = (place - low)[..., None]
+    """Colours numbers in [0, 1] of any shape: uint8 [..., 3], interpolated between ``colours``."""
+    position = np.clip(np.nan_to_num(values), 0, 1) * (len(colours) - 1)
+    low = np.minimum(position.astype(int), len(colours) - 2)
+    share = (position - low)[..., None]
     return np.rint(colours[low] * (1 - share) + colours[low + 1] * share).astype(np.uint8)
 
 
@@ -42,11 +42,13 @@ def grid_picture(
     names: Sequence[str] = (),
     captions: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """Rows of images uint8 [H, W, C] of one size, small ones enlarged.
+    """Draws rows of images uint8 [H, W, C] of one size; small ones are enlarged.
 
     Args:
-        names: of the rows, left of them.
-        captions: below the images, as many as there are in each row.
+        rows: the images of each row.
+        title: a line above all rows.
+        names: one name per row, drawn to its left.
+        captions: one text per image, drawn below it.
     """
     height, width = rows[0][0].shape[:2]
     zoom = max(1, round(CELL / max(height, width)))
@@ -74,7 +76,7 @@ def grid_picture(
 
 
 def confusion_picture(tables: Mapping[str, np.ndarray], classes: Sequence[str], title: str) -> Image.Image:
-    """Confusion matrices side by side, each row shaded by its share; numbers and names while they can be read."""
+    """Draws confusion matrices side by side, each row shaded by its shares; numbers and names if they are readable."""
     count = len(classes)
     side = max(1, min(32, MATRIX // count))
     font, small = ImageFont.load_default(TEXT), ImageFont.load_default(SMALL_TEXT)
@@ -113,15 +115,18 @@ def save_png(path: Path, picture: Image.Image) -> None:
 
 
 def save_gif(path: Path, pictures: Sequence[Image.Image], seconds: float) -> None:
-    """Writes pictures as an endless film, each shown for a while.
+    """Writes pictures as an endless film that shows each of them for ``seconds``.
 
     Raises:
         UserError: the file cannot be written.
     """
     width, height = (max(picture.size[axis] for picture in pictures) for axis in (0, 1))
-    first, *others = (ImageOps.expand(one, (0, 0, width - one.width, height - one.height), "white") for one in pictures)
-    shown = dict(save_all=True, append_images=others, duration=round(1000 * seconds), loop=0)
-    _write(path, lambda file: first.save(file, format="GIF", **shown))
+    first, *others = (
+        ImageOps.expand(picture, (0, 0, width - picture.width, height - picture.height), "white")
+        for picture in pictures
+    )
+    settings = dict(save_all=True, append_images=others, duration=round(1000 * seconds), loop=0)
+    _write(path, lambda file: first.save(file, format="GIF", **settings))
 
 
 def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -129,11 +134,11 @@ def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, write)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}); free space or name another place") from error
+        raise UserError(f"{path} cannot be written ({error}); free space or name another file") from error
 
 
 def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """As much of the end of a text as fits; the end of a path says more than its beginning."""
+    """Cuts a text to the end that fits: the end of a path says more than its beginning."""
     while len(text) > 1 and font.getlength(text) > width:
         text = "…" + text[2:]
     return text

@@ -1,4 +1,4 @@
-"""k-NN and linear-probe accuracy on frozen features, and which classes an encoder takes for which."""
+"""k-NN and linear-probe accuracy on frozen features, with a confusion matrix of the classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from fastmae.config import LinearProbe, Pool
 from fastmae.data.loader import Skipped
 from fastmae.data.sources import Source
-from fastmae.errors import UserError
+from fastmae.errors import SettingError, UserError
 from fastmae.evaluate.features import Features, class_names, classes_of, extract_features
 from fastmae.evaluate.knn import knn_predictions
 from fastmae.evaluate.linear_probe import lars_predictions, logistic_predictions
@@ -26,34 +26,35 @@ MIN_LARS_IMAGES = 10
 
 
 @dataclass(frozen=True)
-class Probed:
-    """What was found on the test part, and how."""
+class ProbeResult:
+    """The predictions for the test part, and the settings that led to them."""
 
     classes: tuple[str, ...]
-    """Of both parts."""
+    """The names of the classes of both parts."""
     truth: torch.Tensor
-    """int64 [m]: a number in ``classes``; so are the predictions."""
+    """int64 [m]: positions in ``classes``, as in all predictions."""
     knn: dict[int, torch.Tensor]
-    """By k."""
+    """The predictions of k-NN, by k."""
     linear: torch.Tensor
+    """The predictions of the linear classifier."""
     how: dict[str, Any]
-    """Pool, sizes and learning rates."""
+    """The pool, the sizes of the parts and the learning rates."""
     skipped: tuple[Skipped, ...]
-    """Unusable images, which were left out."""
+    """The images that could not be used."""
 
     def accuracy(self, predictions: torch.Tensor) -> float:
-        """Top-1 in percent."""
+        """Returns the top-1 accuracy in percent."""
         return round(100 * float((predictions == self.truth).double().mean()), 2)
 
     def summary(self) -> dict[str, Any]:
-        """{knn, linear: percent, the first k's; knn_of: by k, if there are several; pool, k, train, test, …}."""
+        """Returns {knn: percent of the first k, linear: percent, knn_of: by k, if there are several, pool, k, …}."""
         by_k = {k: self.accuracy(predictions) for k, predictions in self.knn.items()}
         k = next(iter(by_k))
         several = {"knn_of": by_k} if len(by_k) > 1 else {}
         return {"knn": by_k[k], "linear": self.accuracy(self.linear), "k": k, **several, **self.how}
 
     def confusion(self, predictions: torch.Tensor) -> np.ndarray:
-        """int64 [classes, classes]: how many of the class of a row were taken for that of a column."""
+        """Returns int64 [classes, classes]: how many images of a row's class were predicted as a column's class."""
         count = len(self.classes)
         return torch.bincount(self.truth * count + predictions, minlength=count**2).view(count, count).cpu().numpy()
 
@@ -68,12 +69,12 @@ def probe(
     batch_size: int = 256,
     num_workers: int = 2,
 ) -> dict[str, Any]:
-    """``probe_in_detail``'s summary, by logistic regression; ``k`` is lowered to the number of train images."""
+    """Returns the summary of ``probe_in_detail`` by logistic regression, with at most as many neighbours as images."""
     k = min(k, len(train))
-    found = probe_in_detail(
+    result = probe_in_detail(
         model, train, test, pool=pool, ks=(k,), linear="logistic", batch_size=batch_size, num_workers=num_workers
     )
-    return found.summary()
+    return result.summary()
 
 
 def probe_in_detail(
@@ -88,29 +89,38 @@ def probe_in_detail(
     linear_batch: int = 16_384,
     batch_size: int,
     num_workers: int,
-) -> Probed:
-    """Fits on ``train``, scores on ``test``.
+) -> ProbeResult:
+    """Fits classifiers on the features of ``train`` and scores them on those of ``test``.
+
+    Args:
+        pool: as in ``features.pooled``.
+        ks: the numbers of neighbours of k-NN.
+        linear: the linear classifier: ``logistic`` regression, or the official probe with ``lars``.
+        rates: learning rates of ``lars``, from which a held-out share of ``train`` chooses.
+        linear_batch: batch size of ``lars``.
+        batch_size, num_workers: images per batch and decoding threads for the features.
 
     Raises:
-        UserError: a part has no labels, or only one class; or it has fewer images than are asked for.
+        UserError: a part has no labels, ``train`` has only one class, or fewer images than ``ks`` or ``lars`` need.
     """
     for source in (train, test):
         if source.labels is None:
-            raise UserError(f"{source.name(0)} and its like have no labels; probe data in class folders or with labels")
+            raise UserError(f"images such as {source.name(0)} have no labels; give class folders, or data with labels")
     assert train.labels is not None
     if len(np.unique(train.labels)) < 2:
-        raise UserError(f"{train.name(0)} and its like are all of one class; probing needs at least two")
+        raise UserError(f"images such as {train.name(0)} are all of one class; probing needs at least two")
     if max(ks) > len(train):
-        raise UserError(f"--k {max(ks)}: must be at most the {len(train)} images of the train part")
+        raise SettingError("ks", max(ks), f"must be at most the {len(train)} images of the train part", flag="--k")
     if linear == "lars" and len(train) < MIN_LARS_IMAGES:
-        raise UserError(f"--linear lars: needs at least {MIN_LARS_IMAGES} images to train on, not {len(train)}")
-    found = [
+        problem = f"needs at least {MIN_LARS_IMAGES} images to train on, not {len(train)}"
+        raise SettingError("linear", "lars", problem)
+    features = [
         extract_features(model, source, pool=pool, batch_size=batch_size, num_workers=num_workers)
         for source in (train, test)
     ]
-    classes, labels = _same_classes(train, test, found)
-    train_labels, truth = (torch.from_numpy(part).to(found[0].values.device) for part in labels)
-    values, test_values = found[0].values, found[1].values
+    classes, labels = _same_classes(train, test, features)
+    values, test_values = features[0].values, features[1].values
+    train_labels, truth = (torch.from_numpy(part).to(values.device) for part in labels)
     how: dict[str, Any] = {"pool": pool, "train": len(values), "test": len(test_values)}
     if linear == "lars":
         predictions, rate, scores = lars_predictions(values, train_labels, test_values, rates, linear_batch)
@@ -118,17 +128,20 @@ def probe_in_detail(
     else:
         predictions = logistic_predictions(values, train_labels, test_values)
     by_k = knn_predictions(values, train_labels, test_values, ks)
-    return Probed(classes, truth, by_k, predictions, how, found[0].skipped + found[1].skipped)
+    return ProbeResult(classes, truth, by_k, predictions, how, features[0].skipped + features[1].skipped)
 
 
-def _same_classes(train: Source, test: Source, found: Sequence[Features]) -> tuple[tuple[str, ...], list[np.ndarray]]:
-    """The classes of both parts, and the labels of their usable images, numbered alike.
+def _same_classes(
+    train: Source, test: Source, parts_features: Sequence[Features]
+) -> tuple[tuple[str, ...], list[np.ndarray]]:
+    """Returns the classes of both parts, and the labels of their usable images in one common numbering.
 
-    Each part numbers its own class folders, so where one lacks a class their numbers differ: names count.
+    Each part numbers its own class folders, so the numbers differ if one part lacks a class; classes are matched by
+    name.
     """
     named = class_names(train) is not None and class_names(test) is not None
     parts: list[np.ndarray] = []
-    for source, features in zip((train, test), found, strict=True):
+    for source, features in zip((train, test), parts_features, strict=True):
         labels = classes_of(source, features.indices) if named else source.labels
         assert labels is not None
         parts.append(labels if named else labels[features.indices])
@@ -136,27 +149,28 @@ def _same_classes(train: Source, test: Source, found: Sequence[Features]) -> tup
     return tuple(map(str, classes)), np.split(numbers.astype(np.int64), [len(parts[0])])
 
 
-def save_probe(folder: Path, found: Probed, title: str) -> None:
+def save_probe(folder: Path, result: ProbeResult, title: str) -> None:
     """Writes probe.json (the summary, a table of classes, the confusion matrices) and confusion.png.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: the files cannot be written.
     """
-    tables = {"knn": found.confusion(next(iter(found.knn.values()))), "linear": found.confusion(found.linear)}
+    tables = {"knn": result.confusion(next(iter(result.knn.values()))), "linear": result.confusion(result.linear)}
     per_class = [
-        {"class": name, "test": int(tables["knn"][row].sum())}
-        | {f"{who}_recall": _percent(table[row, row], table[row].sum()) for who, table in tables.items()}
-        | {f"{who}_precision": _percent(table[row, row], table[:, row].sum()) for who, table in tables.items()}
-        for row, name in enumerate(found.classes)
+        {"class": class_name, "test": int(tables["knn"][row].sum())}
+        | {f"{name}_recall": _percent(table[row, row], table[row].sum()) for name, table in tables.items()}
+        | {f"{name}_precision": _percent(table[row, row], table[:, row].sum()) for name, table in tables.items()}
+        for row, class_name in enumerate(result.classes)
     ]
-    confusion = {who: table.tolist() for who, table in tables.items()}
-    everything = {**found.summary(), "classes": per_class, "confusion": confusion}
+    confusion = {name: table.tolist() for name, table in tables.items()}
+    everything = {**result.summary(), "classes": per_class, "confusion": confusion}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "probe.json", json.dumps(everything, indent=1))
     except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written ({error}); name another folder") from error
-    save_png(folder / "confusion.png", confusion_picture(tables, found.classes, title))
+        problem = f"cannot be written ({error}); name another folder"
+        raise SettingError("folder", str(folder), problem, flag="--output") from error
+    save_png(folder / "confusion.png", confusion_picture(tables, result.classes, title))
 
 
 def _percent(part: int, whole: int) -> float | None:

@@ -1,4 +1,4 @@
-"""Pictures of what the model makes of masked images: original, masked, reconstructed."""
+"""Reconstructions of masked images, and pictures of them: original, masked, reconstructed, error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastmae.data.loader import View, load_batches
 from fastmae.data.masks import exact_ratio, visible_first
 from fastmae.data.plan import central_box
 from fastmae.data.sources import Source
-from fastmae.errors import UserError
+from fastmae.errors import SettingError, UserError
 from fastmae.evaluate.features import evaluation_view
 from fastmae.evaluate.pictures import coloured, grid_picture, save_gif, save_png
 from fastmae.model.mae import MaskedAutoencoderViT
@@ -24,23 +24,23 @@ from fastmae.ops.masked_mse import patch_statistics
 
 GRAY = 0.5
 WHITE = 128
-SECONDS_A_FRAME = 1.0
+SECONDS_PER_FRAME = 1.0
 NAMES = ("original", "masked", "reconstructed", "error")
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def fixed_indices(source: Source, count: int) -> np.ndarray:
-    """Evenly spaced samples of a source, at most ``count``: int64, rising."""
+    """Returns the numbers of evenly spaced samples of a source, at most ``count``: int64, rising."""
     return np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64))
 
 
 def fixed_images(model: MaskedAutoencoderViT, source: Source, count: int) -> torch.Tensor:
-    """Evenly spaced images of a source, central crops: uint8 [count, H, W, C] on the model's device."""
+    """Reads evenly spaced images of a source, as central crops: uint8 [count, H, W, C] on the model's device."""
     return central_crops(model, source, fixed_indices(source, count))
 
 
 def central_crops(model: MaskedAutoencoderViT, source: Source, indices: np.ndarray) -> torch.Tensor:
-    """The central crops of some samples: uint8 [N, H, W, C] on the model's device."""
+    """Reads the central crops of some samples: uint8 [N, H, W, C] on the model's device."""
     view = evaluation_view(model, source)
     batches = load_batches(source, [(indices, indices)], view, device=model.cls_token.device, num_workers=1)
     return torch.cat([batch.images for batch in batches])
@@ -55,11 +55,11 @@ def reconstruct(
     mask_ratio: float,
     paste_visible: bool = True,
 ) -> Rows:
-    """(original, masked, reconstructed), each uint8 [N, H, W, C], masked by ``ids_shuffle`` int32 [N, L].
+    """Returns (original, masked, reconstructed), each uint8 [N, H, W, C], masked by ``ids_shuffle`` int32 [N, L].
 
-    The reconstruction shows the visible patches as they are (unless ``paste_visible`` is false) and predictions in the
-    masked ones, the only place where the loss asks for any. With norm_pix_loss a prediction is a patch without its mean
-    and contrast, so those of the target are put back: detail is the model's, brightness is not.
+    The reconstruction has the predictions at masked patches, where the loss trains them. Visible patches are shown as
+    they are, or also as predicted if ``paste_visible`` is false. With norm_pix_loss a prediction is a patch without its
+    mean and contrast, so those of the target are added: the detail comes from the model, the brightness does not.
     """
     K = model.num_visible(mask_ratio)
     latent, _, ids_restore = model.forward_encoder(images, mask_ratio, ids_shuffle=ids_shuffle)
@@ -71,18 +71,18 @@ def reconstruct(
         pred = pred * deviation + average
     grayed = ((GRAY - model.mean) / model.std).repeat(pred.shape[2] // model.in_chans).expand_as(pred[:, K:])
 
-    def place(visible: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    def assembled(visible: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         both = torch.cat([visible, masked], dim=1)
         return scatter_patches(both, ids_shuffle, model.grid_size, model.patch_size, model.mean, model.std, torch.uint8)
 
     seen = target[:, :K]
-    return images, place(seen, grayed), place(seen if paste_visible else pred[:, :K], pred[:, K:])
+    return images, assembled(seen, grayed), assembled(seen if paste_visible else pred[:, :K], pred[:, K:])
 
 
 def reconstruct_each(
     model: MaskedAutoencoderViT, images: torch.Tensor, masked: np.ndarray, *, paste_visible: bool = True
 ) -> Rows:
-    """``reconstruct`` with ``masked`` bool [N, rows, columns], which may mask another number of patches in each."""
+    """Calls ``reconstruct`` for each image; ``masked`` bool [N, rows, columns] may mask different numbers."""
     parts = []
     for n, mask in enumerate(masked):
         ids_shuffle = torch.from_numpy(visible_first(mask[None])).to(images.device)
@@ -95,59 +95,57 @@ def reconstruct_each(
 def masks_of_pictures(
     paths: Sequence[str], model: MaskedAutoencoderViT, source: Source, indices: np.ndarray
 ) -> np.ndarray:
-    """What --mask_image masks in some samples: bool [N, rows, columns] of patches, those that white touches.
+    """Reads masks from pictures: bool [N, rows, columns], true for the patches that white touches.
 
     Args:
-        paths: of one picture for all samples, or of one a sample, each of the size of its image.
+        paths: one picture for all samples, or one per sample, each of the size of its image.
 
     Raises:
-        UserError: another number or size, not a picture, nothing masked or nothing visible.
+        UserError: the number or the size of the pictures is wrong, a file is not a picture, or a mask leaves nothing
+            masked or nothing visible.
     """
     if len(paths) not in (1, len(indices)):
-        raise UserError(
-            f"--mask_image: {len(paths)} masks for {len(indices)} images; give one for all, or one an image"
-        )
+        problem = f"{len(paths)} masks for {len(indices)} images; give one for all, or one per image"
+        raise SettingError("paths", problem=problem, flag="--mask_image")
     view = evaluation_view(model, source)
     white = [_white(path) for path in paths]
     masks = []
     for n, index in enumerate(indices.tolist()):
-        one = n % len(paths)
+        row = n % len(paths)
         try:
             size = decode(source.read(index), model.in_chans).shape[:2]
         except (BadImageError, OSError) as error:
-            raise UserError(f"{source.name(index)} cannot be used ({error}); leave it out of --images") from error
-        if white[one].shape != size:
-            held, needed = ("×".join(map(str, shape)) for shape in (white[one].shape, size))
-            image = f"{source.name(index)} of {needed}"
-            raise UserError(
-                f"--mask_image {paths[one]}: {held} pixels (height × width) for {image}; give one of its size"
-            )
-        mask = touched(white[one], view, model.grid_size)
+            raise UserError(f"{source.name(index)} cannot be used ({error}); give images without it") from error
+        if white[row].shape != size:
+            held, needed = ("×".join(map(str, shape)) for shape in (white[row].shape, size))
+            problem = f"{held} pixels (height × width) for {source.name(index)} of {needed}; give one of its size"
+            raise SettingError("paths", paths[row], problem, flag="--mask_image")
+        mask = touched(white[row], view, model.grid_size)
         if mask.all() or not mask.any():
-            share = f"masks {int(mask.sum())} of the {mask.size} patches that the model looks at"
-            raise UserError(f"--mask_image {paths[one]}: {share}; at least one must be masked and one visible")
+            share = f"masks {int(mask.sum())} of the {mask.size} patches that the model sees"
+            problem = f"{share}; at least one must be masked and one visible"
+            raise SettingError("paths", paths[row], problem, flag="--mask_image")
         masks.append(mask)
     return np.stack(masks)
 
 
 def _white(path: str) -> np.ndarray:
-    """bool [height, width] of a picture: where it is nearer to white than to black."""
+    """Reads a picture as bool [height, width]: true where it is nearer to white than to black."""
     try:
         with Image.open(Path(path).expanduser()) as picture:
             return np.asarray(picture.convert("L")) >= WHITE
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"--mask_image {path}: cannot be read ({reason}); give a picture, white where masked"
-        ) from error
+        problem = f"cannot be read ({reason}); give a picture, white where masked"
+        raise SettingError("paths", path, problem, flag="--mask_image") from error
 
 
 def touched(white: np.ndarray, view: View, grid: tuple[int, int]) -> np.ndarray:
-    """Which patches of the central crop of an image have any white pixel in them: bool [rows, columns]."""
+    """Tells which patches of the central crop of an image hold a white pixel: bool [rows, columns]."""
     height, width = white.shape
     box = central_box(height, width, view.size, view.central_share)
     inside = white[box.top : box.top + box.height, box.left : box.left + box.width]
-    # Edges of patches may lie within pixels: such a pixel belongs to both.
+    # The edge of two patches may lie inside a pixel, which then belongs to both.
     ends = [
         [(i * side // n, -(-(i + 1) * side // n)) for i in range(n)] for side, n in zip(inside.shape, grid, strict=True)
     ]
@@ -155,9 +153,9 @@ def touched(white: np.ndarray, view: View, grid: tuple[int, int]) -> np.ndarray:
 
 
 def error_row(rows: Rows) -> tuple[torch.Tensor, int]:
-    """How far the reconstructions are from the originals, coloured uint8 [N, H, W, 3], and what white stands for.
+    """Colours the differences of reconstructions from originals, uint8 [N, H, W, 3]; also returns what white means.
 
-    That is the largest difference in all of them, in grey levels, averaged over channels.
+    White means the largest difference in all images, in grey levels, averaged over channels.
     """
     difference = (rows[0].float() - rows[2].float()).abs().mean(dim=3)
     largest = max(1, math.ceil(float(difference.max())))
@@ -165,12 +163,12 @@ def error_row(rows: Rows) -> tuple[torch.Tensor, int]:
 
 
 def caption(model: MaskedAutoencoderViT, mask_ratio: float) -> str:
-    """What a picture shows, in words."""
+    """Describes a picture in words."""
     return f"{mask_ratio:.0%} of the patches masked" + about_targets(model)
 
 
 def about_targets(model: MaskedAutoencoderViT) -> str:
-    """What is not the model's in a reconstruction."""
+    """Describes which part of a reconstruction comes from the target instead of the model."""
     return ", norm_pix: mean and contrast of masked patches are the target's" if model.norm_pix_loss else ""
 
 
@@ -187,17 +185,17 @@ def _grid(rows: Sequence[torch.Tensor], title: str, names: Sequence[str]) -> Ima
     return grid_picture([list(row.cpu().numpy()) for row in rows], title, names[: len(rows)])
 
 
-def save_reconstructions(path: Path, made: Sequence[tuple[str, Rows]], *, errors: bool) -> None:
+def save_reconstructions(path: Path, reconstructions: Sequence[tuple[str, Rows]], *, errors: bool) -> None:
     """Draws one or several reconstructions of the same images, each with a title, and writes them.
 
-    Several become a film if the path ends in .gif, otherwise rows under each other; with ``errors`` each has a row of
-    them.
+    Several become a film if the path ends in .gif, otherwise rows under each other. With ``errors`` each one also gets
+    a row of errors.
 
     Raises:
         UserError: the file cannot be written.
     """
     titled: list[tuple[str, tuple[torch.Tensor, ...]]] = []
-    for title, rows in made:
+    for title, rows in reconstructions:
         if errors:
             row, largest = error_row(rows)
             titled.append((f"{title}; error: white is {largest} grey levels", (*rows, row)))
@@ -206,8 +204,8 @@ def save_reconstructions(path: Path, made: Sequence[tuple[str, Rows]], *, errors
     if len(titled) == 1:
         save_grid(path, titled[0][1], titled[0][0])
     elif path.suffix.lower() == ".gif":
-        save_gif(path, [_grid(rows, title, NAMES) for title, rows in titled], SECONDS_A_FRAME)
+        save_gif(path, [_grid(rows, title, NAMES) for title, rows in titled], SECONDS_PER_FRAME)
     else:
         below = [row for _, rows in titled for row in rows[1:]]
         names = [NAMES[0], *[name for _, rows in titled for name in NAMES[1 : len(rows)]]]
-        save_grid(path, [made[0][1][0], *below], " · ".join(title for title, _ in titled), names)
+        save_grid(path, [reconstructions[0][1][0], *below], " · ".join(title for title, _ in titled), names)

@@ -1,4 +1,4 @@
-"""The images of a source that are nearest to others by the cosine of their features."""
+"""Search for the images of a source that are nearest to query images, by the cosine of their features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastmae.data.sources import Source
-from fastmae.errors import UserError
+from fastmae.errors import SettingError
 from fastmae.evaluate.features import Features, classes_of
 from fastmae.evaluate.knn import nearest
 from fastmae.evaluate.pictures import grid_picture, save_png
@@ -20,7 +20,7 @@ from fastmae.model.mae import MaskedAutoencoderViT
 
 
 def engine(device: torch.device) -> str:
-    """Who compares features: faiss where it is installed and they lie in the host's memory, otherwise torch.
+    """Chooses what compares features: faiss if it is installed and they lie in the host's memory, otherwise torch.
 
     Both are exact.
     """
@@ -34,7 +34,7 @@ def engine(device: torch.device) -> str:
 
 
 def most_similar(among: torch.Tensor, queries: torch.Tensor, k: int, by: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cosines, indices) [m, k] of the ``k`` of ``among`` [n, D] that are nearest to ``queries`` [m, D], falling."""
+    """Finds the ``k`` rows of ``among`` [n, D] nearest to ``queries`` [m, D]: (cosines, indices) [m, k], in order."""
     among, queries = F.normalize(among, dim=1), F.normalize(queries, dim=1)
     if by == "torch":
         return nearest(among, queries, k)
@@ -47,49 +47,51 @@ def most_similar(among: torch.Tensor, queries: torch.Tensor, k: int, by: str) ->
 
 
 def search(
-    queries: Source, asked: Features, source: Source, held: Features, *, k: int, by: str
+    queries: Source, query_features: Features, source: Source, features: Features, *, k: int, by: str
 ) -> list[dict[str, Any]]:
-    """For each query {query, index, found}: found lists ``k`` images, {name, index, cosine, class}, nearest first.
+    """Returns {query, index, found} per query; found lists ``k`` images {name, index, cosine, class}, nearest first.
 
-    An image of the same name as the query is the query itself and not among them.
+    An image with the same name as the query is taken for the query itself and is not listed.
 
     Args:
-        queries, source: what the features ``asked`` and ``held`` are of.
-        by: as ``engine`` says.
+        queries: the source of ``query_features``.
+        source: the source of ``features``.
+        k: images per query.
+        by: ``torch`` or ``faiss``, as ``engine`` chooses.
 
     Raises:
-        UserError: there are not ``k`` others.
+        SettingError: there are fewer than ``k`` other images.
     """
-    cosines, places = most_similar(held.values, asked.values, min(k + 1, len(held.values)), by)
+    cosines, rows = most_similar(features.values, query_features.values, min(k + 1, len(features.values)), by)
     results = []
-    for query, row, near in zip(asked.indices.tolist(), cosines.tolist(), places.tolist(), strict=True):
-        name, indices = queries.name(query), held.indices[near]
+    for query, row_cosines, near in zip(query_features.indices.tolist(), cosines.tolist(), rows.tolist(), strict=True):
+        name, indices = queries.name(query), features.indices[near]
         classes = classes_of(source, indices)
-        found = []
-        for place, (index, cosine) in enumerate(zip(indices.tolist(), row, strict=True)):
+        matches = []
+        for rank, (index, cosine) in enumerate(zip(indices.tolist(), row_cosines, strict=True)):
             if source.name(index) == name:
                 continue
-            one = {"name": source.name(index), "index": index, "cosine": round(cosine, 4)}
-            found.append(one if classes is None else one | {"class": str(classes[place])})
-        if len(found) < k:
-            raise UserError(f"--k {k}: there are only {len(found)} images besides {name}; ask for fewer")
-        results.append({"query": name, "index": query, "found": found[:k]})
+            match = {"name": source.name(index), "index": index, "cosine": round(cosine, 4)}
+            matches.append(match if classes is None else match | {"class": str(classes[rank])})
+        if len(matches) < k:
+            raise SettingError("k", k, f"there are only {len(matches)} images besides {name}; ask for fewer")
+        results.append({"query": name, "index": query, "found": matches[:k]})
     return results
 
 
 def save_search(
     path: Path, model: MaskedAutoencoderViT, queries: Source, source: Source, results: Sequence[dict[str, Any]]
 ) -> None:
-    """Draws a row a query: itself, then what was found, with cosines and classes.
+    """Draws one row per query: the query, then its nearest images with cosines and classes.
 
     Raises:
         UserError: the file cannot be written.
     """
-    first = central_crops(model, queries, np.array([one["index"] for one in results])).cpu().numpy()
+    first = central_crops(model, queries, np.array([result["index"] for result in results])).cpu().numpy()
     rows, captions = [], []
-    for image, one in zip(first, results, strict=True):
-        near = central_crops(model, source, np.array([match["index"] for match in one["found"]])).cpu().numpy()
+    for image, result in zip(first, results, strict=True):
+        near = central_crops(model, source, np.array([match["index"] for match in result["found"]])).cpu().numpy()
         rows.append([image, *near])
-        found = [" ".join([f"{match['cosine']:.3f}", match.get("class", "")]).strip() for match in one["found"]]
-        captions.append(["query", *found])
+        texts = [" ".join([f"{match['cosine']:.3f}", match.get("class", "")]).strip() for match in result["found"]]
+        captions.append(["query", *texts])
     save_png(path, grid_picture(rows, "queries, and the nearest images with their cosines", captions=captions))

@@ -1,1 +1,1 @@
-"""Files that other tools read, one file a format, and what leaving float32 costs there."""
+"""Exports to files that other tools read, one module per format, and a comparison of other dtypes with float32."""

@@ -1,4 +1,4 @@
-"""The encoder on whole images in PyTorch's own operations, for programs that leave fastmae. Knows no formats."""
+"""The encoder on whole images in PyTorch's own operations, for programs that run without fastmae."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastmae.model.mae import MaskedAutoencoderViT
 
 
 class Encoder(nn.Module):
-    """``model.forward_features`` without fastmae's ops: of all patches of an image, the projection is a convolution.
+    """Computes ``model.forward_features`` without fastmae's ops: all patches are projected by one convolution.
 
     Args:
-        model: whose weights are copied.
-        dtype: of the weights and of what is computed.
-        uint8: take uint8 [N, H, W, C] and normalise it here, instead of normalised float32 [N, C, H, W].
+        model: the model whose weights are copied.
+        dtype: the dtype of the weights and of the computation.
+        uint8: take images uint8 [N, H, W, C] and normalise them here, instead of normalised float32 [N, C, H, W].
     """
 
     mean: torch.Tensor
@@ -35,7 +35,7 @@ class Encoder(nn.Module):
         self.register_buffer("std", model.std[:, None, None].clone())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised tokens float32 [N, 1+L, D], class token first."""
+        """Returns normalised tokens float32 [N, 1+L, D], class token first."""
         if self.uint8:
             images = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         x = self.projection(images.to(self.dtype)).flatten(2).transpose(1, 2) + self.positions
@@ -46,7 +46,7 @@ class Encoder(nn.Module):
 
 
 def _with_torchs_linear(blocks: nn.ModuleList) -> nn.ModuleList:
-    """The same blocks without ``ops.linear``, which looks at sizes that a program leaves open."""
+    """Replaces ``ops.linear`` in blocks by torch's: it looks at sizes that an exported program leaves open."""
     for parent in list(blocks.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):

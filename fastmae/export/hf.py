@@ -1,4 +1,4 @@
-"""Folders that transformers opens offline: ``ViTMAEForPreTraining``, or of the encoder alone ``ViTModel``."""
+"""Export to folders that transformers opens offline: ``ViTMAEForPreTraining``, or ``ViTModel`` for the encoder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from fastmae.checkpoint.huggingface import CONFIG, EPS, PREPROCESSOR, WEIGHTS, to_huggingface
-from fastmae.errors import UserError
+from fastmae.errors import SettingError
+from fastmae.export.atomic import written_aside
 from fastmae.export.official import Part, numbers, weights_of
-from fastmae.export.place import written_aside
 from fastmae.model.mae import MaskedAutoencoderViT
 
 BICUBIC = 3
@@ -22,20 +22,21 @@ def save_huggingface(folder: Path, model: MaskedAutoencoderViT, mask_ratio: floa
     """Writes the weights, ``config.json`` and the processor that resizes and normalises as the model was trained.
 
     Args:
-        folder: a new one, or an empty one.
-        model: its decoder with self-attention, for ``full``.
-        mask_ratio: of ``ViTMAEForPreTraining``, which draws its masks itself.
+        folder: a new or an empty folder.
+        model: for ``full``, a model whose decoder has self-attention.
+        mask_ratio: the ratio for ``ViTMAEForPreTraining``, which draws its own masks.
         part: ``full`` for a ``ViTMAEForPreTraining``, ``encoder`` for a ``ViTModel``.
 
     Raises:
-        UserError: a model that transformers has no class for, or the file system refused.
+        SettingError: transformers has no class for the model, or the file system refused.
     """
     (height, width), (ph, pw) = model.img_size, model.patch_size
+    remedy = "export the encoder with --part=encoder"
     if part == "full" and model.decoder_attention == "cross":
-        raise UserError("--to hf: ViTMAE has no decoder with cross-attention; export the encoder with --part encoder")
+        raise SettingError("part", part, f"ViTMAE has no decoder with cross-attention; {remedy}")
     if part == "full" and (height != width or ph != pw):
         size = f"images of {height}×{width} and patches of {ph}×{pw} pixels"
-        raise UserError(f"--to hf: ViTMAE takes squares alone, not {size}; export the encoder with --part encoder")
+        raise SettingError("part", part, f"ViTMAE takes only squares, not {size}; {remedy}")
     weights = {name: tensor.contiguous() for name, tensor in to_huggingface(weights_of(model, part)).items()}
     if part == "encoder":
         weights = {name.removeprefix("vit."): tensor for name, tensor in weights.items()}
@@ -58,6 +59,7 @@ def save_huggingface(folder: Path, model: MaskedAutoencoderViT, mask_ratio: floa
 
 
 def _config(model: MaskedAutoencoderViT, mask_ratio: float, part: Part) -> dict[str, Any]:
+    """Returns the content of config.json."""
     config: dict[str, Any] = {
         "model_type": "vit" if part == "encoder" else "vit_mae",
         "architectures": ["ViTModel" if part == "encoder" else "ViTMAEForPreTraining"],
@@ -78,6 +80,7 @@ def _config(model: MaskedAutoencoderViT, mask_ratio: float, part: Part) -> dict[
 
 
 def _stack(blocks: nn.ModuleList, prefix: str) -> dict[str, int]:
+    """Returns the sizes of a stack of blocks under transformers' names."""
     first: Any = blocks[0]
     return {
         f"{prefix}hidden_size": first.mlp.fc1.in_features,
@@ -88,4 +91,5 @@ def _stack(blocks: nn.ModuleList, prefix: str) -> dict[str, int]:
 
 
 def _plain(size: tuple[int, int]) -> int | list[int]:
+    """Returns a size as one number if it is square, as transformers writes it."""
     return size[0] if size[0] == size[1] else list(size)

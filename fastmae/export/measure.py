@@ -1,4 +1,4 @@
-"""What an encoder costs in another form: how far its features are off, what they are worth, how fast it is."""
+"""Comparison of an exported encoder with the original: difference of its features, their accuracy, speed."""
 
 from __future__ import annotations
 
@@ -11,38 +11,39 @@ import numpy as np
 import torch
 
 from fastmae.data.sources import Source, train_and_val
-from fastmae.errors import UserError
+from fastmae.errors import SettingError
 from fastmae.evaluate.features import classes_of, pooled, usable_batches
 from fastmae.evaluate.knn import knn_predictions
 from fastmae.evaluate.linear_probe import logistic_predictions
 from fastmae.model.mae import MaskedAutoencoderViT
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
-"""A batch of images, in the form that it was made for, to tokens [N, 1+L, D]."""
+"""A function from a batch of images, in the form that the encoder takes, to tokens [N, 1+L, D]."""
 BATCH, NEIGHBOURS = 32, 20
 
 
 @dataclass(frozen=True)
-class Worth:
-    """What an encoder does on labelled data."""
+class EncoderFigures:
+    """The figures of an encoder on labelled data."""
 
     difference: float
-    """The largest between its tokens of the test part and the first encoder's."""
+    """The largest difference between its tokens of the test part and those of the first encoder."""
     knn: float
-    """Percent, as ``linear``: of mean-pooled features, as ``fastmae probe`` measures them."""
+    """The accuracy of k-NN in percent, on mean-pooled features, as ``fastmae probe`` measures it."""
     linear: float
+    """The accuracy of logistic regression in percent."""
     images_per_second: float
-    """By the median batch; batches are given to all encoders in turns."""
+    """The speed at the median batch; all encoders take the same batches in turns."""
 
 
 def as_taken(model: MaskedAutoencoderViT, images: torch.Tensor, uint8: bool) -> torch.Tensor:
-    """uint8 images [N, H, W, C] as they are, or normalised float32 [N, C, H, W]."""
+    """Returns uint8 images [N, H, W, C] in the form that an encoder takes: unchanged, or float32 [N, C, H, W]."""
     return images if uint8 else ((images.float() / 255 - model.mean) / model.std).permute(0, 3, 1, 2).contiguous()
 
 
 @torch.no_grad()
 def sample_difference(model: MaskedAutoencoderViT, encode: Encode, uint8: bool) -> tuple[float, float]:
-    """(largest difference from the model's tokens, largest number among these) for five images of noise."""
+    """Returns (largest difference from the model's tokens, largest of these tokens) for five images of noise."""
     shape = (5, *model.img_size, model.in_chans)
     noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = as_taken(model, noise, uint8)
@@ -51,17 +52,19 @@ def sample_difference(model: MaskedAutoencoderViT, encode: Encode, uint8: bool) 
 
 
 def open_labelled(data_path: str | tuple[str, ...]) -> tuple[Source, Source]:
-    """What ``measure`` fits on, and what it scores.
+    """Opens the part that ``measure`` fits on and the part that it scores.
 
     Raises:
-        UserError: no such data, or without labels, or of one class.
+        UserError: there are no such data, or they have no labels, or only one class.
     """
     train, test = train_and_val(data_path)
     for source in (train, test):
         if source.labels is None:
-            raise UserError(f"--check: {source.name(0)} and its like have no labels; give data that have")
+            problem = f"images such as {source.name(0)} have no labels; give data with labels"
+            raise SettingError("data_path", problem=problem, flag="--check")
     if len(np.unique(np.asarray(train.labels))) < 2:
-        raise UserError(f"--check: {train.name(0)} and its like are all of one class; give data of two or more")
+        problem = f"images such as {train.name(0)} are all of one class; give data of two or more"
+        raise SettingError("data_path", problem=problem, flag="--check")
     return train, test
 
 
@@ -73,37 +76,37 @@ def measure(
     *,
     uint8: bool,
     num_workers: int,
-) -> dict[str, Worth]:
-    """The worth of each of some encoders; differences are from the first of them."""
+) -> dict[str, EncoderFigures]:
+    """Measures each of ``encoders``; differences are from the first of them."""
     fitted, scored = (_encoded(model, encoders, source, uint8, num_workers) for source in (train, test))
-    # By name, as each part numbers its own class folders.
+    # Classes are matched by name, as each part numbers its own class folders.
     _, numbered = np.unique(np.concatenate([fitted.classes, scored.classes]), return_inverse=True)
     labels, truth = (torch.from_numpy(part) for part in np.split(numbered.astype(np.int64), [len(fitted.classes)]))
 
     def percent(predictions: torch.Tensor) -> float:
         return 100 * float((predictions == truth).double().mean())
 
-    found = {}
+    figures = {}
     for name in encoders:
         features = fitted.features[name], labels, scored.features[name]
-        found[name] = Worth(
+        figures[name] = EncoderFigures(
             scored.differences[name],
             percent(knn_predictions(*features, [NEIGHBOURS])[NEIGHBOURS]),
             percent(logistic_predictions(*features)),
             1 / statistics.median(fitted.seconds[name] + scored.seconds[name]),
         )
-    return found
+    return figures
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """What encoders made of a part of the data, by their names."""
+    """The results of encoders on one part of the data, by the encoders' names."""
 
     classes: np.ndarray
     features: dict[str, torch.Tensor]
     differences: dict[str, float]
     seconds: dict[str, list[float]]
-    """For an image, of each batch."""
+    """The seconds per image of each batch."""
 
 
 @torch.no_grad()

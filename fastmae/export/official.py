@@ -1,4 +1,4 @@
-"""The published checkpoint without its optimiser: the encoder alone, or all of it (the ``*_full`` files)."""
+"""Export to the official form of a checkpoint, without an optimiser: the encoder, or all (the ``*_full`` files)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from fastmae.export.place import written_aside
+from fastmae.export.atomic import written_aside
 from fastmae.model.mae import MaskedAutoencoderViT
 
 Part = Literal["encoder", "full"]
@@ -19,10 +19,10 @@ def export_official(path: Path, model: MaskedAutoencoderViT, settings: dict[str,
     """Writes ``{'model', 'args'}`` as a .pth, or the weights as a .safetensors with the settings in its metadata.
 
     Args:
-        path: its suffix says which.
-        model: any.
-        settings: plain numbers, strings and lists, from which fastmae builds the model again.
-        part: what of it.
+        path: a path that ends in .pth or .safetensors.
+        model: the model.
+        settings: plain numbers, strings and lists, from which fastmae can build the model again.
+        part: ``encoder`` or ``full``.
 
     Raises:
         UserError: the file system refused.
@@ -37,7 +37,7 @@ def export_official(path: Path, model: MaskedAutoencoderViT, settings: dict[str,
 
 
 def weights_of(model: MaskedAutoencoderViT, part: Part) -> dict[str, torch.Tensor]:
-    """Weights under their published names, one piece of memory each."""
+    """Returns weights under their official names, each contiguous."""
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if part == "full":
         return weights
@@ -45,5 +45,5 @@ def weights_of(model: MaskedAutoencoderViT, part: Part) -> dict[str, torch.Tenso
 
 
 def numbers(values: torch.Tensor) -> list[float]:
-    """float32 numbers as they are written shortest: 0.485, which is the same float32 again."""
+    """Returns float32 numbers with the fewest digits that give the same float32 again, such as 0.485."""
     return [float(str(value)) for value in values.numpy()]

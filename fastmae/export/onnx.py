@@ -1,4 +1,4 @@
-"""The encoder as an ONNX model: float32, float16, or int8 matrices quantised as onnxruntime does it."""
+"""Export of the encoder to ONNX: float32, float16, or int8 matrices as onnxruntime quantises them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from fastmae.errors import UserError, install_hint
+from fastmae.export.atomic import written_aside
 from fastmae.export.official import numbers
-from fastmae.export.place import written_aside
 from fastmae.export.program import encoder_and_images
 from fastmae.model.mae import MaskedAutoencoderViT
 
@@ -25,14 +25,14 @@ VARIANTS = ("fp32", "fp16", "int8")
 def save_onnx(path: Path, model: MaskedAutoencoderViT, variant: str, uint8: bool) -> None:
     """Writes a model with the input ``images`` and the output ``tokens``, both with a free first axis.
 
-    How images are made ready stands in its metadata. Weights of over 2 GB, which an ONNX file cannot hold, lie beside
-    it in ``NAME.data``.
+    The metadata say how images are prepared. Weights of over 2 GB, which an ONNX file cannot hold, are written beside
+    it as ``NAME.data``.
 
     Args:
-        path: of the .onnx.
-        model: whose encoder it is.
-        variant: one of ``VARIANTS``. int8: weights of matrices are int8 with a scale a column, and what they are
-            multiplied with becomes uint8 at run time; all else is float32.
+        path: a path that ends in .onnx.
+        model: the model whose encoder is written.
+        variant: one of ``VARIANTS``. With int8, the weights of matrices are int8 with one scale per column, and their
+            inputs become uint8 at run time; everything else is float32.
         uint8: as in ``Encoder``.
 
     Raises:
@@ -59,7 +59,9 @@ def save_onnx(path: Path, model: MaskedAutoencoderViT, variant: str, uint8: bool
 
 
 def opened_onnx(path: Path) -> Any:
-    """The model in onnxruntime on the CPU, as a function from a batch of images to tokens; threads are torch's.
+    """Opens a model in onnxruntime on the CPU, with as many threads as torch has.
+
+    Returns a function from a batch of images to tokens.
 
     Raises:
         UserError: onnxruntime is missing.
@@ -72,6 +74,7 @@ def opened_onnx(path: Path) -> Any:
 
 
 def _graph(model: MaskedAutoencoderViT, variant: str, uint8: bool) -> Any:
+    """Traces the encoder as an ONNX program with a free batch axis."""
     encoder, images = encoder_and_images(model, variant, uint8)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["tokens"]}
     free = {"images": {0: "batch"}}
@@ -80,15 +83,16 @@ def _graph(model: MaskedAutoencoderViT, variant: str, uint8: bool) -> Any:
 
 
 def _needs(package: str) -> Any:
+    """Imports a package of the extra ``export``."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"--to onnx: {package} is not installed; {install_hint('export')}") from error
+        raise UserError(f"{package} is not installed, and ONNX needs it; {install_hint('export')}") from error
 
 
 @contextlib.contextmanager
 def _float32_beside(aside: Path) -> Any:
-    """A path for what int8 is made of, and its weights; nothing is left there."""
+    """Gives a path for the float32 model that int8 is made from; it and its weights are removed at the end."""
     folder = aside.with_name("float32")
     folder.mkdir()
     try:
@@ -101,7 +105,7 @@ def _float32_beside(aside: Path) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Without the remarks of exporters and quantisers, which are for their authors."""
+    """Silences the messages of exporters and quantisers, which are of no use to a user."""
     loggers = [logging.getLogger(), logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,4 +1,4 @@
-"""The encoder as a program of ``torch.export`` (a .pt2), which runs without fastmae."""
+"""Export of the encoder to a program of ``torch.export`` (a .pt2), which runs without fastmae."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
+from fastmae.export.atomic import written_aside
 from fastmae.export.encoder import Encoder
-from fastmae.export.place import written_aside
 from fastmae.model.mae import MaskedAutoencoderViT
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def encoder_and_images(model: MaskedAutoencoderViT, variant: str, uint8: bool) -> tuple[Encoder, torch.Tensor]:
-    """What is traced: the encoder in one of ``DTYPES``, and images of the form that it takes.
+    """Returns the encoder in one of ``DTYPES``, and images of the form that it takes, for tracing.
 
-    These are two, as the number of one image would be taken for a constant.
+    There are two images, as torch would take a batch of one for a constant.
     """
     images = torch.zeros(2, model.in_chans, *model.img_size)
     if uint8:
@@ -40,5 +40,5 @@ def save_program(path: Path, model: MaskedAutoencoderViT, variant: str, uint8: b
 
 
 def opened_program(path: Path) -> Any:
-    """The program, as a function from a batch of images to tokens."""
+    """Opens a program as a function from a batch of images to tokens."""
     return torch.export.load(path).module()

@@ -1,4 +1,4 @@
-"""``fastmae export``: a model, a format and a place, one call each; and what is printed about it."""
+"""``fastmae export``: calls the format's module, checks a program, and describes the result."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fastmae.config import ExportConfig
-from fastmae.errors import UserError
+from fastmae.errors import SettingError
 from fastmae.export.hf import save_huggingface
-from fastmae.export.measure import Encode, Worth, measure, open_labelled, sample_difference
+from fastmae.export.measure import Encode, EncoderFigures, measure, open_labelled, sample_difference
 from fastmae.export.official import Part, export_official, numbers
 from fastmae.export.onnx import opened_onnx, save_onnx
 from fastmae.export.program import opened_program, save_program
@@ -19,26 +19,26 @@ from fastmae.model.mae import MaskedAutoencoderViT
 
 def export(
     config: ExportConfig, model: MaskedAutoencoderViT, settings: dict[str, Any], has_decoder: bool, num_workers: int
-) -> tuple[str, dict[str, Worth]]:
-    """Writes what was asked for.
+) -> tuple[str, dict[str, EncoderFigures]]:
+    """Exports a model as ``config`` says.
 
     Args:
-        config: checked.
-        model: on the CPU, in evaluation mode.
-        settings: of its checkpoint, with ``model``, the preset, and ``mask_ratio`` if it is known.
-        has_decoder: whether the model's decoder is more than a fresh one.
-        num_workers: decoding threads for --check.
+        config: settings that are already checked.
+        model: a model on the CPU, in evaluation mode.
+        settings: those of its checkpoint: the preset's name as ``model``, and ``mask_ratio`` if it is known.
+        has_decoder: whether the checkpoint holds a decoder; otherwise the model's is a fresh one.
+        num_workers: decoding threads for ``config.check``.
 
     Returns:
-        A line for people; and the worth of encoders by name, if --check asks for it.
+        A line that describes the result; and the figures of encoders by name if ``config.check`` is set.
 
     Raises:
-        UserError: the model has no form in the format, a package is missing, or the file system refused.
+        UserError: the format cannot hold the model, a package is missing, or the file system refused.
     """
     path, uint8 = Path(config.output), config.input == "uint8"
     part: Part = config.part or ("full" if has_decoder and config.to in ("official", "hf") else "encoder")
     if part == "full" and not has_decoder:
-        raise UserError(f"--part full: {config.checkpoint} holds the encoder alone; leave --part out")
+        raise SettingError("part", "full", f"{config.checkpoint} holds the encoder alone; leave --part out")
     if config.to in ("onnx", "torch-export"):
         return _program(config, model, path, uint8, num_workers)
     if config.to == "official":
@@ -52,7 +52,7 @@ def export(
 
 
 def _described(model: MaskedAutoencoderViT, settings: dict[str, Any]) -> dict[str, Any]:
-    """What builds the model again; of a run's settings no more, as these name its folders."""
+    """Returns the settings that build the model again. A run's other settings are dropped, as they name folders."""
     described = {
         "model": settings["model"],
         "input_size": list(model.img_size),
@@ -68,7 +68,8 @@ def _described(model: MaskedAutoencoderViT, settings: dict[str, Any]) -> dict[st
 
 def _program(
     config: ExportConfig, model: MaskedAutoencoderViT, path: Path, uint8: bool, num_workers: int
-) -> tuple[str, dict[str, Worth]]:
+) -> tuple[str, dict[str, EncoderFigures]]:
+    """Writes a program, opens it, and compares its tokens with the model's."""
     save, opened, runtime = {
         "onnx": (save_onnx, opened_onnx, "onnxruntime"),
         "torch-export": (save_program, opened_program, "torch"),

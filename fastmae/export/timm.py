@@ -1,4 +1,4 @@
-"""The encoder as timm's ``vit_*_patch*_224.mae`` have it: a bare state dict for its VisionTransformer, strictly."""
+"""Export of the encoder as a bare state dict that timm's VisionTransformer (``vit_*.mae``) loads strictly."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as safetensors_bytes
 
+from fastmae.export.atomic import written_aside
 from fastmae.export.official import weights_of
-from fastmae.export.place import written_aside
 from fastmae.model.mae import MaskedAutoencoderViT
 
 
 def save_timm(path: Path, model: MaskedAutoencoderViT) -> None:
-    """Writes a .pth or, by its suffix, a .safetensors, without ``mask_token``, which timm takes for another model's.
+    """Writes a .pth or a .safetensors, by the suffix, without ``mask_token``, which timm would not recognise.
 
-    Its VisionTransformer is made with ``num_classes=0`` and, for a size or a patch other than the name's, ``img_size``
-    and ``patch_size``.
+    timm's VisionTransformer must be made with ``num_classes=0``, and with ``img_size`` and ``patch_size`` if they are
+    not those of its name.
 
     Raises:
         UserError: the file system refused.

@@ -46,7 +46,7 @@ def test_class_folders_give_names_of_classes_and_unusable_images_no_row(finished
     bad.write_bytes(b"")
     output = tmp_path / "f.npz"
     assert main(["features", str(finished), str(image_folder), "--output", str(output)]) == 0
-    assert f"1 unusable images were left out; the first is {bad}" in capsys.readouterr().err
+    assert f"1 unusable images were skipped; the first is {bad}" in capsys.readouterr().err
     with np.load(output) as held:
         assert held["classes"].tolist() == ["n01"] * 12 + ["n02"] * 11
         assert str(bad) not in held["names"].tolist()

@@ -87,7 +87,7 @@ def _needs(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"{package} is not installed, and ONNX needs it; {install_hint('export')}") from error
+        raise UserError(f"ONNX needs {package}, which is not installed; {install_hint('export')}") from error
 
 
 @contextlib.contextmanager

@@ -117,7 +117,9 @@ def test_an_export_that_fails_leaves_the_file_that_was_there(model, tmp_path, mo
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_package_that_is_not_installed_is_named(model, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"{package} is not installed; pip install 'fastmae\[export\]'"):
+    with pytest.raises(
+        UserError, match=rf"ONNX needs {package}, which is not installed; pip install 'fastmae\[export\]'"
+    ):
         save_onnx(tmp_path / "encoder.onnx", model, "fp32", False)
 
 

@@ -67,6 +67,11 @@ def test_every_extra_that_is_named_exists():
     assert {"dali", "export"} <= extras <= set(PROJECT["optional-dependencies"])
 
 
+def test_the_files_about_the_project_know_its_version():
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{VERSION}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")

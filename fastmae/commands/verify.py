@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastmae.config import VerifyConfig, check_verify
 from fastmae.data.loader import default_workers
 from fastmae.data.sources import Source, open_train, open_val, shown
-from fastmae.data.verify import EXAMPLES, Findings, check, choose_channels, damaged_places
+from fastmae.data.verify import EXAMPLES, Findings, check, choose_channels, damage_of
 from fastmae.errors import UserError
 
 QUIET_SECONDS = 15.0
@@ -36,7 +36,7 @@ def run_verify(config: VerifyConfig) -> int:
         parts["val"] = val
     in_chans = choose_channels(config.in_chans, parts)
     num_workers = config.num_workers or default_workers()
-    damage = [(part, *place) for part, source in parts.items() for place in damaged_places(source)]
+    damage = [(part, *shard) for part, source in parts.items() for shard in damage_of(source)]
     found = {part: Findings() for part in parts}
     with _written(config.output) as write, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # of images that it takes all the same
@@ -119,7 +119,7 @@ def _written(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 def _facts(source: Source, found: Findings) -> Iterator[tuple[str, str]]:
     """(name, text) of what is known about a part."""
-    yield "size", f"{_bytes(found.size)}, {_bytes(found.size / found.images)} an image"
+    yield "size", f"{_bytes(found.size)}, {_bytes(found.size / found.images)} per image"
     if found.smallest is None or found.largest is None:
         return
     usable = found.images - found.unusable

@@ -1,6 +1,6 @@
-"""Augmentation for fine-tuning: RandAugment an image, random erasing, mixup and cutmix a batch.
+"""Augmentation for fine-tuning: RandAugment per image; random erasing, mixup and cutmix per batch.
 
-All of it is a pure function of (seed, draw_id), as crops are, so it is the same whatever the threads, the ranks or the
+All of it is a pure function of (seed, draw_id), as crops are, so it is the same for any number of threads, ranks or
 restarts. Labels become targets here: shares of classes that add up to 1.
 """
 
@@ -21,18 +21,18 @@ from fastmae.errors import UserError
 from fastmae.philox import STREAM_AUGMENT, STREAM_ERASE, STREAM_MIX, STREAM_NOISE, uniforms_numpy
 
 CHANNELS = (1, 3)
-"""Of images that RandAugment is defined for."""
+"""The numbers of channels that RandAugment is defined for."""
 
 # --- RandAugment ------------------------------------------------------------------------------------------------------
 
 LEVELS = 10.0
-CHANCE = 0.5  # of an operation that was drawn to be done
+CHANCE = 0.5  # the chance that an operation that was drawn is applied
 ROTATION = 30.0  # degrees
 SHEAR = 0.3
-SHIFT = 0.45  # of the width or height
+SHIFT = 0.45  # as a share of the width or height
 ADDED = 110
 FIRST_BITS = 4
-DRAWS = 5  # numbers an operation: which, whether, two for its strength, its sign
+DRAWS = 5  # numbers per operation: which, whether, two for its strength, its sign
 
 Operation = Callable[[Image.Image, float, Any], Image.Image]
 
@@ -50,7 +50,7 @@ def _solarize_add(image: Image.Image, strength: float, fill: Any) -> Image.Image
     return image.point([min(255, value + added) if value < 128 else value for value in range(256)] * len(fill))
 
 
-# Each takes a strength in [-1, 1], whose sign is a direction where there are two.
+# Each takes a strength in [-1, 1]. Its sign is the direction of an operation that has two.
 OPERATIONS: tuple[Operation, ...] = (
     lambda image, strength, fill: ImageOps.autocontrast(image),
     lambda image, strength, fill: ImageOps.equalize(image),
@@ -73,10 +73,11 @@ OPERATIONS: tuple[Operation, ...] = (
 
 @dataclass(frozen=True)
 class RandAugment:
-    """RandAugment (Cubuk et al. 2019, arXiv 1909.13719): ``number`` operations of the fifteen, each with a chance of ½.
+    """RandAugment (Cubuk et al. 2019, arXiv 1909.13719): ``number`` of fifteen operations, each with a chance of ½.
 
-    Of the kind that is called increasing: the higher the magnitude, the further an image is from what it was, for
-    every operation that has one. Drawn with replacement; the magnitude is normal around ``magnitude``, within 0 to 10.
+    It is the variant that is called increasing: with a higher magnitude every operation that has one changes an image
+    more. Operations are drawn with replacement, and their magnitudes from a normal distribution around ``magnitude``
+    with the standard deviation ``deviation``, cut to 0 to 10.
     """
 
     magnitude: float
@@ -84,15 +85,15 @@ class RandAugment:
     deviation: float
     seed: int
     mean: tuple[float, ...]
-    """A number a channel in [0, 1]: what comes in from outside of the image."""
+    """One value per channel in [0, 1]: the colour of pixels that come in from outside of the image."""
 
     def draws(self, draw_ids: np.ndarray) -> np.ndarray:
-        """The uniform numbers that decide what becomes of some draws: float64 [N, number, DRAWS]."""
+        """Returns the uniform numbers that decide the operations of each draw: float64 [N, number, DRAWS]."""
         draws = uniforms_numpy(self.seed, STREAM_AUGMENT, draw_ids, DRAWS * self.number)
         return draws.reshape(len(draw_ids), self.number, DRAWS)
 
     def __call__(self, pixels: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """Pixels uint8 [H, W, C], changed as one row of ``draws`` says; C is 1 or 3."""
+        """Returns pixels uint8 [H, W, C], changed as one row of ``draws`` says; C is 1 or 3."""
         fill = tuple(round(255 * value) for value in self.mean)
         image = Image.fromarray(pixels[..., 0] if len(fill) == 1 else pixels)
         for which, whether, radius, angle, side in draws.tolist():
@@ -106,20 +107,25 @@ class RandAugment:
 
 
 def parse_randaugment(text: str, seed: int, mean: tuple[float, ...]) -> RandAugment | None:
-    """What --aa says, such as ``rand-m9-mstd0.5-inc1``; None for nothing.
+    """Reads the setting ``aa``, such as ``rand-m9-mstd0.5-inc1``; an empty text gives None.
+
+    Args:
+        text: the setting.
+        seed: the seed of all draws.
+        mean: the mean per channel, in [0, 1].
 
     Raises:
-        UserError: not of that form, or not defined for so many channels.
+        UserError: ``text`` has another form, or RandAugment is not defined for so many channels.
     """
     if not text:
         return None
-    found = re.fullmatch(r"rand-m(\d+(?:\.\d+)?)(?:-n(\d+))?(?:-mstd(\d+(?:\.\d+)?))?-inc1", text)
-    if found is None or float(found[1]) > LEVELS or found[2] == "0":
+    match = re.fullmatch(r"rand-m(\d+(?:\.\d+)?)(?:-n(\d+))?(?:-mstd(\d+(?:\.\d+)?))?-inc1", text)
+    if match is None or float(match[1]) > LEVELS or match[2] == "0":
         form = "rand-mM[-nN][-mstdS]-inc1 with M up to 10, such as rand-m9-mstd0.5-inc1, or empty for none"
         raise UserError(f"--aa {text}: must be {form}")
     if len(mean) not in CHANNELS:
         raise UserError(f"--aa {text}: is for images of 1 or 3 channels, not {len(mean)}; use --aa ''")
-    return RandAugment(float(found[1]), int(found[2] or 2), float(found[3] or 0), seed, mean)
+    return RandAugment(float(match[1]), int(match[2] or 2), float(match[3] or 0), seed, mean)
 
 
 # --- a batch ----------------------------------------------------------------------------------------------------------
@@ -135,7 +141,7 @@ NOISE_WORDS = 1024
 class BatchAugment:
     """Random erasing (Zhong et al. 2017), mixup (Zhang et al. 2017), cutmix (Yun et al. 2019) and label smoothing.
 
-    Samples 2j and 2j+1 of a batch are mixed with each other, as they are neighbours however a global batch is split.
+    Samples 2j and 2j+1 of a batch are mixed with each other, because they are neighbours for any number of ranks.
     """
 
     seed: int
@@ -143,13 +149,14 @@ class BatchAugment:
     smoothing: float
     reprob: float
     mixup: float
-    """α of Beta(α, α), of which each pair's share is drawn; 0 for none."""
+    """α of Beta(α, α), from which the share of each pair is drawn; 0 for no mixup."""
     cutmix: float
+    """The same α for cutmix; 0 for no cutmix."""
     switch: float
-    """The chance of a pair to be cut rather than blended, where both are asked for."""
+    """The chance that a pair is cut rather than blended, if both are on."""
 
     def targets(self, labels: torch.Tensor) -> torch.Tensor:
-        """Smoothed shares float32 [N, classes] of labels int64 [N]."""
+        """Returns smoothed shares float32 [N, classes] of labels int64 [N]."""
         rest = self.smoothing / self.num_classes
         shares = torch.full((len(labels), self.num_classes), rest, device=labels.device)
         return shares.scatter_(1, labels[:, None], 1 - self.smoothing + rest)
@@ -157,12 +164,14 @@ class BatchAugment:
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, draw_ids: np.ndarray, mean: torch.Tensor, std: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(images, targets): as they are, uint8 [N, H, W, C], if no pixel can change; else float [N, C, H, W].
+        """Returns (images, targets).
+
+        Images are normalised float32 [N, C, H, W]. If no pixel can change, they are returned as they are, uint8.
 
         Args:
             images: uint8 [N, H, W, C].
             labels: int64 [N], from 0.
-            draw_ids: int64 [N] on the host; what is drawn depends on nothing else.
+            draw_ids: int64 [N] on the host; all draws depend on these and the seed alone.
             mean, std: [C] in units of [0, 1].
         """
         targets = self.targets(labels)
@@ -172,11 +181,11 @@ class BatchAugment:
         images = images.permute(0, 3, 1, 2) / 255
         images = (images - mean[:, None, None]) / std[:, None, None]
         if self.reprob:
-            rows, boxes, places = erased_boxes(self.seed, draw_ids, self.reprob, size)
+            rows, boxes, noise_starts = erased_boxes(self.seed, draw_ids, self.reprob, size)
             if len(rows):
-                at = torch.from_numpy(rows).to(device)
-                noise = _noise(self.seed, places, images.shape[1:]).to(device)
-                images[at] = torch.where(_inside(boxes, size, device), noise, images[at])
+                erased = torch.from_numpy(rows).to(device)
+                noise = _noise(self.seed, noise_starts, images.shape[1:]).to(device)
+                images[erased] = torch.where(_inside(boxes, size, device), noise, images[erased])
         if self.mixup or self.cutmix:
             shares, boxes = mixed_pairs(self.seed, draw_ids[::2], self.mixup, self.cutmix, self.switch, size)
             is_cut = torch.from_numpy(boxes[:, 2] > 0).to(device)[:, None, None, None]
@@ -192,10 +201,13 @@ class BatchAugment:
 def erased_boxes(
     seed: int, draw_ids: np.ndarray, chance: float, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows, boxes, places): which of the draws lose a region, int64 [E]; (top, left, height, width) of it, int64
-    [E, 4]; and a number in [0, 1) for each. No attempt may fit; then nothing is erased.
+    """Draws the regions that are erased. An image in which no attempt fits is left as it is.
 
-    Area uniform in ``ERASED_SHARE`` of the image, the log of height over width uniform in ``ERASED_RATIO``.
+    The area is uniform in ``ERASED_SHARE`` of the image, the log of height over width uniform in ``ERASED_RATIO``.
+
+    Returns:
+        (rows, boxes, noise_starts): which draws lose a region, int64 [E]; the (top, left, height, width) of each, int64
+        [E, 4]; and where its noise starts, float64 [E] in [0, 1), as ``_noise`` takes it.
     """
     draws = uniforms_numpy(seed, STREAM_ERASE, draw_ids, 4 * (ERASE_ATTEMPTS + 1)).reshape(len(draw_ids), -1, 4)
     rows, boxes = [], []
@@ -209,19 +221,22 @@ def erased_boxes(
                 rows.append(row)
                 boxes.append((int(top * (size[0] - height + 1)), int(left * (size[1] - width + 1)), height, width))
                 break
-    places = draws[rows, 0, 1]
-    return np.array(rows, np.int64), np.array(boxes, np.int64).reshape(-1, 4), places
+    return np.array(rows, np.int64), np.array(boxes, np.int64).reshape(-1, 4), draws[rows, 0, 1]
 
 
 def mixed_pairs(
     seed: int, pair_ids: np.ndarray, mixup: float, cutmix: float, switch: float, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(shares, boxes): how much of a sample remains its own, float32 [pairs]; and the region (top, left, height,
-    width) that is its partner's, int64 [pairs, 4], empty where the pair is blended.
+    """Draws how pairs are mixed.
 
     Args:
-        pair_ids: draws that name the pairs.
-        mixup, cutmix, switch, size: as ``BatchAugment`` has them.
+        pair_ids: int64 [pairs], one draw id per pair.
+        mixup, cutmix, switch: as ``BatchAugment`` has them.
+        size: (height, width) of the images.
+
+    Returns:
+        (shares, boxes): the share of a sample that remains its own, float32 [pairs]; and the region (top, left, height,
+        width) that is replaced by its partner's, int64 [pairs, 4], empty where the pair is blended.
     """
     from scipy.special import betaincinv
 
@@ -244,26 +259,26 @@ def mixed_pairs(
 
 
 def _partners(rows: torch.Tensor) -> torch.Tensor:
-    """Rows [N, …], 2j and 2j+1 in each other's place."""
+    """Returns rows [N, …] with 2j and 2j+1 exchanged."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def _inside(boxes: np.ndarray, size: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """Which pixels of an image lie in its box: bool [N, 1, H, W]."""
+    """Tells which pixels of an image lie in its box: bool [N, 1, H, W]."""
     top, left, height, width = torch.from_numpy(boxes).to(device)[:, :, None, None].unbind(1)
     y, x = torch.arange(size[0], device=device)[:, None], torch.arange(size[1], device=device)
     return ((y >= top) & (y < top + height) & (x >= left) & (x < left + width))[:, None]
 
 
-def _noise(seed: int, places: np.ndarray, shape: Sequence[int]) -> torch.Tensor:
-    """Normal noise float32 [E, *shape]: windows of one long row of numbers, which begin at ``places`` in [0, 1) of it.
+def _noise(seed: int, starts: np.ndarray, shape: Sequence[int]) -> torch.Tensor:
+    """Returns normal noise float32 [E, *shape]: windows of one long row of numbers, where 0 ≤ ``starts`` < 1 says.
 
     Fresh numbers for every pixel would cost more than the rest of the augmentation.
     """
     count = math.prod(shape)
     row = _noise_row(seed, max(NOISE_BLOCKS, -(-2 * count // NOISE_WORDS)))
-    starts = (places * (len(row) - count)).astype(np.int64)
-    return torch.stack([row[start : start + count] for start in starts.tolist()]).view(-1, *shape)
+    first = (starts * (len(row) - count)).astype(np.int64)
+    return torch.stack([row[start : start + count] for start in first.tolist()]).view(-1, *shape)
 
 
 @lru_cache(maxsize=1)

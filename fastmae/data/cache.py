@@ -1,6 +1,6 @@
-"""Keeping images in memory: a source around another one that reads each image once, as far as memory goes.
+"""A cache in memory: a source around another one, which reads each image once as long as there is memory to keep it.
 
-It changes no pixel and no order. Files or decoded images are kept whole: resized copies would be smaller, but crops of
+It changes no pixel and no order. Files or decoded images are kept whole. Resized copies would be smaller, but crops of
 them would have other pixels than crops of the images.
 """
 
@@ -24,18 +24,19 @@ from fastmae.errors import UserError
 
 Form = Literal["decoded", "encoded"]
 
-# The default budget is this part of what is available: batches, workers and the page cache need the rest.
+# The default budget as a share of the available memory; batches, workers and the page cache need the rest.
 DEFAULT_SHARE = 0.5
-# How many images the estimate looks at; where neighbours are best read together, in runs of so many.
+# The number of images that the estimate looks at, and the length of the runs in which it reads a source with shards.
 SAMPLES = 64
 RUN = 8
-# Decoded images take several times the room of files, so they are kept only if the estimate leaves this much to err.
+# Decoded images take several times the memory of files, so they are kept only if the budget is this much larger than
+# their estimate, which may be too low.
 MARGIN = 1.2
-# What Python takes for an image beside its pixels: the array's object and its place in the table.
+# The memory that Python takes for an image beside its pixels: the array object and its entry in the dictionary.
 ENTRY_BYTES = 256
-# Version 1 of control groups has no word for "no limit", only numbers that no machine has.
+# Version 1 of control groups has no word for "no limit"; it gives a number larger than the memory of any machine.
 NO_LIMIT = 1 << 60
-# (folder, limit, in use, part of `memory.stat` that the kernel gives back when asked) in versions 2 and 1.
+# In versions 2 and 1: (folder, limit, memory in use, the part of `memory.stat` that the kernel frees when it must).
 GROUP_FILES = (
     ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -44,24 +45,25 @@ GROUP_FILES = (
 
 @dataclass(frozen=True)
 class CachedSource:
-    """Another source, of which images are kept from when they are first read; what is kept goes when this goes.
+    """A source that keeps the images of another one from when they are first read. Its memory is freed with it.
 
-    The same images in the same order, with the same errors for the unusable ones. ``describe`` is to look at the source
-    inside, as pixels already have the channels of the model here.
+    It has the same images in the same order, with the same errors for unusable ones. Call ``describe`` with the source
+    inside, because pixels have the channels of the model here.
     """
 
     source: Source
     in_chans: int
-    """Of decoded images."""
+    """The channels of decoded images."""
     form: Form
+    """Whether decoded images or encoded files are kept."""
     budget: int
-    """What the images that are kept may take together, in bytes."""
+    """The memory that the cached images may take together, in bytes."""
     estimate: int
-    """What all of them would take, in bytes."""
-    _kept: _Kept = field(init=False, repr=False, compare=False)
+    """The memory that all images would take, in bytes."""
+    _images: _Images = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_kept", _Kept(self.budget))
+        object.__setattr__(self, "_images", _Images(self.budget))
 
     @property
     def kind(self) -> str:
@@ -80,35 +82,39 @@ class CachedSource:
         return self.source.labels
 
     @property
-    def kept_bytes(self) -> int:
-        """What is kept takes so much; never more than ``budget``."""
-        return self._kept.bytes
+    def cached_bytes(self) -> int:
+        """The memory that the cached images take, never more than ``budget``."""
+        return self._images.bytes
+
+    def holds(self, index: int) -> bool:
+        """Tells whether an image is in the cache."""
+        return self._images.get(index) is not None
 
     def __len__(self) -> int:
         return len(self.source)
 
     def read(self, index: int) -> bytes | np.ndarray:
-        """The bytes of an image file, or pixels uint8 [H, W, C] that must not be written to.
+        """Returns the bytes of an image file, or pixels uint8 [H, W, C] that must not be written to.
 
         Raises:
-            BadImageError, OSError: as reading and decoding without a cache; nothing is kept then.
+            BadImageError, OSError: as reading and decoding without a cache do. Then nothing is kept.
         """
-        kept = self._kept.get(index)
-        if kept is not None:
-            return kept
+        cached_image = self._images.get(index)
+        if cached_image is not None:
+            return cached_image
         data = self.source.read(index)
         if _is_in_memory(data):
             return data
         if self.form == "decoded":
             data = decode(data, self.in_chans)
-        return self._kept.add(index, data)
+        return self._images.add(index, data)
 
     def name(self, index: int) -> str:
         return self.source.name(index)
 
 
-class _Kept:
-    """Images by index, which never take more than ``budget`` bytes together. Any thread may ask for and add them."""
+class _Images:
+    """Images by index, which never take more than ``budget`` bytes together. Any thread may read and add them."""
 
     def __init__(self, budget: int) -> None:
         self.bytes = 0
@@ -120,11 +126,11 @@ class _Kept:
         return self._images.get(index)
 
     def add(self, index: int, data: bytes | np.ndarray) -> bytes | np.ndarray:
-        """The same image, which is kept if there is room and no other thread was faster."""
-        size = _kept_size(data)
+        """Returns the same image, and keeps it if there is room and no other thread has added it."""
+        size = _memory_of(data)
         if isinstance(data, np.ndarray):
-            # A copy, as a view would keep all of what it is a view of; read-only, as many will read it. It is made
-            # outside of the lock, because copying from a mapped file is what reads it.
+            # A view would keep the whole array that it is a view of, so the pixels are copied. The copy is read-only,
+            # as many callers get it. It is made outside of the lock, because copying a mapped file reads from the disk.
             data = np.array(data, order="C")
             data.setflags(write=False)
         with self._lock:
@@ -135,13 +141,14 @@ class _Kept:
 
 
 def cached(source: Source, in_chans: int, budget: int, decoder: str) -> CachedSource:
-    """A source around ``source`` that keeps up to ``budget`` bytes of its images.
+    """Returns a source around ``source`` that keeps up to ``budget`` bytes of its images.
 
-    It keeps decoded pixels if the threads decode and all pixels fit, or if pixels take less room than files; otherwise
-    it keeps files. This is decided by an estimate from up to 64 evenly spaced images.
+    With the thread decoder it keeps decoded pixels if all of them fit, or if they take less memory than files. Else it
+    keeps files. This is decided by an estimate from up to 64 evenly spaced images.
 
     Args:
-        in_chans: of the model.
+        in_chans: channels of the model.
+        budget: in bytes.
         decoder: as ``choose_decoder`` names it; DALI takes files and no pixels.
     """
     may_decode = decoder == "threads"
@@ -154,9 +161,9 @@ def cached(source: Source, in_chans: int, budget: int, decoder: str) -> CachedSo
 
 
 def describe_cache(source: CachedSource) -> str:
-    """A line for people and for the run folder."""
+    """Returns a line about a cache for people and for the run folder."""
     if source.estimate == 0:
-        return "nothing: the images lie in memory already, or cannot be read"
+        return "nothing: the images are in memory already, or cannot be read"
     if source.budget == 0:
         size = _readable(source.estimate / len(source))
         return f"nothing: an image takes about {size}, more than the cache may take; raise --cache_gb"
@@ -175,7 +182,7 @@ def _readable(size: float) -> str:
 
 
 def _is_in_memory(data: bytes | np.ndarray) -> bool:
-    """Whether this is part of an array that lies in memory as a whole, so that there is nothing to keep."""
+    """Tells whether these are pixels of an array that is in memory as a whole, so that there is nothing to cache."""
     if not isinstance(data, np.ndarray) or data.base is None:
         return False
     base: object = data.base
@@ -184,12 +191,12 @@ def _is_in_memory(data: bytes | np.ndarray) -> bool:
     return not isinstance(base, mmap.mmap)
 
 
-def _kept_size(data: bytes | np.ndarray) -> int:
+def _memory_of(data: bytes | np.ndarray) -> int:
     return ENTRY_BYTES + (data.nbytes if isinstance(data, np.ndarray) else sys.getsizeof(data))
 
 
 def _sizes(source: Source, index: int, in_chans: int, may_decode: bool) -> tuple[int, int]:
-    """What an image takes (as it is read, decoded), in bytes; 0 for what is not kept."""
+    """Returns the memory that an image takes (as it is read, decoded), in bytes; 0 for what is not cached."""
     try:
         data = source.read(index)
     except OSError:
@@ -197,26 +204,26 @@ def _sizes(source: Source, index: int, in_chans: int, may_decode: bool) -> tuple
     if _is_in_memory(data):
         return 0, 0
     if not may_decode:
-        return _kept_size(data), 0
+        return _memory_of(data), 0
     try:
         shape = plain_jpeg_shape(data, in_chans) if isinstance(data, bytes) else None
         pixels = decode(data, in_chans).nbytes if shape is None else math.prod(shape) * in_chans
     except BadImageError:
-        return _kept_size(data), 0
-    return _kept_size(data), ENTRY_BYTES + pixels
+        return _memory_of(data), 0
+    return _memory_of(data), ENTRY_BYTES + pixels
 
 
 # --- how much memory there is -----------------------------------------------------------------------------------------
 
 
 def memory_budget(cache_gb: float | None, ranks: int) -> int:
-    """What the cache of one of ``ranks`` processes on this machine may take, in bytes.
+    """Returns the memory that the cache of one of ``ranks`` processes on this machine may take, in bytes.
 
     Args:
-        cache_gb: what was asked for, in GiB; None for half of the memory that is available, shared by the ranks.
+        cache_gb: the budget asked for per rank, in GiB; None for half of the available memory, shared by the ranks.
 
     Raises:
-        UserError: not a size, or more than there is.
+        UserError: ``cache_gb`` is not a size, or more than there is.
     """
     available = available_memory()
     if cache_gb is None:
@@ -233,10 +240,10 @@ def memory_budget(cache_gb: float | None, ranks: int) -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that can be taken before the machine or a control group of this process is out of memory; None if unknown.
+    """Returns the bytes that are free on this machine and in the control groups of this process; None if unknown.
 
     Args:
-        root: where `proc` and `sys` are.
+        root: the folder with `proc` and `sys`.
     """
     return min([*_left_on_machine(root), *_left_in_groups(root)], default=None)
 
@@ -248,32 +255,32 @@ def _left_on_machine(root: Path) -> Iterator[int]:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """Of each group of memory that this process is in: its own and all around it, as far as they can be seen."""
+    """Yields the free bytes of the control group of this process, and of each group around it that can be seen."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        folder, limit_file, used_file, given_back = GROUP_FILES[bool(controllers)]
+        folder, limit_file, used_file, freeable = GROUP_FILES[bool(controllers)]
         top = root / folder
-        # Inside a container the path may be that of the host: then only the top is there.
+        # Inside a container the path may be that of the host; then only the top folder exists.
         own = top / path.lstrip("/")
         for group in (own, *own.parents):
             limit, used = (_number(group / name) for name in (limit_file, used_file))
             if limit is not None and used is not None and limit < NO_LIMIT:
                 statistics = dict(line.split() for line in _lines(group / "memory.stat"))
-                yield max(0, limit - used + int(statistics.get(given_back, 0)))
+                yield max(0, limit - used + int(statistics.get(freeable, 0)))
             if group == top:
                 break
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None for another word, such as `max`, and without the file."""
+    """Returns the number in a file; None for another word, such as `max`, and if there is no such file."""
     text = "".join(_lines(path))
     return int(text) if text.isdigit() else None
 
 
 def _lines(path: Path) -> list[str]:
-    """None at all if the file cannot be read."""
+    """Returns the lines of a file, or none if it cannot be read."""
     try:
         return path.read_text().splitlines()
     except OSError:

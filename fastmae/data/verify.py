@@ -1,8 +1,8 @@
-"""Checks a data set before a run: every image is read and decoded as a run would do it, and what a run would replace is
-named.
+"""Checks a data set before a run: reads and decodes every image as a run would, and names those that it would replace.
 
-The judge is the loader's, ``Source.read`` and ``decode``, so the two agree on every image. The rest is what such a pass
-shows anyway: sizes, formats, and what a run takes but its owner may not have meant. It knows nothing of order or crops.
+``Source.read`` and ``decode`` decide here as in a run, so the two agree on every image. The findings also say what such
+a pass shows anyway: sizes, formats, and images that a run uses although their owner may not expect it. This module
+prints nothing (fastmae/commands/verify.py does) and knows nothing of order or crops.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from fastmae.data.sources import ArraySource, Concat, FolderSource, Source, desc
 from fastmae.errors import UserError
 
 EXAMPLES = 20
-# Images a task: so few that all threads together stay within few row groups.
+# Images per task: so few that all threads together stay within few row groups.
 CHUNK = 16
-# Tasks a thread that wait for their turn or to be counted.
+# Tasks per thread that are running, waiting or complete but not yet counted.
 AHEAD = 4
 SMALL_SIDE = 32
 ORIENTATION = 0x0112
-# EXIF stands at the start of a JPEG, behind 18 bytes of JFIF at most.
+# How far from the start of a JPEG its EXIF is looked for; at most 18 bytes of JFIF precede it.
 EXIF_REACH = 4096
 SMALL = f"under {SMALL_SIDE} pixels on a side"
 TURNED = "turned by EXIF, which a run does not do"
@@ -51,14 +51,14 @@ _Extent = tuple[int, int, int, int]
 
 @dataclass
 class Findings:
-    """What was found in images that follow each other; in memory as small for a million as for one."""
+    """The result of checking a run of images. It takes little memory for any number of them."""
 
     images: int = 0
     unusable: int = 0
     examples: list[Skipped] = field(default_factory=list)
-    """The first few unusable ones in a part, all of them in a chunk."""
+    """Unusable images: all of them in a chunk, the first ``EXAMPLES`` in the sum of many."""
     size: int = 0
-    """Bytes of all that could be read."""
+    """The bytes of all images that could be read."""
     kinds: Counter[str] = field(default_factory=Counter)
     """Usable images by format and colours."""
     smallest: _Extent | None = None
@@ -66,10 +66,10 @@ class Findings:
     largest: _Extent | None = None
     """(pixels, height, width, -index) of the first largest usable image."""
     notes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """What a run takes but its owner may not have meant: (how many, index of the first)."""
+    """What the owner may not expect of images that a run uses: the kind of it, (how many, index of the first)."""
 
     def add(self, later: Findings) -> None:
-        """Adds what was found in the images that follow."""
+        """Adds the findings in the images that follow."""
         self.images += later.images
         self.unusable += later.unusable
         self.examples += later.examples[: EXAMPLES - len(self.examples)]
@@ -83,16 +83,16 @@ class Findings:
 
 
 def choose_channels(asked: int | None, parts: dict[str, Source]) -> int:
-    """The channels that a run would have: those asked for, or those of the train part.
+    """Returns the channels that a run would have: those asked for, or those of the train part.
 
     Raises:
-        UserError: no image of a part could be used so.
+        UserError: no image of a part can be used with so many channels.
     """
     in_chans = asked or describe(parts["train"]).channels
     if in_chans not in FOLDER_CHANNELS and any(source.kind == "folder" for source in parts.values()):
         raise UserError(f"--in_chans {in_chans}: image files give 1, 3 or 4 channels; use an array for others")
     for source in parts.values():
-        for array in _together(source):
+        for array in _parts(source):
             if isinstance(array, ArraySource):
                 try:
                     convert_channels(np.zeros((1, 1, array.images.shape[3]), np.uint8), in_chans)
@@ -101,13 +101,13 @@ def choose_channels(asked: int | None, parts: dict[str, Source]) -> int:
     return in_chans
 
 
-def damaged_places(source: Source) -> list[tuple[str, str]]:
-    """(name, what is wrong) of tar shards of which only the start can be used, and of folders that cannot be listed."""
-    parts = _together(source)
-    return [place for part in parts if isinstance(part, FolderSource | TarSource) for place in part.damage]
+def damage_of(source: Source) -> list[tuple[str, str]]:
+    """Returns (name, what is wrong) of tar shards that are damaged inside, and of folders that cannot be listed."""
+    parts = _parts(source)
+    return [damage for part in parts if isinstance(part, FolderSource | TarSource) for damage in part.damage]
 
 
-def _together(source: Source) -> tuple[Source, ...]:
+def _parts(source: Source) -> tuple[Source, ...]:
     return source.parts if isinstance(source, Concat) else (source,)
 
 
@@ -115,7 +115,7 @@ def _together(source: Source) -> tuple[Source, ...]:
 
 
 def check(source: Source, in_chans: int, num_workers: int) -> Generator[Findings]:
-    """Reads and decodes every image; what was found comes a few images at a time, in the order of the source.
+    """Reads and decodes every image, and yields the findings a few images at a time, in the order of the source.
 
     The threads end with the iterator, however it ends, once each has finished its image.
     """
@@ -136,54 +136,54 @@ def check(source: Source, in_chans: int, num_workers: int) -> Generator[Findings
 
 
 def _check_chunk(source: Source, indices: Sequence[int], in_chans: int, stop: threading.Event) -> Findings:
-    found = Findings()
+    findings = Findings()
     for index in indices:
         if stop.is_set():
             break
-        found.images += 1
+        findings.images += 1
         try:
             data = source.read(index)
             if isinstance(data, np.ndarray):
-                data = data.copy()  # which is what reads a mapped file
-            found.size += len(data) if isinstance(data, bytes) else data.nbytes
+                data = data.copy()  # only copying reads a mapped file
+            findings.size += len(data) if isinstance(data, bytes) else data.nbytes
             pixels = decode(data, in_chans)
         except (BadImageError, OSError) as error:
-            found.examples.append(Skipped(index, source.name(index), str(error)))
+            findings.examples.append(Skipped(index, source.name(index), str(error)))
         except Exception as error:  # such as MemoryError: a run would not replace this image but end
             reason = f"{type(error).__name__}: {error} (this would end a run)"
-            found.examples.append(Skipped(index, source.name(index), reason))
+            findings.examples.append(Skipped(index, source.name(index), reason))
         else:
-            _note(found, index, source.name(index), data, pixels)
-    found.unusable = len(found.examples)
-    return found
+            _note(findings, index, source.name(index), data, pixels)
+    findings.unusable = len(findings.examples)
+    return findings
 
 
-def _note(found: Findings, index: int, name: str, data: bytes | np.ndarray, pixels: np.ndarray) -> None:
-    """Adds what a usable image shows."""
+def _note(findings: Findings, index: int, name: str, data: bytes | np.ndarray, pixels: np.ndarray) -> None:
+    """Adds a usable image to the findings."""
     height, width = pixels.shape[:2]
     extent = (height * width, height, width)
-    found.smallest = min(found.smallest or (*extent, index), (*extent, index))
-    found.largest = max(found.largest or (*extent, -index), (*extent, -index))
+    findings.smallest = min(findings.smallest or (*extent, index), (*extent, index))
+    findings.largest = max(findings.largest or (*extent, -index), (*extent, -index))
     notes = []
     if isinstance(data, np.ndarray):
-        found.kinds[f"array of {width}×{height}×{data.shape[2]}"] += 1
+        findings.kinds[f"array of {width}×{height}×{data.shape[2]}"] += 1
     else:
         file_format, colours, is_turned = file_facts(data)
-        found.kinds[f"{file_format} {colours}"] += 1
-        said = _formats().get(os.path.splitext(name)[1].lower(), file_format)
+        findings.kinds[f"{file_format} {colours}"] += 1
+        named_format = _formats().get(os.path.splitext(name)[1].lower(), file_format)
         notes += [SMALL] * (min(height, width) < SMALL_SIDE)
         notes += [TURNED] * is_turned
-        notes += [MISNAMED] * (said != file_format)
+        notes += [MISNAMED] * (named_format != file_format)
     notes += [ONE_COLOUR] * _is_of_one_colour(pixels)
     for note in notes:
-        count, first = found.notes.get(note, (0, index))
-        found.notes[note] = (count + 1, first)
+        count, first = findings.notes.get(note, (0, index))
+        findings.notes[note] = (count + 1, first)
 
 
 def file_facts(data: bytes) -> tuple[str, str, bool]:
-    """(format, colours, whether EXIF asks for another way up) of the bytes of a usable image file. Reads no pixels."""
+    """Returns (format, colours, whether EXIF turns it) of the bytes of a usable image file, and reads no pixels."""
     file_format, colours, is_turned = "unknown", "", False
-    with contextlib.suppress(Exception):  # damaged EXIF; the image is usable for all that
+    with contextlib.suppress(Exception):  # damaged EXIF does not make the image unusable
         is_jpeg = data[:3] == b"\xff\xd8\xff"
         if is_jpeg:
             file_format = "JPEG"
@@ -199,11 +199,11 @@ def file_facts(data: bytes) -> tuple[str, str, bool]:
 
 @functools.cache
 def _formats() -> dict[str, str]:
-    """Pillow's name of the format for each suffix of a file name."""
+    """Returns the name of Pillow's format for each suffix of a file name."""
     return Image.registered_extensions()
 
 
 def _is_of_one_colour(pixels: np.ndarray) -> bool:
-    """Few pixels tell of most images that they are not."""
+    """Tells whether all pixels are alike; for most images a few pixels already show that they are not."""
     first = pixels[0, 0]
     return bool((pixels[::16, ::16] == first).all() and (pixels == first).all())

@@ -198,7 +198,7 @@ def test_a_folder_that_is_whole(image_folder, capsys, tmp_path):
     assert lines.count("  pixels        80×60, all alike") == 2
     assert lines[-1] == "all 32 images are usable"
     size = sum(path.stat().st_size for path in (image_folder / "train").rglob("*.JPEG"))
-    assert f"  size          {size / 1000:.1f} KB, {size / 24_000:.1f} KB an image" in lines
+    assert f"  size          {size / 1000:.1f} KB, {size / 24_000:.1f} KB per image" in lines
 
 
 def test_both_parts_are_checked_and_lines_are_those_of_the_quarantine_with_the_part(image_folder, capsys, tmp_path):

@@ -31,18 +31,18 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter; absent ones are left out."""
-    found = {"python": platform.python_version()}
+    """Returns the versions of Python and of the packages that matter and are installed."""
+    versions_by_name = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions_by_name[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions_by_name
 
 
 def hardware() -> dict[str, Any]:
-    """The processors: cores that this process may use, torch's threads, instruction set, and GPUs by name."""
+    """Returns the processors: the cores that this process may use, torch's threads, instruction set, names of GPUs."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "machine": platform.machine(),
@@ -53,8 +53,8 @@ def hardware() -> dict[str, Any]:
     }
 
 
-# Dense bf16 products, TFLOP/s, from the vendor's data sheets, by the words of the device's name. NVL boards and slices
-# of a GPU (MIG) have other peaks, so nothing is said of them.
+# Peaks of dense bf16 matrix products in TFLOP/s, from the vendor's data sheets, by words of the device's name. NVL
+# boards and slices of a GPU (MIG) have other peaks and are not in the table.
 PEAK_TFLOPS = (
     ({"H100", "PCIe"}, 756),
     ({"A100"}, 312),
@@ -66,8 +66,8 @@ PEAK_TFLOPS = (
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The bf16 peak of a GPU in FLOP/s; None for one that is not in the table, and for a CPU."""
+    """Returns the bf16 peak of a GPU in FLOP/s; None for a GPU that is not in the table, and for a CPU."""
     words = set(device_name.replace("-", " ").split())
     if words & {"MIG", "NVL"}:
         return None
-    return next((tera * 1e12 for known, tera in PEAK_TFLOPS if known <= words), None)
+    return next((tera * 1e12 for name_words, tera in PEAK_TFLOPS if name_words <= words), None)

@@ -1,4 +1,4 @@
-"""Files that are either there whole or not there at all, and files that grow by whole lines."""
+"""Files that exist either whole or not at all, and files that grow by whole lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 
 def fsync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a power cut."""
+    """Writes the names in a folder to the disk, so that they survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -21,16 +21,16 @@ def fsync_folder(folder: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Makes a file's bytes survive a power cut."""
+    """Writes the bytes of a file to the disk, so that they survive a power cut."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Writes a file beside its place, syncs it and renames it into place: a reader sees the old file or the new one.
+    """Writes a file under another name, syncs it and renames it, so that a reader sees the old file or the new one.
 
     Raises:
-        OSError: nothing was changed but for a file ``.NAME.partial``, which is removed if that is possible.
+        OSError: the file could not be written. The old one is unchanged; ``.NAME.partial`` is removed if possible.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -46,7 +46,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """``write_whole`` for UTF-8 text."""
+    """Writes UTF-8 text as ``write_whole`` does."""
 
     def write(file: BinaryIO) -> None:
         file.write(text.encode())
@@ -55,36 +55,36 @@ def write_text(path: Path, text: str) -> None:
 
 
 class JsonLines:
-    """A file that rows are appended to, a line of JSON each.
+    """A file to which rows are appended, one line of JSON per row.
 
-    A disk that is full loses none: rows that cannot be written are kept, and written with the next ones that can.
+    A full disk loses no row: rows that cannot be written are kept in memory, and written with later ones.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._kept: list[str] = []
-        self._is_told = False
+        self._unwritten: list[str] = []
+        self._is_reported = False
 
     def __len__(self) -> int:
-        """Rows that are kept, as they could not be written yet."""
-        return len(self._kept)
+        """Returns how many rows could not be written yet."""
+        return len(self._unwritten)
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Appends rows, and those that were kept before them. The first failure of several is told on stderr."""
-        self._kept += [json.dumps(row) + "\n" for row in rows]
-        if not self._kept:
+        """Appends rows, after those that could not be written yet. The first of several failures is shown on stderr."""
+        self._unwritten += [json.dumps(row) + "\n" for row in rows]
+        if not self._unwritten:
             return
         try:
             with open(self.path, "ab", buffering=0) as file:
                 end = os.fstat(file.fileno()).st_size
-                data = "".join(self._kept).encode()
+                data = "".join(self._unwritten).encode()
                 if file.write(data) != len(data):
                     os.ftruncate(file.fileno(), end)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            if not self._is_told:
+            if not self._is_reported:
                 what = f"{self.path} cannot be written ({error}); free space: what is missing is written later"
                 print(f"fastmae: {what}", file=sys.stderr, flush=True)
-            self._is_told = True
+            self._is_reported = True
             return
-        self._kept, self._is_told = [], False
+        self._unwritten, self._is_reported = [], False

@@ -1,10 +1,10 @@
 """Philox4x32-10 counter-based random numbers (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 
-Order, crops, flips and masks are pure functions of (seed, stream, id) through this file, so there is no generator
-state to save, to lose or to keep in step between workers. It knows nothing of images or models.
+Order, crops, flips and masks are pure functions of (seed, stream, id) through this module, so there is no state of a
+generator to save, to lose or to keep equal between workers. It knows nothing of images or models.
 
-One 128-bit counter is ``(block, stream, id low, id high)`` and the key is ``(seed low, seed high)``; word ``i`` of an
-id is word ``i % 4`` of block ``i // 4``. csrc/loops.h computes the same bits.
+A 128-bit counter is ``(block, stream, id low, id high)`` and the key is ``(seed low, seed high)``. Word ``i`` of an id
+is word ``i % 4`` of block ``i // 4``. csrc/loops.h computes the same bits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-# What a draw is for. Two uses of one id never share a counter, so they are independent.
+# The purpose of a draw. Two purposes never share a counter, so the draws of one id for both are independent.
 STREAM_MASK = 0
 STREAM_ORDER = 1
 STREAM_CROP = 2
@@ -39,7 +39,7 @@ def _check(seed: int, count: int) -> None:
 
 
 def philox_numpy(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """The bare bijection: counter uint32 [..., 4] and a key of two 32-bit words give uint32 [..., 4]."""
+    """Applies the bijection itself: counter uint32 [..., 4] and a key of two 32-bit words give uint32 [..., 4]."""
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
     k0, k1 = key
     low, shift = np.uint64(_LOW), np.uint64(32)
@@ -57,7 +57,11 @@ def philox_numpy(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 
 def words_numpy(seed: int, stream: int, ids: np.ndarray, count: int) -> np.ndarray:
-    """The first ``count`` random words of each id: ids int64 [n] give uint32 [n, count]."""
+    """Returns the first ``count`` random words of each id: ids int64 [n] give uint32 [n, count].
+
+    Raises:
+        ValueError: ``seed`` is not in [0, 2**64), or ``count`` not in [0, 2**34).
+    """
     _check(seed, count)
     ids = np.asarray(ids, dtype=np.int64).astype(np.uint64)
     blocks = -(-count // 4)
@@ -71,20 +75,20 @@ def words_numpy(seed: int, stream: int, ids: np.ndarray, count: int) -> np.ndarr
 
 
 def uniforms_numpy(seed: int, stream: int, ids: np.ndarray, count: int) -> np.ndarray:
-    """``words_numpy`` as float64 in [0, 1), with 32 bits of resolution: ids int64 [n] give [n, count]."""
+    """Returns ``words_numpy`` as float64 in [0, 1), with 32 bits of resolution: ids int64 [n] give [n, count]."""
     return words_numpy(seed, stream, ids, count) / 2.0**32
 
 
 def permutation_numpy(seed: int, stream: int, draw_id: int, n: int) -> np.ndarray:
-    """A permutation of range(n), int64 [n]: positions ranked by their random word, ties by position."""
+    """Returns a permutation of range(n), int64 [n]: positions ranked by their random word, ties by position."""
     return np.argsort(words_numpy(seed, stream, np.array([draw_id]), n)[0], kind="stable")
 
 
 def words_torch(seed: int, stream: int, ids: torch.Tensor, count: int) -> torch.Tensor:
-    """``words_numpy`` on any device: ids int64 [n] give int64 [n, count] with values in [0, 2**32).
+    """Returns ``words_numpy`` on any device: ids int64 [n] give int64 [n, count] with values in [0, 2**32).
 
-    torch has no full uint32 arithmetic, so words live in int64. A 32x32-bit product may wrap to a negative number;
-    its two halves are still right once masked, because the shift is arithmetic and the sign bits are masked away.
+    torch has no full uint32 arithmetic, so words are kept in int64. A 32x32-bit product may wrap to a negative number.
+    Its two halves are still right once masked, because the shift is arithmetic and the mask removes the sign bits.
     """
     _check(seed, count)
     blocks = -(-count // 4)

@@ -33,10 +33,10 @@ class BadImageError(ValueError):
 
 
 def decode(data: bytes | np.ndarray, in_chans: int) -> np.ndarray:
-    """The bytes of an image file, or pixels uint8 [H, W, c], as pixels uint8 [H, W, in_chans].
+    """Decodes the bytes of an image file, or converts pixels uint8 [H, W, c], to pixels uint8 [H, W, in_chans].
 
     Raises:
-        BadImageError: truncated or foreign bytes, too many pixels, or channels or values with no rule.
+        BadImageError: bytes that are truncated or no image, too many pixels, or channels or values without a rule.
     """
     if isinstance(data, np.ndarray):
         return convert_channels(data, in_chans)
@@ -49,18 +49,21 @@ def decode(data: bytes | np.ndarray, in_chans: int) -> np.ndarray:
             if colorspace.upper() not in ("CMYK", "YCCK"):
                 return convert_channels(simplejpeg.decode_jpeg(data, colorspace="RGB"), in_chans)
         return _decode_pillow(data, in_chans)
-    except (BadImageError, MemoryError):  # too little memory says nothing about the image
+    except (BadImageError, MemoryError):  # too little memory is no fault of the image
         raise
     except UnidentifiedImageError as error:
         raise BadImageError("no image format that Pillow knows") from error
-    except Exception as error:  # decoders raise anything at all on broken bytes: ValueError, OSError, struct.error …
+    except (
+        Exception
+    ) as error:  # decoders raise all kinds of errors on broken bytes: ValueError, OSError, struct.error …
         raise BadImageError(f"{type(error).__name__}: {error}") from error
 
 
 def plain_jpeg_shape(data: bytes, in_chans: int) -> tuple[int, int] | None:
-    """(height, width) of a whole gray or YCbCr JPEG, which any JPEG decoder takes; None for all else. Reads no pixels.
+    """Returns (height, width) of a plain JPEG, and None for every other file. It reads no pixels.
 
-    Whole means that it ends as it should: a truncated file is none of them, and it is for ``decode`` to judge it.
+    Plain means gray or YCbCr, which any JPEG decoder takes, with the marker of its end. A truncated file has no such
+    marker; it is left to ``decode``, which tells whether it is usable.
 
     Raises:
         BadImageError: too many pixels.
@@ -90,11 +93,11 @@ def _check_pixels(height: int, width: int) -> None:
 def _decode_pillow(data: bytes, in_chans: int) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         _check_pixels(image.height, image.width)
-        if image.format == "EPS":  # a program, for which Pillow would start an interpreter
+        if image.format == "EPS":  # a program, which Pillow would run in an interpreter
             raise BadImageError("PostScript, which is not read")
         if image.mode == "F" or (image.mode == "I" and image.format not in _SCALED_TO_16_BITS):
             raise BadImageError(f"{image.format} pixels of mode {image.mode} have no fixed range; store 8 or 16 bits")
-        if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip at 255
+        if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow itself would clip at 255
             high_byte = np.asarray(image).astype(np.int64) >> 8
             return convert_channels(high_byte.clip(0, 255).astype(np.uint8)[..., None], in_chans)
         if in_chans not in _PIL_MODES:
@@ -106,7 +109,11 @@ def _decode_pillow(data: bytes, in_chans: int) -> np.ndarray:
 
 
 def convert_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
-    """Pixels uint8 [H, W, c] with ``in_chans`` channels, by the rule at the top of this file."""
+    """Returns pixels uint8 [H, W, c] with ``in_chans`` channels, by the rule at the top of this file.
+
+    Raises:
+        BadImageError: no rule turns these channels into ``in_chans``.
+    """
     channels = pixels.shape[2]
     if channels == in_chans:
         return pixels
@@ -120,24 +127,25 @@ def convert_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
 
 
 def crop_and_resize(pixels: np.ndarray, box: Box, flip: bool, size: tuple[int, int]) -> np.ndarray:
-    """The region ``box`` of pixels uint8 [H, W, C] at ``size`` (h, w), mirrored or not: uint8 [h, w, C].
+    """Returns the region ``box`` of pixels uint8 [H, W, C] at ``size`` (h, w), mirrored or not: uint8 [h, w, C].
 
-    Pillow's ``crop(box).resize(size, BICUBIC)``, the published one, within 2 grey levels: antialiased, the filter
-    confined to the box. No channel is taken for alpha.
+    It equals Pillow's ``crop(box).resize(size, BICUBIC)``, which the official code uses, within 2 grey levels. It is
+    antialiased, and the filter reads nothing outside the box. No channel is taken for alpha.
     """
     region = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
     if (box.height, box.width) != size:
         region = _resize(region, size)
-    if flip:  # by torch, as NumPy copies backwards a byte at a time
+    if flip:  # by torch, because NumPy copies a reversed axis byte by byte
         region = torch.from_numpy(np.require(region, requirements=("C", "W"))).flip(1).numpy()
     return region
 
 
 def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """torch's uint8 resize, several times as fast as Pillow's.
+    """Resizes by torch in uint8, which is several times as fast as Pillow.
 
-    Both go one axis after the other with 8 bits in between, and noise clips there: on noise the order is worth dozens
-    of levels. torch resizes the width first; where Pillow (13) goes by height first, so do we, in two calls.
+    Both resize one axis after the other with 8 bits in between. Noise clips there, so on noise the order of the axes
+    changes results by dozens of levels. torch resizes the width first; where Pillow (13) starts with the height, so
+    does this function, in two calls.
     """
     height, width, channels = pixels.shape
     if channels != 3:  # plane by plane, as torch errs on 5 channels of a width of 1

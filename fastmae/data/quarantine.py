@@ -1,4 +1,7 @@
-"""Images that could not be used: each listed once, with the reason, in the run folder; too many of them end the run."""
+"""The quarantine: a list in the run folder of images that could not be used, each once and with the reason.
+
+Too many of them end the run.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ from fastmae.errors import UserError
 from fastmae.files import JsonLines
 
 TOLERATED = 20
-"""So many different unusable images are no reason to stop, however few the data are."""
+"""This many different unusable images never end a run, even if the data are few."""
 EXAMPLES = 3
+"""Unusable images that the error names."""
 
 
 class Quarantine:
@@ -21,7 +25,7 @@ class Quarantine:
 
     Args:
         path: the file.
-        max_corrupt: the largest share of the images read since the start of the process that may be unusable.
+        max_corrupt: the largest share that unusable images may have among those read since the process started.
     """
 
     def __init__(self, path: Path, max_corrupt: float = 1.0) -> None:
@@ -29,29 +33,33 @@ class Quarantine:
         self._lines = JsonLines(path)
         self._max_corrupt = max_corrupt
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self._known = {json.loads(line)["index"] for line in lines if line.endswith("}")}
-        self._met: dict[int, Skipped] = {}
-        self._bad, self._read = 0, 0
+        self._listed = {json.loads(line)["index"] for line in lines if line.endswith("}")}
+        self._seen: dict[int, Skipped] = {}  # since the process started
+        self._unusable, self._read = 0, 0
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._listed)
 
     def add(self, skipped: Sequence[Skipped], good: int) -> None:
-        """Lists those that are not listed yet, met while ``good`` usable images were read.
+        """Lists unusable images that are not listed yet.
+
+        Args:
+            skipped: images that could not be used.
+            good: how many usable images were read at the same time.
 
         Raises:
             UserError: too many of the images are unusable.
         """
-        fresh = {bad.index: bad for bad in skipped if bad.index not in self._known}
-        self._lines.add(map(dataclasses.asdict, fresh.values()))
-        self._known |= fresh.keys()
-        self._bad += len(skipped)
+        new = {bad.index: bad for bad in skipped if bad.index not in self._listed}
+        self._lines.add(map(dataclasses.asdict, new.values()))
+        self._listed |= new.keys()
+        self._unusable += len(skipped)
         self._read += len(skipped) + good
-        self._met |= {bad.index: bad for bad in skipped}
-        if len(self._met) > TOLERATED and self._bad > self._max_corrupt * self._read:
-            examples = ", ".join(f"{bad.name} ({bad.reason})" for bad in list(self._met.values())[:EXAMPLES])
+        self._seen |= {bad.index: bad for bad in skipped}
+        if len(self._seen) > TOLERATED and self._unusable > self._max_corrupt * self._read:
+            examples = ", ".join(f"{bad.name} ({bad.reason})" for bad in list(self._seen.values())[:EXAMPLES])
             raise UserError(
-                f"{self._bad} of {self._read} images that were read cannot be used, over --max_corrupt "
+                f"{self._unusable} of {self._read} images that were read cannot be used, over --max_corrupt "
                 f"{self._max_corrupt:g}: {examples}; all are in {self.path}: mend the data, or raise --max_corrupt and "
                 "use --resume auto"
             )

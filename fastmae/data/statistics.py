@@ -1,4 +1,4 @@
-"""The mean and standard deviation of a data set's channels, for data that are not ImageNet-like."""
+"""The mean and standard deviation of the channels of a data set, for data that do not look like ImageNet."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from fastmae.data.sources import Source, evenly_spaced
 from fastmae.errors import UserError
 
 SAMPLES = 2048
-# Of sources that are read a shard at a time, images are taken in runs of so many.
+# The number of images that are read in a row from a source with shards.
 RUN = 64
 
 
 def channel_statistics(source: Source, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) a channel in units of [0, 1], over up to 2048 images; a pure function of the data.
+    """Returns (mean, std) per channel in units of [0, 1], over up to 2048 images; a pure function of the data.
 
-    They are evenly spaced; of a source that is read a shard at a time, in evenly spaced runs.
+    The images are evenly spaced; from a source with shards they are evenly spaced runs.
 
     Raises:
-        UserError: none of them can be decoded.
+        UserError: none of the images can be decoded.
     """
     count = np.zeros(1)
     total, squares = np.zeros(in_chans), np.zeros(in_chans)

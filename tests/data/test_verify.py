@@ -325,8 +325,8 @@ def test_parquet_is_read_group_after_group(tmp_path, monkeypatch):
         pa.table({"image": images}), path, row_group_size=20
     )  # of which 9 are held, more than 2 threads are apart
     groups = []
-    original = parquet._read_group
-    monkeypatch.setattr(parquet, "_read_group", lambda *words: (groups.append(words[1]), original(*words))[1])
+    original = parquet.read_group
+    monkeypatch.setattr(parquet, "read_group", lambda *words: (groups.append(words[1]), original(*words))[1])
     monkeypatch.setattr(parquet, "HELD_BYTES", 1)
     lines = verify(path, num_workers=2, output=tmp_path / "bad.jsonl", status=1)
     assert [(line["index"], line["name"]) for line in lines] == [(i, f"{path}[{i}]") for i in (3, 77, 100)]

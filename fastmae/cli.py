@@ -1,4 +1,5 @@
-"""The command line: argv to a configuration to one function call. The only reader of argv."""
+"""The command line: argv to a configuration to one function call. It is the only reader of argv, and prints errors
+alone."""
 
 from __future__ import annotations
 
@@ -7,13 +8,21 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Any
 
 import tyro
 
+from fastmae.argv import did_you_mean, normalise
 from fastmae.config import (
     AnomalyConfig,
-    BenchConfig,
+    BenchAllConfig,
+    BenchAttentionConfig,
+    BenchCheckpointConfig,
+    BenchEndToEndConfig,
+    BenchKernelsConfig,
+    BenchLoaderConfig,
+    BenchQualityConfig,
+    BenchStepConfig,
     EstimateConfig,
     ExportConfig,
     FeaturesConfig,
@@ -26,26 +35,30 @@ from fastmae.config import (
     VerifyConfig,
 )
 from fastmae.errors import UserError
+from fastmae.flags import flags_of
 
-Command = (
-    Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
-    | Annotated[FinetuneConfig, tyro.conf.subcommand("finetune")]
-    | Annotated[ProbeConfig, tyro.conf.subcommand("probe")]
-    | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
-    | Annotated[ExportConfig, tyro.conf.subcommand("export")]
-    | Annotated[InfoConfig, tyro.conf.subcommand("info")]
-    | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
-    | Annotated[EstimateConfig, tyro.conf.subcommand("estimate")]
-    | Annotated[VerifyConfig, tyro.conf.subcommand("verify")]
-    | Annotated[FeaturesConfig, tyro.conf.subcommand("features")]
-    | Annotated[SearchConfig, tyro.conf.subcommand("search")]
-    | Annotated[AnomalyConfig, tyro.conf.subcommand("anomaly")]
-)
-COMMANDS = (
-    "pretrain", "finetune", "probe", "reconstruct", "export", "info", "bench", "verify", "features", "search",
-    "anomaly", "estimate",
-)  # fmt: skip
-BENCHMARKS = ("kernels", "attention", "step", "loader", "checkpoint", "quality", "end-to-end", "all")
+# In the order in which the help shows them.
+COMMANDS: dict[str, type] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "probe": ProbeConfig,
+    "reconstruct": ReconstructConfig,
+    "features": FeaturesConfig,
+    "search": SearchConfig,
+    "anomaly": AnomalyConfig,
+    "export": ExportConfig,
+    "verify": VerifyConfig,
+    "info": InfoConfig,
+    "estimate": EstimateConfig,
+    "bench kernels": BenchKernelsConfig,
+    "bench attention": BenchAttentionConfig,
+    "bench step": BenchStepConfig,
+    "bench loader": BenchLoaderConfig,
+    "bench checkpoint": BenchCheckpointConfig,
+    "bench end-to-end": BenchEndToEndConfig,
+    "bench quality": BenchQualityConfig,
+    "bench all": BenchAllConfig,
+}
 EXIT_WRONG_INPUT = 2
 
 
@@ -57,61 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        command = _parse(words)
-        match command:
-            case PretrainConfig():
-                from fastmae.train.pretrain import pretrain
+        if asks_for_help(words):
+            from fastmae.commands.help import run_help
 
-                return pretrain(command)
-            case FinetuneConfig():
-                from fastmae.train.finetune import finetune
-
-                return finetune(command)
-            case ProbeConfig():
-                from fastmae.commands.probe import run_probe
-
-                run_probe(command)
-            case ReconstructConfig():
-                from fastmae.commands.reconstruct import run_reconstruct
-
-                run_reconstruct(command)
-            case FeaturesConfig():
-                from fastmae.commands.features import run_features
-
-                run_features(command)
-            case SearchConfig():
-                from fastmae.commands.search import run_search
-
-                run_search(command)
-            case AnomalyConfig():
-                from fastmae.commands.anomaly import run_anomaly
-
-                run_anomaly(command)
-            case ExportConfig():
-                from fastmae.commands.export import run_export
-
-                run_export(command)
-            case InfoConfig():
-                from fastmae.commands.info import run_info
-
-                run_info(command)
-            case EstimateConfig():
-                from fastmae.commands.estimate import run_estimate
-
-                run_estimate(command)
-            case BenchConfig():
-                from fastmae.commands.bench import run_bench
-
-                return run_bench(command.what, ["fastmae", *words])
-            case VerifyConfig():
-                from fastmae.commands.verify import run_verify
-
-                return run_verify(command)
-        return 0
+            return run_help(words, COMMANDS)
+        return call(parse(words), ["fastmae", *words])
     except UserError as error:
         print(f"fastmae: {error.as_on_the_command_line()}", file=sys.stderr)
         return EXIT_WRONG_INPUT
-    except BrokenPipeError:  # whoever reads the output has seen enough, such as `| head`
+    except BrokenPipeError:  # the reader of the output has seen enough, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a disk that fills up, or a folder that loses its permissions, anywhere else in a run
@@ -121,31 +88,112 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(argv: list[str]) -> Command:
-    """tyro's parse, with its boxed messages folded into the one line that every error of this program is."""
-    if argv[:2] == ["bench", "scaling"]:
-        raise UserError("bench scaling: use `fastmae estimate` instead; see `fastmae estimate --help`")
-    complaint = io.StringIO()
+def asks_for_help(words: Sequence[str]) -> bool:
+    """Whether the words are a question about fastmae: none, ``help``, ``--version``, or ``--help`` anywhere."""
+    asking = {"-h", "--help", "--help-all", "--help_all"}
+    return not words or words[0] in ("help", "--version") or words == ["bench"] or not asking.isdisjoint(words)
+
+
+def parse(words: Sequence[str]) -> Any:
+    """Returns the configuration that a command line asks for.
+
+    Raises:
+        UserError: words that are no command, or that a command does not take.
+    """
+    command = command_of(words)
+    config = COMMANDS[command]
+    rest = list(words[len(command.split()) :])
     try:
-        with contextlib.redirect_stderr(complaint):
-            short_names = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-            return tyro.cli(Command, prog="fastmae", args=argv, config=short_names)
-    except SystemExit as error:
-        if error.code in (0, None):
-            raise
-        text = _first_section(complaint.getvalue())
-        known: tuple[str, ...] = ()
-        if argv and argv[0] in COMMANDS:
-            known = (argv[0],)
-            if argv[0] == "bench" and argv[1:] and argv[1] in BENCHMARKS:
-                known = (argv[0], argv[1])
-        raise UserError(f"{text}; see `{' '.join(['fastmae', *known])} --help`") from None
+        normal, lines = normalise(rest, flags_of(config), command)
+        for line in lines:
+            print(f"fastmae: {line}", file=sys.stderr)
+        return _values_of(config, normal)
+    except UserError as error:
+        raise UserError(f"{error}{'' if str(error).endswith('?') else ';'} see `fastmae {command} --help`") from None
 
 
-def _first_section(box: str) -> str:
-    """The lines between the title of a boxed message and its first rule, as one."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    rules = [not set(line) - set("─╰╯-") for line in lines]  # of hyphens where the terminal has ASCII alone
-    begin = rules.index(False) if False in rules else 0
-    end = rules.index(True, begin) if True in rules[begin:] else len(lines)
-    return " ".join(" ".join(lines[begin:end]).split()).rstrip(".")
+def command_of(words: Sequence[str]) -> str:
+    """Returns the command that a command line begins with: one word, or two for benchmarks.
+
+    Raises:
+        UserError: there is no such command.
+    """
+    if list(words[:2]) == ["bench", "scaling"]:
+        raise UserError("bench scaling: use `fastmae estimate` instead; see `fastmae estimate --help`")
+    for count in (1, 2):
+        command = " ".join(words[:count])
+        if command in COMMANDS:
+            return command
+    is_bench = words[0] == "bench"
+    what, page = ("benchmark", "`fastmae bench --help`") if is_bench else ("command", "`fastmae --help`")
+    names = [name.removeprefix("bench ") for name in COMMANDS if name.startswith("bench ") == is_bench]
+    word = words[1] if is_bench else words[0]
+    if word.startswith("-"):
+        raise UserError(
+            f"{word}: a {what} comes before flags, such as {'step' if is_bench else 'pretrain'}; see {page}"
+        )
+    raise UserError(f"{word}: no such {what}{did_you_mean(word, [*names, 'bench']) or ';'} see {page}")
+
+
+def _values_of(config: type, words: list[str]) -> Any:
+    """Makes values of words with tyro. What it still refuses by itself becomes one line, as all errors are."""
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(text):
+            return tyro.cli(config, args=words, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit:
+        box = [line.strip("│ ") for line in text.getvalue().splitlines() if not set(line) & set("╭╰")]
+        raise UserError(" ".join(" ".join(box).split()).partition(" ───")[0].rstrip(".")) from None
+
+
+def call(config: Any, argv: list[str]) -> int:
+    """Calls the function of a configuration and returns its exit status. Each is loaded only when it is called."""
+    match config:
+        case PretrainConfig():
+            from fastmae.train.pretrain import pretrain
+
+            return pretrain(config)
+        case FinetuneConfig():
+            from fastmae.train.finetune import finetune
+
+            return finetune(config)
+        case ProbeConfig():
+            from fastmae.commands.probe import run_probe
+
+            return run_probe(config)
+        case ReconstructConfig():
+            from fastmae.commands.reconstruct import run_reconstruct
+
+            return run_reconstruct(config)
+        case FeaturesConfig():
+            from fastmae.commands.features import run_features
+
+            return run_features(config)
+        case SearchConfig():
+            from fastmae.commands.search import run_search
+
+            return run_search(config)
+        case AnomalyConfig():
+            from fastmae.commands.anomaly import run_anomaly
+
+            return run_anomaly(config)
+        case ExportConfig():
+            from fastmae.commands.export import run_export
+
+            return run_export(config)
+        case VerifyConfig():
+            from fastmae.commands.verify import run_verify
+
+            return run_verify(config)
+        case EstimateConfig():
+            from fastmae.commands.estimate import run_estimate
+
+            return run_estimate(config)
+        case InfoConfig():
+            from fastmae.commands.info import run_info
+
+            return run_info(config)
+        case _:
+            from fastmae.commands.bench import run_bench
+
+            return run_bench(config, argv)

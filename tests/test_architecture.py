@@ -31,8 +31,11 @@ ALLOWED = {
     | {"config", "environment", "kernels", "ops", "model", "data", "checkpoint", "evaluate", "train"},
     "estimate": {"errors", "config", "model"},
     "commands": LEAVES
-    | {"config", "environment", "estimate", "model", "data", "checkpoint", "evaluate", "export", "train", "benchmarks"},
-    "cli": {"errors", "config", "commands", "train"},
+    | {"argv", "flags", "config", "environment", "estimate", "model", "data", "checkpoint"}
+    | {"evaluate", "export", "train", "benchmarks"},
+    "flags": set(),
+    "argv": {"errors", "flags"},
+    "cli": {"errors", "flags", "argv", "config", "commands", "train"},
     "__init__": {"ops", "model"},
     "__main__": {"cli"},
 }

@@ -1,5 +1,7 @@
 """The command line as a user meets it: flags, results, and one line for everything that is wrong."""
 
+import dataclasses
+import importlib.metadata
 import json
 import re
 import shlex
@@ -12,12 +14,15 @@ import pytest
 from helpers import run, small_run
 from PIL import Image
 
-from fastmae.cli import _first_section, main
-from fastmae.config import PretrainConfig
+from fastmae.cli import COMMANDS, main, parse
+from fastmae.commands.help import EXAMPLES, _default
+from fastmae.config import PretrainConfig, ResolvedConfig
+from fastmae.config.groups import MAIN
+from fastmae.flags import field_texts, flags_of
 from fastmae.train.pretrain import pretrain
 
-# The published script's flags, with values, as recipes for it are written.
-PUBLISHED = shlex.split("""
+# The official script's flags, with values, as recipes for it are written.
+OFFICIAL_FLAGS = shlex.split("""
 --batch_size 8 --epochs 2 --accum_iter 1 --model mae_vit_tiny_patch4 --input_size 16 --mask_ratio 0.75 --norm_pix_loss
 --weight_decay 0.05 --lr None --blr 1e-3 --min_lr 0 --warmup_epochs 40 --device cpu --seed 0 --resume= --start_epoch 0
 --num_workers 10 --pin_mem
@@ -31,13 +36,7 @@ def finished(blobs, tmp_path_factory):
     return folder
 
 
-def parse(words):
-    from fastmae.cli import _parse
-
-    return _parse(words)
-
-
-def test_published_flags_have_their_names_and_defaults():
+def test_official_flags_have_their_names_and_defaults():
     config = parse(["pretrain"])
     assert config == PretrainConfig()
     defaults = dict(batch_size=64, accum_iter=1, mask_ratio=0.75, norm_pix_loss=False, weight_decay=0.05, lr=None)
@@ -47,14 +46,14 @@ def test_published_flags_have_their_names_and_defaults():
 
 @pytest.mark.parametrize("change", [lambda word: word, lambda word: word.replace("_", "-")])
 def test_flags_with_underscores_or_dashes(change):
-    words = [change(word) if word.startswith("--") else word for word in PUBLISHED]
+    words = [change(word) if word.startswith("--") else word for word in OFFICIAL_FLAGS]
     config = parse(["pretrain", *words, change("--no_pin_mem")])
     assert (config.norm_pix_loss, config.pin_mem, config.input_size, config.lr) == (True, False, (16,), None)
 
 
-def test_the_published_command_trains(image_folder, tmp_path):
+def test_the_official_command_trains(image_folder, tmp_path):
     output = ["--output_dir", str(tmp_path / "run"), "--log_dir", str(tmp_path / "tb")]
-    assert main(["pretrain", *PUBLISHED, "--data_path", str(image_folder), *output]) == 0
+    assert main(["pretrain", *OFFICIAL_FLAGS, "--data_path", str(image_folder), *output]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
     assert (tmp_path / "run" / "checkpoint-1.pth").exists()
@@ -112,7 +111,7 @@ def test_a_corrupt_image_is_skipped_counted_and_listed(image_folder, tmp_path, c
     bad = image_folder / "train" / "n01" / "3.JPEG"
     bad.write_bytes(bad.read_bytes()[:300])
     output = ["--output_dir", str(tmp_path / "run"), "--data_path", str(image_folder)]
-    assert main(["pretrain", *PUBLISHED, *output, "--probe", "False"]) == 0
+    assert main(["pretrain", *OFFICIAL_FLAGS, *output, "--probe", "False"]) == 0
     assert "1 unusable images" in capsys.readouterr().out
     (line,) = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["name"] == str(bad)
@@ -120,8 +119,26 @@ def test_a_corrupt_image_is_skipped_counted_and_listed(image_folder, tmp_path, c
 
 WRONG = {
     "unknown flag": (["pretrain", "--learning_rate", "1"], "--learning_rate"),
-    "unknown command": (["train"], "train"),
-    "no command": ([], "pretrain, finetune, probe, reconstruct"),
+    "unknown command": (["train"], "train: no such command; did you mean pretrain?"),
+    "unknown benchmark": (["bench", "steps"], "steps: no such benchmark; did you mean step?"),
+    "flag before a command": (["--lr", "1"], "--lr: a command comes before flags"),
+    "help for what is not": (["help", "prob"], "did you mean probe?"),
+    "help for a benchmark that is not": (["help", "bench", "steps"], "bench steps: no such command"),
+    "a flag nearly": (["pretrain", "--batchsize", "1"], "--batchsize: no such flag; did you mean --batch_size?"),
+    "a flag by another name": (["pretrain", "--learning_rate", "1"], "did you mean --lr?"),
+    "a flag of one dash": (["pretrain", "-lr", "1"], "-lr: no such flag"),
+    "a flag turned off that cannot be": (["pretrain", "--no_lr"], "--no_lr: no such flag"),
+    "a choice nearly": (["pretrain", "--precision", "bf61"], "must be auto, fp32, tf32 or bf16; did you mean bf16?"),
+    "a word too many": (["pretrain", "digits"], "digits: one argument too many"),
+    "two values for one": (["pretrain", "--lr", "1", "2"], "--lr 1 2: must have one value"),
+    "no value": (["pretrain", "--lr", "--epochs", "3"], "--lr: must have one value"),
+    "one value for two": (["pretrain", "--crop_scale", "0.2"], "--crop_scale 0.2: must have 2 values"),
+    "no boolean": (["pretrain", "--pin_mem", "maybe"], "--pin_mem maybe: must be True or False"),
+    "a boolean twice": (["pretrain", "--no_pin_mem", "True"], "write --pin_mem True"),
+    "not a whole number": (["pretrain", "--keep", "1.5"], "--keep 1.5: must be a whole number"),
+    "missing flag": (["export", "{run}"], "--to: must be given"),
+    "missing data": (["features", "{run}", "--output", "{tmp}/a.npz"], "DATA: must be given"),
+    "a value like a flag": (["pretrain", "--device", "-x"], "--device -x"),
     "not a number": (["pretrain", "--lr", "fast"], "--lr"),
     "missing positional": (["probe"], "CHECKPOINT"),
     "missing path": (["pretrain", "--data_path", "{tmp}/nowhere"], "no such file or folder"),
@@ -179,17 +196,232 @@ def test_a_file_that_cannot_be_written_anywhere_in_a_run_is_one_line(finished, b
     assert "probe.json" in lines[0]
 
 
-def test_what_a_box_complains_of_is_found_whatever_it_is_drawn_with():
-    unicode = "╭─ Parsing error ─╮\n│ No such │\n│ flag. │\n│ ───── │\n│ Perhaps: --epochs │\n╰───╯\n"
-    ascii_alone = " Parsing error   \n ------------ \n  No such \n  flag.  \n ------------ \n  Perhaps: --epochs \n"
-    assert _first_section(unicode) == _first_section(ascii_alone) == "No such flag"
-    assert _first_section("") == ""
+# --- spellings --------------------------------------------------------------------------------------------------------
+
+SWITCHES = [
+    (command, flag)
+    for command, config in COMMANDS.items()
+    for flag in flags_of(config)
+    if flag.kind is bool and flag.metavar is None
+]
+NEEDED = {
+    "probe": ["RUN"], "reconstruct": ["RUN"], "features": ["RUN", "DATA", "--output", "x.npz"],
+    "search": ["RUN", "one.jpg"], "anomaly": ["RUN"],
+    "export": ["RUN", "--to", "hf", "--output", "x"], "verify": ["--data_path", "x"],
+    "bench all": ["--output", "x"],
+}  # fmt: skip
 
 
-def test_help_names_every_flag(capsys):
-    with pytest.raises(SystemExit) as left:
-        main(["pretrain", "--help"])
-    assert left.value.code == 0
-    text = capsys.readouterr().out
-    for name in PretrainConfig.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in text or f"--{name}" in text
+def test_there_are_switches_of_both_kinds():
+    assert {flag.takes_none for _, flag in SWITCHES} == {True, False}
+    assert len(SWITCHES) > 15
+
+
+@pytest.mark.parametrize(("command", "flag"), SWITCHES, ids=lambda one: getattr(one, "name", one))
+def test_every_switch_takes_every_spelling(command, flag):
+    name = flag.name
+    spellings = {
+        f"--{name}": True, f"--{name.replace('_', '-')}": True, f"--no_{name}": False, f"--no-{name}": False,
+        f"--{name} True": True, f"--{name} False": False, f"--{name}=False": False, f"--{name} true": True,
+    }  # fmt: skip
+    if flag.takes_none:
+        spellings[f"--{name} None"] = None
+    for words, expected in spellings.items():
+        config = parse([*command.split(), *words.split(), *NEEDED.get(command, [])])
+        assert getattr(config, name) is expected, words
+
+
+def test_a_switch_before_an_argument_takes_no_value():
+    config = parse(["probe", "--json", "RUN"])
+    assert (config.json, config.checkpoint) == (True, "RUN")
+    config = parse(["reconstruct", "--paste_visible", "False", "RUN"])
+    assert (config.paste_visible, config.checkpoint) == (False, "RUN")
+
+
+def test_the_last_of_several_spellings_counts():
+    assert parse(["pretrain", "--pin_mem", "--no_pin_mem"]).pin_mem is False
+    assert parse(["pretrain", "--flip", "False", "--flip"]).flip is True
+    assert parse(["pretrain", "--lr", "1", "--lr", "2"]).lr == 2
+
+
+def test_values_of_every_kind():
+    config = parse(["pretrain", "--lr=-1e-3", "--input-size", "32", "48", "--model", "None", "--resume", ""])
+    assert (config.lr, config.input_size, config.model, config.resume) == (-1e-3, (32, 48), None, "")
+    config = parse(["probe", "RUN", "--k", "5", "20", "--output", "-"])
+    assert (config.checkpoint, config.k, config.output) == ("RUN", (5, 20), "-")
+    config = parse(["features", "RUN", "--output", "x.npz", "--split", "val", "a", "b"])
+    assert config.data_path == ("a", "b")
+
+
+def test_spellings_of_earlier_versions():
+    for old, new in OLD.items():
+        assert parse(old.split()) == parse(new.split()), old
+
+
+OLD = {
+    "pretrain --ops native --attention native": "pretrain --ops cpu --attention cpu",
+    "pretrain --decoder pool": "pretrain --image_decoder threads",
+    "bench step --peers published timm": "bench step --baselines official timm",
+    "bench loader --decoders pool": "bench loader --image_decoders threads",
+}
+# The command lines of the official documentation for pretraining and fine-tuning, and every flag of the two scripts.
+OFFICIAL = {
+    "pretrain": """pretrain --batch_size 64 --model mae_vit_large_patch16 --norm_pix_loss --mask_ratio 0.75 --epochs 800
+        --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05 --data_path imagenet""",
+    "every flag of pretrain": """pretrain --batch_size 64 --epochs 400 --accum_iter 1 --model mae_vit_large_patch16
+        --input_size 224 --mask_ratio 0.75 --norm_pix_loss --weight_decay 0.05 --lr None --blr 1e-3 --min_lr 0.0
+        --warmup_epochs 40 --data_path imagenet --output_dir ./output_dir --log_dir ./output_dir --device cuda --seed 0
+        --resume '' --start_epoch 0 --num_workers 10 --pin_mem --no_pin_mem --world_size 1 --local_rank -1 --dist_on_itp
+        --dist_url env://""",
+    "finetune": """finetune --accum_iter 4 --batch_size 32 --model vit_base_patch16 --finetune mae_pretrain_vit_base.pth
+        --epochs 100 --blr 5e-4 --layer_decay 0.65 --weight_decay 0.05 --drop_path 0.1 --mixup 0.8 --cutmix 1.0
+        --reprob 0.25 --dist_eval --data_path imagenet""",
+    "every flag of finetune": """finetune --batch_size 64 --epochs 50 --accum_iter 1 --model vit_large_patch16
+        --input_size 224 --drop_path 0.1 --clip_grad None --weight_decay 0.05 --lr None --blr 1e-3 --layer_decay 0.75
+        --min_lr 1e-6 --warmup_epochs 5 --color_jitter None --aa rand-m9-mstd0.5-inc1 --smoothing 0.1 --reprob 0.25
+        --remode pixel --recount 1 --mixup 0 --cutmix 0 --cutmix_minmax None --mixup_prob 1.0 --mixup_switch_prob 0.5
+        --mixup_mode batch --finetune '' --global_pool --data_path imagenet --nb_classes 1000 --output_dir ./output_dir
+        --log_dir ./output_dir --device cuda --seed 0 --resume '' --start_epoch 0 --dist_eval --num_workers 10 --pin_mem
+        --world_size 1 --local_rank -1 --dist_on_itp --dist_url env://""",
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_command_lines_of_the_official_scripts_parse(name, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    config = parse(shlex.split(OFFICIAL[name]))
+    assert config.data_path == "imagenet" or config.data_path == ("imagenet",)
+    lines = capsys.readouterr().err.splitlines()
+    launched = ["--world_size", "--local_rank", "--dist_on_itp", "--dist_url"] if "every" in name else []
+    assert [line.split()[1].rstrip(":") for line in lines] == launched
+    assert all("torchrun sets it" in line for line in lines)
+
+
+def test_only_the_first_rank_mentions_flags_of_launchers(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert parse(["pretrain", "--local-rank=1"]) == PretrainConfig()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("--eval", "fine-tuning tests every --test_freq epochs"),
+        ("--remode const", "an erased rectangle is filled with noise"),
+        ("--color_jitter 0.4", "--aa rand-m9-mstd0.5-inc1 changes colours"),
+        ("--mixup_mode elem", "leave it out"), ("--mixup_prob 0.5", "leave it out"), ("--resplit", "leave it out"),
+        ("--recount 3", "leave it out"), ("--cutmix_minmax 0.2 0.8", "leave it out"),
+        ("--start_epoch 5", "--resume continues"),
+    ],
+)  # fmt: skip
+def test_official_flags_without_a_counterpart_get_advice(words, advice, capsys):
+    assert main(["finetune", *words.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fastmae: {words.split()[0]}")
+    assert advice in line
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+PAGES = [
+    [], ["help"], ["--help"], ["bench"], ["help", "bench"],
+    *[[*command.split(), "--help"] for command in COMMANDS], ["pretrain", "--help-all"], ["finetune", "--help-all"],
+]  # fmt: skip
+
+
+def page(words, capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("words", PAGES, ids=" ".join)
+def test_help_fits_and_is_plain(words, width, capsys, monkeypatch):
+    text = page(words, capsys, monkeypatch, width)
+    widest = max(len(line) for line in text.splitlines())
+    assert widest <= min(width, 100)
+    assert "None)" not in text
+    assert "(default" not in text
+    assert "\x1b" not in text  # no colours where there is no terminal
+    flags = re.findall(r"(?<![\w`-])--[a-z][\w-]*", text)
+    assert {flag for flag in flags if "-" in flag[2:]} <= {"--help-all"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_flag(command, capsys, monkeypatch):
+    text = page([*command.split(), "--help"], capsys, monkeypatch, 100)
+    for flag in flags_of(COMMANDS[command]):
+        pattern = rf"--{flag.name}\b" if flag.metavar is None else rf"^  {flag.metavar}"
+        assert re.search(pattern, text, re.MULTILINE), flag
+    for field in dataclasses.fields(COMMANDS[command]):
+        assert field.name in {flag.name for flag in flags_of(COMMANDS[command])} | {"machine"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_every_flag_is(command):
+    for flag in flags_of(COMMANDS[command]):
+        assert flag.text, flag.name
+        assert "\n" not in flag.text
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_help_of_training_shows_ten_flags_and_the_groups_of_all_others(command, capsys, monkeypatch):
+    text = page([command, "--help"], capsys, monkeypatch, 80)
+    titles = [
+        "Data",
+        "Model and masks",
+        "Optimisation",
+        "Speed and memory",
+        "Saving and resuming",
+        "Logging",
+        "Distributed",
+    ]
+    for title in [*titles, "Expert"]:
+        assert re.search(rf"^  {title} ", text, re.MULTILINE), title
+    described = re.findall(r"^  --(\w+)", text.split("All others")[0], re.MULTILINE)
+    assert described == [name for name in MAIN if name in COMMANDS[command].__dataclass_fields__]
+    assert "--help-all" in text
+    in_full = page([command, "--help-all"], capsys, monkeypatch, 80)
+    assert [line for line in in_full.splitlines() if line in titles] == titles
+    assert set(re.findall(r"^  --(\w+)", in_full, re.MULTILINE)) == {flag.name for flag in flags_of(COMMANDS[command])}
+
+
+def test_help_says_a_default_once(capsys, monkeypatch):
+    text = " ".join(page(["pretrain", "--help-all"], capsys, monkeypatch, 100).split())
+    assert re.search(r"--batch_size INT .*? Default: 64\. --", text)
+    assert re.search(r"--pin_mem, --no_pin_mem [^-]*? Default: on\.", text)
+    for flag in flags_of(PretrainConfig):
+        assert (flag.text + _default(flag)).count("Default:") <= 1, flag.name
+
+
+def test_the_first_help_has_every_command(capsys, monkeypatch):
+    pages = {" ".join(words): page(words, capsys, monkeypatch, 80) for words in ([], ["help"], ["--help"], ["-h"])}
+    assert len(set(pages.values())) == 1
+    for command in COMMANDS:
+        assert re.search(rf"^  {command.split()[0]} ", pages[""], re.MULTILINE), command
+    assert page(["help", "probe"], capsys, monkeypatch, 80) == page(["probe", "--help"], capsys, monkeypatch, 80)
+    step = page(["help", "bench", "step"], capsys, monkeypatch, 80)
+    assert step == page(["bench", "step", "-h"], capsys, monkeypatch, 80)
+
+
+def test_examples_in_the_help_parse():
+    for command, examples in EXAMPLES.items():
+        assert command in COMMANDS
+        for example in examples:
+            words = shlex.split(example)
+            assert isinstance(parse(words[words.index("fastmae") + 1 :]), COMMANDS[command])
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastmae {importlib.metadata.version('fastmae')}\n"
+
+
+def test_texts_of_fields_are_read_from_their_source():
+    texts = field_texts(ResolvedConfig)
+    assert texts["norm_pix_loss"] == field_texts(PretrainConfig)["norm_pix_loss"]
+    assert texts["global_batch"] != ""
+    assert field_texts(int) == {}

@@ -15,7 +15,7 @@ from fastmae.evaluate.anomaly import are_anomalous, find_anomalies, save_anomali
 from fastmae.evaluate.features import report_skipped
 
 
-def run_anomaly(config: AnomalyConfig) -> None:
+def run_anomaly(config: AnomalyConfig) -> int:
     """Scores images, draws heat maps of the least normal ones, and prints how well the scores separate labels."""
     model = open_model(config, needs_decoder=True)
     make_folder(Path(config.output))
@@ -43,7 +43,7 @@ def run_anomaly(config: AnomalyConfig) -> None:
     save_anomalies(Path(config.output), model, test, scores, anomalous, summary, config.count)
     if config.json:
         print(json.dumps(summary))
-        return
+        return 0
     counted = f", {summary['anomalous']} of them anomalous" if "anomalous" in summary else ""
     title = f"{summary['images']} images{counted}, beside {len(normal)} normal ones of {shown(config.data_path)}"
     table = Table(title=title)
@@ -54,3 +54,4 @@ def run_anomaly(config: AnomalyConfig) -> None:
         table.add_row(name, "– (no labels of both kinds)" if area is None else f"{area:.4f}")
     Console().print(table)
     print(Path(config.output) / "anomaly.png")
+    return 0

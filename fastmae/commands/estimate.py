@@ -13,7 +13,7 @@ from fastmae.config import EstimateConfig
 from fastmae.estimate import Constant, Estimate, Machine, estimate
 
 
-def run_estimate(config: EstimateConfig) -> None:
+def run_estimate(config: EstimateConfig) -> int:
     """Prints tables, or one JSON object.
 
     Raises:
@@ -23,7 +23,7 @@ def run_estimate(config: EstimateConfig) -> None:
     if config.json:
         constants = {name: constant._asdict() for name, constant in found.constants.items()}
         print(json.dumps(asdict(found) | {"constants": constants}))
-        return
+        return 0
     console = Console(highlight=False)
     unit = "rank of this machine's CPU" if config.gpu == "cpu" else f"{config.gpu} GPU"
     who = f"1 {unit}" if config.gpus == 1 else f"{config.gpus:,} {unit.replace('rank', 'ranks').replace('GPU', 'GPUs')}"
@@ -43,6 +43,7 @@ def run_estimate(config: EstimateConfig) -> None:
             console.print(f"[bold]{basis}:[/] {'; '.join(used)}")
     if config.gpu != "cpu":
         console.print("No GPU has run this. Every time rests on some of the assumed constants; expect ±15 % or more.")
+    return 0
 
 
 def _classes(found: Estimate) -> Table:

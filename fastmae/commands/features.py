@@ -10,7 +10,7 @@ from fastmae.data.sources import open_train, shown, train_and_val
 from fastmae.evaluate.features import check_features_file, extract_features, report_skipped, save_features
 
 
-def run_features(config: FeaturesConfig) -> None:
+def run_features(config: FeaturesConfig) -> int:
     """Extracts features, writes them to ``config.output`` and prints how many there are."""
     check_evaluation(config)
     output = Path(config.output)
@@ -28,3 +28,4 @@ def run_features(config: FeaturesConfig) -> None:
     save_features(output, source, features)
     count, width = features.values.shape
     print(f"{output}: {count} × {width} features of {shown(config.data_path)}")
+    return 0

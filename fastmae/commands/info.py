@@ -15,7 +15,7 @@ from fastmae.train.precision import choose_precision
 from fastmae.train.run import chosen_backends
 
 
-def run_info(config: InfoConfig) -> None:
+def run_info(config: InfoConfig) -> int:
     """Prints the versions, the hardware and the backends of this machine."""
     device = choose_device(None)
     shapes = {"encoder": (50, 64), "decoder": (197, 32)}  # of ViT-B/16 and ViT-L/16 with three quarters masked
@@ -24,10 +24,11 @@ def run_info(config: InfoConfig) -> None:
     sections = {"versions": versions(), "hardware": hardware(), "backends": backends}
     if config.json:
         print(json.dumps(sections))
-        return
+        return 0
     table = Table(show_header=False)
     for section, entries in sections.items():
         table.add_row(f"[bold]{section}", "")
         for name, value in entries.items():
             table.add_row(name, ", ".join(value) or "none" if isinstance(value, list) else str(value))
     Console().print(table)
+    return 0

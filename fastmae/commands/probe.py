@@ -15,7 +15,7 @@ from fastmae.evaluate.features import report_skipped
 from fastmae.evaluate.probe import probe_in_detail, save_probe
 
 
-def run_probe(config: ProbeConfig) -> None:
+def run_probe(config: ProbeConfig) -> int:
     """Measures the features of a frozen model and prints their accuracy."""
     model = open_model(config)
     if config.output is not None:
@@ -39,7 +39,7 @@ def run_probe(config: ProbeConfig) -> None:
         save_probe(Path(config.output), result, title)
     if config.json:
         print(json.dumps(summary))
-        return
+        return 0
     table = Table(title=title)
     table.add_column("frozen features")
     table.add_column("top-1", justify="right")
@@ -50,3 +50,4 @@ def run_probe(config: ProbeConfig) -> None:
     Console().print(table)
     if config.output is not None:
         print(Path(config.output) / "confusion.png")
+    return 0

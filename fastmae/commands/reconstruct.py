@@ -23,7 +23,7 @@ from fastmae.evaluate.reconstruct import (
 )
 
 
-def run_reconstruct(config: ReconstructConfig) -> None:
+def run_reconstruct(config: ReconstructConfig) -> int:
     """Draws reconstructions and prints the path of the picture."""
     check_evaluation(config)
     file = open_masks(config.masks, config.mask_ratio)
@@ -50,3 +50,4 @@ def run_reconstruct(config: ReconstructConfig) -> None:
             pictures.append((caption(model, ratio), rows))
     save_reconstructions(Path(config.output), pictures, errors=config.errors)
     print(config.output)
+    return 0

@@ -16,7 +16,7 @@ from fastmae.evaluate.reconstruct import fixed_indices
 from fastmae.evaluate.search import engine, save_search, search
 
 
-def run_search(config: SearchConfig) -> None:
+def run_search(config: SearchConfig) -> int:
     """Searches for the images that are nearest to each query and prints them."""
     model = open_model(config)
     make_folder(Path(config.output).parent)
@@ -34,7 +34,7 @@ def run_search(config: SearchConfig) -> None:
     save_search(Path(config.output), model, queries, source, results)
     if config.json:
         print(json.dumps({"by": by, "results": results}))
-        return
+        return 0
     table = Table(title=f"nearest of {len(features.values)} images of {shown(config.data_path)}, compared by {by}")
     for column in ("query", "nearest", "class"):
         table.add_column(column, overflow="fold")
@@ -46,3 +46,4 @@ def run_search(config: SearchConfig) -> None:
         table.add_section()
     Console().print(table)
     print(config.output)
+    return 0

@@ -13,7 +13,6 @@ from fastmae.config.bench import (
     BenchAllConfig,
     BenchAttentionConfig,
     BenchCheckpointConfig,
-    BenchConfig,
     BenchEndToEndConfig,
     BenchKernelsConfig,
     BenchLoaderConfig,

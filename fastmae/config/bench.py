@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Literal, get_args
 
-import tyro
-
-from fastmae.config.quality import BenchQualityConfig
 from fastmae.config.shared import (
     BenchPrecision,
     Device,
@@ -205,22 +202,6 @@ class BenchCheckpointConfig:
     folder: str | None = None
     """Where checkpoints are written for a moment: on the disk of a run. Default: the system's temporary folder."""
     output: Samples = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchConfig:
-    """Measure speed on this machine, or what encoders are worth."""
-
-    what: (
-        Annotated[BenchKernelsConfig, tyro.conf.subcommand("kernels")]
-        | Annotated[BenchAttentionConfig, tyro.conf.subcommand("attention")]
-        | Annotated[BenchStepConfig, tyro.conf.subcommand("step")]
-        | Annotated[BenchLoaderConfig, tyro.conf.subcommand("loader")]
-        | Annotated[BenchCheckpointConfig, tyro.conf.subcommand("checkpoint")]
-        | Annotated[BenchQualityConfig, tyro.conf.subcommand("quality")]
-        | Annotated[BenchEndToEndConfig, tyro.conf.subcommand("end-to-end")]
-        | Annotated[BenchAllConfig, tyro.conf.subcommand("all")]
-    )
 
 
 def check_bench(

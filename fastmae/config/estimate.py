@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from fastmae.config.shared import need_at_least_one
 from fastmae.errors import UserError
@@ -46,7 +44,7 @@ class EstimateConfig:
     """As for pretrain."""
     cores: int = 112
     """CPU cores per machine that decode images."""
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    json: bool = False
     """Print one JSON object instead of tables."""
 
 

@@ -18,7 +18,7 @@ from fastmae.benchmarks.html import main as make_report
 from fastmae.benchmarks.html import report
 from fastmae.benchmarks.measure import Measured, as_json
 from fastmae.benchmarks.suite import Part, execute, judged, operations, parts_of, words_of
-from fastmae.cli import _parse, main
+from fastmae.cli import main, parse
 from fastmae.config import BENCH_PARTS, BenchAllConfig, BenchStepConfig
 from fastmae.model.flops import flops_per_image
 from fastmae.model.presets import PRESETS
@@ -194,7 +194,7 @@ def test_a_part_is_a_process_whose_status_and_complaints_are_kept(tmp_path, monk
 def test_the_command_of_a_part_makes_its_settings(config, device):
     parts = parts_of(config, [4, 8, 16], torch.device(device), "bf16")
     for part in parts:
-        assert _parse(words_of(part.config)).what == part.config
+        assert parse(words_of(part.config)) == part.config
         assert part.words[-len(words_of(part.config)) :] == words_of(part.config)
     assert [kind for kind in BENCH_PARTS if kind in {part.kind for part in parts}] == [
         kind for kind in BENCH_PARTS if kind != "ranks" or config.ranks or device == "cpu"

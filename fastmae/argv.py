@@ -1,0 +1,214 @@
+"""The words of a command line, before tyro makes values of them.
+
+Every spelling of a flag becomes one: dashes and underscores, ``--flag``, ``--no_flag`` and ``--flag False``, the names
+of earlier versions. Whatever tyro would refuse in a box of its own is refused here, in one line, with the nearest name
+that exists. It knows flags from their classes alone, and loads neither data nor torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fastmae.errors import UserError
+from fastmae.flags import REQUIRED, Flag
+
+NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)(e[-+]?\d+)?|[-+]?(inf|nan)", re.IGNORECASE)
+WORDS_FOR_BOOL = {"true": True, "false": False}
+
+# What earlier versions and the official scripts call flags and values, where fastmae has another word.
+OLD_NAMES = {"decoder": "image_decoder", "decoders": "image_decoders", "peers": "baselines"}
+OLD_VALUES = {
+    "attention": {"native": "cpu"},
+    "ops": {"native": "cpu"},
+    "image_decoder": {"pool": "threads"},
+    "image_decoders": {"pool": "threads"},
+    "baselines": {"published": "official"},
+}
+# Names that come to mind first, where the flag is called something that is not near in letters.
+MEANT = {
+    "amp": "precision", "dataset": "data_path", "gpus": "device", "image_size": "input_size", "img_size": "input_size",
+    "learning_rate": "lr", "output": "output_dir", "workers": "num_workers",
+}  # fmt: skip
+
+# Flags of the official scripts that say to a process who it is: the number of values of each.
+OF_LAUNCHERS = {"world_size": 1, "local_rank": 1, "dist_url": 1, "dist_on_itp": 0}
+# Flags of the official fine-tuning script that fastmae does not have: the values that say what fastmae does anyway
+# ("" is none), and what to do instead of any other.
+ONLY_OFFICIAL = {
+    "eval": ((), "fine-tuning tests every --test_freq epochs and after the last one; the results are in log.txt"),
+    "dist_eval": (("",), ""),
+    "color_jitter": (("None",), "leave it out; --aa rand-m9-mstd0.5-inc1 changes colours"),
+    "remode": (("pixel",), "leave it out; an erased rectangle is filled with noise"),
+    "recount": (("1",), "leave it out; one rectangle of an image is erased"),
+    "resplit": ((), "leave it out; there is one view per image"),
+    "cutmix_minmax": (("None",), "leave it out; --cutmix draws the size of the rectangle"),
+    "mixup_prob": (("1", "1.0"), "leave it out; every pair is mixed when --mixup or --cutmix is above 0"),
+    "mixup_mode": (("batch",), "leave it out; the images of a batch are mixed with each other"),
+    "start_epoch": (("0",), "leave it out; --resume continues at the epoch of the checkpoint"),
+}
+
+
+@dataclass(frozen=True)
+class Given:
+    """A flag as it was given: its spelling, its name with underscores, and the words behind it."""
+
+    spelling: str
+    name: str
+    values: tuple[str, ...]
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[Given]]:
+    """Returns the words before the first flag, and the flags with the words behind each."""
+    first = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
+    flags: list[Given] = []
+    for word in words[first:]:
+        if word.startswith("--"):
+            spelling, equals, value = word.partition("=")
+            flags.append(Given(spelling, spelling[2:].replace("-", "_"), (value,) if equals else ()))
+        else:
+            flags[-1] = Given(flags[-1].spelling, flags[-1].name, (*flags[-1].values, word))
+    return list(words[:first]), flags
+
+
+def normalise(words: Sequence[str], flags: Sequence[Flag], command: str) -> tuple[list[str], list[str]]:
+    """Returns the words in the one spelling that tyro takes, and lines about flags that are taken and not used.
+
+    Raises:
+        UserError: a flag that does not exist, or a value that it cannot have.
+    """
+    positionals, given = split(words)
+    by_name = {flag.name: flag for flag in flags if flag.metavar is None}
+    normal: list[str] = []
+    lines: list[str] = []
+    seen = set()
+    for one in given:
+        name, switch = _known_name(one.name, by_name)
+        if name is None:
+            rest = _take_official(one, command, lines)
+            if rest is None:
+                raise UserError(f"{one.spelling}: no such flag{_meant(one.name, by_name)}")
+            positionals += rest
+            continue
+        flag = by_name[name]
+        seen.add(name)
+        values, rest = _values_of(flag, one, has_positionals=any(f.metavar for f in flags))
+        positionals += rest
+        if flag.kind is bool:
+            normal += _bool_words(flag, one, values, switch)
+        else:
+            checked = [_checked(flag, one, value) for value in values]
+            normal += [f"--{name}={checked[0]}"] if len(checked) == 1 else [f"--{name}", *checked]
+    _check_positionals(positionals, [flag for flag in flags if flag.metavar])
+    for name, flag in by_name.items():
+        if flag.default is REQUIRED and name not in seen:
+            raise UserError(f"--{name}: must be given")
+    return positionals + normal, lines
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """Returns ``; did you mean …?`` with what is nearest to a word, or nothing."""
+    near = difflib.get_close_matches(word, list(known), 1, 0.6)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _meant(name: str, by_name: dict[str, Flag]) -> str:
+    if MEANT.get(name) in by_name:
+        return f"; did you mean --{MEANT[name]}?"
+    switches = [f"no_{flag.name}" for flag in by_name.values() if flag.kind is bool]
+    return did_you_mean(name, [*by_name, *switches], "--")
+
+
+def _known_name(name: str, by_name: dict[str, Flag]) -> tuple[str | None, bool]:
+    """Returns the name of the setting that a flag sets, and whether the flag turns it on rather than off."""
+    for candidate in (name, OLD_NAMES.get(name, "")):
+        if candidate in by_name:
+            return candidate, True
+    if name.startswith("no_") and name[3:] in by_name and by_name[name[3:]].kind is bool:
+        return name[3:], False
+    return None, True
+
+
+def _values_of(flag: Flag, given: Given, *, has_positionals: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the values of a flag, and the words behind them, which are positional arguments."""
+    most = len(given.values) if flag.most is None else flag.most
+    if flag.kind is bool and given.values and not _is_bool(given.values[0], flag):
+        if not has_positionals:
+            raise UserError(f"{given.spelling} {given.values[0]}: must be True or False, or have no value")
+        most = 0
+    values, rest = given.values[:most], given.values[most:]
+    if len(values) < flag.least or (rest and not has_positionals):
+        count = {0: "no value", 1: "one value"}.get(flag.least, f"{flag.least} values")
+        shown = " ".join((given.spelling, *given.values))
+        raise UserError(f"{shown}: must have {count if flag.most == flag.least or rest else 'a value'}")
+    return values, rest
+
+
+def _is_bool(value: str, flag: Flag) -> bool:
+    return value.lower() in WORDS_FOR_BOOL or (flag.takes_none and value == "None")
+
+
+def _bool_words(flag: Flag, given: Given, values: tuple[str, ...], switch: bool) -> list[str]:
+    if values == ("None",):
+        return [f"--{flag.name}", "None"]
+    if values and not switch:
+        raise UserError(f"{given.spelling} {values[0]}: must have no value; write --{flag.name} {values[0]}")
+    is_on = WORDS_FOR_BOOL[values[0].lower()] if values else switch
+    if flag.takes_none:
+        return [f"--{flag.name}", str(is_on)]
+    return [f"--{flag.name}" if is_on else f"--no_{flag.name}"]
+
+
+def _checked(flag: Flag, given: Given, value: str) -> str:
+    """Returns the value in the words of today, if the flag can have it."""
+    value = OLD_VALUES.get(flag.name, {}).get(value, value)
+    if flag.takes_none and value == "None":
+        return value
+    if flag.choices and value not in flag.choices:
+        choices = f"{', '.join(flag.choices[:-1])} or {flag.choices[-1]}" if flag.choices[1:] else flag.choices[0]
+        raise UserError(f"{given.spelling} {value}: must be {choices}{did_you_mean(value, flag.choices)}")
+    if flag.kind is float and not NUMBER.fullmatch(value):
+        raise UserError(f"{given.spelling} {value}: must be a number")
+    if flag.kind is int and not re.fullmatch(r"[-+]?\d[\d_]*", value):
+        raise UserError(f"{given.spelling} {value}: must be a whole number")
+    return value
+
+
+def _check_positionals(words: Sequence[str], flags: Sequence[Flag]) -> None:
+    dashed = next((word for word in words if word.startswith("-") and not NUMBER.fullmatch(word)), None)
+    if dashed is not None:
+        raise UserError(f"{dashed}: no such flag; flags begin with two dashes")
+    if len(words) < len(flags):
+        raise UserError(f"{flags[len(words)].metavar}: must be given")
+    if flags and flags[-1].most is None:
+        return
+    if len(words) > len(flags):
+        raise UserError(
+            f"{words[len(flags)]}: one argument too many; a value follows its flag, as in --data_path photos"
+        )
+
+
+def _take_official(given: Given, command: str, lines: list[str]) -> tuple[str, ...] | None:
+    """Takes a flag of the official scripts that has no meaning here, and returns the words behind it.
+
+    None for a flag that is not one.
+
+    Raises:
+        UserError: the flag asks for what fastmae does not do.
+    """
+    if command not in ("pretrain", "finetune"):
+        return None
+    if given.name in OF_LAUNCHERS:
+        if os.environ.get("RANK", "0") == "0":  # otherwise every rank would say so
+            lines.append(f"{given.spelling}: not used; torchrun sets it, as in `torchrun -m fastmae {command} …`")
+        return given.values[OF_LAUNCHERS[given.name] :]
+    if command == "finetune" and given.name in ONLY_OFFICIAL:
+        agreed, advice = ONLY_OFFICIAL[given.name]
+        if (given.values or ("",))[0] not in agreed:
+            shown = " ".join((given.spelling, *given.values[:1]))
+            raise UserError(f"{shown}: the official script's flag is not one of fastmae's; {advice}")
+        return given.values[1:]
+    return None

@@ -13,21 +13,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fastmae.config.values import OLD_NAMES, OLD_VALUES
 from fastmae.errors import UserError
 from fastmae.flags import REQUIRED, Flag
 
 NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)(e[-+]?\d+)?|[-+]?(inf|nan)", re.IGNORECASE)
 WORDS_FOR_BOOL = {"true": True, "false": False}
 
-# What earlier versions and the official scripts call flags and values, where fastmae has another word.
-OLD_NAMES = {"decoder": "image_decoder", "decoders": "image_decoders", "peers": "baselines"}
-OLD_VALUES = {
-    "attention": {"native": "cpu"},
-    "ops": {"native": "cpu"},
-    "image_decoder": {"pool": "threads"},
-    "image_decoders": {"pool": "threads"},
-    "baselines": {"published": "official"},
-}
 # Names that come to mind first, where the flag is called something that is not near in letters.
 MEANT = {
     "amp": "precision", "dataset": "data_path", "gpus": "device", "image_size": "input_size", "img_size": "input_size",
@@ -164,7 +156,8 @@ def _bool_words(flag: Flag, given: Given, values: tuple[str, ...], switch: bool)
 
 def _checked(flag: Flag, given: Given, value: str) -> str:
     """Returns the value in the words of today, if the flag can have it."""
-    value = OLD_VALUES.get(flag.name, {}).get(value, value)
+    if value not in flag.choices:
+        value = OLD_VALUES.get(flag.name, {}).get(value, value)
     if flag.takes_none and value == "None":
         return value
     if flag.choices and value not in flag.choices:

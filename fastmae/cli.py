@@ -105,11 +105,11 @@ def parse(words: Sequence[str]) -> Any:
     rest = list(words[len(command.split()) :])
     try:
         normal, lines = normalise(rest, flags_of(config), command)
-        for line in lines:
-            print(f"fastmae: {line}", file=sys.stderr)
-        return _values_of(config, normal)
     except UserError as error:
         raise UserError(f"{error}{'' if str(error).endswith('?') else ';'} see `fastmae {command} --help`") from None
+    for line in lines:
+        print(f"fastmae: {line}", file=sys.stderr)
+    return _values_of(config, normal, command)
 
 
 def command_of(words: Sequence[str]) -> str:
@@ -135,7 +135,7 @@ def command_of(words: Sequence[str]) -> str:
     raise UserError(f"{word}: no such {what}{did_you_mean(word, [*names, 'bench']) or ';'} see {page}")
 
 
-def _values_of(config: type, words: list[str]) -> Any:
+def _values_of(config: type, words: list[str], command: str) -> Any:
     """Makes values of words with tyro. What it still refuses by itself becomes one line, as all errors are."""
     text = io.StringIO()
     try:
@@ -143,7 +143,8 @@ def _values_of(config: type, words: list[str]) -> Any:
             return tyro.cli(config, args=words, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit:
         box = [line.strip("│ ") for line in text.getvalue().splitlines() if not set(line) & set("╭╰")]
-        raise UserError(" ".join(" ".join(box).split()).partition(" ───")[0].rstrip(".")) from None
+        problem = " ".join(" ".join(box).split()).partition(" ───")[0].rstrip(".")
+        raise UserError(f"{problem}; see `fastmae {command} --help`") from None
 
 
 def call(config: Any, argv: list[str]) -> int:

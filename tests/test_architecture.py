@@ -34,7 +34,7 @@ ALLOWED = {
     | {"argv", "flags", "config", "environment", "estimate", "model", "data", "checkpoint"}
     | {"evaluate", "export", "train", "benchmarks"},
     "flags": set(),
-    "argv": {"errors", "flags"},
+    "argv": {"errors", "flags", "config"},
     "cli": {"errors", "flags", "argv", "config", "commands", "train"},
     "__init__": {"ops", "model"},
     "__main__": {"cli"},

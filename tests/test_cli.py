@@ -136,6 +136,7 @@ WRONG = {
     "no boolean": (["pretrain", "--pin_mem", "maybe"], "--pin_mem maybe: must be True or False"),
     "a boolean twice": (["pretrain", "--no_pin_mem", "True"], "write --pin_mem True"),
     "not a whole number": (["pretrain", "--keep", "1.5"], "--keep 1.5: must be a whole number"),
+    "a negative number": (["pretrain", "--lr", "-1"], "--lr -1.0: must be a positive number"),
     "missing flag": (["export", "{run}"], "--to: must be given"),
     "missing data": (["features", "{run}", "--output", "{tmp}/a.npz"], "DATA: must be given"),
     "a value like a flag": (["pretrain", "--device", "-x"], "--device -x"),
@@ -208,7 +209,7 @@ NEEDED = {
     "probe": ["RUN"], "reconstruct": ["RUN"], "features": ["RUN", "DATA", "--output", "x.npz"],
     "search": ["RUN", "one.jpg"], "anomaly": ["RUN"],
     "export": ["RUN", "--to", "hf", "--output", "x"], "verify": ["--data_path", "x"],
-    "bench all": ["--output", "x"],
+    "bench all": ["--output", "x"], "pretrain float8": ["--precision", "bf16", "--compile", "block"],
 }  # fmt: skip
 
 
@@ -227,7 +228,9 @@ def test_every_switch_takes_every_spelling(command, flag):
     if flag.takes_none:
         spellings[f"--{name} None"] = None
     for words, expected in spellings.items():
-        config = parse([*command.split(), *words.split(), *NEEDED.get(command, [])])
+        config = parse(
+            [*command.split(), *words.split(), *NEEDED.get(command, []), *NEEDED.get(f"{command} {name}", [])]
+        )
         assert getattr(config, name) is expected, words
 
 
@@ -245,8 +248,8 @@ def test_the_last_of_several_spellings_counts():
 
 
 def test_values_of_every_kind():
-    config = parse(["pretrain", "--lr=-1e-3", "--input-size", "32", "48", "--model", "None", "--resume", ""])
-    assert (config.lr, config.input_size, config.model, config.resume) == (-1e-3, (32, 48), None, "")
+    config = parse(["pretrain", "--lr=1e-3", "--input-size", "32", "48", "--model", "None", "--resume", ""])
+    assert (config.lr, config.input_size, config.model, config.resume) == (1e-3, (32, 48), None, "")
     config = parse(["probe", "RUN", "--k", "5", "20", "--output", "-"])
     assert (config.checkpoint, config.k, config.output) == ("RUN", (5, 20), "-")
     config = parse(["features", "RUN", "--output", "x.npz", "--split", "val", "a", "b"])
@@ -261,8 +264,7 @@ def test_spellings_of_earlier_versions():
 OLD = {
     "pretrain --ops native --attention native": "pretrain --ops cpu --attention cpu",
     "pretrain --decoder pool": "pretrain --image_decoder threads",
-    "bench step --peers published timm": "bench step --baselines official timm",
-    "bench loader --decoders pool": "bench loader --image_decoders threads",
+    "pretrain --decoder=pool": "pretrain --image-decoder threads",
 }
 # The command lines of the official documentation for pretraining and fine-tuning, and every flag of the two scripts.
 OFFICIAL = {
@@ -392,7 +394,7 @@ def test_help_of_training_shows_ten_flags_and_the_groups_of_all_others(command, 
 def test_help_says_a_default_once(capsys, monkeypatch):
     text = " ".join(page(["pretrain", "--help-all"], capsys, monkeypatch, 100).split())
     assert re.search(r"--batch_size INT .*? Default: 64\. --", text)
-    assert re.search(r"--pin_mem, --no_pin_mem [^-]*? Default: on\.", text)
+    assert re.search(r"--pin_mem, --no_pin_mem Copy [\w -]*\. Default: on\.", text)
     for flag in flags_of(PretrainConfig):
         assert (flag.text + _default(flag)).count("Default:") <= 1, flag.name
 

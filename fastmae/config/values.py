@@ -19,9 +19,11 @@ from fastmae.errors import SettingError
 T = TypeVar("T")
 
 # What version 0.1 called some settings, and some of their values.
-OLD_NAMES = {"decoder": "image_decoder"}
+OLD_NAMES = {"decoder": "image_decoder", "decoders": "image_decoders", "peers": "baselines"}
 OLD_VALUES = {
     "image_decoder": {"pool": "threads"},
+    "image_decoders": {"pool": "threads"},
+    "baselines": {"published": "official"},
     "ops": {"native": "cpu"},
     "attention": {"native": "cpu"},
 }

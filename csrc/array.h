@@ -1,5 +1,4 @@
-// What the ops know of their arguments: views of memory with a type, a shape and strides, which checks.h has made
-// sure of.
+// The arguments of the ops: views of memory with a type, a shape and strides, which checks.h has checked.
 #pragma once
 
 #include <array>
@@ -36,7 +35,7 @@ struct Array {
   char* at(std::int64_t i, std::int64_t j) const { return at(i) + j * strides[1]; }
 };
 
-// Patch numbers [rows, count], copied while they were checked: nobody can change them afterwards.
+// Patch numbers [rows, count], copied while they were checked, so that nothing can change them afterwards.
 struct Ids {
   std::vector<std::int32_t> values;
   std::int64_t rows, count;
@@ -44,7 +43,7 @@ struct Ids {
   const std::int32_t* row(std::int64_t n) const { return values.data() + n * count; }
 };
 
-// L = gh·gw patches of ph×pw pixels with C channels, P numbers a patch.
+// L = gh·gw patches of ph×pw pixels with C channels, P numbers per patch.
 struct Grid {
   std::int64_t gh, gw, ph, pw, C;
 
@@ -52,7 +51,7 @@ struct Grid {
   std::int64_t P() const { return ph * pw * C; }
 };
 
-// Rows of numbers without gaps, whatever the stride of the last axis is: one that has gaps is copied together.
+// Rows of numbers without gaps, for any stride of the last axis: a row with gaps is copied.
 class PackedRow {
  public:
   PackedRow(const Array& array, int axis)

@@ -9,11 +9,11 @@
 namespace fastmae {
 namespace {
 
-// So many rows are summed one after the other in float32, before their sum is added to the others' in float64. A fixed
-// number: the threads share whole groups, whoever they are.
+// So many rows are added up in float32 before their sum is added to a float64. The number is fixed and threads take
+// whole groups, so the result does not depend on the number of threads.
 constexpr std::int64_t kRowsOfAGroup = 32;
 
-// Rows [rows, D] as float32 without gaps: where they lie if they are, else copied.
+// Rows [rows, D] as float32 without gaps: in their own memory if they have this form, otherwise copied.
 class FloatRows {
  public:
   FloatRows(const Array& array, int threads) : D_(array.shape[array.ndim - 1]) {

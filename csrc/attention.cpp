@@ -1,4 +1,4 @@
-// attention for the CPU, forward and backward: a head of an image is a task, and no two tasks write to the same place.
+// attention for the CPU, forward and backward: each head of each image is one task; no two tasks write the same memory.
 // Equivalent to fastmae/ops/attention.py, which has the definition.
 #include <cmath>
 #include <memory>
@@ -15,10 +15,10 @@ float* floats(const Array& array, std::int64_t n, std::int64_t h) {
   return reinterpret_cast<float*>(array.at(n) + h * array.strides[2]);
 }
 
-// How many numbers a token lies behind the one before.
+// The distance of two tokens, in numbers.
 std::int64_t row(const Array& array) { return array.strides[1] / static_cast<std::int64_t>(sizeof(float)); }
 
-// Memory for a thread, which begins where a line of the cache does.
+// The memory of one thread, aligned to a cache line.
 class Scratch {
  public:
   explicit Scratch(std::int64_t count) : storage_(new float[static_cast<std::size_t>(count) + kLine]) {

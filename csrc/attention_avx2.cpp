@@ -11,7 +11,7 @@ typedef float Float __attribute__((vector_size(32)));
 typedef std::uint32_t Bits __attribute__((vector_size(32)));
 
 inline Float broadcast(float x) { return _mm256_set1_ps(x); }
-// The second one where either is NaN.
+// The larger one; the second one if either is NaN.
 inline Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }
 
 }  // namespace

@@ -9,7 +9,7 @@ typedef float Float __attribute__((vector_size(16)));
 typedef std::uint32_t Bits __attribute__((vector_size(16)));
 
 inline Float broadcast(float x) { return Float{x, x, x, x}; }
-// The second one where either is NaN.
+// The larger one; the second one if either is NaN.
 inline Float larger(Float a, Float b) { return a > b ? a : b; }
 
 }  // namespace

@@ -1,20 +1,23 @@
-// Attention of one head, forward and backward, written once and compiled once an instruction set. The including file
-// has defined, in an unnamed namespace inside fastmae, the vectors Float and Bits (kLanes 32-bit numbers), broadcast and
-// larger, and the tile of a product that its registers hold (kTileRows × kTileVectors vectors).
+// Attention of one head, forward and backward, written once and compiled once per instruction set.
 //
-// Multiplications and additions are fused where the instruction set can, so here, unlike in loops.h, bits differ
-// between instruction sets. As there, nothing may have external linkage, so there is no #include but one
-// that has none either.
+// How it is included: attention_baseline.cpp, attention_avx2.cpp and attention_avx512.cpp include it once each, after
+// they have defined, in an unnamed namespace inside fastmae, the vectors Float and Bits (kLanes 32-bit numbers), the
+// functions broadcast and larger, and the tile of a product that the registers hold (kTileRows × kTileVectors vectors).
+// No other file may include it, so it has no include guard on purpose. attention_table() at the end makes the functions
+// known to instruction_set.cpp.
 //
-// Scores lie transposed, a row a key, with queries side by side in the lanes: maxima and sums over keys then take whole
-// vectors, and so do all products, with nothing left over but queries.
+// Multiplications and additions are fused where the instruction set can do that, so here, unlike in loops.h, the bits
+// differ between instruction sets. As in loops.h, nothing may have external linkage; the one #include has none either.
+//
+// Scores are transposed: one row per key, with the queries side by side in the lanes. Maxima and sums over keys then
+// take whole vectors, and so do all products; only the last vector of queries can be incomplete.
 
 #include "turn.h"
 
 namespace fastmae {
 namespace {
 
-// Queries at a time: scores of so many, and what comes of them, lie in the nearest caches.
+// The number of queries at a time: their scores, and what is computed from them, fit into the nearest caches.
 constexpr std::int64_t kQueries = 32;
 
 inline Float load(const float* p) {
@@ -25,13 +28,13 @@ inline Float load(const float* p) {
 
 inline void store(float* p, Float x) { __builtin_memcpy(p, &x, sizeof x); }
 
-// e^x to 2e-7 of it for x from -87 to what float32 can hold; 0 below. NaN stays NaN.
+// e^x with a relative error of 2e-7 for x from -87 to the largest that float32 can hold; 0 below. NaN stays NaN.
 inline Float exponential(Float x) {
-  // Adding 1.5·2^23 leaves no room for a fraction: the whole number is in the low bits.
+  // Adding 1.5·2^23 leaves no bits for a fraction: the whole number is in the low bits.
   const Float shifted = x * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f;
-  // ln 2 in two parts, of which the first is short enough for an exact product. |r| ≤ ln 2 / 2.
+  // ln 2 is split in two parts, the first short enough for an exact product. |r| ≤ ln 2 / 2.
   const Float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  // (e^r - 1 - r) / r², fitted at Chebyshev's points, to 1e-8 of e^r.
+  // (e^r - 1 - r) / r² as a polynomial fitted at Chebyshev's points; its error is 1e-8 of e^r.
   Float y = r * 0x1.6d444ep-10f + 0x1.120c68p-7f;
   y = y * r + 0x1.5554e8p-5f;
   y = y * r + 0x1.5554dcp-3f;
@@ -42,13 +45,13 @@ inline Float exponential(Float x) {
   return x < broadcast(-87.0f) ? broadcast(0.0f) : y * reinterpret_cast<Float>(exponent);
 }
 
-// A factor of a product that is read a number at a time, so that it may lie transposed.
+// A factor of a product that is read number by number, so that it may be transposed.
 struct Factor {
   const float* numbers;
   std::int64_t row, column;
 };
 
-// rows × vectors of c = a · b, or c += a · b; b and c have rows of vectors.
+// Computes rows × vectors of c = a · b, or of c += a · b; b and c have rows of vectors.
 template <int rows, int vectors>
 inline void tile(Factor a, const float* b, std::int64_t b_row, std::int64_t depth, bool add, float* c,
                  std::int64_t c_row) {
@@ -76,7 +79,7 @@ inline void tile(Factor a, const float* b, std::int64_t b_row, std::int64_t dept
     for (int j = 0; j < vectors; ++j) store(c + i * c_row + j * kLanes, sums[i][j]);
 }
 
-// The tile of so many rows, which the compiler has to know.
+// Calls the tile of so many rows; their number must be known when it is compiled.
 template <int vectors, int most = kTileRows>
 inline void tile_of(std::int64_t rows, Factor a, const float* b, std::int64_t b_row, std::int64_t depth, bool add,
                     float* c, std::int64_t c_row) {
@@ -89,7 +92,7 @@ inline void tile_of(std::int64_t rows, Factor a, const float* b, std::int64_t b_
 template <int vectors>
 inline void panel(Factor a, std::int64_t rows, const float* b, std::int64_t b_row, std::int64_t depth, bool add,
                   float* c, std::int64_t c_row) {
-  // Tiles of nearly equal heights: 13 rows are 7 and 6 rather than 8 and 5.
+  // Tiles have nearly equal heights: 13 rows are 7 and 6 instead of 8 and 5.
   const std::int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (std::int64_t i = 0, first = 0; i < tiles; ++i) {
     const std::int64_t last = rows * (i + 1) / tiles;
@@ -108,14 +111,14 @@ void product(Factor a, std::int64_t rows, const float* b, std::int64_t b_row, st
   for (; i < width; i += kLanes) panel<1>(a, rows, b + i, b_row, depth, add, c + i, c_row);
 }
 
-// Rows so many numbers apart, moved together or apart.
+// Copies rows that lie from_row numbers apart to rows that lie to_row numbers apart.
 void copy_rows(const float* from, std::int64_t from_row, std::int64_t rows, std::int64_t D, float* to,
                std::int64_t to_row) {
   for (std::int64_t r = 0; r < rows; ++r)
     for (std::int64_t d = 0; d < D; d += kLanes) store(to + r * to_row + d, load(from + r * from_row + d));
 }
 
-// to [D, kQueries] = factor · from [rows, D], transposed; what fills up the last vector is 0.
+// to [D, kQueries] = factor · from [rows, D], transposed; the rest of the last vector is 0.
 void transpose(const float* from, std::int64_t rows, std::int64_t D, float factor, float* to) {
   for (std::int64_t r = 0; r < rows || r % kLanes; r += 4)
     for (std::int64_t d = 0; d < D; d += 4) {
@@ -134,7 +137,7 @@ void transpose(const float* from, std::int64_t rows, std::int64_t D, float facto
 
 inline std::int64_t whole_vectors(std::int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// Parts of the room that the caller has for us, one after another.
+// Hands out parts of the caller's memory, one after another.
 struct Room {
   float* next;
 
@@ -150,7 +153,7 @@ std::int64_t room(AttentionShape shape, bool backward) {
   return backward ? 4 * S * D + 2 * S * kQueries + 4 * kQueries * D : 2 * S * D + S * kQueries + 2 * kQueries * D;
 }
 
-// One vector of queries: their maxima over the keys, in four strands that do not wait for each other.
+// The maxima over the keys for one vector of queries, in four independent chains of instructions.
 inline Float maxima(const float* scores, std::int64_t S) {
   Float most[4];
   for (int i = 0; i < 4; ++i) most[i] = load(scores);
@@ -212,11 +215,11 @@ void attention_backward(AttentionHead<const float> head, AttentionShape shape, c
     copy_rows(head.q + t * head.q_row, head.q_row, queries, D, q, D);
     copy_rows(grad + t * grad_row, grad_row, queries, D, g, D);
     transpose(q, queries, D, shape.scale, q_turned);
-    // With the scale, so that the slopes of the scores have it too, which both queries and keys are multiplied by.
+    // The scale is applied here, so that the slopes of the scores have it for both products, with queries and keys.
     transpose(g, queries, D, shape.scale, g_turned);
     product({k, D, 1}, S, q_turned, kQueries, D, width, false, weights, kQueries);
     product({v, D, 1}, S, g_turned, kQueries, D, width, false, slopes, kQueries);
-    float normaliser[kQueries] = {};  // of what fills up the last vector as well
+    float normaliser[kQueries] = {};  // 0 for the rest of the last vector
     __builtin_memcpy(normaliser, lse + t, static_cast<std::size_t>(queries) * sizeof(float));
     for (std::int64_t i = 0; i < width; i += kLanes) {
       const Float shift = load(normaliser + i);

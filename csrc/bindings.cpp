@@ -1,5 +1,5 @@
 // fastmae._C: the C++ ops, over NumPy arrays so that building needs no torch. NumPy has no bfloat16: uint16 means it.
-// An array becomes a view of memory here, checks.h looks at all views of a call, then the op runs without the GIL.
+// Here an array becomes a view of memory, checks.h checks all views of a call, then the op runs without the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -52,7 +52,8 @@ Array view(const char* name, const py::array& array) {
   return result;
 }
 
-// Each op: views, checks, work. The views stay valid without the GIL, for the caller holds the arrays.
+// Each function makes views, checks them and runs the op. The views stay valid without the GIL: the caller holds the
+// arrays.
 
 void random_masking(const py::array& draw_ids, std::uint64_t seed, std::int64_t threads,
                     const py::array& ids_shuffle) {

@@ -87,7 +87,7 @@ void check_contiguous(const Array& array) {
   }
 }
 
-// An output must be ours alone, and have no gaps.
+// An output must not overlap an input or another output, and must have no gaps.
 void check_output(const Array& output, std::initializer_list<const Array*> others) {
   if (!output.writeable) refuse(std::string(output.name) + " must be writeable, got a read-only array");
   check_contiguous(output);

@@ -1,5 +1,5 @@
-// All that is asked of the arguments of an op before a pointer is followed. Every refusal is a std::invalid_argument,
-// ValueError in Python, of one line that names the argument, what it is and what it may be.
+// All checks of the arguments of an op, before a pointer is followed. A wrong one raises std::invalid_argument, which
+// is ValueError in Python, with one line that names the argument, what it is and what it may be.
 #pragma once
 
 #include <array>
@@ -19,7 +19,7 @@ const char* name_of(DType dtype);
 
 int check_threads(std::int64_t threads);
 
-// One for each op: the arguments of ops.h as they came. Where the op wants ids or a grid, these are returned.
+// One function per op, with the arguments of ops.h as they came. Ids and the grid are returned if the op needs them.
 struct Checked {
   Ids ids;
   Grid grid;

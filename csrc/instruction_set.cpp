@@ -1,4 +1,4 @@
-// Asks the processor what it can do, once, and keeps the choice of the inner loops.
+// Asks the processor once which instruction sets it has, and holds the choice of the inner loops.
 #include "instruction_set.h"
 
 #include <atomic>
@@ -32,7 +32,7 @@ const Loops kAvx2Loops = {&kAvx2, &kAttentionAvx2}, kAvx512Loops = {&kAvx512, &k
 std::vector<const Loops*> find_supported() {
   std::vector<const Loops*> found = {&kBaselineLoops};
 #ifdef FASTMAE_X86_64
-  // The builtin asks the operating system too; not every compiler lets it be asked for F16C.
+  // The builtin asks the operating system too. Not every compiler knows F16C in it, so that is asked of the processor.
   unsigned a, b, c = 0, d;
   const bool has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
   __builtin_cpu_init();

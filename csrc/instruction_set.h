@@ -1,4 +1,4 @@
-// Which of the compiled inner loops run on this processor, and which one does; see instruction_set.cpp.
+// Which of the compiled inner loops can run on this processor, and which one is in use; see instruction_set.cpp.
 #pragma once
 
 #include <string>
@@ -8,7 +8,7 @@
 
 namespace fastmae {
 
-// The loops in use: the best ones, until somebody chooses.
+// The loops in use: the best ones, until set_instruction_set is called.
 const Kernels& kernels();
 const AttentionKernels& attention_kernels();
 

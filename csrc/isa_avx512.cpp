@@ -1,5 +1,5 @@
-// The inner loops for x86-64 processors with AVX-512 F, BW, VL and DQ; compiled with these flags, so nothing here may
-// be called before instruction_set.cpp has asked the processor.
+// The inner loops (loops.h) for x86-64 processors with AVX-512 F, BW, VL and DQ. The file is compiled with these flags,
+// so nothing here may be called before instruction_set.cpp has asked the processor.
 #include <immintrin.h>
 
 #include "kernels.h"

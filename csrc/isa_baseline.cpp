@@ -1,5 +1,5 @@
-// The inner loops for every processor: vectors of 16 bytes, which the compiler maps to what all processors of the
-// target have (SSE2 on x86-64, Neon on 64-bit ARM).
+// The inner loops (loops.h) for every processor, with vectors of 16 bytes; the compiler maps them to the instructions
+// that all processors of the target have (SSE2 on x86-64, Neon on 64-bit ARM).
 #include "kernels.h"
 
 namespace fastmae {
@@ -50,7 +50,7 @@ inline void store_uint16(void* p, Bits x) {
   __builtin_memcpy(p, low, sizeof low);
 }
 
-// Between 0 and 255 the sum with 2^23 has no room for a fraction, so the addition rounds it away, to nearest even.
+// Between 0 and 255 the sum with 2^23 has no bits for a fraction, so the addition rounds to nearest even.
 inline void store_uint8(std::uint8_t* p, Float x) {
   const Bits whole = as_bits(x + broadcast(8388608.0f));
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::uint8_t>(whole[i]);

@@ -1,5 +1,5 @@
 // The inner loops of the ops as a table of functions, so that the instruction set is chosen when the program runs.
-// Everything a loop is told is a plain number or pointer; checks, strides of tensors and threads are not its business.
+// A loop takes plain numbers and pointers only; it knows nothing of checks, strides of tensors or threads.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +24,7 @@ struct PixelRows {
   std::int64_t rows, columns;
 };
 
-// Room for whole vectors of every instruction set: the target buffer of patch_error is padded to a multiple of this.
+// Whole vectors of every instruction set fit into it: the target buffer of patch_error is padded to a multiple of it.
 constexpr std::int64_t kLaneBlock = 32;
 
 // All float arithmetic is separate float32 additions and multiplications in a fixed order: an instruction set changes
@@ -36,14 +36,15 @@ struct Kernels {
   // 4 * blocks, rounded up to a multiple of kLaneBlock.
   void (*random_keys)(std::uint64_t seed, std::uint64_t id, std::int64_t blocks, std::uint64_t* keys);
 
-  // rows × columns pixels → as many numbers without gaps.
+  // Turns rows × columns pixels into as many numbers without gaps.
   void (*normalise)(PixelRows<const char> pixels, DType pixels_dtype, Normalisation by, void* out, DType out_dtype);
 
-  // The opposite way, x * scale[i] + offset[i] (and * 255, rounded, for uint8); offset_rest is not looked at.
+  // The inverse, x * scale[i] + offset[i] (and * 255, rounded, for uint8); offset_rest is not used.
   void (*denormalise)(const void* patch, DType patch_dtype, Normalisation by, PixelRows<char> pixels,
                       DType pixels_dtype);
 
-  // The squared error of a patch, summed. The target is overwritten. gradient = (pred - target) * gradient_scale.
+  // Returns the sum of the squared errors of a patch and overwrites the target. The gradient is
+  // (pred - target) * gradient_scale.
   double (*patch_error)(float* target, std::int64_t count, bool norm_pix, double eps, const void* pred, DType dtype,
                         float gradient_scale, void* gradient);
 
@@ -57,8 +58,8 @@ struct Kernels {
   void (*convert)(const void* in, DType in_dtype, std::int64_t count, void* out, DType out_dtype);
 };
 
-// Queries [T, D], keys and values [S, D] of one head of one image, or their gradients. Rows are so many numbers apart,
-// the numbers of a row none.
+// Queries [T, D], keys and values [S, D] of one head of one image, or their gradients. Rows lie so many numbers apart;
+// the numbers of a row have no gaps.
 template <class Number>
 struct AttentionHead {
   Number *q, *k, *v;
@@ -71,16 +72,16 @@ struct AttentionShape {
   float scale;
 };
 
-// Attention of one head, in fused multiply-adds where the instruction set has them: here it does change the bits.
+// Attention of one head, with fused multiply-adds if the instruction set has them, so here it does change the bits.
 struct AttentionKernels {
-  // Numbers that the others want for their own use, from an address that a vector of any instruction set may have.
+  // How many float32 numbers of memory the other two need, aligned for vectors of any instruction set.
   std::int64_t (*room)(AttentionShape shape, bool backward);
 
   // out [T, D], and the logarithms of the sums of the exponentials of its scores, lse [T].
   void (*forward)(AttentionHead<const float> head, AttentionShape shape, float* out, std::int64_t out_row, float* lse,
                   float* room);
 
-  // grad [T, D] of out, and lse as forward has left it.
+  // grad [T, D] is the gradient of out; lse is the one that forward wrote.
   void (*backward)(AttentionHead<const float> head, AttentionShape shape, const float* grad, std::int64_t grad_row,
                    const float* lse, AttentionHead<float> gradients, float* room);
 };

@@ -1,9 +1,14 @@
-// The inner loops of every op, written once and compiled once an instruction set. The including file has defined, in an
-// unnamed namespace inside fastmae, the vectors Float, Bits and Word (kLanes 32-bit numbers; half as many 64-bit ones),
-// and how they are loaded, stored and converted.
+// The inner loops of every op but attention, written once and compiled once per instruction set.
+//
+// How it is included: isa_baseline.cpp, isa_avx2.cpp and isa_avx512.cpp include it once each, after they have defined,
+// in an unnamed namespace inside fastmae, the vectors Float, Bits and Word (kLanes 32-bit numbers; half as many 64-bit
+// ones), and the functions that load, store and convert them. No other file may include it, so it has no include guard
+// on purpose. CMakeLists.txt compiles each of these files with the flags of its instruction set, and table() at the end
+// makes the functions known to instruction_set.cpp.
 //
 // Nothing here may have external linkage: a template of the standard library, instantiated for AVX-512, could be the
-// copy that the linker keeps for everybody. So there is no #include, and all functions are in the unnamed namespace.
+// one copy that the linker keeps for all files. So there is no #include, and all functions are in the unnamed
+// namespace.
 
 namespace fastmae {
 namespace {
@@ -26,7 +31,7 @@ inline void store(Bfloat* p, Float x) {
   store_uint16(p, ((x == x ? rounded : (bits | 0x400000)) >> 16) & 0xFFFF);
 }
 
-// × 255, clamped, rounded to nearest even; NaN becomes 0.
+// Multiplies by 255, clamps, and rounds to nearest even; NaN becomes 0.
 inline void store(std::uint8_t* p, Float x) {
   const Float zero = broadcast(0.0f), full = broadcast(255.0f);
   x = x * full;
@@ -34,7 +39,7 @@ inline void store(std::uint8_t* p, Float x) {
   store_uint8(p, x < full ? x : full);
 }
 
-// The first n of kLanes numbers; the others are 0.
+// Loads the first n of kLanes numbers; the others are 0.
 template <class T>
 inline Float load(const T* p, std::int64_t n) {
   if (n == kLanes) return load(p);
@@ -51,8 +56,8 @@ inline void store(T* p, Float x, std::int64_t n) {
   __builtin_memcpy(p, whole, static_cast<std::size_t>(n) * sizeof(T));
 }
 
-// Calls body(i, n) for vectors of n numbers from i on that cover [0, count). The last one overlaps the one before
-// rather than being short: body must not mind doing a number twice.
+// Calls body(i, n) for vectors of n numbers from i on that cover [0, count). The last vector overlaps the one before
+// instead of being short, so body must give the same result if it handles a number twice.
 template <class Body>
 inline void for_each_vector(std::int64_t count, Body body) {
   if (count < kLanes) {
@@ -64,7 +69,7 @@ inline void for_each_vector(std::int64_t count, Body body) {
   if (i < count) body(count - kLanes, std::int64_t{kLanes});
 }
 
-// Calls body(pointer of the type) for the type that dtype names. Checked before: no other gets here.
+// Calls body(pointer of the type) for the type that dtype names. checks.cpp has refused all other types.
 template <class Body>
 inline void with_float_pointer(const void* p, DType dtype, Body body) {
   if (dtype == DType::kFloat32) return body(static_cast<const float*>(p));
@@ -81,8 +86,8 @@ inline void with_float_pointer(void* p, DType dtype, Body body) {
 
 constexpr std::uint64_t kStreamMask = 0;
 
-// Philox4x32-10 (Salmon et al. 2011), the same bits as fastmae/philox.py, which says how counters are laid out. A block
-// a 64-bit lane: products look at the low halves of their factors alone, so what gathers in the high ones does no harm.
+// Philox4x32-10 (Salmon et al. 2011), the same bits as fastmae/philox.py, which says how counters are laid out. Each
+// 64-bit lane has one block. Products read only the low halves of their factors, so the high halves may hold anything.
 void random_keys(std::uint64_t seed, std::uint64_t id, std::int64_t blocks, std::uint64_t* keys) {
   const Word multiplier0 = broadcast(std::uint64_t{0xD2511F53u}), multiplier1 = broadcast(std::uint64_t{0xCD9E8D57u});
   for (std::int64_t first = 0; first < blocks; first += kLanes / 2) {
@@ -149,7 +154,7 @@ void denormalise(const void* patch, DType patch_dtype, Normalisation by, PixelRo
 
 constexpr int kParts = kLaneBlock / kLanes;
 
-// Number i is added to lane i % kLaneBlock and the lanes pairwise, whatever the width of a vector.
+// Number i is added to lane i % kLaneBlock, and the lanes are added pairwise, for every width of a vector.
 inline double sum_of_lanes(const Float (&parts)[kParts]) {
   double lanes[kLaneBlock];
   for (int i = 0; i < kLaneBlock; ++i) lanes[i] = parts[i / kLanes][i % kLanes];
@@ -158,7 +163,7 @@ inline double sum_of_lanes(const Float (&parts)[kParts]) {
   return lanes[0];
 }
 
-// In float64, so that a patch of one colour has exactly that colour for its mean.
+// The sum is float64, so that the mean of a patch of one colour is exactly that colour.
 inline double mean_of(const float* x, std::int64_t count) {
   Double low[kParts] = {}, high[kParts] = {};
   for (std::int64_t i = 0; i < count; i += kLaneBlock) {
@@ -179,7 +184,7 @@ inline double mean_of(const float* x, std::int64_t count) {
   return lanes[0] / static_cast<double>(count);
 }
 
-// Two passes over numbers that lie in the first-level cache.
+// Takes a second pass over the numbers, which lie in the first-level cache.
 inline double unbiased_variance(const float* x, std::int64_t count, float mean) {
   Float squares[kParts] = {};
   const Float centre = broadcast(mean);
@@ -222,7 +227,7 @@ double patch_error(float* target, std::int64_t count, bool norm_pix, double eps,
                    float gradient_scale, void* gradient) {
   const std::int64_t padded = (count + kLaneBlock - 1) / kLaneBlock * kLaneBlock;
   float mean = 0, scale = 1;
-  // What pads the target adds nothing to the mean, then nothing to the variance, then nothing to the error.
+  // The padding of the target adds nothing to the mean, then nothing to the variance, then nothing to the error.
   for (std::int64_t i = count; i < padded; ++i) target[i] = 0;
   if (norm_pix) {
     mean = static_cast<float>(mean_of(target, count));

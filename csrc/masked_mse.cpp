@@ -1,4 +1,4 @@
-// masked_mse for the CPU: the loss and its gradient in one pass. A target patch lives in the first-level cache only.
+// masked_mse for the CPU: the loss and its gradient in one pass. A target patch exists only in the first-level cache.
 // Equivalent to fastmae/ops/masked_mse.py, which has the definition.
 #include "instruction_set.h"
 #include "ops.h"

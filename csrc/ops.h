@@ -1,5 +1,5 @@
-// The ops on checked arguments, a file each. fastmae/ops has their definitions; outputs are contiguous, every
-// element is written once, and the number of threads does not change a bit.
+// The ops on checked arguments, one file per op. fastmae/ops has their definitions. Outputs are contiguous, every
+// element is written once, and the number of threads does not change the bits.
 #pragma once
 
 #include "array.h"
@@ -35,7 +35,7 @@ void transpose_and_sum(const Array& matrix, int threads, const Array& transposed
 // float32. The one op whose bits depend on the instruction set.
 void attention(const Array& packed, const Array* queries, int threads, const Array& out, const Array& lse);
 
-// grad [N, T, H, D], and what attention was given and gave → the gradients of packed and of queries.
+// grad [N, T, H, D], and the inputs and outputs of attention → the gradients of packed and of queries.
 void attention_backward(const Array& grad, const Array& packed, const Array* queries, const Array& lse, int threads,
                         const Array& grad_packed, const Array* grad_queries);
 

@@ -1,5 +1,5 @@
-// A pool of threads that sleep while there is nothing to do. It starts with the first loop that is worth it, grows to
-// the most threads ever asked for and is never torn down: a process ends with its threads asleep.
+// A pool of threads that sleep while there is no work. It starts with the first loop that is large enough, grows to the
+// largest number of threads ever asked for and is never destroyed: a process ends with its threads asleep.
 #include "parallel.h"
 
 #include <dlfcn.h>
@@ -21,7 +21,7 @@ namespace {
 
 // Waking a thread takes as long as copying about this many bytes.
 constexpr std::int64_t kSmallestRange = 128 * 1024;
-// More ranges than threads, because the machine has other work too and threads are not equally fast.
+// There are more ranges than threads, because the machine has other work too and threads are not equally fast.
 constexpr std::int64_t kRangesPerThread = 4;
 
 using Work = std::function<void(std::int64_t, std::int64_t)>;
@@ -32,7 +32,7 @@ class Loop {
     std::fegetenv(&arithmetic_);
   }
 
-  // Does ranges until none is left. Helpers round and flush as the calling thread does, for the same bits.
+  // Works on ranges until none is left. Helpers round and flush as the calling thread does, for the same bits.
   void take_part(bool as_helper) noexcept {
     if (as_helper) std::fesetenv(&arithmetic_);
     try {
@@ -82,7 +82,7 @@ class Pool {
   }
 
  private:
-  // Signals are for the threads that were there before: Python runs its handlers on one of them.
+  // Signals must go to the threads that existed before: Python runs its handlers on one of them.
   void grow(int threads) {
     if (threads_ >= threads) return;
     sigset_t all, before;
@@ -91,7 +91,7 @@ class Pool {
     try {
       for (; threads_ < threads; ++threads_) std::thread([this] { live(); }).detach();
     } catch (const std::system_error&) {
-      // No more threads to be had: fewer do the work.
+      // No more threads can be started: fewer do the work.
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
@@ -112,7 +112,7 @@ class Pool {
 
   std::mutex mutex_;
   std::condition_variable work_to_do_;
-  std::deque<Loop*> loops_;  // those that still want helpers
+  std::deque<Loop*> loops_;  // the loops that still want helpers
   int threads_ = 0;
 };
 
@@ -130,7 +130,7 @@ Pool& pool() {
   return *found;
 }
 
-// Calls run(loop, helpers) for a loop that is worth several threads.
+// Calls run(loop, helpers) for a loop that is large enough for several threads.
 template <class Run>
 void split(std::int64_t count, std::int64_t bytes_per_item, int threads, const Work& work, Run run) {
   if (count <= 0) return;
@@ -143,7 +143,7 @@ void split(std::int64_t count, std::int64_t bytes_per_item, int threads, const W
   loop.rethrow_failure();
 }
 
-// The function that compilers call for `#pragma omp parallel`; null where nothing has loaded OpenMP for all to see.
+// The function that compilers call for `#pragma omp parallel`; null if OpenMP is not loaded with global visibility.
 using OpenMP = void (*)(void (*task)(void*), void* argument, unsigned threads, unsigned flags);
 
 OpenMP openmp() {
@@ -159,7 +159,7 @@ void parallel_for(std::int64_t count, std::int64_t bytes_per_item, int threads, 
 
 void parallel_for_beside_torch(std::int64_t count, std::int64_t bytes_per_item, int threads, const Work& work) {
   if (!openmp()) return parallel_for(count, bytes_per_item, threads, work);
-  // As many threads as torch has, even if there are fewer ranges: OpenMP ends those that a team has no use for.
+  // It takes as many threads as torch has, even for fewer ranges: OpenMP ends threads that a team does not need.
   split(count, bytes_per_item, threads, work, [&](Loop& loop, int) {
     openmp()([](void* shared) { static_cast<Loop*>(shared)->take_part(true); }, &loop,
              static_cast<unsigned>(threads), 0);

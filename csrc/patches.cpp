@@ -1,5 +1,5 @@
-// Patches of images with any strides. Where a row of a patch is consecutive in memory and long enough it is read where
-// it lies; otherwise the patch is first put together, in the first-level cache.
+// Patches of images with any strides. If a row of a patch is consecutive in memory and long enough, it is read
+// directly; otherwise the patch is first copied together, in the first-level cache.
 #include "patches.h"
 
 #include <cstring>
@@ -9,7 +9,7 @@
 namespace fastmae {
 namespace {
 
-// Below a vector of AVX-512 the ends of rows cost more than the copy.
+// For rows shorter than a vector of AVX-512, the ends of rows cost more than the copy.
 constexpr std::int64_t kShortRow = 16;
 
 bool rows_are_contiguous(const Array& images, const Grid& grid, std::int64_t size) {
@@ -21,7 +21,7 @@ bool rows_are_contiguous(const Array& images, const Grid& grid, std::int64_t siz
 // Pixels [ph, pw, C] of any strides, one after the other. T is any type of their size.
 template <class T>
 void copy_together(const char* patch, const Grid& grid, const std::array<std::int64_t, 4>& strides, char* packed) {
-  // Copies, which the compiler may keep in registers: bytes may be stored over anything that is referred to.
+  // Local copies, which the compiler may keep in registers; it must assume that stored bytes change other memory.
   const std::int64_t pw = grid.pw, C = grid.C, step = strides[2], width = C * static_cast<std::int64_t>(sizeof(T));
   for (std::int64_t y = 0; y < grid.ph; ++y, packed += pw * width)
     for (std::int64_t c = 0; c < C; ++c) {
@@ -48,7 +48,7 @@ NormalisationTable::NormalisationTable(std::int64_t length)
       offset_rest_(static_cast<std::size_t>(length)),
       scale_(static_cast<std::size_t>(length)) {}
 
-// Subtracting before scaling, and the rounding error of unit·mean after it, leaves no error where x is near the mean.
+// The mean is subtracted before scaling, then the rounding error of unit·mean: so x near the mean gives no error.
 NormalisationTable NormalisationTable::forward(const Array& mean, const Array& std, double unit, std::int64_t length) {
   const std::vector<double> means = channel_values(mean), stds = channel_values(std);
   NormalisationTable table(length);

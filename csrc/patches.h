@@ -26,7 +26,7 @@ class NormalisationTable {
   std::vector<float> offset_, offset_rest_, scale_;
 };
 
-// Where the patches lie in images [N, H, W, C] of any strides; one for all threads.
+// The positions of patches in images [N, H, W, C] of any strides; all threads share one object.
 class PatchLayout {
  public:
   PatchLayout(const Array& images, const Grid& grid, const Array& mean, const Array& std);
@@ -36,13 +36,13 @@ class PatchLayout {
 
   const Array images_;
   const Grid grid_;
-  const std::int64_t size_;  // of a pixel's number, in bytes
-  const bool contiguous_rows_;  // of a patch
+  const std::int64_t size_;  // the bytes of one number of a pixel
+  const bool contiguous_rows_;  // whether the rows of a patch have no gaps
   const bool packs_;
   const NormalisationTable table_;
 };
 
-// Reads patch after patch; one for each thread, for it owns the room in which scattered pixels are put together.
+// Reads patch after patch. Each thread has its own object, which owns the memory where scattered pixels are collected.
 class PatchReader {
  public:
   explicit PatchReader(const PatchLayout& layout);

@@ -11,8 +11,8 @@
 namespace fastmae {
 namespace {
 
-// Keys are evenly spread, so their first bits say nearly where they belong: put them into as many buckets as there are
-// keys, then mend the order by insertion, which is left with short ways.
+// Keys are evenly distributed, so their first bits nearly determine their position: they go into as many buckets as
+// there are keys, and an insertion sort, in which each key then moves only a little, finishes the order.
 class Sorter {
  public:
   explicit Sorter(std::int64_t count) : count_(count), sorted_(static_cast<std::size_t>(count)) {
@@ -53,9 +53,9 @@ void random_masking(const Array& draw_ids, std::uint64_t seed, int threads, cons
   const std::int64_t L = ids_shuffle.shape[1];
   const std::int64_t blocks = (L + 3) / 4;
   const Kernels& loops = kernels();
-  // A row costs about as much as copying 32 bytes a patch.
+  // A row costs about as much as copying 32 bytes per patch.
   parallel_for(draw_ids.shape[0], 32 * L, threads, [&](std::int64_t first, std::int64_t last) {
-    // The random word above the patch's number: sorting breaks ties by number, and the number comes along.
+    // A key has the random word above the patch's number, so sorting breaks ties by number and moves the number along.
     std::vector<std::uint64_t> keys(static_cast<std::size_t>((4 * blocks + kLaneBlock - 1) / kLaneBlock * kLaneBlock));
     Sorter sorter(L);
     for (std::int64_t n = first; n < last; ++n) {

@@ -1,5 +1,5 @@
-// A transposed copy of a matrix, and the sums of its columns, in one pass on all threads: what the gradients of a linear
-// map's weight and bias need of the gradient of its output.
+// A transposed copy of a matrix, and the sums of its columns, in one pass on all threads. The gradients of a linear
+// map's weight and bias are computed from these two.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -11,8 +11,8 @@
 namespace fastmae {
 namespace {
 
-// A thread takes so many columns at a time, and of them so many rows into the first-level cache, however far apart
-// the rows lie. The sums of kRows rows are added in float32, then to the others' in float64.
+// A thread takes so many columns at a time, and reads so many of their rows into the first-level cache, for any
+// distance between rows. kRows rows are added up in float32, and these sums in float64.
 constexpr std::int64_t kColumns = 64, kRows = 64;
 
 inline Float4 load(const float* p) {
@@ -21,7 +21,7 @@ inline Float4 load(const float* p) {
   return x;
 }
 
-// rows × columns numbers of the matrix into the block, the rest of it 0.
+// Copies rows × columns numbers of the matrix into the block; the rest of the block is 0.
 void copy_block(const Array& matrix, std::int64_t row, std::int64_t rows, std::int64_t column, std::int64_t columns,
                 float (&block)[kRows][kColumns]) {
   const std::int64_t size = sizeof(float);
@@ -40,7 +40,7 @@ void copy_block(const Array& matrix, std::int64_t row, std::int64_t rows, std::i
   }
 }
 
-// The block's numbers from [r][c] on, four by four, column by column to where `out` has theirs, `stride` numbers apart.
+// Writes the block's numbers from [r][c] on, four by four, to the columns of `out`, which lie `stride` numbers apart.
 inline void transpose4(const float (&block)[kRows][kColumns], std::int64_t r, std::int64_t c, std::int64_t rows,
                        std::int64_t columns, float* out, std::int64_t stride) {
   const Float4 lines[4] = {load(&block[r][c]), load(&block[r + 1][c]), load(&block[r + 2][c]), load(&block[r + 3][c])};

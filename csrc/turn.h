@@ -1,14 +1,17 @@
-// Four rows of four numbers to four columns. Without includes and external linkage, for files of every instruction set;
-// the including file has included <cstdint>.
+// Transposes four rows of four numbers.
+//
+// How it is included: attention_loops.h and transpose.cpp include it, after <cstdint>. It is compiled for every
+// instruction set, so it has no #include of its own and nothing with external linkage (see loops.h). Unlike loops.h it
+// is an ordinary header: it needs nothing from the including file but <cstdint>, so #pragma once is right here.
 #pragma once
 
 namespace fastmae {
 namespace {
 
-// Four numbers, which every processor has a vector for.
+// Four numbers; every processor has vectors of this length.
 typedef float Float4 __attribute__((vector_size(16)));
 
-// Four of the eight numbers of two vectors.
+// Picks four of the eight numbers of two vectors.
 #if defined(__clang__)
 #define FASTMAE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else

@@ -41,7 +41,7 @@ SHORTEST = [
     ["bench", "loader"], ["bench", "quality"], ["estimate"],
 ]  # fmt: skip
 # Their first commands take long, start ranks of their own, or are another file's to test: they are parsed alone.
-NOT_RUN = ("benchmarks.md", "finetuning.md", "large-runs.md", "loading.md", "quality.md")
+NOT_RUN = ("benchmarks.md", "finetuning.md", "large-runs.md", "loading.md", "photos.md", "quality.md")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -163,6 +163,22 @@ def test_what_each_page_starts_with_runs_and_so_does_the_python(tmp_path, monkey
         exec(code, names)
     assert names["features"].shape == (64, 128)
     assert names["status"] == 0
+
+
+@pytest.mark.timeout(600)
+def test_the_page_about_photos_works_from_a_folder_to_a_classifier(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "photos.md").read_text()
+    for code in blocks(text, "python"):
+        exec(code, {})
+    for words in shell_commands(blocks(text, "sh")):
+        if words[0] == "estimate":
+            continue  # which measures the processor
+        if words[0] in ("pretrain", "finetune"):
+            words = [*words, "--epochs", "2", "--warmup_epochs", "1"]
+        assert main(words) == 0, words
+    assert {path.name for path in tmp_path.iterdir()} >= {"photos", "reconstructions.png", "photos-encoder.safetensors"}
+    assert (tmp_path / "runs" / "photos-classifier" / "checkpoint-1.safetensors").exists()
 
 
 def test_the_quick_start_has_ten_lines():

@@ -59,10 +59,10 @@ from fastmae.errors import UserError
 from fastmae.evaluate.probe import probe_in_detail
 from fastmae.model.build import build_model
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.train.parallel import DistContext, choose_device
+from fastmae.train.parallel import choose_device
 from fastmae.train.precision import choose_precision
 from fastmae.train.pretrain import pretrain
-from fastmae.train.run import resolve_settings
+from fastmae.train.settings import resolve_settings
 
 PUBLISHED, UNTRAINED = "published loop", "untrained"
 KNN, LINEAR, LOSS = "knn", "linear", "loss"
@@ -136,7 +136,7 @@ def _settings(config: BenchQualityConfig, device: torch.device) -> ResolvedConfi
     """
     source = open_train(config.data_path)
     flags = pretraining(config, config.seeds[0], "")
-    settings = resolve_settings(flags, source, describe(source), DistContext(0, 1, device), None)
+    settings = resolve_settings(flags, source, describe(source), 1, None)
     if settings.in_chans not in (1, 3):
         raise UserError(f"--data_path: images of {settings.in_chans} channels; the published loop takes 1 or 3")
     return settings

@@ -12,7 +12,7 @@ from fastmae.data.loader import choose_decoder, describe_decoder
 from fastmae.environment import hardware, versions
 from fastmae.train.parallel import choose_device
 from fastmae.train.precision import choose_precision
-from fastmae.train.run import chosen_backends
+from fastmae.train.settings import describe_backends
 
 
 def run_info(config: InfoConfig) -> int:
@@ -20,7 +20,7 @@ def run_info(config: InfoConfig) -> int:
     device = choose_device(None)
     shapes = {"encoder": (50, 64), "decoder": (197, 32)}  # of ViT-B/16 and ViT-L/16 with three quarters masked
     decoding = describe_decoder(*choose_decoder("auto", device, None, in_chans=3))
-    backends = chosen_backends(device, choose_precision("auto", device), shapes, decoding)
+    backends = describe_backends(device, choose_precision("auto", device), shapes, decoding)
     sections = {"versions": versions(), "hardware": hardware(), "backends": backends}
     if config.json:
         print(json.dumps(sections))

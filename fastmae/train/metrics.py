@@ -1,6 +1,6 @@
-"""What a run reports: metrics.jsonl (every optimiser step), log.txt (every epoch), progress on screen.
+"""What a run reports: metrics.jsonl (a line per optimiser step), log.txt (a line per epoch), and progress on screen.
 
-Losses wait in a buffer on the device and are read every few steps, so that logging never makes the device wait.
+Losses are collected in a buffer on the device and read every few steps, so that logging rarely makes the device wait.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from fastmae.files import JsonLines, fsync_file, write_text
 METRICS = "metrics.jsonl"
 LOG = "log.txt"
 QUIET_SECONDS = 15.0
-NO_SPEED = "– images/s"
-KNOWN_LOSSES = 200  # of a resumed run, for finding spikes
+EARLY_STEPS = (1, 2, 5, 10)
+"""Steps of a process after which the first numbers are read and shown."""
+RECENT_LOSSES = 200  # of a resumed run, with which spikes are detected
 
 
 class StepResult(Protocol):
-    """What a step came to: scalars on the device."""
+    """The result of a step: scalars on the device."""
 
     @property
     def loss(self) -> torch.Tensor: ...
@@ -44,7 +45,7 @@ class StepResult(Protocol):
 
 
 class Sink(Protocol):
-    """Another place for the lines of metrics.jsonl."""
+    """Something else that takes the lines of metrics.jsonl."""
 
     def write(self, row: dict[str, Any]) -> None: ...
 
@@ -52,21 +53,22 @@ class Sink(Protocol):
 
 
 class StepLog:
-    """Collects steps and writes them out, and says what is unusual about them.
+    """Collects the results of steps, writes them out, and reports unusual ones.
 
-    ``loading`` is for the batches of this rank; with ``epoch_sums`` a resumed run goes on with the epoch's averages.
-    A step that was skipped has ``skipped`` in its line and does not count for them.
+    ``loading`` collects the batches of this rank. ``epoch_sums`` holds the sums from which the averages of an epoch are
+    computed; a resumed run continues them. A step that was skipped has ``skipped`` in its line and is not part of them.
 
     Args:
         run: the run folder.
-        device: of the numbers that are added.
-        log_freq: steps between reads of the numbers.
+        device: the device of the numbers that are added.
+        log_freq: the number of steps between two reads.
         rank, ranks: this process among those that log together.
-        mean_over_ranks: of a tensor; the only communication, once a read.
-        num_workers: decoding threads a rank.
-        spike_score: the score of a loss that is a spike, None for another.
+        mean_over_ranks: returns the mean of a tensor; it is the only communication, once per read.
+        num_workers: the number of decoding threads per rank.
+        spike_score: returns the score of a loss that is a spike, and None for any other.
         sinks: take the lines as well.
         say: shows a line to people.
+        early_steps: steps of this process after which numbers are read as well, so that a run soon shows them.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class StepLog:
         spike_score: Callable[[float], float | None],
         sinks: Sequence[Sink],
         say: Callable[[str], None],
+        early_steps: Sequence[int] = EARLY_STEPS,
     ) -> None:
         self.loading = LoadingStats()
         self._num_workers = num_workers
@@ -90,23 +93,24 @@ class StepLog:
         self._metrics, self._log = JsonLines(run / METRICS), JsonLines(run / LOG)
         self._waiting = torch.zeros(3, log_freq, device=device)  # loss, gradient norm, and whether it was skipped
         self._rows: list[dict[str, Any]] = []
+        self._steps_added, self._early_steps = 0, early_steps
         self._spike_score, self._sinks, self._say = spike_score, sinks, say
         self._images, self._seconds_at_peak, self._since = 0, 0.0, time.perf_counter()
         self.epoch_sums = {"loss": 0.0, "lr": 0.0, "steps": 0}
         self.latest: dict[str, Any] = {}
         self.skipped_in_a_row = 0
-        """Of the steps that were read, the last ones that were skipped; the same on all ranks."""
+        """How many of the newest steps that were read were skipped, without a gap. It is the same on all ranks."""
         self.skipped = 0
 
     def resume(self, step: int, epoch: int, epoch_sums: dict[str, Any] | None) -> None:
-        """Forgets what was logged after the step that the run goes on from, and takes up the epoch's averages."""
+        """Drops what was logged after the step from which the run goes on, and continues the averages of the epoch."""
         if epoch_sums is not None:
             self.epoch_sums = dict(epoch_sums)
         if self._writes:
             rows = _keep_lines(self._run / METRICS, lambda row: row["step"] <= step)
             _keep_lines(self._run / LOG, lambda row: row["epoch"] < epoch)
             self.skipped = sum(row.get("skipped", False) for row in rows)
-            for row in rows[-KNOWN_LOSSES:]:
+            for row in rows[-RECENT_LOSSES:]:
                 if row["loss"] is not None:
                     self._spike_score(row["loss"])
 
@@ -121,26 +125,30 @@ class StepLog:
         seconds_at_peak: float | None = None,
         measured: Mapping[str, float] | None = None,
     ) -> None:
-        """Notes a step. Waits for the device when a read is due.
+        """Adds a step. Waits for the device when a read is due.
 
         Args:
-            step: counted from 1.
-            images: over all ranks.
-            seconds_at_peak: what it would take if all devices computed at their peak (MFU 1), if it is known.
-            measured: other numbers of the weights after it, for its line.
+            result: the scalars of the step.
+            step: the number of the step, counted from 1.
+            epoch: the epoch of the step, counted from 0.
+            lr: the learning rate.
+            images: the number of images over all ranks.
+            seconds_at_peak: how long the step would take at the peak rate of all devices (MFU 1), if it is known.
+            measured: accuracies of the weights after the step, for its line.
         """
         for kind, value in enumerate((result.loss, result.grad_norm, result.skipped)):
             self._waiting[kind, len(self._rows)] = value
         self._rows.append({"step": step, "epoch": epoch, "loss": None, "lr": lr, **(measured or {})})
         self._images += images
         self._seconds_at_peak += seconds_at_peak or 0.0
+        self._steps_added += 1
         if step % self._log_freq == 0:
             self.flush(is_log_step=True)
-        elif len(self._rows) == self._log_freq:
+        elif len(self._rows) == self._log_freq or self._steps_added in self._early_steps:
             self.flush()
 
     def flush(self, *, is_log_step: bool = False) -> None:
-        """Reads the waiting numbers and writes their lines. All ranks call it at the same steps."""
+        """Reads the collected numbers and writes their lines. All ranks call it at the same steps."""
         rows, self._rows = self._rows, []
         if not rows:
             return
@@ -176,7 +184,7 @@ class StepLog:
                     sink.write(row)
 
     def _read(self, count: int, mine: list[float]) -> tuple[list[list[float]], list[float]]:
-        """(loss, gradient norm, skipped) of ``count`` steps, means over ranks; the largest over ranks of ``mine``."""
+        """Returns (loss, gradient norm, skipped) of ``count`` steps as means over ranks, and the maxima of ``mine``."""
         table = torch.zeros(self._ranks, len(mine), device=self._device)
         table[self._rank] = torch.tensor(mine, device=self._device)
         # Where only this rank's row is not zero, the mean holds every rank's: one exchange for all.
@@ -185,7 +193,7 @@ class StepLog:
         return both[: 3 * count].view(count, 3).tolist(), table.amax(dim=0).tolist()
 
     def _count(self, row: dict[str, Any], loss: float, grad_norm: float, skipped: bool) -> None:
-        """Completes a line and adds it to the sums."""
+        """Completes the line of a step and adds its numbers to the sums."""
         for key, value in (("loss", loss), ("grad_norm", grad_norm)):
             row[key] = value if math.isfinite(value) else None  # JSON has no NaN
         if skipped:
@@ -211,7 +219,7 @@ class StepLog:
                 fsync_file(self._run / name)
 
     def end_epoch(self, epoch: int, results: dict[str, Any] | None = None) -> None:
-        """Writes the published line of an epoch: its mean loss and learning rate, null if every step was skipped; and
+        """Writes the line of an epoch into log.txt: mean loss and learning rate, null if every step was skipped, and
         the ``results`` of a test after it.
         """
         self.flush()
@@ -222,7 +230,7 @@ class StepLog:
             self._log.add([line])
 
     def close(self) -> None:
-        """Ends the sinks, too.
+        """Closes the sinks and writes the lines that could not be written before.
 
         Raises:
             UserError: lines could not be written to the end.
@@ -238,19 +246,20 @@ class StepLog:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated on the GPU, or resident of the process on a CPU."""
+    """Returns the peak memory in bytes: what was allocated on a GPU, or the resident size of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Screen:
-    """A progress bar on a terminal, a line now and then elsewhere, nothing on other ranks."""
+    """Shows progress on the main rank: a bar on a terminal, otherwise a line now and then."""
 
-    def __init__(self, *, total_steps: int, epochs: int, images_a_step: int, start_step: int, shows: bool) -> None:
+    def __init__(self, *, total_steps: int, epochs: int, images_per_step: int, start_step: int, shows: bool) -> None:
         self.console = Console(quiet=not shows, soft_wrap=True, highlight=False)
-        self._epochs, self._total, self._images_a_step = epochs, total_steps, images_a_step
-        self._said = time.perf_counter()
+        self._epochs, self._total, self._images_per_step = epochs, total_steps, images_per_step
+        self._start_step = start_step
+        self._started = self._first_done = self._printed = time.perf_counter()
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(),
@@ -268,10 +277,11 @@ class Screen:
             epochs=epochs,
             loss="–",
             lr="–",
-            speed=NO_SPEED,
+            speed="",
         )
 
     def __enter__(self) -> Screen:
+        self._started = time.perf_counter()
         self._bar.start()
         return self
 
@@ -279,42 +289,56 @@ class Screen:
         self._bar.stop()
 
     def say(self, line: str) -> None:
-        """Prints a line above the bar."""
+        """Prints a line, above the bar if there is one."""
         self.console.print(line, markup=False)
 
     def update(self, step: int, epoch: int, latest: dict[str, Any]) -> None:
-        """Shows the step, and the newest numbers that were read."""
+        """Shows the step, counted from 1, and the newest numbers that were read.
+
+        Away from a terminal it prints a line after steps 1, 2, 5 and 10, then every 15 seconds, and at the end.
+        """
+        done, now = step - self._start_step, time.perf_counter()
+        if done == 1:
+            self._first_done = now
         shown: dict[str, Any] = {"epoch": epoch + 1}
         if latest:
             loss = "not finite" if latest["loss"] is None else f"{latest['loss']:.4f}"
-            shown |= {"loss": loss, "lr": f"{latest['lr']:.2e}", "speed": _speed(latest)}
+            shown |= {"loss": loss, "lr": f"{latest['lr']:.2e}", "speed": self._speed(done, now, latest)}
         self._bar.update(self._task, completed=step, **shown)
-        due = time.perf_counter() - self._said > QUIET_SECONDS
-        if not self.console.is_terminal and latest and (due or step == self._total):
-            self._said = time.perf_counter()
+        due = done in EARLY_STEPS or step == self._total or now - self._printed > QUIET_SECONDS
+        if latest and due and not self.console.is_terminal:
+            self._printed = now
+            rate = self._rate(done, now, latest)
             left = ""
-            if "images_per_second" in latest and step < self._total:
-                seconds = (self._total - step) * self._images_a_step / max(latest["images_per_second"], 1e-9)
+            if rate is not None and step < self._total:
+                seconds = (self._total - step) * self._images_per_step / max(rate, 1e-9)
                 left = f"  {timedelta(seconds=round(seconds))} left"
             self.console.print(
                 f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._total}  loss {shown['loss']}  "
                 f"lr {shown['lr']}  {shown['speed']}{left}"
             )
 
+    def _rate(self, done: int, now: float, latest: dict[str, Any]) -> float | None:
+        """Returns images/s: those of the log, or before its first measurement those since the first step."""
+        if "images_per_second" in latest:
+            return latest["images_per_second"]
+        return (done - 1) * self._images_per_step / max(now - self._first_done, 1e-9) if done > 1 else None
 
-def _speed(latest: dict[str, Any]) -> str:
-    """How fast the run is and what limits it; the MFU where the device's peak is known."""
-    if "images_per_second" not in latest:
-        return NO_SPEED
-    parts = [f"{latest['images_per_second']:,.0f} images/s"]
-    if "mfu" in latest:
-        parts.append(f"MFU {latest['mfu']:.1%}")
-    parts += [f"data wait {latest['data_wait']:.0%}", f"memory {latest['peak_memory'] / 2**30:.1f} GiB"]
-    return "  ".join(parts)
+    def _speed(self, done: int, now: float, latest: dict[str, Any]) -> str:
+        """Returns how fast the run is and what limits it, with the MFU where the peak rate of the device is known."""
+        rate = self._rate(done, now, latest)
+        if rate is None:
+            return f"first step in {now - self._started:.1f} s"
+        parts = [f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"]
+        if "mfu" in latest:
+            parts.append(f"MFU {latest['mfu']:.1%}")
+        if "data_wait" in latest:
+            parts += [f"data wait {latest['data_wait']:.0%}", f"memory {latest['peak_memory'] / 2**30:.1f} GiB"]
+        return "  ".join(parts)
 
 
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Drops the lines of a JSON-lines file that fail ``keep``, and a last one that was cut off by a kill."""
+    """Drops the lines of a JSON-lines file that fail ``keep``, and one that a kill cut off. Returns the others."""
     if not path.exists():
         return []
     lines, rows = [], []

@@ -1,8 +1,7 @@
-"""The published optimiser: AdamW, its parameter groups, and the learning-rate schedule (paper, table 8)."""
+"""The official optimiser: AdamW and its parameter groups (paper, tables 8 and 9)."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -61,11 +60,3 @@ def make_finetuning_optimizer(
     """AdamW for fine-tuning a model of so many blocks; ``train_step`` sets the groups' learning rates."""
     groups = layer_decay_groups(model, depth, weight_decay, layer_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=FINETUNING_BETAS, fused=True)
-
-
-def learning_rate(epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: int) -> float:
-    """Linear warm-up, then half a cosine from ``lr`` to ``min_lr``; ``epoch`` is fractional."""
-    if epoch < warmup_epochs:
-        return lr * epoch / warmup_epochs
-    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))

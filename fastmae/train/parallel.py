@@ -1,4 +1,4 @@
-"""Ranks: who am I among how many, on which device, and how weights, gradients and decisions are shared."""
+"""Ranks: which one this process is, on which device, and how they share weights, gradients and decisions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TRAININGS = itertools.count()
 
 @dataclass(frozen=True)
 class DistContext:
-    """This process among the ranks that torchrun started; alone without torchrun."""
+    """This process among the ranks that torchrun started. Without torchrun it is the only rank."""
 
     rank: int
     size: int
@@ -38,7 +38,7 @@ class DistContext:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says yes. Over the CPU, so that no GPU work is waited for."""
+        """Returns whether the flag is true on any rank. It is exchanged over the CPU, so no GPU work is waited for."""
         if self.size == 1:
             return flag
         votes = torch.tensor([int(flag)])
@@ -46,7 +46,7 @@ class DistContext:
         return bool(votes.item())
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean over ranks of a tensor of each."""
+        """Returns the mean over ranks of a tensor that each of them has."""
         if self.size == 1:
             return values
         total = values.clone()
@@ -60,9 +60,9 @@ class DistContext:
 
 
 class StopFlag:
-    """Asks all ranks a question every step and has the answer a step later, so that no step waits for their words.
+    """A flag that is reduced over all ranks every step, and known one step later, so that no step waits for it.
 
-    On a thousand ranks they take longer to go round (2(n − 1) messages, over the CPU) than a step may take.
+    On a thousand ranks the reduction (2(n − 1) messages, over the CPU) may take longer than a step.
     """
 
     def __init__(self, context: DistContext) -> None:
@@ -70,7 +70,10 @@ class StopFlag:
         self._asked: tuple[torch.Tensor, dist.Work] | None = None
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank said yes when this was last called; alone, at once. All ranks call it at the same steps."""
+        """Returns whether any rank's flag was true at the last call; with one rank, its flag now.
+
+        All ranks call it at the same steps.
+        """
         if self._world.size == 1:
             return flag
         answer = False
@@ -84,7 +87,7 @@ class StopFlag:
 
 
 def choose_device(flag: str | None, local_rank: int = 0) -> torch.device:
-    """The device of a flag; without one, this rank's GPU if there is any, otherwise the CPU.
+    """Returns the device of --device; without the flag, this rank's GPU if there is one, otherwise the CPU.
 
     Raises:
         UserError: not a device, or one that is not there.
@@ -106,7 +109,7 @@ def choose_device(flag: str | None, local_rank: int = 0) -> torch.device:
 
 
 def finiteness_check(parameters: Iterable[torch.Tensor], context: DistContext) -> torch.Tensor:
-    """A number, the same on every rank, that is finite only if all weights of all ranks are."""
+    """Returns a number, the same on every rank, that is finite only if all weights of all ranks are finite."""
     return context.mean(torch.stack([local_part(parameter.detach()).sum() for parameter in parameters]).sum())
 
 
@@ -118,7 +121,7 @@ def start(device: str | None) -> DistContext:
         torch.cuda.set_device(chosen)
     rank = int(os.environ.get("RANK", "0"))
     if size > 1:
-        # Under names of its own, as those of a training before it in these processes are still in the store.
+        # Each training has a prefix of its own, as keys of an earlier one in these processes are still in the store.
         names = dist.PrefixStore(f"training {next(_TRAININGS)}", _store())
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=names, rank=rank, world_size=size)
@@ -127,14 +130,25 @@ def start(device: str | None) -> DistContext:
 
 @functools.cache
 def _store() -> dist.Store:
-    """Where the ranks find each other: one for the life of a process, as the first rank cannot open its port twice."""
+    """Returns the store in which the ranks find each other. A process has one, as rank 0 cannot open its port twice."""
     store, _, _ = next(dist.rendezvous("env://"))
     return store
 
 
 def ranks_here() -> int:
-    """How many ranks share this machine."""
+    """Returns the number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def restart_hazard() -> str | None:
+    """Returns what would keep torchrun's --max-restarts from working here; None if nothing known would.
+
+    torchrun's store outlives the ranks, so new ranks may read the addresses of the ones before them (pytorch#135712).
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return "torchrun --max-restarts may fail: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it"
+    return None
 
 
 def stop(context: DistContext) -> None:
@@ -145,21 +159,21 @@ def stop(context: DistContext) -> None:
 
 @dataclass(frozen=True)
 class Parallelism:
-    """What ranks have in common: ``ddp`` copies, ``fsdp`` pieces of one copy, ``hsdp`` pieces of several."""
+    """How ranks hold the weights: ``ddp`` is a copy per rank, ``fsdp`` pieces of one copy, ``hsdp`` of several."""
 
     kind: str
     reason: str
     reduce: torch.dtype
-    """In which gradients travel."""
+    """The format in which gradients are exchanged."""
     shard_size: int
-    """Ranks that hold one copy together."""
+    """The number of ranks that hold one copy of the weights together."""
 
 
 def choose_parallelism(kind: str, reduce: str, shard_size: int | None, context: DistContext) -> Parallelism:
-    """What --parallel, --reduce and --shard_size come to with these ranks.
+    """Returns what --parallel, --reduce and --shard_size mean for these ranks.
 
     Raises:
-        UserError: copies of ``shard_size`` ranks do not come out even.
+        UserError: ``shard_size`` does not divide the number of ranks.
     """
     dtype = torch.bfloat16 if reduce == "bf16" else torch.float32
     if context.size == 1:
@@ -177,10 +191,10 @@ def choose_parallelism(kind: str, reduce: str, shard_size: int | None, context: 
 
 
 def parallelize(module: nn.Module, context: DistContext, parallelism: Parallelism) -> nn.Module:
-    """The module as all ranks train it: gradients are averaged over them during backward.
+    """Returns the module as all ranks train it: the backward pass averages gradients over the ranks.
 
-    FSDP2 works in place: from here on parameters are DTensors, of which each rank holds a piece, so the optimiser is
-    made afterwards. They stay float32; autocast computes in less, as it does with DDP.
+    FSDP2 works in place. Its parameters are DTensors, of which each rank holds a piece, so the optimiser must be made
+    afterwards. They stay float32, and autocast lowers the precision of the computation, as with DDP.
     """
     if context.size == 1:
         return module

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmae.checkpoint.restore import restore
 from fastmae.checkpoint.save import training_tensors
-from fastmae.config import FIXED_IN_A_RUN, PROBE_LIMIT, PretrainConfig, ResolvedConfig, check_pretrain
+from fastmae.config import FIXED_IN_A_RUN, PROBE_LIMIT, PretrainConfig, ResolvedConfig
 from fastmae.config.model import ModelSpec
 from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
 from fastmae.data.loader import Batch, View, choose_decoder, describe_decoder
@@ -38,40 +34,30 @@ from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.sharding import in_one_piece, is_sharded
 from fastmae.train import parallel
 from fastmae.train.average import Average, in_checkpoint, start_average, update_average
-from fastmae.train.health import StopSignals, data_seed
+from fastmae.train.batches import BatchStream
+from fastmae.train.health import StopSignals
 from fastmae.train.optim import make_optimizer
 from fastmae.train.precision import Precision, choose_precision, require_float8
-from fastmae.train.profile import profiled
+from fastmae.train.recovery import data_seed, restore_attempt, roll_back, run_attempts
 from fastmae.train.run import (
-    Feed,
-    Request,
     Run,
-    Say,
-    announce_beginning,
-    as_json,
-    begin,
-    chosen_backends,
+    actions_after,
     close_run,
-    end_step,
-    go_back,
-    known_detours,
-    loader_of,
+    collect_official,
     official_path,
     open_run,
-    plan_steps,
-    rate_at,
-    requests,
+    record_step,
     require_finite_weights,
-    resolve_settings,
-    run_attempts,
-    save_official_files,
     save_run,
+    say_results,
     stop_run,
-    taken,
-    tell_quarantine,
-    written,
+    training,
+    try_to_write,
+    write_official,
 )
-from fastmae.train.step import PassGraph, TrainingLoss, prepare, require_graph, train_step
+from fastmae.train.schedule import learning_rate_at, plan_steps
+from fastmae.train.settings import describe_backends, resolve_settings
+from fastmae.train.step import MicroBatch, PassGraph, TrainingLoss, prepare, require_graph, train_step
 
 PICTURE_IMAGES = 8
 PROBE_RUN = 100
@@ -83,136 +69,89 @@ def pretrain(config: PretrainConfig) -> int:
     Raises:
         UserError: settings, data or checkpoints that cannot work.
     """
-    check_pretrain(config)
     return run_attempts(config, _pretrain)
 
 
 def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSignals) -> int | None:
-    """One course: from where --resume says to the end, a signal, or (None) to where it is to go back and on again."""
+    """Makes one attempt, from where --resume says to the end or a signal. Returns None after a rollback."""
     # Settings and data: from here on nothing is left open.
     source = open_train(flags.data_path)
     facts = describe(source)
     mask_file = open_masks(flags.masks, flags.mask_ratio)
-    config = resolve_settings(flags, source, facts, context, mask_file)
-    settings = as_json(config)
-    probed = _probed_parts(config) if config.probe_freq is not None else None
+    config = resolve_settings(flags, source, facts, context.size, mask_file)
+    probed_parts = _probed_parts(config)
     precision = _precision(config, context)
-    decoder, why_decoder = choose_decoder(config.image_decoder, context.device, source, config.in_chans)
+    image_decoder, why_decoder = choose_decoder(config.image_decoder, context.device, source, config.in_chans)
     if config.cache == "ram":
-        source = cached(source, config.in_chans, memory_budget(config.cache_gb, parallel.ranks_here()), decoder)
-    steps = plan_steps(config, context, config.batch_size // config.repeated_masks, "images")
+        source = cached(source, config.in_chans, memory_budget(config.cache_gb, parallel.ranks_here()), image_decoder)
+    steps = plan_steps(config, context.size, config.batch_size // config.repeated_masks, "images")
     fresh_step = config.start_epoch * steps.per_epoch
 
-    # Model and optimiser, the same on every rank.
-    torch.manual_seed(config.seed)
-    model = _model(settings, config).to(context.device)
-    model.autocast_residual = config.residual == "bf16"
-    sizes = _sizes(config, model)
-    model.allow_sizes(sizes)
+    # Model, loss and optimiser, the same on every rank.
+    model = _model(config, context)
+    masks_of = {size: _masks(config, model, size, mask_file) for size in _sizes(config, model)}
+    model.allow_sizes(tuple(masks_of))
+    training_loss = TrainingLoss(model, config.mask_ratio, config.predict_ratio)
+    prepare(training_loss, config.checkpointing, config.compile, len(masks_of), config.float8)
     parallelism = parallel.choose_parallelism(config.parallel, config.reduce, config.shard_size, context)
-    loss_alone = TrainingLoss(model, config.mask_ratio, config.predict_ratio)
-    prepare(loss_alone, config.checkpointing, config.compile, len(sizes), config.float8)
-    loss_of = parallel.parallelize(loss_alone, context, parallelism)
+    loss_of = parallel.parallelize(training_loss, context, parallelism)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
-    masks_of = {size: _masks(config, model, size, mask_file) for size in sizes}
+    graph = PassGraph() if config.cuda_graph else None
 
     # Where to begin.
-    restored = restore(
-        config.resume,
-        Path(config.output_dir),
-        model,
-        optimizer,
-        fixed={key: settings[key] for key in FIXED_IN_A_RUN},
-        fresh_step=fresh_step,
-        steps_per_epoch=steps.per_epoch,
-    )
-    detours = known_detours(Path(config.output_dir), restored)
+    restored, rollbacks = restore_attempt(config, model, optimizer, steps, FIXED_IN_A_RUN, fresh_step)
     average = start_average(model, restored.origin) if config.ema is not None else {}
-    decoding = describe_decoder(decoder, why_decoder)
-    backends = chosen_backends(context.device, precision, model.attention_shapes(config.mask_ratio), decoding)
+    decoding = describe_decoder(image_decoder, why_decoder)
+    backends = describe_backends(context.device, precision, model.attention_shapes(config.mask_ratio), decoding)
     backends |= _more_backends(config, parallelism, source)
-    run = open_run(config, settings, context, stop, steps, restored, detours, backends)
-    if context.is_main:
-        _announce(run.say, config, facts, model, masks_of)
-        announce_beginning(run, restored, backends)
+    summary = _summary(config, facts, model, masks_of)
+    run = open_run(config, context, stop, steps, restored, rollbacks, summary=summary, backends=backends)
     if config.probe and restored.step == 0:
-        weights = in_one_piece(model.state_dict(), keep=context.is_main)
-        if context.is_main:
-            _probe(run, "before", config, _unsharded(model, weights, settings))
-    begin(run, restored)
+        _probe(run, "before", model)
 
     # The loop.
-    feed = _feed(run, config, source, decoder, masks_of, sizes)
-    at_peak = {size: _seconds_at_peak(model, config, size, context) for size in sizes}
-    profiling = profiled(run.folder, config.profile, context.rank, context.device, run.say)
-    graph = PassGraph() if config.cuda_graph else None
+    stream = _stream(run, source, masks_of, image_decoder)
+    at_peak = {size: _seconds_at_peak(model, config, size, context) for size in masks_of}
     unsaved = None
-    loaded = feed.batches_of(range(restored.step, steps.total))
-    with (
-        run.screen,
-        run.saver,
-        run.watchdog,
-        profiling as profile_step,
-        precision.products(),
-        closing(loaded),
-        closing(_say_what_was_redone(loaded, run.say)) as batches,
-    ):
-        for step in range(restored.step, steps.total):
-            epoch, index = steps.epoch_and_index(step)
-            epoch_ends = index + 1 == steps.per_epoch
-            lr = rate_at(step, config, steps)
-            micro = feed.take(batches)
+    with training(run, precision) as profile_step, closing(stream.steps(restored.step, steps.total)) as batches:
+        for step, inputs in batches:
+            lr = learning_rate_at(step, config, steps)
             autocast = precision.context(context.device)
             result = train_step(
-                loss_of, optimizer, micro, config.accum_iter, lr, autocast, config.clip_grad, context.mean, graph
+                loss_of,
+                optimizer,
+                inputs,
+                config.accum_iter,
+                lr,
+                autocast,
+                config.clip_grad,
+                context.mean,
+                graph,
             )
             if config.ema is not None:
                 update_average(average, model, config.ema, result.skipped)
-            measured: dict[str, float] = {}
-            if epoch_ends and probed is not None and (epoch + 1) % (config.probe_freq or 1) == 0:
-                require_finite_weights(run, model, step + 1)
-                weights = in_one_piece(model.state_dict(), keep=context.is_main)
-                if context.is_main:
-                    measured = _probe_epoch(run, epoch + 1, config, _unsharded(model, weights, settings), probed)
-            run.log.add(
-                result,
-                step=step + 1,
-                epoch=epoch,
-                lr=lr,
-                images=config.global_batch,
-                seconds_at_peak=at_peak[_size_at(step, run, config, sizes)],
-                measured=measured,
-            )
-            run.screen.update(step + 1, epoch, run.log.latest)
-            run.watchdog.beat()
+            measured = _probe_epoch(run, step, model, probed_parts)
+            record_step(run, step, result, lr, at_peak[_size_at(step, run, tuple(masks_of))], measured)
             profile_step()
+            if steps.ends_epoch(step):
+                run.log.end_epoch(step // steps.per_epoch)
 
-            if epoch_ends:
-                run.log.end_epoch(epoch)
-            end = end_step(run, step)
-            if end.gives_up:
-                go_back(run, end.done, feed, model, loss_of, autocast, fresh_step)
+            actions = actions_after(run, step)
+            if actions.rolls_back:
+                roll_back(run, step, stream, model, loss_of, autocast, fresh_step)
                 return None
-            if end.exports:
-                require_finite_weights(run, model, end.done)
-                unsaved = _export(run, epoch, config, masks_of[config.input_size], model, optimizer, average, source)
-            if end.saves:
-                save_run(run, end.done, model, training_tensors(model, optimizer) | in_checkpoint(average))
-            if end.stops:
-                return stop_run(run, end)
+            if actions.exports:
+                unsaved = _export(run, step, masks_of[config.input_size], model, optimizer, average, source)
+            if actions.saves:
+                save_run(run, step, model, training_tensors(model, optimizer) | in_checkpoint(average))
+            if actions.stops:
+                return stop_run(run, step)
             run.watchdog.beat()
 
     # What is left behind.
     close_run(run, unsaved)
-    if config.probe:
-        weights = in_one_piece(model.state_dict(), keep=context.is_main)
-    if context.is_main:
-        if config.probe:
-            _show_probe(run.say, _probe(run, "after", config, _unsharded(model, weights, settings)))
-        tell_quarantine(run)
-        run.say(f"reconstruction  {_picture_path(run.folder, config.epochs - 1)}")
-        run.say(f"checkpoint      {official_path(run.folder, config.epochs - 1)}")
-    context.barrier()
+    accuracies = _probe(run, "after", model) if config.probe else {}
+    say_results(run, [*_shown(accuracies), f"reconstruction  {_picture_path(run.folder, config.epochs - 1)}"])
     return 0
 
 
@@ -247,7 +186,9 @@ def _more_backends(config: ResolvedConfig, parallelism: parallel.Parallelism, so
     return found
 
 
-def _model(settings: dict[str, Any], config: ResolvedConfig) -> MaskedAutoencoderViT:
+def _model(config: ResolvedConfig, context: parallel.DistContext) -> MaskedAutoencoderViT:
+    """Builds the model on its device. Its first weights follow from the seed."""
+    torch.manual_seed(config.seed)
     model = build_model(ModelSpec.of(config))
     flag, ratio = "--mask_ratio", config.mask_ratio
     try:
@@ -257,7 +198,8 @@ def _model(settings: dict[str, Any], config: ResolvedConfig) -> MaskedAutoencode
             model.num_predicted(config.mask_ratio, ratio)
     except ValueError as error:
         raise UserError(f"{flag} {ratio}: {error}; choose another ratio or --input_size") from error
-    return model
+    model.autocast_residual = config.residual == "bf16"
+    return model.to(context.device)
 
 
 def _sizes(config: ResolvedConfig, model: MaskedAutoencoderViT) -> tuple[Size, ...]:
@@ -282,6 +224,11 @@ def _masks(config: ResolvedConfig, model: MaskedAutoencoderViT, size: Size, file
     return choose_masks(config.masking, file, grid, visible, config.seed)
 
 
+def _size_at(step: int, run: Run[ResolvedConfig], sizes: tuple[Size, ...]) -> Size:
+    """Returns the size of the crops of a step."""
+    return size_in(step // run.steps.per_epoch, sizes, run.config.grow_epochs)
+
+
 def _seconds_at_peak(
     model: MaskedAutoencoderViT, config: ResolvedConfig, size: Size, context: parallel.DistContext
 ) -> float | None:
@@ -292,99 +239,37 @@ def _seconds_at_peak(
     return peak and flops / (context.size * peak)
 
 
-def _unsharded(
-    model: MaskedAutoencoderViT, weights: dict[str, torch.Tensor], settings: dict[str, Any]
-) -> MaskedAutoencoderViT:
-    """The model for one rank alone, and without float8, which is for training.
-
-    If it is not so itself, a copy made of ``weights``, which are in one piece.
-    """
-    if not (is_sharded(model) or settings["float8"]):
-        return model
-    copy = build_model(ModelSpec.from_json(settings)).to(model.mean.device)
-    copy.load_state_dict(weights)
-    return copy
-
-
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def _feed(
-    run: Run,
-    config: ResolvedConfig,
-    source: Source,
-    decoder: str,
-    masks_of: dict[Size, Masks],
-    sizes: tuple[Size, ...],
-) -> Feed:
-    """The run's data, of the seed that they have after so many detours."""
-    seed = data_seed(config.seed, len(run.detours))
-    masks_now = {size: dataclasses.replace(masks, seed=seed) for size, masks in masks_of.items()}
-    view = View(config.input_size, config.in_chans, seed=seed, scale=config.crop_scale, flip=config.flip)
-    load = partial(loader_of(run), source, decoder=decoder)
-    requests_of = partial(_requests, source, config, seed, run.context, run.steps.per_epoch)
-    size_at = partial(_size_at, run=run, config=config, sizes=sizes)
-    batches_of = partial(_batches, load, requests_of, view, size_at)
-    return Feed(source, requests_of, batches_of, partial(_micro_batches, run=run, config=config, masks_of=masks_now))
+def _stream(run: Run[ResolvedConfig], source: Source, masks_of: dict[Size, Masks], image_decoder: str) -> BatchStream:
+    """Returns the run's batches. Each rollback changes the seed of their order, crops, flips and masks."""
+    config = run.config
+    seed = data_seed(config.seed, len(run.rollbacks))
+    masks_of = {size: dataclasses.replace(masks, seed=seed) for size, masks in masks_of.items()}
+    sizes, repeats = tuple(masks_of), config.repeated_masks
+    views = {size: View(size, config.in_chans, seed=seed, scale=config.crop_scale, flip=config.flip) for size in sizes}
 
+    def view_of(epoch: int) -> View:
+        return views[size_in(epoch, sizes, config.grow_epochs)]
 
-def _size_at(step: int, run: Run, config: ResolvedConfig, sizes: tuple[Size, ...]) -> Size:
-    """That of the crops of a step."""
-    return size_in(step // run.steps.per_epoch, sizes, config.grow_epochs)
-
-
-def _requests(
-    source: Source,
-    config: ResolvedConfig,
-    seed: int,
-    context: parallel.DistContext,
-    steps_per_epoch: int,
-    steps: Iterable[int],
-) -> Iterator[Request]:
-    """The crops of the steps."""
-    crops = config.batch_size // config.repeated_masks
-    return requests(source, seed, crops, config.accum_iter, context, steps_per_epoch, steps)
-
-
-def _batches(
-    load: Callable[..., Generator[Batch]],
-    requests_of: Callable[[Iterable[int]], Iterator[Request]],
-    view: View,
-    size_at: Callable[[int], Size],
-    steps: Iterable[int],
-) -> Generator[Batch]:
-    """The batches of the steps. Where their size changes, which is a few times a run, the loader starts anew."""
-    for size, alike in itertools.groupby(steps, size_at):
-        with closing(load(requests_of(alike), view=dataclasses.replace(view, size=size))) as batches:
-            yield from batches
-
-
-def _say_what_was_redone(batches: Iterable[Batch], say: Say) -> Generator[Batch]:
-    """The batches as they are. The first that DALI failed on is told with the reason, their number at the end."""
-    redone = 0
-    try:
-        for batch in batches:
-            redone += bool(batch.redone)
-            if batch.redone and redone == 1:
-                say(f"decoding        DALI failed on a batch, which the threads decoded instead: {batch.redone}")
-            yield batch
-    finally:
-        if redone:
-            say(f"decoding        batches that DALI failed on and the threads decoded instead: {redone}")
-
-
-def _micro_batches(
-    batches: Iterator[Batch], run: Run, config: ResolvedConfig, masks_of: dict[Size, Masks]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One step's micro-batches as (images, ids_shuffle)."""
-    for batch in taken(run, batches):
+    def to_inputs(batch: Batch) -> MicroBatch:
+        """Returns the images, and the ids_shuffle of their masks."""
         images, draw_ids = batch.images, batch.draw_ids
-        masks = masks_of[images.shape[1], images.shape[2]]
-        if config.repeated_masks > 1:
-            images = images.repeat_interleave(config.repeated_masks, dim=0)
-            draws = mask_draws(draw_ids.numpy(), config.dataset_length, config.repeated_masks)
-            draw_ids = torch.from_numpy(draws)
-        yield images, shuffled_ids(draw_ids, masks, images.device)
+        if repeats > 1:
+            images = images.repeat_interleave(repeats, dim=0)
+            draw_ids = torch.from_numpy(mask_draws(draw_ids.numpy(), config.dataset_length, repeats))
+        return images, shuffled_ids(draw_ids, masks_of[images.shape[1], images.shape[2]], images.device)
+
+    return BatchStream(
+        run,
+        source,
+        seed=seed,
+        crops=config.batch_size // repeats,
+        view_of=view_of,
+        to_inputs=to_inputs,
+        image_decoder=image_decoder,
+    )
 
 
 # --- the run folder ---------------------------------------------------------------------------------------------------
@@ -394,85 +279,115 @@ def _picture_path(folder: Path, epoch: int) -> Path:
     return folder / "reconstructions" / f"epoch-{epoch:04d}.png"
 
 
-def _announce(
-    say: Say,
-    config: ResolvedConfig,
-    facts: DataFacts,
-    model: MaskedAutoencoderViT,
-    masks_of: dict[Size, Masks],
-) -> None:
+def _summary(
+    config: ResolvedConfig, facts: DataFacts, model: MaskedAutoencoderViT, masks_of: dict[Size, Masks]
+) -> list[str]:
+    """Returns the lines about data, model and batch with which a run begins."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     height, width = config.input_size
     labels = "labelled" if facts.labelled else "without labels"
-    say(f"data            {shown(config.data_path)}: {facts.length:,} images {facts.location}, {labels}")
-    say(f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}")
+    lines = [
+        f"data            {shown(config.data_path)}: {facts.length:,} images {facts.location}, {labels}",
+        f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}",
+    ]
     if config.decoder_attention == "cross":
         predicted = model.num_predicted(config.mask_ratio, config.predict_ratio)
         blocks = len(model.decoder_blocks)
-        say(f"decoder         cross-attention, {blocks} blocks, {predicted} of {model.num_patches} patches predicted")
+        lines.append(
+            f"decoder         cross-attention, {blocks} blocks, {predicted} of {model.num_patches} patches predicted"
+        )
     if len(masks_of) > 1:
-        say(f"sizes           {describe_sizes(list(masks_of), config.grow_epochs, config.epochs)}")
-    say(f"masks           {masks_of[config.input_size]}")
-    say(f"batch           {config.global_batch} images a step, lr {config.lr:.2e}, {config.epochs} epochs")
+        lines.append(f"sizes           {describe_sizes(list(masks_of), config.grow_epochs, config.epochs)}")
+    lines.append(f"masks           {masks_of[config.input_size]}")
+    lines.append(f"batch           {config.global_batch} images per step, lr {config.lr:.2e}, {config.epochs} epochs")
+    return lines
+
+
+def _whole_model(run: Run[ResolvedConfig], model: MaskedAutoencoderViT) -> MaskedAutoencoderViT | None:
+    """Returns the model as one rank can use it alone: not sharded, and without float8, which is for training.
+
+    All ranks call it; it is None on all but the main one.
+    """
+    weights = in_one_piece(model.state_dict(), keep=run.context.is_main)
+    if not run.context.is_main:
+        return None
+    if not (is_sharded(model) or run.config.float8):
+        return model
+    copy = build_model(ModelSpec.of(run.config)).to(model.mean.device)
+    copy.load_state_dict(weights)
+    return copy
 
 
 def _export(
-    run: Run,
-    epoch: int,
-    config: ResolvedConfig,
+    run: Run[ResolvedConfig],
+    step: int,
     masks: Masks,
     model: MaskedAutoencoderViT,
     optimizer: torch.optim.Optimizer,
     average: Average,
     source: Source,
 ) -> str | None:
-    """The published files and the pictures after an epoch. Returns what could not be written, if anything.
+    """Writes the official files and the pictures after an epoch. Returns what could not be written, if anything.
 
-    Every rank calls it, the first one writes.
+    All ranks call it, and the main one writes.
     """
-    keep = run.context.is_main
-    weights = in_one_piece(model.state_dict(), keep=keep)
-    moments = in_one_piece(optimizer.state_dict(), keep=keep)
-    means = in_one_piece(average, keep=keep)
+    require_finite_weights(run, model, step)
+    official = collect_official(run, model, optimizer)
+    means = in_one_piece(average, keep=run.context.is_main)
+    whole, config, epoch = _whole_model(run, model), run.config, step // run.steps.per_epoch
+    if whole is None:
+        return None
 
     def write() -> None:
         path = official_path(run.folder, epoch)
-        save_official_files(path, weights, moments, epoch, run.settings)
+        write_official(path, official.weights, official.moments, epoch, config)
         if means:
-            save_official_files(path.with_stem(f"{path.stem}-ema"), weights | means, moments, epoch, run.settings)
-        _picture(_picture_path(run.folder, epoch), config, masks, _unsharded(model, weights, run.settings), source)
+            path_of_means = path.with_stem(f"{path.stem}-ema")
+            write_official(path_of_means, official.weights | means, official.moments, epoch, config)
+        _picture(_picture_path(run.folder, epoch), config.mask_ratio, masks, whole, source)
 
-    return written(write) if run.context.is_main else None
+    return try_to_write(write)
 
 
-def _picture(path: Path, config: ResolvedConfig, masks: Masks, model: MaskedAutoencoderViT, source: Source) -> None:
-    """Fixed images with fixed masks, so that the pictures of a run can be compared."""
+def _picture(path: Path, mask_ratio: float, masks: Masks, model: MaskedAutoencoderViT, source: Source) -> None:
+    """Draws fixed images with fixed masks, so that the pictures of a run can be compared."""
     images = fixed_images(model, source, PICTURE_IMAGES)
     ids_shuffle = shuffled_ids(torch.arange(len(images)), masks, images.device)
     with torch.compiler.set_stance("force_eager"):
-        rows = reconstruct(model, images, ids_shuffle, mask_ratio=config.mask_ratio)
-    save_grid(path, rows, caption(model, config.mask_ratio))
+        rows = reconstruct(model, images, ids_shuffle, mask_ratio=mask_ratio)
+    save_grid(path, rows, caption(model, mask_ratio))
 
 
-def _probe(run: Run, when: str, config: ResolvedConfig, model: MaskedAutoencoderViT) -> dict[str, Any]:
-    """Adds the accuracies before or after to probe.json, if they are not there yet, and returns all of it."""
-    path = run.folder / "probe.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+# --- probes -----------------------------------------------------------------------------------------------------------
+
+
+def _probe(run: Run[ResolvedConfig], when: str, model: MaskedAutoencoderViT) -> dict[str, Any]:
+    """Adds the accuracies "before" or "after" to probe.json, unless they are there, and returns all that it holds.
+
+    All ranks call it, and the main one measures; the others return an empty dict.
+    """
+    whole = _whole_model(run, model)
+    if whole is None:
+        return {}
+    results = _read_probes(run)
     if when not in results:
-        run.say(f"probe           measuring k-NN and linear-probe accuracy {when} pretraining …")
-        train, val = train_and_val(config.data_path)
+        train, val = train_and_val(run.config.data_path)
+        count = f"{len(train):,} + {len(val):,} images"
+        run.say(f"probe           measuring k-NN and linear-probe accuracy {when} pretraining, on {count} …")
         with torch.compiler.set_stance("force_eager"):  # whole images are another shape: compiling takes longer
-            results[when] = probe(model, train, val, num_workers=config.num_workers)
-        write_text(path, json.dumps(results, indent=1))
+            results[when] = probe(whole, train, val, num_workers=run.config.num_workers)
+        write_text(run.folder / "probe.json", json.dumps(results, indent=1))
     return results
 
 
-def _probed_parts(config: ResolvedConfig) -> tuple[Source, Source]:
-    """What --probe_freq measures on: both parts of the data, of large ones evenly spaced images.
+def _probed_parts(config: ResolvedConfig) -> tuple[Source, Source] | None:
+    """Returns the two parts that --probe_freq measures on, of large ones evenly spaced images; None without the flag.
 
     Raises:
         UserError: a part has no labels, or the train part only one class.
     """
+    if config.probe_freq is None:
+        return None
     parts = []
     for name, part in zip(("train", "val"), train_and_val(config.data_path), strict=True):
         if part.labels is None or (name == "train" and len(np.unique(part.labels)) < 2):
@@ -484,20 +399,39 @@ def _probed_parts(config: ResolvedConfig) -> tuple[Source, Source]:
 
 
 def _probe_epoch(
-    run: Run, epochs: int, config: ResolvedConfig, model: MaskedAutoencoderViT, parts: tuple[Source, Source]
+    run: Run[ResolvedConfig], step: int, model: MaskedAutoencoderViT, parts: tuple[Source, Source] | None
 ) -> dict[str, float]:
-    """Adds the accuracies after so many epochs to probe.json, dropping those of later ones, and returns them."""
-    path = run.folder / "probe.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    """Measures the accuracies after a step if --probe_freq says so, and returns them; otherwise an empty dict.
+
+    They are added to probe.json, from which those of later epochs are dropped. All ranks call it.
+    """
+    epochs = (step + 1) // run.steps.per_epoch
+    if parts is None or not run.steps.ends_epoch(step) or epochs % (run.config.probe_freq or 1):
+        return {}
+    require_finite_weights(run, model, step)
+    whole = _whole_model(run, model)
+    if whole is None:
+        return {}
+    results = _read_probes(run)
     with torch.compiler.set_stance("force_eager"):
-        found = probe(model, *parts, num_workers=config.num_workers)
-    earlier = {number: one for number, one in results.get("epochs", {}).items() if int(number) < epochs}
-    write_text(path, json.dumps(results | {"epochs": earlier | {str(epochs): found}}, indent=1))
-    run.say(f"probe           after epoch {epochs}: k-NN {found['knn']:.1f} %, linear probe {found['linear']:.1f} %")
-    return {name: found[name] for name in ("knn", "linear")}
+        accuracies = probe(whole, *parts, num_workers=run.config.num_workers)
+    earlier = {number: values for number, values in results.get("epochs", {}).items() if int(number) < epochs}
+    results["epochs"] = earlier | {str(epochs): accuracies}
+    write_text(run.folder / "probe.json", json.dumps(results, indent=1))
+    knn, linear = accuracies["knn"], accuracies["linear"]
+    run.say(f"probe           after epoch {epochs}: k-NN {knn:.1f} %, linear probe {linear:.1f} %")
+    return {"knn": knn, "linear": linear}
 
 
-def _show_probe(say: Say, results: dict[str, Any]) -> None:
-    for key, name in (("knn", "k-NN"), ("linear", "linear probe")):
-        before = f"{results['before'][key]:.1f} % before, " if "before" in results else ""
-        say(f"{name:15} {before}{results['after'][key]:.1f} % after pretraining")
+def _read_probes(run: Run[ResolvedConfig]) -> dict[str, Any]:
+    path = run.folder / "probe.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _shown(accuracies: dict[str, Any]) -> list[str]:
+    """Returns lines with the accuracies before and after pretraining."""
+    lines = []
+    for key, name in (("knn", "k-NN"), ("linear", "linear probe")) if accuracies else ():
+        before = f"{accuracies['before'][key]:.1f} % before, " if "before" in accuracies else ""
+        lines.append(f"{name:15} {before}{accuracies['after'][key]:.1f} % after pretraining")
+    return lines

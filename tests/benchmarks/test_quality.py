@@ -31,7 +31,8 @@ from fastmae.config import BenchQualityConfig
 from fastmae.data.sources import ArraySource, open_train
 from fastmae.errors import UserError
 from fastmae.model.presets import PRESETS
-from fastmae.train.optim import learning_rate, parameter_groups
+from fastmae.train.optim import parameter_groups
+from fastmae.train.schedule import learning_rate
 
 CPU = torch.device("cpu")
 WORDS = ["bench", "quality", "--device", "cpu"]

@@ -19,7 +19,6 @@ from sklearn.datasets import load_digits
 
 from fastmae.checkpoint.load import load_model
 from fastmae.checkpoint.official import read_official
-from fastmae.checkpoint.restore import Restored
 from fastmae.cli import main
 from fastmae.config import FinetuneConfig, PretrainConfig, resolve_finetune
 from fastmae.data.loader import Batch, Skipped
@@ -34,7 +33,7 @@ from fastmae.train.finetune import finetune, labels_of
 from fastmae.train.health import EXIT_INTERRUPTED
 from fastmae.train.optim import layer_decay_groups
 from fastmae.train.pretrain import pretrain
-from fastmae.train.run import known_detours
+from fastmae.train.recovery import read_rollbacks
 from fastmae.train.step import train_step
 
 # 72 images: 9 steps an epoch, with all that changes images or targets.
@@ -258,7 +257,7 @@ def test_too_many_steps_that_are_not_finite_are_done_once_more_with_other_data(
     for path in (again / "checkpoints").iterdir():
         if path.name > "step-00000014":
             shutil.rmtree(path)
-    (again / "detours.json").unlink()  # the checkpoint knows them as well
+    (again / "rollbacks.json").unlink()  # the checkpoint knows them as well
     assert finetune(small(blobs, encoder, again, **flags, resume=str(again / "checkpoints" / "step-00000014"))) == 0
     assert_same_run(again, run)
 
@@ -269,12 +268,13 @@ def test_steps_that_are_not_finite_with_other_data_too_end_the_run_with_their_pl
         finetune(small(blobs, encoder, tmp_path / "run", **flags))
 
 
-def test_a_checkpoint_from_before_there_were_detours_has_none(tmp_path):
+def test_the_rollbacks_of_a_checkpoint_are_read_whatever_version_wrote_it(tmp_path):
     folder = tmp_path / "checkpoints" / "step-00000007"
     folder.mkdir(parents=True)
-    for manifest, known in (({"step": 7}, []), ({"step": 7, "detours": [3]}, [3])):
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        assert known_detours(tmp_path, Restored(7, None, str(folder))) == known
+    manifests = {"{}": [], '{"detours": [3]}': [3], '{"rollbacks": [3, 9]}': [3]}
+    for manifest, rollbacks in manifests.items():
+        (folder / "manifest.json").write_text(manifest)
+        assert read_rollbacks(tmp_path, 7, folder / "manifest.json") == rollbacks
 
 
 # --- worth its pretraining --------------------------------------------------------------------------------------------

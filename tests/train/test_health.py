@@ -25,13 +25,10 @@ from fastmae.train.health import (
     EXIT_INTERRUPTED,
     LossSpikes,
     Watchdog,
-    data_seed,
-    first_not_finite,
-    read_detours,
-    restart_hazard,
-    write_detours,
 )
+from fastmae.train.parallel import restart_hazard
 from fastmae.train.pretrain import pretrain
+from fastmae.train.recovery import data_seed, find_not_finite, read_rollbacks, write_rollbacks
 from fastmae.train.step import TrainingLoss
 
 DISTURBED = Path(__file__).with_name("disturbed.py")
@@ -57,7 +54,8 @@ def test_ranks_go_back_together_from_a_loss_that_one_has_and_each_reports_its_st
     assert "at step 13 nor at the 1 after it, first the loss, in the batch with" in ended.stderr
     assert "at step 13 nor at the 1 after it, from another rank's batch" in ended.stderr
     assert ended.stderr.count("going back to step 7") == 2
-    assert [row["step"] for row in rows(tmp_path / "run") if row["loss"] is not None] == list(range(1, 11))
+    # The last numbers that were read are those of the fifth step after going back.
+    assert [row["step"] for row in rows(tmp_path / "run") if row["loss"] is not None] == list(range(1, 13))
 
     assert ended.returncode != 0
     for rank, where in ((1, "in sleep_for_ever"), (0, "in train_step")):
@@ -171,7 +169,7 @@ def test_a_few_bad_steps_are_skipped_and_counted_and_change_nothing_before_them(
     assert "2 of the last" in capsys.readouterr().out
     epoch = json.loads((tmp_path / "run" / "log.txt").read_text().splitlines()[1])
     assert epoch["train_loss"] == pytest.approx(statistics.mean(row["loss"] for row in [found[9], *found[12:18]]))
-    assert not (tmp_path / "run" / "detours.json").exists()
+    assert not (tmp_path / "run" / "rollbacks.json").exists()
 
 
 def test_a_signal_while_steps_are_skipped_leaves_the_checkpoint_before_them(
@@ -196,32 +194,32 @@ def test_a_signal_while_steps_are_skipped_leaves_the_checkpoint_before_them(
 
 
 @pytest.fixture(scope="module")
-def went_back(blobs, tmp_path_factory, undisturbed) -> tuple[Path, str]:
+def rolled_back(blobs, tmp_path_factory, undisturbed) -> tuple[Path, str]:
     """A run whose steps from 16 on failed, so that it went back to step 14; and what it printed."""
-    output_dir, printed = tmp_path_factory.mktemp("went_back") / "run", io.StringIO()
+    output_dir, printed = tmp_path_factory.mktemp("rolled_back") / "run", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(printed):
         poison(patch, undisturbed[1][15:])
         assert pretrain(small_run(blobs, output_dir, **SKIPPING)) == 0
     return output_dir, printed.getvalue()
 
 
-def test_after_too_many_in_a_row_the_run_goes_back_and_on_with_other_data(went_back, undisturbed):
-    output_dir, printed = went_back
+def test_after_too_many_in_a_row_the_run_goes_back_and_on_with_other_data(rolled_back, undisturbed):
+    output_dir, printed = rolled_back
     found, expected = rows(output_dir), rows(undisturbed[0])
     assert [row["step"] for row in found] == list(range(1, 37))
     assert [row["loss"] for row in found[:14]] == [row["loss"] for row in expected[:14]]
     assert all(mine["loss"] != other["loss"] for mine, other in zip(found[14:], expected[14:], strict=True))
     assert not any("skipped" in row for row in found)
-    assert json.loads((output_dir / "detours.json").read_text()) == [14]
+    assert json.loads((output_dir / "rollbacks.json").read_text()) == [14]
     assert "not finite at step 16 nor at the 2 after it, first the loss, in the batch with " in printed
     assert printed.count("x_train[") == 8
     assert "going back to step 14" in printed
     assert "other data      after step 14" in printed
 
 
-def test_what_comes_after_going_back_is_resumed_exactly(blobs, tmp_path, went_back):
+def test_what_comes_after_going_back_is_resumed_exactly(blobs, tmp_path, rolled_back):
     """From the checkpoint that it went back to; from a later one; and from a later one in another folder."""
-    output_dir, _ = went_back
+    output_dir, _ = rolled_back
     for newest in (14, 28):
         shutil.copytree(output_dir, tmp_path / f"from{newest}")
         for path in (tmp_path / f"from{newest}" / "checkpoints").iterdir():
@@ -234,9 +232,9 @@ def test_what_comes_after_going_back_is_resumed_exactly(blobs, tmp_path, went_ba
     assert metrics(tmp_path / "elsewhere") == metrics(output_dir)[28:]
 
 
-def test_going_back_to_a_checkpoint_before_the_detour_leaves_it(blobs, tmp_path, went_back, undisturbed):
+def test_going_back_to_a_checkpoint_before_the_detour_leaves_it(blobs, tmp_path, rolled_back, undisturbed):
     output_dir = tmp_path / "run"
-    shutil.copytree(went_back[0], output_dir)
+    shutil.copytree(rolled_back[0], output_dir)
     older = str(output_dir / "checkpoints" / "step-00000007")
     assert pretrain(small_run(blobs, output_dir, **SKIPPING, resume=older)) == 0
     assert metrics(output_dir) == metrics(undisturbed[0])
@@ -263,7 +261,7 @@ def test_a_run_from_a_published_file_does_not_go_back_to_random_weights(blobs, t
     published = str(undisturbed[0] / "checkpoint-0.pth")
     with pytest.raises(UserError, match=f"at step 10 nor at the 2 after.* no checkpoint was saved since {published}"):
         pretrain(small_run(blobs, tmp_path, **{**SKIPPING, "log_freq": 4}, resume=published))
-    assert not (tmp_path / "detours.json").exists()
+    assert not (tmp_path / "rollbacks.json").exists()
 
 
 @pytest.mark.parametrize("place", ["the output of 1.0", "the gradient of 0.weight", "the loss", None])
@@ -279,26 +277,33 @@ def test_the_first_place_that_is_not_finite_is_named(place):
         yield model(inputs).sum() * (math.nan if place == "the loss" else 1)
 
     if place is None:
-        assert "nothing that could be found" in first_not_finite(model, losses, lambda flag: flag)
-        assert first_not_finite(model, losses, lambda flag: True) is None
+        assert "nothing that could be found" in find_not_finite(model, losses, lambda flag: flag)
+        assert find_not_finite(model, losses, lambda flag: True) is None
     else:
-        assert first_not_finite(model, losses, lambda flag: flag) == place
+        assert find_not_finite(model, losses, lambda flag: flag) == place
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not model[0]._forward_hooks
 
 
-def test_detours_change_the_data_and_damaged_ones_are_refused(tmp_path):
-    seeds = [data_seed(seed, detour) for seed in (0, 1, 2**63 - 1) for detour in range(100)]
+def test_rollbacks_change_the_data_and_damaged_ones_are_refused(tmp_path):
+    seeds = [data_seed(seed, rollbacks) for seed in (0, 1, 2**63 - 1) for rollbacks in range(100)]
     assert len(set(seeds)) == 300
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert data_seed(7, 0) == 7
-    assert read_detours(tmp_path, 10, None) == []
-    write_detours(tmp_path, [3, 8, 12])
-    assert read_detours(tmp_path, 10, None) == [3, 8]
+    assert read_rollbacks(tmp_path, 10, None) == []
+    write_rollbacks(tmp_path, [3, 8, 12])
+    assert read_rollbacks(tmp_path, 10, None) == [3, 8]
     for damage in ("[3, 8", "{}", '["a"]'):
-        (tmp_path / "detours.json").write_text(damage)
+        (tmp_path / "rollbacks.json").write_text(damage)
         with pytest.raises(UserError, match="cannot be read"):
-            read_detours(tmp_path, 10, None)
+            read_rollbacks(tmp_path, 10, None)
+
+
+def test_rollbacks_of_version_0_1_count(tmp_path):
+    (tmp_path / "detours.json").write_text("[3, 8, 12]")
+    assert read_rollbacks(tmp_path, 10, None) == [3, 8]
+    write_rollbacks(tmp_path, [3, 8, 9])
+    assert read_rollbacks(tmp_path, 10, None) == [3, 8, 9], "the newer file counts, which has the older ones too"
 
 
 # --- spikes -----------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def step_log(run: Path, said: list[str], **changes) -> StepLog:
         spike_score=lambda loss: None,
         sinks=[],
         say=said.append,
+        early_steps=(),
     )
     return StepLog(run, **{**settings, **changes})
 
@@ -169,8 +170,26 @@ def test_the_peak_of_a_gpu_is_found_by_its_name_or_not_at_all(name, tera):
 # --- the screen -------------------------------------------------------------------------------------------------------
 
 
+def test_the_first_steps_are_read_and_shown_at_once(tmp_path, capsys):
+    log = step_log(tmp_path, [], log_freq=20, early_steps=(1, 2, 5, 10))
+    screen = Screen(total_steps=1000, epochs=5, images_per_step=8, start_step=100, shows=True)
+    written = []
+    with screen:
+        for step in range(101, 119):
+            log.add(result(float(step)), step=step, epoch=0, lr=0.1, images=8)
+            screen.update(step, 0, log.latest)
+            written.append(len(rows(tmp_path)) if (tmp_path / "metrics.jsonl").exists() else 0)
+    assert written == [1, 2, 2, 2, 5, 5, 5, 5, 5, *[10] * 9]
+    assert not any("images_per_second" in row for row in rows(tmp_path)), "a speed is measured over log_freq steps"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[3] for line in lines] == ["101/1000", "102/1000", "105/1000", "110/1000"]
+    assert "first step in " in lines[0]
+    assert " left" not in lines[0]
+    assert all(" images/s" in line and line.endswith(" left") for line in lines[1:])
+
+
 def test_a_line_says_all_that_matters(capsys):
-    screen = Screen(total_steps=100, epochs=5, images_a_step=64, start_step=0, shows=True)
+    screen = Screen(total_steps=100, epochs=5, images_per_step=64, start_step=0, shows=True)
     latest = dict(loss=0.51239, lr=1.5e-4, images_per_second=1280.0, mfu=0.413, data_wait=0.02, peak_memory=9 * 2**30)
     screen.update(99, 4, latest)
     assert capsys.readouterr().out == "", "a line now and then"
@@ -179,8 +198,8 @@ def test_a_line_says_all_that_matters(capsys):
         "epoch 5/5  step 100/100  loss 0.5124  lr 1.50e-04  1,280 images/s  MFU 41.3%  data wait 2%  memory 9.0 GiB\n"
     )
     assert capsys.readouterr().out == line
-    screen = Screen(total_steps=10_000, epochs=5, images_a_step=64, start_step=0, shows=True)
-    screen._said -= 60
+    screen = Screen(total_steps=10_000, epochs=5, images_per_step=64, start_step=0, shows=True)
+    screen._printed -= 60
     screen.update(100, 0, {**latest, "loss": None})
     shown = capsys.readouterr().out
     assert "loss not finite" in shown

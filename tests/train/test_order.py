@@ -5,6 +5,7 @@ import os
 import signal
 import tarfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,15 +13,17 @@ import torch
 from helpers import assert_same_run, small_run, soak
 
 from fastmae.cli import main
-from fastmae.config import PretrainConfig
 from fastmae.data import shards
-from fastmae.data.loader import View, load_batches
+from fastmae.data.loader import LoadingStats, View
+from fastmae.data.quarantine import Quarantine
 from fastmae.data.sources import open_train
 from fastmae.errors import UserError
 from fastmae.train import pretrain as module
+from fastmae.train.batches import BatchStream
 from fastmae.train.health import EXIT_INTERRUPTED
 from fastmae.train.parallel import DistContext
 from fastmae.train.pretrain import pretrain
+from fastmae.train.schedule import Steps
 
 CPU = torch.device("cpu")
 # 48 images in 6 shards: 6 steps of 8 an epoch, 24 in all.
@@ -58,7 +61,7 @@ class Seen:
 
     def __init__(self, monkeypatch):
         self.steps, self.before, self.first = {}, lambda step: None, 0
-        take_step, requests = module.train_step, module._requests
+        take_step, steps_of = module.train_step, BatchStream.steps
 
         def recording_step(loss_of, optimizer, micro_batches, *rest):
             batches = list(micro_batches)
@@ -68,13 +71,12 @@ class Seen:
             self.steps[step] = [(images.clone(), ids.clone()) for images, ids in batches]
             return take_step(loss_of, optimizer, iter(batches), *rest)
 
-        def recording_requests(source, config, seed, context, steps_per_epoch, steps):
-            steps = list(steps)
-            self.first, self.taken = steps[0], 0
-            return requests(source, config, seed, context, steps_per_epoch, steps)
+        def recording_steps(stream, first, end):
+            self.first, self.taken = first, 0
+            return steps_of(stream, first, end)
 
         monkeypatch.setattr(module, "train_step", recording_step)
-        monkeypatch.setattr(module, "_requests", recording_requests)
+        monkeypatch.setattr(BatchStream, "steps", recording_steps)
 
 
 def run_with_stops(seen, config, stops, decoders=("threads",)):
@@ -143,14 +145,29 @@ def test_ranks_see_one_order_from_any_step_on(tars, tmp_path, accum_iter, repeat
 
     def crops(ranks, start):
         """(draw_ids, images) of steps ``start`` to 14, 4 an epoch: each global step's, in the order of the ranks."""
-        config = PretrainConfig(
-            seed=3, accum_iter=accum_iter, batch_size=12 // ranks // accum_iter, repeated_masks=repeated_masks
-        )
         by_rank = []
         for rank in range(ranks):
-            requests = module._requests(source, config, 3, DistContext(rank, ranks, CPU), 4, range(start, 14))
-            batches = load_batches(source, requests, view, device=CPU, num_workers=2)
-            by_rank.append([(batch.draw_ids, batch.images) for batch in batches])
+            run = SimpleNamespace(
+                config=SimpleNamespace(accum_iter=accum_iter, num_workers=2, pin_mem=False),
+                context=DistContext(rank, ranks, CPU),
+                steps=Steps(per_epoch=4, total=14, between_checkpoints=14),
+                log=SimpleNamespace(loading=LoadingStats()),
+                quarantine=Quarantine(tmp_path / "quarantine.jsonl"),
+            )
+            stream = BatchStream(
+                run,
+                source,
+                seed=3,
+                crops=12 // ranks // accum_iter // repeated_masks,
+                view_of=lambda epoch: view,
+                to_inputs=lambda batch: (batch.draw_ids, batch.images),
+            )
+            by_rank.append([pair for _, micro_batches in stream.steps(start, 14) for pair in micro_batches])
+            assert run.log.loading.images == len(by_rank[-1]) * 12 // ranks // accum_iter // repeated_masks
+            again = list(stream.at(start))
+            assert len(again) == accum_iter
+            for micro_batch, same in zip(again, by_rank[-1][:accum_iter], strict=True):
+                assert all(map(torch.equal, micro_batch, same))
         # Ranks take turns within a micro-step, micro-steps within a step.
         return [torch.cat(parts) for parts in zip(*(pair for pairs in zip(*by_rank, strict=True) for pair in pairs),
                                                   strict=True)]  # fmt: skip

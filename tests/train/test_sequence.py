@@ -15,8 +15,9 @@ from fastmae.data.statistics import channel_statistics
 from fastmae.model.build import build_model
 from fastmae.model.reference import ReferenceMAE
 from fastmae.ops import random_masking
-from fastmae.train.optim import learning_rate, make_optimizer
+from fastmae.train.optim import make_optimizer
 from fastmae.train.pretrain import pretrain
+from fastmae.train.schedule import learning_rate
 
 SETTINGS = dict(model="mae_vit_tiny_patch4", input_size=16, in_chans=1)
 TINY = dict(embed_dim=128, depth=4, num_heads=4, decoder_embed_dim=96, decoder_depth=2, decoder_num_heads=3)

@@ -1,0 +1,246 @@
+"""What a run does when its loss or gradient is not finite: skip, roll back, re-seed, try again.
+
+1. **Skip.** ``step.train_step`` leaves the weights as they are when a loss or gradient of any rank is not finite. The
+   log counts the steps that were skipped in a row.
+2. **Roll back.** After ``--max_skipped`` of them ``roll_back`` computes the first of these steps once more, names the
+   module that failed, and notes the step of the newest intact checkpoint in ``rollbacks.json``.
+3. **Re-seed.** The steps after that checkpoint are done again with other images, crops and masks (``data_seed``),
+   since the same ones would fail again.
+4. **Try again.** ``run_attempts`` starts the next attempt, which resumes from that checkpoint. If its steps fail as
+   well, the run ends with an error: its learning rate is probably too high.
+
+All ranks come to the same decisions, because they decide from numbers that they have agreed on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastmae.checkpoint.manifest import MANIFEST, find_checkpoint
+from fastmae.checkpoint.restore import Restored, on_main, restore
+from fastmae.config import FinetuneConfig, PretrainConfig, ResolvedConfig, ResolvedFinetuneConfig
+from fastmae.errors import UserError
+from fastmae.files import write_text
+from fastmae.model.sharding import local_part
+from fastmae.ops.backends import using
+from fastmae.train import parallel
+from fastmae.train.allocator import keep_freed_memory
+from fastmae.train.batches import BatchStream
+from fastmae.train.health import StopSignals
+from fastmae.train.run import Run
+from fastmae.train.schedule import Steps
+from fastmae.train.settings import as_json
+from fastmae.train.sinks import check_sinks
+
+ROLLBACKS = "rollbacks.json"
+ROLLBACKS_0_1 = "detours.json"  # the name that version 0.1 used, for the file and for the key in a manifest
+NAMED_SAMPLES = 8
+
+Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
+Attempt = Callable[[Config, parallel.DistContext, StopSignals], int | None]
+
+
+# --- attempts ---------------------------------------------------------------------------------------------------------
+
+
+def run_attempts(config: Config, attempt: Attempt[Config]) -> int:
+    """Joins the ranks and makes attempts until one returns an exit status; None means that another one is due."""
+    check_sinks(config.log_dir, config.wandb)
+    context = parallel.start(config.device)
+    if context.device.type == "cpu":
+        keep_freed_memory()
+    try:
+        with using(ops=config.ops, attention=config.attention), StopSignals() as stop:
+            while (status := attempt(config, context, stop)) is None:
+                config = dataclasses.replace(config, resume="auto")
+            return status
+    finally:
+        parallel.stop(context)
+
+
+def restore_attempt(
+    config: ResolvedConfig | ResolvedFinetuneConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: Steps,
+    fixed: Iterable[str],
+    fresh_step: int = 0,
+) -> tuple[Restored, list[int]]:
+    """Restores the weights and the optimiser in place, as --resume says.
+
+    Args:
+        config: the resolved settings.
+        model, optimizer: fresh ones.
+        steps: the schedule of the run.
+        fixed: the names of the settings that must be those of the checkpoint.
+        fresh_step: the step at which a run begins that resumes nothing.
+
+    Returns:
+        The position from which the attempt goes on, and the rollbacks before it.
+
+    Raises:
+        UserError: there is nothing intact to resume, or it does not fit.
+    """
+    folder, settings = Path(config.output_dir), as_json(config)
+    restored = restore(
+        config.resume,
+        folder,
+        model,
+        optimizer,
+        fixed={name: settings[name] for name in fixed},
+        fresh_step=fresh_step,
+        steps_per_epoch=steps.per_epoch,
+    )
+    manifest = Path(restored.origin) / MANIFEST if restored.origin else None
+    return restored, read_rollbacks(folder, restored.step, manifest)
+
+
+# --- rollbacks --------------------------------------------------------------------------------------------------------
+
+
+def read_rollbacks(folder: Path, step: int, manifest: Path | None) -> list[int]:
+    """Returns the steps, up to ``step``, to which the run was rolled back.
+
+    They are in the run folder, where a restart finds them even before the next checkpoint is saved, and in the manifest
+    of every checkpoint. The ``manifest`` counts for a run that resumes a checkpoint of another folder.
+
+    Raises:
+        UserError: the file is there but not readable.
+    """
+    files = [folder / name for name in (ROLLBACKS, ROLLBACKS_0_1) if (folder / name).exists()]
+    if not files and (manifest is None or not manifest.exists()):
+        return []
+    path = files[0] if files else manifest
+    assert path is not None
+    try:
+        rollbacks = json.loads(path.read_text())
+        if not files:  # a manifest from before there were rollbacks has neither key
+            rollbacks = rollbacks.get("rollbacks", rollbacks.get("detours", []))
+        if not isinstance(rollbacks, list):
+            raise TypeError("no list of steps")
+        return [int(rollback) for rollback in rollbacks if rollback <= step]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error!r}); restore it, or start in another --output_dir") from error
+
+
+def write_rollbacks(folder: Path, rollbacks: list[int]) -> None:
+    """Writes the steps to which a run was rolled back into its folder."""
+    write_text(folder / ROLLBACKS, json.dumps(rollbacks))
+
+
+def data_seed(seed: int, rollbacks: int) -> int:
+    """Returns the seed of order, crops, flips and masks after this many rollbacks: the run's own before the first."""
+    if rollbacks == 0:
+        return seed
+    digest = hashlib.sha256(f"seed {seed} detour {rollbacks}".encode()).digest()  # these words decide every later batch
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def roll_back(
+    run: Run,
+    step: int,
+    stream: BatchStream,
+    model: nn.Module,
+    loss_of: nn.Module,
+    autocast: torch.autocast,
+    fresh_step: int = 0,
+) -> None:
+    """Ends an attempt whose last steps, up to ``step``, were skipped, and notes to which step the run is rolled back.
+
+    That is the step of the newest intact checkpoint, or ``fresh_step`` if there is none.
+
+    Raises:
+        UserError: the run was rolled back to that step before, or there is nothing to go back to.
+    """
+    first = step + 1 - run.log.skipped_in_a_row
+
+    def losses() -> Iterator[torch.Tensor]:
+        for micro_batch in stream.at(first):
+            with autocast:
+                loss = loss_of(*micro_batch)
+            yield loss
+
+    origin = find_not_finite(model, losses, run.context.any)
+    report = describe_not_finite(first + 1, step + 1, origin, stream.names(first, NAMED_SAMPLES))
+    run.log.close()
+    run.saver.wait()
+    newest = on_main(lambda: find_checkpoint(run.folder))
+    target = fresh_step if newest.path is None else int(newest.manifest["step"])
+    remedy = "lower --blr (or use --precision fp32), then continue with --resume auto"
+    if target in run.rollbacks:
+        raise UserError(f"{report}; it was so with other data after step {target}, too: {remedy}")
+    if newest.path is None and run.config.resume not in ("", "auto"):
+        resume = run.config.resume
+        raise UserError(f"{report}; no checkpoint was saved since {resume}: lower --blr and name another folder")
+    print(f"fastmae: {report}; going back to step {target}, and on with other data", file=sys.stderr, flush=True)
+    if run.context.is_main:
+        write_rollbacks(run.folder, [*run.rollbacks, target])
+    run.context.barrier()
+
+
+# --- what is not finite -----------------------------------------------------------------------------------------------
+
+
+def find_not_finite(
+    model: nn.Module, losses: Callable[[], Iterable[torch.Tensor]], any_rank: Callable[[bool], bool]
+) -> str | None:
+    """Finds where a loss or gradient first stops being finite, by computing a step again without the optimiser.
+
+    All ranks call it, as their modules may communicate. Gradients are cleared afterwards.
+
+    Args:
+        model: the model whose modules and parameters are looked at.
+        losses: computes the loss of each micro-batch of this rank. It is called up to twice.
+        any_rank: returns whether a flag is true on any rank.
+
+    Returns:
+        A description of the origin; None if everything is finite on this rank and the fault is on another one.
+    """
+    origins: list[str] = []
+
+    def look_at(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not origins and isinstance(output, torch.Tensor) and not output.isfinite().all():
+                origins.append(f"the output of {name}")
+
+        return hook
+
+    # A module ends before the one that contains it, so the first one found is the innermost. Compiled code calls no
+    # hooks, so it is not used here.
+    hooks = [module.register_forward_hook(look_at(name)) for name, module in model.named_modules() if name]
+    with torch.compiler.set_stance("force_eager"):
+        with torch.no_grad():
+            for loss in losses():
+                if not origins and not loss.isfinite():
+                    origins.append("the loss")
+        for handle in hooks:
+            handle.remove()
+        if any_rank(bool(origins)):
+            return origins[0] if origins else None
+        for loss in losses():
+            loss.backward()
+    gradients = {name: local_part(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    model.zero_grad(set_to_none=True)
+    if any_rank(bool(bad)):
+        return f"the gradient of {bad[-1]}" if bad else None
+    return "nothing that could be found: computed again, all is finite"
+
+
+def describe_not_finite(first: int, last: int, origin: str | None, samples: list[str]) -> str:
+    """Returns one line about the steps ``first`` to ``last`` that were skipped, counted from 1."""
+    line = f"the loss or its gradient is not finite at step {first}"
+    if last > first:
+        line += f" nor at the {last - first} after it"
+    if origin is None:
+        return f"{line}, from another rank's batch"
+    return f"{line}, first {origin}, in the batch with {', '.join(samples)}"

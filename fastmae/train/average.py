@@ -1,4 +1,4 @@
-"""The moving average of the weights (--ema): beside the model, which never sees it; named and cut as its parameters."""
+"""The moving average of the weights (--ema). It has the names and the sharding of the parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Average = dict[str, torch.Tensor]
 
 
 def start_average(model: nn.Module, origin: str | None) -> Average:
-    """The average of a run that goes on from ``origin``: the one in a checkpoint folder, or else the weights now."""
+    """Returns the average of a run that resumes ``origin``: that of a checkpoint folder, otherwise the weights now."""
     average = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     if origin is not None and Path(origin).is_dir():
         dcp.load(
@@ -26,15 +26,16 @@ def start_average(model: nn.Module, origin: str | None) -> Average:
 
 
 def in_checkpoint(average: Average) -> dict[str, torch.Tensor]:
-    """The tensors under the names that they have in a checkpoint."""
+    """Returns the tensors under the names that they have in a checkpoint."""
     return {f"average.{name}": tensor for name, tensor in average.items()}
 
 
 @torch.no_grad()
 def update_average(average: Average, model: nn.Module, decay: float, skipped: torch.Tensor) -> None:
-    """average ← decay · average + (1 − decay) · weights, unless the step was skipped. No synchronisation.
+    """Computes average ← decay · average + (1 − decay) · weights, unless the step was skipped. No synchronisation.
 
-    torch's own averaging (torch.optim.swa_utils) takes plain numbers only, so the host would have to know first.
+    torch's own averaging (torch.optim.swa_utils) takes plain numbers only, so the host would have to wait for
+    ``skipped``.
     """
     share = (1 - decay) * (1 - skipped)
     weights = dict(model.named_parameters())

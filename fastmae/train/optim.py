@@ -13,7 +13,7 @@ WITHOUT_DECAY = ("cls_token", "pos_embed")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups in the published order: biases and other 1-D parameters without decay, then the rest with it."""
+    """Returns two groups in the official order: biases and other 1-D parameters without decay, the rest with it."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
@@ -22,22 +22,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW in one fused pass over all parameters, on CPU and GPU alike."""
+    """Returns AdamW, which updates all parameters in one fused pass on CPU and GPU."""
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=BETAS, fused=True)
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Which of the layers 0 to ``depth`` + 1 a classifier's parameter is in: the embedding, the blocks, the head."""
+    """Returns the layer of a parameter of a classifier: 0 is the embedding, ``depth`` + 1 the head."""
     if name.startswith(("cls_token", "pos_embed", "patch_embed")):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
 
 
 def layer_decay_groups(model: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """The published groups of fine-tuning: two a layer, of which only one has weight decay.
+    """Returns the official groups of fine-tuning: two per layer, of which one has weight decay.
 
-    ``lr_scale`` is ``layer_decay`` to the power of the layers above (Clark et al. 2020; Bao et al. 2021). Biases, other
-    1-D parameters, the class token and positions have no weight decay. Groups without parameters are left out.
+    ``lr_scale`` is ``layer_decay`` to the power of the number of layers above (Clark et al. 2020; Bao et al. 2021).
+    Biases, other 1-D parameters, the class token and positions have no weight decay. Empty groups are left out.
     """
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -57,6 +57,6 @@ def layer_decay_groups(model: nn.Module, depth: int, weight_decay: float, layer_
 def make_finetuning_optimizer(
     model: nn.Module, depth: int, lr: float, weight_decay: float, layer_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW for fine-tuning a model of so many blocks; ``train_step`` sets the groups' learning rates."""
+    """Returns AdamW for a classifier of ``depth`` blocks. ``train_step`` sets the learning rates of its groups."""
     groups = layer_decay_groups(model, depth, weight_decay, layer_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=FINETUNING_BETAS, fused=True)

@@ -1,6 +1,6 @@
-"""Which number format the step computes in: float32, TF32 products of it, or bfloat16 autocast over float32 weights.
+"""The number format of a step: float32, float32 with TF32 products, or bfloat16 autocast over float32 weights.
 
-With the last the products of blocks may be float8; ``step.in_float8`` makes them so.
+With bfloat16 the products of the blocks may be float8 (``step.in_float8``).
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from fastmae.errors import UserError
 
 @dataclass(frozen=True)
 class Precision:
-    """The chosen format and why."""
+    """A number format, and why it was chosen."""
 
     name: str
     reason: str
     autocast: torch.dtype | None
 
     def context(self, device: torch.device) -> torch.autocast:
-        """The autocast region of a forward pass; does nothing for fp32.
+        """Returns the autocast region of a forward pass, which does nothing for fp32.
 
-        Casts are not kept: a forward pass takes a weight once, and a CUDA graph must not refer to what is dropped.
+        Casts are not cached: a forward pass uses a weight once, and a CUDA graph must not refer to freed memory.
         """
         dtype = self.autocast or torch.bfloat16
         return torch.autocast(device.type, dtype=dtype, enabled=self.autocast is not None, cache_enabled=False)
 
     @contextmanager
     def products(self) -> Generator[None]:
-        """While entered, float32 matrix products, forward and backward, are rounded to TF32 if that was asked for."""
+        """Rounds the factors of float32 matrix products to TF32, forward and backward, while entered, if asked for."""
         before = torch.get_float32_matmul_precision()
         if self.name == "tf32":
             torch.set_float32_matmul_precision("high")
@@ -44,10 +44,10 @@ class Precision:
 
 
 def choose_precision(flag: str, device: torch.device) -> Precision:
-    """``auto`` is bf16 on a GPU that has it, otherwise fp32.
+    """Returns the format of --precision. ``auto`` is bf16 on a GPU that supports it, otherwise fp32.
 
     Raises:
-        UserError: bf16 or tf32 was asked of a device without it.
+        UserError: the device does not support the format.
     """
     if flag == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         has_none = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
@@ -67,7 +67,7 @@ def require_float8(device: torch.device, precision: Precision) -> None:
     """Refuses --float8 where it cannot work.
 
     Raises:
-        UserError: the device has no float8 products, or the rest is not bf16.
+        UserError: the device has no float8 products, or the other numbers are not bf16.
     """
     has_none = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):

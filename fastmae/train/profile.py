@@ -1,4 +1,4 @@
-"""Where a step's time and memory go: a Chrome trace of a few steps, and on a GPU a snapshot of its memory."""
+"""Traces where the time of a step goes (a Chrome trace), and on a GPU where its memory goes (a snapshot)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MEMORY_EVENTS = 200_000
 def profiled(
     run: Path, steps: int | None, rank: int, device: torch.device, say: Callable[[str], None]
 ) -> Iterator[Callable[[], None]]:
-    """Records ``steps`` steps after ``WARM_UP`` others, in which compiling and allocating settle.
+    """Records ``steps`` steps, after ``WARM_UP`` steps in which compiling and allocating settle.
 
     Writes ``OUTPUT_DIR/profile/rank-R.json.gz`` (chrome://tracing, ui.perfetto.dev) and, on a GPU,
-    ``rank-R-memory.pickle`` (pytorch.org/memory_viz). A run that ends earlier leaves what there is by then.
+    ``rank-R-memory.pickle`` (pytorch.org/memory_viz). A run that ends earlier leaves what was recorded.
 
     Yields:
-        To be called after each step; does nothing once it is over, or without ``steps``.
+        A function to call after each step. It does nothing without ``steps``, or when the recording is over.
     """
     if not steps:
         yield lambda: None

@@ -1,4 +1,4 @@
-"""Copies of the log for other programs: TensorBoard, Weights & Biases. One that fails is left off; the run goes on."""
+"""Copies of the log for other programs: TensorBoard, Weights & Biases. One that fails is stopped; the run goes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from fastmae.errors import UserError, install_hint
 
-# The published script's names for TensorBoard.
+# The names that the official script uses in TensorBoard.
 NAMES = {"loss": "train_loss"}
 
 Write = Callable[[dict[str, Any]], None]
@@ -19,7 +19,7 @@ Close = Callable[[], None]
 
 
 class Sink:
-    """Takes rows of the log until something about it fails, which is said once."""
+    """Takes rows of the log until it fails, which is reported once."""
 
     def __init__(self, name: str, open_it: Callable[[], tuple[Write, Close]], say: Callable[[str], None]) -> None:
         self._name, self._say, self._works = name, say, True
@@ -46,10 +46,10 @@ class Sink:
 
 
 def check_sinks(log_dir: str | None, wandb: str | None) -> None:
-    """Looks for what they need.
+    """Checks that the packages which they need are installed.
 
     Raises:
-        UserError: one is not installed.
+        UserError: a package is not installed.
     """
     for flag, value, module, name, extra in (
         ("log_dir", log_dir, "tensorboard", "TensorBoard", "track"),
@@ -62,7 +62,7 @@ def check_sinks(log_dir: str | None, wandb: str | None) -> None:
 def open_sinks(
     run: Path, *, log_dir: str | None, wandb: str | None, settings: dict[str, Any], say: Callable[[str], None]
 ) -> list[Sink]:
-    """Those that were asked for: TensorBoard files in ``log_dir``, a run in the W&B project ``wandb``."""
+    """Opens the sinks that were asked for: TensorBoard files in ``log_dir``, a run in the W&B project ``wandb``."""
     sinks = []
     if log_dir:
         sinks.append(Sink("tensorboard", lambda: _tensorboard(log_dir), say))
@@ -72,7 +72,7 @@ def open_sinks(
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """A row's numbers under the names that they are shown by."""
+    """Returns the numbers of a row under the names that the sinks show."""
     return {NAMES.get(key, key): float(value) for key, value in row.items() if value is not None and key != "step"}
 
 
@@ -91,9 +91,9 @@ def _tensorboard(log_dir: str) -> tuple[Write, Close]:
 def _wandb(project: str, run: Path, settings: dict[str, Any]) -> tuple[Write, Close]:
     import wandb
 
-    # The same run folder is the same run there, however often it is resumed.
+    # A run folder is one run in W&B, however often it is resumed.
     identity = hashlib.sha256(os.fsencode(run.resolve())).hexdigest()[:16]
-    there = wandb.init(
+    wandb_run = wandb.init(
         project=project,
         name=run.name,
         id=identity,
@@ -102,5 +102,5 @@ def _wandb(project: str, run: Path, settings: dict[str, Any]) -> tuple[Write, Cl
         config=settings,
         settings=wandb.Settings(console="off"),
     )
-    there.define_metric("*", step_metric="step")  # steps that come again after going back are taken, too
-    return lambda row: there.log({**_numbers(row), "step": row["step"]}), there.finish
+    wandb_run.define_metric("*", step_metric="step")  # so that steps which are repeated after a rollback are taken
+    return lambda row: wandb_run.log({**_numbers(row), "step": row["step"]}), wandb_run.finish

@@ -1,4 +1,7 @@
-"""One optimiser step: micro-batches forward and backward, gradients added up, then AdamW. No host synchronisation."""
+"""One optimiser step: micro-batches forward and backward, gradients added up, then AdamW.
+
+Nothing here makes the host wait for the device.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ from fastmae.errors import UserError, install_hint
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.vit import BLOCKS, Checkpointing
 
-SHAPES_A_SIZE = 4
-"""Of the tokens that blocks get, and one to spare."""
+SHAPES_PER_SIZE = 4
+"""The number of token shapes that blocks get for one image size, and one to spare."""
 
 
 class TrainingLoss(nn.Module):
-    """``model.training_loss`` as a forward pass, which is what torch's wrappers expect."""
+    """Computes ``model.training_loss`` as a forward pass, which is what torch's wrappers expect."""
 
     def __init__(self, model: MaskedAutoencoderViT, mask_ratio: float, predict_ratio: float | None = None) -> None:
         super().__init__()
@@ -43,14 +46,14 @@ def prepare(
     sizes: int = 1,
     float8: bool = False,
 ) -> None:
-    """Makes the forward and backward pass what --float8, --checkpointing and --compile say, in place; names stay.
+    """Applies --float8, --checkpointing and --compile to the forward and backward pass, in place. Names stay the same.
 
-    The order is fixed: float8, checkpointing, compiling, then the wrapping for several ranks, then the optimiser. So
-    compiled code knows the casts, which it fuses, and what is to be computed again, and communication happens between
-    compiled regions.
+    The order is fixed: float8, checkpointing, compiling, then the wrapper for several ranks, then the optimiser. So
+    compiled code contains the casts, which it fuses, and knows what is computed again; and communication happens
+    between compiled regions.
 
     Raises:
-        UserError: torchao is not there.
+        UserError: torchao is not installed.
     """
     if float8:
         assert isinstance(loss_of, TrainingLoss)
@@ -58,9 +61,9 @@ def prepare(
     blocks = [part for part in loss_of.modules() if isinstance(part, BLOCKS)]
     for block in blocks:
         block.checkpointing = checkpointing
-    # Blocks share code: the encoder's, the decoder's and its last are compiled once each, for each of the ``sizes``
-    # that images have in a run. torch gives up after 8 of one code, unless it is told that so many are meant.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES_A_SIZE * sizes)
+    # Blocks share code, which is compiled once for the encoder, once for the decoder and once for its last block, for
+    # each of the ``sizes`` of images. torch gives up after 8 compilations of the same code unless the limit is raised.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES_PER_SIZE * sizes)
     if compiling == "block":
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False)
@@ -69,19 +72,19 @@ def prepare(
 
 
 def in_float8(model: MaskedAutoencoderViT, emulate: bool = False) -> None:
-    """Makes torchao compute the products of the blocks, forward and backward, in float8, in place.
+    """Lets torchao compute the products of the blocks, forward and backward, in float8, in place.
 
-    Weights stay what they are, in float32 and under their names. Every factor is scaled by its largest value just
-    before its product (torchao's recipe ``tensorwise``, its fastest), so nothing has to be saved. Left alone are layers
-    whose sizes are no multiples of 16, and queries, keys and values of the decoder's last block, which takes their
-    layer apart.
+    Weights stay in float32 and keep their names. Every factor is scaled by its largest value just before its product
+    (torchao's recipe ``tensorwise``, its fastest), so nothing has to be saved. Two kinds of layers are skipped: those
+    whose sizes are no multiples of 16, and the one for queries, keys and values in the decoder's last block, which uses
+    parts of that layer by themselves.
 
     Args:
-        model: on its device; not compiled, sharded or given to an optimiser yet.
-        emulate: round as float8 does, but compute in float32, for devices without it.
+        model: the model on its device, before it is compiled, sharded or given to an optimiser.
+        emulate: round as float8 does, but compute in float32, for devices without float8.
 
     Raises:
-        UserError: torchao is not there.
+        UserError: torchao is not installed.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -102,31 +105,35 @@ WARM_UPS = 3
 
 
 class PassGraph:
-    """Forward and backward pass of a micro-batch as a CUDA graph: captured for the first, replayed for all.
+    """The forward and backward pass of a micro-batch as a CUDA graph, which is captured once and then replayed.
 
-    A replay does again what was captured, at the same addresses. So micro-batches are copied to where the first one's
-    copy lies, and weights and gradients must stay where they are: the optimiser changes weights in place, and gradients
-    are set to zero, not to None. With another shape it is captured anew, and the former graph's memory given back.
+    A replay repeats the captured kernels at the same addresses. Therefore:
+
+    * Each micro-batch is copied into the tensors that the first one was copied into.
+    * Weights and gradients must stay at their addresses: the optimiser changes weights in place, and gradients are set
+      to zero, not to None. (Capturing needs gradients that are None, so that the backward pass allocates them inside
+      the graph's memory; existing ones are put back afterwards.)
+    * A micro-batch of another shape is captured anew, and the memory of the former graph is freed first.
     """
 
     def __init__(self) -> None:
         self._inputs: list[torch.Tensor] = []
         self._replay: Callable[[], torch.Tensor] | None = None
 
-    def __call__(self, run: Pass, parameters: Sequence[nn.Parameter], *given: torch.Tensor) -> torch.Tensor:
-        """What ``run(*given)`` does: adds to the gradients of ``parameters`` and returns the loss."""
-        if self._replay is None or [(t.shape, t.dtype) for t in given] != [(t.shape, t.dtype) for t in self._inputs]:
+    def __call__(self, run: Pass, parameters: Sequence[nn.Parameter], *inputs: torch.Tensor) -> torch.Tensor:
+        """Does what ``run(*inputs)`` does: adds to the gradients of ``parameters`` and returns the loss."""
+        if self._replay is None or [(t.shape, t.dtype) for t in inputs] != [(t.shape, t.dtype) for t in self._inputs]:
             self._replay = None  # frees its memory before the next one needs as much
-            self._inputs = [tensor.clone() for tensor in given]
-            self._replay = self._captured(partial(run, *self._inputs), parameters, given[0].device)
-        for held, tensor in zip(self._inputs, given, strict=True):
+            self._inputs = [tensor.clone() for tensor in inputs]
+            self._replay = self._captured(partial(run, *self._inputs), parameters, inputs[0].device)
+        for held, tensor in zip(self._inputs, inputs, strict=True):
             held.copy_(tensor)
         return self._replay().clone()  # the next replay overwrites it
 
     def _captured(
         self, run: Callable[[], torch.Tensor], parameters: Sequence[nn.Parameter], device: torch.device
     ) -> Callable[[], torch.Tensor]:
-        """``run`` as a graph that adds to ``.grad``, which every parameter that gets a gradient has from now on."""
+        """Returns ``run`` as a graph, which adds to the ``.grad`` that parameters have from now on."""
         before = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
@@ -140,8 +147,9 @@ class PassGraph:
 
 
 def _warm_up(run: Callable[[], torch.Tensor], device: torch.device) -> torch.cuda.Stream:
-    """Does what happens at first only, such as compiling, and must not be captured. On a stream of its own, which it
-    returns for the capture: torch asks for that, as autograd remembers on which stream a gradient was made.
+    """Runs what happens only at first, such as compiling, and must not be captured.
+
+    Returns the side stream that it used, for the capture: autograd remembers on which stream a gradient was made.
     """
     side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     side.wait_stream(current)
@@ -153,7 +161,7 @@ def _warm_up(run: Callable[[], torch.Tensor], device: torch.device) -> torch.cud
 
 
 def _recorded(run: Callable[[], torch.Tensor], stream: torch.cuda.Stream) -> Callable[[], torch.Tensor]:
-    """Captures what ``run`` launches, without doing it. What is returned does it, and gives the same tensor always."""
+    """Captures what ``run`` launches, without executing it. The function returned executes it into the same tensor."""
     graph = torch.cuda.CUDAGraph()
     # thread_local: DALI's threads may allocate meanwhile.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
@@ -170,7 +178,7 @@ def require_graph(device: torch.device, ranks: int) -> None:
     """Refuses --cuda_graph where it cannot work.
 
     Raises:
-        UserError: not on a GPU, or with several ranks, whose communication is not captured.
+        UserError: the device is no GPU, or there are several ranks, whose communication is not captured.
     """
     if device.type != "cuda":
         raise UserError(f"--cuda_graph: the device is {device}, which has no CUDA graphs; leave it out")
@@ -180,18 +188,18 @@ def require_graph(device: torch.device, ranks: int) -> None:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step came to: scalars on the device, which nobody has waited for."""
+    """The result of a step: scalars on the device, which may not be computed yet."""
 
     loss: torch.Tensor
-    """The mean loss of this rank's micro-batches, whatever it is."""
+    """The mean loss of this rank's micro-batches, finite or not."""
     grad_norm: torch.Tensor
-    """Of the mean gradient of all ranks, before it was clipped."""
+    """The norm of the mean gradient of all ranks, before it was clipped."""
     skipped: torch.Tensor
     """1.0 if a loss or gradient of any rank was not finite, so that nothing was changed on any; otherwise 0.0."""
 
 
 def without_sync(loss_of: nn.Module, is_last: bool) -> AbstractContextManager:
-    """A region whose backward pass adds gradients up on this rank alone, but for that of the last micro-batch."""
+    """Returns a region whose backward pass adds gradients up on this rank alone, except for the last micro-batch."""
     if isinstance(loss_of, FSDPModule):
         loss_of.set_requires_gradient_sync(is_last)
     elif isinstance(loss_of, DistributedDataParallel) and not is_last:
@@ -210,18 +218,19 @@ def train_step(
     mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
     graph: PassGraph | None = None,
 ) -> StepResult:
-    """Steps once with the mean gradient of the micro-batches, unless it or a loss is not finite.
+    """Takes one step with the mean gradient of the micro-batches, unless it or a loss is not finite.
 
     Args:
-        loss_of: maps the tensors of a micro-batch to a scalar; such as a ``TrainingLoss``, wrapped or not.
-        optimizer: fused, so that it can leave a step out by itself; its groups' learning rates are set to ``lr``, times
-            the ``lr_scale`` of a group that has one.
-        micro_batches: ``accum_iter`` of them, such as pairs (images, ids_shuffle), taken one at a time.
-        accum_iter: gradients are communicated between ranks with the last of them only.
-        autocast: the region of the forward passes; it may be entered several times.
-        clip_grad: the largest norm of the gradient; a longer one is scaled down to it. None: any norm.
-        mean_over_ranks: of a tensor that every rank has, on the device.
-        graph: does the forward and backward passes; the same one in every step of a run.
+        loss_of: maps the tensors of a micro-batch to a scalar, such as a ``TrainingLoss``, wrapped or not.
+        optimizer: a fused optimiser, which can skip a step by itself. The learning rate of its groups is set to ``lr``,
+            times the ``lr_scale`` of a group that has one.
+        micro_batches: ``accum_iter`` tuples of tensors, such as (images, ids_shuffle). They are taken one at a time.
+        accum_iter: the number of micro-batches. Ranks exchange gradients with the last one only.
+        lr: the learning rate.
+        autocast: the region of the forward passes, which may be entered several times.
+        clip_grad: the largest norm of the gradient; a larger gradient is scaled down to it. None allows any norm.
+        mean_over_ranks: returns the mean of a tensor that every rank has on its device.
+        graph: executes the forward and backward passes; the same one in every step of a run.
 
     Raises:
         UserError: torch.compile failed.
@@ -251,7 +260,7 @@ def train_step(
         clip_grads_with_norm_(parameters, clip_grad, norm)
     finite = torch.isfinite(total) & torch.isfinite(norm)
     skipped = (mean_over_ranks((~finite).float()) > 0).float()
-    # Read by the fused kernel: at 1.0 it leaves weights, moments and step counts as they are.
+    # The fused kernel reads this: at 1.0 it leaves weights, moments and step counts as they are.
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.step()
     return StepResult(total, norm, skipped)

@@ -1,8 +1,8 @@
 """assemble_tokens on a GPU: one pass over the decoder's input forward, one over its gradient backward.
 
-Forward: each program makes some tokens of one image; the mask token is read once a program. Backward: each program
-walks over the tokens of one image for some channels, copies the visible ones and adds up the masked ones; torch adds
-up the images' sums afterwards, so that no atomics are needed and the gradient is the same in every run.
+Forward: each program makes some tokens of one image and reads the mask token once. Backward: each program goes through
+the tokens of one image for some channels, copies the gradients of visible tokens and adds up those of masked ones.
+torch adds up the sums of the images afterwards, so no atomics are needed and the gradient is the same in every run.
 
 Lower bound, for S tokens of D channels: D numbers read for each visible token, D of positions (which stay in the cache)
 and D written for each token; backward D read for each token and D written for each visible one. Definition:
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-TILE = 4096  # numbers a program holds at once: 32 a thread
+TILE = 4096  # numbers that a program holds at once: 32 per thread
 NUM_WARPS = 4
 
 
@@ -73,13 +73,16 @@ def assemble_tokens_backward_kernel(
 
 
 def block_sizes(width: int) -> dict[str, int]:
-    """Forward: BS tokens × BD of D channels a program."""
+    """Returns the tile of the forward pass: BS tokens × BD of D channels per program."""
     block = min(512, max(16, triton.next_power_of_2(width)))
     return {"D": width, "BS": max(1, TILE // block), "BD": block}
 
 
 def backward_block_sizes(width: int) -> dict[str, int]:
-    """Backward: BD of D channels, BS tokens at a time; narrow, so that there are several programs an image."""
+    """Returns the tile of the backward pass: BD of D channels, BS tokens at a time.
+
+    It is narrow, so that there are several programs per image.
+    """
     block = min(128, max(16, triton.next_power_of_2(width)))
     return {"D": width, "BS": max(1, TILE // block), "BD": block}
 
@@ -91,7 +94,7 @@ def assemble_tokens_triton(
     ids_shuffle: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """As ``fastmae.ops.assemble_tokens``, for tensors on a GPU and any dtype but float64."""
+    """Computes ``fastmae.ops.assemble_tokens`` on a GPU, for any dtype but float64."""
     if visible.stride(2) != 1:
         visible = visible.contiguous()
     (N, T, D), S = visible.shape, ids_shuffle.shape[1] + 1
@@ -110,7 +113,7 @@ def assemble_tokens_triton(
 def assemble_tokens_backward_triton(
     grad: torch.Tensor, visible_tokens: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """grad [N, L+1, D]: (the visible tokens' gradient [N, K+1, D] of ``dtype``, the mask token's, float32 [D])."""
+    """Splits grad [N, L+1, D] into that of the visible tokens [N, K+1, D] and of the mask token float32 [D]."""
     grad = grad.contiguous()
     N, S, D = grad.shape
     grad_visible = torch.empty(N, visible_tokens, D, dtype=dtype, device=grad.device)

@@ -1,18 +1,17 @@
 """attention on a GPU, for sequences so short that a head's keys and values stay in the caches.
 
-Forward: a program takes a tile of queries of one head past all keys, its softmax running (Milakov & Gimelshein 2018).
-Backward, one program a head: up to 64 tokens, every query and key is in one tile and nothing but the inputs is read.
-Longer sequences take two sweeps, each of which writes what it adds up once: dq a tile of queries at a time, then dk and
-dv a tile of keys at a time. So there are no atomics, and gradients are the same bits in every run. Maxima, sums and
-accumulators are float32. Of the tiles that stream past, all are full and unmasked but the last, which is as small as it
-can be: 197 keys take the tensor cores' time of 208.
+Forward: each program goes over all keys for a tile of queries of one head, with a running softmax (Milakov & Gimelshein
+2018). Backward: one program per head. Up to 64 tokens, one tile has all queries and keys, and only inputs are read.
+Longer sequences take two sweeps, each of which writes its sums once: dq for one tile of queries at a time, then dk and
+dv for one tile of keys at a time. So there are no atomics, and gradients have the same bits in every run. Maxima, sums
+and accumulators are float32. All tiles of the inner loop are full and unmasked but the last, which is as small as
+possible: 197 keys take the tensor cores' time of 208.
 
 Lower bound per head, for T queries and S keys of D numbers of e bytes:
     forward   e·D·(2T + 2S) bytes, 4·T·S·D floating-point operations in 2 matrix products, T·S exponentials
     backward  e·D·(3T + 4S) bytes, 10·T·S·D in 5 products, T·S exponentials
-Two sweeps take 7 products and the exponentials twice, and read the output and 4·T bytes of log-sum-exp besides; what
-they read again comes from the caches. How near all this comes has not been measured. Definition:
-fastmae/ops/attention.py.
+Two sweeps take 7 products and the exponentials twice, and also read the output and 4·T bytes of log-sum-exp; data that
+they read again come from the caches. No GPU has measured how near this comes. Definition: fastmae/ops/attention.py.
 """
 
 import math
@@ -25,7 +24,7 @@ import triton.language as tl
 @triton.jit
 def _load(p_x, first, stride, length, D: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr,
           FULL: tl.constexpr):  # fmt: skip
-    """Rows ``first`` to ``first + BLOCK`` of [length, D] as [BLOCK, BD], zeros beyond; FULL: every row exists."""
+    """Loads rows ``first`` to ``first + BLOCK`` of [length, D] as [BLOCK, BD], zeros beyond; FULL: all rows exist."""
     i, d = first + tl.arange(0, BLOCK), tl.arange(0, BD)
     p_rows = p_x + i[:, None] * stride + d[None, :]
     if FULL and BD == D:
@@ -44,7 +43,7 @@ def _store(p_x, b_x, first, stride, length, D: tl.constexpr, BLOCK: tl.constexpr
 def _attend(b_q, b_acc, b_max, b_sum, p_k, p_v, first, S, kv_stride_s,
             D: tl.constexpr, SCALE: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
             FULL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of keys and values added to the running softmax."""
+    """Adds one tile of keys and values to the running softmax."""
     b_k = _load(p_k, first, kv_stride_s, S, D, BK, BD, FULL)  # [BK, BD]
     b_v = _load(p_v, first, kv_stride_s, S, D, BK, BD, FULL)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BQ, BK]
@@ -94,7 +93,7 @@ def attention_forward_kernel(
 
 @triton.jit
 def attention_backward_whole_kernel(
-    p_q, p_k, p_v,  # as in the forward
+    p_q, p_k, p_v,  # as in the forward kernel
     p_grad,  # like q, contiguous: gradient of the output
     p_dq,  # like q
     p_dk, p_dv,  # like k
@@ -105,7 +104,7 @@ def attention_backward_whole_kernel(
     T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For T ≤ BQ and S ≤ BK: the softmax is made anew from whole rows."""
+    """Computes the gradients for T ≤ BQ and S ≤ BK; the softmax is computed again from whole rows."""
     n, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     b_q = _load(p_q + n * q_stride_n + h * q_stride_h, 0, q_stride_s, T, D, BQ, BD, False)  # [BQ, BD]
     b_k = _load(p_k + n * kv_stride_n + h * kv_stride_h, 0, kv_stride_s, S, D, BK, BD, False)  # [BK, BD]
@@ -115,7 +114,7 @@ def attention_backward_whole_kernel(
     b_s = tl.where((tl.arange(0, BK) < S)[None, :], b_s, float("-inf"))
     b_p = tl.exp2((b_s - tl.max(b_s, axis=1)[:, None]) * SCALE)
     b_p /= tl.sum(b_p, axis=1)[:, None]
-    # Rows beyond T add nothing: their gradient is zero, so dp, delta and ds are.
+    # Rows beyond T add nothing: their gradient is zero, and so are dp, delta and ds.
     b_dv = tl.dot(tl.trans(b_p.to(b_q.dtype)), b_grad, input_precision=PRECISION)
     _store(p_dv + n * dkv_stride_n + h * dkv_stride_h, b_dv, 0, dkv_stride_s, S, D, BK, BD)
     b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)  # [BQ, BK]
@@ -132,7 +131,7 @@ def attention_backward_whole_kernel(
 def _add_dq(b_dq, b_q, b_grad, b_lse, b_delta, p_k, p_v, first, S, kv_stride_s,
             D: tl.constexpr, SCALE: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
             FULL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """What one tile of keys adds to the gradient of a tile of queries. Keys beyond S are zeros and add nothing."""
+    """Adds the part of one tile of keys to the gradient of a tile of queries. Keys beyond S are 0 and add nothing."""
     b_k = _load(p_k, first, kv_stride_s, S, D, BK, BD, FULL)  # [BK, BD]
     b_v = _load(p_v, first, kv_stride_s, S, D, BK, BD, FULL)
     b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * SCALE - b_lse[:, None])  # [BQ, BK]
@@ -144,8 +143,10 @@ def _add_dq(b_dq, b_q, b_grad, b_lse, b_delta, p_k, p_v, first, S, kv_stride_s,
 def _add_dk_dv(b_dk, b_dv, b_k, b_v, p_q, p_grad, p_lse, p_delta, first, T, q_stride_s, grad_stride_s,
                D: tl.constexpr, SCALE: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr,
                FULL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """What one tile of queries adds to the gradients of a tile of keys and values; transposed, so that the
-    probabilities are left in the registers where the next product wants them."""
+    """Adds the part of one tile of queries to the gradients of a tile of keys and values.
+
+    The scores are transposed, so that the probabilities lie in the registers from which the next product reads.
+    """
     b_q = _load(p_q, first, q_stride_s, T, D, BQ, BD, FULL)  # [BQ, BD]
     b_grad = _load(p_grad, first, grad_stride_s, T, D, BQ, BD, FULL)
     q = first + tl.arange(0, BQ)
@@ -159,9 +160,9 @@ def _add_dk_dv(b_dk, b_dv, b_k, b_v, p_q, p_grad, p_lse, p_delta, first, T, q_st
 
 @triton.jit
 def attention_backward_kernel(
-    p_q, p_k, p_v, p_out, p_lse,  # as in the forward
+    p_q, p_k, p_v, p_out, p_lse,  # as in the forward kernel
     p_grad,  # like out: its gradient
-    p_delta,  # float32 [N, H, T], filled here: the inner product of a row of out and of grad
+    p_delta,  # float32 [N, H, T], written here: the inner products of the rows of out and of grad
     p_dq,  # like q
     p_dk, p_dv,  # like k
     q_stride_n, q_stride_s, q_stride_h,
@@ -225,9 +226,9 @@ def attention_backward_kernel(
 
 
 def tile_sizes(T: int, S: int, D: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Block sizes and launch options (forward, backward), chosen by what a multiprocessor's registers hold.
+    """Returns block sizes and launch options (forward, backward) that fit into the registers of a multiprocessor.
 
-    A backward without BM is ``attention_backward_whole_kernel``'s.
+    Backward options without BM belong to ``attention_backward_whole_kernel``.
     """
     wide = D > 64
     common = {"BD": triton.next_power_of_2(D), "num_stages": 1}
@@ -237,26 +238,26 @@ def tile_sizes(T: int, S: int, D: int) -> tuple[dict[str, int], dict[str, int]]:
     forward = {**whole, "LAST_K": _last_tile(S, keys)}
     if max(T, S) <= min(queries, keys):
         return forward, whole
-    # 64 rows are what a Hopper warp group multiplies at once.
+    # A warp group of Hopper multiplies 64 rows at once.
     backward = {"BM": 16 if wide else 64, "BN": 32, "num_warps": 8 if 32 < D <= 64 else 4, **common}
     return forward, {**backward, "LAST_Q": _last_tile(T, 32), "LAST_K": _last_tile(S, 32)}
 
 
 def _last_tile(length: int, block: int) -> int:
-    """Rows of the tile for what full blocks leave over: a power of two that tensor cores take, 0 if nothing is left."""
+    """Returns the rows of the tile after the full blocks: a power of two that tensor cores take, or 0 for none."""
     return max(16, triton.next_power_of_2(length % block)) if length % block else 0
 
 
 def shape_constants(T: int, S: int, H: int, D: int, dtype: torch.dtype) -> dict[str, object]:
-    """What the kernels have to know of the tensors at compile time. SCALE turns exp(q·k/√D) into a power of two."""
+    """Returns the constants that the kernels are compiled with. SCALE turns exp(q·k/√D) into a power of two."""
     precision = "ieee" if dtype == torch.float32 else "tf32"
     return {"T": T, "S": S, "H": H, "D": D, "SCALE": math.log2(math.e) / math.sqrt(D), "PRECISION": precision}
 
 
 def attention_forward_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out like q, its log-sum-exp float32 [N, H, T] to base 2) for q [N, T, H, D] and k, v [N, S, H, D] on a GPU.
+    """Returns (out like q, its log-sum-exp float32 [N, H, T] to base 2) for q [N, T, H, D] and k, v [N, S, H, D].
 
-    Any strides, but 1 for the last axis, and the same for k as for v.
+    Strides may be any, but 1 for the last axis, and the same for k as for v.
     """
     (N, T, H, D), S = q.shape, k.shape[1]
     out = torch.empty(N, T, H, D, dtype=q.dtype, device=q.device)
@@ -280,7 +281,7 @@ def attention_backward_triton(
     dk: torch.Tensor,
     dv: torch.Tensor,
 ) -> None:
-    """Writes the gradients of q, k and v into dq, dk and dv, whose strides are as free as those of q, k and v."""
+    """Writes the gradients of q, k and v into dq, dk and dv, which may have any strides that q, k and v may have."""
     grad = grad.contiguous()
     (N, T, H, D), S = q.shape, k.shape[1]
     strides = (*q.stride()[:3], *k.stride()[:3], *dq.stride()[:3], *dk.stride()[:3])

@@ -1,7 +1,7 @@
 """gather_patches on a GPU: each program cuts out some patches of one image, normalising on the way.
 
-Lower bound: P bytes read and P numbers of the result's type written a patch; the arithmetic is free. Definition:
-fastmae/ops/gather_patches.py.
+Lower bound: P bytes read and P numbers of the result's type written per patch; the arithmetic takes no extra time.
+Definition: fastmae/ops/gather_patches.py.
 """
 
 import torch
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fastmae.kernels.pixels import image_arguments, normalise, patch_offsets
 
-TILE = 2048  # pixels a program holds at once: 16 a thread
+TILE = 2048  # pixels that a program holds at once: 16 per thread
 NUM_WARPS = 4
 
 
@@ -43,7 +43,7 @@ def gather_patches_kernel(
 
 
 def block_sizes(pixels: int) -> dict[str, int]:
-    """BK patches × BP pixels a program, for P pixels a patch: whole patches up to 256 pixels, chunks of 256 above."""
+    """Returns the tile, BK patches × BP pixels per program: patches of up to 256 numbers P are whole, others cut."""
     block = min(256, max(16, triton.next_power_of_2(pixels)))
     return {"BK": max(1, TILE // block), "BP": block}
 
@@ -56,7 +56,7 @@ def gather_patches_triton(
     std: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """As ``fastmae.ops.gather_patches``, for tensors on a GPU and any dtype but float64."""
+    """Computes ``fastmae.ops.gather_patches`` on a GPU, for any dtype but float64."""
     (N, K), pixels = ids.shape, patch_size[0] * patch_size[1] * images.shape[3]
     out = torch.empty(N, K, pixels, dtype=dtype, device=images.device)
     if out.numel():

@@ -1,8 +1,10 @@
 """masked_mse on a GPU: loss and gradient in one pass over the prediction and the pixels.
 
-Each program holds some patches whole: it reads the pixels once, makes the target in registers, and writes the gradient
-beside the sum of its squared errors. The sums are added up by torch afterwards, so that no atomics are needed and the
-loss is the same in every run. Lower bound: P bytes of pixels, P numbers read and P written a patch. Definition:
+Each program takes some whole patches: it reads the pixels once, makes the target in registers, and writes the gradient
+and the sum of its squared errors. torch adds up the sums afterwards, so no atomics are needed and the loss is the same
+in every run.
+
+Lower bound: P bytes of pixels and P numbers read, and P numbers written, per patch. Definition:
 fastmae/ops/masked_mse.py.
 """
 
@@ -12,7 +14,7 @@ import triton.language as tl
 
 from fastmae.kernels.pixels import image_arguments, normalise, patch_offsets
 
-TILE = 2048  # pixels a program holds at once: 16 a thread, in three copies (prediction, target, difference)
+TILE = 2048  # pixels that a program holds at once: 16 per thread, in three copies (prediction, target, difference)
 NUM_WARPS = 4
 
 
@@ -23,7 +25,7 @@ def masked_mse_kernel(
     p_ids,  # int32 or int64 [N, M], any strides
     p_mean,  # floating [C]
     p_std,  # floating [C]
-    p_sums,  # float32 [N, programs an image]
+    p_sums,  # float32 [N, programs per image]
     p_grad,  # like pred
     M,
     scale,  # float32: 1 / (N·M·P)
@@ -57,7 +59,7 @@ def masked_mse_kernel(
 
 
 def block_sizes(pixels: int) -> dict[str, int]:
-    """BM whole patches of BP pixels a program, for P pixels a patch."""
+    """Returns the tile, BM whole patches of BP ≥ P pixels per program."""
     block = max(16, triton.next_power_of_2(pixels))
     return {"BM": max(1, TILE // block), "BP": block}
 
@@ -72,7 +74,7 @@ def masked_mse_triton(
     norm_pix: bool,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss float32 scalar, its gradient for pred) for tensors on a GPU and any pred but float64."""
+    """Returns (loss, a float32 scalar; its gradient with respect to pred) on a GPU, for any dtype but float64."""
     pred = pred.contiguous()
     N, M, pixels = pred.shape
     blocks = block_sizes(pixels)

@@ -1,4 +1,4 @@
-"""What the kernels that touch images share: where a patch's pixels lie, and how they are normalised and back."""
+"""Parts of the kernels that read or write images: offsets of a patch's pixels, normalising and denormalising."""
 
 import torch
 import triton
@@ -8,10 +8,10 @@ import triton.language as tl
 @triton.jit
 def patch_offsets(b_id, p, GW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, C: tl.constexpr,
                   stride_h, stride_w, stride_c, PACKED: tl.constexpr):  # fmt: skip
-    """Offsets int64 [BM, BP] inside an image of number ``p`` [BP] of patches ``b_id`` [BM], (row, column, channel).
+    """Returns the offsets int64 [BM, BP] in an image of the numbers ``p`` [BP] of patches ``b_id`` [BM].
 
-    PACKED says that the pixels of a row lie one after another (stride_w = C, stride_c = 1), which lets the compiler
-    see runs of PW·C neighbouring elements and load them at once.
+    Numbers are in (row, column, channel) order. PACKED says that the pixels of a row lie one after another
+    (stride_w = C, stride_c = 1); the compiler then sees runs of PW·C neighbouring elements and loads them at once.
     """
     ROW: tl.constexpr = PW * C
     o_patch = (b_id // GW).to(tl.int64) * PH * stride_h  # [BM]
@@ -27,7 +27,7 @@ def patch_offsets(b_id, p, GW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
 
 @triton.jit
 def normalise(b_x, p, p_mean, p_std, C: tl.constexpr, UINT8: tl.constexpr):
-    """(x − mean) / std in float32, x divided by 255 first if it is uint8: pixels [BM, BP]."""
+    """Computes (x − mean) / std in float32 for pixels [BM, BP]; uint8 is divided by 255 first."""
     b_mean = tl.load(p_mean + p % C).to(tl.float32)  # [BP]
     b_std = tl.load(p_std + p % C).to(tl.float32)  # [BP]
     b_x = b_x.to(tl.float32)
@@ -38,7 +38,7 @@ def normalise(b_x, p, p_mean, p_std, C: tl.constexpr, UINT8: tl.constexpr):
 
 @triton.jit
 def denormalise(b_x, p, p_mean, p_std, C: tl.constexpr, UINT8: tl.constexpr):
-    """x · std + mean in float32, for uint8 times 255, clamped (NaN to 0) and rounded half to even: pixels [BM, BP]."""
+    """Computes x · std + mean in float32; for uint8 times 255, clamped (NaN to 0), rounded half to even."""
     b_mean = tl.load(p_mean + p % C).to(tl.float32)  # [BP]
     b_std = tl.load(p_std + p % C).to(tl.float32)  # [BP]
     b_x = b_x.to(tl.float32) * b_std[None, :] + b_mean[None, :]
@@ -49,7 +49,7 @@ def denormalise(b_x, p, p_mean, p_std, C: tl.constexpr, UINT8: tl.constexpr):
 
 
 def image_arguments(images: torch.Tensor, patch_size: tuple[int, int]) -> tuple[dict[str, int], dict[str, object]]:
-    """(strides, constants) of ``patch_offsets`` for images [N, H, W, C]."""
+    """Returns the (strides, constants) of ``patch_offsets`` for images [N, H, W, C]."""
     C = images.shape[3]
     stride_n, stride_h, stride_w, stride_c = images.stride()
     strides = {"stride_n": stride_n, "stride_h": stride_h, "stride_w": stride_w, "stride_c": stride_c}

@@ -1,8 +1,10 @@
-"""random_masking on a GPU: one program an image, patches ranked by counting the smaller keys.
+"""random_masking on a GPU: one program per image, which ranks each patch by counting the smaller keys.
 
-Bit-equal to fastmae/ops/random_masking.py, which has the definition. Counting instead of sorting: L² comparisons an
-image (512 a thread at L = 196, 8192 at 1024), no sorted data to exchange, and nothing read but the draw's number.
-Lower bound: 4·L bytes written an image; how near it comes has not been measured.
+The bits are those of fastmae/ops/random_masking.py, which has the definition. Counting instead of sorting takes L²
+comparisons per image (512 per thread at L = 196, 8192 at 1024), exchanges no data between threads, and reads only the
+number of the draw.
+
+Lower bound: 4·L bytes written per image; no GPU has measured how near it comes.
 """
 
 import torch
@@ -11,14 +13,14 @@ import triton.language as tl
 
 from fastmae.philox import STREAM_MASK
 
-# Comparisons held at once: a tile of patches × CHUNK keys, 32 a thread; 78 to 144 registers for L from 49 to 4096.
+# Comparisons at once: a tile of patches × CHUNK keys, 32 per thread; 78 to 144 registers for L from 49 to 4096.
 TILE = 4096
 NUM_WARPS = 4
 
 
 @triton.jit
 def _words(seed, stream: tl.constexpr, draw_id, i):
-    """Word i of a draw (fastmae/philox.py): word i % 4 of block i // 4."""
+    """Computes word i of a draw (fastmae/philox.py): word i % 4 of block i // 4."""
     low = tl.zeros_like(i) + (draw_id & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
     high = tl.zeros_like(i) + ((draw_id >> 32) & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
     w0, w1, w2, w3 = tl.philox(seed, i // 4, tl.zeros_like(i) + stream, low, high, 10)
@@ -51,13 +53,13 @@ def random_masking_kernel(
 
 
 def block_sizes(num_patches: int) -> dict[str, int]:
-    """The kernel's constants for L patches."""
+    """Returns the kernel's constants for L patches."""
     block = max(16, triton.next_power_of_2(num_patches))
     return {"L": num_patches, "STREAM": STREAM_MASK, "BLOCK": block, "CHUNK": max(1, min(block, TILE // block))}
 
 
 def random_masking_triton(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch.Tensor:
-    """draw_ids int64 [N] on a GPU, seed as a signed 64-bit number: ids_shuffle int32 [N, L]."""
+    """Returns ids_shuffle int32 [N, L] for draw_ids int64 [N] on a GPU and a seed as a signed 64-bit number."""
     draw_ids = draw_ids.contiguous()
     ids_shuffle = torch.empty(len(draw_ids), num_patches, dtype=torch.int32, device=draw_ids.device)
     if len(draw_ids):

@@ -30,7 +30,7 @@ from fastmae.data.sources import FolderSource, Source, open_train
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 90, 120
 HEADER = 700
-"""Bytes in which a JPEG has its tables: half of the mutations are there."""
+"""The first bytes of a JPEG, with its tables, in which half of the mutations are made."""
 CHUNK = 12
 """Mutants that are loaded at once, with a whole image after every third."""
 BATCH = 8
@@ -95,7 +95,7 @@ VIEW = View((48, 64), 3, seed=5, scale=(0.2, 1.0), flip=True)
 
 
 def load(source: Source, decoder: str) -> list[Batch]:
-    """All samples in order."""
+    """Loads all samples in order."""
     indices = np.arange(len(source))
     requests = [(indices[i : i + BATCH], indices[i : i + BATCH]) for i in range(0, len(source), BATCH)]
     return list(load_batches(source, iter(requests), VIEW, device=CPU, num_workers=2, decoder=decoder))

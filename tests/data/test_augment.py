@@ -56,7 +56,7 @@ def test_an_image_is_a_pure_function_of_the_draw(channels):
     assert not np.array_equal(other.draws(np.arange(30)), draws)
 
 
-def test_every_operation_is_drawn_as_often_and_done_half_of_the_time(monkeypatch):
+def test_every_operation_is_drawn_equally_often_and_done_half_of_the_time(monkeypatch):
     done = []
     marks = tuple(lambda image, strength, fill, i=i: done.append((i, strength)) or image for i in range(15))
     monkeypatch.setattr("fastmae.data.augment.OPERATIONS", marks)
@@ -105,7 +105,7 @@ def test_every_operation_takes_every_strength(strength):
 @pytest.mark.parametrize(
     "text", ["rand", "rand-m11-inc1", "rand-m9", "rand-m9-n0-inc1", "augmix-m3", "rand-m9-inc1-w0"]
 )
-def test_a_policy_that_is_not_known_is_named_with_the_form(text):
+def test_an_unknown_policy_is_refused_with_the_right_form(text):
     with pytest.raises(UserError, match=f"^--aa {text}: must be rand-mM"):
         parse_randaugment(text, 0, (0.5,) * 3)
 
@@ -181,7 +181,7 @@ def test_shares_are_beta_distributed(alpha):
     assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), abs=0.004)
 
 
-def test_half_of_the_pairs_are_cut_where_both_are_asked_for():
+def test_half_of_the_pairs_are_cut_if_both_are_on():
     shares, boxes = mixed_pairs(0, np.arange(20_000), 0.8, 1.0, 0.5, (64, 48))
     cut = boxes[:, 2] > 0
     assert cut.mean() == pytest.approx(0.5, abs=0.03)  # a few cuts are empty

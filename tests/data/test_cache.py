@@ -42,7 +42,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 @dataclass(frozen=True)
 class Counted:
-    """A source that remembers what was read of it."""
+    """A source that records which images were read."""
 
     source: object
     reads: list = field(default_factory=list)
@@ -175,7 +175,7 @@ def test_batches_are_the_same_where_only_some_images_fit(opened, share):
     assert (len(inner.reads) == 2 * len(source)) == (share == 0)
 
 
-def test_what_else_is_asked_of_a_source_is_the_same(opened):
+def test_a_cached_source_has_the_properties_of_the_one_inside(opened):
     for source in opened.values():
         ours = cached(
             source, source.read(len(source) - 1).shape[-1] if source.kind == "array" else 3, PLENTY, "threads"
@@ -286,7 +286,7 @@ def test_memory_is_released_with_the_source(tmp_path):
     budget=st.integers(0, 40_000),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_the_budget_is_never_exceeded_whatever_the_threads(sizes, budget, seed):
+def test_the_budget_is_never_exceeded_by_any_number_of_threads(sizes, budget, seed):
     source = Files([bytes([i % 256]) * size for i, size in enumerate(sizes)])
     ours = CachedSource(source, 3, "encoded", budget, 0)
     order = np.random.default_rng(seed).integers(0, len(sizes), 4 * len(sizes)).tolist()
@@ -318,7 +318,7 @@ class Slow(int):
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_threads_that_meet_count_an_image_once_and_the_last_room_once(same):
+def test_threads_at_the_same_time_count_an_image_once_and_share_the_last_room(same):
     threads = 4
     meet = threading.Barrier(threads)
 
@@ -338,7 +338,7 @@ def test_threads_that_meet_count_an_image_once_and_the_last_room_once(same):
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 
-def test_people_are_told_what_is_kept_and_what_is_not(tmp_path):
+def test_the_description_says_what_is_kept_and_what_is_not(tmp_path):
     source = Files([bytes(1 << 20)] * 40)
     every = 40 * (ENTRY_BYTES + sys.getsizeof(bytes(1 << 20)))
     for ours, line in (
@@ -453,7 +453,7 @@ def test_this_machine_has_some_memory():
     assert 0 < available_memory() <= total
 
 
-def test_the_budget_is_half_of_what_is_there_or_what_was_asked_for(monkeypatch):
+def test_the_budget_is_half_of_the_available_memory_or_what_was_asked_for(monkeypatch):
     monkeypatch.setattr(cache, "available_memory", lambda: 8 << 30)
     assert memory_budget(None, 1) == 4 << 30
     assert memory_budget(None, 4) == 1 << 30

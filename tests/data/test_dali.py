@@ -151,7 +151,7 @@ def test_a_batch_is_that_of_the_threads(device, in_chans):
         assert difference.max() <= TOLERANCE[device][1]
 
 
-def test_it_is_told_apart_by_the_header_what_goes_to_dali():
+def test_the_header_decides_which_files_go_to_dali():
     assert {name: plain_jpeg_shape(data, 3) for name, data in PLAIN.items()} == {
         **dict.fromkeys(PLAIN, (150, 200)), "progressive": (151, 203), "one pixel": (1, 1)
     }  # fmt: skip
@@ -203,7 +203,7 @@ def test_a_failure_costs_the_batches_behind_it_nothing():
 
 
 def fields(message):
-    """The fields of a protobuf message, as DALI writes graphs: number and value, bytes or int, in order."""
+    """Returns the fields of a protobuf message, as DALI writes graphs: number and value, bytes or int, in order."""
     at, found = 0, []
 
     def varint():
@@ -341,7 +341,7 @@ def test_sigterm_in_a_run_saves_and_ends_it(image_folder, tmp_path):
     assert "Traceback" not in complaint
 
 
-def test_pretraining_uses_it_and_says_so_and_what_it_failed_on(image_folder, tmp_path, capsys, monkeypatch):
+def test_pretraining_uses_dali_and_reports_what_it_failed_on(image_folder, tmp_path, capsys, monkeypatch):
     right, calls = DaliDecoder._outputs, []
 
     def fails_once(self):
@@ -362,7 +362,7 @@ def test_pretraining_uses_it_and_says_so_and_what_it_failed_on(image_folder, tmp
     assert "dali-cpu (asked for)" in (tmp_path / "run" / "environment.jsonl").read_text()
 
 
-def test_ahead_is_bounded(folder, monkeypatch):
+def test_dali_never_holds_more_batches_than_it_may(folder, monkeypatch):
     """DALI never holds more than AHEAD batches."""
     held, most = [0], [0]
     right_schedule, right_collect = DaliDecoder.schedule, DaliDecoder.collect

@@ -34,7 +34,7 @@ SIDE = 64
 # --- mutations, in a process of their own -----------------------------------------------------------------------------
 
 MUTATIONS = soak(24, 2004)
-"""Of each kind of file."""
+"""Mutations of each kind of file."""
 EVERY_KIND = list(damage.whole_files())
 PLAIN_JPEGS = EVERY_KIND[:5]
 CAMPAIGNS = soak(
@@ -45,7 +45,7 @@ CAMPAIGNS = soak(
 
 
 def in_a_process(*words):
-    """The lines that a task of tests/damage.py prints; what it was in, if it crashed, failed or hung."""
+    """Returns the lines that a task of tests/damage.py prints, and fails with its last line if it crashed or hung."""
     try:
         result = run([sys.executable, damage.__file__, *map(str, words)])
     except subprocess.TimeoutExpired as error:
@@ -94,7 +94,7 @@ def png_chunk(kind, data):
 
 
 def png(height, width, bits, colour, packed):
-    """A PNG of rows that are packed already, each behind its filter's number."""
+    """Returns a PNG of rows that are packed already, each behind the number of its filter."""
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     parts = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", packed) + png_chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + parts
@@ -107,7 +107,7 @@ def deep_png(pixels):
 
 
 def segment(jpeg, marker):
-    """Where a JPEG has its first segment of this marker."""
+    """Returns where a JPEG has its first segment of this marker."""
     start = jpeg.index(bytes([0xFF, marker]))
     return slice(start, start + 2 + int.from_bytes(jpeg[start + 2 : start + 4], "big"))
 
@@ -118,7 +118,7 @@ def without(jpeg, marker):
 
 
 def constant_jpeg(side):
-    """A gray JPEG of side×side pixels of level 128: six bits a block say that nothing changes."""
+    """A gray JPEG of side×side pixels of level 128: six bits per block say that nothing changes."""
     small = encoded(Image.new("L", (8, 8), 128), "JPEG")
     start = segment(small, 0xC0).start
     header = small[: start + 5] + struct.pack(">HH", side, side) + small[start + 9 : segment(small, 0xDA).stop]
@@ -195,14 +195,14 @@ REFUSED = {
 
 
 def load(source, decoder, in_chans, size=(SIDE, SIDE)):
-    """All images in order, whole, in one batch."""
+    """Loads all images in order, uncropped, in one batch."""
     indices = np.arange(len(source))
     view = View(size, in_chans)
     return next(load_batches(source, iter([(indices, indices)]), view, device=CPU, num_workers=2, decoder=decoder))
 
 
 def assert_same_pixels(got, expected, decoder, name):
-    """Those of the threads are exact but for JPEG, of which every decoder rounds in its own way."""
+    """Checks images: the threads are exact except for JPEG, where every decoder rounds in its own way."""
     difference = abs(got.astype(int) - expected)
     jpeg = READ.get(name, (JPEG,))[0][:3] == JPEG[:3]
     assert difference.max() <= (4 if jpeg else 0), f"{name} by {decoder}: {difference.max()} levels off"
@@ -235,7 +235,7 @@ HUGE = 20_000
 
 
 def peak_memory():
-    """The most that this process had since ``forget_peak``, in MB."""
+    """Returns the peak memory of this process since ``forget_peak``, in MB."""
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1000
 
 

@@ -110,7 +110,7 @@ def test_too_many_pixels_are_refused_unread(monkeypatch):
             decode(encoded(picture(), file_format), 3)
 
 
-def test_want_of_memory_is_not_taken_for_a_bad_image(monkeypatch):
+def test_too_little_memory_is_not_taken_for_a_bad_image(monkeypatch):
     """Which images are replaced depends on the data alone, so that resuming stays exact."""
 
     def no_memory(*_, **__):
@@ -123,7 +123,7 @@ def test_want_of_memory_is_not_taken_for_a_bad_image(monkeypatch):
             decode(encoded(picture(), file_format), 3)
 
 
-def test_alpha_of_a_palette_is_kept_where_it_is_asked_for_and_dropped_without_a_word(recwarn):
+def test_alpha_of_a_palette_is_kept_for_4_channels_and_dropped_silently_otherwise(recwarn):
     indexed = picture().quantize(100)
     data = encoded(indexed, "PNG", transparency=bytes(range(100)))
     assert np.array_equal(decode(data, 4)[..., 3], np.asarray(indexed))

@@ -1,4 +1,4 @@
-"""A long folder is listed once, and again as soon as anything came or went; its kept listing is never trusted."""
+"""Image folders: a long one is listed once, and again after any change; its index file is never trusted."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def listed(monkeypatch):
-    """How often a folder was listed."""
+    """The folders that were listed, once per time."""
     calls = []
     monkeypatch.setattr(images, "scan_folder", lambda folder: (calls.append(folder), scan_folder(folder))[1])
     return calls
@@ -58,7 +58,7 @@ def test_a_kept_listing_is_the_listing(folder, listed):
     assert len(listed) == 1
 
 
-def test_a_folder_that_may_not_be_listed_is_passed_by_and_named(folder, monkeypatch):
+def test_a_folder_that_may_not_be_listed_is_passed_over_and_named(folder, monkeypatch):
     scandir = os.scandir
 
     def forbidding(path):
@@ -84,22 +84,22 @@ def test_a_link_to_itself_is_an_image_that_cannot_be_read(folder):
     (folder / "a" / "loop.jpg").symlink_to("loop.jpg")
     source = open_train(str(folder))
     assert len(source) == 16
-    (place,) = [i for i, path in enumerate(source.paths) if path.endswith("loop.jpg")]
+    (index,) = [i for i, path in enumerate(source.paths) if path.endswith("loop.jpg")]
     with pytest.raises(OSError, match="symbolic links"):
-        source.read(place)
+        source.read(index)
 
 
-def test_what_is_no_file_is_not_waited_for(folder, monkeypatch):
-    """A pipe without a writer, a device without an end, a file that says it is larger than any image."""
+def test_pipes_and_devices_are_not_waited_for(folder, monkeypatch):
+    """They are a pipe without a writer, a device without an end, and a file that claims to be larger than any image."""
     os.mkfifo(folder / "a" / "pipe.jpg")
     (folder / "a" / "zero.jpg").symlink_to("/dev/zero")
     with open(folder / "a" / "sparse.jpg", "wb") as file:
         file.truncate(images.MAX_FILE_BYTES + 1)
     source = open_train(str(folder))
     for name, reason in (("pipe.jpg", "not a file"), ("zero.jpg", "not a file"), ("sparse.jpg", "over the limit")):
-        (place,) = [i for i, path in enumerate(source.paths) if path.endswith(name)]
+        (index,) = [i for i, path in enumerate(source.paths) if path.endswith(name)]
         with pytest.raises(OSError, match=reason):
-            source.read(place)
+            source.read(index)
     with pytest.raises(UserError, match="a pipe or a device; give a file or a folder"):
         open_train(str(folder / "a" / "pipe.jpg"))
 
@@ -126,7 +126,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_comes_or_goes_is_seen(folder, listed, change):
+def test_added_and_removed_files_are_noticed(folder, listed, change):
     before = list_images(folder)
     CHANGES[change](folder)
     after = list_images(folder)

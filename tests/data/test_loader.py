@@ -1,4 +1,4 @@
-"""The loader: batches in order whatever the threads, bad images replaced and reported, no thread left."""
+"""The loader: batches in order for any number of threads, bad images replaced and reported, no thread left."""
 
 import sys
 import threading

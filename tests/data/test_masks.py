@@ -47,7 +47,7 @@ def grids_and_counts(draw):
 
 
 def one_block_mask(draws, grid, count):
-    """The definition, patch by patch: 4 · (MAX_BLOCKS + 1) uniform numbers give a mask, as a list of lists."""
+    """Makes a mask patch by patch, as it is defined, from 4 · (MAX_BLOCKS + 1) uniform numbers: a list of lists."""
     rows, columns = grid
     smallest = max(1, rows * columns * 16 / 196)
     masked = [[False] * columns for _ in range(rows)]
@@ -74,7 +74,7 @@ def one_block_mask(draws, grid, count):
 
 
 def neighbours(masked):
-    """How many of the up to four neighbours of a masked patch are masked, on average."""
+    """Returns how many of the up to four neighbours of a masked patch are masked, on average."""
     padded = np.pad(masked, ((0, 0), (1, 1), (1, 1))).astype(int)
     count = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
     return count[masked].mean()
@@ -119,7 +119,7 @@ def test_blocks_are_what_the_definition_says(grid_and_count, seed):
 
 @pytest.mark.parametrize("count", [16, 78, 147])
 def test_blocks_are_blocks(count):
-    """Of the neighbours of a masked patch as many are masked as of any, if masks are random; in blocks far more."""
+    """In random masks the neighbours of a masked patch are masked as often as any patch; in blocks far more often."""
     draw_ids = np.arange(400)
     every = neighbours(np.ones((1, 14, 14), dtype=bool))
     at_random = neighbours(random_masks(draw_ids, (14, 14), count)) / every
@@ -129,7 +129,7 @@ def test_blocks_are_blocks(count):
 
 @pytest.mark.parametrize("count", [78, 147])
 def test_blocks_prefer_the_centre_but_no_side(count):
-    """A rectangle has more places that cover the centre than a corner, so not all patches are masked alike."""
+    """A rectangle has more places that cover the centre than a corner, so patches are not masked equally often."""
     share = block_masks(np.arange(12_000), 1, (14, 14), count).mean(axis=0)
     assert share.mean() == pytest.approx(count / 196)
     for view in (share[::-1], share[:, ::-1], share.T):
@@ -182,7 +182,7 @@ def every_kind(folder, seed=3):
     ]
 
 
-def test_masks_are_permutations_whatever_the_batch(tmp_path):
+def test_masks_are_permutations_in_any_batch(tmp_path):
     draw_ids = torch.arange(2**33, 2**33 + 60)
     for masks in every_kind(tmp_path):
         ids = shuffled_ids(draw_ids, masks, CPU)

@@ -33,7 +33,7 @@ def images(data=DATA, type=IMAGE):
 
 @pytest.mark.parametrize("type", [IMAGE, pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.large_binary())])])
 @pytest.mark.parametrize("name", ["image", "img", "jpg", "anything"])
-def test_the_column_is_found_whatever_it_is_called(tmp_path, type, name):
+def test_the_image_column_is_found_under_any_name(tmp_path, type, name):
     data = [{"bytes": d} for d in DATA] if pa.types.is_struct(type) else DATA
     other = {"label": pa.array(range(50), pa.int16()), "caption": pa.array(["x"] * 50)}
     source = open_train(write(tmp_path / "x.parquet", {**other, name: pa.array(data, type)}))
@@ -44,7 +44,7 @@ def test_the_column_is_found_whatever_it_is_called(tmp_path, type, name):
     assert source.shards.starts.tolist() == [*range(0, 50, 7), 50]
 
 
-def test_files_follow_each_other_and_parts_are_told_by_name(tmp_path):
+def test_files_follow_each_other_and_names_decide_their_part(tmp_path):
     for part, first, last in (("train-00000-of-00002", 0, 20), ("train-00001-of-00002", 20, 40), ("test-0", 0, 5),
                               ("validation-00000-of-00001", 40, 50)):  # fmt: skip
         write(tmp_path / f"{part}.parquet", {"image": images(DATA[first:last]), "label": range(first, last)})

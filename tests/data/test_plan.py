@@ -103,7 +103,7 @@ def test_with_shards_too_every_sample_comes_once_and_ranks_share(lengths, window
 @settings(max_examples=60, deadline=None)
 @given(lengths, st.integers(1, 500), seeds)
 def test_a_shard_stays_within_its_window(lengths, window, seed):
-    """On the ring of places, two samples of a shard are never further apart than window and the shards beside."""
+    """On the ring of places, two samples of a shard are never further apart than the window and the shards beside."""
     shards, length = shards_of(lengths, window), sum(lengths)
     window = min(window, length)
     place = np.argsort(scattered_order(seed, 0, shards))
@@ -114,7 +114,7 @@ def test_a_shard_stays_within_its_window(lengths, window, seed):
 
 
 def openings(order, shards, held):
-    """How often a shard has to be opened when ``held`` of them stay open."""
+    """Returns how often a shard has to be opened if ``held`` of them stay open."""
     owner = np.repeat(np.arange(len(shards.starts) - 1), np.diff(shards.starts))
     kept, count = OrderedDict(), 0
     for shard in owner[order].tolist():
@@ -136,7 +136,7 @@ def test_shards_are_opened_once_but_for_those_at_the_end(count, each, window, se
     assert openings(full, shards, window) > 5 * count
 
 
-def test_how_well_it_mixes():
+def test_the_shuffle_quality_is_that_of_the_docs():
     """The figures of docs/data.md: shards of 1000 with 64 of them open."""
     shards = shards_of([1000] * 320, 64_000)
     order = scattered_order(0, 0, shards)
@@ -153,7 +153,7 @@ def test_how_well_it_mixes():
 
 
 def test_shards_do_not_change_the_full_shuffle():
-    """As it was before there were any: where there are none, where there is one, where all are open at once."""
+    """The shuffle is full without shards, with a single one, and if all of them are open at once."""
     expected = permutation_numpy(5, STREAM_ORDER, 2, 90)
     assert expected[:6].tolist() == plan_epoch(5, 2, 90, 10).order[:6].tolist()
     for shards in (None, shards_of([90], 3), shards_of([30, 30, 30], 90)):

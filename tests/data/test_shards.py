@@ -128,7 +128,7 @@ def test_parts_by_folder_and_by_name(made, tmp_path):
     assert open_val(str(made / "tar")) is None
 
 
-def test_images_win_over_shards_beside_them_and_it_is_said(made, tmp_path):
+def test_images_win_over_shards_beside_them_which_are_reported(made, tmp_path):
     shutil.copytree(made / "folder", tmp_path / "both")
     shutil.copy(made / "tar" / "part-000000.tar", tmp_path / "both" / "train")
     source = open_train(str(tmp_path / "both"))
@@ -370,7 +370,7 @@ def test_a_shard_that_changes_under_a_run_is_an_error_and_not_other_bytes(tmp_pa
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How many shards were indexed so far."""
+    """The shards that were indexed, once per time."""
     indexed = []
     original = shards.index_shard
     monkeypatch.setattr(shards, "index_shard", lambda path: (indexed.append(path), original(path))[1])
@@ -402,7 +402,7 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(made, tmp_path, c
 
 
 def test_fresh_shards_are_not_indexed_for_later(tmp_path, counted):
-    """A change within the same tick of the file system's clock would go unseen."""
+    """A change within the same tick of the clock of the file system cannot be noticed."""
     write_tar(tmp_path / "x.tar", numbered(3))
     for _ in range(2):
         open_train(str(tmp_path / "x.tar"))

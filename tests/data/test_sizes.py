@@ -45,7 +45,7 @@ def test_the_sizes_before_the_last_share_the_epochs_of_growth(number, grow_epoch
     assert max(counts) - min(counts) <= 1
 
 
-def test_without_growth_every_epoch_has_the_models_size():
+def test_without_growth_every_epoch_has_the_size_of_the_model():
     assert {size_in(epoch, [(224, 224)], 0) for epoch in range(9)} == {(224, 224)}
 
 
@@ -66,7 +66,7 @@ def test_a_start_that_cannot_grow_is_refused(start):
 
 
 def test_crops_of_another_size_are_the_same_regions():
-    """Of images that grow brighter from left to right or from top to bottom the mean says where a crop lies."""
+    """The mean of a crop says where it lies, as the images grow brighter from left to right or from top to bottom."""
     ramp = np.arange(0, 240, 2, dtype=np.uint8)
     images = np.stack([np.broadcast_to(ramp, (120, 120)), np.broadcast_to(ramp[:, None], (120, 120))] * 8)[..., None]
     view = View((48, 48), 1, seed=3, scale=(0.2, 0.6), flip=True)

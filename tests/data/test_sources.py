@@ -131,7 +131,7 @@ def test_several_paths_follow_each_other(image_folder, tmp_path):
     assert open_train([str(tmp_path / "a.npy")]).location == open_train(str(tmp_path / "a.npy")).location
 
 
-def test_classes_of_several_folders_are_told_by_name(image_folder, tmp_path):
+def test_classes_of_several_folders_are_joined_by_name(image_folder, tmp_path):
     (image_folder / "train" / "n02").rename(tmp_path / "n00")
     (tmp_path / "more").mkdir()
     (tmp_path / "n00").rename(tmp_path / "more" / "n00")
@@ -149,7 +149,7 @@ def test_parts_with_shards_among_others():
 
 
 @pytest.mark.parametrize("paths", [[], ["digits", "nowhere"]])
-def test_every_one_of_several_paths_must_be_there(paths):
+def test_every_one_of_several_paths_must_exist(paths):
     with pytest.raises(UserError, match="must name at least one" if not paths else "nowhere: no such file"):
         open_train(paths)
 

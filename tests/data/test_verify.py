@@ -97,7 +97,7 @@ def write_tar(path, members):
 
 
 def verify(*paths, output=None, status=0, **flags):
-    """The lines of --output; the exit status is what is expected."""
+    """Runs verify, checks its exit status and returns the lines of --output."""
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     words += [] if output is None else ["--output", str(output)]
     assert main(["verify", "--data_path", *map(str, paths), *words]) == status
@@ -230,7 +230,7 @@ def test_examples_are_few_and_the_file_has_all(tmp_path, capsys):
     assert "  and 49 more; --output FILE lists all\n" in capsys.readouterr().out
 
 
-def test_nothing_usable_is_said_and_names_cannot_move_the_cursor(tmp_path, capsys):
+def test_no_usable_image_is_reported_and_names_cannot_move_the_cursor(tmp_path, capsys):
     (tmp_path / "a\n\x1b[2J.jpg").write_bytes(b"junk")
     (tmp_path / os.fsdecode(b"b\xff.jpg")).write_bytes(b"junk")
     verify(tmp_path, status=1)
@@ -241,7 +241,7 @@ def test_nothing_usable_is_said_and_names_cannot_move_the_cursor(tmp_path, capsy
     assert "\x1b" not in out
 
 
-def test_what_a_run_takes_without_a_word_is_counted(tmp_path, capsys):
+def test_what_a_run_accepts_silently_is_counted(tmp_path, capsys):
     turned = Image.Exif()
     turned[0x0112] = 6
     upright = Image.Exif()
@@ -279,7 +279,7 @@ def test_formats(data, expected):
     assert file_facts(data) == expected
 
 
-def test_a_line_now_and_then_where_there_is_no_terminal(image_folder, capsys, monkeypatch):
+def test_progress_is_printed_as_lines_without_a_terminal(image_folder, capsys, monkeypatch):
     verify(image_folder)
     assert " images checked" not in capsys.readouterr().out
     monkeypatch.setattr(module, "QUIET_SECONDS", 0.0)
@@ -291,7 +291,7 @@ def test_a_line_now_and_then_where_there_is_no_terminal(image_folder, capsys, mo
 # --- every kind of data -----------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_tar_is_no_whole_data_set_though_its_images_are(tmp_path, capsys):
+def test_a_damaged_tar_fails_the_check_even_if_all_its_images_are_usable(tmp_path, capsys):
     members = [(f"{i}.jpg", JPEG) for i in range(9)]
     path = write_tar(tmp_path / "whole.tar", members)
     assert verify(path, output=tmp_path / "bad.jsonl") == []
@@ -421,7 +421,7 @@ def test_an_interrupt_ends_it_soon_with_no_thread_left(tmp_path, monkeypatch, ca
     assert "usable" not in capsys.readouterr().out
 
 
-def test_python_dash_m_says_it_with_its_status(damaged):
+def test_python_dash_m_has_the_same_output_and_exit_status(damaged):
     words = [sys.executable, "-m", "fastmae", "verify", "--data_path", str(damaged)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd="/", env=environment())
     assert done.returncode == 1, done.stderr

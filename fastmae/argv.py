@@ -32,7 +32,7 @@ OF_LAUNCHERS = {"world_size": 1, "local_rank": 1, "dist_url": 1, "dist_on_itp": 
 # ("" is none), and what to do instead of any other.
 ONLY_OFFICIAL = {
     "eval": ((), "fine-tuning tests every --test_freq epochs and after the last one; the results are in log.txt"),
-    "dist_eval": (("",), ""),
+    "dist_eval": (("", "True"), "leave it out; all ranks share the test"),
     "color_jitter": (("None",), "leave it out; --aa rand-m9-mstd0.5-inc1 changes colours"),
     "remode": (("pixel",), "leave it out; an erased rectangle is filled with noise"),
     "recount": (("1",), "leave it out; one rectangle of an image is erased"),
@@ -51,6 +51,29 @@ class Given:
     spelling: str
     name: str
     values: tuple[str, ...]
+
+
+def command_of(words: Sequence[str], commands: Iterable[str]) -> str:
+    """Returns the command that a command line begins with: one word, or two for benchmarks.
+
+    Raises:
+        UserError: there is no such command.
+    """
+    known = list(commands)
+    for command in (words[0], " ".join(words[:2])):
+        if command in known:
+            return command
+    if list(words[:2]) == ["bench", "scaling"]:
+        raise UserError("bench scaling: use `fastmae estimate` instead; see `fastmae estimate --help`")
+    is_bench = words[0] == "bench"
+    what, page = ("benchmark", "`fastmae bench --help`") if is_bench else ("command", "`fastmae --help`")
+    names = {name.split()[is_bench] for name in known if name.startswith("bench ") or not is_bench}
+    word = (*words, "bench")[is_bench]
+    if word.startswith("-"):
+        raise UserError(
+            f"{word}: a {what} comes before flags, such as {'step' if is_bench else 'pretrain'}; see {page}"
+        )
+    raise UserError(f"{word}: no such {what}{did_you_mean(word, sorted(names)) or ';'} see {page}")
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[Given]]:

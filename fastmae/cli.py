@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from fastmae.argv import did_you_mean, normalise
+from fastmae.argv import command_of, normalise
 from fastmae.config import (
     AnomalyConfig,
     BenchAllConfig,
@@ -100,7 +100,7 @@ def parse(words: Sequence[str]) -> Any:
     Raises:
         UserError: words that are no command, or that a command does not take.
     """
-    command = command_of(words)
+    command = command_of(words, COMMANDS)
     config = COMMANDS[command]
     rest = list(words[len(command.split()) :])
     try:
@@ -110,29 +110,6 @@ def parse(words: Sequence[str]) -> Any:
     for line in lines:
         print(f"fastmae: {line}", file=sys.stderr)
     return _values_of(config, normal, command)
-
-
-def command_of(words: Sequence[str]) -> str:
-    """Returns the command that a command line begins with: one word, or two for benchmarks.
-
-    Raises:
-        UserError: there is no such command.
-    """
-    if list(words[:2]) == ["bench", "scaling"]:
-        raise UserError("bench scaling: use `fastmae estimate` instead; see `fastmae estimate --help`")
-    for count in (1, 2):
-        command = " ".join(words[:count])
-        if command in COMMANDS:
-            return command
-    is_bench = words[0] == "bench"
-    what, page = ("benchmark", "`fastmae bench --help`") if is_bench else ("command", "`fastmae --help`")
-    names = [name.removeprefix("bench ") for name in COMMANDS if name.startswith("bench ") == is_bench]
-    word = words[1] if is_bench else words[0]
-    if word.startswith("-"):
-        raise UserError(
-            f"{word}: a {what} comes before flags, such as {'step' if is_bench else 'pretrain'}; see {page}"
-        )
-    raise UserError(f"{word}: no such {what}{did_you_mean(word, [*names, 'bench']) or ';'} see {page}")
 
 
 def _values_of(config: type, words: list[str], command: str) -> Any:

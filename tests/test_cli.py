@@ -121,9 +121,12 @@ WRONG = {
     "unknown flag": (["pretrain", "--learning_rate", "1"], "--learning_rate"),
     "unknown command": (["train"], "train: no such command; did you mean pretrain?"),
     "unknown benchmark": (["bench", "steps"], "steps: no such benchmark; did you mean step?"),
+    "a benchmark of earlier versions": (["bench", "scaling"], "use `fastmae estimate` instead"),
+    "help for it": (["bench", "scaling", "--help"], "use `fastmae estimate` instead"),
+    "flag before a benchmark": (["bench", "--rounds", "1"], "--rounds: a benchmark comes before flags"),
     "flag before a command": (["--lr", "1"], "--lr: a command comes before flags"),
     "help for what is not": (["help", "prob"], "did you mean probe?"),
-    "help for a benchmark that is not": (["help", "bench", "steps"], "bench steps: no such command"),
+    "help for a benchmark that is not": (["help", "bench", "steps"], "steps: no such benchmark; did you mean step?"),
     "a flag nearly": (["pretrain", "--batchsize", "1"], "--batchsize: no such flag; did you mean --batch_size?"),
     "a flag by another name": (["pretrain", "--learning_rate", "1"], "did you mean --lr?"),
     "a flag of one dash": (["pretrain", "-lr", "1"], "-lr: no such flag"),
@@ -383,7 +386,7 @@ def test_help_of_training_shows_ten_flags_and_the_groups_of_all_others(command, 
     ]
     for title in [*titles, "Expert"]:
         assert re.search(rf"^  {title} ", text, re.MULTILINE), title
-    described = re.findall(r"^  --(\w+)", text.split("All others")[0], re.MULTILINE)
+    described = re.findall(r"^  --(\w+)", text.split("All other flags")[0], re.MULTILINE)
     assert described == [name for name in MAIN if name in COMMANDS[command].__dataclass_fields__]
     assert "--help-all" in text
     in_full = page([command, "--help-all"], capsys, monkeypatch, 80)
@@ -394,9 +397,20 @@ def test_help_of_training_shows_ten_flags_and_the_groups_of_all_others(command, 
 def test_help_says_a_default_once(capsys, monkeypatch):
     text = " ".join(page(["pretrain", "--help-all"], capsys, monkeypatch, 100).split())
     assert re.search(r"--batch_size INT .*? Default: 64\. --", text)
+    assert re.search(r"--min_lr FLOAT [\w ]*\. Default: 0\. --", text)
     assert re.search(r"--pin_mem, --no_pin_mem Copy [\w -]*\. Default: on\.", text)
     for flag in flags_of(PretrainConfig):
         assert (flag.text + _default(flag)).count("Default:") <= 1, flag.name
+
+
+def test_help_goes_to_a_pipe_that_closes_and_to_a_terminal_of_ascii():
+    main = f"{sys.executable} -m fastmae pretrain --help-all"
+    done = run(["bash", "-c", f"{main} | head -1; echo ${{PIPESTATUS[0]}}"])
+    assert done.stdout.splitlines()[-1] == "0", done.stderr
+    assert "Error" not in done.stderr
+    done = run(["env", "PYTHONIOENCODING=ascii", sys.executable, "-m", "fastmae", "pretrain", "--help"])
+    assert done.returncode == 0, done.stderr
+    assert "batch_size ? accum_iter" in " ".join(done.stdout.split())
 
 
 def test_the_first_help_has_every_command(capsys, monkeypatch):

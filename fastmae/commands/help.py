@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.text import Text
 
-from fastmae.argv import did_you_mean
+from fastmae.argv import command_of
 from fastmae.config.groups import GROUPS, MAIN
-from fastmae.errors import UserError
 from fastmae.flags import REQUIRED, Flag, flags_of
 
 GROUPED = ("pretrain", "finetune")
@@ -55,24 +55,25 @@ def run_help(words: Sequence[str], commands: Mapping[str, type]) -> int:
         UserError: help for a command that does not exist.
     """
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    page = Page(console)
-    if words and words[0] == "--version":
-        console.print(f"fastmae {importlib.metadata.version('fastmae')}")
-        return 0
+    with console.capture() as captured:
+        _print(Page(console), words, commands)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(captured.get().encode(encoding, "replace").decode(encoding), end="", flush=True)
+    return 0
+
+
+def _print(page: Page, words: Sequence[str], commands: Mapping[str, type]) -> None:
     asked = [word for word in words[words[:1] == ["help"] :] if not word.startswith("-")]
     in_full = not {"--help-all", "--help_all"}.isdisjoint(words)
-    command = next((name for name in (" ".join(asked[:2]), " ".join(asked[:1])) if name in commands), None)
-    if command is not None:
-        _print_command(page, command, commands[command], in_full=in_full)
-    elif asked[:1] == ["bench"] and not asked[1:]:
-        _print_benchmarks(page, commands)
+    if words[:1] == ["--version"]:
+        page.text(f"fastmae {importlib.metadata.version('fastmae')}")
     elif not asked:
         _print_commands(page, commands)
+    elif asked == ["bench"]:
+        _print_benchmarks(page, commands)
     else:
-        names = {name.split()[0] for name in commands}
-        hint = did_you_mean(asked[0], names) or ";"
-        raise UserError(f"{' '.join(asked)}: no such command{hint} see `fastmae --help`")
-    return 0
+        command = command_of(asked, commands)
+        _print_command(page, command, commands[command], in_full=in_full)
 
 
 class Page:
@@ -182,7 +183,7 @@ def _print_command(page: Page, command: str, config: type, *, in_full: bool) -> 
             _print_flags(page, _capitalised(title), group)
         return
     _print_flags(page, "The flags that matter first", [by_name[name] for name in MAIN if name in by_name])
-    page.title("All others, by what they are about")
+    page.title("All other flags")
     for title, group in groups.items():
         names = " ".join(f"--{flag.name}" for flag in group if flag.name not in MAIN)
         page.row(_capitalised(title), "", names)
@@ -227,7 +228,8 @@ def _default(flag: Flag) -> str:
     """Returns the sentence about the default, where there is one and the text does not have it."""
     if flag.default is REQUIRED:
         return "Must be given."
-    if flag.default in (None, "", (), False) or "Default:" in flag.text:
+    has_none = flag.default is None or flag.default is False or flag.default in ("", ())
+    if has_none or "Default:" in flag.text:
         return ""
     if flag.default == flag.choices and flag.most is None:
         return "Default: all."

@@ -1,49 +1,29 @@
 """Triton kernels without a GPU: values in Triton's interpreter, and machine code read for what slows kernels down."""
 
-import multiprocessing
-import os
 import re
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from device import run_values
 
-from fastmae.benchmarks.machine_code import ARCHITECTURES, cases, compile_named
+from fastmae.benchmarks.machine_code import ARCHITECTURES, cases, compile_case
 
 HERE = Path(__file__).parent
-CORES = len(os.sched_getaffinity(0))
 VALUES = sorted(HERE.glob("values_*.py"))
 CASES = {case.name: case for case in cases()}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program can have
 
 
-@pytest.fixture(scope="module")
-def in_the_interpreter():
-    """Every values_*.py, as many at a time as there are cores."""
-    with ThreadPoolExecutor(CORES) as pool:
-        yield {file: pool.submit(run_values, file, TRITON_INTERPRET="1", OMP_NUM_THREADS="1") for file in VALUES}
-
-
 @pytest.mark.parametrize("file", VALUES, ids=lambda path: path.stem)
-def test_values_in_the_interpreter(file, in_the_interpreter):
-    in_the_interpreter[file].result()
+def test_values_in_the_interpreter(file):
+    run_values(file, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
-@pytest.fixture(scope="module")
-def machine_codes(request):
-    """What the selected tests will look at, compiled side by side: by far the longest part of this file."""
-    wanted = [item.callspec.params for item in request.session.items if item.originalname == "test_machine_code"]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(CORES, mp_context=context) as pool:
-        yield {(one["name"], one["sm"]): pool.submit(compile_named, one["name"], one["sm"]) for one in wanted}
-
-
-@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("sm", [pytest.param(sm, marks=() if sm == 90 else pytest.mark.slow) for sm in ARCHITECTURES])
 @pytest.mark.parametrize("name", CASES)
-def test_machine_code(name, sm, machine_codes):
+def test_machine_code(name, sm):
     """No local memory; loads and stores as wide as rows and results allow; tensor cores where there are products."""
-    case, code = CASES[name], machine_codes[name, sm].result()
+    case, code = CASES[name], compile_case(CASES[name], sm)
     assert (code.stack, code.local) == (0, 0), "spills"
     assert not re.search(r"\b(STL|LDL)\b", code.sass), "local memory"
     assert code.shared <= SHARED_MEMORY[sm]

@@ -101,10 +101,11 @@ def _do(
         _slow_saves()
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
-    names |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    os.environ.update({name: str(value) for name, value in names.items()})
-    torch.set_num_threads(1)
+    if ranks > 1:
+        names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
+        names |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update({name: str(value) for name, value in names.items()})
+        torch.set_num_threads(1)
     for one in work:
         status = pretrain_module.pretrain(one) if isinstance(one, PretrainConfig) else one()
         if status:

@@ -4,19 +4,21 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
-import subprocess
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_run, command, environment, final_state, metrics, run, small_run
+from helpers import assert_same_run, command, final_state, metrics, small_run
+from ranks import Rank, start_ranks
 
 from fastmae.checkpoint.load import load_model
+from fastmae.cli import main
 from fastmae.errors import UserError
 from fastmae.train.health import EXIT_INTERRUPTED
 from fastmae.train.pretrain import pretrain
@@ -32,17 +34,18 @@ def undisturbed(blobs, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def start(words: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", env=environment()
-    )
+def start(output_dir: Path, data_path: str, file_size: int | None = None, **changes: Any) -> Rank:
+    """The command line, in a process of its own."""
+    words = command(data_path, output_dir, **LONG, **changes)
+    (process,) = start_ranks(1, partial(main, words[words.index("pretrain") :]), file_size=file_size)
+    return process
 
 
-def wait_for_checkpoint(process: subprocess.Popen, output_dir: Path, besides: set[str] = frozenset()) -> None:
+def wait_for_checkpoint(process: Rank, output_dir: Path, besides: set[str] = frozenset()) -> None:
     deadline = time.monotonic() + 120
     while not {path.name for path in (output_dir / "checkpoints").glob("step-*")} - besides:
-        if process.poll() is not None:
-            assert process.returncode == 0, process.communicate()
+        if not process.process.is_alive():
+            assert process.finish()[0] == 0, process.finish()
             return  # a fast machine was done before it could be disturbed
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -53,27 +56,27 @@ def test_sigkill_at_random_instants_changes_nothing(blobs, tmp_path, undisturbed
     output_dir, seen, killed = tmp_path / "run", set(), 0
     dice = random.Random(os.getpid())
     for workers in (1, 2, 3):
-        process = start(command(blobs, output_dir, **LONG, resume="auto", num_workers=workers))
+        process = start(output_dir, blobs, resume="auto", num_workers=workers)
         wait_for_checkpoint(process, output_dir, seen)
         time.sleep(dice.uniform(0, 0.5))
-        process.kill()
-        process.communicate()
-        killed += process.returncode == -signal.SIGKILL
+        process.process.kill()
+        killed += process.finish()[0] == -signal.SIGKILL
         seen = {path.name for path in (output_dir / "checkpoints").glob("step-*")}
     assert killed, "every run was done before it could be killed, so nothing was tested"
-    finished = run(command(blobs, output_dir, **LONG, resume="auto", num_workers=1))
-    assert finished.returncode == 0, finished.stderr
+    status, err = start(output_dir, blobs, resume="auto", num_workers=1).finish()
+    assert status == 0, err
     assert_same_run(output_dir, undisturbed)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals_finish_the_step_save_and_say_so(blobs, tmp_path, undisturbed, number):
     output_dir = tmp_path / "run"
-    process = start(command(blobs, output_dir, **LONG))
+    process = start(output_dir, blobs)
     wait_for_checkpoint(process, output_dir)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == EXIT_INTERRUPTED, err
+    os.kill(process.process.pid, number)
+    status, err = process.finish()
+    out = process.said()
+    assert status == EXIT_INTERRUPTED, err
     assert signal.Signals(number).name in out
     assert "--resume auto" in out
     assert "Traceback" not in err
@@ -157,19 +160,15 @@ def test_a_full_disk_while_saving_is_told_each_time_and_neither_ends_the_run_nor
 ):
     """A file-size limit stands in for a full disk: the write fails half-way, as it would there."""
     output_dir = tmp_path / "run"
-    process = start(command(blobs, output_dir, **LONG))
+    process = start(output_dir, blobs)
     wait_for_checkpoint(process, output_dir)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.process.terminate()
+    assert process.finish()[0] == EXIT_INTERRUPTED
     before = {path: path.stat().st_mtime_ns for path in (output_dir / "checkpoints").rglob("*")}
-    limit = 4 * 2**20
-    failed = run(
-        command(blobs, output_dir, **LONG, resume="auto"),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert failed.returncode == 2
-    lines = failed.stderr.strip().splitlines()
-    assert all(line.startswith("fastmae: ") and "could not be saved" in line for line in lines), failed.stderr
+    status, err = start(output_dir, blobs, file_size=4 * 2**20, resume="auto").finish()
+    assert status == 2
+    lines = err.strip().splitlines()
+    assert all(line.startswith("fastmae: ") and "could not be saved" in line for line in lines), err
     assert len(lines) > 2
     assert "--resume auto" in lines[-1]
     assert len(metrics(output_dir)) == 108

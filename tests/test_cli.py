@@ -190,6 +190,20 @@ def test_wrong_input_is_one_line_and_status_2(case, finished, tmp_path, capsys):
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.pth"))
 
 
+def test_a_large_model_on_a_cpu_gets_a_note(blobs, tmp_path, capsys, monkeypatch):
+    words = ["pretrain", "--data_path", blobs, "--device", "cpu", "--batch_size", "36", "--epochs", "1", "--no_probe"]
+    assert main([*words, "--output_dir", str(tmp_path / "small")]) == 0
+    assert "note  " not in capsys.readouterr().out
+    monkeypatch.setattr("fastmae.train.pretrain.LARGE", 1)
+    monkeypatch.setattr("fastmae.train.pretrain.CORE_FLOPS", 1e4)
+    assert main([*words, "--output_dir", str(tmp_path / "large")]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("note  "))
+    assert re.search(
+        r"a step of mae_vit_tiny_patch4 takes about \d+ minutes on \d+ cores of a CPU; train on a GPU", line
+    )
+    assert "--model mae_vit_tiny_patch16 for small data" in line
+
+
 def test_a_file_that_cannot_be_written_anywhere_in_a_run_is_one_line(finished, blobs, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "probe.json").mkdir()

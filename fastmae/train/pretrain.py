@@ -61,6 +61,10 @@ from fastmae.train.step import MicroBatch, PassGraph, TrainingLoss, prepare, req
 
 PICTURE_IMAGES = 8
 PROBE_RUN = 100
+LARGE = 200e6
+"""Parameters from which a model on a CPU is worth a note: ViT-L has 330 million, ViT-B 112 million."""
+CORE_FLOPS = 7e10
+"""Operations per second that a step reaches on each core of a CPU: measured with ViT-B in float32 on two cores."""
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -300,7 +304,21 @@ def _summary(
         lines.append(f"sizes           {describe_sizes(list(masks_of), config.grow_epochs, config.epochs)}")
     lines.append(f"masks           {masks_of[config.input_size]}")
     lines.append(f"batch           {config.global_batch} images per step, lr {config.lr:.2e}, {config.epochs} epochs")
+    if next(model.parameters()).device.type == "cpu" and parameters >= LARGE:
+        lines.append(f"note            {_cpu_note(config, model)}")
     return lines
+
+
+def _cpu_note(config: ResolvedConfig, model: MaskedAutoencoderViT) -> str:
+    """Returns how long a step of a large model takes on this CPU, roughly, and what to do instead."""
+    flops = 3 * flops_per_image(model, config.mask_ratio) * config.batch_size * config.accum_iter
+    seconds = flops / (CORE_FLOPS * torch.get_num_threads())
+    rounded = float(f"{seconds:.1g}")
+    duration = f"{rounded:g} s" if rounded < 120 else f"{rounded / 60:.0f} minutes"
+    return (
+        f"a step of {config.model} takes about {duration} on {torch.get_num_threads()} cores of a CPU; train on a GPU, "
+        "or give --model mae_vit_tiny_patch16 for small data"
+    )
 
 
 def _whole_model(run: Run[ResolvedConfig], model: MaskedAutoencoderViT) -> MaskedAutoencoderViT | None:

@@ -156,6 +156,7 @@ WRONG = {
     "accumulation over the data": (["pretrain", "--accum_iter", "5000"], "more than the 1438 images"),
     "batch of nothing": (["pretrain", "--batch_size", "0"], "--batch_size 0"),
     "model that is not": (["pretrain", "--model", "vit"], "--model vit: unknown"),
+    "model nearly": (["pretrain", "--model", "vit_base_patch16"], "unknown; did you mean mae_vit_base_patch16?"),
     "mean of another length": (["pretrain", "--mean", "0.5", "0.5"], "mean needs 1"),
     "GPU that is not": (["pretrain", "--device", "cuda:63"], "--device cuda:63"),
     "device that is not": (["pretrain", "--device", "abacus"], "--device abacus"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import inspect
 import sys
@@ -14,6 +15,7 @@ from rich.text import Text
 from fastmae.argv import command_of
 from fastmae.config.groups import GROUPS, MAIN
 from fastmae.flags import REQUIRED, Flag, flags_of
+from fastmae.model.sizes import PRESET_SIZES
 
 GROUPED = ("pretrain", "finetune")
 WIDEST = 100
@@ -44,6 +46,7 @@ EXAMPLES = {
     "export": ("fastmae export runs/photos --to timm --output encoder.safetensors",),
     "verify": ("fastmae verify --data_path photos",),
     "info": ("fastmae info",),
+    "estimate": ("fastmae estimate --gpu h100 --gpus 8 --images 1e6 --epochs 300",),
     "bench step": ("fastmae bench step --model mae_vit_small_patch16",),
 }
 
@@ -172,7 +175,7 @@ def _print_command(page: Page, command: str, config: type, *, in_full: bool) -> 
         page.title("Arguments")
         for flag in arguments:
             page.row(f"{flag.metavar}{' ...' * (flag.most is None)}", "", flag.text)
-    optional = [flag for flag in flags if flag.metavar is None]
+    optional = [_with_presets(flag, command) for flag in flags if flag.metavar is None]
     if command not in GROUPED:
         _print_flags(page, "Flags", optional)
         return
@@ -189,6 +192,13 @@ def _print_command(page: Page, command: str, config: type, *, in_full: bool) -> 
         page.row(_capitalised(title), "", names)
     page.gap()
     page.text(f"`fastmae {command} --help-all` describes every flag.")
+
+
+def _with_presets(flag: Flag, command: str) -> Flag:
+    """Returns the flag with the names of all presets in its text, where one is to be chosen."""
+    if flag.name == "model" and command in (*GROUPED, "estimate"):
+        return dataclasses.replace(flag, text=f"{flag.text} Presets: {', '.join(PRESET_SIZES)}.")
+    return flag
 
 
 def _print_flags(page: Page, title: str, flags: Iterable[Flag]) -> None:
@@ -240,7 +250,7 @@ def _default(flag: Flag) -> str:
 def _shown(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _capitalised(title: str) -> str:

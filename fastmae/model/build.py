@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from fastmae.config.model import ModelSpec
 from fastmae.errors import SettingError
 from fastmae.model.mae import MaskedAutoencoderViT
@@ -15,7 +17,9 @@ def build_model(spec: ModelSpec) -> MaskedAutoencoderViT:
         SettingError: an unknown preset, or sizes that do not fit each other.
     """
     if spec.model not in PRESETS:
-        raise SettingError("model", spec.model, f"unknown; one of {', '.join(PRESETS)}")
+        near = difflib.get_close_matches(spec.model, PRESETS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ";"
+        raise SettingError("model", spec.model, f"unknown{hint} one of {', '.join(PRESETS)}")
     try:
         return PRESETS[spec.model](
             img_size=spec.input_size,

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import reprlib
 from typing import Any
 
 NO_VALUE: Any = object()
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxtuple, _REPR.maxlist, _REPR.maxdict = 2, 20, 20, 4
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 200
 
 
 class UserError(Exception):
@@ -36,12 +42,13 @@ class SettingError(UserError):
 
     def __str__(self) -> str:
         value = self.value[0] if isinstance(self.value, tuple) and len(self.value) == 1 else self.value
-        shown = "" if value is NO_VALUE else f"={_in_one_line(repr(value))}"
+        shown = "" if value is NO_VALUE else f"={_in_one_line(_REPR.repr(value))}"
         problem = re.sub(r"--([a-z]\w*)(?:=([^\s,;:)]+))?", _as_argument, self.problem)
         return f"{self.name}{shown}: {problem}"
 
     def as_on_the_command_line(self) -> str:
-        value = " ".join(map(str, self.value)) if isinstance(self.value, tuple | list) else str(self.value)
+        value = self.value if isinstance(self.value, tuple) else (self.value,)
+        value = " ".join(str(item) if isinstance(item, str | os.PathLike) else _REPR.repr(item) for item in value)
         shown = "" if self.value is NO_VALUE else f" {_in_one_line(value)}"
         problem = re.sub(r"(--[a-z]\w*)=", r"\1 ", self.problem)
         return f"{self.flag or f'--{self.name}'}{shown}: {problem}"

@@ -48,14 +48,21 @@ def coerce(config: Any) -> None:
         SettingError: a value of another type, or one that is not among the choices.
     """
     for name, annotation in field_types(config.__class__).items():
-        value = getattr(config, name)
-        if isinstance(value, str):
-            value = OLD_VALUES.get(name, {}).get(value, value)
-        try:
-            fitting = _fit(value, annotation)
-        except _WrongTypeError:
-            raise SettingError(name, value, f"must be {describe(annotation)}") from None
-        object.__setattr__(config, name, fitting)
+        object.__setattr__(config, name, check_type(name, getattr(config, name), annotation))
+
+
+def check_type(name: str, value: Any, annotation: Any) -> Any:
+    """Returns the value of one setting as ``coerce`` makes it.
+
+    Raises:
+        SettingError: it has another type, or is not among the choices.
+    """
+    if isinstance(value, str):
+        value = OLD_VALUES.get(name, {}).get(value, value)
+    try:
+        return _fit(value, annotation)
+    except _WrongTypeError:
+        raise SettingError(name, value, f"must be {describe(annotation)}") from None
 
 
 @functools.cache

@@ -1,0 +1,206 @@
+"""Settings in files: YAML, TOML or JSON that a user wrote, and the config.json and config.yaml of runs.
+
+What is read are plain settings by their names of today, checked against a class of configurations. It knows nothing of
+the command line: there, and in Python, what is given besides the file overrides it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import logging
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from fastmae.config.finetune import FinetuneConfig, ResolvedFinetuneConfig
+from fastmae.config.groups import GROUPS
+from fastmae.config.pretrain import PretrainConfig, ResolvedConfig
+from fastmae.config.values import OLD_NAMES, check_type, field_types
+from fastmae.errors import SettingError, UserError
+
+Config = TypeVar("Config")
+
+MAX_BYTES = 1 << 20
+COMPUTED = ("in_chans", "mean", "std", "global_batch", "dataset_length", "order", "given_masks")
+"""What the config.json of a run holds besides its settings: it follows from them, from the data and from the ranks. The
+first three are settings of pretrain."""
+
+log = logging.getLogger("fastmae")
+
+
+def load_settings(path: str | Path, config_class: type) -> dict[str, Any]:
+    """Reads the settings of a file, or of a run folder.
+
+    What a run computed, which only its config.json holds, is ignored with a line that counts it.
+
+    Args:
+        path: of a .yaml, .yml, .toml or .json file; of a run folder, its config.yaml is read, or its config.json.
+        config_class: the configuration that the settings are for, such as ``PretrainConfig``.
+
+    Raises:
+        UserError: no such file, too large, not readable, not a setting, or a value of another type.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = next((file for file in (path / "config.yaml", path / "config.json") if file.exists()), path)
+    settings = _read(path)
+    known = field_types(config_class)
+    computed = [name for name in COMPUTED if name in settings and name not in known]
+    if computed:
+        log.warning("%s: ignored %d values that a run computes (%s)", path, len(computed), ", ".join(computed))
+    try:
+        settings = current_settings(as_given(settings), config_class, besides=computed)
+        return {name: check_type(name, value, known[name]) for name, value in settings.items()}
+    except SettingError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def make_config(config_class: type[Config], settings: Mapping[str, Any]) -> Config:
+    """Makes a configuration of settings by their names, of today or of earlier versions.
+
+    Raises:
+        SettingError: not a setting, or a value that cannot work.
+    """
+    return config_class(**current_settings(settings, config_class))
+
+
+def current_settings(settings: Mapping[str, Any], config_class: type, besides: Iterable[str] = ()) -> dict[str, Any]:
+    """Gives settings their names of today.
+
+    Args:
+        besides: names that are left out.
+
+    Raises:
+        SettingError: a name is not that of a setting, or two names are of the same.
+    """
+    known = field_types(config_class)
+    current: dict[str, Any] = {}
+    for given_name, value in settings.items():
+        if given_name in besides:
+            continue
+        name = str(given_name).replace("-", "_")
+        name = name if name in known else OLD_NAMES.get(name, name)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.6)
+            hint = f"; did you mean --{near[0]}?" if near else ""
+            raise SettingError(str(given_name), problem=f"no setting of {_command(config_class)}{hint}")
+        if name in current:
+            raise SettingError(str(given_name), problem=f"is another name of --{name}, which is given as well")
+        current[name] = value
+    return current
+
+
+def as_given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run as they are to be given for the same run, where a run writes them in another way.
+
+    A learning rate that follows from ``blr`` and the global batch is left open, so that it follows from others as well.
+    """
+    given = dict(settings)
+    lr, blr, global_batch = (given.get(name) for name in ("lr", "blr", "global_batch"))
+    if isinstance(blr, int | float) and isinstance(global_batch, int) and lr == blr * global_batch / 256:
+        given["lr"] = None
+    if global_batch is not None and given.get("grow_epochs") == 0 and given.get("start_size") is None:
+        given["grow_epochs"] = None
+    return given
+
+
+def settings_as_yaml(config: ResolvedConfig | ResolvedFinetuneConfig) -> str:
+    """The settings of a run as the text of its config.yaml, in the groups of the help."""
+    config_class = PretrainConfig if isinstance(config, PretrainConfig) else FinetuneConfig
+    settings, known = as_given(dataclasses.asdict(config)), field_types(config_class)
+    lines = [
+        "# The settings of this run. The same run in another folder:",
+        f"#   fastmae {_command(config_class)} --config config.yaml --output_dir OTHER",
+    ]
+    for title, names in GROUPS.items():
+        lines += ["", f"# {title}", _dump({name: settings[name] for name in names if name in known})]
+    return "\n".join(lines) + "\n"
+
+
+def settings_as_words(settings: Mapping[str, Any], config_class: type) -> list[str]:
+    """Settings as the words of a command line that gives them."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    words: list[str] = []
+    for name, value in settings.items():
+        if value == defaults[name] and value is None:
+            continue
+        words += [f"--{name}", *map(str, value)] if isinstance(value, tuple) else [f"--{name}={value}"]
+    return words
+
+
+def _command(config_class: type) -> str:
+    return config_class.__name__.removesuffix("Config").lower()
+
+
+def _dump(settings: dict[str, Any]) -> str:
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    return yaml.safe_dump(plain, default_flow_style=None, sort_keys=False, allow_unicode=True, width=1 << 20).rstrip()
+
+
+# --- the three formats ------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> dict[str, Any]:
+    parse = {".json": _parse_json, ".toml": tomllib.loads, ".yaml": _parse_yaml, ".yml": _parse_yaml}.get(path.suffix)
+    if parse is None:
+        raise UserError(f"{path}: not a file of settings; give a .yaml, .toml or .json file, or a run folder")
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise UserError(f"{path}: has {size} bytes, and settings have at most {MAX_BYTES}; give another file")
+        settings = parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a file of settings") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # of all three formats, and of UTF-8
+        raise UserError(f"{path}: not readable ({' '.join(str(error).split())}); correct the file") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: holds no settings; write one per line, as in `batch_size: 64`")
+    return settings
+
+
+def _parse_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_without_duplicates)
+
+
+def _without_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    settings: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in settings:
+            raise ValueError(f"{name} is given twice")
+        settings[name] = value
+    return settings
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506 (a subclass of the safe loader)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, and with YAML 1.2's plain values: `off` is a text, and `1e-3` a number. `None` is null as on the command
+    line, and a name may be given once.
+    """
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    pairs = ((loader.construct_object(key), loader.construct_object(value, deep=True)) for key, value in node.value)
+    return _without_duplicates((str(name), value) for name, value in pairs)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+for _tag, _pattern in {
+    "null": r"~|null|Null|NULL|None|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?\d+",
+    "float": r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)

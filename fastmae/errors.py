@@ -47,8 +47,8 @@ class SettingError(UserError):
         return f"{self.name}{shown}: {problem}"
 
     def as_on_the_command_line(self) -> str:
-        value = self.value if isinstance(self.value, tuple) else (self.value,)
-        value = " ".join(str(item) if isinstance(item, str | os.PathLike) else _REPR.repr(item) for item in value)
+        values = self.value if isinstance(self.value, tuple) else (self.value,)
+        value = " ".join(str(item) if isinstance(item, str | os.PathLike) else _REPR.repr(item) for item in values)
         shown = "" if self.value is NO_VALUE else f" {_in_one_line(value)}"
         problem = re.sub(r"(--[a-z]\w*)=", r"\1 ", self.problem)
         return f"{self.flag or f'--{self.name}'}{shown}: {problem}"

@@ -10,11 +10,12 @@ import dataclasses
 import difflib
 import json
 import logging
+import math
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
@@ -119,7 +120,7 @@ def settings_as_yaml(config: ResolvedConfig | ResolvedFinetuneConfig) -> str:
         f"#   fastmae {_command(config_class)} --config config.yaml --output_dir OTHER",
     ]
     for title, names in GROUPS.items():
-        lines += ["", f"# {title}", _dump({name: settings[name] for name in names if name in known})]
+        lines += ["", f"# {title}", dump_yaml({name: settings[name] for name in names if name in known}).rstrip()]
     return "\n".join(lines) + "\n"
 
 
@@ -138,16 +139,19 @@ def _command(config_class: type) -> str:
     return config_class.__name__.removesuffix("Config").lower()
 
 
-def _dump(settings: dict[str, Any]) -> str:
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-    return yaml.safe_dump(plain, default_flow_style=None, sort_keys=False, allow_unicode=True, width=1 << 20).rstrip()
+def dump_yaml(settings: dict[str, Any]) -> str:
+    """Settings as YAML, one per line; ``load_settings`` reads the same values."""
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 # --- the three formats ------------------------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> dict[str, Any]:
-    parse = {".json": _parse_json, ".toml": tomllib.loads, ".yaml": _parse_yaml, ".yml": _parse_yaml}.get(path.suffix)
+    parsers: dict[str, Callable[[str], Any]] = {
+        ".json": _parse_json, ".toml": tomllib.loads, ".yaml": _parse_yaml, ".yml": _parse_yaml,
+    }  # fmt: skip
+    parse = parsers.get(path.suffix)
     if parse is None:
         raise UserError(f"{path}: not a file of settings; give a .yaml, .toml or .json file, or a run folder")
     try:
@@ -180,7 +184,7 @@ def _without_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
 
 
 def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)  # noqa: S506 (a subclass of the safe loader)
+    return yaml.load(text, _Loader)
 
 
 class _Loader(yaml.SafeLoader):
@@ -188,7 +192,7 @@ class _Loader(yaml.SafeLoader):
     line, and a name may be given once.
     """
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -196,11 +200,22 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     return _without_duplicates((str(name), value) for name, value in pairs)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around texts that ``_Loader``, or a loader of YAML 1.1, would take for something else."""
+
+
+def _sequence(dumper: _Dumper, values: Iterable[Any]) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+
+
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Dumper.add_representer(tuple, _sequence)
+_Dumper.add_representer(list, _sequence)
 for _tag, _pattern in {
     "null": r"~|null|Null|NULL|None|",
     "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?\d+",
     "float": r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)

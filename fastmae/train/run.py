@@ -22,6 +22,7 @@ from fastmae.checkpoint.official import write_training_file, write_weights_file
 from fastmae.checkpoint.restore import Restored
 from fastmae.checkpoint.save import Saver
 from fastmae.config import ResolvedConfig, ResolvedFinetuneConfig
+from fastmae.config.load import settings_as_yaml
 from fastmae.data.loader import Batch, View, load_batches
 from fastmae.data.quarantine import Quarantine
 from fastmae.data.sources import Source
@@ -143,7 +144,7 @@ def open_run(
 
 
 def _write_beginning(folder: Path, config: Resolved, context: parallel.DistContext, backends: dict[str, str]) -> None:
-    """Writes config.json, and a line about this start into environment.jsonl."""
+    """Writes config.json, config.yaml, and a line about this start into environment.jsonl."""
     start = {
         "command": sys.argv,
         "ranks": context.size,
@@ -154,6 +155,7 @@ def _write_beginning(folder: Path, config: Resolved, context: parallel.DistConte
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.json", json.dumps(as_json(config), indent=1))
+        write_text(folder / "config.yaml", settings_as_yaml(config))
         with open(folder / "environment.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(start) + "\n")
     except OSError as error:

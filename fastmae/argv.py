@@ -52,6 +52,10 @@ class Given:
     name: str
     values: tuple[str, ...]
 
+    def words(self) -> list[str]:
+        """Returns the words that it was given by; one value is joined to the flag, as it may begin with dashes."""
+        return [f"{self.spelling}={self.values[0]}"] if len(self.values) == 1 else [self.spelling, *self.values]
+
 
 def command_of(words: Sequence[str], commands: Iterable[str]) -> str:
     """Returns the command that a command line begins with: one word, or two for benchmarks.

@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from fastmae.argv import command_of, normalise
+from fastmae.argv import command_of, normalise, split
 from fastmae.config import (
     AnomalyConfig,
     BenchAllConfig,
@@ -34,6 +34,7 @@ from fastmae.config import (
     SearchConfig,
     VerifyConfig,
 )
+from fastmae.config.load import load_settings, settings_as_words
 from fastmae.errors import UserError
 from fastmae.flags import flags_of
 
@@ -60,6 +61,8 @@ COMMANDS: dict[str, type] = {
     "bench all": BenchAllConfig,
 }
 EXIT_WRONG_INPUT = 2
+# The commands whose settings --config reads from a file.
+WITH_FILES = ("pretrain", "finetune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,6 +106,8 @@ def parse(words: Sequence[str]) -> Any:
     command = command_of(words, COMMANDS)
     config = COMMANDS[command]
     rest = list(words[len(command.split()) :])
+    if command in WITH_FILES:
+        rest = _with_file(rest, config)
     try:
         normal, lines = normalise(rest, flags_of(config), command)
     except UserError as error:
@@ -110,6 +115,22 @@ def parse(words: Sequence[str]) -> Any:
     for line in lines:
         print(f"fastmae: {line}", file=sys.stderr)
     return _values_of(config, normal, command)
+
+
+def _with_file(words: Sequence[str], config: type) -> list[str]:
+    """Returns the words with the settings of the file that ``--config`` names before them, so that flags override it.
+
+    Raises:
+        UserError: no file is named, or it holds something else than settings of the command.
+    """
+    positionals, given = split(words)
+    files = [flag.values for flag in given if flag.name == "config"]
+    if not files:
+        return list(words)
+    if len(files) > 1 or len(files[0]) != 1:
+        raise UserError("--config: must be given once, with one file of settings or run folder")
+    others = [word for flag in given if flag.name != "config" for word in flag.words()]
+    return [*positionals, *settings_as_words(load_settings(files[0][0], config), config), *others]
 
 
 def _values_of(config: type, words: list[str], command: str) -> Any:

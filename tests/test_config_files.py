@@ -10,6 +10,7 @@ import pytest
 import yaml
 from helpers import metrics, small_run
 
+from fastmae.cli import main, parse
 from fastmae.config import FinetuneConfig, PretrainConfig, ProbeConfig
 from fastmae.config.load import MAX_BYTES, dump_yaml, load_settings, make_config, settings_as_words
 from fastmae.config.values import field_types
@@ -176,3 +177,65 @@ def test_the_file_of_a_run_gives_the_same_run(blobs, tmp_path, file):
     assert texts[1] == texts[0].replace(str(tmp_path / "one"), str(tmp_path / "two"))
     fields = {field.name for field in dataclasses.fields(PretrainConfig)}
     assert yaml.safe_load(texts[0]).keys() == fields
+
+
+def test_flags_override_the_file(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "epochs: 3\nprobe: false\nasync_save: false\ninput_size: [16, 12]\ncompile: off\nwandb: --odd\n"
+        "hang_timeout: null\nshard_size: 2\n"
+    )
+    assert parse(["pretrain", "--parallel", "hsdp", "--config", str(path)]) == PretrainConfig(
+        epochs=3, probe=False, async_save=False, input_size=(16, 12), wandb="--odd", hang_timeout=None, shard_size=2,
+        parallel="hsdp",
+    )  # fmt: skip
+    flags = [
+        "--epochs",
+        "4",
+        "--probe",
+        "--async-save",
+        "--input_size",
+        "20",
+        "--parallel=hsdp",
+        "--wandb=b",
+        "--no_flip",
+    ]
+    config = parse(["pretrain", f"--config={path}", *flags])
+    assert (config.epochs, config.probe, config.async_save, config.input_size) == (4, True, True, (20,))
+    assert (config.wandb, config.flip, config.shard_size) == ("b", False, 2)
+    path.write_text("finetune: runs/x\ndata_path: [a, b]\nresume: ''\n")
+    expected = FinetuneConfig(finetune="runs/x", data_path=("a", "b"), epochs=2)
+    assert parse(["finetune", "--epochs", "2", "--config", str(path)]) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--config"], "--config: must be given once"),
+        (["--config", "a.yaml", "b.yaml"], "--config: must be given once"),
+        (["--config", "{tmp}/none.yaml"], "none.yaml: cannot be read"),
+        (["--config", "{tmp}/a.yaml"], "a.yaml: batchsize: no setting of pretrain; did you mean batch_size?"),
+        (["--config", "{tmp}/b.yaml"], "--mask_ratio 2.0: must be above 0 and below 1"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_a_file_on_the_command_line_is_one_line(words, expected, tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("batchsize: 3")
+    (tmp_path / "b.yaml").write_text("mask_ratio: 2")
+    assert main(["pretrain", *(word.format(tmp=tmp_path) for word in words)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fastmae: ")
+    assert expected in line
+
+
+def test_the_command_of_a_config_yaml_does_the_run_again(blobs, tmp_path, capsys):
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    words = ["--data_path", blobs, "--device", "cpu", "--batch_size", "8", "--epochs", "1", "--probe", "False"]
+    assert main(["pretrain", *words, "--output_dir", one]) == 0
+    assert main(["pretrain", "--config", f"{one}/config.yaml", "--output_dir", two]) == 0
+    assert metrics(tmp_path / "two") == metrics(tmp_path / "one")
+    words = ["--data_path", blobs, "--device", "cpu", "--batch_size", "8", "--epochs", "1", "--warmup_epochs", "0.5"]
+    assert main(["finetune", *words, "--finetune", one, "--output_dir", f"{one}-tuned"]) == 0
+    capsys.readouterr()
+    assert main(["finetune", "--config", f"{one}-tuned/config.json", "--output_dir", f"{two}-tuned"]) == 0
+    assert metrics(tmp_path / "two-tuned") == metrics(tmp_path / "one-tuned")

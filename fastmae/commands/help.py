@@ -30,6 +30,11 @@ SECTIONS = {
     "Use a trained model": ("probe", "reconstruct", "features", "search", "anomaly", "export"),
     "Check and measure": ("verify", "info", "estimate", "bench"),
 }
+CONFIG = (
+    "--config",
+    "FILE",
+    "Read settings from a YAML, TOML or JSON file, or from a run folder. Flags override them.",
+)
 BENCH = "Measure speed on this machine, or compare encoders."
 EXAMPLES = {
     "pretrain": (
@@ -182,10 +187,13 @@ def _print_command(page: Page, command: str, config: type, *, in_full: bool) -> 
     by_name = {flag.name: flag for flag in optional}
     groups = {title: [by_name[name] for name in names if name in by_name] for title, names in GROUPS.items()}
     if in_full:
+        page.title("Settings from a file")
+        page.row(*CONFIG)
         for title, group in groups.items():
             _print_flags(page, _capitalised(title), group)
         return
     _print_flags(page, "The flags that matter first", [by_name[name] for name in MAIN if name in by_name])
+    page.row(*CONFIG)
     page.title("All other flags")
     for title, group in groups.items():
         names = " ".join(f"--{flag.name}" for flag in group if flag.name not in MAIN)

@@ -11,6 +11,7 @@ import difflib
 import json
 import logging
 import math
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -53,7 +54,7 @@ def load_settings(path: str | Path, config_class: type) -> dict[str, Any]:
     settings = _read(path)
     known = field_types(config_class)
     computed = [name for name in COMPUTED if name in settings and name not in known]
-    if computed:
+    if computed and os.environ.get("RANK", "0") == "0":  # otherwise every rank would say so
         log.warning("%s: ignored %d values that a run computes (%s)", path, len(computed), ", ".join(computed))
     try:
         settings = current_settings(as_given(settings), config_class, besides=computed)

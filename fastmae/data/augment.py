@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from fastmae.errors import UserError
+from fastmae.errors import SettingError
 from fastmae.philox import STREAM_AUGMENT, STREAM_ERASE, STREAM_MIX, STREAM_NOISE, uniforms_numpy
 
 CHANNELS = (1, 3)
@@ -115,16 +115,16 @@ def parse_randaugment(text: str, seed: int, mean: tuple[float, ...]) -> RandAugm
         mean: the mean per channel, in [0, 1].
 
     Raises:
-        UserError: ``text`` has another form, or RandAugment is not defined for so many channels.
+        SettingError: ``text`` has another form, or RandAugment is not defined for so many channels.
     """
     if not text:
         return None
     match = re.fullmatch(r"rand-m(\d+(?:\.\d+)?)(?:-n(\d+))?(?:-mstd(\d+(?:\.\d+)?))?-inc1", text)
     if match is None or float(match[1]) > LEVELS or match[2] == "0":
         form = "rand-mM[-nN][-mstdS]-inc1 with M up to 10, such as rand-m9-mstd0.5-inc1, or empty for none"
-        raise UserError(f"--aa {text}: must be {form}")
+        raise SettingError("aa", text, f"must be {form}")
     if len(mean) not in CHANNELS:
-        raise UserError(f"--aa {text}: is for images of 1 or 3 channels, not {len(mean)}; use --aa ''")
+        raise SettingError("aa", text, f"is for images of 1 or 3 channels, not {len(mean)}; leave it empty")
     return RandAugment(float(match[1]), int(match[2] or 2), float(match[3] or 0), seed, mean)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from fastmae.data.decode import BadImageError, decode, plain_jpeg_shape
 from fastmae.data.plan import Shards
 from fastmae.data.sources import Source, evenly_spaced
-from fastmae.errors import UserError
+from fastmae.errors import SettingError
 
 Form = Literal["decoded", "encoded"]
 
@@ -166,7 +166,7 @@ def describe_cache(source: CachedSource) -> str:
         return "nothing: the images are in memory already, or cannot be read"
     if source.budget == 0:
         size = _readable(source.estimate / len(source))
-        return f"nothing: an image takes about {size}, more than the cache may take; raise --cache_gb"
+        return f"nothing: an image takes about {size}, more than the cache may take; raise cache_gb"
     what = f"{source.form} {'images' if source.form == 'decoded' else 'files'}" if source.kind == "folder" else "images"
     if source.estimate > source.budget:
         percent = 100 * source.budget // source.estimate
@@ -223,19 +223,21 @@ def memory_budget(cache_gb: float | None, ranks: int) -> int:
         cache_gb: the budget asked for per rank, in GiB; None for half of the available memory, shared by the ranks.
 
     Raises:
-        UserError: ``cache_gb`` is not a size, or more than there is.
+        SettingError: ``cache_gb`` is not a size, or more than there is.
     """
     available = available_memory()
     if cache_gb is None:
         if available is None:
-            raise UserError("--cache ram: this system does not say how much memory is available; set --cache_gb")
+            problem = "this system does not say how much memory is available; set --cache_gb"
+            raise SettingError("cache", "ram", problem)
         return int(available * DEFAULT_SHARE) // ranks
     if not 0 < cache_gb < math.inf:
-        raise UserError(f"--cache_gb {cache_gb:g}: must be over 0, in GiB")
+        raise SettingError("cache_gb", cache_gb, "must be over 0, in GiB")
     budget = int(cache_gb * 2**30)
     if available is not None and budget > available // ranks:
         where = f" for each of the {ranks} ranks here" if ranks > 1 else ""
-        raise UserError(f"--cache_gb {cache_gb:g}: only {_readable(available // ranks)} are available{where}; lower it")
+        problem = f"only {_readable(available // ranks)} are available{where}; lower it"
+        raise SettingError("cache_gb", cache_gb, problem)
     return budget
 
 

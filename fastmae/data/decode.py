@@ -123,7 +123,7 @@ def convert_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
         return np.repeat(pixels, in_chans, axis=2)
     if channels == 3 and in_chans == 1:
         return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))[..., None]
-    raise BadImageError(f"no rule turns {channels} channels into {in_chans}; set --in_chans {channels}")
+    raise BadImageError(f"no rule turns {channels} channels into {in_chans}; set in_chans to {channels}")
 
 
 def crop_and_resize(pixels: np.ndarray, box: Box, flip: bool, size: tuple[int, int]) -> np.ndarray:

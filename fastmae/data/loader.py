@@ -18,7 +18,7 @@ from fastmae.data.decoders import dali
 from fastmae.data.decoders.threads import PREFETCH, DecodedBatch, Requests, decode_by_threads
 from fastmae.data.sample import Skipped, View, load_sample
 from fastmae.data.sources import Source
-from fastmae.errors import UserError, install_hint
+from fastmae.errors import SettingError, install_hint
 
 __all__ = [
     "PREFETCH", "Batch", "LoadingStats", "Requests", "Skipped", "View", "choose_decoder", "default_workers",
@@ -99,27 +99,23 @@ def choose_decoder(asked: str, device: torch.device, source: Source | None, in_c
         in_chans: channels of the model.
 
     Raises:
-        UserError: this decoder cannot run here, or not on these data.
+        SettingError: this decoder cannot run here, or not on these data.
     """
     if asked == "auto":
         return "threads", "DALI on a GPU is not measured yet" if device.type == "cuda" else "the fastest on a CPU"
     if _is_threads(asked):
         return "threads", "asked for"
+    problem, threads = "", "use --image_decoder=threads"
     if asked == "dali-gpu" and device.type != "cuda":
-        raise UserError(
-            f"--image_decoder dali-gpu: the device is {device}; use --device cuda, or --image_decoder dali-cpu"
-        )
-    unsuited = ""
-    if in_chans not in (1, 3):
-        unsuited = f"DALI decodes to 1 or 3 channels, not {in_chans}"
+        problem = f"the device is {device}; use --device=cuda, or --image_decoder=dali-cpu"
+    elif in_chans not in (1, 3):
+        problem = f"DALI decodes to 1 or 3 channels, not {in_chans}; {threads}"
     elif source is not None and source.kind != "folder":
-        unsuited = "the data are arrays, which need no decoding"
-    if unsuited:
-        raise UserError(f"--image_decoder {asked}: {unsuited}; use --image_decoder threads")
-    missing = dali.why_not_installed()
-    if missing:
-        remedy = f"{install_hint('dali')}, or use --image_decoder threads"
-        raise UserError(f"--image_decoder {asked}: nvidia-dali {missing}; {remedy}")
+        problem = f"the data are arrays, which need no decoding; {threads}"
+    elif missing := dali.why_not_installed():
+        problem = f"nvidia-dali {missing}; {install_hint('dali')}, or {threads}"
+    if problem:
+        raise SettingError("image_decoder", asked, problem)
     return asked, "asked for"
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fastmae.config import PUBLISHED_RATIO, Masking
-from fastmae.errors import UserError
+from fastmae.errors import SettingError
 from fastmae.facts import MaskFacts
 from fastmae.ops.random_masking import random_masking
 from fastmae.philox import STREAM_BLOCKS, STREAM_MASK_FILE, uniforms_numpy, words_numpy
@@ -92,14 +92,16 @@ def choose_masks(masking: Masking, file: MaskFile | None, grid: Grid, visible: i
         visible: K, the number of visible patches.
 
     Raises:
-        UserError: the grid has an odd side, or is not that of the file.
+        SettingError: the grid has an odd side, or is not that of the file.
     """
     needed = "×".join(map(str, grid))
     if masking == "grid" and (grid[0] % 2 or grid[1] % 2):
-        raise UserError(f"--masking grid: the model has {needed} patches, not even numbers; choose another image size")
+        problem = f"the model has {needed} patches, not even numbers; choose another image size"
+        raise SettingError("masking", masking, problem)
     if file is not None and file.masked.shape[1:] != grid:
         given = "×".join(map(str, file.masked.shape[1:]))
-        raise UserError(f"--masks {file.path}: for {given} patches, the model has {needed}; give masks of its size")
+        problem = f"for {given} patches, the model has {needed}; give masks of its size"
+        raise SettingError("masks", file.path, problem)
     return Masks(masking, seed, grid, visible, file)
 
 
@@ -239,7 +241,7 @@ def open_masks(path: str, asked_ratio: float) -> MaskFile | None:
     it, unless it is the default of ``mask_ratio``, which means that no ratio was asked for.
 
     Raises:
-        UserError: the file is not such a file, its masks mask different numbers of patches, or ``asked_ratio`` differs.
+        SettingError: not such a file, its masks mask different numbers of patches, or ``asked_ratio`` differs.
     """
     if not path:
         return None
@@ -247,13 +249,12 @@ def open_masks(path: str, asked_ratio: float) -> MaskFile | None:
         masked, count, digest = _checked(Path(path).expanduser())
     except _UNREADABLE as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"--masks {path}: {reason}; give a .npy file of bool or uint8 [B, rows, columns], 1 where masked"
-        ) from error
+        problem = f"{reason}; give a .npy file of bool or uint8 [B, rows, columns], 1 where masked"
+        raise SettingError("masks", path, problem) from error
     L = masked.shape[1] * masked.shape[2]
     if asked_ratio != PUBLISHED_RATIO and int(L * (1 - asked_ratio)) != L - count:
-        masks = f"--masks {path} masks {count} of {L} patches"
-        raise UserError(f"--mask_ratio {asked_ratio}: {masks}; leave --mask_ratio out")
+        problem = f"--masks={path} masks {count} of {L} patches; leave --mask_ratio out"
+        raise SettingError("mask_ratio", asked_ratio, problem)
     return MaskFile(path, masked, count, digest)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastmae.data.sample import Skipped
-from fastmae.errors import UserError
+from fastmae.errors import SettingError
 from fastmae.files import JsonLines
 
 TOLERATED = 20
@@ -48,7 +48,7 @@ class Quarantine:
             good: how many usable images were read at the same time.
 
         Raises:
-            UserError: too many of the images are unusable.
+            SettingError: too many of the images are unusable.
         """
         new = {bad.index: bad for bad in skipped if bad.index not in self._listed}
         self._lines.add(map(dataclasses.asdict, new.values()))
@@ -58,8 +58,8 @@ class Quarantine:
         self._seen |= {bad.index: bad for bad in skipped}
         if len(self._seen) > TOLERATED and self._unusable > self._max_corrupt * self._read:
             examples = ", ".join(f"{bad.name} ({bad.reason})" for bad in list(self._seen.values())[:EXAMPLES])
-            raise UserError(
-                f"{self._unusable} of {self._read} images that were read cannot be used, over --max_corrupt "
-                f"{self._max_corrupt:g}: {examples}; all are in {self.path}: mend the data, or raise --max_corrupt and "
-                "use --resume auto"
+            problem = (
+                f"{self._unusable} of {self._read} images that were read cannot be used, such as {examples}; all are "
+                f"in {self.path}: mend the data, or raise --max_corrupt and use --resume=auto"
             )
+            raise SettingError("max_corrupt", self._max_corrupt, problem)

@@ -31,7 +31,7 @@ from fastmae.data.index import (
     write_index,
 )
 from fastmae.data.plan import Shards
-from fastmae.errors import UserError
+from fastmae.errors import SettingError, UserError
 
 BLOCK = 512
 # The largest header entry that only describes the next one; a larger one is taken for damage.
@@ -406,7 +406,7 @@ def expand_braces(pattern: str) -> list[str]:
     """Returns the names that `part-{000..146}.tar` or `{a,b}.tar` stands for in a shell, in that order.
 
     Raises:
-        UserError: the pattern stands for more than a million names.
+        SettingError: the pattern stands for more than a million names.
     """
     match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if match is None:
@@ -415,7 +415,7 @@ def expand_braces(pattern: str) -> list[str]:
     if words is None:
         low, high = int(first), int(last)
         if abs(high - low) >= 1_000_000:
-            raise UserError(f"--data_path {pattern}: more than a million names; check the numbers")
+            raise SettingError("data_path", pattern, "more than a million names; check the numbers")
         width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
         step = 1 if high >= low else -1
         choices = [f"{number:0{width}d}" for number in range(low, high + step, step)]

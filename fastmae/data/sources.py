@@ -21,7 +21,7 @@ from fastmae.data.images import IMAGE_SUFFIXES, WORTH_KEEPING, FolderSource, lis
 from fastmae.data.parquet import open_parquet
 from fastmae.data.plan import Shards, describe_order, holdout
 from fastmae.data.shards import expand_braces, open_shards, refuse_compressed
-from fastmae.errors import UserError
+from fastmae.errors import SettingError, UserError
 from fastmae.facts import DataFacts
 
 SHARD_SUFFIXES = (".tar", ".parquet")
@@ -166,7 +166,7 @@ def open_train(data_path: str | Sequence[str]) -> Source:
         source = _open(path, "train")
         if source is None or len(source) == 0:
             where = "" if source is None else f" {source.location}"
-            raise UserError(f"--data_path {path}: holds no images{where}; give data that does")
+            raise SettingError("data_path", path, f"holds no images{where}; give data that does")
         parts.append(source)
     return parts[0] if len(parts) == 1 else Concat(tuple(parts))
 
@@ -240,7 +240,7 @@ def evenly_spaced(source: Source, count: int, run: int) -> np.ndarray:
 def _paths(data_path: str | Sequence[str]) -> list[str]:
     paths = [data_path] if isinstance(data_path, str) else list(data_path)
     if not paths:
-        raise UserError("--data_path: must name at least one file or folder, or `digits`")
+        raise SettingError("data_path", problem="must name at least one file or folder, or `digits`")
     return paths
 
 
@@ -252,13 +252,13 @@ def _open(data_path: str, split: Split) -> Source | None:
         if "{" in data_path and not path.exists():
             return _open_pattern(data_path) if split == "train" else None
         if not path.exists():
-            raise UserError(f"--data_path {data_path}: no such file or folder; give an existing one, or `digits`")
+            raise SettingError("data_path", data_path, "no such file or folder; give an existing one, or `digits`")
         if not path.is_dir() and not path.is_file():
-            raise UserError(f"--data_path {data_path}: a pipe or a device; give a file or a folder")
+            raise SettingError("data_path", data_path, "a pipe or a device; give a file or a folder")
         return _open_folder(path, split) if path.is_dir() else _open_file(path, split)
     except UNREADABLE as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--data_path {data_path}: cannot be read ({reason}); check or replace the file") from error
+        raise SettingError("data_path", data_path, f"cannot be read ({reason}); check or replace the file") from error
 
 
 def _digits(split: Split) -> Source:
@@ -337,11 +337,11 @@ def _open_pattern(pattern: str) -> Source | None:
     missing = [path for path in paths if not path.is_file()]
     if missing:
         count = f"{len(missing)} of its {len(paths)} files are missing"
-        raise UserError(f"--data_path {pattern}: {count}, the first of them {missing[0]}; check the pattern")
+        raise SettingError("data_path", pattern, f"{count}, the first of them {missing[0]}; check the pattern")
     for path in paths:
         refuse_compressed(path)
         if not path.name.lower().endswith(SHARD_SUFFIXES):
-            raise UserError(f"--data_path {pattern}: a pattern is for .tar or .parquet files, not {path.name}")
+            raise SettingError("data_path", pattern, f"a pattern is for .tar or .parquet files, not {path.name}")
     return _open_shards(paths)
 
 

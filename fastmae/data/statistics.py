@@ -6,7 +6,7 @@ import numpy as np
 
 from fastmae.data.decode import BadImageError, decode
 from fastmae.data.sources import Source, evenly_spaced
-from fastmae.errors import UserError
+from fastmae.errors import SettingError
 
 SAMPLES = 2048
 # The number of images that are read in a row from a source with shards.
@@ -19,7 +19,7 @@ def channel_statistics(source: Source, in_chans: int) -> tuple[tuple[float, ...]
     The images are evenly spaced; from a source with shards they are evenly spaced runs.
 
     Raises:
-        UserError: none of the images can be decoded.
+        SettingError: none of the images can be decoded.
     """
     count = np.zeros(1)
     total, squares = np.zeros(in_chans), np.zeros(in_chans)
@@ -33,7 +33,8 @@ def channel_statistics(source: Source, in_chans: int) -> tuple[tuple[float, ...]
         total += pixels.sum(axis=0)
         squares += np.square(pixels).sum(axis=0)
     if count == 0:
-        raise UserError(f"no image can be decoded; the last one was {last}; mend the data or set --in_chans")
+        problem = f"no image can be decoded; the last one was {last}; mend the data, or choose other channels"
+        raise SettingError("in_chans", in_chans, problem)
     mean = total / count
     # A constant channel gets a deviation of one grey level rather than a division by zero.
     std = np.sqrt(np.maximum(squares / count - mean**2, 255.0**-2))

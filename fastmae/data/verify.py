@@ -25,7 +25,7 @@ from fastmae.data.decode import FOLDER_CHANNELS, BadImageError, convert_channels
 from fastmae.data.sample import Skipped
 from fastmae.data.shards import TarSource
 from fastmae.data.sources import ArraySource, Concat, FolderSource, Source, describe
-from fastmae.errors import UserError
+from fastmae.errors import SettingError, UserError
 
 EXAMPLES = 20
 # Images per task: so few that all threads together stay within few row groups.
@@ -90,7 +90,7 @@ def choose_channels(asked: int | None, parts: dict[str, Source]) -> int:
     """
     in_chans = asked or describe(parts["train"]).channels
     if in_chans not in FOLDER_CHANNELS and any(source.kind == "folder" for source in parts.values()):
-        raise UserError(f"--in_chans {in_chans}: image files give 1, 3 or 4 channels; use an array for others")
+        raise SettingError("in_chans", in_chans, "image files give 1, 3 or 4 channels; use an array for others")
     for source in parts.values():
         for array in _parts(source):
             if isinstance(array, ArraySource):

@@ -106,7 +106,7 @@ def test_every_operation_takes_every_strength(strength):
     "text", ["rand", "rand-m11-inc1", "rand-m9", "rand-m9-n0-inc1", "augmix-m3", "rand-m9-inc1-w0"]
 )
 def test_an_unknown_policy_is_refused_with_the_right_form(text):
-    with pytest.raises(UserError, match=f"^--aa {text}: must be rand-mM"):
+    with pytest.raises(UserError, match=f"^aa='{text}': must be rand-mM"):
         parse_randaugment(text, 0, (0.5,) * 3)
 
 
@@ -114,7 +114,7 @@ def test_a_policy_says_magnitude_number_and_deviation():
     assert parse_randaugment("", 0, (0.5,)) is None
     assert parse_randaugment(PUBLISHED, 3, (0.5,)) == RandAugment(9.0, 2, 0.5, 3, (0.5,))
     assert parse_randaugment("rand-m7.5-n3-inc1", 3, (0.5,)) == RandAugment(7.5, 3, 0.0, 3, (0.5,))
-    with pytest.raises(UserError, match="1 or 3 channels, not 5; use --aa ''"):
+    with pytest.raises(UserError, match="1 or 3 channels, not 5; leave it empty"):
         parse_randaugment(PUBLISHED, 0, (0.5,) * 5)
 
 

@@ -349,7 +349,7 @@ def test_the_description_says_what_is_kept_and_what_is_not(tmp_path):
         (cached(source, 3, every // 4, "dali-cpu"), "encoded files in memory, as many as fit: about 25 % of 40.0 MiB"),
         (
             cached(source, 3, 1 << 19, "dali-cpu"),
-            "nothing: an image takes about 1.0 MiB, more than the cache may take; raise --cache_gb",
+            "nothing: an image takes about 1.0 MiB, more than the cache may take; raise cache_gb",
         ),
     ):
         assert describe_cache(ours) == line
@@ -460,16 +460,16 @@ def test_the_budget_is_half_of_the_available_memory_or_what_was_asked_for(monkey
     assert memory_budget(0.25, 4) == 1 << 28
     assert memory_budget(8, 1) == 8 << 30
     for asked, ranks, match in (
-        (9, 1, r"--cache_gb 9: only 8\.0 GiB are available; lower it"),
-        (3, 4, r"--cache_gb 3: only 2\.0 GiB are available for each of the 4 ranks here; lower it"),
-        (0, 1, "--cache_gb 0: must be over 0, in GiB"),
-        (-1, 1, "--cache_gb -1: must be over 0"),
-        (math.nan, 1, "--cache_gb nan: must be over 0"),
-        (math.inf, 1, "--cache_gb inf: must be over 0"),
+        (9, 1, r"cache_gb=9: only 8\.0 GiB are available; lower it"),
+        (3, 4, r"cache_gb=3: only 2\.0 GiB are available for each of the 4 ranks here; lower it"),
+        (0, 1, "cache_gb=0: must be over 0, in GiB"),
+        (-1, 1, "cache_gb=-1: must be over 0"),
+        (math.nan, 1, "cache_gb=nan: must be over 0"),
+        (math.inf, 1, "cache_gb=inf: must be over 0"),
     ):
         with pytest.raises(UserError, match=match):
             memory_budget(asked, ranks)
     monkeypatch.setattr(cache, "available_memory", lambda: None)
     assert memory_budget(3, 1) == 3 << 30
-    with pytest.raises(UserError, match=r"--cache ram: .* set --cache_gb"):
+    with pytest.raises(UserError, match=r"cache='ram': .* set cache_gb"):
         memory_budget(None, 1)

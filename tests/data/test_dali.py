@@ -267,7 +267,7 @@ def test_dali_that_cannot_start_is_one_line(folder, monkeypatch):
 
     monkeypatch.setattr("nvidia.dali.Pipeline", broken)
     with pytest.raises(
-        UserError, match=r"--image_decoder dali-cpu: DALI cannot start \(no; luck\); use --image_decoder threads"
+        UserError, match=r"image_decoder='dali-cpu': DALI cannot start \(no; luck\); use image_decoder='threads'"
     ):
         next(load(folder, "dali-cpu"))
 

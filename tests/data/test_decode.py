@@ -81,7 +81,7 @@ def test_array_channels_are_converted_as_pillow_does():
     assert np.array_equal(convert_channels(gray, 3), np.repeat(gray, 3, axis=2))
     assert np.array_equal(convert_channels(np.dstack([rgb, gray]), 3), rgb)
     assert convert_channels(np.zeros((4, 4, 7), np.uint8), 7).shape == (4, 4, 7)
-    with pytest.raises(BadImageError, match="--in_chans 7"):
+    with pytest.raises(BadImageError, match="set in_chans to 7"):
         convert_channels(np.zeros((4, 4, 7), np.uint8), 3)
 
 

@@ -150,7 +150,7 @@ def test_parts_with_shards_among_others():
 
 @pytest.mark.parametrize("paths", [[], ["digits", "nowhere"]])
 def test_every_one_of_several_paths_must_exist(paths):
-    with pytest.raises(UserError, match="must name at least one" if not paths else "nowhere: no such file"):
+    with pytest.raises(UserError, match="must name at least one" if not paths else "nowhere.: no such file"):
         open_train(paths)
 
 

@@ -351,8 +351,8 @@ def test_arrays_and_digits(blobs, tmp_path, capsys):
 def test_channels_that_no_rule_makes_are_one_line_and_not_every_image(tmp_path, capsys, image_folder):
     np.save(tmp_path / "seven.npy", np.zeros((5, 8, 8, 7), np.uint8))
     for paths, flags, expected in (
-        ([tmp_path / "seven.npy"], {"in_chans": 3}, "seven.npy: no rule turns 7 channels into 3; set --in_chans 7"),
-        ([image_folder, tmp_path / "seven.npy"], {}, "seven.npy: no rule turns 7 channels into 3; set --in_chans 7"),
+        ([tmp_path / "seven.npy"], {"in_chans": 3}, "seven.npy: no rule turns 7 channels into 3; set in_chans to 7"),
+        ([image_folder, tmp_path / "seven.npy"], {}, "seven.npy: no rule turns 7 channels into 3; set in_chans to 7"),
         ([image_folder, tmp_path / "seven.npy"], {"in_chans": 7}, "image files give 1, 3 or 4 channels"),
     ):
         verify(*paths, status=2, **flags)

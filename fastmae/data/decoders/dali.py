@@ -20,7 +20,7 @@ import torch
 from fastmae.data.decoders.threads import PREFETCH, DecodedBatch, DecodeThreads, PendingBatch, Requests
 from fastmae.data.sample import Encoded, View
 from fastmae.data.sources import Source
-from fastmae.errors import UserError
+from fastmae.errors import SettingError
 
 AHEAD = 2
 """Batches that a pipeline is given before the first is asked for."""
@@ -136,7 +136,7 @@ class DaliDecoder:
         device: where the images are decoded and resized, and where the results are.
 
     Raises:
-        UserError: DALI cannot start here. The methods raise it as well, as they start DALI again after it failed.
+        SettingError: DALI cannot start here. The methods raise it as well, as they start DALI again after it failed.
     """
 
     def __init__(
@@ -202,9 +202,8 @@ def _build(size: tuple[int, int], in_chans: int, batch_size: int, num_threads: i
         pipeline.build()
     except Exception as error:
         decoder, reason = "dali-gpu" if where == "mixed" else "dali-cpu", _in_one_line(error)
-        raise UserError(
-            f"--image_decoder {decoder}: DALI cannot start ({reason}); use --image_decoder threads"
-        ) from error
+        problem = f"DALI cannot start ({reason}); use --image_decoder=threads"
+        raise SettingError("image_decoder", decoder, problem) from error
     return pipeline
 
 

@@ -375,7 +375,7 @@ def test_several_paths_of_several_kinds(damaged, image_folder, tmp_path, capsys)
 # --- what cannot be ---------------------------------------------------------------------------------------------------
 
 WRONG = {
-    "no path": ([], "--data-path"),
+    "no path": ([], "--data_path"),
     "nothing after it": (["--data_path"], "must name at least one"),
     "not there": (["--data_path", "{tmp}/nowhere"], "no such file or folder"),
     "holds nothing": (["--data_path", "{tmp}"], "holds no images"),

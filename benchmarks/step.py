@@ -50,7 +50,7 @@ from fastmae.benchmarks.baselines.timm_blocks import timm_like
 from fastmae.benchmarks.baselines.vitmae import vitmae_like
 from fastmae.benchmarks.report import console
 from fastmae.benchmarks.timing import Samples, elapsed, machine_name, quartiles, times_as_fast, write_result
-from fastmae.benchmarks.workers import CANNOT, GoneError, in_own_process, reason
+from fastmae.benchmarks.workers import GoneError, in_own_process, reason, refusals
 from fastmae.config import BenchStepConfig, check_bench
 from fastmae.environment import peak_flops
 from fastmae.errors import UserError
@@ -282,7 +282,7 @@ def _admitted(
         why = ""
         try:
             runner = enter(name)
-        except (GoneError, *CANNOT) as error:
+        except refusals() as error:
             why = reason(error)
         if context.any(bool(why)):
             left_out[name] = why or "another rank cannot"

@@ -18,15 +18,13 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from fastmae.errors import UserError
+from fastmae.torch_compat import compile_errors
 
 Ask = Callable[[Any], Any]
 """Takes a request and gives the answer; both travel pickled."""
 
-# By which something says that it cannot run here. Any other exception is a mistake, whose traceback is shown.
-CANNOT = (UserError, ImportError, TorchDynamoException, torch.OutOfMemoryError, MemoryError)
 # Seconds. OpenMP's threads look for more work before they sleep, and meanwhile take the cores from the next in turn.
 SETTLE = 0.02
 # Seconds that a process has to tidy up, torch.compile's helpers for instance, when it is asked no more.
@@ -47,7 +45,7 @@ def in_own_process(begin: Callable[..., tuple[Any, Ask]], *given: object) -> Gen
     with the block, whatever happens, and takes no time between two requests.
 
     Raises:
-        GoneError: it refused with one of ``CANNOT``, or died; the function raises this as well.
+        GoneError: it refused with one of ``refusals()``, or died; the function raises this as well.
     """
     _CONTEXT.set_forkserver_preload([__name__, begin.__module__])
     ours, theirs = _CONTEXT.Pipe()
@@ -91,7 +89,7 @@ def _live(pipe: Connection, said: str, begin: Callable[..., tuple[Any, Ask]], gi
         pipe.send((first, ""))
         for request in _requests(pipe):
             pipe.send((answer(request), ""))
-    except CANNOT as error:
+    except refusals() as error:
         pipe.send((None, reason(error)))
     except RuntimeError as error:  # of a CPU without memory torch says so in words alone
         if "can't allocate memory" not in str(error):
@@ -104,6 +102,11 @@ def _requests(pipe: Connection) -> Generator[Any]:
     with suppress(EOFError, ConnectionError):
         while True:
             yield pipe.recv()
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """The exceptions that say that something cannot run here. Any other is a mistake, whose traceback is shown."""
+    return (GoneError, UserError, ImportError, torch.OutOfMemoryError, MemoryError, *compile_errors())
 
 
 def reason(error: Exception) -> str:

@@ -1,25 +1,180 @@
 """Every private, renamed or otherwise fragile name of torch that fastmae uses, each behind a function of its own.
 
-One file to mend when torch changes. A function says in which versions its names were seen, and what happens without
-them. Nothing here is looked up at import, so that a name that is gone cannot break ``import fastmae``.
+This is the one file to mend when torch changes. Each function says in which versions its names were seen, and what
+happens without them. Nothing is looked up while this file is imported, so that a name that is gone breaks no import.
 """
 
 from __future__ import annotations
 
+import inspect
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# --- operations -------------------------------------------------------------------------------------------------------
+
+
+def aten_ops(*names: str) -> list[Any]:
+    """The default overloads of torch's operations of these names.
+
+    Seen in torch 2.11 to 2.13. A name that torch does not have (any more) is left out.
+    """
+    packets = (getattr(torch.ops.aten, name, None) for name in names)
+    return [packet.default for packet in packets if packet is not None]
+
+
+def has_onednn_linear() -> bool:
+    """Whether ``onednn_linear`` works here. It is tried with a product of 1×1.
+
+    Seen in torch 2.11 to 2.13, where torch's own compiler calls the operation. Without it the answer is False, and
+    ``F.linear`` computes the same.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    one = torch.ones(1, 1)
+    try:
+        return onednn_linear(one, one, None).item() == 1.0
+    except (AttributeError, TypeError, RuntimeError):  # renamed, with other arguments, or not for this processor
+        return False
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``F.linear`` in float32 through oneDNN, to which there is no public way in torch. See ``has_onednn_linear``."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# --- the compiler -----------------------------------------------------------------------------------------------------
+
+
+def constant_when_compiled(function: F) -> F:
+    """Marks a function whose result torch.compile takes as a constant, instead of tracing the function.
+
+    It does what ``torch.compiler.assume_constant_result`` does in torch 2.11 to 2.13, without loading the compiler
+    (0.7 s at every import of fastmae). If the mark gets another name, compiling says that it cannot trace the function.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def allow_recompilations(count: int) -> None:
+    """Lets torch.compile compile one piece of code for up to ``count`` shapes, before which it would give up.
+
+    Seen in torch 2.11 to 2.13. Without the setting nothing happens, and torch.compile gives up after its own number.
+    """
+    from torch._dynamo import config
+
+    if hasattr(config, "recompile_limit"):
+        config.recompile_limit = max(config.recompile_limit, count)
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """The exceptions by which torch.compile says that it cannot compile.
+
+    Seen in torch 2.11 to 2.13. Without their base class there are none, and an error keeps its many lines. Before the
+    compiler is loaded there are none either, so that an ``except`` clause that asks does not load it.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return ()
+    try:
+        from torch._dynamo.exc import TorchDynamoException
+    except ImportError:
+        return ()
+    return (TorchDynamoException,)
+
+
+# --- the optimiser ----------------------------------------------------------------------------------------------------
+
+
+def skip_next_step_if(optimizer: torch.optim.Optimizer, skipped: torch.Tensor) -> None:
+    """Makes the next step of a fused optimiser change nothing where ``skipped`` (float32, a scalar) is 1.0.
+
+    Weights, moments and step counts stay as they are, and the host does not wait for the device. torch.amp.GradScaler
+    speaks to fused optimisers through the same attribute in torch 2.11 to 2.13. If it gets another name, bad steps are
+    taken without a word: tests/train/test_step.py fails then.
+    """
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
+
+
+# --- several ranks ----------------------------------------------------------------------------------------------------
+
+
+def keep_buffers_local() -> dict[str, bool]:
+    """The option by which DistributedDataParallel does not send a model's buffers before every forward pass.
+
+    It is ``forward_sync_buffers`` in torch 2.13 and ``broadcast_buffers`` in 2.11. Without either there is no option:
+    constant buffers are sent, which costs time alone.
+    """
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    for name in ("forward_sync_buffers", "broadcast_buffers"):
+        if name in known:
+            return {name: False}
+    return {}
+
+
+def average_gradients_in_bf16(model: nn.parallel.DistributedDataParallel) -> None:
+    """Makes DistributedDataParallel send gradients in bfloat16.
+
+    Seen in torch 2.11 to 2.13. Under its own name torch refuses the hook on a CPU, where gloo can do it as well, so
+    torch is given a function of another name.
+    """
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+    model.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+
+
+def restarts_on_an_old_store() -> bool:
+    """Whether torchrun may restart the ranks beside a store that outlives them (pytorch#135712).
+
+    Seen in torch 2.11 to 2.13. Without these variables of the environment the answer is False.
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    return restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+# --- the memory of a GPU ----------------------------------------------------------------------------------------------
+
+
+def record_memory_history(events: int | None) -> None:
+    """Begins to record the last ``events`` allocations on the GPU; ends that with None.
+
+    Seen in torch 2.11 to 2.13. Without it nothing is recorded, and ``write_memory_snapshot`` says so.
+    """
+    record = getattr(torch.cuda.memory, "_record_memory_history", None)
+    if record is not None and events is None:
+        record(enabled=None)
+    elif record is not None:
+        record(max_entries=events)
+
+
+def write_memory_snapshot(path: Path) -> None:
+    """Writes what ``record_memory_history`` has recorded, for pytorch.org/memory_viz.
+
+    Raises:
+        RuntimeError: this torch cannot do it; it was seen in torch 2.11 to 2.13. OSError: the disk refused.
+    """
+    dump = getattr(torch.cuda.memory, "_dump_snapshot", None)
+    if dump is None:
+        raise RuntimeError(f"torch {torch.__version__} records no history of memory")
+    dump(str(path))
+
 
 # --- tensors in files, shared by ranks --------------------------------------------------------------------------------
+# Nothing else in torch writes and reads sharded tensors without a pickle. Without these names nothing can be saved, and
+# what fails is the save, with an ImportError.
 
 
 class ShardError(Exception):
-    """The tensors of a folder could not be written or read by some rank; raised on all ranks."""
+    """The tensors of a folder could not be written or read by some rank. It is raised on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +183,22 @@ class StoredTensor:
 
     shape: torch.Size
     numbers: int
-    """How many numbers its pieces have together; fewer than the shape's if a rank's piece is missing."""
+    """How many numbers its pieces have together: fewer than the shape's if the piece of a rank is missing."""
 
 
 def save_shards(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    """Writes one .safetensors per rank; a tensor that several ranks hold is written by one of them.
+    """Writes one .safetensors per rank. A tensor that several ranks hold is written by one of them.
+
+    Seen in torch 2.11 to 2.13.
+
+    Args:
+        folder: it is made, if it is not there.
+        tensors: plain ones and DTensors, by name.
+        group: the ranks that call this, on a CPU backend; None for a process by itself.
 
     Raises:
         ShardError: a rank could not write.
     """
-    # torch 2.11 to 2.13. Nothing else of torch writes sharded tensors without a pickle.
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -52,10 +213,11 @@ def save_shards(folder: Path, tensors: dict[str, torch.Tensor], group: dist.Proc
 def load_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Reads tensors in place, each rank its own part, whatever the number of ranks that wrote them.
 
+    Seen in torch 2.11 to 2.13. It reads safetensors alone; torch's other readers unpickle what they find.
+
     Raises:
         ShardError: a rank could not read.
     """
-    # torch 2.11 to 2.13. Reads safetensors alone; the other readers of torch unpickle what they find.
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -70,10 +232,11 @@ def load_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a folder by name, from the headers of its files.
 
+    Seen in torch 2.11 to 2.13.
+
     Raises:
         safetensors.SafetensorError: a file is damaged.
     """
-    # torch 2.11 to 2.13.
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
     entries: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
@@ -83,10 +246,15 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     }
 
 
-def copy_on_cpu() -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """A function that copies tensors into memory of the CPU and uses the same memory again at its next call."""
-    # torch 2.11 to 2.13.
-    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+def copier_to_cpu() -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None:
+    """A function that copies tensors into memory of the CPU, the same memory at every call.
+
+    Seen in torch 2.11 to 2.13. Without it the result is None, and a checkpoint is written while training waits.
+    """
+    try:
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+    except ImportError:
+        return None
 
     options = StagingOptions(
         use_pinned_memory=torch.cuda.is_available(),
@@ -96,14 +264,15 @@ def copy_on_cpu() -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]
     )
     stager = DefaultStager(options)
 
-    def copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         staged = stager.stage(tensors)
         assert isinstance(staged, dict)
         return staged
 
-    return copy
+    return copied
 
 
 def _silence_single_process_warning() -> None:
-    """torch warns each time that one process saves or loads by itself, also if told to. A changed text warns again."""
+    """torch warns each time that one process saves or loads by itself, also if it was told to. If torch changes the
+    text, the warning is shown again."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")

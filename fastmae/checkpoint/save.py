@@ -132,7 +132,7 @@ class Saver:
         # A group of its own: messages between the threads must not be taken for those of training.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._is_main = self._group is None or dist.get_rank() == 0
-        self._copy = torch_compat.copy_on_cpu() if background else None
+        self._copy = torch_compat.copier_to_cpu() if background else None
         self._thread = ThreadPoolExecutor(1, "fastmae-saver")
         self._pending: Future[str | None] | None = None
 

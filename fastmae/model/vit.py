@@ -13,20 +13,24 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from fastmae.ops.attention import attention
 from fastmae.ops.linear import Linear, linear
+from fastmae.torch_compat import aten_ops
 
 NormLayer = Callable[[int], nn.Module]
 Checkpointing = Literal["none", "selective", "full"]
 
 # Matrix products, and attention however it is computed: what costs most to compute again.
+# One that this torch calls otherwise is computed again: the same bits, in more time.
 EXPENSIVE = [
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_mm.default,  # float8
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    *aten_ops(
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_mm",  # float8
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    ),
     torch.ops.fastmae.attention.default,
     torch.ops.fastmae.linear.default,
 ]

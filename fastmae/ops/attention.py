@@ -20,6 +20,7 @@ from fastmae.errors import install_hint
 from fastmae.ops import cpu
 from fastmae.ops.attention_table import DTYPES, dtype_name, measurements
 from fastmae.ops.backends import asked_backends, ops_backend, triton_runs_on
+from fastmae.torch_compat import constant_when_compiled
 
 TRITON_TOKENS = 320
 TRITON_HEAD_DIMS = (32, 64, 80)
@@ -161,7 +162,7 @@ def _unmet_requirement(name: str, device: torch.device, dtype: torch.dtype, S: i
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _is_installed(name: str, device: torch.device) -> bool:
     """Whether this machine has it; a constant to torch.compile, which cannot trace the search for a package."""
     if name == "triton":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastmae.files import write_text
+from fastmae.torch_compat import constant_when_compiled
 
 SHIPPED_TABLE = Path(__file__).with_name("attention_table.json")
 TABLE_BYTES = 1 << 20
@@ -28,7 +29,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def measurements(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Measurement, ...], tuple[Measurement, ...]]:
     """What the user's and the shipped table say of a device.
 

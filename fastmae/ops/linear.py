@@ -16,9 +16,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastmae.ops import cpu
 from fastmae.ops.backends import ops_backend
+from fastmae.torch_compat import has_onednn_linear, onednn_linear
 
-# Private to torch, where its own compiler calls it; there is no public way to oneDNN in float32.
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN = has_onednn_linear()
 # Multiply-adds below which calling an op of our own costs more than oneDNN wins.
 SMALLEST = 1 << 27
 # Numbers that are added up for each of the result, from which on oneDNN was faster (Zen 4).
@@ -43,7 +43,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     Returns:
         [..., O] in the dtype of ``x``, or of autocast inside its region. Equivalent to ``F.linear``.
     """
-    if _is_for_onednn(x, weight):
+    if _is_foronednn_linear(x, weight):
         return _linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -57,7 +57,7 @@ def describe_linear(device: torch.device, dtype: torch.dtype) -> str:
     return "oneDNN" if ONEDNN and ops_backend(device) == "cpu" else "torch"
 
 
-def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _is_foronednn_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether it is oneDNN's, though torch would not ask it. A program that is exported knows torch's ops alone."""
     return (
         x.device.type == "cpu"
@@ -74,11 +74,7 @@ def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     if x.shape[-1] < LEAST_SUMMED:
         return F.linear(x, weight, bias)
-    return _onednn(x, weight, bias)
-
-
-def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return onednn_linear(x, weight, bias)
 
 
 @torch.library.custom_op("fastmae::linear", mutates_args=())
@@ -107,7 +103,7 @@ def _linear_backward(
         else:
             # oneDNN takes its first factor without gaps alone; the second it lays out anew in any case.
             transposed, sums = cpu.transpose_and_sum(rows)
-            made.append(_onednn(transposed, inputs.T, None))
+            made.append(onednn_linear(transposed, inputs.T, None))
     if needs[2]:
         made.append(rows.sum(0) if sums is None else sums)
     return made

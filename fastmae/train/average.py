@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+from fastmae.torch_compat import load_shards
 
 Average = dict[str, torch.Tensor]
 
@@ -17,11 +16,7 @@ def start_average(model: nn.Module, origin: str | None) -> Average:
     """Returns the average of a run that resumes ``origin``: that of a checkpoint folder, otherwise the weights now."""
     average = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     if origin is not None and Path(origin).is_dir():
-        dcp.load(
-            in_checkpoint(average),
-            storage_reader=HuggingFaceStorageReader(origin),
-            no_dist=not dist.is_initialized(),
-        )
+        load_shards(Path(origin), in_checkpoint(average))
     return average
 
 

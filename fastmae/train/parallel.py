@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import os
 from collections.abc import Iterable
@@ -13,11 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from fastmae import torch_compat
 from fastmae.errors import UserError
 from fastmae.model.sharding import local_part
 from fastmae.model.vit import BLOCKS
@@ -145,8 +144,7 @@ def restart_hazard() -> str | None:
 
     torchrun's store outlives the ranks, so new ranks may read the addresses of the ones before them (pytorch#135712).
     """
-    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if torch_compat.restarts_on_an_old_store():
         return "torchrun --max-restarts may fail: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it"
     return None
 
@@ -199,16 +197,13 @@ def parallelize(module: nn.Module, context: DistContext, parallelism: Parallelis
     if context.size == 1:
         return module
     if parallelism.kind == "ddp":
-        # Buffers are constants, which DDP would send round before every forward pass; the option has a new name.
-        known = inspect.signature(DistributedDataParallel).parameters
-        send_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        options: dict[str, Any] = {"gradient_as_bucket_view": True, send_buffers: False}
+        # Buffers are constants, which DDP would send round before every forward pass.
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, **torch_compat.keep_buffers_local()}
         if context.device.type == "cuda":
             options["device_ids"] = [context.device.index]
         copy = DistributedDataParallel(module, **options)
         if parallelism.reduce == torch.bfloat16:
-            # Under its own name DDP refuses it on a CPU, where gloo can do it as well.
-            copy.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+            torch_compat.average_gradients_in_bf16(copy)
         return copy
     shape: tuple[int, ...] = (context.size,)
     names: tuple[str, ...] = ("shard",)

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from fastmae.torch_compat import record_memory_history, write_memory_snapshot
+
 FOLDER = "profile"
 WARM_UP = 5
 MEMORY_EVENTS = 200_000
@@ -37,16 +39,16 @@ def profiled(
             trace.parent.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(trace))
             if cuda:
-                torch.cuda.memory._dump_snapshot(str(trace.with_name(f"rank-{rank}-memory.pickle")))
+                write_memory_snapshot(trace.with_name(f"rank-{rank}-memory.pickle"))
         except (OSError, RuntimeError) as error:
             say(f"profile         {trace} cannot be written ({error}); the run goes on")
         else:
             say(f"profile         {trace}")
         if cuda:
-            torch.cuda.memory._record_memory_history(enabled=None)
+            record_memory_history(None)
 
     if cuda:
-        torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+        record_memory_history(MEMORY_EVENTS)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     plan = schedule(wait=0, warmup=WARM_UP, active=steps, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=keep) as profiler:

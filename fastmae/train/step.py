@@ -13,12 +13,12 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from fastmae import torch_compat
 from fastmae.errors import UserError, install_hint
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.vit import BLOCKS, Checkpointing
@@ -63,7 +63,8 @@ def prepare(
         block.checkpointing = checkpointing
     # Blocks share code, which is compiled once for the encoder, once for the decoder and once for its last block, for
     # each of the ``sizes`` of images. torch gives up after 8 compilations of the same code unless the limit is raised.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES_PER_SIZE * sizes)
+    if compiling != "off":
+        torch_compat.allow_recompilations(SHAPES_PER_SIZE * sizes)
     if compiling == "block":
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False)
@@ -260,8 +261,7 @@ def train_step(
         clip_grads_with_norm_(parameters, clip_grad, norm)
     finite = torch.isfinite(total) & torch.isfinite(norm)
     skipped = (mean_over_ranks((~finite).float()) > 0).float()
-    # The fused kernel reads this: at 1.0 it leaves weights, moments and step counts as they are.
-    optimizer.found_inf = skipped  # type: ignore[attr-defined]
+    torch_compat.skip_next_step_if(optimizer, skipped)
     optimizer.step()
     return StepResult(total, norm, skipped)
 
@@ -270,7 +270,7 @@ def train_step(
 def _compile_errors_in_one_line() -> Generator[None]:
     try:
         yield
-    except TorchDynamoException as error:
+    except torch_compat.compile_errors() as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = lines[0] if lines else type(error).__name__
         raise UserError(

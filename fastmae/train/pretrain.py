@@ -122,15 +122,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
             lr = learning_rate_at(step, config, steps)
             autocast = precision.context(context.device)
             result = train_step(
-                loss_of,
-                optimizer,
-                inputs,
-                config.accum_iter,
-                lr,
-                autocast,
-                config.clip_grad,
-                context.mean,
-                graph,
+                loss_of, optimizer, inputs, config.accum_iter, lr, autocast, config.clip_grad, context.mean, graph
             )
             if config.ema is not None:
                 update_average(average, model, config.ema, result.skipped)

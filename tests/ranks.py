@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import resource
+import runpy
 import socket
 import sys
 import tempfile
@@ -82,6 +83,13 @@ def run_ranks(ranks: int, *work: Work) -> None:
     """Does all of it, which must succeed."""
     ended = [rank.finish() for rank in start_ranks(ranks, *work)]
     assert [status for status, _ in ended] == [0] * ranks, ended
+
+
+def run_script(file: Path, *words: str) -> int:
+    """Runs a script as ``python FILE WORDS`` does; a work for ``start_ranks``."""
+    sys.argv = [str(file), *words]
+    runpy.run_path(str(file), run_name="__main__")
+    return 0
 
 
 def _do(

@@ -8,6 +8,7 @@ from PIL import Image
 from fastmae.cli import main
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_pretraining_on_digits_without_a_single_setting_learns(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

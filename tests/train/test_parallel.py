@@ -198,7 +198,9 @@ def is_in(what: str, rank: Rank, run: Path) -> bool:
 
 
 @pytest.mark.timeout(soak(600, 3600))
-@pytest.mark.parametrize("instants", ["step", "save", "any time"])
+@pytest.mark.parametrize(
+    "instants", [pytest.param("step", marks=pytest.mark.slow), "save", pytest.param("any time", marks=pytest.mark.slow)]
+)
 def test_killed_at_random_instants_the_run_goes_on_from_an_intact_checkpoint_to_the_same_end(
     blobs, tmp_path, to_be_killed, instants
 ):

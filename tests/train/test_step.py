@@ -12,7 +12,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import final_state, metrics, run, small_run
+from helpers import final_state, metrics, small_run
+from ranks import run_script, start_ranks
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -325,6 +326,7 @@ def test_a_run_compiles_its_blocks_and_nothing_else(traced, blobs, tmp_path):
     np.testing.assert_allclose(metrics(tmp_path / "compiled"), metrics(tmp_path / "eager"), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_generated_code_gives_the_same_loss(monkeypatch):
     monkeypatch.setitem(SMALL, "depth", 1)
     monkeypatch.setitem(SMALL, "decoder_depth", 1)
@@ -579,10 +581,10 @@ def test_one_rank_that_is_not_finite_stops_them_all(tmp_path):
     file.write_text(RANKS)
     seen = {}
     for ranks, *words in ((1, "ddp", "off"), (2, "ddp", "off"), (2, "fsdp", "block"), (2, "fsdp", "off", "float8")):
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if ranks == 2 else []
-        done = run([sys.executable, *start, str(file), *words])
-        assert done.returncode == 0, done.stderr
-        seen[ranks, *words] = [float(word) for word in done.stdout.split()[-5:]]
+        started = start_ranks(ranks, partial(run_script, file, *words))
+        ended = [rank.finish() for rank in started]
+        assert [status for status, _ in ended] == [0] * ranks, ended
+        seen[ranks, *words] = [float(word) for word in started[0].said().split()[-5:]]
     print(seen)
     (one, *others, float8) = seen.values()
     assert float8 != others[0]

@@ -16,8 +16,8 @@ from PIL import Image
 
 from fastmae.cli import COMMANDS, main, parse
 from fastmae.commands.help import EXAMPLES, _default
-from fastmae.config import PretrainConfig, ResolvedConfig
-from fastmae.config.groups import MAIN
+from fastmae.config import FinetuneConfig, PretrainConfig, ResolvedConfig
+from fastmae.config.groups import GROUPS, MAIN
 from fastmae.flags import field_texts, flags_of
 from fastmae.train.pretrain import pretrain
 
@@ -139,6 +139,11 @@ WRONG = {
     "no boolean": (["pretrain", "--pin_mem", "maybe"], "--pin_mem maybe: must be True or False"),
     "a boolean twice": (["pretrain", "--no_pin_mem", "True"], "write --pin_mem True"),
     "not a whole number": (["pretrain", "--keep", "1.5"], "--keep 1.5: must be a whole number"),
+    "a file that is not": (["pretrain", "--config", "{tmp}/nowhere.yaml"], "nowhere.yaml"),
+    "a file of text": (["pretrain", "--config", "{tmp}/notes.pth"], "notes.pth"),
+    "no file": (["pretrain", "--config"], "--config: must be given once, with one file"),
+    "two files": (["pretrain", "--config", "a", "--config", "b"], "--config: must be given once"),
+    "a file for a command without": (["probe", "{run}", "--config", "a.yaml"], "--config: no such flag"),
     "a negative number": (["pretrain", "--lr", "-1"], "--lr -1.0: must be a positive number"),
     "missing flag": (["export", "{run}"], "--to: must be given"),
     "missing data": (["features", "{run}", "--output", "{tmp}/a.npz"], "DATA: must be given"),
@@ -284,6 +289,29 @@ OLD = {
     "pretrain --decoder pool": "pretrain --image_decoder threads",
     "pretrain --decoder=pool": "pretrain --image-decoder threads",
 }
+
+
+def test_flags_override_the_settings_of_a_file(tmp_path):
+    (tmp_path / "small.yaml").write_text("epochs: 3\nlr: 1e-3\ninput_size: [32, 48]\nflip: true\npin_mem: false\n")
+    config = parse(["pretrain", "--epochs", "5", "--config", str(tmp_path / "small.yaml"), "--no_flip", "--seed=1"])
+    expected = PretrainConfig(epochs=5, lr=1e-3, input_size=(32, 48), flip=False, pin_mem=False, seed=1)
+    assert config == expected
+    (tmp_path / "b.toml").write_text('tune = "last-2"\ndata_path = ["a", "b"]\nresume = ""\n')
+    config = parse(["finetune", f"--config={tmp_path / 'b.toml'}", "--data_path", "c"])
+    assert config == FinetuneConfig(tune="last-2", data_path="c")
+    config = parse(["finetune", f"--config={tmp_path / 'b.toml'}", "--tune", "full"])
+    assert config == FinetuneConfig(data_path=("a", "b"))
+
+
+def test_a_run_goes_on_in_another_folder_with_its_own_settings(finished):
+    config = parse(["pretrain", "--config", str(finished), "--output_dir", "other"])
+    settings = json.loads((finished / "config.json").read_text())
+    for name in ("data_path", "model", "batch_size", "epochs", "seed", "mask_ratio"):
+        value = getattr(config, name)
+        assert settings[name] in (value, list(value) if isinstance(value, tuple) else value), name
+    assert config.output_dir == "other"
+
+
 # The command lines of the official documentation for pretraining and fine-tuning, and every flag of the two scripts.
 OFFICIAL = {
     "pretrain": """pretrain --batch_size 64 --model mae_vit_large_patch16 --norm_pix_loss --mask_ratio 0.75 --epochs 800
@@ -390,16 +418,8 @@ def test_help_says_what_every_flag_is(command):
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
 def test_help_of_training_shows_ten_flags_and_the_groups_of_all_others(command, capsys, monkeypatch):
     text = page([command, "--help"], capsys, monkeypatch, 80)
-    titles = [
-        "Data",
-        "Model and masks",
-        "Optimisation",
-        "Speed and memory",
-        "Saving and resuming",
-        "Logging",
-        "Distributed",
-    ]
-    for title in [*titles, "Expert"]:
+    titles = [title.capitalize() for title in GROUPS]
+    for title in titles:
         assert re.search(rf"^  {title} ", text, re.MULTILINE), title
     described = re.findall(r"^  --(\w+)", text.split("All other flags")[0], re.MULTILINE)
     assert described == [*(name for name in MAIN if name in COMMANDS[command].__dataclass_fields__), "config"]

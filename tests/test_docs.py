@@ -118,6 +118,10 @@ def test_the_readme_leads_to_every_page():
     assert {f"docs/{page.name}" for page in PAGES} <= {link.partition("#")[0] for link in links(README)}
 
 
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 160
+
+
 def test_every_page_that_a_source_names_exists():
     for folder in ("fastmae", "kernels", "csrc", "benchmarks", "tests"):
         for path in (ROOT / folder).rglob("*"):
@@ -144,6 +148,12 @@ def test_every_flag_between_backticks_is_a_setting():
         for code in INLINE.findall(prose(page.read_text())):
             named = {flag.replace("-", "_") for flag in FLAG.findall(code)}
             assert not {flag for flag in named if flag not in known and flag.removeprefix("no_") not in known}, page
+
+
+def test_every_flag_with_a_value_between_backticks_parses():
+    for page in (README, *PAGES):
+        for words in flags_with_values(page.read_text()):
+            assert any(parses([*command, *words]) for command in SHORTEST), f"{page.name}: {' '.join(words)}"
 
 
 @pytest.mark.timeout(900)

@@ -95,10 +95,12 @@ def set_aside_newer(run: Path, step: int) -> list[Path]:
 
 
 def step_name(step: int) -> str:
+    """The name of the folder of a checkpoint after ``step`` steps; names sort like steps."""
     return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:
+    """The number of steps that the name of a checkpoint's folder says."""
     return int(path.name.removeprefix("step-"))
 
 

@@ -105,9 +105,11 @@ def step_of(path: Path) -> int:
 
 
 def newest_first(run: Path) -> list[Path]:
+    """The folders of the checkpoints of a run, intact or not."""
     return sorted((run / FOLDER).glob("step-*"), reverse=True)
 
 
 def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

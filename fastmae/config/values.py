@@ -149,6 +149,7 @@ def _is_number(value: Any) -> bool:
 
 
 def given(value: T | None, default: T) -> T:
+    """The value of a setting, or the default where none was given."""
     return default if value is None else value
 
 

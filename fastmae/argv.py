@@ -8,7 +8,6 @@ that exists. It knows flags from their classes alone, and loads neither data nor
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ WORDS_FOR_BOOL = {"true": True, "false": False}
 
 # Names that come to mind first, where the flag is called something that is not near in letters.
 MEANT = {
-    "amp": "precision", "dataset": "data_path", "gpus": "device", "image_size": "input_size", "img_size": "input_size",
+    "amp": "precision", "dataset": "data_path", "image_size": "input_size", "img_size": "input_size",
     "learning_rate": "lr", "output": "output_dir", "workers": "num_workers",
 }  # fmt: skip
 
@@ -94,7 +93,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[Given]]:
 
 
 def normalise(words: Sequence[str], flags: Sequence[Flag], command: str) -> tuple[list[str], list[str]]:
-    """Returns the words in the one spelling that tyro takes, and lines about flags that are taken and not used.
+    """Returns the words in the one spelling that tyro takes, and the flags of launchers, which are not used.
 
     Raises:
         UserError: a flag that does not exist, or a value that it cannot have.
@@ -102,12 +101,12 @@ def normalise(words: Sequence[str], flags: Sequence[Flag], command: str) -> tupl
     positionals, given = split(words)
     by_name = {flag.name: flag for flag in flags if flag.metavar is None}
     normal: list[str] = []
-    lines: list[str] = []
+    unused: list[str] = []
     seen = set()
     for one in given:
         name, switch = _known_name(one.name, by_name)
         if name is None:
-            rest = _take_official(one, command, lines)
+            rest = _take_official(one, command, unused)
             if rest is None:
                 raise UserError(f"{one.spelling}: no such flag{_meant(one.name, by_name)}")
             positionals += rest
@@ -125,7 +124,7 @@ def normalise(words: Sequence[str], flags: Sequence[Flag], command: str) -> tupl
     for name, flag in by_name.items():
         if flag.default is REQUIRED and name not in seen:
             raise UserError(f"--{name}: must be given")
-    return positionals + normal, lines
+    return positionals + normal, unused
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
@@ -160,10 +159,17 @@ def _values_of(flag: Flag, given: Given, *, has_positionals: bool) -> tuple[tupl
         most = 0
     values, rest = given.values[:most], given.values[most:]
     if len(values) < flag.least or (rest and not has_positionals):
-        count = {0: "no value", 1: "one value"}.get(flag.least, f"{flag.least} values")
         shown = " ".join((given.spelling, *given.values))
-        raise UserError(f"{shown}: must have {count if flag.most == flag.least or rest else 'a value'}")
+        raise UserError(f"{shown}: must have {_count(flag)}")
     return values, rest
+
+
+def _count(flag: Flag) -> str:
+    if flag.most is None:
+        return "at least one value"
+    if flag.most == 1:
+        return "one value" if flag.least else "at most one value"
+    return f"{flag.most} values"
 
 
 def _is_bool(value: str, flag: Flag) -> bool:
@@ -211,10 +217,10 @@ def _check_positionals(words: Sequence[str], flags: Sequence[Flag]) -> None:
         )
 
 
-def _take_official(given: Given, command: str, lines: list[str]) -> tuple[str, ...] | None:
-    """Takes a flag of the official scripts that has no meaning here, and returns the words behind it.
+def _take_official(given: Given, command: str, unused: list[str]) -> tuple[str, ...] | None:
+    """Takes a flag of the official scripts that is no setting, and returns the words behind it; None for any other.
 
-    None for a flag that is not one.
+    Flags of launchers are added to ``unused``.
 
     Raises:
         UserError: the flag asks for what fastmae does not do.
@@ -222,8 +228,7 @@ def _take_official(given: Given, command: str, lines: list[str]) -> tuple[str, .
     if command not in ("pretrain", "finetune"):
         return None
     if given.name in OF_LAUNCHERS:
-        if os.environ.get("RANK", "0") == "0":  # otherwise every rank would say so
-            lines.append(f"{given.spelling}: not used; torchrun sets it, as in `torchrun -m fastmae {command} …`")
+        unused.append(given.spelling)
         return given.values[OF_LAUNCHERS[given.name] :]
     if command == "finetune" and given.name in ONLY_OFFICIAL:
         agreed, advice = ONLY_OFFICIAL[given.name]

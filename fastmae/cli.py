@@ -109,11 +109,12 @@ def parse(words: Sequence[str]) -> Any:
     if command in WITH_FILES:
         rest = _with_file(rest, config)
     try:
-        normal, lines = normalise(rest, flags_of(config), command)
+        normal, unused = normalise(rest, flags_of(config), command)
     except UserError as error:
         raise UserError(f"{error}{'' if str(error).endswith('?') else ';'} see `fastmae {command} --help`") from None
-    for line in lines:
-        print(f"fastmae: {line}", file=sys.stderr)
+    if unused and os.environ.get("RANK", "0") == "0":  # otherwise every rank would print it
+        text = f"{' and '.join(unused)}: not used; torchrun sets this, as in `torchrun -m fastmae {command} …`"
+        print(f"fastmae: {text}", file=sys.stderr)
     return _values_of(config, normal, command)
 
 

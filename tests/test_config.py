@@ -1,12 +1,31 @@
 """Defaults that suit the data, and settings that are refused before anything loads."""
 
 import dataclasses
+import pickle
+import re
+import typing
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fastmae.config import FinetuneConfig, PretrainConfig, resolve
+import fastmae.config
+from fastmae.config import (
+    AnomalyConfig,
+    ExportConfig,
+    FeaturesConfig,
+    FinetuneConfig,
+    InfoConfig,
+    PretrainConfig,
+    ProbeConfig,
+    ReconstructConfig,
+    SearchConfig,
+    VerifyConfig,
+    resolve,
+)
 from fastmae.config.groups import GROUPS, MAIN
-from fastmae.errors import UserError
+from fastmae.config.values import field_types
+from fastmae.errors import SettingError, UserError
 from fastmae.facts import DataFacts
 
 DIGITS = DataFacts(kind="digits", channels=1, size=(8, 8), labelled=True, length=1438)
@@ -79,6 +98,141 @@ def test_settings_that_cannot_work_are_named(flags):
     with pytest.raises(UserError, match=f"^{flag}=.*: must be") as refused:
         PretrainConfig(**flags)
     assert refused.value.as_on_the_command_line().startswith(f"--{flag} ")
+
+
+CONFIGS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+NEEDED = dict(checkpoint="run", output="a.npz", data_path=("digits",), queries=("a.jpg",), to="timm")
+
+
+def settings_of(config):
+    """What must be given, with values that work."""
+    required = [field.name for field in dataclasses.fields(config) if field.default is dataclasses.MISSING]
+    return {name: NEEDED[name] for name in required} | ({"output": "a.pth"} if config is ExportConfig else {})
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (config, field.name)
+        for config in (
+            PretrainConfig, FinetuneConfig, ProbeConfig, ReconstructConfig, FeaturesConfig, SearchConfig, AnomalyConfig,
+            ExportConfig, VerifyConfig, InfoConfig,
+        )
+        for field in dataclasses.fields(config)
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)  # fmt: skip
+def test_a_wrong_type_is_one_line_that_names_the_setting(config, name):
+    for value in (object(), {"a": [1, 2]}, [[1, [2]]], b"\n", 1j):
+        with pytest.raises(SettingError) as refused:
+            config(**{**settings_of(config), name: value})
+        lines = str(refused.value), refused.value.as_on_the_command_line()
+        assert [line.count("\n") for line in lines] == [0, 0]
+        assert lines[0].startswith(f"{name}=")
+        assert lines[1].startswith(f"--{name} ")
+        assert all(": must be " in line for line in lines)
+    if type(None) not in typing.get_args(field_types(config)[name]):
+        with pytest.raises(SettingError, match=f"^{name}=None: must be"):
+            config(**{**settings_of(config), name: None})
+    config(**settings_of(config))
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        (dict(input_size=16), (16,)), (dict(input_size=[16, 20]), (16, 20)), (dict(input_size=np.array([16])), (16,)),
+        (dict(epochs=np.int64(3)), 3), (dict(epochs=3.0), 3), (dict(lr=1), 1.0), (dict(lr=np.float32(0.5)), 0.5),
+        (dict(mean=np.array([0.5, 0.25], np.float32)), (0.5, 0.25)), (dict(mean=0), (0.0,)),
+        (dict(crop_scale=[1, 1]), (1.0, 1.0)), (dict(flip=np.bool_(True)), True), (dict(output_dir=Path("a/b")), "a/b"),
+        (dict(data_path=[Path("a"), "b"]), ("a", "b")), (dict(data_path=Path("a")), "a"), (dict(lr=None), None),
+        (dict(precision="bf16"), "bf16"), (dict(ops="native"), "cpu"), (dict(image_decoder="pool"), "threads"),
+        (dict(hang_timeout=0), 0.0), (dict(seed=2**62), 2**62), (dict(input_size=range(16, 18)), (16, 17)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_are_brought_to_their_types(given, value):
+    (name,) = given
+    coerced = getattr(PretrainConfig(**given), name)
+    assert coerced == value
+    assert type(coerced) is type(value)
+    if isinstance(value, tuple):
+        assert [type(one) for one in coerced] == [type(one) for one in value]
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "argument", "flag"),
+    [
+        ("pretrain", dict(input_size=-3), "input_size=-3: must be one or two positive numbers of pixels",
+         "--input_size -3: must be one or two positive numbers of pixels"),
+        ("pretrain", dict(input_size=(8, 8, 8)), "input_size=(8, 8, 8): must be one or two positive numbers of pixels",
+         "--input_size 8 8 8: must be one or two positive numbers of pixels"),
+        ("pretrain", dict(precision="fp8"), "precision='fp8': must be auto, fp32, tf32 or bf16",
+         "--precision fp8: must be auto, fp32, tf32 or bf16"),
+        ("pretrain", dict(epochs="3"), "epochs='3': must be a whole number, or None",
+         "--epochs 3: must be a whole number, or None"),
+        ("pretrain", dict(probe=1), "probe=1: must be True or False, or None",
+         "--probe 1: must be True or False, or None"),
+        ("pretrain", dict(crop_scale=0.5), "crop_scale=0.5: must be two numbers, or None",
+         "--crop_scale 0.5: must be two numbers, or None"),
+        ("pretrain", dict(repeated_masks=3), "repeated_masks=3: must be a divisor of batch_size=64",
+         "--repeated_masks 3: must be a divisor of --batch_size 64"),
+        ("pretrain", dict(shard_size=3), "shard_size=3: must be given together with parallel='hsdp'",
+         "--shard_size 3: must be given together with --parallel hsdp"),
+        ("pretrain", dict(masking="file"), "masking='file': must be given together with masks='FILE.npy'",
+         "--masking file: must be given together with --masks FILE.npy"),
+        ("pretrain", dict(epochs=0), "epochs=0: must be at least 1", "--epochs 0: must be at least 1"),
+        ("pretrain", dict(device=["a\nb"]), "device=['a\\nb']: must be a text, or None",
+         "--device ['a\\nb']: must be a text, or None"),
+        ("finetune", dict(tune="a\nb"), "tune='a\\nb': must be full, linear, lora or last-K, such as last-2",
+         "--tune a b: must be full, linear, lora or last-K, such as last-2"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_errors_name_an_argument_in_python_and_a_flag_on_the_command_line(config, given, argument, flag):
+    with pytest.raises(UserError) as refused:
+        CONFIGS[config](**given)
+    assert (str(refused.value), refused.value.as_on_the_command_line()) == (argument, flag)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(nb_classes=1), dict(tune="last-0"), dict(lora_rank=0), dict(layer_decay=0.0), dict(drop_path=1.0),
+        dict(smoothing=1.0), dict(mixup=-1.0), dict(cutmix=float("inf")), dict(reprob=2.0), dict(test_freq=0),
+        dict(mixup_switch_prob=-0.5), dict(clip_grad=0.0), dict(max_corrupt=1.5), dict(hang_timeout=-1.0),
+        dict(keep_every=0), dict(profile=0), dict(max_skipped=0), dict(shard_size=0, parallel="hsdp"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_ranges_of_fine_tuning(given):
+    name = next(iter(given))
+    with pytest.raises(SettingError, match=f"^{name}=.*: must be"):
+        FinetuneConfig(**given)
+
+
+def test_a_resolved_configuration_may_hold_what_nobody_gives():
+    config = resolved(CIFAR)
+    assert config.grow_epochs == 0, "which --grow_epochs may not be"
+    assert dataclasses.replace(config, epochs=3).epochs == 3
+
+
+def test_an_error_travels_between_processes():
+    error = SettingError("keep", 0, "must be at least 1")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error) == "keep=0: must be at least 1"
+
+
+def test_the_files_of_settings_do_not_import_each_other_in_a_circle():
+    folder = Path(fastmae.config.__file__).parent
+    imports = {}
+    for path in folder.glob("*.py"):
+        text = path.read_text()
+        assert "TYPE_CHECKING" not in text, path
+        imports[path.stem] = set(re.findall(r"^from fastmae\.config\.(\w+) import", text, re.MULTILINE))
+    del imports["__init__"]
+    while imports:
+        free = {name for name, others in imports.items() if not others & imports.keys()}
+        assert free, f"a circle among {sorted(imports)}"
+        imports = {name: others for name, others in imports.items() if name not in free}
 
 
 @pytest.mark.parametrize("config", [PretrainConfig, FinetuneConfig])

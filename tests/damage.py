@@ -68,7 +68,7 @@ def mutated(data: bytes, seed: int) -> bytes:
     random = np.random.default_rng(seed)
     damaged = bytearray(data)
     zone = min(len(data), HEADER if random.random() < 0.5 else len(data))
-    place, length = int(random.integers(zone)), int(random.integers(1, 400))
+    position, length = int(random.integers(zone)), int(random.integers(1, 400))
     kind = random.integers(8)
     if kind == 0:
         return data[: int(random.integers(len(data)))]
@@ -78,13 +78,13 @@ def mutated(data: bytes, seed: int) -> bytes:
         for at in random.integers(zone, size=int(random.integers(1, 9))):
             damaged[at] ^= 1 << int(random.integers(8))
     elif kind == 4:
-        damaged[place : place + length] = random.bytes(length)
+        damaged[position : position + length] = random.bytes(length)
     elif kind == 5:
-        del damaged[place : place + length]
+        del damaged[position : position + length]
     elif kind == 6:
-        damaged[place:place] = damaged[place : place + length]
+        damaged[position:position] = damaged[position : position + length]
     else:
-        damaged[place : place + 10 * length] = bytes(len(damaged[place : place + 10 * length]))
+        damaged[position : position + 10 * length] = bytes(len(damaged[position : position + 10 * length]))
     # Many decoders are not asked about a file without its end.
     return bytes(damaged[:-2]) + data[-2:] if random.random() < 0.5 else bytes(damaged)
 
@@ -236,10 +236,10 @@ def damage(root: Path, kind: str) -> None:
             overwrite(path, [end - 198 for end in ends[::DAMAGED_IN]])
 
 
-def overwrite(path: Path, places: list[int]) -> None:
+def overwrite(path: Path, positions: list[int]) -> None:
     with open(path, "r+b") as file:
-        for place in places:
-            file.seek(place)
+        for position in positions:
+            file.seek(position)
             file.write(bytes(200))
 
 

@@ -86,11 +86,11 @@ OTHER = {
 
 def batch_of(names, seed=0):
     draws = crop_draws(seed, np.arange(len(names)))
-    made = []
+    batch = []
     for i, name in enumerate(names):
         height, width = plain_jpeg_shape(PLAIN[name], 3)
-        made.append(Encoded(PLAIN[name], random_box(draws[i], height, width, (0.2, 1.0)), flip=i % 2 == 0))
-    return made
+        batch.append(Encoded(PLAIN[name], random_box(draws[i], height, width, (0.2, 1.0)), flip=i % 2 == 0))
+    return batch
 
 
 def by_threads(batch, size, in_chans):
@@ -204,7 +204,7 @@ def test_a_failure_costs_the_batches_behind_it_nothing():
 
 def fields(message):
     """Returns the fields of a protobuf message, as DALI writes graphs: number and value, bytes or int, in order."""
-    at, found = 0, []
+    at, pairs = 0, []
 
     def varint():
         nonlocal at
@@ -223,8 +223,8 @@ def fields(message):
         else:
             length = {1: 8, 5: 4}.get(key & 7) or varint()
             value, at = message[at : at + length], at + length
-        found.append((key >> 3, value))
-    return found
+        pairs.append((key >> 3, value))
+    return pairs
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])

@@ -113,8 +113,8 @@ def segment(jpeg, marker):
 
 
 def without(jpeg, marker):
-    place = segment(jpeg, marker)
-    return jpeg[: place.start] + jpeg[place.stop :]
+    at = segment(jpeg, marker)
+    return jpeg[: at.start] + jpeg[at.stop :]
 
 
 def constant_jpeg(side):

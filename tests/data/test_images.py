@@ -148,34 +148,34 @@ def test_short_listings_are_not_kept(folder, monkeypatch):
     assert not list(folder.parent.glob("cache/**/*.index"))
 
 
-def _with(known, **changes):
-    return Index(known.fingerprint, {**known.columns, **changes})
+def _with(index, **changes):
+    return Index(index.fingerprint, {**index.columns, **changes})
 
 
-def _paths(known, first):
-    return _with(known, paths=pack_names([first, *unpack_names(known.columns["paths"])[1:]]))
+def _paths(index, first):
+    return _with(index, paths=pack_names([first, *unpack_names(index.columns["paths"])[1:]]))
 
 
 FOREIGN = {
     "damage": None,
-    "an absolute path": lambda known: _paths(known, "/etc/passwd"),
-    "a path that climbs": lambda known: _paths(known, "../../etc/passwd"),
-    "a path that climbs later": lambda known: _paths(known, "a/../../x.jpg"),
-    "a path that ends in a climb": lambda known: _paths(known, "a/.."),
-    "the parent": lambda known: _paths(known, ".."),
-    "a folder that climbs": lambda known: _with(
-        known, folders=pack_names(["..", *unpack_names(known.columns["folders"])[1:]])
+    "an absolute path": lambda index: _paths(index, "/etc/passwd"),
+    "a path that climbs": lambda index: _paths(index, "../../etc/passwd"),
+    "a path that climbs later": lambda index: _paths(index, "a/../../x.jpg"),
+    "a path that ends in a climb": lambda index: _paths(index, "a/.."),
+    "the parent": lambda index: _paths(index, ".."),
+    "a folder that climbs": lambda index: _with(
+        index, folders=pack_names(["..", *unpack_names(index.columns["folders"])[1:]])
     ),
-    "no last zero": lambda known: _with(known, paths=known.columns["paths"][:-1]),
-    "fewer labels": lambda known: _with(known, labels=known.columns["labels"][1:]),
-    "labels of no class": lambda known: _with(known, labels=known.columns["labels"] + 9),
-    "negative labels": lambda known: _with(known, labels=known.columns["labels"] - 1),
-    "fewer times": lambda known: _with(known, modified=known.columns["modified"][1:]),
-    "a folder that is not": lambda known: _with(
-        known, folders=pack_names(["x", *unpack_names(known.columns["folders"])[1:]])
+    "no last zero": lambda index: _with(index, paths=index.columns["paths"][:-1]),
+    "fewer labels": lambda index: _with(index, labels=index.columns["labels"][1:]),
+    "labels of no class": lambda index: _with(index, labels=index.columns["labels"] + 9),
+    "negative labels": lambda index: _with(index, labels=index.columns["labels"] - 1),
+    "fewer times": lambda index: _with(index, modified=index.columns["modified"][1:]),
+    "a folder that is not": lambda index: _with(
+        index, folders=pack_names(["x", *unpack_names(index.columns["folders"])[1:]])
     ),
-    "another folder's": lambda known: Index("/elsewhere", known.columns),
-    "another column": lambda known: _with(known, more=np.zeros(1, np.int64)),
+    "another folder's": lambda index: Index("/elsewhere", index.columns),
+    "another column": lambda index: _with(index, more=np.zeros(1, np.int64)),
 }
 
 
@@ -183,11 +183,11 @@ FOREIGN = {
 def test_a_damaged_or_foreign_listing_is_made_anew(folder, listed, case):
     expected = list_images(folder)
     kept = cache_file(f"images of {folder}")
-    known = read_index(kept)
+    index = read_index(kept)
     if FOREIGN[case] is None:
         kept.write_bytes(kept.read_bytes()[:-3])
     else:
-        assert write_index(kept, FOREIGN[case](known))
+        assert write_index(kept, FOREIGN[case](index))
     assert same(list_images(folder), expected)
     assert len(listed) == 2
     list_images(folder)

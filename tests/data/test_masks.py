@@ -308,9 +308,9 @@ def test_a_damaged_file_is_refused_or_whole(tmp_path):
     rng = np.random.default_rng(0)
     cut = [whole[:end] for end in range(0, len(whole), 7)]
     changed = []
-    for place in range(128):
+    for position in range(128):
         data = bytearray(whole)
-        data[place] ^= rng.integers(1, 256)
+        data[position] ^= rng.integers(1, 256)
         changed.append(bytes(data))
     errors = []
     for data in cut + changed:

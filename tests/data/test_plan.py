@@ -106,9 +106,9 @@ def test_a_shard_stays_within_its_window(lengths, window, seed):
     """On the ring of places, two samples of a shard are never further apart than the window and the shards beside."""
     shards, length = shards_of(lengths, window), sum(lengths)
     window = min(window, length)
-    place = np.argsort(scattered_order(seed, 0, shards))
+    place_of = np.argsort(scattered_order(seed, 0, shards))
     for first, last in zip(shards.starts, shards.starts[1:], strict=False):
-        places = np.sort(place[first:last])
+        places = np.sort(place_of[first:last])
         gaps = np.diff(np.append(places, places[0] + length))
         assert length - gaps.max() <= 2 * window + max(lengths)
 

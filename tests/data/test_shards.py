@@ -32,7 +32,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def same_images(tmp_path_factory):
     """The same 64 small JPEGs as folder, tar and parquet."""
     root = tmp_path_factory.mktemp("images")
     for kind in ("folder", "tar", "parquet"):
@@ -71,8 +71,8 @@ def age(*paths):
 # --- the same images in every form ------------------------------------------------------------------------------------
 
 
-def test_folder_tar_and_parquet_give_the_same_bytes_and_labels(made):
-    folder, tar, parquet = (open_train(str(made / kind)) for kind in ("folder", "tar", "parquet"))
+def test_folder_tar_and_parquet_give_the_same_bytes_and_labels(same_images):
+    folder, tar, parquet = (open_train(str(same_images / kind)) for kind in ("folder", "tar", "parquet"))
     assert len(folder) == COUNT
     assert contents(folder) == contents(tar) == contents(parquet)
     assert folder.labels.tolist() == tar.labels.tolist() == parquet.labels.tolist()
@@ -82,28 +82,28 @@ def test_folder_tar_and_parquet_give_the_same_bytes_and_labels(made):
     assert describe(folder).location == "in 3 class folders"
 
 
-def test_folder_tar_and_parquet_give_the_same_training_batches(made):
+def test_folder_tar_and_parquet_give_the_same_training_batches(same_images):
     view = View((16, 16), 3, seed=7, scale=(0.2, 1.0), flip=True)
-    found = []
+    by_kind = []
     for kind in ("folder", "tar", "parquet"):
-        source = open_train(str(made / kind))
+        source = open_train(str(same_images / kind))
         plan = plan_epoch(0, 1, len(source), 16, shards=source.shards)
         requests = (plan.batch(k) for k in range(len(plan)))
         batches = load_batches(source, requests, view, device=torch.device("cpu"), num_workers=2)
-        found.append(list(batches))
-    for batches in zip(*found, strict=True):
+        by_kind.append(list(batches))
+    for batches in zip(*by_kind, strict=True):
         assert all(torch.equal(batches[0].images, other.images) for other in batches[1:])
         assert all(torch.equal(batches[0].draw_ids, other.draw_ids) for other in batches[1:])
         assert not any(batch.skipped for batch in batches)
 
 
-def test_a_pattern_names_the_shards_in_its_order(made):
-    pattern = open_train(str(made / "tar" / "part-{000000..000003}.tar"))
-    assert contents(pattern) == contents(open_train(str(made / "tar")))
-    two = open_train(str(made / "tar" / "part-{000002,000000}.tar"))
+def test_a_pattern_names_the_shards_in_its_order(same_images):
+    pattern = open_train(str(same_images / "tar" / "part-{000000..000003}.tar"))
+    assert contents(pattern) == contents(open_train(str(same_images / "tar")))
+    two = open_train(str(same_images / "tar" / "part-{000002,000000}.tar"))
     assert two.name(0).endswith("part-000002.tar:00000040.jpg")
-    assert (len(two), open_val(str(made / "tar" / "part-{000002,000000}.tar"))) == (40, None)
-    assert contents(open_train(str(made / "parquet" / "train-0000{0..3}-of-00004.parquet"))) == contents(pattern)
+    assert (len(two), open_val(str(same_images / "tar" / "part-{000002,000000}.tar"))) == (40, None)
+    assert contents(open_train(str(same_images / "parquet" / "train-0000{0..3}-of-00004.parquet"))) == contents(pattern)
 
 
 def test_braces():
@@ -114,35 +114,35 @@ def test_braces():
         expand_braces("{0..9999999}")
 
 
-def test_parts_by_folder_and_by_name(made, tmp_path):
+def test_parts_by_folder_and_by_name(same_images, tmp_path):
     for name, shard in (("train/a.tar", 0), ("val/a.tar", 1)):
         (tmp_path / "parts" / name).parent.mkdir(parents=True)
-        shutil.copy(made / "tar" / f"part-00000{shard}.tar", tmp_path / "parts" / name)
+        shutil.copy(same_images / "tar" / f"part-00000{shard}.tar", tmp_path / "parts" / name)
     train, val = train_and_val(str(tmp_path / "parts"))
     assert (train.name(0)[-12:], val.name(0)[-12:]) == ("00000000.jpg", "00000020.jpg")
     (tmp_path / "named").mkdir()
     for name, shard in (("set-train-0.tar", 0), ("set-train-1.tar", 1), ("set-test-0.tar", 2), ("set-val-0.tar", 3)):
-        shutil.copy(made / "tar" / f"part-00000{shard}.tar", tmp_path / "named" / name)
+        shutil.copy(same_images / "tar" / f"part-00000{shard}.tar", tmp_path / "named" / name)
     train, val = train_and_val(str(tmp_path / "named"))
     assert (len(train), len(val)) == (40, 4)
-    assert open_val(str(made / "tar")) is None
+    assert open_val(str(same_images / "tar")) is None
 
 
-def test_images_win_over_shards_beside_them_which_are_reported(made, tmp_path):
-    shutil.copytree(made / "folder", tmp_path / "both")
-    shutil.copy(made / "tar" / "part-000000.tar", tmp_path / "both" / "train")
+def test_images_win_over_shards_beside_them_which_are_reported(same_images, tmp_path):
+    shutil.copytree(same_images / "folder", tmp_path / "both")
+    shutil.copy(same_images / "tar" / "part-000000.tar", tmp_path / "both" / "train")
     source = open_train(str(tmp_path / "both"))
     assert len(source) == COUNT
     assert describe(source).location == "in 3 class folders; 1 .tar files beside them are not used"
 
 
-def test_pretrain_on_a_tar(made, tmp_path, capsys):
+def test_pretrain_on_a_tar(same_images, tmp_path, capsys):
     flags = dict(batch_size=16, epochs=1, model="mae_vit_tiny_patch4", input_size=(16,), num_workers=2)
-    assert pretrain(small_run(str(made / "tar"), tmp_path / "run", **flags)) == 0
+    assert pretrain(small_run(str(same_images / "tar"), tmp_path / "run", **flags)) == 0
     assert "tar: 64 images in 4 tar shards, labelled" in capsys.readouterr().out.replace("\n", " ")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 4
-    pretrain(small_run(str(made / "folder"), tmp_path / "same", **flags))
+    pretrain(small_run(str(same_images / "folder"), tmp_path / "same", **flags))
     lines = (tmp_path / "same" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == losses
 
@@ -335,12 +335,12 @@ def test_broken_and_sparse_extensions_end_a_shard(tmp_path):
         assert "broken PAX header" in describe(open_train(str(path))).location, new
 
 
-def test_missing_shards_and_mixed_kinds_are_refused(made, tmp_path):
+def test_missing_shards_and_mixed_kinds_are_refused(same_images, tmp_path):
     for shard in (0, 2):
-        shutil.copy(made / "tar" / f"part-00000{shard}.tar", tmp_path)
+        shutil.copy(same_images / "tar" / f"part-00000{shard}.tar", tmp_path)
     with pytest.raises(UserError, match=r"1 of its 3 files are missing, the first of them .*part-000001.tar"):
         open_train(str(tmp_path / "part-{000000..000002}.tar"))
-    shutil.copy(made / "parquet" / "train-00000-of-00004.parquet", tmp_path)
+    shutil.copy(same_images / "parquet" / "train-00000-of-00004.parquet", tmp_path)
     with pytest.raises(UserError, match=r"both \.tar and \.parquet"):
         open_train(str(tmp_path))
     (tmp_path / "a.txt").touch()
@@ -377,8 +377,8 @@ def counted(monkeypatch):
     return indexed
 
 
-def test_the_index_is_made_once_and_again_when_a_shard_changes(made, tmp_path, counted):
-    folder = shutil.copytree(made / "tar", tmp_path / "tar", ignore=shutil.ignore_patterns("*.index"))
+def test_the_index_is_made_once_and_again_when_a_shard_changes(same_images, tmp_path, counted):
+    folder = shutil.copytree(same_images / "tar", tmp_path / "tar", ignore=shutil.ignore_patterns("*.index"))
     age(*folder.iterdir())
     first = open_train(str(folder))
     assert (len(counted), len(list(folder.glob(".fastmae-*.index")))) == (4, 1)
@@ -409,8 +409,10 @@ def test_fresh_shards_are_not_indexed_for_later(tmp_path, counted):
     assert len(counted) == 2
 
 
-def test_the_index_goes_to_the_cache_folder_where_the_shards_cannot_be_written(made, tmp_path, counted, monkeypatch):
-    folder = shutil.copytree(made / "tar", tmp_path / "tar", ignore=shutil.ignore_patterns("*.index"))
+def test_the_index_goes_to_the_cache_folder_where_the_shards_cannot_be_written(
+    same_images, tmp_path, counted, monkeypatch
+):
+    folder = shutil.copytree(same_images / "tar", tmp_path / "tar", ignore=shutil.ignore_patterns("*.index"))
     age(*folder.iterdir())
     monkeypatch.setattr(
         shards, "write_index", lambda path, index: path.parent != folder and write_index(path, index)
@@ -425,33 +427,33 @@ def test_the_index_goes_to_the_cache_folder_where_the_shards_cannot_be_written(m
     assert len(open_train(str(folder))) == COUNT
 
 
-def _index_with(known, **changes):
-    return Index(known.fingerprint, {**known.columns, **changes})
+def _index_with(index, **changes):
+    return Index(index.fingerprint, {**index.columns, **changes})
 
 
 FOREIGN = {
-    "empty": lambda raw, known: b"",
-    "cut": lambda raw, known: raw[:-9],
-    "longer": lambda raw, known: raw + b"\0",
-    "a bit flipped": lambda raw, known: raw[:-40] + bytes([raw[-40] ^ 1]) + raw[-39:],
-    "text": lambda raw, known: b"hello\nworld",
-    "a list": lambda raw, known: b"[1, 2]\n",
-    "deep": lambda raw, known: b"[" * 100_000 + b"\n",
-    "endless numbers": lambda raw, known: raw.replace(b'"i", 9]', b'"i", 1e999]', 1),
-    "pickle": lambda raw, known: b"\x80\x04cos\nsystem\n(S'true'\ntR.",
-    "huge claim": lambda raw, known: raw.replace(b'"i", 9]', b'"i", 99999999999999]', 1),
-    "other fingerprint": lambda raw, known: Index([["x.tar", 1, 1]], known.columns),
-    "offset outside": lambda raw, known: _index_with(known, offset=known.columns["offset"] + 10**9),
-    "offset that overflows": lambda raw, known: _index_with(known, offset=np.full(9, 2**63 - 1)),
-    "negative offset": lambda raw, known: _index_with(known, offset=-known.columns["offset"]),
-    "size outside": lambda raw, known: _index_with(known, size=known.columns["size"] + 10**6),
-    "negative size": lambda raw, known: _index_with(known, size=-known.columns["size"]),
-    "another shard": lambda raw, known: _index_with(known, shard=known.columns["shard"] + 1),
-    "damage elsewhere": lambda raw, known: _index_with(known, damaged=np.array([1]), damage=pack_names(["gone"])),
-    "damage of nothing": lambda raw, known: _index_with(known, damage=pack_names(["gone"])),
-    "fewer names": lambda raw, known: _index_with(known, names=pack_names(["a"])),
-    "fewer sizes": lambda raw, known: _index_with(known, size=known.columns["size"][1:]),
-    "no labels": lambda raw, known: Index(known.fingerprint, dict(list(known.columns.items())[:3])),
+    "empty": lambda raw, index: b"",
+    "cut": lambda raw, index: raw[:-9],
+    "longer": lambda raw, index: raw + b"\0",
+    "a bit flipped": lambda raw, index: raw[:-40] + bytes([raw[-40] ^ 1]) + raw[-39:],
+    "text": lambda raw, index: b"hello\nworld",
+    "a list": lambda raw, index: b"[1, 2]\n",
+    "deep": lambda raw, index: b"[" * 100_000 + b"\n",
+    "endless numbers": lambda raw, index: raw.replace(b'"i", 9]', b'"i", 1e999]', 1),
+    "pickle": lambda raw, index: b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+    "huge claim": lambda raw, index: raw.replace(b'"i", 9]', b'"i", 99999999999999]', 1),
+    "other fingerprint": lambda raw, index: Index([["x.tar", 1, 1]], index.columns),
+    "offset outside": lambda raw, index: _index_with(index, offset=index.columns["offset"] + 10**9),
+    "offset that overflows": lambda raw, index: _index_with(index, offset=np.full(9, 2**63 - 1)),
+    "negative offset": lambda raw, index: _index_with(index, offset=-index.columns["offset"]),
+    "size outside": lambda raw, index: _index_with(index, size=index.columns["size"] + 10**6),
+    "negative size": lambda raw, index: _index_with(index, size=-index.columns["size"]),
+    "another shard": lambda raw, index: _index_with(index, shard=index.columns["shard"] + 1),
+    "damage elsewhere": lambda raw, index: _index_with(index, damaged=np.array([1]), damage=pack_names(["gone"])),
+    "damage of nothing": lambda raw, index: _index_with(index, damage=pack_names(["gone"])),
+    "fewer names": lambda raw, index: _index_with(index, names=pack_names(["a"])),
+    "fewer sizes": lambda raw, index: _index_with(index, size=index.columns["size"][1:]),
+    "no labels": lambda raw, index: Index(index.fingerprint, dict(list(index.columns.items())[:3])),
 }
 
 
@@ -461,9 +463,9 @@ def test_a_damaged_or_foreign_index_is_made_anew(tmp_path, counted, case):
     age(path)
     expected = contents(open_train(str(path)))
     (kept,) = tmp_path.glob(".fastmae-*.index")
-    raw, known = kept.read_bytes(), read_index(kept)
-    assert known is not None
-    spoilt = FOREIGN[case](raw, known)
+    raw, index = kept.read_bytes(), read_index(kept)
+    assert index is not None
+    spoilt = FOREIGN[case](raw, index)
     assert spoilt != raw
     if isinstance(spoilt, bytes):
         kept.write_bytes(spoilt)

@@ -52,9 +52,9 @@ def test_without_growth_every_epoch_has_the_size_of_the_model():
 def test_from_128_to_224_pixels_by_patches_of_16():
     sizes = growing_sizes((128, 128), (224, 224), (16, 16))
     assert [size[0] for size in sizes] == [128, 144, 160, 176, 192, 208, 224]
-    told = describe_sizes(sizes, 320, 400)
-    assert told.startswith("128×128 for 54, then 144×144 for 53, ")
-    assert told.endswith("then 224×224 for 80 epochs")
+    description = describe_sizes(sizes, 320, 400)
+    assert description.startswith("128×128 for 54, then 144×144 for 53, ")
+    assert description.endswith("then 224×224 for 80 epochs")
     assert growing_sizes((96, 128), (192, 256), (96, 128)) == ((96, 128), (192, 256))
     assert describe_sizes([(8, 8), (12, 12), (16, 16)], 1, 3) == "8×8 for 1, then 16×16 for 2 epochs"
 

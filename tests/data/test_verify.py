@@ -161,12 +161,12 @@ def test_files_that_may_not_be_read_are_unusable(monkeypatch, image_folder, tmp_
 
 
 def test_any_number_of_threads_finds_the_same(damaged, image_folder, tmp_path, capsys):
-    found = []
+    findings = []
     for threads in (1, 4):
         lines = verify(damaged, image_folder, num_workers=threads, output=tmp_path / "bad.jsonl", status=1)
-        found.append((lines, re.sub(r"speed .*", "", capsys.readouterr().out)))
-    assert found[0] == found[1]
-    assert len(found[0][0]) > 15
+        findings.append((lines, re.sub(r"speed .*", "", capsys.readouterr().out)))
+    assert findings[0] == findings[1]
+    assert len(findings[0][0]) > 15
     assert not verify_threads()
 
 
@@ -257,9 +257,9 @@ def test_what_a_run_accepts_silently_is_counted(tmp_path, capsys):
     flat = io.BytesIO()
     Image.new("RGB", (64, 64), (9, 8, 7)).save(flat, "PNG")
     (tmp_path / "j.png").write_bytes(flat.getvalue())
-    (found,) = check(open_train(str(tmp_path)), 3, num_workers=1)
-    assert found.notes == {TURNED: (2, 0), MISNAMED: (1, 4), SMALL: (1, 5), ONE_COLOUR: (1, 9)}
-    assert found.kinds == {"JPEG colour": 5, "JPEG CMYK": 1, "PNG colour": 3, "PNG colour with alpha": 1}
+    (findings,) = check(open_train(str(tmp_path)), 3, num_workers=1)
+    assert findings.notes == {TURNED: (2, 0), MISNAMED: (1, 4), SMALL: (1, 5), ONE_COLOUR: (1, 9)}
+    assert findings.kinds == {"JPEG colour": 5, "JPEG CMYK": 1, "PNG colour": 3, "PNG colour with alpha": 1}
     verify(tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert f"  smallest      32×32 pixels, {tmp_path / 'g.jpg'}" in lines

@@ -123,6 +123,7 @@ class _Images:
         self._lock = threading.Lock()
 
     def get(self, index: int) -> bytes | np.ndarray | None:
+        """Returns an image that is kept, or None."""
         return self._images.get(index)
 
     def add(self, index: int, data: bytes | np.ndarray) -> bytes | np.ndarray:

@@ -60,6 +60,7 @@ class LoadingStats:
     busy: float = 0.0
 
     def add(self, batch: Batch) -> None:
+        """Adds a batch to the sums."""
         self.batches += 1
         self.images += len(batch.images)
         self.wait += batch.wait

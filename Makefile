@@ -9,8 +9,9 @@ TORCH ?= $(if $(GPU),torch>=2.11,torch==2.13.0)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 DEMO := runs/demo
 SANITIZED := build/sanitize
+TIMM := build/timm
 
-.PHONY: demo test test-all test-native soak check docs clean
+.PHONY: demo test test-all test-timm test-native soak check docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastmae pretrain --data_path digits --output_dir $(DEMO) --resume auto
@@ -25,6 +26,11 @@ test: check
 test-all: check
 	$(PYTEST)
 
+# What needs timm, in an environment of its own: timm imports torchvision, which needs a torch of its own version, and
+# that may be a CUDA build of several GB.
+test-timm: $(TIMM)/.installed
+	OMP_NUM_THREADS=1 $(TIMM)/bin/python -m pytest -q -k timm tests/model tests/export
+
 # The C++ ops once more, built with the address and undefined-behaviour sanitizers.
 test-native: $(VENV)/.installed-dev
 	$(BIN)/cmake -S . -B $(SANITIZED) -DFASTMAE_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
@@ -33,7 +39,7 @@ test-native: $(VENV)/.installed-dev
 	$(BIN)/cmake --build $(SANITIZED) --parallel $$(nproc)
 	FASTMAE_SANITIZED=$(CURDIR)/$(SANITIZED) PYTHONPATH=tests ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-		$(BIN)/python -m pytest -q --capture=sys -p sanitized tests/ops/test_cpu.py
+		$(BIN)/python -m pytest -q --capture=sys -p sanitized tests/ops/test_cpu.py tests/ops/test_wrong_arguments.py
 
 # Long campaigns, of which the tests do a sample: damaged files, memory, interruptions at every step, kills, bit flips.
 soak: $(VENV)/.installed-dev
@@ -60,6 +66,12 @@ $(VENV)/.installed: $(SOURCES)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check '$(TORCH)' -e '.[dev]'
+	touch $@
+
+$(TIMM)/.installed: $(SOURCES)
+	test -x $(TIMM)/bin/python || $(PYTHON) -m venv $(TIMM)
+	$(TIMM)/bin/python -m pip install -q --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 timm \
+		hypothesis pytest pytest-timeout transformers -e '.[export]'
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""Which implementation runs where; that all give the same is in test_patches.py, test_native.py and tests/kernels."""
+"""Which implementation runs where; that all give the same is in test_patches.py, test_cpu.py and tests/kernels."""
 
 import pytest
 import torch

@@ -31,7 +31,7 @@ INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"(?:^|\s)(?:fastmae|-m fastmae) (.*)")
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
-FLAGS_OF_OTHERS = {"help", "help_all", "version", "max_restarts", "requeue"}
+FLAGS_OF_OTHERS = {"config", "help", "help_all", "version", "max_restarts", "requeue"}
 # Pages to look things up in, which begin with no command.
 LOOKED_UP = ("install.md", "fidelity.md", "glossary.md", "reference.md", "troubleshooting.md", "changelog.md")
 # The shortest command of every kind, to which a flag with a value can be added. "x" stands for any file.

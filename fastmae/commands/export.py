@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastmae.checkpoint.load import open_checkpoint
-from fastmae.config import ExportConfig, check_export
+from fastmae.config import ExportConfig
 from fastmae.data.loader import default_workers
 from fastmae.data.sources import shown
 from fastmae.export.run import export
@@ -14,7 +14,6 @@ from fastmae.export.run import export
 
 def run_export(config: ExportConfig) -> int:
     """Writes the model and prints what was written; with ``config.check`` also how a program compares."""
-    check_export(config)
     opened = open_checkpoint(config.checkpoint, config.model)
     line, comparison = export(config, opened.model, opened.settings, opened.has_decoder, default_workers())
     print(line)

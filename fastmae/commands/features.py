@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastmae.commands.shared import choose_workers, make_folder, open_model
-from fastmae.config import FeaturesConfig, check_evaluation
+from fastmae.config import FeaturesConfig
 from fastmae.data.sources import open_train, shown, train_and_val
 from fastmae.evaluate.features import check_features_file, extract_features, report_skipped, save_features
 
 
 def run_features(config: FeaturesConfig) -> int:
     """Extracts features, writes them to ``config.output`` and prints how many there are."""
-    check_evaluation(config)
     output = Path(config.output)
     check_features_file(output)
     model = open_model(config)

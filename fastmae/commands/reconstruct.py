@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastmae.commands.shared import open_model
-from fastmae.config import ReconstructConfig, check_evaluation, chosen_masking
+from fastmae.config import ReconstructConfig, chosen_masking
 from fastmae.data.masks import choose_masks, open_masks, shuffled_ids
 from fastmae.data.sources import open_train
 from fastmae.errors import UserError
@@ -25,7 +25,6 @@ from fastmae.evaluate.reconstruct import (
 
 def run_reconstruct(config: ReconstructConfig) -> int:
     """Draws reconstructions and prints the path of the picture."""
-    check_evaluation(config)
     file = open_masks(config.masks, config.mask_ratio)
     model = open_model(config, needs_decoder=True)
     source = open_train(config.images)

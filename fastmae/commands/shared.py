@@ -11,7 +11,6 @@ from fastmae.config import (
     ProbeConfig,
     ReconstructConfig,
     SearchConfig,
-    check_evaluation,
 )
 from fastmae.data.loader import default_workers
 from fastmae.errors import UserError
@@ -25,7 +24,6 @@ def open_model(
     needs_decoder: bool = False,
 ) -> MaskedAutoencoderViT:
     """Opens the frozen model of a command, on its device, once the settings are checked."""
-    check_evaluation(config)
     device = choose_device(config.device)
     return load_model(config.checkpoint, config.model, needs_decoder=needs_decoder).to(device)
 

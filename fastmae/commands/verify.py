@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastmae.config import VerifyConfig, check_verify
+from fastmae.config import VerifyConfig
 from fastmae.data.loader import default_workers
 from fastmae.data.sources import Source, open_train, open_val, shown
 from fastmae.data.verify import EXAMPLES, Findings, check, choose_channels, damage_of
@@ -29,7 +29,6 @@ def run_verify(config: VerifyConfig) -> int:
     Raises:
         UserError: settings that cannot work, or data that a run would refuse at its start.
     """
-    check_verify(config)
     parts = {"train": open_train(config.data_path)}
     val = open_val(config.data_path)
     if val is not None:

@@ -208,7 +208,8 @@ def _check_positionals(words: Sequence[str], flags: Sequence[Flag]) -> None:
     if dashed is not None:
         raise UserError(f"{dashed}: no such flag; flags begin with two dashes")
     if len(words) < len(flags):
-        raise UserError(f"{flags[len(words)].metavar}: must be given")
+        missing = flags[len(words)]
+        raise UserError(f"{missing.metavar}: {'must name at least one' if missing.most is None else 'must be given'}")
     if flags and flags[-1].most is None:
         return
     if len(words) > len(flags):

@@ -148,7 +148,7 @@ WRONG = {
     "a file for a command without": (["probe", "{run}", "--config", "a.yaml"], "--config: no such flag"),
     "a negative number": (["pretrain", "--lr", "-1"], "--lr -1.0: must be a positive number"),
     "missing flag": (["export", "{run}"], "--to: must be given"),
-    "missing data": (["features", "{run}", "--output", "{tmp}/a.npz"], "DATA: must be given"),
+    "missing data": (["features", "{run}", "--output", "{tmp}/a.npz"], "DATA: must name at least one"),
     "a value like a flag": (["pretrain", "--device", "-x"], "--device -x"),
     "not a number": (["pretrain", "--lr", "fast"], "--lr"),
     "missing positional": (["probe"], "CHECKPOINT"),

@@ -1,7 +1,7 @@
-"""A classifier made of a pretrained encoder (He et al. 2021, section 4.1), and what of it is tuned.
+"""A classifier made from a pretrained encoder (He et al. 2021, section 4.1), and the choice of the weights to train.
 
-Its state-dict keys and shapes are those of the published fine-tuned files, which are timm's VisionTransformer: without
-the decoder, ``fc_norm.*`` after the mean of the patch tokens instead of ``norm.*``, and ``head.*``. It knows nothing of
+State-dict keys and shapes are those of the official fine-tuned files, which are timm's VisionTransformer: no decoder,
+``fc_norm.*`` after the mean of the patch tokens instead of ``norm.*``, and ``head.*``. This module knows nothing of
 data or of the optimiser.
 """
 
@@ -28,7 +28,7 @@ LORA = (".lora_a", ".lora_b")
 class LoraLinear(Linear):
     """A linear map W·x with an update of low rank, B·A·x (Hu et al. 2021, arXiv 2106.09685, section 4.1; α = r).
 
-    B is zero at first, so nothing is changed. W and its bias are not trained.
+    B starts at zero, so the map is unchanged at first. W and its bias are not trained.
     """
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
@@ -44,33 +44,33 @@ class LoraLinear(Linear):
 
 
 class ClassifierBlock(Block):
-    """A block whose two branches may be left out of some samples while training (Huang et al. 2016)."""
+    """A block with stochastic depth: in training, each sample may skip either branch (Huang et al. 2016)."""
 
-    def forward(self, x: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
-        """Tokens [N, S, D] to [N, S, D]; ``kept`` [2, N] multiplies what the branches add, None being all ones."""
-        if kept is None:
+    def forward(self, x: torch.Tensor, depth_mask: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+        """Maps tokens [N, S, D] to [N, S, D]; ``depth_mask`` [2, N] multiplies the branches, None means all ones."""
+        if depth_mask is None:
             return checkpointed(self._output, x, 0, keeps=self.checkpointing)
-        return checkpointed(self._some, x, kept, keeps=self.checkpointing)
+        return checkpointed(self._masked_output, x, depth_mask, keeps=self.checkpointing)
 
-    def _some(self, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        kept = kept.to(x.dtype)[:, :, None, None]
-        x = x + kept[0] * self.attn(self.norm1(x))
-        return x + kept[1] * self.mlp(self.norm2(x))
+    def _masked_output(self, x: torch.Tensor, depth_mask: torch.Tensor) -> torch.Tensor:
+        depth_mask = depth_mask.to(x.dtype)[:, :, None, None]
+        x = x + depth_mask[0] * self.attn(self.norm1(x))
+        return x + depth_mask[1] * self.mlp(self.norm2(x))
 
 
 class Classifier(nn.Module):
-    """A vision transformer that gives logits of classes.
+    """A vision transformer that computes the logits of classes.
 
     Args:
         img_size, patch_size: (height, width) in pixels; the image must be a multiple of the patch.
         in_chans: channels C of an image.
-        embed_dim, depth, num_heads, mlp_ratio: the encoder.
-        num_classes: logits.
+        embed_dim, depth, num_heads, mlp_ratio: sizes of the encoder.
+        num_classes: the number of logits.
         global_pool: classify the mean of the patch tokens; otherwise the class token.
-        mean, std: C numbers each, in units of [0, 1], with which uint8 images are normalised.
+        mean, std: C numbers each, in units of [0, 1], by which uint8 images are normalised.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: the sizes do not fit each other.
     """
 
     def __init__(
@@ -114,20 +114,20 @@ class Classifier(nn.Module):
     _zeros: torch.Tensor
     _ones: torch.Tensor
 
-    def forward(self, images: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [N, classes].
+    def forward(self, images: torch.Tensor, depth_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Computes the logits [N, classes].
 
         Args:
             images: uint8 [N, H, W, C], or float [N, C, H, W], normalised.
-            kept: [depth, 2, N] from ``stochastic_depth_mask``; None for all.
+            depth_mask: [depth, 2, N] from ``stochastic_depth_mask``; None means that no branch is skipped.
         """
         x = self._embed(images)
         for number, block in enumerate(self.blocks):
-            x = block(x, None if kept is None else kept[number])
+            x = block(x, None if depth_mask is None else depth_mask[number])
         return self.head(self.fc_norm(x[:, 1:].mean(dim=1)) if self.global_pool else self.norm(x)[:, 0])
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Tokens [N, 1+L, D] with their positions, class token first."""
+        """Makes tokens [N, 1+L, D] with their positions, class token first."""
         is_uint8 = images.dtype == torch.uint8
         pixels = images if is_uint8 else images.permute(0, 2, 3, 1)
         if pixels.shape[1:] != (*self.img_size, self.in_chans):
@@ -142,26 +142,26 @@ class Classifier(nn.Module):
 
 
 class ClassificationLoss(nn.Module):
-    """Cross-entropy with soft targets as a forward pass, which is what torch's wrappers expect."""
+    """Cross-entropy with soft targets as a module: torch's wrappers (DDP, compile) need a forward pass."""
 
     def __init__(self, model: Classifier) -> None:
         super().__init__()
         self.model = model
 
     def forward(
-        self, images: torch.Tensor, targets: torch.Tensor | None = None, kept: torch.Tensor | None = None
+        self, images: torch.Tensor, targets: torch.Tensor | None = None, depth_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The mean loss against ``targets`` [N, classes], shares that add up to 1; without them, the logits."""
-        logits = self.model(images, kept).float()
+        """Computes the mean loss against ``targets`` [N, classes], which add up to 1; without targets, the logits."""
+        logits = self.model(images, depth_mask).float()
         return logits if targets is None else F.cross_entropy(logits, targets)
 
 
 def classifier_of(
     mae: MaskedAutoencoderViT, num_classes: int, *, img_size: tuple[int, int] | None = None, global_pool: bool = True
 ) -> Classifier:
-    """A classifier with a copy of the encoder of ``mae``; ``fc_norm`` and the head are new.
+    """Makes a classifier with a copy of the encoder of ``mae``; ``fc_norm`` and the head are new.
 
-    Positions for another ``img_size`` are interpolated, as published.
+    Positions for another ``img_size`` are interpolated, as in the official code.
 
     Raises:
         ValueError: ``img_size`` is not a multiple of the patch.
@@ -191,7 +191,7 @@ def classifier_of(
 
 
 def resized_positions(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
-    """Positions [1, 1+L, D] of a grid (rows, columns) of patches for another one, bicubic; the class token's as is."""
+    """Interpolates positions [1, 1+L, D] of a grid (rows, columns) for another grid; the class token's is unchanged."""
     if grid == new_grid:
         return positions
     patches = positions[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)
@@ -199,29 +199,34 @@ def resized_positions(positions: torch.Tensor, grid: tuple[int, int], new_grid: 
     return torch.cat([positions[:, :1], patches.flatten(2).mT], dim=1)
 
 
-# --- drop path --------------------------------------------------------------------------------------------------------
+# --- stochastic depth -------------------------------------------------------------------------------------------------
 
 
 def stochastic_depth_mask(seed: int, draw_ids: np.ndarray, drop_path: float, depth: int) -> torch.Tensor:
-    """What the branches of each block are multiplied by: float32 [depth, 2, N], a pure function of its arguments.
+    """Draws the factors of the branches of each block: float32 [depth, 2, N], a pure function of the arguments.
 
-    A branch of block i is left out with a chance that grows from 0 to ``drop_path`` with i; otherwise it counts as much
-    more, so that the mean is 1.
+    A branch of block i is skipped (factor 0) with a probability that grows with i from 0 to ``drop_path``. Otherwise
+    its factor is above 1, so that the mean is 1.
     """
     rates = np.linspace(0, drop_path, depth)[:, None, None]
     draws = uniforms_numpy(seed, STREAM_DROP_PATH, draw_ids, 2 * depth).T.reshape(depth, 2, len(draw_ids))
     return torch.from_numpy(((draws >= rates) / (1 - rates)).astype(np.float32))
 
 
-# --- what is tuned ----------------------------------------------------------------------------------------------------
+# --- the weights to train ---------------------------------------------------------------------------------------------
 
 
 def tune(model: Classifier, what: str, lora_rank: int = 8) -> None:
-    """Leaves trainable, in place: all (``full``); the head and its new norm (``linear``); those and the last K blocks
-    (``last-K``); those and updates of low rank of every block's attention (``lora``).
+    """Chooses in place which weights are trained.
+
+    Args:
+        model: the classifier.
+        what: ``full``: all weights; ``linear``: the head and its new norm; ``last-K``: these and the last K blocks;
+            ``lora``: these and updates of low rank for the attention of every block.
+        lora_rank: the rank of the updates.
 
     Raises:
-        ValueError: more blocks than there are.
+        ValueError: the model has fewer than K blocks.
     """
     if what == "full":
         return
@@ -245,7 +250,7 @@ def tune(model: Classifier, what: str, lora_rank: int = 8) -> None:
 
 
 def merge_lora(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict in one piece with the updates of low rank added to their weights: the published keys alone."""
+    """Adds the updates of low rank to their weights: the state dict, not sharded, then has the official keys alone."""
     plain = {name: tensor for name, tensor in weights.items() if not name.endswith(LORA)}
     for name in [name.removesuffix(".lora_a") for name in weights if name.endswith(".lora_a")]:
         update = weights[f"{name}.lora_b"] @ weights[f"{name}.lora_a"]

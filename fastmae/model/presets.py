@@ -58,7 +58,7 @@ mae_vit_base_patch16 = mae_vit_base_patch16_dec512d8b
 mae_vit_large_patch16 = mae_vit_large_patch16_dec512d8b
 mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b
 
-# The names that --model accepts.
+# The presets by name.
 PRESETS: dict[str, Callable[..., MaskedAutoencoderViT]] = {
     "mae_vit_tiny_patch4": mae_vit_tiny_patch4,
     "mae_vit_tiny_patch16": mae_vit_tiny_patch16,

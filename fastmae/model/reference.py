@@ -1,9 +1,9 @@
-"""The published formulation of the masked autoencoder, written plainly: oracle of tests, baseline of benchmarks.
+"""The official formulation of the masked autoencoder, written plainly: the oracle of tests, a baseline of benchmarks.
 
-Everything is done the long way round. All patches are embedded and three quarters thrown away, attention is a matrix
-product, a softmax and another product, the decoder unshuffles its tokens, and the loss is computed everywhere and
-masked afterwards. It shares no code with ``mae.py`` but its state dict loads there and back. From the paper
-(He et al. 2021, section 3 and appendix A); keep it plain, it is the thing that the rest is measured against.
+Nothing is optimised. All patches are embedded and three quarters of them dropped, attention is a matrix product, a
+softmax and another product, the decoder unshuffles its tokens, and the loss is computed everywhere and masked
+afterwards. It shares no code with ``mae.py``, but both load each other's state dict. It is written from the paper
+(He et al. 2021, section 3 and appendix A). Keep it plain: everything else is compared with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class ReferenceBlock(nn.Module):
-    """A block with norms before attention and MLP, tokens [N, S, D] to [N, S, D]; attention is written out."""
+    """A block with norms before attention and MLP, for tokens [N, S, D]; attention is written out."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -34,7 +34,10 @@ class ReferenceBlock(nn.Module):
 
 
 class ReferenceMAE(nn.Module):
-    """Arguments as ``MaskedAutoencoderViT``, with sizes as (height, width) pairs and LayerNorm's eps at 1e-6."""
+    """The masked autoencoder. Arguments are those of ``MaskedAutoencoderViT``, but sizes are (height, width) pairs.
+
+    LayerNorm's eps is 1e-6.
+    """
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class ReferenceMAE(nn.Module):
         projection = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.patch_embed = nn.ModuleDict({"proj": projection})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        # Positions are constants that come with the state dict; this file does not compute them a second time.
+        # Positions are constants that come with the state dict; this file does not compute them.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + L, embed_dim), requires_grad=False)
         self.blocks = nn.ModuleList(ReferenceBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
@@ -71,7 +74,7 @@ class ReferenceMAE(nn.Module):
         self.decoder_pred = nn.Linear(decoder_embed_dim, P)
 
     def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
-        """[N, C, H, W] to [N, L, P], P in (row, column, channel) order, one patch at a time."""
+        """Cuts images [N, C, H, W] into patches [N, L, P], P in (row, column, channel) order, one patch at a time."""
         ph, pw = self.patch_size
         rows, columns = range(0, imgs.shape[2], ph), range(0, imgs.shape[3], pw)
         cut = [imgs[:, :, y : y + ph, x : x + pw].permute(0, 2, 3, 1).flatten(1) for y in rows for x in columns]
@@ -80,7 +83,7 @@ class ReferenceMAE(nn.Module):
     def forward(
         self, imgs: torch.Tensor, ids_shuffle: torch.Tensor, mask_ratio: float = 0.75
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """imgs float [N, C, H, W], normalised; ids_shuffle int64 [N, L]. Gives loss, pred [N, L, P], mask [N, L]."""
+        """Returns loss, pred [N, L, P] and mask [N, L] for normalised float imgs [N, C, H, W], ids_shuffle [N, L]."""
         N, L = ids_shuffle.shape
         K = int(L * (1 - mask_ratio))
         ids_restore = ids_shuffle.argsort(dim=1)

@@ -1,4 +1,4 @@
-"""Tensors that lie in pieces on several ranks (DTensors): put together, and cut again. Others are left as they are."""
+"""Tensors that are sharded over ranks (DTensors): gathered, and sharded again. Other tensors are left unchanged."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether parameters are in pieces, so that a forward pass needs every rank."""
+    """Tells whether any parameter is sharded, so that a forward pass needs every rank."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds."""
+    """Returns the part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def in_one_piece(state: Any, keep: bool) -> Any:
-    """A state dict, nested or not, with its pieces put together on the CPU.
+    """Gathers the sharded tensors of a state dict, nested or not, on the CPU.
 
-    Every rank must call it; where ``keep`` is false the whole tensors are dropped at once, to save memory.
+    Every rank must call it. Ranks for which ``keep`` is false drop each gathered tensor at once, to save memory.
     """
     if isinstance(state, DTensor):
         whole = state.full_tensor()
@@ -33,7 +33,7 @@ def in_one_piece(state: Any, keep: bool) -> Any:
 
 
 def laid_out_like(target: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """A tensor that every rank has whole, cut as ``target`` is. No communication."""
+    """Shards a tensor that every rank has whole as ``target`` is sharded, without communication."""
     if not isinstance(target, DTensor):
         return whole
     return distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""The vision transformer's parts: patch embedding, fixed positions, attention, MLP, block. Knows nothing of masks."""
+"""The parts of a vision transformer: patch embedding, fixed positions, attention, MLP, blocks; no masks."""
 
 from __future__ import annotations
 
@@ -49,36 +49,36 @@ def patch_grid(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[
 
 
 def sincos_positions(dim: int, grid_size: tuple[int, int], full_grid: tuple[int, int] | None = None) -> torch.Tensor:
-    """Fixed 2-D sine-cosine positions with a zero row for the class token: float32 [1 + gh·gw, dim].
+    """Computes fixed 2-D sine-cosine positions, with a zero row for the class token: float32 [1 + gh·gw, dim].
 
     The first half of the channels encodes the column, the second the row; each half is sines, then cosines, of
-    frequencies 10000^(-2i/(dim/2)) (Vaswani et al. 2017, section 3.5, once an axis).
+    frequencies 10000^(-2i/(dim/2)) (Vaswani et al. 2017, section 3.5, once per axis).
 
-    Patches are counted from 0, an axis. With ``full_grid``, patch i of n is where its centre would be counted on the
-    axis of N patches of that grid, (i + 1/2) · N/n − 1/2, so that the same place of an image has the same position.
+    On each axis patches are counted from 0. With ``full_grid``, patch i of n gets the coordinate of its centre on the
+    axis of N patches of that grid, (i + 1/2) · N/n − 1/2, so that one spot of an image has the same position in both.
     """
     if dim % 4:
         raise ValueError(f"the width of a token must be a multiple of 4 for 2-D sine-cosine positions, got {dim}")
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    counted = zip(grid_size, full_grid or grid_size, strict=True)
-    places = [(torch.arange(n, dtype=torch.float64) + 0.5) * (full / n) - 0.5 for n, full in counted]
-    row, column = torch.meshgrid(*places, indexing="ij")
+    lengths = zip(grid_size, full_grid or grid_size, strict=True)
+    coordinates = [(torch.arange(n, dtype=torch.float64) + 0.5) * (full / n) - 0.5 for n, full in lengths]
+    row, column = torch.meshgrid(*coordinates, indexing="ij")
     angles = [axis.reshape(-1, 1) * frequency for axis in (column, row)]
     table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
     return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table]).float()
 
 
 class PatchEmbed(nn.Module):
-    """A linear map from a patch's P pixels to D. Its weight has the published shape, [D, C, ph, pw]."""
+    """A linear map from a patch's P numbers to D. Its weight has the official shape, [D, C, ph, pw]."""
 
     def __init__(self, patch_size: tuple[int, int], in_chans: int, embed_dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Patches [N, K, P] in (row, column, channel) order give tokens [N, K, D]."""
+        """Maps patches [N, K, P] in (row, column, channel) order to tokens [N, K, D]."""
         weight = self.proj.weight
-        # Of one channel permuting moves nothing, but its gradient gets strides that DDP warns about.
+        # For one channel permuting would move nothing, and give the gradient strides that DDP warns about.
         rows = weight.flatten(1) if weight.shape[1] == 1 else weight.permute(0, 2, 3, 1).flatten(1)
         return linear(patches, rows, self.proj.bias)
 
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """Tokens [N, S, D] give the attention output of the tokens from ``start`` on, [N, S − start, D].
+        """Computes the attention output [N, S − start, D] of the tokens from ``start`` on, for tokens [N, S, D].
 
         Keys and values come from every token; the queries before ``start`` are never computed.
         """
@@ -110,7 +110,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of one set of tokens to another, of another width."""
+    """Multi-head attention of one set of tokens to another one, which may have another width."""
 
     def __init__(self, dim: int, read_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class CrossAttention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-        """Queries of tokens [N, T, D], keys and values of ``read`` [N, S, read_dim]; gives [N, T, D]."""
+        """Computes [N, T, D]: queries from tokens [N, T, D], keys and values from ``read`` [N, S, read_dim]."""
         (N, T, D), S = x.shape, read.shape[1]
         keys_and_values = self.kv(read).view(N, S, 2, self.num_heads, -1)
         out = attention(keys_and_values, self.q(x).view(N, T, self.num_heads, -1))
@@ -144,8 +144,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block.
 
-    ``checkpointing`` says what it keeps for the backward pass: all; the results of ``EXPENSIVE`` operations
-    (``selective``); its input alone (``full``). The rest is computed again, with the same bits.
+    ``checkpointing`` says what is kept for the backward pass: everything (``none``); the results of ``EXPENSIVE``
+    operations (``selective``); only the input (``full``). The rest is computed again, with the same bits.
     """
 
     checkpointing: Checkpointing = "none"
@@ -158,7 +158,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """Tokens [N, S, D] give the block's output for the tokens from ``start`` on, [N, S − start, D]."""
+        """Computes the block's output [N, S − start, D] for the tokens from ``start`` on, for tokens [N, S, D]."""
         return checkpointed(self._output, x, start, keeps=self.checkpointing)
 
     def _output(self, x: torch.Tensor, start: int) -> torch.Tensor:
@@ -167,9 +167,9 @@ class Block(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """A pre-norm block whose tokens read other tokens and know nothing of each other (Fu et al. 2024).
+    """A pre-norm block whose tokens attend to other tokens and not to each other (Fu et al. 2024).
 
-    ``checkpointing`` as in ``Block``.
+    ``checkpointing`` has the same meaning as in ``Block``.
     """
 
     checkpointing: Checkpointing = "none"
@@ -183,7 +183,7 @@ class CrossBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-        """Tokens [N, T, D] that read [N, S, read_dim] give the block's output for each, [N, T, D]."""
+        """Computes the block's output [N, T, D] for tokens [N, T, D] that attend to ``read`` [N, S, read_dim]."""
         return checkpointed(self._output, x, read, keeps=self.checkpointing)
 
     def _output(self, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
@@ -191,17 +191,17 @@ class CrossBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-# What is checkpointed, compiled and sharded as a unit.
+# The units of checkpointing, compilation and sharding.
 BLOCKS = (Block, CrossBlock)
 
 
 def checkpointed(
     output: Callable[..., torch.Tensor], *inputs: torch.Tensor | int, keeps: Checkpointing
 ) -> torch.Tensor:
-    """``output(*inputs)``, of which as much is computed again for the backward pass as ``keeps`` says."""
+    """Computes ``output(*inputs)``; ``keeps`` says how much of it is kept for the backward pass."""
     if keeps == "none":
         return output(*inputs)
-    again = partial(checkpoint, output, *inputs, use_reentrant=False, preserve_rng_state=False)
+    recomputed = partial(checkpoint, output, *inputs, use_reentrant=False, preserve_rng_state=False)
     if keeps == "full":
-        return again()
-    return again(context_fn=partial(create_selective_checkpoint_contexts, EXPENSIVE))
+        return recomputed()
+    return recomputed(context_fn=partial(create_selective_checkpoint_contexts, EXPENSIVE))

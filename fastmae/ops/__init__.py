@@ -1,7 +1,7 @@
-"""The five operations that make a masked autoencoder, one file each.
+"""The five operations of a masked autoencoder, one file each; attention and linear maps are beside them.
 
-Shapes: N images, H×W×C pixels, patches of ph×pw pixels on a gh×gw grid, L = gh·gw patches of which K are visible and
-M = L−K masked, P = ph·pw·C numbers a patch in (row, column, channel) order, D width of a token.
+Shapes: N images of H×W×C pixels; patches of ph×pw pixels on a gh×gw grid; L = gh·gw patches, of which K are visible and
+M = L−K masked; P = ph·pw·C numbers per patch in (row, column, channel) order; tokens of width D.
 """
 
 from fastmae.ops.assemble_tokens import assemble_tokens

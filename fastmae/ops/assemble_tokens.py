@@ -1,4 +1,4 @@
-"""assemble_tokens: the decoder's input, visible tokens and mask tokens with their positions, in shuffled order."""
+"""assemble_tokens: the input of the decoder, visible tokens and mask tokens with their positions, in shuffled order."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ def assemble_tokens(
 ) -> torch.Tensor:
     """Appends M mask tokens to the visible ones and adds every token's position.
 
-    The order stays the shuffled one: attention does not mind the order, positions are added by index, and the masked
-    tokens form a contiguous suffix (paper, section 3, "Simple implementation", without the unshuffle).
+    Tokens stay in the shuffled order: attention does not depend on the order, positions are added by index, and the
+    masked tokens form a contiguous suffix (paper, section 3, "Simple implementation", without the unshuffle).
 
     Args:
         visible: floating [N, K+1, D], the class token first; at least one patch is visible and one masked.
         mask_token: floating [D].
         pos_embed: floating [L+1, D], the class token's row first; fixed, as in the paper.
-        ids_shuffle: int32 or int64 [N, L], a permutation a row whose first K entries are the visible patches.
+        ids_shuffle: int32 or int64 [N, L], a permutation per row whose first K entries are the visible patches.
 
     Returns:
-        [N, L+1, D] in the dtype that the three promote to: under autocast visible tokens are bfloat16, and the sum is
-        float32 as the positions are. Differentiable in ``visible`` and ``mask_token``. Equivalent to
+        [N, L+1, D] in the dtype to which the three are promoted: under autocast visible tokens are bfloat16, and the
+        sum is float32 as the positions are. Differentiable in ``visible`` and ``mask_token``. Equivalent to
         ``assemble_tokens_reference``.
 
     Raises:
-        ValueError: a wrong dtype, shape or device, positions that ask for a gradient, or an id outside [0, L) (on a
-            GPU looked at when debugging only).
+        ValueError: a dtype, shape or device is wrong, the positions require a gradient, or an id is outside [0, L) (on
+            a GPU ids are checked only with ``check_ids``).
     """
     if visible.ndim != 3:
         raise ValueError(f"visible must have shape [N, K+1, D], got {list(visible.shape)}")
@@ -40,7 +40,9 @@ def assemble_tokens(
     check_ids("ids_shuffle", ids_shuffle, N)
     L = ids_shuffle.shape[1]
     if not 2 <= visible_tokens <= L:
-        raise ValueError(f"visible must hold 2 to {L} tokens an image, one of them the class's, got {visible_tokens}")
+        raise ValueError(
+            f"visible must hold 2 to {L} tokens per image, one of them the class token, got {visible_tokens}"
+        )
     if mask_token.shape != (D,):
         raise ValueError(f"mask_token must have shape [{D}], got {list(mask_token.shape)}")
     if pos_embed.shape != (L + 1, D):
@@ -57,7 +59,7 @@ def assemble_tokens(
 def assemble_tokens_reference(
     visible: torch.Tensor, mask_token: torch.Tensor, pos_embed: torch.Tensor, ids_shuffle: torch.Tensor
 ) -> torch.Tensor:
-    """The definition, in PyTorch: concatenate, then add the positions picked by index."""
+    """Defines the op in PyTorch: concatenate, then add the positions chosen by index."""
     N, visible_tokens, D = visible.shape
     masked = ids_shuffle.shape[1] + 1 - visible_tokens
     tokens = torch.cat([visible, mask_token.expand(N, masked, D)], dim=1)
@@ -75,7 +77,7 @@ def _assemble_tokens(
 ) -> torch.Tensor:
     arguments = visible, mask_token, pos_embed, ids_shuffle
     backend = ops_backend(visible.device, dtype)
-    if backend == "cpu":  # checks the ids itself
+    if backend == "cpu":  # the extension checks the ids
         return cpu.assemble_tokens(*arguments, dtype)
     check_range("ids_shuffle", ids_shuffle, ids_shuffle.shape[1])
     if backend == "reference":
@@ -94,7 +96,7 @@ def _(visible: torch.Tensor, _: object, __: object, ids_shuffle: torch.Tensor, d
 def _assemble_tokens_backward(
     grad: torch.Tensor, visible_tokens: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """grad [N, L+1, D]: (of the visible tokens [N, K+1, D] in ``dtype``, of the mask token [D] in float32 or 64)."""
+    """Splits grad [N, L+1, D] into that of the visible tokens [N, K+1, D] in ``dtype`` and of the mask token [D]."""
     backend = ops_backend(grad.device, grad.dtype, dtype)
     if backend == "cpu":
         return cpu.assemble_tokens_backward(grad, visible_tokens, dtype)
@@ -113,6 +115,7 @@ def _(grad: torch.Tensor, visible_tokens: int, dtype: torch.dtype) -> tuple[torc
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which the gradient of the mask token is added up."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""Which implementation of the ops and of attention runs: one choice for the process, made once at its start."""
+"""The choice of the implementation of the ops and of attention: one per process, made once at its start."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Backends:
     attention: str = "auto"
     """``sdpa`` (torch chooses), ``xformers``, ``triton``, ``cpu`` (C++ on a CPU)."""
     check_ids: bool = False
-    """For debugging: look at patch numbers on a GPU too, which waits for it. On a CPU they are always looked at."""
+    """For debugging: check patch numbers on a GPU too, which waits for the GPU. On a CPU they are always checked."""
 
     def __post_init__(self) -> None:
         for name, values in (("ops", OPS), ("attention", ATTENTION)):
@@ -46,7 +46,7 @@ _asked = Backends()
 
 
 def asked_backends() -> Backends:
-    """What was asked for last."""
+    """Returns the implementations that were asked for last."""
     return _asked
 
 
@@ -68,14 +68,17 @@ def using(**changes: Any) -> Iterator[None]:
 
 
 def triton_runs_on(device: torch.device) -> bool:
-    """On CUDA devices; on a CPU in Triton's interpreter only (``TRITON_INTERPRET=1``), which is for tests."""
+    """Tells whether Triton runs on a device: a CUDA device, or a CPU with Triton's interpreter, which is for tests.
+
+    The interpreter is chosen by the environment variable ``TRITON_INTERPRET=1``.
+    """
     if importlib.util.find_spec("triton") is None:
         return False
     return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def describe_ops(device: torch.device) -> str:
-    """``ops_backend`` in words, for people."""
+    """Describes ``ops_backend`` in words."""
     chosen = ops_backend(device)
     name = f"C++ ({_C.instruction_set()})" if chosen == "cpu" else {"triton": "Triton"}.get(chosen, "PyTorch")
     if asked_backends().ops != "auto":
@@ -84,12 +87,12 @@ def describe_ops(device: torch.device) -> str:
 
 
 def ops_backend(device: torch.device, *dtypes: torch.dtype) -> str:
-    """The implementation of the five ops on ``device``: ``triton``, ``cpu`` or ``reference``.
+    """Returns the implementation of the five ops on ``device``: ``triton``, ``cpu`` or ``reference``.
 
-    The kernels compute in float32, so what has float64 among its ``dtypes`` is the reference's, whatever was asked for.
+    The kernels compute in float32, so float64 among the ``dtypes`` is left to the reference, whatever was asked for.
 
     Raises:
-        ValueError: the one that was asked for cannot run there.
+        ValueError: the implementation that was asked for cannot run there.
     """
     asked = asked_backends().ops
     if asked == "auto":

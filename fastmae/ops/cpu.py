@@ -1,8 +1,8 @@
-"""The C++ ops of fastmae._C for tensors on the CPU: arguments cross as NumPy views of any strides, nothing is copied.
+"""The C++ ops of fastmae._C for tensors on the CPU; arguments are passed as NumPy views of any strides, without copies.
 
-Results are made here and filled there, on ``torch.get_num_threads()`` threads. What the ops mean is said by the
-``*_reference`` functions beside this file. The extension checks every argument itself and raises ValueError; float64
-is refused. NumPy has no bfloat16: it crosses as uint16, which the extension takes to mean bfloat16.
+Results are allocated here and filled by the extension, on ``torch.get_num_threads()`` threads. The ``*_reference``
+functions in this folder define the ops. The extension checks every argument and raises ValueError; it refuses float64.
+NumPy has no bfloat16, so it is passed as uint16, which the extension reads as bfloat16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastmae import _C
 
 
 def random_masking(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch.Tensor:
-    """draw_ids int64 [N], seed in [0, 2**64): ids_shuffle int32 [N, L]."""
+    """Returns ids_shuffle int32 [N, L] for draw_ids int64 [N] and a seed in [0, 2**64)."""
     ids_shuffle = _empty(torch.int32, draw_ids.numel(), num_patches)
     _C.random_masking(_array(draw_ids), seed, torch.get_num_threads(), _array(ids_shuffle))
     return ids_shuffle
@@ -32,7 +32,7 @@ def gather_patches(
     std: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """images uint8 or floating [N, H, W, C], ids int32 or int64 [N, K], mean and std [C]: [N, K, P] of ``dtype``."""
+    """Returns [N, K, P] of ``dtype`` for images [N, H, W, C], ids int32 or int64 [N, K], mean and std [C]."""
     ph, pw = patch_size
     patches = _empty(dtype, *ids.shape, ph * pw * mean.numel())
     _C.gather_patches(
@@ -48,7 +48,7 @@ def assemble_tokens(
     ids_shuffle: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """visible [N, K+1, D], mask_token [D], pos_embed [L+1, D], all floating, ids_shuffle [N, L]: [N, L+1, D]."""
+    """Returns [N, L+1, D] for visible [N, K+1, D], mask_token [D], pos_embed [L+1, D] and ids_shuffle [N, L]."""
     tokens = _empty(dtype, visible.shape[0], *pos_embed.shape)
     _C.assemble_tokens(
         _array(visible),
@@ -64,7 +64,7 @@ def assemble_tokens(
 def assemble_tokens_backward(
     grad: torch.Tensor, visible_tokens: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """grad floating [N, L+1, D]: of the visible tokens [N, K+1, D] in ``dtype``, of the mask token float32 [D]."""
+    """Splits grad [N, L+1, D]: visible tokens [N, K+1, D] in ``dtype``, mask token float32 [D]."""
     grad_visible = _empty(dtype, grad.shape[0], visible_tokens, grad.shape[-1])
     grad_mask_token = _empty(torch.float32, grad.shape[-1])
     _C.assemble_tokens_backward(_array(grad), torch.get_num_threads(), _array(grad_visible), _array(grad_mask_token))
@@ -81,7 +81,7 @@ def masked_mse(
     norm_pix: bool,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """pred floating [N, M, P], the rest as for ``gather_patches``: the loss float32 [], its gradient [N, M, P]."""
+    """Returns the loss float32 [] and its gradient [N, M, P] for pred [N, M, P]; the rest as in ``gather_patches``."""
     ph, pw = patch_size
     loss, gradient = _empty(torch.float32), _empty(pred.dtype, *pred.shape)
     _C.masked_mse(
@@ -109,7 +109,7 @@ def scatter_patches(
     std: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """patches floating [N, M, P], ids [N, M], mean and std [C]: images [N, gh·ph, gw·pw, C] of ``dtype``."""
+    """Returns images [N, gh·ph, gw·pw, C] of ``dtype`` for patches [N, M, P], ids [N, M], mean and std [C]."""
     (gh, gw), (ph, pw) = grid_size, patch_size
     images = _empty(dtype, patches.shape[0], gh * ph, gw * pw, mean.numel())
     _C.scatter_patches(
@@ -126,16 +126,16 @@ def scatter_patches(
 
 
 def transpose_and_sum(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """matrix float32 [R, C]: its transposed copy [C, R], the sums of its columns [C]."""
+    """Returns a transposed copy [C, R] of a matrix float32 [R, C], and the sums of its columns [C]."""
     transposed, sums = _empty(torch.float32, *reversed(matrix.shape)), _empty(torch.float32, *matrix.shape[1:])
     _C.transpose_and_sum(_array(matrix), torch.get_num_threads(), _array(transposed), _array(sums))
     return transposed, sums
 
 
 def attention(packed: torch.Tensor, queries: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """packed float32 [N, S, 3·H, D], or [N, S, 2·H, D] with queries [N, T, H, D]: out [N, T, H, D], lse [N, H, T].
+    """Returns out [N, T, H, D] and lse [N, H, T] for packed float32 [N, S, 3·H, D].
 
-    The one result whose bits depend on the instruction set.
+    With queries [N, T, H, D], packed is [N, S, 2·H, D]. This is the only op whose bits depend on the instruction set.
     """
     N, T, H, D = (*packed.shape[:2], packed.shape[2] // 3, packed.shape[3]) if queries is None else queries.shape
     out, lse = _empty(torch.float32, N, T, H, D), _empty(torch.float32, N, H, T)
@@ -157,7 +157,7 @@ def attention_backward(
     grad_packed: torch.Tensor,
     grad_queries: torch.Tensor | None,
 ) -> None:
-    """The gradients of ``attention``, into contiguous tensors of the shapes of its arguments."""
+    """Writes the gradients of ``attention`` into contiguous tensors of the shapes of its arguments."""
     _C.attention_backward(
         _array(grad),
         _array(packed),
@@ -170,22 +170,23 @@ def attention_backward(
 
 
 def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """Room for a result; for a wrong shape any room will do, the extension refuses what led to it."""
+    """Allocates a result. A negative size becomes 0: the extension then refuses the arguments that led to it."""
     return torch.empty([max(0, size) for size in shape], dtype=dtype)
 
 
 def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """The same memory, with the same strides."""
+    """Returns a tensor as an array with the same memory and strides."""
     if tensor.dtype == torch.uint16:
         raise ValueError("tensors of dtype uint16 are not supported, got one")
     return _bits(tensor).numpy()
 
 
 def _array_of_weights(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """``_array`` that leaves the storage resizable, as ``numpy()`` does not: FSDP2 empties and refills it."""
+    """Does what ``_array`` does, but leaves the storage resizable, as FSDP2 needs it; ``numpy()`` would not."""
     return np.from_dlpack(_bits(tensor))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Views bfloat16 as uint16, which NumPy has."""
     bits = tensor.detach()
     return bits.view(torch.uint16) if tensor.dtype == torch.bfloat16 else bits

@@ -1,4 +1,4 @@
-"""gather_patches: the chosen patches of an image, normalised and cast on the way; no float image exists."""
+"""gather_patches: the chosen patches of an image, normalised and cast as they are read; no float image is made."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ def gather_patches(
     """Cuts out the patches ``ids`` of every image and normalises them as ``(x − mean) / std``.
 
     Args:
-        images: uint8 (divided by 255 first) or floating (taken as they are) [N, H, W, C], any strides. An already
-            normalised image goes with mean 0 and std 1.
+        images: uint8 (divided by 255 first) or floating (taken as they are) [N, H, W, C], any strides. For images that
+            are already normalised, mean is 0 and std is 1.
         ids: int32 or int64 [N, K], patch numbers in row-major order of the grid.
         patch_size: (ph, pw) in pixels; H and W must be multiples.
         mean, std: floating [C], in units of [0, 1].
-        dtype: of the result; the arithmetic is float32, or float64 when ``dtype`` is.
+        dtype: the dtype of the result; the arithmetic is float32, or float64 if ``dtype`` is.
 
     Returns:
         [N, K, P] with P = ph·pw·C in (row, column, channel) order. No gradient flows to the images. Equivalent to
         ``gather_patches_reference``.
 
     Raises:
-        ValueError: a wrong dtype, shape or device, or an id outside the grid (on a GPU looked at when debugging only).
+        ValueError: a dtype, shape or device is wrong, or an id is outside the grid (on a GPU ids are checked only with
+            ``check_ids``).
     """
     check_images(images, patch_size)
     check_ids("ids", ids, images.shape[0])
@@ -60,7 +61,7 @@ def gather_patches_reference(
     std: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The definition, in PyTorch: a strided view of all patches, indexed, then normalised."""
+    """Defines the op in PyTorch: a strided view of all patches, indexed, then normalised."""
     ph, pw = patch_size
     patches = images.unfold(1, ph, ph).unfold(2, pw, pw)  # [N, gh, gw, C, ph, pw], a view
     gw = patches.shape[2]
@@ -82,7 +83,7 @@ def _gather_patches(
 ) -> torch.Tensor:
     arguments = images, ids, patch_size, mean, std, dtype
     backend = ops_backend(images.device, images.dtype, dtype)
-    if backend == "cpu":  # checks the ids itself
+    if backend == "cpu":  # the extension checks the ids
         return cpu.gather_patches(*arguments)
     check_range("ids", ids, grid_patches(images, patch_size))
     if backend == "reference":

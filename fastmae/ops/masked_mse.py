@@ -32,7 +32,7 @@ def masked_mse(
     std: torch.Tensor,
     norm_pix: bool,
 ) -> torch.Tensor:
-    """Mean squared error between the predicted and the true pixels of the patches ``ids`` (paper, section 3).
+    """Computes the mean squared error of the predicted pixels of the patches ``ids`` (paper, section 3).
 
     Args:
         pred: floating [N, M, P].
@@ -48,8 +48,8 @@ def masked_mse(
         Equivalent to ``masked_mse_reference``.
 
     Raises:
-        ValueError: a wrong dtype, shape or device, no images, or an id outside the grid (on a GPU looked at when
-            debugging only).
+        ValueError: a dtype, shape or device is wrong, there are no images, or an id is outside the grid (on a GPU ids
+            are checked only with ``check_ids``).
     """
     check_images(images, patch_size)
     check_ids("ids", ids, images.shape[0])
@@ -74,12 +74,12 @@ def masked_mse_reference(
     std: torch.Tensor,
     norm_pix: bool,
 ) -> torch.Tensor:
-    """The definition, in PyTorch."""
+    """Defines the op in PyTorch."""
     return _error(pred, images, ids, patch_size, mean, std, norm_pix).square().mean()
 
 
 def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and root of (unbiased variance + 1e-6) of each patch: [..., P] gives two of [..., 1]."""
+    """Returns the mean and the root of (unbiased variance + 1e-6) of each patch [..., P], [..., 1] each."""
     variance, average = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
     return average, (variance + VARIANCE_EPS).sqrt()
 
@@ -93,7 +93,7 @@ def _error(
     std: torch.Tensor,
     norm_pix: bool,
 ) -> torch.Tensor:
-    """Prediction minus target [N, M, P] in the dtype of the arithmetic."""
+    """Computes prediction minus target [N, M, P] in the dtype of the arithmetic."""
     compute = torch.float64 if pred.dtype == torch.float64 else torch.float32
     target = gather_patches_reference(images, ids, patch_size, mean, std, compute)
     if norm_pix:
@@ -111,7 +111,7 @@ def _loss_and_gradient(
     std: torch.Tensor,
     norm_pix: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss and its gradient for ``pred``, made in one go while the error is at hand."""
+    """Computes the loss and its gradient with respect to ``pred`` together, as both need the error."""
     error = _error(pred, images, ids, patch_size, mean, std, norm_pix)
     return error.square().mean(), (error * (2 / error.numel())).to(pred.dtype)
 
@@ -128,7 +128,7 @@ def _masked_mse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     arguments = pred, images, ids, patch_size, mean, std, norm_pix
     backend = ops_backend(pred.device, images.dtype, pred.dtype)
-    if backend == "cpu":  # checks the ids itself
+    if backend == "cpu":  # the extension checks the ids
         return cpu.masked_mse(*arguments, VARIANCE_EPS)
     check_range("ids", ids, grid_patches(images, patch_size))
     if backend == "reference":

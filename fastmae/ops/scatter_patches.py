@@ -1,4 +1,4 @@
-"""scatter_patches: patches back onto an image, the inverse of gather_patches; for pictures."""
+"""scatter_patches: puts patches back onto an image, the inverse of gather_patches; it is used for pictures."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def scatter_patches(
         to ``scatter_patches_reference``.
 
     Raises:
-        ValueError: a wrong dtype, shape or device, or an id outside the grid or twice in a row (on a GPU looked at
-            when debugging only).
+        ValueError: a dtype, shape or device is wrong, or an id is outside the grid or twice in a row (on a GPU ids are
+            checked only with ``check_ids``).
     """
     if patches.ndim != 3:
         raise ValueError(f"patches must have shape [N, M, P], got {list(patches.shape)}")
@@ -65,7 +65,7 @@ def scatter_patches_reference(
     std: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The definition, in PyTorch."""
+    """Defines the op in PyTorch."""
     (gh, gw), (ph, pw) = grid_size, patch_size
     N, M, P = patches.shape
     C = P // (ph * pw)
@@ -91,7 +91,7 @@ def _scatter_patches(
 ) -> torch.Tensor:
     arguments = patches, ids, grid_size, patch_size, mean, std, dtype
     backend = ops_backend(patches.device, patches.dtype, dtype)
-    if backend == "cpu":  # checks the ids itself
+    if backend == "cpu":  # the extension checks the ids
         return cpu.scatter_patches(*arguments)
     check_range("ids", ids, grid_size[0] * grid_size[1])
     _check_distinct(ids)
@@ -117,6 +117,7 @@ def _(
 
 
 def _check_distinct(ids: torch.Tensor) -> None:
+    """Refuses ids that are twice in a row; on a GPU only with ``check_ids``."""
     if ids.device.type == "cpu" or asked_backends().check_ids:
         ordered = ids.sort(dim=1).values
         if bool((ordered[:, 1:] == ordered[:, :-1]).any()):

@@ -123,16 +123,16 @@ def test_the_loss_is_the_cross_entropy_with_soft_targets():
 # --- drop path --------------------------------------------------------------------------------------------------------
 
 
-def test_branches_are_left_out_at_a_rate_that_grows_with_depth_and_the_mean_stays():
-    kept = stochastic_depth_mask(0, np.arange(20_000), 0.3, 4)
-    assert kept.shape == (4, 2, 20_000)
-    left_out = (kept == 0).float().mean(dim=2)
-    torch.testing.assert_close(left_out, torch.tensor([0, 0.1, 0.2, 0.3])[:, None].expand(4, 2), rtol=0, atol=0.015)
-    torch.testing.assert_close(kept.mean(dim=2), torch.ones(4, 2), rtol=0, atol=0.02)
-    assert not torch.equal(kept[3, 0], kept[3, 1])
+def test_branches_are_skipped_at_a_rate_that_grows_with_depth_and_the_mean_stays():
+    depth_mask = stochastic_depth_mask(0, np.arange(20_000), 0.3, 4)
+    assert depth_mask.shape == (4, 2, 20_000)
+    skipped = (depth_mask == 0).float().mean(dim=2)
+    torch.testing.assert_close(skipped, torch.tensor([0, 0.1, 0.2, 0.3])[:, None].expand(4, 2), rtol=0, atol=0.015)
+    torch.testing.assert_close(depth_mask.mean(dim=2), torch.ones(4, 2), rtol=0, atol=0.02)
+    assert not torch.equal(depth_mask[3, 0], depth_mask[3, 1])
 
 
-def test_what_is_left_out_depends_on_the_draw_alone():
+def test_what_is_skipped_depends_on_the_draw_alone():
     together, alone = stochastic_depth_mask(0, np.arange(8), 0.5, 4), stochastic_depth_mask(0, np.array([5]), 0.5, 4)
     assert torch.equal(together[:, :, 5:6], alone)
     assert not torch.equal(together, stochastic_depth_mask(1, np.arange(8), 0.5, 4))
@@ -143,12 +143,12 @@ def test_a_sample_without_branches_passes_through_unchanged(checkpointing):
     model = tiny()
     for block in model.blocks:
         block.checkpointing = checkpointing
-    kept = torch.ones(4, 2, 4)
-    kept[:, :, 0] = 0
+    depth_mask = torch.ones(4, 2, 4)
+    depth_mask[:, :, 0] = 0
     seen = []
     model.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
     model.blocks[-1].register_forward_hook(lambda block, inputs, output: seen.append(output))
-    logits = model(images(), kept)
+    logits = model(images(), depth_mask)
     before, after = seen
     assert torch.equal(before[0], after[0])
     assert not torch.allclose(before[1], after[1])

@@ -236,8 +236,8 @@ def test_too_many_steps_that_are_not_finite_are_done_once_more_with_other_data(
     """Steps 10 and 11 are; so is what is computed again to find the place."""
     calls = itertools.count(1)
 
-    def forward(self, images, targets=None, kept=None, real=ClassificationLoss.forward):
-        out = real(self, images, targets, kept)
+    def forward(self, images, targets=None, depth_mask=None, real=ClassificationLoss.forward):
+        out = real(self, images, targets, depth_mask)
         return out if targets is None or next(calls) not in (10, 11, 12) else out * math.nan
 
     monkeypatch.setattr(ClassificationLoss, "forward", forward)

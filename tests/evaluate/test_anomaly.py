@@ -80,7 +80,7 @@ def test_a_digit_that_pretraining_never_saw_is_told_from_the_others(tmp_path, ca
     seen = train.labels != 0
     images = dict(x_train=train.images[seen], y_train=train.labels[seen], x_test=val.images, y_test=val.labels)
     np.savez(tmp_path / "nine.npz", **images)
-    run, output = tmp_path / "run", tmp_path / "found"
+    run, output = tmp_path / "run", tmp_path / "scores"
     assert pretrain(small_run(str(tmp_path / "nine.npz"), run, epochs=1, batch_size=64, blr=3e-3)) == 0
     words = ["anomaly", str(run), "--data_path", "digits", "--left_out", "0", "--rounds", "1", "--json"]
     assert main([*words, "--output", str(output)]) == 0

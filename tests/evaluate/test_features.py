@@ -112,10 +112,10 @@ def test_search_prints_json_of_what_is_nearest(finished, blobs, tmp_path, capsys
         load_model(str(finished)), open_train(blobs), pool="mean", batch_size=72, num_workers=1
     ).values
     cosines = torch.nn.functional.cosine_similarity(features[:, None], features[None], dim=2).fill_diagonal_(-1)
-    assert [one["index"] for one in results] == [0, 1, 2]
-    for place, one in zip((0, 35, 71), results, strict=True):
-        best = cosines[place].topk(4)
-        assert [match["cosine"] for match in one["found"]] == pytest.approx(best.values.tolist(), abs=1e-4)
-        assert one["query"] not in [match["name"] for match in one["found"]]
-        assert {match["class"] for match in one["found"]} <= {"0", "1", "2"}
+    assert [result["index"] for result in results] == [0, 1, 2]
+    for row, result in zip((0, 35, 71), results, strict=True):
+        best = cosines[row].topk(4)
+        assert [match["cosine"] for match in result["found"]] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert result["query"] not in [match["name"] for match in result["found"]]
+        assert {match["class"] for match in result["found"]} <= {"0", "1", "2"}
     assert (tmp_path / "s.png").stat().st_size > 0

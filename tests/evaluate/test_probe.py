@@ -1,4 +1,4 @@
-"""k-NN, linear probes and what is reported of them, against slow counts and known answers."""
+"""k-NN, linear probes and what is reported of them, against slow loops and answers that are known."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def test_knn_is_a_slow_weighted_vote_for_every_k():
     torch.manual_seed(0)
     train, test = torch.randn(60, 8), torch.randn(25, 8)
     labels = torch.randint(0, 4, (60,))
-    found = knn_predictions(train, labels, test, (1, 7))
+    predictions = knn_predictions(train, labels, test, (1, 7))
     for k in (1, 7):
         expected = []
         for feature in test:
@@ -47,24 +47,24 @@ def test_knn_is_a_slow_weighted_vote_for_every_k():
             near = sorted(range(60), key=lambda i: -similarity[i])[:k]
             votes = [sum(math.exp(similarity[i] / 0.07) for i in near if labels[i] == c) for c in range(4)]
             expected.append(votes.index(max(votes)))
-        assert found[k].tolist() == expected
+        assert predictions[k].tolist() == expected
 
 
 def test_neighbours_do_not_depend_on_how_the_table_is_cut(monkeypatch):
     torch.manual_seed(0)
     train, queries = torch.randn(50, 6), torch.randn(23, 6)
-    values, places = nearest(train, queries, 9)
+    values, indices = nearest(train, queries, 9)
     whole = (queries @ train.T).topk(9, dim=1)
     torch.testing.assert_close(values, whole.values)
-    assert torch.equal(places, whole.indices)
+    assert torch.equal(indices, whole.indices)
     monkeypatch.setattr(knn, "QUERIES", 4)
     monkeypatch.setattr(knn, "CANDIDATES", 7)  # fewer than are asked for
     again = nearest(train, queries, 9)
     torch.testing.assert_close(again[0], values)
-    assert torch.equal(again[1], places)
+    assert torch.equal(again[1], indices)
 
 
-def test_more_neighbours_than_samples_are_all_of_them():
+def test_more_neighbours_than_samples_means_all_samples():
     assert knn_predictions(torch.eye(2), torch.tensor([0, 1]), torch.eye(2), [20])[20].tolist() == [0, 1]
 
 
@@ -140,15 +140,15 @@ def test_features_are_the_encoders_whatever_the_batch_size():
         )
 
 
-def test_an_unusable_image_is_left_out_with_its_label(image_folder, tmp_path):
+def test_an_unusable_image_is_skipped_with_its_label(image_folder, tmp_path):
     bad = image_folder / "train" / "n01" / "3.JPEG"
     bad.write_bytes(b"not a picture")
     model = fastmae.mae_vit_tiny_patch4(img_size=16)
     train, test = train_and_val(str(image_folder))
-    found = extract_features(model, train, pool="mean", batch_size=5, num_workers=2)
-    assert [one.name for one in found.skipped] == [str(bad)]
-    assert len(found.values) == len(found.indices) == 23
-    assert str(bad) not in [train.name(index) for index in found.indices.tolist()]
+    features = extract_features(model, train, pool="mean", batch_size=5, num_workers=2)
+    assert [image.name for image in features.skipped] == [str(bad)]
+    assert len(features.values) == len(features.indices) == 23
+    assert str(bad) not in [train.name(index) for index in features.indices.tolist()]
     detail = dict(pool="mean", ks=(3,), linear="logistic", batch_size=8, num_workers=1)
     assert probe_in_detail(model, train, test, **detail).summary()["train"] == 23
 
@@ -159,10 +159,10 @@ def test_class_folders_are_matched_by_name_and_tables_add_up(image_folder, tmp_p
     train, test = train_and_val(str(image_folder))
     second = [path for path in test.paths if "n02" in path]
     alone = FolderSource(tuple(second), np.zeros(len(second), np.int64), ("n02",))
-    found = probe_in_detail(model, train, alone, pool="mean", ks=(1, 5), linear="lars", batch_size=8, num_workers=1)
-    assert found.classes == ("n01", "n02")
-    assert found.truth.tolist() == [1] * 4
-    save_probe(tmp_path / "out", found, "title")
+    result = probe_in_detail(model, train, alone, pool="mean", ks=(1, 5), linear="lars", batch_size=8, num_workers=1)
+    assert result.classes == ("n01", "n02")
+    assert result.truth.tolist() == [1] * 4
+    save_probe(tmp_path / "out", result, "title")
     written = json.loads((tmp_path / "out" / "probe.json").read_text())
     table = np.array(written["confusion"]["linear"])
     assert table.sum(axis=1).tolist() == [0, 4]
@@ -211,8 +211,8 @@ def probe_of(run, blobs):
 def test_several_ranks_that_share_weights_probe_as_one(blobs, tmp_path):
     options = dict(epochs=1, probe_freq=1, batch_size=4, parallel="fsdp")
     run_ranks(2, small_run(blobs, tmp_path / "run", **options))
-    found = json.loads((tmp_path / "run" / "probe.json").read_text())["epochs"]["1"]
-    assert found == probe_of(tmp_path / "run", blobs)
+    report = json.loads((tmp_path / "run" / "probe.json").read_text())["epochs"]["1"]
+    assert report == probe_of(tmp_path / "run", blobs)
 
 
 @pytest.fixture(scope="module")

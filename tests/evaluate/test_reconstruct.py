@@ -1,4 +1,4 @@
-"""Reconstruction pictures show what they say."""
+"""Pictures of reconstructions show what their titles say."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ from fastmae.train.pretrain import pretrain
 
 @pytest.mark.parametrize("norm_pix", [False, True])
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_visible_patches_are_kept_masked_ones_grayed_and_predicted(channels, norm_pix):
+def test_visible_patches_stay_and_masked_ones_are_grayed_and_predicted(channels, norm_pix):
     torch.manual_seed(0)
     model = fastmae.mae_vit_tiny_patch4(img_size=(8, 16), in_chans=channels, norm_pix_loss=norm_pix).eval()
     images = torch.randint(0, 256, (3, 8, 16, channels), dtype=torch.uint8)

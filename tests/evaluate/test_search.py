@@ -20,15 +20,15 @@ def test_faiss_finds_what_torch_finds():
     assert torch.equal(by_faiss[1], by_torch[1])
 
 
-def test_the_picture_has_a_row_a_query_and_a_column_an_image(tmp_path):
+def test_the_picture_has_one_row_per_query_and_one_column_per_image(tmp_path):
     torch.manual_seed(0)
     model = fastmae.mae_vit_tiny_patch4(img_size=16, in_chans=1).eval()
     source = Subset(open_train("digits"), np.arange(40))
-    found = extract_features(model, source, pool="mean", batch_size=256, num_workers=1)
+    features = extract_features(model, source, pool="mean", batch_size=256, num_workers=1)
     sizes = []
     for k in (2, 5):
-        results = search(source, found, source, found, k=k, by="torch")[:3]
-        assert all(len(one["found"]) == k for one in results)
+        results = search(source, features, source, features, k=k, by="torch")[:3]
+        assert all(len(result["found"]) == k for result in results)
         save_search(tmp_path / "s.png", model, source, source, results)
         sizes.append(Image.open(tmp_path / "s.png").size)
     assert sizes[1][0] - sizes[0][0] > 96

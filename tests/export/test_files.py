@@ -86,8 +86,8 @@ def test_one_format_after_another_gives_the_same_bits(trained, tmp_path, capsys)
     for i, name in enumerate(("official", "hf", "official safetensors", "hf encoder", "timm safetensors", "timm")):
         (tmp_path / str(i)).mkdir()
         source = exported(source, tmp_path / str(i), name, capsys)
-    found = load_model(str(source))
-    assert all(torch.equal(found.state_dict()[key], t) for key, t in encoder_of(load_model(str(trained))).items())
+    model = load_model(str(source))
+    assert all(torch.equal(model.state_dict()[key], t) for key, t in encoder_of(load_model(str(trained))).items())
 
 
 def test_an_exported_file_does_not_name_the_folders_of_its_run(trained, tmp_path, capsys):
@@ -101,8 +101,8 @@ def test_training_starts_from_an_exported_file(trained, tmp_path, name, capsys):
     source = exported(trained, tmp_path, name, capsys)
     model = mae_vit_tiny_patch4(img_size=16, in_chans=1, norm_pix_loss=True)
     optimizer = make_optimizer(model, 1e-3, 0.05)
-    found = restore(str(source), tmp_path / "run", model, optimizer, fixed={}, fresh_step=7, steps_per_epoch=9)
-    assert (found.step, found.origin) == (7, str(source))
+    progress = restore(str(source), tmp_path / "run", model, optimizer, fixed={}, fresh_step=7, steps_per_epoch=9)
+    assert (progress.step, progress.origin) == (7, str(source))
     assert all(torch.equal(model.state_dict()[key], t) for key, t in load_model(str(trained)).state_dict().items())
 
 
@@ -137,8 +137,8 @@ def test_timm_gets_the_keys_and_shapes_of_its_vision_transformer(tmp_path, suffi
     path = tmp_path / f"encoder.{suffix}"
     save_timm(path, mae_vit_tiny_patch4(img_size=16, in_chans=1))
     weights = load_file(path) if suffix == "safetensors" else torch.load(path, weights_only=True)
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    assert found == timm_shapes(width=128, depth=4, patch=4, channels=1, patches=16)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    assert shapes == timm_shapes(width=128, depth=4, patch=4, channels=1, patches=16)
 
 
 def test_timm_loads_it_strictly_and_gives_the_same_features(trained, tmp_path):
@@ -168,8 +168,8 @@ def transformers(monkeypatch):
 
 def opened(kind, folder, **options):
     """From a folder alone, every tensor accounted for."""
-    model, found = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
-    assert not any(found.values()), found
+    model, loading_info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    assert not any(loading_info.values()), loading_info
     return model.eval()
 
 
@@ -180,10 +180,10 @@ def test_transformers_gives_the_same_loss_and_predictions(trained, tmp_path, cap
     generator = torch.Generator().manual_seed(2)
     images, noise = torch.randn(4, 1, 16, 16, generator=generator), torch.rand(4, 16, generator=generator)
     with torch.no_grad():
-        found = theirs(images, noise=noise)
+        output = theirs(images, noise=noise)
         loss, pred, _ = ours(images, 0.5, ids_shuffle=noise.argsort(dim=1))
-    torch.testing.assert_close(found.loss, loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(found.logits, pred, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.loss, loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(output.logits, pred, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "patch"), [((16, 16), (4, 4)), ((8, 24), (4, 8))])
@@ -207,9 +207,9 @@ def test_transformers_prepares_images_as_they_were_in_training(trained, tmp_path
     )
     model = load_model(str(trained))
     pixels = torch.randint(0, 256, (16, 16, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = processor(pixels.numpy(), input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+    prepared = processor(pixels.numpy(), input_data_format="channels_last", return_tensors="pt")["pixel_values"]
     wanted = ((pixels / 255 - model.mean) / model.std).permute(2, 0, 1)[None]
-    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(prepared.float(), wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["ViTMAEForPreTraining", "ViTModel"])
@@ -219,9 +219,9 @@ def test_a_folder_that_transformers_wrote_is_read(trained, tmp_path, capsys, tra
     theirs = getattr(transformers, kind).from_pretrained(exported(trained, tmp_path, name, capsys))
     theirs.save_pretrained(tmp_path / "theirs")
     capsys.readouterr()
-    found, before = load_model(str(tmp_path / "theirs")), load_model(str(trained))
+    model, before = load_model(str(tmp_path / "theirs")), load_model(str(trained))
     wanted = before.state_dict() if kind == "ViTMAEForPreTraining" else encoder_of(before)
-    assert all(torch.equal(found.state_dict()[key], tensor) for key, tensor in wanted.items())
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in wanted.items())
     # ViTModel has a head on top, which a masked autoencoder has not: left out, and said.
     told = capsys.readouterr().err
     assert ("not used" in told and "pooler.dense.weight" in told) == (kind == "ViTModel")
@@ -238,8 +238,8 @@ def test_the_names_of_version_5s_modules_are_read(trained, tmp_path, capsys):
             name = name.replace(old, new)
         weights[name] = tensor
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    found, before = load_model(str(folder)), load_model(str(trained))
-    assert all(torch.equal(found.state_dict()[key], tensor) for key, tensor in before.state_dict().items())
+    model, before = load_model(str(folder)), load_model(str(trained))
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in before.state_dict().items())
 
 
 def test_the_released_folders_epsilon_is_taken_as_published_and_said(trained, tmp_path, capsys):
@@ -254,8 +254,8 @@ def test_an_old_folder_with_a_pickle_is_read_without_running_it(trained, tmp_pat
     folder = exported(trained, tmp_path, "hf", capsys)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    found, before = load_model(str(folder)), load_model(str(trained))
-    assert all(torch.equal(found.state_dict()[key], tensor) for key, tensor in before.state_dict().items())
+    model, before = load_model(str(folder)), load_model(str(trained))
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in before.state_dict().items())
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -285,15 +285,15 @@ def test_of_a_decoder_with_cross_attention_transformers_gets_the_encoder(cross, 
 
 def test_a_decoder_with_cross_attention_stays_in_the_official_file(cross, tmp_path):
     assert main(["export", str(cross), "--to", "official", "--output", str(tmp_path / "full.safetensors")]) == 0
-    found, before = load_model(str(tmp_path / "full.safetensors")), load_model(str(cross))
-    assert all(torch.equal(found.state_dict()[key], tensor) for key, tensor in before.state_dict().items())
+    model, before = load_model(str(tmp_path / "full.safetensors")), load_model(str(cross))
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in before.state_dict().items())
 
 
 WRONG = {
     "another ending": (["--to", "timm", "--output", "{tmp}/a.bin"], "must end in .pth or .safetensors"),
     "no ending": (["--to", "onnx", "--output", "{tmp}/a"], "must end in .onnx"),
     "format that is not": (["--to", "keras", "--output", "{tmp}/a"], "--to"),
-    "no place": (["--to", "timm"], "--output"),
+    "no output": (["--to", "timm"], "--output"),
     "a decoder for timm": (["--to", "timm", "--part", "full", "--output", "{tmp}/a.pth"], "--part full"),
     "a variant of a file": (["--to", "hf", "--variant", "int8", "--output", "{tmp}/a"], "--variant int8"),
     "pixels of a file": (["--to", "hf", "--input", "uint8", "--output", "{tmp}/a"], "--input uint8"),

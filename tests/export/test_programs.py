@@ -31,10 +31,10 @@ def model():
     """A small one, oblong, with three channels."""
     torch.manual_seed(0)
     sizes = dict(embed_dim=32, depth=2, num_heads=4, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
-    found = MaskedAutoencoderViT((8, 24), (4, 8), norm_layer=lambda width: nn.LayerNorm(width, eps=1e-6), **sizes)
-    for parameter in found.parameters():
+    model = MaskedAutoencoderViT((8, 24), (4, 8), norm_layer=lambda width: nn.LayerNorm(width, eps=1e-6), **sizes)
+    for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
-    return found.eval()
+    return model.eval()
 
 
 def batch(model, count, uint8):
@@ -123,7 +123,7 @@ def test_a_package_that_is_not_installed_is_named(model, tmp_path, monkeypatch, 
         save_onnx(tmp_path / "encoder.onnx", model, "fp32", False)
 
 
-def test_worth_is_measured_as_probe_does(blobs):
+def test_figures_are_measured_as_probe_does(blobs):
     """One encoder that is the model itself, one that has forgotten everything, one that is off by a number."""
     from fastmae.evaluate.probe import probe
 

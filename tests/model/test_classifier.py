@@ -1,4 +1,4 @@
-"""The classifier is the published one: its keys, its shapes, its encoder, and what of it is tuned."""
+"""The classifier is the official one: its keys, its shapes, its encoder, and the weights that are trained."""
 
 import math
 
@@ -40,7 +40,7 @@ def images(count=4, size=16):
     return torch.randint(0, 256, (count, size, size, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def test_keys_and_shapes_are_those_of_the_published_fine_tuned_files():
+def test_keys_and_shapes_are_those_of_the_official_fine_tuned_files():
     with torch.device("meta"):
         mae = mae_vit_base_patch16()
         model = Classifier((224, 224), (16, 16), 3, 768, 12, 12, 1000, mean=[0.5] * 3, std=[0.2] * 3)
@@ -85,7 +85,7 @@ def test_float_images_that_are_normalised_give_the_same_logits_as_uint8():
     torch.testing.assert_close(model(floats), model(images()), rtol=1e-5, atol=1e-7)
 
 
-def test_the_head_starts_as_good_as_silent():
+def test_the_head_starts_near_zero():
     torch.manual_seed(0)
     head = Classifier((16, 16), (4, 4), 1, 128, 1, 4, 1000, mean=[0.5], std=[0.2]).head
     assert head.weight.std().item() == pytest.approx(HEAD_STD, rel=0.02)
@@ -164,7 +164,7 @@ def trained(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_what_is_tuned_is_what_was_asked_for():
+def test_the_weights_that_were_asked_for_are_trained():
     everything = trained(tiny())
     assert "pos_embed" in everything
     models = {what: tiny() for what in ("full", "linear", "last-1", "last-4", "lora")}
@@ -192,7 +192,7 @@ def test_more_blocks_than_there_are_cannot_be_tuned():
         tune(tiny(), "last-5")
 
 
-def test_updates_of_low_rank_change_nothing_at_first_and_are_merged_into_the_published_keys():
+def test_updates_of_low_rank_change_nothing_at_first_and_are_merged_into_the_official_keys():
     model, plain = tiny(), tiny()
     tune(model, "lora", lora_rank=2)
     torch.nn.init.normal_(model.head.weight)

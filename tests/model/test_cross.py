@@ -110,7 +110,7 @@ def test_loss_and_gradients_are_those_of_the_plain_formulation(norm_pix, predict
         assert (got[name] - gradient).norm() <= 1e-11 * gradient.norm() + floor, name
 
 
-def test_the_published_interface_gives_the_loss_of_all_masked_patches():
+def test_the_official_interface_gives_the_loss_of_all_masked_patches():
     model = cross_model(torch.float64)
     images, ids = batch(model, torch.float64)
     loss, pred, mask = model(images, ids_shuffle=ids)

@@ -1,4 +1,4 @@
-"""The model's public face: presets, keys, shapes, and what it refuses."""
+"""The public interface of the model: presets, keys, shapes, and what is refused."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import fastmae
 from fastmae.model.presets import PRESETS
 from fastmae.model.vit import sincos_positions
 
-PUBLISHED_DEPTH = {"base": 12, "large": 24, "huge": 32}
+OFFICIAL_DEPTH = {"base": 12, "large": 24, "huge": 32}
 
 
 @pytest.fixture(scope="module")
@@ -16,14 +16,14 @@ def tiny():
     return fastmae.mae_vit_tiny_patch4()
 
 
-@pytest.mark.parametrize("size", PUBLISHED_DEPTH)
-def test_published_models_have_the_published_size(size):
+@pytest.mark.parametrize("size", OFFICIAL_DEPTH)
+def test_official_models_have_the_official_size(size):
     patch = 14 if size == "huge" else 16
     with torch.device("meta"):
         model = getattr(fastmae, f"mae_vit_{size}_patch{patch}")()
     state = model.state_dict()
     decoder = [key for key in state if key.startswith(("decoder_", "mask_token"))]
-    assert len(state) - len(decoder) == 6 + 12 * PUBLISHED_DEPTH[size]
+    assert len(state) - len(decoder) == 6 + 12 * OFFICIAL_DEPTH[size]
     assert len(decoder) == 104
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected_parameters(model)
 
@@ -37,7 +37,7 @@ def expected_parameters(model):
     return encoder + decoder
 
 
-def test_keys_are_the_published_ones(tiny):
+def test_keys_are_the_official_ones(tiny):
     keys = set(tiny.state_dict())
     block = {"norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
     expected = {"cls_token", "pos_embed", "mask_token", "decoder_pos_embed"}
@@ -63,7 +63,7 @@ def test_positions_encode_column_then_row():
     torch.testing.assert_close(table[1 + row * 3 + column], expected)
 
 
-def test_initialisation_is_the_published_one():
+def test_initialisation_is_the_official_one():
     torch.manual_seed(0)
     model = fastmae.mae_vit_small_patch16()
     bound = (6 / (384 + 768)) ** 0.5

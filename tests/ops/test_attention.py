@@ -303,7 +303,7 @@ def test_the_users_table_goes_before_the_shipped_one(h100, monkeypatch, tmp_path
     assert chosen(197) == ("triton", f"fastest at 197 tokens ({GPU}, {shipped})")
 
 
-def test_a_winner_that_is_not_installed_is_not_taken_and_said(h100, monkeypatch):
+def test_a_winner_that_is_not_installed_is_not_taken_and_the_reason_is_given(h100, monkeypatch):
     write_table(h100, [entry(50, "xformers")])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     name, reason = chosen(50)
@@ -352,7 +352,7 @@ def test_cpp_does_what_it_was_asked_for_alone():
             assert runs_in_cpp(*arguments)
 
 
-def test_writing_merges_and_keeps_notes(h100):
+def test_writing_merges_entries_and_keeps_their_notes(h100):
     write_table(h100, [entry(50, milliseconds={"sdpa": 1.5}), entry(197)])
     write_table(h100, [entry(197, "sdpa")])
     assert read_table(h100) == [entry(50, milliseconds={"sdpa": 1.5}), entry(197, "sdpa")]

@@ -22,7 +22,7 @@ def test_auto_is_what_is_made_for_the_device():
     assert describe_ops(CPU).startswith("C++ (")
 
 
-def test_float64_is_the_references():
+def test_float64_is_left_to_the_reference():
     assert ops_backend(CPU, torch.uint8, torch.float64) == "reference"
     assert ops_backend(CPU, torch.uint8, torch.float32) == "cpu"
 

@@ -231,7 +231,7 @@ def test_mse_of_flat_patches_normalises_them_to_zero(loops):
     torch.testing.assert_close(loss, pred.square().mean(), rtol=1e-6, atol=0)
 
 
-def test_mse_of_one_number_a_patch_has_no_variance(loops):
+def test_mse_of_one_number_per_patch_has_no_variance(loops):
     images, ids, mean, std = sample(2, (3, 4), (1, 1), 1)
     pred = torch.randn(2, 12, 1)
     assert cpu.masked_mse(pred, images, ids, (1, 1), mean, std, True, EPS)[0].isnan()

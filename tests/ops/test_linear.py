@@ -105,12 +105,12 @@ def test_small_products_stay_with_torch(monkeypatch):
 def test_only_the_gradients_that_are_needed_are_computed():
     x, weight, bias = draw((3, 7, 24), (40, 24), True)
     for needed in range(3):
-        arguments = [t.detach().requires_grad_(place == needed) for place, t in enumerate((x, weight, bias))]
+        arguments = [t.detach().requires_grad_(index == needed) for index, t in enumerate((x, weight, bias))]
         with FlopCounterMode(display=False) as counter:
             linear(*arguments).sum().backward()
         product = 2 * 3 * 7 * 24 * 40
         assert counter.get_total_flops() == product * (2 if needed < 2 else 1)
-        assert [t.grad is not None for t in arguments] == [place == needed for place in range(3)]
+        assert [t.grad is not None for t in arguments] == [index == needed for index in range(3)]
 
 
 def test_the_op_is_one_to_torch():

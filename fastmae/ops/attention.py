@@ -1,7 +1,8 @@
-"""attention: softmax(q·kᵀ/√Dh)·v for short sequences, straight from the packed projection, in one of four ways.
+"""attention: softmax(q·kᵀ/√Dh)·v for short sequences, directly from the packed projection, in one of four ways.
 
-Which one runs is asked for in fastmae/ops/backends.py; ``auto`` is C++ on a CPU where that does it, and on a GPU looks
-up what was measured there.
+``attention_backend`` chooses one: what fastmae/ops/backends.py asks for; with ``auto``, C++ on a CPU if it can do the
+shape, and on a GPU the winner of a table of measurements (attention_table.py). torch's own attention, ``sdpa``, is
+called directly. The others are one custom op, ``fastmae::attention``, with a backward of its own.
 """
 
 from __future__ import annotations
@@ -24,28 +25,28 @@ from fastmae.torch_compat import constant_when_compiled
 
 TRITON_TOKENS = 320
 TRITON_HEAD_DIMS = (32, 64, 80)
-CPU_TOKENS = 1024  # up to which C++ was measured, and was faster
-WIDE_VECTORS = _C.instruction_sets()[-1] != "baseline"  # with those of 16 bytes it was half as fast as torch
+CPU_TOKENS = 1024  # C++ was measured, and was faster, up to this many tokens
+WIDE_VECTORS = _C.instruction_sets()[-1] != "baseline"  # with vectors of 16 bytes, C++ was half as fast as torch
 
-NEAREST = 1.25  # a measurement at S tokens speaks for sequences up to so many times longer or shorter
+NEAREST = 1.25  # a measurement at S tokens holds for sequences up to so many times longer or shorter
 NOT_MEASURED = "not measured on this device: fastmae bench attention --write"
 
 
 def attention(packed: torch.Tensor, queries: torch.Tensor | None = None) -> torch.Tensor:
-    """Multi-head attention without mask or dropout (Vaswani et al. 2017, equation 1).
+    """Computes multi-head attention without mask or dropout (Vaswani et al. 2017, equation 1).
 
     Args:
-        packed: floating [N, S, 3, H, Dh], queries, keys and values as one projection leaves them; or
-            [N, S, 2, H, Dh], keys and values, when the queries come apart. Any strides.
-        queries: [N, T, H, Dh] with T ≥ 1, of the dtype and device of ``packed``: for when only some tokens ask, or
-            others.
+        packed: floating [N, S, 3, H, Dh], queries, keys and values as one projection writes them; or
+            [N, S, 2, H, Dh], keys and values, if ``queries`` are given. Any strides.
+        queries: [N, T, H, Dh] with T ≥ 1, of the dtype and device of ``packed``; for queries of only some of the
+            tokens, or of other tokens.
 
     Returns:
-        [N, T, H, Dh] (T = S without ``queries``) in the dtype of ``packed``, or of autocast inside its region, as
+        [N, T, H, Dh] (T = S without ``queries``) in the dtype of ``packed``, or of autocast inside its region, like
         torch's own attention. Differentiable in both arguments. Equivalent to ``attention_reference``.
 
     Raises:
-        ValueError: a wrong shape, dtype or device; a backend that was asked for and cannot do it.
+        ValueError: a shape, dtype or device is wrong, or the backend that was asked for cannot do it.
     """
     device = packed.device.type
     if torch.is_autocast_enabled(device) and packed.dtype != torch.float64:
@@ -60,18 +61,19 @@ def attention(packed: torch.Tensor, queries: torch.Tensor | None = None) -> torc
 
 
 def attention_reference(packed: torch.Tensor, queries: torch.Tensor | None = None) -> torch.Tensor:
-    """The definition, in PyTorch: two matrix products with a softmax between them."""
+    """Defines the op in PyTorch: two matrix products with a softmax between them."""
     q, k, v = (x.transpose(1, 2) for x in _unpack(packed, queries))
     scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
     return (scores.softmax(dim=3) @ v).transpose(1, 2)
 
 
 def _unpack(packed: torch.Tensor, queries: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """Views q [N, T, H, Dh], k and v [N, S, H, Dh]."""
+    """Returns views q [N, T, H, Dh], k and v [N, S, H, Dh]."""
     return packed.unbind(2) if queries is None else (queries, *packed.unbind(2))
 
 
 def _check(packed: torch.Tensor, queries: torch.Tensor | None) -> None:
+    """Refuses arguments of a wrong shape, dtype or device."""
     count = 3 if queries is None else 2
     if packed.ndim != 5 or packed.shape[2] != count or 0 in (packed.shape[1], *packed.shape[3:]):
         form = "[N, S, 3, H, Dh] without queries" if queries is None else "[N, S, 2, H, Dh] with queries"
@@ -89,7 +91,7 @@ def _check(packed: torch.Tensor, queries: torch.Tensor | None) -> None:
         raise ValueError(f"queries must be on {packed.device} as packed is, got {queries.device}")
 
 
-# --- which one runs -------------------------------------------------------------------------------------------------
+# --- the choice of a backend ------------------------------------------------------------------------------------------
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype, S: int, head_dim: int) -> tuple[str, str]:
@@ -164,7 +166,7 @@ def _unmet_requirement(name: str, device: torch.device, dtype: torch.dtype, S: i
 
 @constant_when_compiled
 def _is_installed(name: str, device: torch.device) -> bool:
-    """Whether this machine has it; a constant to torch.compile, which cannot trace the search for a package."""
+    """Tells whether this machine has it; a constant to torch.compile, which cannot trace the search for a package."""
     if name == "triton":
         return triton_runs_on(device)
     return device.type == "cuda" and importlib.util.find_spec("xformers") is not None
@@ -175,7 +177,10 @@ def _is_installed(name: str, device: torch.device) -> bool:
 
 @torch.library.custom_op("fastmae::attention", mutates_args=())
 def _attention(packed: torch.Tensor, queries: torch.Tensor | None, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [N, T, H, Dh], log-sum-exp of its rows float32 [N, H, T], the base being the backend's own)."""
+    """Returns out [N, T, H, Dh] and the log-sum-exp of its rows float32 [N, H, T], whose base depends on the backend.
+
+    The backward pass of the same backend computes the softmax again from the log-sum-exp.
+    """
     if backend == "cpu":
         return cpu.attention(*_for_cpp(packed, queries))
     q, k, v = (_dense_heads(x) for x in _unpack(packed, queries))
@@ -203,12 +208,16 @@ def _attention_backward(
     lse: torch.Tensor,
     backend: str,
 ) -> list[torch.Tensor]:
-    """[gradient of packed], and that of queries behind it if there are any."""
+    """Returns the gradient of packed, and after it that of queries if there are any.
+
+    An op cannot return None in place of a tensor, so the list has one or two entries.
+    """
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in _present(packed, queries)]
     if backend == "cpu":
         cpu.attention_backward(_dense_heads(grad), *_for_cpp(packed, queries), lse, *_for_cpp(*gradients))
         return gradients
     q, k, v = (_dense_heads(x) for x in _unpack(packed, queries))
+    # Views of the gradients, so that what is written to them lands in the packed layout.
     dq, dk, dv = _unpack(*gradients, *[None] * (2 - len(gradients)))
     if backend == "triton":
         from fastmae.kernels.attention import attention_backward_triton
@@ -216,9 +225,9 @@ def _attention_backward(
         attention_backward_triton(grad, q, k, v, out, lse, dq, dk, dv)
     else:
         fmha = importlib.import_module("xformers.ops.fmha")
-        made = fmha.memory_efficient_attention_backward(grad.contiguous(), out, lse, q, k, v)
-        for place, gradient in zip((dq, dk, dv), made, strict=True):
-            place.copy_(gradient)
+        results = fmha.memory_efficient_attention_backward(grad.contiguous(), out, lse, q, k, v)
+        for view, gradient in zip((dq, dk, dv), results, strict=True):
+            view.copy_(gradient)
     return gradients
 
 
@@ -235,16 +244,20 @@ def _(
 
 
 def _present(packed: torch.Tensor, queries: torch.Tensor | None) -> list[torch.Tensor]:
+    """Returns the arguments that are not None."""
     return [packed] if queries is None else [packed, queries]
 
 
 def _for_cpp(packed: torch.Tensor, queries: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Views of four axes, as many as the extension knows: ``packed`` with its parts' heads side by side."""
+    """Returns views of four axes, which the extension takes: the heads of the parts of ``packed`` are side by side."""
     return _dense_heads(packed.flatten(2, 3)), None if queries is None else _dense_heads(queries)
 
 
 def _dense_heads(x: torch.Tensor) -> torch.Tensor:
-    """The kernels read a head's Dh numbers one after another, and count within an image in 32 bits."""
+    """Copies a tensor if the kernels cannot read it.
+
+    They need the Dh numbers of a head one after another, and offsets within an image that fit into 32 bits.
+    """
     small = sum(length * stride for length, stride in zip(x.shape[1:], x.stride()[1:], strict=True)) < 2**31
     return x if x.stride(3) == 1 and small else x.contiguous()
 
@@ -266,7 +279,7 @@ def _backward(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[torch.Tenso
 _attention.register_autograd(_backward, setup_context=_save)
 
 
-# What is computed anew in the backward pass is counted, as torch counts its own: 2 products, then 5.
+# What the backward pass computes again is counted too, as torch counts its own attention: 2 products, then 5.
 
 
 @register_flop_formula(torch.ops.fastmae.attention)

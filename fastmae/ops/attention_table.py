@@ -1,6 +1,6 @@
-"""What was measured of attention on which GPU: a table that ships, and one of the user's own that goes before it.
+"""Tables of the fastest attention backend by GPU and shape: one that ships, and the user's own, which goes before it.
 
-Written by ``fastmae bench attention --write``, read by fastmae/ops/attention.py. It knows nothing of attention itself.
+``fastmae bench attention --write`` writes them, fastmae/ops/attention.py reads them. Nothing here computes attention.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` for torch.bfloat16."""
+    """Returns the name of a dtype without its module: ``bfloat16`` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
 @constant_when_compiled
 def measurements(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Measurement, ...], tuple[Measurement, ...]]:
-    """What the user's and the shipped table say of a device.
+    """Returns the measurements for a device in the user's table and in the shipped one.
 
-    Measurements on a GPU of the same name, or else on any of the same compute capability. A constant to torch.compile,
-    which cannot trace a look at the machine and its files.
+    They are those of a GPU of the same name, or else of any GPU of the same compute capability. The result is
+    a constant to torch.compile, which cannot trace how the machine and its files are read.
     """
     gpu = torch.cuda.get_device_name(device)
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
@@ -49,15 +49,15 @@ def measurements(device: torch.device, dtype: torch.dtype) -> tuple[tuple[Measur
 
 
 def user_table() -> Path:
-    """Where a user's own measurements are kept: ``$XDG_CACHE_HOME`` or ``~/.cache``, then fastmae/attention.json."""
+    """Returns the path of the user's own table: fastmae/attention.json in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmae" / "attention.json"
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """The entries of a table, none if there is no such file.
+    """Reads the entries of a table; there are none if there is no such file.
 
     An entry has ``device`` (the GPU's name), ``capability`` ("9.0"), ``dtype`` ("bfloat16"), ``S``, ``head_dim`` and
-    ``backend`` (the fastest), and whatever else the benchmark notes.
+    ``backend`` (the fastest), and whatever else the benchmark adds.
 
     Raises:
         ValueError: the file cannot be read, or is not a table.
@@ -99,6 +99,7 @@ ALLOWED = {"dtype": tuple(map(dtype_name, DTYPES)), "backend": ("sdpa", "xformer
 
 
 def _check_entry(entry: object) -> None:
+    """Raises ValueError for an entry that lacks a key or has a value of another kind."""
     for key in (*KEY, "backend"):
         value = entry.get(key) if isinstance(entry, dict) else None
         number = key in ("S", "head_dim")

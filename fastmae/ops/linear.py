@@ -1,7 +1,12 @@
-"""linear: x·Wᵀ + b. On a CPU in float32 through oneDNN, which torch itself asks for other dtypes only.
+"""linear: x·Wᵀ + b, in float32 on a CPU by oneDNN instead of torch's own choice.
 
-torch multiplies float32 matrices with MKL (or whatever BLAS it was built with). oneDNN's kernels, which are in torch as
-well, use the widest vectors of any maker's processor. Both compute in float32; they add up in another order.
+torch multiplies float32 matrices with MKL (or the BLAS that it was built with), and uses oneDNN, which it contains too,
+for other dtypes only. oneDNN uses the widest vectors of processors of every maker. Both compute in float32; they differ
+in the order of additions.
+
+How a call is decided, from outside to inside: ``linear`` asks ``_uses_onednn`` whether this is a large float32 product
+on a CPU. If it is, the custom op ``fastmae::linear`` runs, which has a backward of its own, as torch has no gradient
+for oneDNN's product. In both directions ``_product`` still leaves short sums to torch.
 """
 
 from __future__ import annotations
@@ -19,9 +24,10 @@ from fastmae.ops.backends import ops_backend
 from fastmae.torch_compat import has_onednn_linear, onednn_linear
 
 ONEDNN = has_onednn_linear()
-# Multiply-adds below which calling an op of our own costs more than oneDNN wins.
+# The two limits were measured on one processor (Zen 4). They decide only who computes a product, not what it is.
+# Products of fewer multiply-adds stay with torch: the overhead of a custom op costs more than oneDNN saves.
 SMALLEST = 1 << 27
-# Numbers that are added up for each of the result, from which on oneDNN was faster (Zen 4).
+# Products that add up fewer numbers for each result stay with torch, which was faster.
 LEAST_SUMMED = 256
 
 
@@ -33,7 +39,7 @@ class Linear(nn.Linear):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """A linear map of the last axis.
+    """Computes a linear map of the last axis.
 
     Args:
         x: floating [..., I], any strides.
@@ -43,13 +49,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     Returns:
         [..., O] in the dtype of ``x``, or of autocast inside its region. Equivalent to ``F.linear``.
     """
-    if _is_foronednn_linear(x, weight):
+    if _uses_onednn(x, weight):
         return _linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def describe_linear(device: torch.device, dtype: torch.dtype) -> str:
-    """Who multiplies matrices of this kind, for people."""
+    """Describes which library multiplies matrices of this kind."""
     if device.type != "cpu":
         return "torch"
     if dtype != torch.float32:
@@ -57,8 +63,8 @@ def describe_linear(device: torch.device, dtype: torch.dtype) -> str:
     return "oneDNN" if ONEDNN and ops_backend(device) == "cpu" else "torch"
 
 
-def _is_foronednn_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether it is oneDNN's, though torch would not ask it. A program that is exported knows torch's ops alone."""
+def _uses_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Tells whether oneDNN computes this product. An exported program has torch's ops alone."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -67,11 +73,13 @@ def _is_foronednn_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and not torch.compiler.is_exporting()
         and ONEDNN
         and ops_backend(x.device) == "cpu"
-        and x.numel() * weight.shape[0] >= SMALLEST  # last: an exported program must not be bound to a batch by it
+        and x.numel() * weight.shape[0]
+        >= SMALLEST  # last, as a look at the sizes would fix the batch size of a program that is exported
     )
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Computes x·Wᵀ + b by the faster of torch and oneDNN."""
     if x.shape[-1] < LEAST_SUMMED:
         return F.linear(x, weight, bias)
     return onednn_linear(x, weight, bias)
@@ -91,22 +99,26 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch
 def _linear_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: list[bool]
 ) -> list[torch.Tensor]:
-    """Those gradients of x, weight and bias that are needed."""
-    rows = grad.flatten(0, -2)
-    made, sums = [], None
+    """Computes the gradients of x, weight and bias for which ``needs`` is true, in this order.
+
+    The list is shorter if some are not needed, because an op cannot return None in place of a tensor.
+    """
+    rows = grad.flatten(0, -2)  # [R, O]; the weight's gradient adds up over the R rows
+    gradients, column_sums = [], None
     if needs[0]:
-        made.append(_product(grad, weight.T))
+        gradients.append(_product(grad, weight.T))
     if needs[1]:
         inputs = x.flatten(0, -2)
         if len(rows) < LEAST_SUMMED:
-            made.append(rows.T @ inputs)
+            gradients.append(rows.T @ inputs)
         else:
-            # oneDNN takes its first factor without gaps alone; the second it lays out anew in any case.
-            transposed, sums = cpu.transpose_and_sum(rows)
-            made.append(onednn_linear(transposed, inputs.T, None))
+            # oneDNN needs its first factor without gaps, so it is transposed by a copy, which also adds up the gradient
+            # of the bias. The second factor may have any strides: oneDNN copies it in any case.
+            transposed, column_sums = cpu.transpose_and_sum(rows)
+            gradients.append(onednn_linear(transposed, inputs.T, None))
     if needs[2]:
-        made.append(rows.sum(0) if sums is None else sums)
-    return made
+        gradients.append(rows.sum(0) if column_sums is None else column_sums)
+    return gradients
 
 
 @_linear_backward.register_fake
@@ -121,8 +133,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     needs = list(ctx.needs_input_grad)
-    made = iter(_linear_backward(grad, *ctx.saved_tensors, needs))
-    return tuple(next(made) if needed else None for needed in needs)
+    gradients = iter(_linear_backward(grad, *ctx.saved_tensors, needs))
+    return tuple(next(gradients) if needed else None for needed in needs)
 
 
 _linear.register_autograd(_backward, setup_context=_save)

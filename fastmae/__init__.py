@@ -1,24 +1,40 @@
 """fastmae: a fast, exact, resumable trainer for masked autoencoders (MAE, He et al. 2021).
 
-Importing it touches no device and starts no thread.
+These are the public names. Each is loaded when it is first used, so that ``import fastmae`` loads no torch, touches no
+device and starts no thread.
 """
 
-from fastmae import ops
-from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.presets import (
-    mae_vit_base_patch16,
-    mae_vit_base_patch16_dec512d8b,
-    mae_vit_huge_patch14,
-    mae_vit_huge_patch14_dec512d8b,
-    mae_vit_large_patch16,
-    mae_vit_large_patch16_dec512d8b,
-    mae_vit_small_patch16,
-    mae_vit_tiny_patch4,
-    mae_vit_tiny_patch16,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastmae import ops
+    from fastmae.api import Run, extract_features, finetune, pretrain
+    from fastmae.checkpoint.load import load_model
+    from fastmae.errors import UserError
+    from fastmae.model.mae import MaskedAutoencoderViT
+    from fastmae.model.presets import (
+        mae_vit_base_patch16,
+        mae_vit_base_patch16_dec512d8b,
+        mae_vit_huge_patch14,
+        mae_vit_huge_patch14_dec512d8b,
+        mae_vit_large_patch16,
+        mae_vit_large_patch16_dec512d8b,
+        mae_vit_small_patch16,
+        mae_vit_tiny_patch4,
+        mae_vit_tiny_patch16,
+    )
+
+    __version__: str
 
 __all__ = [
     "MaskedAutoencoderViT",
+    "Run",
+    "UserError",
+    "__version__",
+    "extract_features",
+    "finetune",
+    "load_model",
     "mae_vit_base_patch16",
     "mae_vit_base_patch16_dec512d8b",
     "mae_vit_huge_patch14",
@@ -29,4 +45,34 @@ __all__ = [
     "mae_vit_tiny_patch4",
     "mae_vit_tiny_patch16",
     "ops",
+    "pretrain",
 ]
+
+_HOME = {
+    "MaskedAutoencoderViT": "fastmae.model.mae",
+    "Run": "fastmae.api",
+    "UserError": "fastmae.errors",
+    "extract_features": "fastmae.api",
+    "finetune": "fastmae.api",
+    "load_model": "fastmae.checkpoint.load",
+    "pretrain": "fastmae.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'fastmae' has no attribute {name!r}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("fastmae")
+    elif name == "ops":
+        value = import_module("fastmae.ops")
+    else:
+        value = getattr(import_module(_HOME.get(name, "fastmae.model.presets")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

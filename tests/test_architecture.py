@@ -1,6 +1,7 @@
 """The arrows between the parts run one way (README, "How it is built")."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,8 @@ ALLOWED = {
     "flags": set(),
     "argv": {"errors", "flags", "config"},
     "cli": {"errors", "flags", "argv", "config", "commands", "train"},
-    "__init__": {"ops", "model"},
+    "api": {"errors", "config", "model", "data", "checkpoint", "evaluate", "train"},
+    "__init__": {"errors", "ops", "model", "checkpoint", "api"},
     "__main__": {"cli"},
 }
 BESIDE = {"kernels", "benchmarks"}  # folders beside the package in the repository, installed inside it
@@ -55,6 +57,21 @@ def imports_of(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] == "fastmae"}
 
 
+def module_of(path: Path) -> str:
+    """The name under which a file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(["fastmae", *parts] if parts[0] in BESIDE else parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def modules_in(path: Path) -> set[str]:
+    """The files of fastmae, by their modules' names, that a file imports: at its top, in functions, or for types."""
+    names = {name for name in imports_of(path) if not name.startswith("fastmae._C")}  # no file of Python
+    return {name if name in MODULES else name.rpartition(".")[0] for name in names}
+
+
 def part_of(path: Path) -> str:
     relative = path.relative_to(ROOT)
     return relative.parts[0] if relative.parts[0] in BESIDE else relative.parts[1].removesuffix(".py")
@@ -66,6 +83,44 @@ def test_arrows_run_one_way(path):
     for name in imports_of(path):
         target = name.split(".")[1]
         assert target == part or target in ALLOWED[part], f"{path} imports {name}"
+
+
+# From the bottom to the top. Parts of one line do not know each other.
+LEVELS = (
+    {"errors", "facts", "files", "philox", "torch_compat", "environment", "flags", "_C"},
+    {"config", "kernels"},
+    {"argv", "ops"},
+    {"model", "data"},
+    {"checkpoint", "estimate"},
+    {"evaluate"},
+    {"export", "train"},
+    {"benchmarks", "api"},
+    {"commands", "__init__"},
+    {"cli"},
+    {"__main__"},
+)
+
+
+def test_the_arrows_that_are_allowed_lead_downward():
+    level = {part: number for number, parts in enumerate(LEVELS) for part in parts}
+    assert level.keys() == ALLOWED.keys()
+    for part, targets in ALLOWED.items():
+        assert all(level[target] < level[part] for target in targets - {part}), part
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {name: modules_in(path) - {name} for name, path in MODULES.items()}
+    assert sum(map(len, graph.values())) > 300  # the arrows were found at all
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_public_names_are_not_for_the_inside(path):
+    """``from fastmae import pretrain`` in a file of fastmae would close a circle through ``fastmae/__init__.py``."""
+    assert "fastmae" not in modules_in(path), f"{path}: import from the file that defines the name"
 
 
 # Parts of training do not know each other; each of these composes what stands before it, and the loops compose all.
@@ -85,9 +140,21 @@ def test_the_parts_of_training_do_not_know_each_other():
 
 
 def test_importing_touches_no_device_and_starts_no_thread():
-    code = "import threading, fastmae, torch; print(threading.active_count(), torch.cuda.is_initialized())"
+    code = (
+        "import threading, fastmae; [getattr(fastmae, name) for name in fastmae.__all__]\n"
+        "import torch; print(threading.active_count(), torch.cuda.is_initialized())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
     assert done.stdout.split() == ["1", "False"]
+
+
+@pytest.mark.parametrize(
+    "words", ["", "--help", "--version", "help", "pretrain --epoch 3", "pretrain --epochs x", "no"]
+)
+def test_questions_and_wrong_words_load_no_torch(words):
+    code = f"import sys, fastmae.cli; fastmae.cli.main({words.split()}); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
 
 
 def test_benchmarks_are_loaded_only_when_asked_for():

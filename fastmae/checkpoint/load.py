@@ -12,6 +12,7 @@ from fastmae.checkpoint.restore import load_checkpoint
 from fastmae.config.model import ModelSpec
 from fastmae.errors import SettingError, UserError
 from fastmae.model.build import build_model
+from fastmae.model.classifier import Classifier, classifier_of, tune
 from fastmae.model.mae import MaskedAutoencoderViT
 
 
@@ -58,13 +59,7 @@ def open_checkpoint(checkpoint: str | Path, preset: str | None = None) -> Opened
         settings = {**file.args, **spec_of_file(file, preset).as_json()}
         return Opened(model_of_file(file, preset).eval(), settings, file.has_decoder)
     try:
-        if (path / MANIFEST).exists():
-            manifest = read_manifest(path)
-        else:
-            newest = find_checkpoint(path)
-            if newest.path is None:
-                raise BadCheckpointError(f"no intact checkpoint ({'; '.join(newest.refused) or 'none at all'})")
-            path, manifest = newest.path, newest.manifest
+        path, manifest = _verified(path)
         if "nb_classes" in manifest["settings"]:
             raise BadCheckpointError("is of a fine-tuned classifier, not of a masked autoencoder")
         model = build_model(ModelSpec.from_json(manifest["settings"]))
@@ -72,3 +67,41 @@ def open_checkpoint(checkpoint: str | Path, preset: str | None = None) -> Opened
     except (BadCheckpointError, KeyError, TypeError, SettingError) as error:
         raise UserError(f"{path}: {error}; give another checkpoint") from error
     return Opened(model.eval(), manifest["settings"], True)
+
+
+def load_classifier(checkpoint: str | Path) -> Classifier:
+    """Returns the classifier of a fine-tuned run, on the CPU, in evaluation mode.
+
+    Args:
+        checkpoint: a run folder of finetune (its newest intact checkpoint counts), or one of its checkpoints.
+
+    Raises:
+        UserError: nothing there, not intact, or not a classifier.
+    """
+    path = Path(checkpoint)
+    try:
+        path, manifest = _verified(path)
+        settings = manifest["settings"]
+        if "nb_classes" not in settings:
+            raise BadCheckpointError("is of a masked autoencoder, not of a fine-tuned classifier")
+        encoder = build_model(ModelSpec.from_json(settings))
+        model = classifier_of(encoder, settings["nb_classes"], global_pool=settings["global_pool"])
+        tune(model, settings["tune"], settings["lora_rank"])
+        load_checkpoint(path, manifest, model)
+    except (BadCheckpointError, KeyError, TypeError, ValueError, SettingError) as error:
+        raise UserError(f"{path}: {error}; give another checkpoint") from error
+    return model.eval()
+
+
+def _verified(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Returns a checkpoint, or the newest intact one of a run folder, with its manifest.
+
+    Raises:
+        BadCheckpointError: none is intact.
+    """
+    if (path / MANIFEST).exists():
+        return path, read_manifest(path)
+    newest = find_checkpoint(path)
+    if newest.path is None:
+        raise BadCheckpointError(f"no intact checkpoint ({'; '.join(newest.refused) or 'none at all'})")
+    return newest.path, newest.manifest

@@ -30,14 +30,18 @@ NORMAL_MAD = 0.6745
 
 
 class StopSignals:
-    """Remembers, while entered, the first SIGTERM, SIGINT or SIGUSR1. A second SIGINT interrupts at once."""
+    """Remembers, while entered, the first SIGTERM, SIGINT or SIGUSR1. A second SIGINT interrupts at once.
+
+    Only the main thread of Python may handle signals. In another one nothing is handled, and nothing is remembered.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -173,6 +173,8 @@ def test_what_each_page_starts_with_runs_and_so_does_the_python(tmp_path, monkey
     for code in blocks((ROOT / "docs" / "python.md").read_text(), "python"):
         exec(code, names)
     assert names["features"].shape == (64, 128)
+    assert names["of_digits"].values.shape == (359, 128)
+    assert names["run"].status == names["tuned"].status == 0
     assert names["status"] == 0
 
 

@@ -1,7 +1,7 @@
 """Which attention is the fastest for which shape on this GPU?
 
     fastmae bench attention --write                                          # a user: for --attention auto
-    fastmae bench attention --write fastmae/ops/attention_table.json         # a maintainer: for everybody's GPU like it
+    fastmae bench attention --write fastmae/ops/attention_table.json         # a maintainer: for all GPUs like it
 
 Forward and backward together, as training computes them. No backend is timed whose result is wrong, and one that
 cannot run is named with the reason.
@@ -18,10 +18,17 @@ from typing import Any
 
 import torch
 
-from fastmae.benchmarks.cases import Function, attention_case, known_shapes
-from fastmae.benchmarks.measure import Measured, as_json, measure
-from fastmae.benchmarks.report import complaints, console, describe_ceilings, table
-from fastmae.benchmarks.timing import Stopwatch, machine_name, measure_ceilings, quartiles, write_result
+from fastmae.benchmarks.cases import Function, Measured, as_json, attention_case, known_shapes, measure
+from fastmae.benchmarks.harness import (
+    Stopwatch,
+    console,
+    describe_ceilings,
+    machine_name,
+    measure_ceilings,
+    quartiles,
+    write_result,
+)
+from fastmae.benchmarks.kernels import speed_table, untimed
 from fastmae.config import BenchAttentionConfig, check_bench
 from fastmae.environment import versions
 from fastmae.errors import UserError
@@ -56,14 +63,14 @@ def bench_attention(config: BenchAttentionConfig, command: Sequence[str]) -> int
     machine, ceilings = machine_name(device), measure_ceilings(device)
     print(f"{machine}: {describe_ceilings(ceilings)}")
 
-    contestants = {name: through(name) for name in BACKENDS}
+    implementations = {name: through(name) for name in BACKENDS}
     measured = []
     for shape in shapes:
         case = attention_case(shape, N, dtype, device, backward=True)
-        measured.append(measure(case, contestants, watch, dispensable=BACKENDS))
-    console().print(table(f"attention, {precision.name}", measured, ceilings, "sdpa"))
-    for complaint in complaints(measured):
-        print(complaint)
+        measured.append(measure(case, implementations, watch, optional=BACKENDS))
+    console().print(speed_table(f"attention, {precision.name}", measured, ceilings, "sdpa"))
+    for line in untimed(measured):
+        print(line)
 
     if config.output is not None:
         name = f"attention-{machine}-n{N}-{precision.name}"

@@ -1,18 +1,19 @@
 """What is timed: every op at the shapes of the presets, on random data, with the fewest bytes it must move.
 
-A case says what goes in and what must come out; how it is timed is timing.py's business.
+A case says what goes in, what must come out and how few bytes must move; ``measure`` times it once results are right.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from fastmae.benchmarks.harness import Samples, Stopwatch, input_sets_for, interleave
 from fastmae.errors import UserError
 from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.model.presets import PRESETS
@@ -25,7 +26,6 @@ from fastmae.ops.masked_mse import masked_mse, masked_mse_reference
 from fastmae.ops.random_masking import random_masking, random_masking_reference
 from fastmae.ops.scatter_patches import scatter_patches, scatter_patches_reference
 
-OURS = "fastmae"
 MASK_RATIO = 0.75
 SEED = 0x1234_5678_9ABC_DEF0
 # Largest ‖out − truth‖ / ‖truth‖ by the type of the output: roundings of that type, and for uint8 a few values that lie
@@ -394,3 +394,81 @@ def _ids(generator: torch.Generator, shapes: Shapes, N: int) -> torch.Tensor:
 def _statistics(channels: int, device: torch.device) -> Tensors:
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
     return torch.tensor(mean, device=device), torch.tensor(std, device=device)
+
+
+# --- from a case to its times ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The times of a case, or the reasons why there are none."""
+
+    case: Case
+    input_sets: int
+    errors: dict[str, tuple[float, float]]
+    """(relative error, tolerance) by implementation, of its worst output."""
+    skipped: dict[str, str]
+    """Why an implementation was not timed."""
+    refused: str | None = None
+    """Why none of them was timed."""
+    seconds: Samples = field(default_factory=dict)
+
+    @property
+    def wrong(self) -> bool:
+        return any(not error <= tolerance for error, tolerance in self.errors.values())
+
+
+def measure(
+    case: Case, implementations: Mapping[str, Function], watch: Stopwatch, *, optional: Collection[str] = ()
+) -> Measured:
+    """Times ``implementations`` if their results are right.
+
+    If one is wrong, none is timed, and an exception is raised again; but those that are ``optional`` are skipped
+    instead, with the reason.
+    """
+    generator = torch.Generator(watch.device).manual_seed(0)
+    sets = [case.draw(generator) for _ in range(input_sets_for(case.moved, watch.device))]
+    truth = true_result(case, sets[0])
+    errors, skipped, wrong = {}, {}, []
+    for name, function in implementations.items():
+        try:
+            errors[name] = error, tolerance = disagreement(run(function, sets[0]), truth)
+        except Exception as problem:
+            if name not in optional:
+                raise
+            skipped[name] = f"cannot run: {(str(problem).strip() or repr(problem)).splitlines()[0]}"
+            continue
+        if not error <= tolerance:
+            error_text = f"off by {error:.1e}, allowed {tolerance:.0e}"
+            if name in optional:
+                skipped[name] = f"wrong: {error_text}"
+            else:
+                wrong.append(f"{name} is {error_text}")
+    measured = Measured(case=case, input_sets=len(sets), errors=errors, skipped=skipped)
+    if wrong:
+        return replace(measured, refused="; ".join(wrong))
+    calls = {
+        name: lambda i, function=function: run(function, sets[i])
+        for name, function in implementations.items()
+        if name not in skipped
+    }
+    return replace(measured, seconds=interleave(calls, watch, len(sets)))
+
+
+def as_json(measured: Measured) -> dict[str, Any]:
+    """Everything, with every sample."""
+    case = measured.case
+    return {
+        "op": case.op,
+        "backward": case.backward,
+        "model": case.model,
+        "sizes": case.sizes,
+        "backend": case.backend,
+        "bytes": case.moved,
+        "flops": case.flops,
+        "input_sets": measured.input_sets,
+        "errors": measured.errors,
+        "skipped": measured.skipped,
+        "refused": measured.refused,
+        "seconds": measured.seconds,
+    }

@@ -1,40 +1,20 @@
-"""How fast can this machine be at all? Copies, matrix products large and small, and JPEG decoding.
-
-The model's own products are narrower than the large square one and reach less of what the processor can do. A step
-that took no longer than they do alone would compute nothing else, so they are the nearer ceiling.
-"""
+"""What a machine can do for a step of one model: its products one after another, decoding, and the fewest bytes."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import simplejpeg
 import torch
 
-from fastmae.benchmarks.timing import Stopwatch, interleave, measure_ceilings
+from fastmae.benchmarks.harness import Stopwatch, interleave, measure_ceilings
+from fastmae.model.flops import Product, products_of
 from fastmae.model.mae import MaskedAutoencoderViT
 
-
-class Product(NamedTuple):
-    """A linear layer: [N · tokens, inputs] times [inputs, outputs], where N is the batch."""
-
-    tokens: int
-    inputs: int
-    outputs: int
-
-    @property
-    def flops(self) -> int:
-        """Of an image's forward pass; backward takes twice as many, for the inputs' gradient and for the weights'."""
-        return 2 * self.tokens * self.inputs * self.outputs
-
-    def moved(self, N: int, itemsize: int) -> int:
-        """Bytes, if each of its three products reads its factors and writes its result once."""
-        rows = N * self.tokens
-        return 3 * itemsize * (rows * self.inputs + self.inputs * self.outputs + rows * self.outputs)
+# AdamW reads weight, gradient and two moments, and writes three of them, in float32.
+MOVED_BY_OPTIMIZER = 7 * 4
 
 
 @dataclass(frozen=True)
@@ -46,49 +26,27 @@ class AllCeilings:
     matmul_flops: dict[str, float]
     """Operations a second of a large square product, by dtype."""
     products_flops: float
-    """Of the model's own products, one after another, in the dtype of the benchmark."""
+    """Of the model's own linear layers, one after another, in the dtype of the benchmark."""
     decoded: dict[str, float]
     """Whole JPEGs a second, by number of threads."""
 
 
-def products_of(model: MaskedAutoencoderViT, mask_ratio: float) -> Counter[Product]:
-    """The linear layers of a step, and how often each is there; only what the loss needs."""
-    K, L = model.num_visible(mask_ratio), model.num_patches
-    M = L - K
-    width, narrow, pixels = model.cls_token.shape[2], model.mask_token.shape[2], model.decoder_pred.out_features
-    encoder: Any = model.blocks[0]
-    decoder: Any = model.decoder_blocks[0]
-    found = Counter({Product(K, pixels, width): 1})
-
-    def add_blocks(number: int, D: int, hidden: int, tokens: int, queries: int) -> None:
-        """Whose keys and values are of ``tokens`` and whose output is for ``queries``."""
-        if tokens == queries:
-            found[Product(tokens, D, 3 * D)] += number
-        else:
-            found[Product(tokens, D, 2 * D)] += number
-            found[Product(queries, D, D)] += number
-        found[Product(queries, D, D)] += number
-        found[Product(queries, D, hidden)] += number
-        found[Product(queries, hidden, D)] += number
-
-    add_blocks(len(model.blocks), width, encoder.mlp.fc1.out_features, K + 1, K + 1)
-    found[Product(K + 1, width, narrow)] += 1
-    add_blocks(len(model.decoder_blocks) - 1, narrow, decoder.mlp.fc1.out_features, L + 1, L + 1)
-    add_blocks(1, narrow, decoder.mlp.fc1.out_features, L + 1, M)
-    found[Product(M, narrow, pixels)] += 1
-    return +found
-
-
-# AdamW reads weight, gradient and two moments, and writes three of them, in float32.
-MOVED_BY_OPTIMIZER = 7 * 4
+def linear_layers(model: MaskedAutoencoderViT, mask_ratio: float) -> list[Product]:
+    return [product for product in products_of(model, mask_ratio) if product.kind == "linear"]
 
 
 def step_bytes(model: MaskedAutoencoderViT, mask_ratio: float, N: int, itemsize: int) -> int:
-    """The fewest bytes of a step that computes one product after another, and nothing that it could compute on the way:
-    each product's factors and result once, in so many bytes a number, and what the optimiser reads and writes."""
-    products = sum(times * product.moved(N, itemsize) for product, times in products_of(model, mask_ratio).items())
+    """The fewest bytes of a step that computes one product after another, and nothing that it could compute on the way.
+
+    Each of a layer's three products reads its factors and writes its result once, and the optimiser reads and writes
+    its own.
+    """
+    numbers = sum(
+        layer.count * (N * layer.m * (layer.k + layer.n) + layer.k * layer.n)
+        for layer in linear_layers(model, mask_ratio)
+    )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return products + MOVED_BY_OPTIMIZER * trained
+    return 3 * itemsize * numbers + MOVED_BY_OPTIMIZER * trained
 
 
 def measure_all_ceilings(
@@ -105,19 +63,16 @@ def measure_all_ceilings(
     watch = Stopwatch(device=device, rounds=rounds)
     machine = measure_ceilings(device, rounds=rounds)
     decoded = {str(number): _decoded(jpegs, number, rounds) for number in dict.fromkeys((1, threads))}
-    products = products_of(model, mask_ratio)
-    return AllCeilings(machine.copy_bytes, machine.matmul_flops, products_flops(products, N, dtype, watch), decoded)
+    products = products_flops(linear_layers(model, mask_ratio), N, dtype, watch)
+    return AllCeilings(machine.copy_bytes, machine.matmul_flops, products, decoded)
 
 
-def products_flops(products: Counter[Product], N: int, dtype: torch.dtype, watch: Stopwatch) -> float:
-    """Operations a second of all products of a step with ``N`` images, forward and backward, each in its best time."""
+def products_flops(layers: Sequence[Product], N: int, dtype: torch.dtype, watch: Stopwatch) -> float:
+    """Operations a second of all layers of a step with ``N`` images, forward and backward, each in its best time."""
     seconds, flops = 0.0, 0
-    for product, times in products.items():
-        rows = N * product.tokens
-        x, weight, gradient = (
-            torch.randn(*shape, device=watch.device).to(dtype)
-            for shape in ((rows, product.inputs), (product.outputs, product.inputs), (rows, product.outputs))
-        )
+    for layer in layers:
+        shapes = (N * layer.m, layer.k), (layer.n, layer.k), (N * layer.m, layer.n)
+        x, weight, gradient = (torch.randn(*shape, device=watch.device).to(dtype) for shape in shapes)
         samples = interleave(
             {
                 "forward": lambda _, x=x, weight=weight: x @ weight.T,
@@ -126,8 +81,8 @@ def products_flops(products: Counter[Product], N: int, dtype: torch.dtype, watch
             },
             watch,
         )
-        seconds += times * sum(map(min, samples.values()))
-        flops += times * 3 * N * product.flops
+        seconds += layer.count * sum(map(min, samples.values()))
+        flops += 3 * N * layer.flops
     return flops / seconds
 
 

@@ -10,7 +10,6 @@ read again soon after they were written, so from the system's memory where they 
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,8 +20,16 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from fastmae.benchmarks.report import console
-from fastmae.benchmarks.timing import Samples, machine_name, quartiles, write_result
+from fastmae.benchmarks.harness import (
+    Samples,
+    console,
+    machine_name,
+    quartiles,
+    refuse,
+    table,
+    wait_for,
+    write_result,
+)
 from fastmae.checkpoint.manifest import FOLDER, BadCheckpointError, read_manifest
 from fastmae.checkpoint.restore import load_checkpoint
 from fastmae.checkpoint.save import Saver, training_tensors
@@ -58,8 +65,7 @@ def bench_checkpoint(config: BenchCheckpointConfig, command: Sequence[str]) -> i
         with tempfile.TemporaryDirectory(dir=config.folder) as folder:
             samples, size = _measure(config, device, precision, Path(folder))
     except BadCheckpointError as error:
-        print(f"a checkpoint {error}, so no time is reported", file=sys.stderr)
-        return 1
+        return refuse(f"a checkpoint {error}")
     # The first round pays for the memory of the copy, as the first save of a run does.
     first = {name: seconds[0] for name, seconds in samples.items()}
     later = {name: seconds[1:] for name, seconds in samples.items()}
@@ -118,8 +124,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """On the host's clock, which is what training waits by; work for a GPU is waited for."""
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return time.perf_counter() - start
 
 
@@ -137,18 +142,17 @@ def _compare(
 
 def _table(title: str, first: dict[str, float], later: Samples, size: int) -> Table:
     step = quartiles(later[STEP])[1]
-    table = Table(title=title, title_justify="left")
-    table.add_column("what", no_wrap=True)
-    for column in ("ms", "quartiles", "first, ms", "share of a step", "GB/s"):
-        table.add_column(column, justify="right", no_wrap=True)
+    rows = []
     for name in NAMES:
         low, median, high = quartiles(later[name])
-        table.add_row(
-            name,
-            f"{1e3 * median:.1f}",
-            f"{1e3 * low:.1f} – {1e3 * high:.1f}",
-            f"{1e3 * first[name]:.1f}",
-            f"{median / step:.1%}",
-            f"{size / median / 1e9:.2f}" if name in (STALL, AT_ONCE, VERIFY) else "",
+        rows.append(
+            (
+                name,
+                f"{1e3 * median:.1f}",
+                f"{1e3 * low:.1f} – {1e3 * high:.1f}",
+                f"{1e3 * first[name]:.1f}",
+                f"{median / step:.1%}",
+                f"{size / median / 1e9:.2f}" if name in (STALL, AT_ONCE, VERIFY) else "",
+            )
         )
-    return table
+    return table(title, ("what", "ms", "quartiles", "first, ms", "share of a step", "GB/s"), rows)

@@ -4,44 +4,50 @@
     fastmae bench end-to-end --model mae_vit_large_patch16 --compile block --decoder dali-gpu           # on a GPU
 
 Our loader feeds our step, as in a run. Beside it: our step on a batch that lies ready on the device, which no loader
-can surpass; and the published loop, fed by the published pipeline (baselines/official_pipeline.py). No time is reported
-unless our losses on files are those of the same images decoded beforehand, one after another, and the published loop's
+can surpass; and the official loop, fed by the official pipeline (baselines/official_pipeline.py). No time is reported
+unless our losses on files are those of the same images decoded beforehand, one after another, and the official loop's
 are those but for another build of libjpeg and another resize.
 
-Turns are windows of steps. Before the clock starts, a turn has as many steps as its loader works on ahead, so that
-queues are as full as training leaves them; as many batches are asked for beyond the last step, so that the workers have
-as much to do when the clock stops as when it started; and these are waited for before the next one's turn, so that
-nobody decodes in somebody else's. On a CPU decoding and the step share the cores, which is how it is there. The files
-lie in the page cache.
+Turns are windows of steps (``window`` of loader.py). On a CPU decoding and the step share the cores, which is how it is
+there. The files lie in the page cache.
 """
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.table import Table
 
-from fastmae.benchmarks.baselines.official_pipeline import PublishedPipeline, Requests
+from fastmae.benchmarks.baselines.official_pipeline import OfficialPipeline, Requests
+from fastmae.benchmarks.harness import (
+    Samples,
+    agree,
+    console,
+    machine_name,
+    rates,
+    refuse,
+    speed_up,
+    table,
+    take_turns,
+    write_result,
+)
 from fastmae.benchmarks.images import ImagesConfig, make_jpegs, write_images
-from fastmae.benchmarks.report import console
-from fastmae.benchmarks.step import LOSS_TOLERANCE, MASK_RATIO, STEP, Contestant, Inputs, Switches, ours, theirs
-from fastmae.benchmarks.timing import Samples, machine_name, quartiles, times_as_fast, write_result
+from fastmae.benchmarks.loader import holding_little, into_the_page_cache, requests_of, window
+from fastmae.benchmarks.step import LOSS_TOLERANCE, MASK_RATIO, STEP, Implementation, Inputs, Switches, ours, theirs
 from fastmae.config import BenchEndToEndConfig, check_bench
 from fastmae.data.decoders import dali
 from fastmae.data.loader import PREFETCH, View, choose_decoder, default_workers, load_batches, load_sample
-from fastmae.data.parquet import ParquetSource
-from fastmae.data.plan import EpochPlan, crop_draws, plan_epoch
+from fastmae.data.plan import crop_draws
 from fastmae.data.sources import FolderSource, Source, open_train
 from fastmae.errors import UserError
 from fastmae.model.flops import flops_per_image
@@ -57,7 +63,7 @@ FILES, BATCHES_OF_FILES = 256, 4
 CPU_BATCH, GPU_BATCH = 8, 256
 CPU_STEPS, GPU_STEPS = 4, 50
 STEPS_COMPARED = 2
-FROM_FILES, CACHED, PUBLISHED = "fastmae, from files", "fastmae, a batch on the device", "published loop, from files"
+FROM_FILES, CACHED, OFFICIAL = "fastmae, from files", "fastmae, a batch on the device", "official loop, from files"
 # Of our losses, relative: the same pixels in the same step, but for the order in which some GPU kernels add up.
 SAME_STEP = {"fp32": 1e-5, "bf16": 1e-3}
 # Of losses on images of another decoder or resize, which are some tenths of a grey level away on average.
@@ -69,9 +75,9 @@ Fed = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class _Runner:
-    """Who trains on what."""
+    """An implementation of training: a step and the loader that feeds it."""
 
-    step: Contestant
+    step: Implementation
     start: Callable[[Requests], Generator[Fed]]
     """Gives what the step takes for each of some requests, and ends with them."""
     ahead: int
@@ -86,7 +92,7 @@ class _Runner:
 
 @dataclass(frozen=True)
 class _Setting:
-    """What all share."""
+    """The settings that all share."""
 
     source: Source
     view: View
@@ -116,22 +122,17 @@ def bench_end_to_end(config: BenchEndToEndConfig, command: Sequence[str]) -> int
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastmae-bench-"))
         setting = _setting(config, model, Path(folder))
         precision = choose_precision(config.precision, setting.device).name
-        left_out: dict[str, str] = {}
-        runners = _runners(config, model, setting, precision, left_out, stack)
-        losses = _losses(setting, runners, left_out)
-        if wrong := [name for name in losses if not _agrees(losses[name], losses[CACHED], runners[name].tolerance)]:
-            print(f"the losses of {' and '.join(wrong)} differ, so no time is reported: {losses}", file=sys.stderr)
-            return 1
-        # Each process of the published pipeline makes whole batches, so a window has as many of each.
+        skipped: dict[str, str] = {}
+        runners = _runners(config, model, setting, precision, skipped, stack)
+        losses = _losses(setting, runners, skipped)
+        expected = losses[CACHED]
+        if wrong := [name for name in losses if not agree(losses[name], expected, runners[name].tolerance)]:
+            return refuse(f"the losses of {' and '.join(wrong)} differ ({losses})")
+        # Each process of the official pipeline makes whole batches, so a window has as many of each.
         steps = config.steps or (GPU_STEPS if setting.device.type == "cuda" else CPU_STEPS)
         steps = -(-steps // setting.num_workers) * setting.num_workers
-        samples: Samples = {name: [] for name in losses}
-        place = 0
-        for _ in range(config.rounds):
-            for name, seconds in samples.items():
-                requests = _requests(setting, place, steps + 2 * runners[name].ahead)
-                seconds.append(_turn(setting, runners[name], requests))
-            place += steps
+        samplers = {name: partial(_turn, setting, runners[name], steps, itertools.count(0, steps)) for name in losses}
+        samples: Samples = take_turns(samplers, config.rounds)
 
     machine = machine_name(setting.device)
     screen = console()
@@ -141,7 +142,7 @@ def bench_end_to_end(config: BenchEndToEndConfig, command: Sequence[str]) -> int
         f"files in the page cache, median of {config.rounds}"
     )
     screen.print(_speeds(samples))
-    for name, reason in left_out.items():
+    for name, reason in skipped.items():
         print(f"{name} cannot run: {reason}", file=sys.stderr)
     if config.output is not None:
         measured = {
@@ -152,7 +153,7 @@ def bench_end_to_end(config: BenchEndToEndConfig, command: Sequence[str]) -> int
             "precision": precision,
             "load": os.getloadavg(),
             "losses": losses,
-            "left_out": left_out,
+            "skipped": skipped,
             "useful_flops": 3 * flops_per_image(model, MASK_RATIO),
             "seconds": samples,
         }
@@ -161,7 +162,7 @@ def bench_end_to_end(config: BenchEndToEndConfig, command: Sequence[str]) -> int
     return 0
 
 
-# --- who trains on what -----------------------------------------------------------------------------------------------
+# --- implementations -----------------------------------------------------------------------------------------------
 
 
 def _setting(config: BenchEndToEndConfig, model: MaskedAutoencoderViT, folder: Path) -> _Setting:
@@ -169,7 +170,7 @@ def _setting(config: BenchEndToEndConfig, model: MaskedAutoencoderViT, folder: P
     device = parallel.choose_device(config.device)
     N = config.batch_size or (GPU_BATCH if device.type == "cuda" else CPU_BATCH)
     path = config.data_path
-    decoder, _ = choose_decoder(config.decoder, device, None, model.in_chans)
+    decoder, _ = choose_decoder(config.image_decoder, device, None, model.in_chans)
     if path is None:
         images = ImagesConfig(folder=folder / "images", count=config.files or max(FILES, BATCHES_OF_FILES * N))
         write_images(images, make_jpegs(images))
@@ -179,10 +180,10 @@ def _setting(config: BenchEndToEndConfig, model: MaskedAutoencoderViT, folder: P
         raise UserError(f"--data_path {path}: arrays need no decoding; name image files, tar or Parquet shards")
     if len(source) < N:
         raise UserError(f"--batch_size {N}: more than the {len(source)} images of {config.data_path or 'the files'}")
-    if isinstance(source, ParquetSource):  # row groups are read anew, as of data that do not fit into memory
-        source = replace(source, held=1)
     view = View(model.img_size, model.in_chans, seed=SEED, scale=SCALE, flip=True)
-    return _Setting(source, view, model.num_patches, N, config.num_workers or default_workers(), device, decoder)
+    return _Setting(
+        holding_little(source), view, model.num_patches, N, config.num_workers or default_workers(), device, decoder
+    )
 
 
 def _runners(
@@ -190,12 +191,12 @@ def _runners(
     model: MaskedAutoencoderViT,
     setting: _Setting,
     precision: str,
-    left_out: dict[str, str],
+    skipped: dict[str, str],
     stack: ExitStack,
 ) -> dict[str, _Runner]:
     """Each with weights of its own, all the same; processes end with the ``stack``."""
     context = parallel.DistContext(0, 1, setting.device)
-    images, ids_shuffle = _decoded(setting, _requests(setting, 0, 1)[0])
+    images, ids_shuffle = _decoded(setting, requests_of(setting.source, setting.batch_size, 0, 1)[0])
     pixels = (images / 255 - model.mean.to(images.device)) / model.std.to(images.device)
     inputs = Inputs(images, pixels.permute(0, 3, 1, 2).contiguous(), ids_shuffle, model.state_dict())
     switches = Switches(precision=precision, compile=config.compile)
@@ -219,18 +220,18 @@ def _runners(
         for _ in requests:
             yield images, ids_shuffle
 
-    is_pool = setting.decoder in ("threads", "pool")
-    ahead = PREFETCH + (not is_pool) * dali.AHEAD
-    of_pixels = tolerance if is_pool else max(tolerance, OTHER_PIXELS)
+    is_threads = setting.decoder in ("threads", "threads")
+    ahead = PREFETCH + (not is_threads) * dali.AHEAD
+    of_pixels = tolerance if is_threads else max(tolerance, OTHER_PIXELS)
     runners = {
         FROM_FILES: _Runner(ours(config.model, switches, inputs, context), from_files, ahead, of_pixels),
-        # One step, as after somebody else's turn the processor's caches are cold.
+        # One step, as after another's turn the processor's caches are cold.
         CACHED: _Runner(ours(config.model, switches, inputs, context), on_device, 1, tolerance),
     }
     if not isinstance(setting.source, FolderSource) or model.in_chans != 3:
-        left_out[PUBLISHED] = "it reads folders of image files in colour"
+        skipped[OFFICIAL] = "it reads folders of image files in colour"
         return runners
-    pipeline = PublishedPipeline(
+    pipeline = OfficialPipeline(
         setting.source.paths,
         size=model.img_size[0],
         scale=SCALE,
@@ -240,13 +241,13 @@ def _runners(
     )
     stack.callback(pipeline.close)
 
-    def published(requests: Requests) -> Generator[Fed]:
+    def official(requests: Requests) -> Generator[Fed]:
         with closing(pipeline.batches(requests)) as loaded:
             for (_, draw_ids), batch in zip(requests, loaded, strict=True):
                 yield batch, setting.masks(torch.from_numpy(draw_ids)).long()
 
-    loop = theirs("published", config.model, precision, inputs, context)
-    return runners | {PUBLISHED: _Runner(loop, published, pipeline.ahead, max(LOSS_TOLERANCE[precision], OTHER_PIXELS))}
+    loop = theirs("official", config.model, precision, inputs, context)
+    return runners | {OFFICIAL: _Runner(loop, official, pipeline.ahead, max(LOSS_TOLERANCE[precision], OTHER_PIXELS))}
 
 
 def _decoded(setting: _Setting, request: tuple[np.ndarray, np.ndarray]) -> Fed:
@@ -258,79 +259,40 @@ def _decoded(setting: _Setting, request: tuple[np.ndarray, np.ndarray]) -> Fed:
     return images.to(setting.device), setting.masks(torch.from_numpy(draw_ids))
 
 
-def _losses(setting: _Setting, runners: dict[str, _Runner], left_out: dict[str, str]) -> dict[str, list[float]]:
-    """Of everybody's first steps on the same images; who fails is left out."""
-    requests = _requests(setting, 0, STEPS_COMPARED)
-    found = {CACHED: [runners[CACHED].train(_decoded(setting, request)).item() for request in requests]}
+def _losses(setting: _Setting, runners: dict[str, _Runner], skipped: dict[str, str]) -> dict[str, list[float]]:
+    """The losses of the first steps on the same images. An implementation that fails is skipped."""
+    requests = requests_of(setting.source, setting.batch_size, 0, STEPS_COMPARED)
+    losses = {CACHED: [runners[CACHED].train(_decoded(setting, request)).item() for request in requests]}
     for name, runner in runners.items():
         if name == CACHED:
             continue
         try:
             with closing(runner.start(requests)) as batches:
-                found[name] = [runner.train(fed).item() for fed in batches]
+                losses[name] = [runner.train(fed).item() for fed in batches]
         except UserError as error:
             if name == FROM_FILES:
                 raise
-            left_out[name] = str(error)
-    return {name: found[name] for name in runners if name in found}
-
-
-def _agrees(losses: list[float], right: list[float], tolerance: float) -> bool:
-    return all(abs(loss / true - 1) <= tolerance for loss, true in zip(losses, right, strict=True))
+            skipped[name] = str(error)
+    return {name: losses[name] for name in runners if name in losses}
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-def _requests(setting: _Setting, start: int, count: int) -> Requests:
-    """So many batches of a training run, which has come to batch ``start``."""
-    source, N = setting.source, setting.batch_size
-
-    @lru_cache(1)
-    def plan(epoch: int) -> EpochPlan:
-        return plan_epoch(SEED, epoch, len(source), N, shards=source.shards)
-
-    in_an_epoch = len(source) // N
-    return [plan(step // in_an_epoch).batch(step % in_an_epoch) for step in range(start, start + count)]
-
-
-def _turn(setting: _Setting, one: _Runner, requests: Requests) -> float:
-    """Seconds an image, of the steps but for the first and the last ``ahead``."""
-    for index in np.unique(np.concatenate([indices for indices, _ in requests])).tolist():
-        with contextlib.suppress(OSError):  # whose turn it is will say so
-            setting.source.read(index)
-    steps = len(requests) - 2 * one.ahead
+def _turn(setting: _Setting, one: _Runner, steps: int, starts: Iterator[int]) -> float:
+    """Seconds per image in a turn of one implementation."""
+    requests = requests_of(setting.source, setting.batch_size, next(starts), steps + 2 * one.ahead)
+    into_the_page_cache(setting.source, requests)
     with closing(one.start(requests)) as batches:
-        for _ in range(one.ahead):
-            one.train(next(batches))
-        _wait_for(setting.device)
-        begin = time.perf_counter()
-        for _ in range(steps):
-            one.train(next(batches))
-        _wait_for(setting.device)
-        seconds = time.perf_counter() - begin
-        for _ in batches:  # until nobody has anything left to do
-            pass
-    return seconds / (steps * setting.batch_size)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return window(batches, one.train, one.ahead, steps, setting.device) / setting.batch_size
 
 
 def _speeds(samples: Samples) -> Table:
-    made = Table()
-    made.add_column("training", no_wrap=True)
-    for column in ("images/s", "quartiles", "of a batch on the device", "times the published loop"):
-        made.add_column(column, justify="right", no_wrap=True)
+    rows = []
     for name, seconds in samples.items():
-        slow, median, fast = (1 / quartile for quartile in reversed(quartiles(seconds)))
-        made.add_row(
-            name,
-            f"{median:.2f}",
-            f"{slow:.2f} – {fast:.2f}",
-            f"{times_as_fast(samples, name, CACHED):.1%}",
-            f"{times_as_fast(samples, name, PUBLISHED):.2f}" if PUBLISHED in samples else "–",
-        )
-    return made
+        slow, median, fast = rates(seconds)
+        share = f"{speed_up(samples, name, CACHED):.1%}"
+        over = f"{speed_up(samples, name, OFFICIAL):.2f}" if OFFICIAL in samples else "–"
+        rows.append((name, f"{median:.2f}", f"{slow:.2f} – {fast:.2f}", share, over))
+    columns = ("training", "images/s", "quartiles", "of a batch on the device", "speed-up over the official loop")
+    return table(None, columns, rows)

@@ -1,6 +1,6 @@
 """Photograph-like JPEGs to read and decode, as class folders, tar shards or Parquet files, when no data set is at hand.
 
-    python -m fastmae.benchmarks.images DIR --count 1000 --kind folder
+`fastmae bench loader`, `end-to-end` and `all` make their images here; tests/tools/make_images.py writes others.
 
 A 500×375 image is a pile of coloured leaves under a 1/f texture, so it has the edges and the spectrum of photographs;
 stored at quality 90 to 95 it takes about 110 KB, as ImageNet's do. Image i is a function of (seed, i) alone, for one
@@ -12,18 +12,16 @@ from __future__ import annotations
 import functools
 import io
 import os
-import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
-import tyro
 from PIL import Image, ImageDraw
 
 from fastmae.errors import UserError
@@ -37,7 +35,7 @@ GROUP_ROWS = 100
 class ImagesConfig:
     """Make photograph-like JPEGs of 500×375 pixels and about 110 KB."""
 
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    folder: Path
     """Where to write; must be empty or not there yet."""
     count: int = 1000
     """How many images."""
@@ -175,17 +173,3 @@ def _pyarrow() -> tuple[Any, Any]:
     except ImportError as error:
         raise UserError("Parquet files need pyarrow; run pip install 'fastmae[parquet]'") from error
     return pa, pq
-
-
-def main() -> int:
-    """Reads the command line; 0, or 2 for what is wrong with it."""
-    try:
-        write_images(tyro.cli(ImagesConfig, prog="python -m fastmae.benchmarks.images"))
-    except (UserError, OSError) as error:
-        print(f"fastmae.benchmarks.images: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

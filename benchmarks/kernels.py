@@ -3,22 +3,35 @@
     fastmae bench kernels --models mae_vit_base_patch16 --batch_size 32 --output benchmarks/results   # on a CPU
     fastmae bench kernels --batch_size 256 --output benchmarks/results                               # on a GPU
 
-No time is given to a case in which ours or eager PyTorch disagrees with the definition in float64, and none to a
-compiled function that does. GB/s counts the fewest bytes that the op must move, whatever a contestant moves; the share
-is that of a copy measured on the same machine beforehand.
+A case in which ours or eager PyTorch disagrees with the definition in float64 is not timed, and neither is a compiled
+function that does. GB/s counts the fewest bytes that the op must move, whatever an implementation moves; the share is
+that of a copy measured on the same machine beforehand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
+from rich.table import Table
 
-from fastmae.benchmarks.cases import OURS, Case, Function, all_cases, known_shapes
-from fastmae.benchmarks.measure import Measured, as_json, measure
-from fastmae.benchmarks.report import complaints, console, describe_ceilings, draw_picture, table
-from fastmae.benchmarks.timing import Stopwatch, machine_name, measure_ceilings, write_result
+from fastmae.benchmarks.cases import Case, Function, Measured, all_cases, as_json, known_shapes, measure
+from fastmae.benchmarks.harness import (
+    OURS,
+    Ceilings,
+    Stopwatch,
+    console,
+    describe_ceilings,
+    machine_name,
+    measure_ceilings,
+    quartiles,
+    speed_up,
+    table,
+    write_result,
+)
 from fastmae.config import BenchKernelsConfig, check_bench
 from fastmae.ops.attention_table import dtype_name
 from fastmae.train.parallel import choose_device
@@ -49,27 +62,103 @@ def bench_kernels(config: BenchKernelsConfig, command: Sequence[str]) -> int:
     for shapes in models:
         cases = [case for case in all_cases(shapes, N, dtype, device) if case.op in config.only]
         of_model = [
-            measure(case, contestants_of(case, config.compile), watch, dispensable=[COMPILED]) for case in cases
+            measure(case, implementations_of(case, config.compile), watch, optional=[COMPILED]) for case in cases
         ]
-        screen.print(table(f"{shapes.model}, {N} images, {precision.name}", of_model, ceilings, EAGER))
-        for complaint in complaints(of_model):
-            print(complaint)
+        screen.print(speed_table(f"{shapes.model}, {N} images, {precision.name}", of_model, ceilings, EAGER))
+        for line in untimed(of_model):
+            print(line)
         measured += of_model
 
     if config.output is not None:
         name = f"kernels-{machine}-n{N}-{precision.name}"
         content = {"ceilings": asdict(ceilings), "precision": dtype_name(dtype), "batch_size": N}
-        content |= {"cases": [as_json(one) for one in measured]}
+        content |= {"cases": [as_json(case) for case in measured]}
         path = write_result(config.output, name, command=command, settings=config, measured=content)
         print(path)
         title = f"{machine}, {N} images, {precision.name}"
         draw_picture(path.with_suffix(".png"), title, measured, ceilings, EAGER)
-    return 1 if any(one.refused for one in measured) else 0
+    return 1 if any(case.refused for case in measured) else 0
 
 
-def contestants_of(case: Case, compiled: bool) -> dict[str, Function]:
+def implementations_of(case: Case, compiled: bool) -> dict[str, Function]:
     found = {OURS: case.ours, EAGER: case.eager}
     if compiled:
         torch.compiler.reset()  # each case is compiled for itself, for its one shape
         found[COMPILED] = torch.compile(case.eager, fullgraph=True, dynamic=False)
     return found
+
+
+def speed_table(title: str, measured: Iterable[Measured], ceilings: Ceilings, base: str) -> Table:
+    """A row per implementation; GB/s and TFLOP/s of the work that every implementation must do."""
+    columns = (
+        "op",
+        "implementation",
+        "median ms",
+        "quartiles",
+        "GB/s",
+        "of a copy",
+        f"speed-up over {base}",
+        "TFLOP/s",
+    )
+    made = table(title, columns, (), left=2)
+    for one in measured:
+        case, names = one.case, [one.case.name, one.case.sizes]
+        for name, samples in one.seconds.items():
+            low, median, high = quartiles(samples)
+            made.add_row(
+                names.pop(0) if names else "",
+                f"{name} ({case.backend})" if name == OURS else name,
+                f"{1e3 * median:.3f}",
+                f"{1e3 * low:.3f} – {1e3 * high:.3f}",
+                f"{case.moved / median / 1e9:.3g}",
+                f"{case.moved / median / ceilings.copy_bytes:.0%}",
+                f"{speed_up(one.seconds, name, base):.2f}" if base in one.seconds else "",
+                f"{case.flops / median / 1e12:.3g}" if case.flops else "",
+            )
+        for name in names:
+            made.add_row(name)
+        made.add_section()
+    return made
+
+
+def untimed(measured: Iterable[Measured]) -> list[str]:
+    """A line for each reason why an implementation was not timed, with the cases that it holds for."""
+    cases: dict[str, list[str]] = {}
+    for one in measured:
+        reasons = [f"refused: {one.refused}"] if one.refused else []
+        reasons += [f"{name} {reason}" for name, reason in one.skipped.items()]
+        for reason in reasons:
+            cases.setdefault(reason, []).append(f"{one.case.name} ({one.case.sizes})")
+    return [f"{reason}: {'; '.join(names)}" for reason, names in cases.items()]
+
+
+def draw_picture(path: Path, title: str, measured: Sequence[Measured], ceilings: Ceilings, base: str) -> None:
+    """Two bar charts, a group of bars a case: share of a copy's bandwidth, and speed beside ``base``."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no picture: matplotlib is not installed; pip install 'fastmae[bench]'", file=sys.stderr)
+        return
+    timed = [one for one in measured if one.seconds]
+    names = list(dict.fromkeys(name for one in timed for name in one.seconds))
+    figure = Figure(figsize=(14, 1.5 + 0.5 * len(timed)), layout="constrained")
+    share, ratio = figure.subplots(1, 2, sharey=True)
+    height = 0.8 / max(1, len(names))
+    for index, name in enumerate(names):
+        rows = [row for row, one in enumerate(timed) if name in one.seconds]
+        y = [row + (index - (len(names) - 1) / 2) * height for row in rows]
+        speeds = [timed[row].case.moved / quartiles(timed[row].seconds[name])[1] for row in rows]
+        share.barh(y, [100 * speed / ceilings.copy_bytes for speed in speeds], height, label=name)
+        ratio.barh(y, [speed_up(timed[row].seconds, name, base) for row in rows], height)
+    labels = [f"{one.case.name}\n{one.case.model}, {one.case.sizes}" for one in timed]
+    share.set_yticks(range(len(timed)), labels, fontsize=7)
+    share.invert_yaxis()
+    share.set_xlabel(f"% of the bandwidth of a copy ({ceilings.copy_bytes / 1e9:.3g} GB/s, measured)")
+    share.axvline(100, color="gray", linewidth=0.8)
+    ratio.set_xlabel(f"speed-up over {base}, above 1 is faster")
+    ratio.axvline(1, color="gray", linewidth=0.8)
+    if timed:
+        share.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    print(path)

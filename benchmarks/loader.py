@@ -1,17 +1,16 @@
-"""How many images a second does a loader give, beside the published pipeline, and how much of that is decoding?
+"""How many images a second does a loader give, beside the official pipeline, and how much of that is decoding?
 
-    fastmae bench loader --output benchmarks/results                                     # on a CPU: pool, dali-cpu
+    fastmae bench loader --output benchmarks/results                                     # on a CPU: threads, dali-cpu
     fastmae bench loader --data_path ~/imagenet ~/imagenet-tars --device cuda            # on a GPU: dali-gpu as well
 
-Everybody loads in the order of a training run, from files to crops on the device. The published pipeline is torch's
+All load in the order of a training run, from files to crops on the device. The official pipeline is torch's
 DataLoader with worker processes and Pillow (baselines/official_pipeline.py); ours are the decoders, each from a folder,
 from tar shards and from Parquet files. Decoding alone, of bytes in memory, is what no loader with that decoder can
-surpass. Who makes other images than the pool does is not timed.
+surpass. An implementation that makes other images than the thread decoder does is not timed.
 
 What is compared is code, not disks: a turn's files are read right before it, so they lie in the page cache. All take
-turns, and who has none is idle: before and after the batches that are timed, a turn has as many as the contestant works
-on ahead, so its queues are full of work while the clock runs and empty when the next one's turn comes. Worker processes
-are started once, threads and DALI in each turn, both before the clock. torch has one thread, as in worker processes.
+turns (``window``). Worker processes are started once, threads and DALI in each turn, both before the clock. torch has
+one thread, as in worker processes.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,27 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from fastmae.benchmarks.baselines.official_pipeline import PublishedPipeline, Requests, grey_levels
+from fastmae.benchmarks.baselines.official_pipeline import OfficialPipeline, Requests, grey_levels
+from fastmae.benchmarks.harness import (
+    Samples,
+    console,
+    machine_name,
+    quartiles,
+    rates,
+    refuse,
+    speed_up,
+    table,
+    take_turns,
+    wait_for,
+    write_result,
+)
 from fastmae.benchmarks.images import ImagesConfig, make_jpegs, write_images
-from fastmae.benchmarks.report import console
-from fastmae.benchmarks.timing import Samples, machine_name, quartiles, times_as_fast, write_result
 from fastmae.config import BenchLoaderConfig, check_bench
 from fastmae.data.decode import BadImageError, crop_and_resize, decode, plain_jpeg_shape
 from fastmae.data.decoders import dali
 from fastmae.data.loader import PREFETCH, View, choose_decoder, default_workers, load_batches
 from fastmae.data.parquet import ParquetSource
-from fastmae.data.plan import crop_draws, is_flipped, plan_epoch, random_box
+from fastmae.data.plan import EpochPlan, crop_draws, is_flipped, plan_epoch, random_box
 from fastmae.data.sources import FolderSource, Source, open_train
 from fastmae.errors import UserError
 from fastmae.train.parallel import choose_device
@@ -55,16 +66,17 @@ from fastmae.train.parallel import choose_device
 FILES = 1000
 SHARD = 500
 SEED = 0
-BASE, PUBLISHED = "pool", "published"
-# Mean difference from the pool's images in grey levels, beyond which a contestant is wrong and not merely another one.
+BASE, OFFICIAL = "threads", "official"
+# Mean difference from the thread decoder's images in grey levels, beyond which an implementation is wrong, not merely
+# another one.
 TOLERANCE = 1.5
-# So many images are decoded alone, by DALI in batches of so many.
-ALONE, ALONE_BATCH = 128, 32
+# So many images are decoded alone.
+ALONE = 128
 
 
 @dataclass(frozen=True)
-class _Contestant:
-    """Who loads from what."""
+class _Loader:
+    """An implementation of loading, with the source that it loads from."""
 
     name: str
     source: Source
@@ -78,7 +90,7 @@ class _Contestant:
 
 @dataclass(frozen=True)
 class _Setting:
-    """What all share."""
+    """The settings that all share."""
 
     sources: dict[str, Source]
     are_same: bool
@@ -87,12 +99,12 @@ class _Setting:
     batch_size: int
     num_workers: int
     device: torch.device
-    left_out: dict[str, str]
-    """Who cannot run, and why; filled in as it shows."""
+    skipped: dict[str, str]
+    """Why an implementation cannot run; filled in as it shows."""
 
 
 def bench_loader(config: BenchLoaderConfig, command: Sequence[str]) -> int:
-    """Prints images a second, writes what was asked for, and returns 1 if a contestant is wrong, otherwise 0.
+    """Prints images a second, writes what was asked for, and returns 1 if an implementation is wrong, otherwise 0.
 
     Raises:
         UserError: settings that cannot work.
@@ -102,25 +114,21 @@ def bench_loader(config: BenchLoaderConfig, command: Sequence[str]) -> int:
         stack.enter_context(_one_torch_thread())
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastmae-bench-"))
         setting = _setting(config, Path(folder))
-        contestants = [*_published(setting, stack), *_fastmae(setting, config.decoders)]
-        differences = _differences(setting, contestants)
-        timed = [one for one in contestants if one.name in differences and differences[one.name]["mean"] <= TOLERANCE]
+        implementations = [*_official(setting, stack), *_fastmae(setting, config.image_decoders)]
+        differences = _differences(setting, implementations)
+        timed = [
+            one for one in implementations if one.name in differences and differences[one.name]["mean"] <= TOLERANCE
+        ]
         files = _some_files(setting)
-        alone = _decoders_alone(setting, files)
-        # Each process of the published pipeline makes whole batches, so a sample has as many of each.
+        # Each process of the official pipeline makes whole batches, so a sample has as many of each.
         batches = -(-config.batches // setting.num_workers) * setting.num_workers
-        samples: Samples = {name: [] for name in (*(one.name for one in timed), *alone)}
-        parts: dict[str, Samples] = {name: {} for name in setting.sources}
-        for_parts = {name: _holding_little(source) for name, source in setting.sources.items()}
-        for turn in range(config.rounds):
-            start = turn * (batches + 2 * max((one.ahead for one in timed), default=0))
-            for one in timed:
-                samples[one.name].append(_sample(setting, one, start, batches))
-            for name, decode_all in alone.items():
-                samples[name].append(decode_all())
-            for name, source in for_parts.items():
-                for part, seconds in _parts(setting, source, start, batches).items():
-                    parts[name].setdefault(part, []).append(seconds)
+        step = batches + 2 * max((one.ahead for one in timed), default=0)
+        samplers = {one.name: partial(_sample, setting, one, itertools.count(0, step), batches) for one in timed}
+        samples: Samples = take_turns(samplers | _decoders_alone(setting, files), config.rounds)
+        parts: dict[str, Samples] = {}
+        for name, source in setting.sources.items():
+            spent = [_parts(setting, holding_little(source), turn * step, batches) for turn in range(config.rounds)]
+            parts[name] = {part: [seconds[part] for seconds in spent] for part in spent[0]}
 
     machine, kilobytes = machine_name(setting.device), sum(map(len, files)) / max(1, len(files)) / 1e3
     screen = console()
@@ -131,12 +139,12 @@ def bench_loader(config: BenchLoaderConfig, command: Sequence[str]) -> int:
         f"{setting.num_workers} threads or processes, {machine}, files in the page cache, median of {config.rounds}"
     )
     screen.print(_speeds(samples, differences), _thread_times(parts), sep="\n")
-    for name, reason in setting.left_out.items():
+    for name, reason in setting.skipped.items():
         print(f"{name} cannot run: {reason}", file=sys.stderr)
     wrong = [name for name, off in differences.items() if not off["mean"] <= TOLERANCE]
     for name in wrong:
         mean = differences[name]["mean"]
-        print(f"{name} is off by {mean:.3f} grey levels on average, so no time is reported for it", file=sys.stderr)
+        refuse(f"{name} is off by {mean:.3f} grey levels on average")
     if config.output is not None:
         measured = {
             "images": {name: len(source) for name, source in setting.sources.items()},
@@ -145,7 +153,7 @@ def bench_loader(config: BenchLoaderConfig, command: Sequence[str]) -> int:
             "batches": batches,
             "load": os.getloadavg(),
             "differences": differences,
-            "left_out": setting.left_out,
+            "skipped": setting.skipped,
             "seconds": samples,
             "one_thread": parts,
         }
@@ -156,7 +164,7 @@ def bench_loader(config: BenchLoaderConfig, command: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """As in the processes of a DataLoader, so that nobody's resizing has more threads than were asked for."""
+    """As in the processes of a DataLoader, so that no resizing has more threads than were asked for."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -165,14 +173,14 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-# --- who loads what ------------------------------------------------------------------------------------------------
+# --- implementations ------------------------------------------------------------------------------------------------
 
 
 def _setting(config: BenchLoaderConfig, folder: Path) -> _Setting:
     """Opens the data, or makes them in ``folder``."""
     device = choose_device(config.device)
     sources: dict[str, Source] = {}
-    left_out: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     if config.data_path is not None:
         sources = {path: open_train(path) for path in config.data_path}
     else:
@@ -184,9 +192,9 @@ def _setting(config: BenchLoaderConfig, folder: Path) -> _Setting:
                 write_images(images, made=jpegs)
                 sources[kind] = open_train(str(images.folder))
             except UserError as error:
-                left_out[kind] = str(error)
+                skipped[kind] = str(error)
         if not sources:
-            raise UserError("; ".join(left_out.values()))
+            raise UserError("; ".join(skipped.values()))
     for name, source in sources.items():
         if source.kind != "folder":
             raise UserError(f"--data_path {name}: arrays need no decoding; name image files, tar or Parquet shards")
@@ -199,15 +207,15 @@ def _setting(config: BenchLoaderConfig, folder: Path) -> _Setting:
         batch_size=config.batch_size,
         num_workers=config.num_workers or default_workers(),
         device=device,
-        left_out=left_out,
+        skipped=skipped,
     )
 
 
-def _published(setting: _Setting, stack: ExitStack) -> Iterator[_Contestant]:
+def _official(setting: _Setting, stack: ExitStack) -> Iterator[_Loader]:
     """From the first folder, as it reads nothing else. Its processes end with the ``stack``."""
     for name, source in setting.sources.items():
         if isinstance(source, FolderSource):
-            pipeline = PublishedPipeline(
+            pipeline = OfficialPipeline(
                 source.paths,
                 size=setting.view.size[0],
                 scale=setting.view.scale,
@@ -217,26 +225,26 @@ def _published(setting: _Setting, stack: ExitStack) -> Iterator[_Contestant]:
             )
             stack.callback(pipeline.close)
             start = lambda _, requests, pipeline=pipeline: pipeline.batches(requests)  # noqa: E731
-            yield _Contestant(f"{PUBLISHED}, {name}", source, start, pipeline.ahead, grey_levels)
+            yield _Loader(f"{OFFICIAL}, {name}", source, start, pipeline.ahead, grey_levels)
             return
-    setting.left_out[PUBLISHED] = "it reads folders of image files; add one to --kinds or --data_path"
+    setting.skipped[OFFICIAL] = "it reads folders of image files; add one to --kinds or --data_path"
 
 
-def _fastmae(setting: _Setting, decoders: Sequence[str]) -> Iterator[_Contestant]:
+def _fastmae(setting: _Setting, decoders: Sequence[str]) -> Iterator[_Loader]:
     """Each decoder that can run, from each source."""
     for decoder in dict.fromkeys((BASE, *decoders)):
         try:
             choose_decoder(decoder, setting.device, None, 3)
         except UserError as error:
-            setting.left_out[decoder] = str(error)
+            setting.skipped[decoder] = str(error)
             continue
         for name, source in setting.sources.items():
-            start = functools.partial(_batches, setting, decoder)
+            start = partial(_batches, setting, decoder)
             ahead = PREFETCH + (decoder != BASE) * dali.AHEAD
-            yield _Contestant(f"{decoder}, {name}", _holding_little(source), start, ahead, torch.Tensor.float)
+            yield _Loader(f"{decoder}, {name}", holding_little(source), start, ahead, torch.Tensor.float)
 
 
-def _holding_little(source: Source) -> Source:
+def holding_little(source: Source) -> Source:
     """Its own row groups, of which those few that are in use are kept: each is read anew in every epoch, as in a run on
     data that do not fit into memory."""
     return dataclasses.replace(source, held=1) if isinstance(source, ParquetSource) else source
@@ -255,14 +263,16 @@ def _batches(setting: _Setting, decoder: str, source: Source, requests: Requests
     with closing(batches):
         for batch in batches:
             if batch.redone:
-                raise UserError(f"{decoder} fails on an image ({batch.redone}); leave {decoder} out of --decoders")
+                raise UserError(
+                    f"{decoder} fails on an image ({batch.redone}); leave {decoder} out of --image_decoders"
+                )
             yield batch.images
 
 
-def _differences(setting: _Setting, contestants: Sequence[_Contestant]) -> dict[str, dict[str, float]]:
-    """How far each one's first batch is from the pool's, in grey levels; who fails is left out.
+def _differences(setting: _Setting, implementations: Sequence[_Loader]) -> dict[str, dict[str, float]]:
+    """How far each first batch is from the thread decoder's, in grey levels. An implementation that fails is skipped.
 
-    Images that were made are the same from all sources, so the pool's are those from the first of them.
+    Images that were made are the same from all sources, so the reference is of the first of them.
     """
 
     def first(batches: Generator[torch.Tensor], pixels: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -270,14 +280,14 @@ def _differences(setting: _Setting, contestants: Sequence[_Contestant]) -> dict[
             return pixels(next(batches))
 
     found = {}
-    for one in contestants:
-        judge = next(iter(setting.sources.values())) if setting.are_same else one.source
-        requests = _requests(setting, judge, 0, 1)
-        pools = first(_batches(setting, BASE, judge, requests), torch.Tensor.float)
+    for one in implementations:
+        reference = next(iter(setting.sources.values())) if setting.are_same else one.source
+        requests = requests_of(reference, setting.batch_size, 0, 1)
+        expected = first(_batches(setting, BASE, reference, requests), torch.Tensor.float)
         try:
-            off = (first(one.start(one.source, requests), one.pixels) - pools).abs()
+            off = (first(one.start(one.source, requests), one.pixels) - expected).abs()
         except UserError as error:
-            setting.left_out[one.name] = str(error)
+            setting.skipped[one.name] = str(error)
             continue
         found[one.name] = {"mean": off.mean().item(), "largest": off.max().item()}
     return found
@@ -286,56 +296,58 @@ def _differences(setting: _Setting, contestants: Sequence[_Contestant]) -> dict[
 # --- samples -------------------------------------------------------------------------------------------------------
 
 
-def _requests(setting: _Setting, source: Source, start: int, count: int) -> Requests:
+def requests_of(source: Source, batch_size: int, start: int, count: int) -> Requests:
     """So many batches of a training run, which has come to batch ``start``."""
-    N = setting.batch_size
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    for epoch in itertools.count(start // (len(source) // N)):
-        plan = plan_epoch(SEED, epoch, len(source), N, shards=source.shards)
-        first = max(0, start - epoch * len(plan))
-        found += [plan.batch(i) for i in range(first, min(len(plan), first + count - len(found)))]
-        if len(found) == count:
-            break
-    return found
+
+    @functools.lru_cache(1)
+    def plan(epoch: int) -> EpochPlan:
+        return plan_epoch(SEED, epoch, len(source), batch_size, shards=source.shards)
+
+    per_epoch = len(source) // batch_size
+    return [plan(step // per_epoch).batch(step % per_epoch) for step in range(start, start + count)]
 
 
-def _sample(setting: _Setting, one: _Contestant, start: int, batches: int) -> float:
-    """A contestant's turn: seconds an image."""
-    requests = _requests(setting, one.source, start, batches + 2 * one.ahead)
-    _into_the_page_cache(one.source, requests)
+def _sample(setting: _Setting, one: _Loader, starts: Iterator[int], batches: int) -> float:
+    """Seconds per image in a turn of an implementation."""
+    requests = requests_of(one.source, setting.batch_size, next(starts), batches + 2 * one.ahead)
+    into_the_page_cache(one.source, requests)
     with closing(one.start(one.source, requests)) as loaded:
-        for _ in range(one.ahead):
-            next(loaded)
-        _wait_for(setting.device)
-        begin = time.perf_counter()
-        for _ in range(batches):
-            next(loaded)
-        _wait_for(setting.device)
-        seconds = time.perf_counter() - begin
-        for _ in loaded:  # until nobody has anything left to do
-            pass
-    return seconds / (batches * setting.batch_size)
+        return window(loaded, lambda _: None, one.ahead, batches, setting.device) / setting.batch_size
 
 
-def _into_the_page_cache(source: Source, requests: Requests) -> None:
-    source = _holding_little(source)  # so that the caller's holds none of it
+def window(batches: Iterator[Any], use: Callable[[Any], object], ahead: int, count: int, device: torch.device) -> float:
+    """Seconds per batch of ``count`` batches in the middle of a stream whose loader works ``ahead`` of what is asked.
+
+    So many batches before the clock starts fill its queues, and as many after it stops keep its workers busy until
+    then; they are waited for, so that no implementation decodes in another's turn.
+    """
+    for _ in range(ahead):
+        use(next(batches))
+    wait_for(device)
+    begin = time.perf_counter()
+    for _ in range(count):
+        use(next(batches))
+    wait_for(device)
+    seconds = time.perf_counter() - begin
+    for _ in batches:
+        pass
+    return seconds / count
+
+
+def into_the_page_cache(source: Source, requests: Requests) -> None:
+    source = holding_little(source)  # so that the caller's holds none of it
     for index in np.unique(np.concatenate([indices for indices, _ in requests])).tolist():
         with contextlib.suppress(OSError):  # whose turn it is will say so
             source.read(index)
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _parts(setting: _Setting, source: Source, start: int, batches: int) -> dict[str, float]:
-    """Seconds an image that one thread of the pool spends on each part of its work.
+    """Seconds per image that one thread of the thread decoder spends on each part of its work.
 
     Reading is timed on all batches, as some images pay for a row group and most do not; the rest on the first.
     """
-    requests = _requests(setting, source, start, batches)
-    _into_the_page_cache(source, requests)
+    requests = requests_of(source, setting.batch_size, start, batches)
+    into_the_page_cache(source, requests)
     begin = time.perf_counter()
     files = [_read(source, indices) for indices, _ in requests]
     read = (time.perf_counter() - begin) / max(1, sum(map(len, files)))
@@ -370,9 +382,11 @@ def _read(source: Source, indices: np.ndarray) -> list[bytes | np.ndarray]:
 
 def _some_files(setting: _Setting) -> list[bytes]:
     """Plain JPEGs of the first source, which every decoder takes."""
-    source = _holding_little(next(iter(setting.sources.values())))
+    source = holding_little(next(iter(setting.sources.values())))
     count = -(-ALONE // setting.batch_size)
-    files = [data for indices, _ in _requests(setting, source, 0, count) for data in _read(source, indices)]
+    files = [
+        data for indices, _ in requests_of(source, setting.batch_size, 0, count) for data in _read(source, indices)
+    ]
     return [data for data in files[:ALONE] if isinstance(data, bytes) and _is_plain(data)]
 
 
@@ -384,20 +398,15 @@ def _is_plain(data: bytes) -> bool:
 
 
 def _decoders_alone(setting: _Setting, files: list[bytes]) -> dict[str, Callable[[], float]]:
-    """Functions that decode whole ``files`` and give the seconds an image, with one thread and with all."""
+    """Functions that decode whole ``files`` and give the seconds per image, with one thread and with all."""
     if not files:
-        setting.left_out["decoding alone"] = "there is no plain JPEG among the first images"
+        setting.skipped["decoding alone"] = "there is no plain JPEG among the first images"
         return {}
-    missing = dali.why_not_installed()
-    if missing:
-        setting.left_out["DALI alone"] = f"nvidia-dali {missing}; pip install 'fastmae[dali]'"
     found: dict[str, Callable[[], float]] = {}
     for threads in dict.fromkeys((1, setting.num_workers)):
         who = f"alone, {threads} thread{'s' if threads > 1 else ''}"
-        found[f"simplejpeg {who}"] = functools.partial(_decode_in_threads, _by_simplejpeg, files, threads)
-        found[f"Pillow {who}"] = functools.partial(_decode_in_threads, _by_pillow, files, threads)
-        if not missing:
-            found[f"DALI {who}"] = _by_dali(files, threads)
+        found[f"simplejpeg {who}"] = partial(_decode_in_threads, _by_simplejpeg, files, threads)
+        found[f"Pillow {who}"] = partial(_decode_in_threads, _by_pillow, files, threads)
     return found
 
 
@@ -422,70 +431,23 @@ def _decode_in_threads(decode_one: Callable[[bytes], None], files: list[bytes], 
         return (time.perf_counter() - start) / len(files)
 
 
-def _by_dali(files: list[bytes], threads: int) -> Callable[[], float]:
-    """On the CPU, with as many batches scheduled ahead as the loader has."""
-    from nvidia.dali import Pipeline, fn, types
-
-    # As fastmae/data/decoders/dali.py decodes, but for the crop.
-    pipeline: Any = Pipeline(ALONE_BATCH, threads, None, prefetch_queue_depth=1, exec_dynamic=True)
-    with pipeline:
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-        pipeline.set_outputs(fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False))
-    pipeline.build()
-    arrays = [np.frombuffer(data, np.uint8) for data in files]
-    batches = [arrays[i : i + ALONE_BATCH] for i in range(0, len(arrays), ALONE_BATCH)]
-    endless = itertools.cycle(batches)
-
-    def schedule() -> None:
-        pipeline.feed_input("encoded", next(endless))
-        pipeline.schedule_run()
-
-    def decode_all() -> float:
-        for _ in range(dali.AHEAD):
-            schedule()
-        pipeline.outputs()
-        schedule()
-        start = time.perf_counter()
-        for _ in batches:
-            pipeline.outputs()
-            schedule()
-        seconds = time.perf_counter() - start
-        for _ in range(dali.AHEAD):
-            pipeline.outputs()
-        return seconds / len(files)
-
-    return decode_all
-
-
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
 def _speeds(samples: Samples, differences: Mapping[str, Mapping[str, float]]) -> Table:
-    base = next((name for name in samples if name.startswith(PUBLISHED)), None)
-    made = Table()
-    made.add_column("contestant", no_wrap=True)
-    for column in ("images/s", "quartiles", f"times {PUBLISHED}", "grey levels off", "at most"):
-        made.add_column(column, justify="right", no_wrap=True)
+    base = next((name for name in samples if name.startswith(OFFICIAL)), None)
+    rows = []
     for name, seconds in samples.items():
-        slow, median, fast = (1 / quartile for quartile in reversed(quartiles(seconds)))
+        slow, median, fast = rates(seconds)
         off = differences.get(name)
-        made.add_row(
-            name,
-            f"{median:.0f}",
-            f"{slow:.0f} – {fast:.0f}",
-            f"{times_as_fast(samples, name, base):.2f}" if base else "",
-            f"{off['mean']:.3f}" if off else "",
-            f"{off['largest']:.1f}" if off else "",
-        )
-    return made
+        over_base = f"{speed_up(samples, name, base):.2f}" if base else ""
+        far = (f"{off['mean']:.3f}", f"{off['largest']:.1f}") if off else ("", "")
+        rows.append((name, f"{median:.0f}", f"{slow:.0f} – {fast:.0f}", over_base, *far))
+    columns = ("implementation", "images/s", "quartiles", f"speed-up over {OFFICIAL}", "grey levels off", "at most")
+    return table(None, columns, rows)
 
 
 def _thread_times(parts: Mapping[str, Samples]) -> Table:
-    made = Table()
-    made.add_column("one thread of the pool, from", no_wrap=True)
     names = list(next(iter(parts.values())))
-    for name in names:
-        made.add_column(f"{name}, µs", justify="right", no_wrap=True)
-    for source, spent in parts.items():
-        made.add_row(source, *(f"{1e6 * quartiles(spent[name])[1]:.0f}" for name in names))
-    return made
+    rows = [(source, *(f"{1e6 * quartiles(times[name])[1]:.0f}" for name in names)) for source, times in parts.items()]
+    return table(None, ("one decoding thread, from", *(f"{name}, µs" for name in names)), rows)

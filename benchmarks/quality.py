@@ -1,15 +1,15 @@
-"""Are fastmae's encoders as good as those of the published trainer?
+"""Are fastmae's encoders as good as those of the official trainer?
 
     fastmae bench quality --data_path digits --seeds 0 1 2 --output benchmarks/results
 
 For every seed there are two trainings of one model on one data set, with the same epochs, batch, learning rates, weight
-decay, crop scale and mask ratio. One is ``fastmae pretrain`` itself. The other is the published loop, written out below
+decay, crop scale and mask ratio. One is ``fastmae pretrain`` itself. The other is the official loop, written out below
 around ``model/reference.py``: torch's DataLoader and its shuffle, Pillow's crops and flips, masks by ``torch.rand``,
 AdamW as it comes. Order, crops, flips, masks, groups, schedule and first weights are its own; the sizes of the model,
 its positions, the mean and deviation of pixels and the files' reader are shared. The same code then measures k-NN and
 linear probe of both, on images that are held out of the probes.
 
-The verdict is Welch's: the difference of the two means with its 95 % interval, from the spread of each side's seeds and
+The result is Welch's: the difference of the two means with its 95 % interval, from the spread of each side's seeds and
 no assumption that the two spread alike. A kind of accuracy agrees if that interval holds 0. Of two trainers that are
 equally good one comparison in twenty will not, so a disagreement asks for other seeds before it means anything; and an
 agreement excludes only what lies outside of the interval. With three seeds a side its half-width is 2.3 times the
@@ -40,10 +40,8 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from fastmae.benchmarks.baselines.official import published_like
-from fastmae.benchmarks.cases import OURS
-from fastmae.benchmarks.report import console
-from fastmae.benchmarks.timing import machine_name, write_result
+from fastmae.benchmarks.baselines.official import official_like
+from fastmae.benchmarks.harness import OURS, console, machine_name, table, write_result
 from fastmae.checkpoint.load import load_model
 from fastmae.config import (
     PROBE_BATCH,
@@ -64,7 +62,7 @@ from fastmae.train.precision import choose_precision
 from fastmae.train.pretrain import pretrain
 from fastmae.train.settings import resolve_settings
 
-PUBLISHED, UNTRAINED = "published loop", "untrained"
+OFFICIAL, UNTRAINED = "official loop", "untrained"
 KNN, LINEAR, LOSS = "knn", "linear", "loss"
 ACCURACIES = (KNN, LINEAR)
 CONFIDENCE = 0.95
@@ -76,7 +74,7 @@ Figures = dict[str, float]
 
 
 def bench_quality(config: BenchQualityConfig, command: Sequence[str]) -> int:
-    """Prints the figures of all seeds and the verdict, writes what was asked for, and returns 1 if an accuracy does not
+    """Prints the figures of all seeds and the result, writes what was asked for, and returns 1 if an accuracy does not
     agree, otherwise 0; or what ``pretrain`` returned when a signal stopped it.
 
     Raises:
@@ -86,25 +84,25 @@ def bench_quality(config: BenchQualityConfig, command: Sequence[str]) -> int:
     device = choose_device(config.device)
     settings = _settings(config, device)
     parts = train_and_val(config.data_path)
-    found: dict[str, list[Figures]] = {UNTRAINED: [], PUBLISHED: [], OURS: []}
+    found: dict[str, list[Figures]] = {UNTRAINED: [], OFFICIAL: [], OURS: []}
 
     def add(who: str, seed: int, model: MaskedAutoencoderViT, **loss: float) -> None:
-        figures = _worth(config, model.to(device), parts) | loss
+        figures = _accuracy(config, model.to(device), parts) | loss
         found[who].append(figures)
         print(f"seed {seed}, {who}: {_shown(figures)}", flush=True)
 
     for seed in config.seeds:
-        add(UNTRAINED, seed, _fresh(settings, seed))  # first, as what cannot be probed is told here
+        add(UNTRAINED, seed, _fresh(settings, seed))  # first, as data that cannot be probed are refused here
         ours = _ours(config, seed)
         if isinstance(ours, int):
             return ours
         add(OURS, seed, ours[0], loss=ours[1])
         theirs, loss = _theirs(settings, seed, device, config.num_workers)
-        add(PUBLISHED, seed, theirs, loss=loss)
-    verdict = {name: _compare(found, name) for name in (*ACCURACIES, LOSS)}
+        add(OFFICIAL, seed, theirs, loss=loss)
+    result = {name: _compare(found, name) for name in (*ACCURACIES, LOSS)}
     train, test = map(len, parts)
     title = f"{settings.model} on {shown(config.data_path)} ({train} train, {test} test), {settings.epochs} epochs, "
-    console().print(_table(f"{title}{len(config.seeds)} seeds", found, verdict))
+    console().print(_table(f"{title}{len(config.seeds)} seeds", found, result))
     if config.output is not None:
         name = f"quality-{_name_of(config.data_path)}-{settings.model}-{machine_name(device)}-e{settings.epochs}"
         measured = {
@@ -112,10 +110,10 @@ def bench_quality(config: BenchQualityConfig, command: Sequence[str]) -> int:
             "precision": choose_precision(settings.precision, device).name,
             "images": {"pretrained_on": settings.dataset_length, "train": train, "test": test},
             "seeds": {who: dict(zip(map(str, config.seeds), runs, strict=True)) for who, runs in found.items()},
-            "verdict": {name: dataclasses.asdict(one) | {"agrees": one.agrees} for name, one in verdict.items()},
+            "result": {name: dataclasses.asdict(one) | {"agrees": one.agrees} for name, one in result.items()},
         }
         print(write_result(config.output, name, command=command, settings=config, measured=measured))
-    apart = [name for name in ACCURACIES if not verdict[name].agrees]
+    apart = [name for name in ACCURACIES if not result[name].agrees]
     if apart:
         print(f"{' and '.join(apart)} differ by more than the seeds explain; try other seeds", file=sys.stderr)
     return int(bool(apart))
@@ -132,13 +130,13 @@ def _settings(config: BenchQualityConfig, device: torch.device) -> ResolvedConfi
     """With every default filled in as the trainer does it.
 
     Raises:
-        UserError: the published loop cannot train with these.
+        UserError: the official loop cannot train with these.
     """
     source = open_train(config.data_path)
     flags = pretraining(config, config.seeds[0], "")
     settings = resolve_settings(flags, source, describe(source), 1, None)
     if settings.in_chans not in (1, 3):
-        raise UserError(f"--data_path: images of {settings.in_chans} channels; the published loop takes 1 or 3")
+        raise UserError(f"--data_path: images of {settings.in_chans} channels; the official loop takes 1 or 3")
     return settings
 
 
@@ -158,7 +156,7 @@ def _ours(config: BenchQualityConfig, seed: int) -> tuple[MaskedAutoencoderViT, 
         return load_model(folder), float(last["train_loss"])
 
 
-def _worth(config: BenchQualityConfig, model: MaskedAutoencoderViT, parts: tuple[Source, Source]) -> Figures:
+def _accuracy(config: BenchQualityConfig, model: MaskedAutoencoderViT, parts: tuple[Source, Source]) -> Figures:
     found = probe_in_detail(
         model,
         *parts,
@@ -174,27 +172,27 @@ def _worth(config: BenchQualityConfig, model: MaskedAutoencoderViT, parts: tuple
     return {name: float(summary[name]) for name in ACCURACIES}
 
 
-# --- the published loop -----------------------------------------------------------------------------------------------
+# --- the official loop -----------------------------------------------------------------------------------------------
 
 
 def _theirs(
     settings: ResolvedConfig, seed: int, device: torch.device, num_workers: int
 ) -> tuple[MaskedAutoencoderViT, float]:
-    """A model of ours with the weights that the published loop ends with, and the mean loss of its last epoch."""
+    """A model of ours with the weights that the official loop ends with, and the mean loss of its last epoch."""
     model = _fresh(settings, seed)
-    peer = published_like(model)
+    peer = official_like(model)
     torch.manual_seed(seed)
     initialise(peer)
     source = open_train(settings.data_path)
-    loss = [*published_losses(peer.to(device), source, settings, device, num_workers)][-1]
+    loss = [*official_losses(peer.to(device), source, settings, device, num_workers)][-1]
     model.load_state_dict(peer.state_dict(), strict=True)
     return model, loss
 
 
-def published_losses(
+def official_losses(
     model: nn.Module, source: Source, settings: ResolvedConfig, device: torch.device, num_workers: int = 0
 ) -> Iterator[float]:
-    """Trains ``model`` as the published script does, from torch's generator as it stands: the mean loss of each epoch.
+    """Trains ``model`` as the official script does, from torch's generator as it stands: the mean loss of each epoch.
 
     Raises:
         UserError: an image that cannot be read, or a loss that is not finite, at either of which the script ends too.
@@ -213,19 +211,19 @@ def published_losses(
     )
     (height, width), (ph, pw) = settings.input_size, tuple(model.patch_size)  # type: ignore[arg-type]
     L = (height // ph) * (width // pw)
-    optimizer = torch.optim.AdamW(published_groups(model, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(official_groups(model, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95))
     for epoch in range(settings.epochs):
         total = 0.0
-        for step, images in enumerate(_told(loader)):
+        for step, images in enumerate(_batches(loader)):
             for group in optimizer.param_groups:
-                group["lr"] = published_rate(epoch + step / len(loader), settings)
+                group["lr"] = official_rate(epoch + step / len(loader), settings)
             images = images.to(device, non_blocking=True)
             # Who has the smallest noise is seen.
             ids_shuffle = torch.rand(len(images), L, device=device).argsort(dim=1)
             with precision.context(device):
                 loss, _, _ = model(images, ids_shuffle, settings.mask_ratio)
             if not math.isfinite(loss.item()):
-                raise UserError(f"the published loop's loss is {loss.item()} in epoch {epoch}; lower --blr")
+                raise UserError(f"the official loop's loss is {loss.item()} in epoch {epoch}; lower --blr")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -233,7 +231,7 @@ def published_losses(
         yield total / len(loader)
 
 
-def published_rate(epoch: float, settings: ResolvedConfig) -> float:
+def official_rate(epoch: float, settings: ResolvedConfig) -> float:
     """Of a fractional epoch: a straight line up, then half a period of the cosine down to ``min_lr``."""
     warmup, span = settings.warmup_epochs, settings.lr - settings.min_lr
     if epoch < warmup:
@@ -242,7 +240,7 @@ def published_rate(epoch: float, settings: ResolvedConfig) -> float:
     return settings.min_lr + span * (1 + math.cos(angle)) / 2
 
 
-def published_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def official_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """By name: biases and norms do not decay, all else does, the two tokens as well; positions are not trained."""
     still: list[nn.Parameter] = []
     decaying: list[nn.Parameter] = []
@@ -255,9 +253,9 @@ def published_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 @torch.no_grad()
 def initialise(model: nn.Module) -> None:
-    """Draws the weights anew, as published: xavier for matrices and the patch projection, tokens of deviation 0.02.
+    """Draws the weights anew, as the official script does.
 
-    Positions, which are constants, stay.
+    Matrices and the patch projection are drawn by xavier, tokens with deviation 0.02; positions are constants.
     """
     for name, parameter in model.named_parameters():
         if name in ("cls_token", "mask_token"):
@@ -331,7 +329,7 @@ def crop_box(width: int, height: int, scale: tuple[float, float]) -> tuple[int, 
     return left, top, left + w, top + h
 
 
-def _told(loader: DataLoader[torch.Tensor]) -> Iterator[torch.Tensor]:
+def _batches(loader: DataLoader[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The batches; a worker's error, which comes with its traceback as the message, in one line."""
     try:
         yield from loader
@@ -339,7 +337,7 @@ def _told(loader: DataLoader[torch.Tensor]) -> Iterator[torch.Tensor]:
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("fastmae.errors.UserError: ")) from error
 
 
-# --- the verdict ------------------------------------------------------------------------------------------------------
+# --- the result ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -347,9 +345,9 @@ class Comparison:
     """Means over the seeds, and how sure their difference is."""
 
     ours: float
-    published: float
+    official: float
     difference: float
-    """Ours less the published loop's."""
+    """Ours less the official loop's."""
     reach: float
     """Half of the width of the difference's 95 % interval."""
 
@@ -358,37 +356,35 @@ class Comparison:
         return abs(self.difference) <= self.reach
 
 
-def compare(ours: Sequence[float], published: Sequence[float]) -> Comparison:
+def compare(ours: Sequence[float], official: Sequence[float]) -> Comparison:
     """Welch's interval of the difference of two means, of at least two samples each (Welch 1947)."""
     from scipy.stats import t
 
-    means = [statistics.fmean(side) for side in (ours, published)]
-    shares = [statistics.variance(side) / len(side) for side in (ours, published)]
+    means = [statistics.fmean(side) for side in (ours, official)]
+    shares = [statistics.variance(side) / len(side) for side in (ours, official)]
     error, reach = math.sqrt(sum(shares)), 0.0
     if error > 0:
         freedom = sum(shares) ** 2 / sum(
-            share**2 / (len(side) - 1) for share, side in zip(shares, (ours, published), strict=True)
+            share**2 / (len(side) - 1) for share, side in zip(shares, (ours, official), strict=True)
         )
         reach = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     return Comparison(means[0], means[1], means[0] - means[1], reach)
 
 
 def _compare(found: Mapping[str, list[Figures]], name: str) -> Comparison:
-    return compare([run[name] for run in found[OURS]], [run[name] for run in found[PUBLISHED]])
+    return compare([run[name] for run in found[OURS]], [run[name] for run in found[OFFICIAL]])
 
 
-def _table(title: str, found: Mapping[str, list[Figures]], verdict: Mapping[str, Comparison]) -> Table:
-    made = Table(title=title, title_justify="left", caption="mean ± standard deviation over the seeds")
-    made.add_column("", no_wrap=True)
-    for column in (*found, "difference", "95 % interval", "within the spread"):
-        made.add_column(column, justify="right", no_wrap=True)
-    for name, one in verdict.items():
+def _table(title: str, found: Mapping[str, list[Figures]], result: Mapping[str, Comparison]) -> Table:
+    rows = []
+    for name, one in result.items():
         low, high = one.difference - one.reach, one.difference + one.reach
         interval = f"{_number(low, name)} to {_number(high, name)}"
         sides = (_spread([run[name] for run in runs], name) if name in runs[0] else "–" for runs in found.values())
         agrees = "yes" if one.agrees else "no"
-        made.add_row(LABELS[name], *sides, _number(one.difference, name), interval, agrees)
-    return made
+        rows.append((LABELS[name], *sides, _number(one.difference, name), interval, agrees))
+    columns = ("mean ± deviation over seeds", *found, "difference", "95 % interval", "within the spread")
+    return table(title, columns, rows)
 
 
 LABELS = {KNN: "k-NN, %", LINEAR: "linear probe, %", LOSS: "loss, last epoch"}

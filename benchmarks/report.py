@@ -1,95 +1,348 @@
-"""Measured cases for people: a table on the screen and a picture."""
+"""From the JSON of ``fastmae bench all`` to one page that needs nothing else: charts, their numbers, their commands.
+
+python -m fastmae.benchmarks.report all-….json report.html         # once more, from a kept result
+"""
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from fastmae.benchmarks.charts import Interval, bars, curves, roofline, shown, stacked
+from fastmae.benchmarks.end_to_end import CACHED, FROM_FILES
+from fastmae.benchmarks.harness import OURS, Samples, milliseconds, quartiles, rates, speed_up
 
-from fastmae.benchmarks.cases import OURS
-from fastmae.benchmarks.measure import Measured
-from fastmae.benchmarks.timing import Ceilings, quartiles, times_as_fast
+Result = dict[str, Any]
+Row = Sequence[str]
+OFFICIAL = "official"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # of the products, by precision
+LABELS = {
+    OFFICIAL: "official loop",
+    "strong": "strong baseline",
+    "strong-compiled": "strong baseline, compiled",
+    "transformers-compiled": "transformers, compiled",
+    "timm": "timm blocks",
+}
+FASTER = "speed-up of fastmae over it"
+SERIES = (
+    ("batch-sizes", "By batch size", "The same step with more and fewer images.", "images per step", ""),
+    (
+        "input-sizes", "By image size",
+        "The same step on larger and smaller images; three quarters of the patches are masked in all.",
+        "pixels a side", "",
+    ),
+    (
+        "ranks", "By ranks on this machine",
+        "Each rank has as many images and as many threads; all ranks' images count, and the slowest rank's time.",
+        "ranks", "as many times the first",
+    ),
+)  # fmt: skip
 
-FILE_WIDTH = 140  # of a table that goes into a file, whose width nobody knows
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    text: str
+    columns: Row
+    rows: Sequence[Row]
+    chart: str = ""
+    commands: Sequence[str] = ()
+    kind: str = ""
 
 
-def console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False)
+def report(result: Result) -> str:
+    """The page, as HTML.
+
+    Raises:
+        ImportError: jinja2 is not installed.
+    """
+    from jinja2 import Environment
+
+    template = Environment(autoescape=True).from_string(Path(__file__).with_name("report.html.jinja").read_text())
+    sections = [section for make in MAKERS for section in make(result)]
+    return template.render(
+        title=f"fastmae on {result['machine']}: {result['model']}, {result['precision']}",
+        provenance=_provenance(result),
+        command=shlex.join(result["command"]),
+        tiles=list(_tiles(result)),
+        sections=sections,
+    )
 
 
-def describe_ceilings(ceilings: Ceilings) -> str:
-    rates = ", ".join(f"{flops / 1e12:.3g} TFLOP/s in {name}" for name, flops in ceilings.matmul_flops.items())
-    return f"copies {ceilings.copy_bytes / 1e9:.3g} GB/s (read + written), multiplies matrices at {rates}"
+def _provenance(result: Result) -> str:
+    hardware, versions = result["hardware"], result["versions"]
+    cpu = hardware.get("processor") or f"{hardware['machine']} ({hardware['cpu_capability']})"
+    processor = ", ".join(hardware["gpus"]) or cpu
+    load = " ".join(f"{value:.1f}" for value in result["load"])
+    packages = ("python", "torch", "triton", "transformers", "timm")
+    software = ", ".join(f"{name} {versions[name]}" for name in packages if name in versions)
+    return (
+        f"{result['date']} · {processor}, {hardware['cores']} cores, {hardware['torch_threads']} threads, load {load} "
+        f"beforehand · {software} · commit {result['commit']}"
+    )
 
 
-def table(title: str, measured: Iterable[Measured], ceilings: Ceilings, base: str) -> Table:
-    """A row a contestant; GB/s and TFLOP/s of the work that cannot be left out, ratios to the contestant ``base``."""
-    made = Table(title=title, title_justify="left")
-    made.add_column("op", no_wrap=True)
-    made.add_column("contestant", no_wrap=True)
-    for column in ("median ms", "quartiles", "GB/s", "of a copy", f"times {base}", "TFLOP/s"):
-        made.add_column(column, justify="right", no_wrap=True)
-    for one in measured:
-        case, remarks = one.case, [one.case.name, one.case.sizes]
-        for name, samples in one.seconds.items():
-            low, median, high = quartiles(samples)
-            made.add_row(
-                remarks.pop(0) if remarks else "",
-                f"{name} ({case.backend})" if name == OURS else name,
-                f"{1e3 * median:.3f}",
-                f"{1e3 * low:.3f} – {1e3 * high:.3f}",
-                f"{case.moved / median / 1e9:.3g}",
-                f"{case.moved / median / ceilings.copy_bytes:.0%}",
-                f"{times_as_fast(one.seconds, name, base):.2f}" if base in one.seconds else "",
-                f"{case.flops / median / 1e12:.3g}" if case.flops else "",
+def _tiles(result: Result) -> Iterator[tuple[str, str]]:
+    """The figures that the rest explains."""
+    for part in _measured(result, "step"):
+        seconds, useful = part["result"]["seconds"], part["result"]["useful_flops"][OURS]
+        yield shown(rates(seconds[OURS], _images(part["result"]))[1]), "images/s, a training step"
+        for name in (OFFICIAL, "strong", "transformers", "timm"):
+            if name in seconds:
+                yield f"{speed_up(seconds, OURS, name):.2f} ×", f"speed-up over {_label(name)}"
+        share = useful / quartiles(seconds[OURS])[1] / result["ceilings"]["products_flops"]
+        yield f"{share:.0%}", "of the rate of its products alone"
+    for part in _measured(result, "end-to-end"):
+        left = speed_up(part["result"]["seconds"], FROM_FILES, CACHED)
+        yield f"{left:.1%}", "of its speed left when it loads JPEGs"
+
+
+def _steps(result: Result) -> Iterator[Section]:
+    for part in _measured(result, "step"):
+        found = part["result"]
+        seconds, images = found["seconds"], _images(found)
+        rows = []
+        for name in _ordered(seconds):
+            useful = found["useful_flops"][name] / quartiles(seconds[name])[1]
+            memory = f"{found['peak_bytes'][name] / 2**20:,.0f} MiB" if name in found["peak_bytes"] else "–"
+            speed = _speed(_label(name), seconds[name], images)
+            share = f"{useful / result['ceilings']['products_flops']:.0%}"
+            rows.append([*speed, f"{speed_up(seconds, OURS, name):.2f}", _flops(useful), share, memory])
+        yield Section(
+            "Images per second beside the baselines",
+            f"A training step of {result['model']} with {images} images: forward, backward, optimiser. All start from "
+            "the same weights, images and masks, and their losses agree. Useful operations are those that the loss "
+            "needs, whatever an implementation computes; beside them the rate of the model's own products alone.",
+            ["step", "images/s", "quartiles", FASTER, "useful", "of own products", "memory"],
+            rows,
+            _bars({_label(name): rates(seconds[name], images) for name in _ordered(seconds)}, "images/s"),
+            [part["command"]],
+        )
+        parts = {
+            _label(name): {phase: samples[name] for phase, samples in found["phases"].items() if name in samples}
+            for name in _ordered(seconds)
+        }
+        parts = {name: times for name, times in parts.items() if times}
+        if parts:
+            medians = {name: {phase: 1e3 * quartiles(samples)[1] for phase, samples in times.items()}
+                       for name, times in parts.items()}  # fmt: skip
+            yield Section(
+                "Where a step's time goes",
+                "Differences between calls of one round that go further and further: noise can make a part negative.",
+                ["ms, quartiles", *found["phases"]],
+                [[name, *(milliseconds(times[phase]) if phase in times else "–" for phase in found["phases"])]
+                 for name, times in parts.items()],
+                stacked(medians, "ms"),
+                [part["command"]],
+            )  # fmt: skip
+
+
+def _series(result: Result) -> Iterator[Section]:
+    """Curves through the measured steps of a kind, by the number that changes."""
+    for kind, title, text, across, ideal in SERIES:
+        measured = _measured(result, kind)
+        series: dict[str, list[tuple[float, Interval]]] = {}
+        rows: list[Row] = []
+        for part in measured:
+            found = part["result"]
+            at = {"batch-sizes": found["settings"]["batch_size"], "ranks": found["ranks"]}.get(kind)
+            at = found["settings"]["input_size"] if at is None else at
+            for name in _ordered(found["seconds"]):
+                samples = found["seconds"][name]
+                series.setdefault(_label(name), []).append((at, rates(samples, _images(found))))
+                faster = f"{speed_up(found['seconds'], OURS, name):.2f}"
+                rows.append([f"{at:g}", *_speed(_label(name), samples, _images(found)), faster])
+        if series:
+            chart = curves(series, across, "images/s", ideal)
+            columns: list[str] = [across, "step", "images/s", "quartiles", FASTER]
+            if len(series) == 1:  # there is nothing to compare, and one name to say
+                columns, rows = [across, "images/s", "quartiles"], [[row[0], *row[2:4]] for row in rows]
+            yield Section(title, text, columns, rows, chart, [part["command"] for part in measured])
+
+
+def _end_to_end(result: Result) -> Iterator[Section]:
+    for part in _measured(result, "end-to-end"):
+        seconds = part["result"]["seconds"]
+        yield Section(
+            "End to end",
+            "JPEG files to new weights: our loader feeding our step; our step alone, on a batch that lies ready; the "
+            "official pipeline feeding the official loop. What is missing to 100 % is what loading costs.",
+            ["training", "images/s", "quartiles", "of a batch on the device"],
+            [[*_speed(name, samples), f"{speed_up(seconds, name, CACHED):.1%}"] for name, samples in seconds.items()],
+            _bars({name: rates(samples) for name, samples in seconds.items()}, "images/s"),
+            [part["command"]],
+        )
+
+
+def _loader(result: Result) -> Iterator[Section]:
+    for part in _measured(result, "loader"):
+        seconds, threads = part["result"]["seconds"], str(part["result"]["num_workers"])
+        base = next((name for name in seconds if name.startswith(OFFICIAL)), None)
+        limit = result["ceilings"]["decoded"].get(threads)
+        yield Section(
+            "Loading",
+            "From files in the page cache to crops on the device, beside the official DataLoader with Pillow.",
+            ["from", "images/s", "quartiles", "speed-up over official"],
+            [[*_speed(name, samples), f"{speed_up(seconds, name, base):.2f}" if base else "–"]
+             for name, samples in seconds.items()],
+            _bars({name: rates(samples) for name, samples in seconds.items()}, "images/s",
+                  {f"whole JPEGs decoded, {_threads(threads)}": limit} if limit else None),
+            [part["command"]],
+        )  # fmt: skip
+
+
+def _ceilings(result: Result) -> Iterator[Section]:
+    found = result["ceilings"]
+    rows = [["copy, read + written", f"{found['copy_bytes'] / 1e9:.3g} GB/s"]]
+    rows += [[f"large square product, {name}", _flops(rate)] for name, rate in found["matmul_flops"].items()]
+    own = f"the model's own products, {result['precision']}, {result['batch_size']} images"
+    rows.append([own, _flops(found["products_flops"])])
+    rows += [[f"JPEGs decoded, {_threads(number)}", f"{rate:.0f}/s"] for number, rate in found["decoded"].items()]
+    text = "Measured first, the best of several samples: what the rest is compared with."
+    yield Section("What this machine can do", text, ["ceiling", "rate"], [*rows])
+
+
+def _roofline(result: Result) -> Iterator[Section]:
+    rate, points, rows, commands = result["ceilings"]["copy_bytes"], [], [], []
+    limit = result["ceilings"]["matmul_flops"][DTYPES[result["precision"]]]
+
+    def add(name: str, label: str, intensity: float, flops: float) -> None:
+        points.append((name, intensity, flops))
+        rows.append([label, shown(intensity), _flops(flops), f"{flops / min(limit, intensity * rate):.0%}"])
+
+    for part in _measured(result, "step"):
+        flops = part["result"]["useful_flops"][OURS]
+        reached = flops / quartiles(part["result"]["seconds"][OURS])[1]
+        add("training step", "training step", flops / part["result"].get("step_bytes", result["step_bytes"]), reached)
+        commands.append(part["command"])
+    for part in _measured(result, "kernels"):
+        for case in part["result"]["cases"]:
+            if OURS in case["seconds"] and case["operations"]:
+                direction = "forward + backward" if case["backward"] else "forward"
+                seconds = quartiles(case["seconds"][OURS])[1]
+                label = f"{case['op']} {direction}, {case['sizes']}"
+                add(case["op"], label, case["operations"] / case["bytes"], case["operations"] / seconds)
+        commands.append(part["command"])
+    if points:
+        roofs = {f"square product, {name}": rate for name, rate in result["ceilings"]["matmul_flops"].items()}
+        roofs["the model's own products"] = result["ceilings"]["products_flops"]
+        text = (
+            "What reads and writes much for each operation lies below the sloping line, the bandwidth of a copy; the "
+            "rest below the rate of matrix products. Bytes are the fewest that have to be moved: of a step, factors "
+            "and results of each product once, and the optimiser's. Integer work (masking) has no place here."
+        )
+        columns = ["ours", "operations per byte", "reached", "of the roof"]
+        yield Section("Roofline", text, columns, rows, roofline(points, roofs, rate), commands)
+
+
+def _kernels(result: Result) -> Iterator[Section]:
+    for part in _measured(result, "kernels", "attention"):
+        drawn: dict[str, dict[str, Interval]] = {}
+        rows: list[Row] = []
+        for case in part["result"]["cases"]:
+            label = f"{case['op']} {'fwd+bwd' if case['backward'] else 'fwd'}"
+            if case["op"] in ("attention", "linear"):
+                label = f"{label}\n{case['sizes'].split(', ', 1 if case['op'] == 'attention' else 0)[-1]}"
+            for name, samples in case["seconds"].items():
+                copied = case["bytes"] / result["ceilings"]["copy_bytes"]
+                low, median, high = rates(samples, 100 * copied)
+                drawn.setdefault(label, {})[name] = (low, median, high)
+                rows.append([label.replace("\n", ", "), name, milliseconds(samples, 3), f"{median:.1f} %"])
+        if rows:
+            yield Section(
+                "The ops" if part["kind"] == "kernels" else "Attention by backend",
+                "Beside a copy of the fewest bytes that the op must move. Results agree with those in float64.",
+                ["op", "implementation", "ms, quartiles", "of a copy"],
+                rows,
+                bars(drawn, "% of a copy"),
+                [part["command"]],
             )
-        for remark in remarks:
-            made.add_row(remark)
-        made.add_section()
-    return made
 
 
-def complaints(measured: Iterable[Measured]) -> list[str]:
-    """A line for each reason why somebody was not timed, with the cases that it holds for."""
-    cases: dict[str, list[str]] = {}
-    for one in measured:
-        reasons = [f"refused, for {one.refused}"] if one.refused else []
-        reasons += [f"{name} {reason}" for name, reason in one.left_out.items()]
-        for reason in reasons:
-            cases.setdefault(reason, []).append(f"{one.case.name} ({one.case.sizes})")
-    return [f"{reason}: {'; '.join(names)}" for reason, names in cases.items()]
+def _missing(result: Result) -> Iterator[Section]:
+    """Everything that was to be measured and was not, with the reason."""
+    rows = [(part["command"], f"{part['outcome']}: {part['reason']}") for part in result["parts"] if part["reason"]]
+    for part in result["parts"]:
+        found = part["result"] or {}
+        skipped = dict(found.get("skipped", {}))
+        for case in found.get("cases", ()):
+            skipped |= {f"{case['op']} {name}": reason for name, reason in case["skipped"].items()}
+            if case["refused"]:
+                skipped[f"{case['op']}, {case['sizes']}"] = f"refused: {case['refused']}"
+        rows += [(f"{part['kind']}: {name}", reason) for name, reason in skipped.items()]
+    rows += [(command, "not yet reached") for command in result["to_come"]]
+    if rows:
+        text = "What could not run here, or was refused."
+        yield Section("Not measured", text, ["what", "why"], list(dict.fromkeys(rows)), kind="missing")
 
 
-def draw_picture(path: Path, title: str, measured: Sequence[Measured], ceilings: Ceilings, base: str) -> None:
-    """Two bar charts, a group of bars a case: share of a copy's bandwidth, and speed beside ``base``."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no picture: matplotlib is not installed; pip install 'fastmae[bench]'", file=sys.stderr)
-        return
-    timed = [one for one in measured if one.seconds]
-    names = list(dict.fromkeys(name for one in timed for name in one.seconds))
-    figure = Figure(figsize=(14, 1.5 + 0.5 * len(timed)), layout="constrained")
-    share, ratio = figure.subplots(1, 2, sharey=True)
-    height = 0.8 / max(1, len(names))
-    for place, name in enumerate(names):
-        rows = [row for row, one in enumerate(timed) if name in one.seconds]
-        y = [row + (place - (len(names) - 1) / 2) * height for row in rows]
-        speeds = [timed[row].case.moved / quartiles(timed[row].seconds[name])[1] for row in rows]
-        share.barh(y, [100 * speed / ceilings.copy_bytes for speed in speeds], height, label=name)
-        ratio.barh(y, [times_as_fast(timed[row].seconds, name, base) for row in rows], height)
-    labels = [f"{one.case.name}\n{one.case.model}, {one.case.sizes}" for one in timed]
-    share.set_yticks(range(len(timed)), labels, fontsize=7)
-    share.invert_yaxis()
-    share.set_xlabel(f"% of the bandwidth of a copy ({ceilings.copy_bytes / 1e9:.3g} GB/s, measured)")
-    share.axvline(100, color="gray", linewidth=0.8)
-    ratio.set_xlabel(f"times as fast as {base}")
-    ratio.axvline(1, color="gray", linewidth=0.8)
-    if timed:
-        share.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    print(path)
+MAKERS: tuple[Callable[[Result], Iterator[Section]], ...] = (
+    _steps, _series, _end_to_end, _loader, _ceilings, _roofline, _kernels, _missing,
+)  # fmt: skip
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _measured(result: Result, *kinds: str) -> list[Result]:
+    """Parts of these kinds that have samples."""
+    return [part for part in result["parts"] if part["kind"] in kinds and part["result"] is not None]
+
+
+def _images(found: Result) -> int:
+    return int(found["settings"]["batch_size"] * found["ranks"])
+
+
+def _ordered(seconds: Samples) -> list[str]:
+    """Ours first, then the others in the order in which they ran."""
+    return sorted(seconds, key=lambda name: name != OURS)
+
+
+def _label(name: str) -> str:
+    return LABELS.get(name, name)
+
+
+def _speed(name: str, samples: Sequence[float], images: float = 1.0) -> list[str]:
+    """Three cells: the name, images per second, and quartiles of it."""
+    low, median, high = rates(samples, images)
+    return [name, shown(median), f"{shown(low)} – {shown(high)}"]
+
+
+def _bars(intervals: dict[str, Interval], unit: str, limits: dict[str, float] | None = None) -> str:
+    return bars({name: {name: interval} for name, interval in intervals.items()}, unit, limits)
+
+
+def _threads(number: str) -> str:
+    return f"{number} thread{'' if number == '1' else 's'}"
+
+
+def _flops(rate: float) -> str:
+    return f"{shown(rate / 1e12)} TFLOP/s" if rate >= 1e11 else f"{shown(rate / 1e9)} GFLOP/s"
+
+
+def in_current_words(text: str) -> str:
+    """The JSON of version 0.1 with today's keys and names."""
+    for old, new in (("left_out", "skipped"), ("peers", "baselines"), ("published", OFFICIAL)):
+        text = text.replace(f'"{old}"', f'"{new}"')
+    return text.replace('"published loop, from files"', '"official loop, from files"').replace(
+        "published, ", "official, "
+    )
+
+
+def main(words: Iterable[str]) -> int:
+    """Makes the report of a kept result; 0, or 2 for wrong words."""
+    words = list(words)
+    if len(words) != 2:
+        print("usage: python -m fastmae.benchmarks.report RESULT.json REPORT.html", file=sys.stderr)
+        return 2
+    Path(words[1]).write_text(report(json.loads(in_current_words(Path(words[0]).read_text()))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,21 +1,21 @@
-"""How long is a training step, beside the published formulation, beside others, and with each switch of ours?
+"""How long is a training step, beside the official formulation, beside others, and with each switch of ours?
 
-    fastmae bench step --batch_size 8 --output benchmarks/results                                     # on a CPU
-    fastmae bench step --batch_size 8 --peers --switches bf16 checkpointing-full --phases             # what they cost
-    fastmae bench step --batch_size 256 --precision bf16 --rounds 30 --output benchmarks/results      # on a GPU
-    torchrun --nproc_per_node 2 -m fastmae bench step --peers --switches fsdp reduce-bf16 --phases    # communication
+    fastmae bench step --batch_size 8 --output benchmarks/results                                # on a CPU
+    fastmae bench step --batch_size 8 --baselines --switches bf16 checkpointing-full --phases    # what they cost
+    fastmae bench step --batch_size 256 --precision bf16 --switches compile-block+bf16-residual  # on a GPU
+    torchrun --nproc_per_node 2 -m fastmae bench step --baselines --switches fsdp --phases       # communication
 
 Forward, backward and optimiser on the same images, masks and weights. No time is reported unless all losses agree,
 those of the first step and those of the second, which tell what the first one made of the weights. Only the switch
 `cross` is another model with losses of its own.
 
-Each contestant lives in a process of its own, as users run one trainer at a time: in a shared heap the memory of one
-lies between that of another, and what pretraining tells malloc would hold for all. It waits without work until it is
-its turn, and one that dies, for want of memory for instance, is left out. Ranks are processes that have each other, so
-those of torchrun each hold all contestants; they tell malloc only if no peer is among them.
+Each implementation lives in a process of its own, as users run one trainer at a time: in a shared heap the memory of
+one lies between that of another, and what pretraining tells malloc would hold for all. It waits without work until its
+turn comes, and one that dies, for want of memory for instance, is skipped. Ranks must be processes that reach each
+other, so those of torchrun each hold all implementations; they tell malloc only if no baseline is among them.
 
-The images lie ready on the device: what loading adds is for `fastmae bench end-to-end` to say. Peers get them as their
-loaders leave them, float32 and normalised, so that normalising is no part of their step; ours does it within the step.
+The images lie ready on the device: `fastmae bench end-to-end` measures what loading adds. Baselines get them as their
+loaders leave them, float32 and normalised, so that normalising is no part of their step; ours does it in the step.
 
 The parts of a step are differences between calls of one round that go further and further: forward; and backward; a
 step of each rank by itself; a step. So communication is what sharing adds to a step, without what hides behind the
@@ -44,13 +44,29 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
-from fastmae.benchmarks.baselines.official import published_like
+from fastmae.benchmarks.baselines.official import official_like
 from fastmae.benchmarks.baselines.strong import strong_like
 from fastmae.benchmarks.baselines.timm_blocks import timm_like
 from fastmae.benchmarks.baselines.vitmae import vitmae_like
-from fastmae.benchmarks.report import console
-from fastmae.benchmarks.timing import Samples, elapsed, machine_name, quartiles, times_as_fast, write_result
-from fastmae.benchmarks.workers import GoneError, in_own_process, reason, refusals
+from fastmae.benchmarks.harness import (
+    OURS,
+    GoneError,
+    Samples,
+    agree,
+    console,
+    elapsed,
+    in_own_process,
+    machine_name,
+    milliseconds,
+    quartiles,
+    reason,
+    refusals,
+    refuse,
+    speed_up,
+    table,
+    take_turns,
+    write_result,
+)
 from fastmae.config import BenchStepConfig, check_bench
 from fastmae.environment import peak_flops
 from fastmae.errors import UserError
@@ -68,14 +84,15 @@ from fastmae.train.step import PassGraph, TrainingLoss, prepare, require_graph, 
 MASK_RATIO = 0.75
 LR, WEIGHT_DECAY = 1e-4, 0.05
 LOSS_TOLERANCE = {"fp32": 1e-5, "tf32": 1e-2, "bf16": 2e-2, "float8": 5e-2}
-OURS = "fastmae"
 STEPS_COMPARED = 2
+# On a GPU a sample is a window of so many steps with one synchronisation: as in training, Python runs ahead of it.
+GPU_WINDOW = 10
 PHASES = ("forward", "backward", "optimiser", "communication")
 # How far calls go; what lies between them are the phases.
 FORWARD, BACKWARD, ALONE, STEP = "forward", "forward and backward", "a rank's step by itself", "step"
 PEAK = "the peak of memory"
 Stretches = dict[tuple[str, str], list[float]]
-"""Seconds, a number a round, by contestant and how far it went."""
+"""Seconds, a number a round, by implementation and how far it went."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +132,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Implementation:
     """A model at the beginning of its training."""
 
     loss_of: nn.Module
@@ -124,7 +141,7 @@ class Contestant:
     """What it takes."""
     optimizer: torch.optim.Optimizer
     precision: Precision
-    train: Callable[[Contestant, bool], torch.Tensor]
+    train: Callable[[Implementation, bool], torch.Tensor]
     """Steps once, together with the other ranks or by itself; the loss, detached."""
     tolerance: float
     """Of its losses, relative to ours."""
@@ -162,8 +179,8 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class Entered:
-    """What is to be known of a contestant that can run."""
+class Facts:
+    """What the table needs to know of an implementation that can run."""
 
     losses: list[float]
     """Of its first steps; means over ranks."""
@@ -172,26 +189,26 @@ class Entered:
     has_parts: bool
     tolerance: float
     flops: int
-    """As a ``Contestant`` has them."""
+    """As an ``Implementation`` has them."""
 
 
 @dataclass(frozen=True)
 class Runner:
-    """A contestant that can run, wherever it lives."""
+    """An implementation that can run, wherever it lives."""
 
-    entered: Entered
+    facts: Facts
     ask: Callable[[str], float]
     """How far it goes to the seconds that it takes; ``PEAK`` to bytes."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The same for all contestants; a rank's own."""
+    """The same for all implementations; a rank's own."""
 
     images: torch.Tensor
     """uint8 [N, H, W, C]."""
     normalised: torch.Tensor
-    """The same as peers take them, float32 [N, C, H, W]."""
+    """The same as baselines take them, float32 [N, C, H, W]."""
     ids_shuffle: torch.Tensor
     """int32 [N, L]."""
     weights: dict[str, torch.Tensor] = field(repr=False)
@@ -219,26 +236,23 @@ def _bench_step(config: BenchStepConfig, command: Sequence[str], context: parall
         _fresh_model(config)
     with ExitStack() as processes:
         enter = _among_ranks(config, context) if context.size > 1 else partial(_in_own_process, config, processes)
-        names = dict.fromkeys([OURS, *config.peers, *config.switches])
-        runners, left_out = _admitted(names, enter, context)
-        _require_ours(left_out)
-        losses = {name: runner.entered.losses for name, runner in runners.items()}
+        names = dict.fromkeys([OURS, *config.baselines, *config.switches])
+        runners, skipped = _accepted(names, enter, context)
+        _require_ours(skipped)
+        losses = {name: runner.facts.losses for name, runner in runners.items()}
         for name, runner in runners.items():
-            pairs = zip(losses[name], losses[OURS], strict=True)
-            if not all(abs(loss / right - 1) <= runner.entered.tolerance for loss, right in pairs):
-                if context.is_main:
-                    print(f"the loss of {name} differs, so no time is reported: {losses}", file=sys.stderr)
-                return 1
-        stretches = _timed(runners, config, context, left_out)
-        memory = _memory(runners, context, left_out)  # last, as training has no profiler, which it needs
-        _require_ours(left_out)
+            if not agree(losses[name], losses[OURS], runner.facts.tolerance):
+                return refuse(f"the loss of {name} differs ({losses})") if context.is_main else 1
+        stretches = _timed(runners, config, context, skipped)
+        memory = _memory(runners, context, skipped)  # last, as training has no profiler, which it needs
+        _require_ours(skipped)
     if not context.is_main:
         return 0
-    entered = {name: runner.entered for name, runner in runners.items() if name not in left_out}
-    seconds = {name: stretches[name, STEP] for name in entered}
-    phases = _phases(entered, stretches, context.size) if config.phases else {}
+    facts = {name: runner.facts for name, runner in runners.items() if name not in skipped}
+    seconds = {name: stretches[name, STEP] for name in facts}
+    phases = _phases(facts, stretches, context.size) if config.phases else {}
     images = context.size * config.batch_size
-    useful = {name: 3 * images * one.flops for name, one in entered.items()}
+    useful = {name: 3 * images * one.flops for name, one in facts.items()}
     ranks = f"{context.size} ranks, " if context.size > 1 else ""
     size = f"{config.input_size} pixels, " if config.input_size else ""
     what = f"{config.model}, {size}{ranks}batch {config.batch_size}, {precision}, {machine_name(context.device)}"
@@ -246,7 +260,7 @@ def _bench_step(config: BenchStepConfig, command: Sequence[str], context: parall
     console().print(_speeds(title, images, context, seconds, useful, memory))
     if phases:
         console().print(_parts(phases))
-    for name, why in left_out.items():
+    for name, why in skipped.items():
         print(f"{name} cannot run: {why}", file=sys.stderr)
     if config.output is not None:
         ranks = f"-r{context.size}" if context.size > 1 else ""
@@ -254,10 +268,10 @@ def _bench_step(config: BenchStepConfig, command: Sequence[str], context: parall
         file = f"step-{config.model}{size}-{machine_name(context.device)}{ranks}-n{config.batch_size}-{precision}"
         measured = {
             "ranks": context.size,
-            "losses": {name: one.losses for name, one in entered.items()},
-            "left_out": left_out,
+            "losses": {name: one.losses for name, one in facts.items()},
+            "skipped": skipped,
             "useful_flops": useful,
-            "peak_bytes": {name: memory[name] for name in entered if name in memory},
+            "peak_bytes": {name: memory[name] for name in facts if name in memory},
             "seconds": seconds,
             "phases": phases,
         }
@@ -265,19 +279,19 @@ def _bench_step(config: BenchStepConfig, command: Sequence[str], context: parall
     return 0
 
 
-def _require_ours(left_out: Mapping[str, str]) -> None:
-    if OURS in left_out:
-        raise UserError(f"our own step cannot run ({left_out[OURS]}); use a smaller --batch_size or another --device")
+def _require_ours(skipped: Mapping[str, str]) -> None:
+    if OURS in skipped:
+        raise UserError(f"our own step cannot run ({skipped[OURS]}); use a smaller --batch_size or another --device")
 
 
-# --- where contestants live -------------------------------------------------------------------------------------------
+# --- where implementations live ---------------------------------------------------------------------------------------
 
 
-def _admitted(
+def _accepted(
     names: Iterable[str], enter: Callable[[str], Runner], context: parallel.DistContext
 ) -> tuple[dict[str, Runner], dict[str, str]]:
     """(who can run on every rank; why others cannot)."""
-    runners, left_out = {}, {}
+    runners, skipped = {}, {}
     for name in names:
         why = ""
         try:
@@ -285,15 +299,15 @@ def _admitted(
         except refusals() as error:
             why = reason(error)
         if context.any(bool(why)):
-            left_out[name] = why or "another rank cannot"
+            skipped[name] = why or "another rank cannot"
         else:
             runners[name] = runner
-    return runners, left_out
+    return runners, skipped
 
 
 def _among_ranks(config: BenchStepConfig, context: parallel.DistContext) -> Callable[[str], Runner]:
-    """All contestants in this rank's process."""
-    if not config.peers:
+    """All implementations in this rank's process."""
+    if not config.baselines:
         _prepare_malloc(context.device)
     inputs = _inputs(config, context)
     return lambda name: Runner(*_start(name, config, inputs, context))
@@ -303,14 +317,14 @@ def _in_own_process(config: BenchStepConfig, processes: ExitStack, name: str) ->
     return Runner(*processes.enter_context(in_own_process(_start_alone, name, config)))
 
 
-def _start_alone(name: str, config: BenchStepConfig) -> tuple[Entered, Callable[[str], float]]:
-    """What the process of one contestant does; it draws the inputs itself."""
+def _start_alone(name: str, config: BenchStepConfig) -> tuple[Facts, Callable[[str], float]]:
+    """What the process of one implementation does; it draws the inputs itself."""
     context = parallel.start(config.device)
-    if name not in config.peers:
+    if name not in config.baselines:
         _prepare_malloc(context.device)
-    entered, ask = _start(name, config, _inputs(config, context), context)
+    facts, ask = _start(name, config, _inputs(config, context), context)
     if context.device.type == "cpu":
-        return entered, ask
+        return facts, ask
 
     def ask_and_give_back(request: str) -> float:
         """torch keeps a GPU's memory for later, which others need in their turn; so it is fetched before the clock."""
@@ -319,23 +333,24 @@ def _start_alone(name: str, config: BenchStepConfig) -> tuple[Entered, Callable[
         torch.cuda.empty_cache()
         return answer
 
-    return entered, ask_and_give_back
+    return facts, ask_and_give_back
 
 
 def _start(
     name: str, config: BenchStepConfig, inputs: Inputs, context: parallel.DistContext
-) -> tuple[Entered, Callable[[str], float]]:
-    """A contestant's first steps, and what it does on request from then on: the fields of a ``Runner``."""
-    one = _contestant(name, config, inputs, context)
+) -> tuple[Facts, Callable[[str], float]]:
+    """An implementation's first steps, and what it does on request from then on: the fields of a ``Runner``."""
+    one = _implementation(name, config, inputs, context)
     losses = [context.mean(one.go(STEP)).item() for _ in range(STEPS_COMPARED)]
 
     def ask(request: str) -> float:
         if request == PEAK:
             return _peak(one, context.device)
         context.any(False)  # ranks begin together
-        return elapsed(lambda: one.go(request), 1, context.device)
+        steps = GPU_WINDOW if context.device.type == "cuda" else 1
+        return elapsed(lambda: one.go(request), steps, context.device) / steps
 
-    return Entered(losses, one.graph is None, one.has_parts, one.tolerance, one.flops), ask
+    return Facts(losses, one.graph is None, one.has_parts, one.tolerance, one.flops), ask
 
 
 def _prepare_malloc(device: torch.device) -> None:
@@ -344,15 +359,17 @@ def _prepare_malloc(device: torch.device) -> None:
         keep_freed_memory()
 
 
-# --- contestants ------------------------------------------------------------------------------------------------------
+# --- implementations --------------------------------------------------------------------------------------------------
 
 
-def _contestant(name: str, config: BenchStepConfig, inputs: Inputs, context: parallel.DistContext) -> Contestant:
+def _implementation(
+    name: str, config: BenchStepConfig, inputs: Inputs, context: parallel.DistContext
+) -> Implementation:
     precision = choose_precision(config.precision, context.device).name
-    if name in config.peers:
+    if name in config.baselines:
         return theirs(name, config.model, precision, inputs, context)
-    switches = Switches(precision=precision)
-    return ours(config.model, replace(switches, **({} if name == OURS else CHANGES[name])), inputs, context)
+    changes = {} if name == OURS else {key: value for part in name.split("+") for key, value in CHANGES[part].items()}
+    return ours(config.model, replace(Switches(precision=precision), **changes), inputs, context)
 
 
 def _fresh_model(config: BenchStepConfig) -> MaskedAutoencoderViT:
@@ -386,7 +403,7 @@ def _model(name: str, inputs: Inputs) -> MaskedAutoencoderViT:
     return model.to(inputs.images.device)
 
 
-def ours(name: str, switches: Switches, inputs: Inputs, context: parallel.DistContext) -> Contestant:
+def ours(name: str, switches: Switches, inputs: Inputs, context: parallel.DistContext) -> Implementation:
     """The trainer's own step.
 
     Raises:
@@ -410,7 +427,7 @@ def ours(name: str, switches: Switches, inputs: Inputs, context: parallel.DistCo
     average = start_average(model, None) if switches.ema is not None else {}
     graph = PassGraph() if switches.cuda_graph else None
 
-    def train(one: Contestant, shares: bool) -> torch.Tensor:
+    def train(one: Implementation, shares: bool) -> torch.Tensor:
         with precision.products():
             stepped = train_step(
                 loss_of,
@@ -428,7 +445,7 @@ def ours(name: str, switches: Switches, inputs: Inputs, context: parallel.DistCo
         return stepped.loss
 
     batch = (inputs.images, inputs.ids_shuffle)
-    return Contestant(loss_of, batch, optimizer, precision, train, _tolerance(switches), flops, graph)
+    return Implementation(loss_of, batch, optimizer, precision, train, _tolerance(switches), flops, graph)
 
 
 def _tolerance(switches: Switches) -> float:
@@ -450,22 +467,22 @@ def _sharing(switches: Switches, context: parallel.DistContext) -> parallel.Para
 
 
 class _LossOf(nn.Module):
-    """A peer's loss as the output of a forward pass, which is what torch's wrappers expect."""
+    """A baseline's loss as the output of a forward pass, which is what torch's wrappers expect."""
 
-    def __init__(self, peer: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.peer = peer
+        self.model = model
 
     def forward(self, images: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        return self.peer(images, order)[0]
+        return self.model(images, order)[0]
 
 
 def theirs(
     name: str, model_name: str, precision_name: str, inputs: Inputs, context: parallel.DistContext
-) -> Contestant:
+) -> Implementation:
     """A plain loop around somebody else's model.
 
-    The published loop has torch's AdamW as it comes, which is not fused, and reads the loss after each step; it is
+    The official loop has torch's AdamW as it comes, which is not fused, and reads the loss after each step; it is
     spared fp16's loss scaler. The others have our optimiser and wait for nothing.
 
     Raises:
@@ -477,80 +494,75 @@ def theirs(
     model, ids_shuffle = _model(model_name, inputs), inputs.ids_shuffle
     order = ids_shuffle.long()
     if formulation == "transformers":
-        peer = vitmae_like(model)
+        module: nn.Module = vitmae_like(model)
         order = ids_shuffle.argsort(dim=1).float()  # the noise that it sorts patches by
     else:
-        peer = {"published": published_like, "strong": strong_like, "timm": timm_like}[formulation](model)
-    module = _LossOf(peer.to(context.device))
+        module = {"official": official_like, "strong": strong_like, "timm": timm_like}[formulation](model)
+    module = _LossOf(module.to(context.device))
     if compiled:
         module.compile(dynamic=False)
     loss_of = parallel.parallelize(module, context, parallel.choose_parallelism("ddp", "fp32", None, context))
     optimizer = make_optimizer(module, LR, WEIGHT_DECAY)
-    if formulation == "published":
+    if formulation == "official":
         optimizer = torch.optim.AdamW(parameter_groups(module, WEIGHT_DECAY), lr=LR, betas=BETAS)
 
-    def train(one: Contestant, _: bool) -> torch.Tensor:
+    def train(one: Implementation, _: bool) -> torch.Tensor:
         loss = one.backward()
         optimizer.step()
-        if formulation == "published":
+        if formulation == "official":
             loss.item()
         return loss
 
     batch = (inputs.normalised, order)
     tolerance, flops = LOSS_TOLERANCE[precision.name], flops_per_image(model, MASK_RATIO)
-    return Contestant(loss_of, batch, optimizer, precision, train, tolerance, flops)
+    return Implementation(loss_of, batch, optimizer, precision, train, tolerance, flops)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def _timed(
-    runners: Mapping[str, Runner], config: BenchStepConfig, context: parallel.DistContext, left_out: dict[str, str]
+    runners: Mapping[str, Runner], config: BenchStepConfig, context: parallel.DistContext, skipped: dict[str, str]
 ) -> Stretches:
-    """In turns; of the rank that takes the longest."""
+    """Times all in turns, after a round that warms up; of the rank that takes the longest."""
     parts = [FORWARD, BACKWARD, *([ALONE] if context.size > 1 else [])] if config.phases else []
-    samples: Stretches = {
-        (name, stretch): []
+    samplers = {
+        (name, stretch): partial(_answer, runners, name, stretch, skipped)
         for name, runner in runners.items()
-        for stretch in [*(parts if runner.entered.has_parts else []), STEP]
+        for stretch in [*(parts if runner.facts.has_parts else []), STEP]
     }
-    for round_ in range(config.rounds + 1):
-        for (name, stretch), seconds in samples.items():
-            taken = _answer(runners, name, stretch, left_out)
-            if taken is not None and round_ > 0:  # the first one warms up
-                seconds.append(taken)
-    return {key: _largest(seconds, context) for key, seconds in samples.items() if key[0] not in left_out}
+    samples = take_turns(samplers, config.rounds + 1)
+    return {key: _largest(seconds[1:], context) for key, seconds in samples.items() if key[0] not in skipped}
 
 
-def _answer(runners: Mapping[str, Runner], name: str, request: str, left_out: dict[str, str]) -> float | None:
-    """None from a contestant whose process is gone, which is left out from then on."""
-    if name in left_out:
-        return None
-    try:
-        return runners[name].ask(request)
-    except GoneError as error:
-        left_out[name] = str(error)
-        return None
+def _answer(runners: Mapping[str, Runner], name: str, request: str, skipped: dict[str, str]) -> float:
+    """NaN from an implementation whose process is gone, which is skipped from then on."""
+    if name not in skipped:
+        try:
+            return runners[name].ask(request)
+        except GoneError as error:
+            skipped[name] = str(error)
+    return math.nan
 
 
-def _memory(runners: Mapping[str, Runner], context: parallel.DistContext, left_out: dict[str, str]) -> dict[str, float]:
+def _memory(runners: Mapping[str, Runner], context: parallel.DistContext, skipped: dict[str, str]) -> dict[str, float]:
     """Bytes that torch holds at the peak of a step beside what it holds before: weights and the optimiser's moments.
 
     Of the rank that takes the most. What libraries allocate behind torch's back is not in it, and a CUDA graph, which
     never gives its memory back, is left out.
     """
-    peaks = {name: _answer(runners, name, PEAK, left_out) for name in runners if runners[name].entered.has_peak}
-    found = {name: peak for name, peak in peaks.items() if peak is not None}
+    peaks = {name: _answer(runners, name, PEAK, skipped) for name in runners if runners[name].facts.has_peak}
+    found = {name: peak for name, peak in peaks.items() if name not in skipped}
     return dict(zip(found, _largest(list(found.values()), context), strict=True))
 
 
-def _peak(one: Contestant, device: torch.device) -> float:
+def _peak(one: Implementation, device: torch.device) -> float:
     """Bytes, of this rank."""
     one.optimizer.zero_grad(set_to_none=True)
     return _peak_on_gpu(one, device) if device.type == "cuda" else _peak_on_cpu(one)
 
 
-def _peak_on_gpu(one: Contestant, device: torch.device) -> float:
+def _peak_on_gpu(one: Implementation, device: torch.device) -> float:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     held = torch.cuda.memory_allocated(device)
@@ -559,7 +571,7 @@ def _peak_on_gpu(one: Contestant, device: torch.device) -> float:
     return float(torch.cuda.max_memory_allocated(device) - held)
 
 
-def _peak_on_cpu(one: Contestant) -> float:
+def _peak_on_cpu(one: Implementation) -> float:
     """torch counts what it holds on a CPU only for its profiler, which writes it down for people: as a trace."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         one.go(STEP)
@@ -580,11 +592,11 @@ def _largest(numbers: list[float], context: parallel.DistContext) -> list[float]
     return largest.tolist()
 
 
-def _phases(entered: Mapping[str, Entered], stretches: Stretches, ranks: int) -> dict[str, Samples]:
+def _phases(facts: Mapping[str, Facts], stretches: Stretches, ranks: int) -> dict[str, Samples]:
     """Seconds of each part of a step, a number a round."""
     alone = ALONE if ranks > 1 else STEP
     found: dict[str, Samples] = {phase: {} for phase in PHASES}
-    for name, one in entered.items():
+    for name, one in facts.items():
         if one.has_parts:
             found["forward"][name] = stretches[name, FORWARD]
             found["backward"][name] = _less(stretches[name, BACKWARD], stretches[name, FORWARD])
@@ -599,7 +611,7 @@ def _less(whole: list[float], part: list[float]) -> list[float]:
     return [a - b for a, b in zip(whole, part, strict=True)]
 
 
-# --- what is said -----------------------------------------------------------------------------------------------------
+# --- what is shown ----------------------------------------------------------------------------------------------------
 
 
 def _speeds(
@@ -610,36 +622,28 @@ def _speeds(
     useful: dict[str, int],
     memory: dict[str, float],
 ) -> Table:
-    """A row a contestant; ``images`` and ``useful`` operations are those of a step of all ranks."""
+    """A row per implementation; ``images`` and ``useful`` operations are those of a step of all ranks."""
     peak = peak_flops(torch.cuda.get_device_name(context.device)) if context.device.type == "cuda" else None
-    made = Table(title=title, title_justify="left")
-    made.add_column("step", no_wrap=True)
-    for column in ("images/s", f"times {OURS}", "useful TFLOP/s", "MFU", "memory"):
-        made.add_column(column, justify="right", no_wrap=True)
+    rows = []
     for name, samples in seconds.items():
         median = quartiles(samples)[1]
-        made.add_row(
-            name,
-            f"{images / median:.2f}",
-            f"{times_as_fast(seconds, name, OURS):.2f}",
-            f"{useful[name] / median / 1e12:.3g}",
-            "–" if peak is None else f"{useful[name] / median / (context.size * peak):.1%}",
-            f"{memory[name] / 2**20:.0f} MiB" if name in memory else "–",
+        rows.append(
+            (
+                name,
+                f"{images / median:.2f}",
+                f"{speed_up(seconds, OURS, name):.2f}",
+                f"{useful[name] / median / 1e12:.3g}",
+                "–" if peak is None else f"{useful[name] / median / (context.size * peak):.1%}",
+                f"{memory[name] / 2**20:.0f} MiB" if name in memory else "–",
+            )
         )
-    return made
+    return table(title, ("step", "images/s", f"speed-up of {OURS} over it", "useful TFLOP/s", "MFU", "memory"), rows)
 
 
 def _parts(phases: dict[str, Samples]) -> Table:
-    made = Table(title="where a step's time goes: ms, median and quartiles", title_justify="left")
-    made.add_column("step", no_wrap=True)
-    for phase in phases:
-        made.add_column(phase, justify="right", no_wrap=True)
-    for name in dict.fromkeys(name for samples in phases.values() for name in samples):
-        cells = (_milliseconds(samples[name]) if name in samples else "–" for samples in phases.values())
-        made.add_row(name, *cells)
-    return made
-
-
-def _milliseconds(samples: list[float]) -> str:
-    low, median, high = (1e3 * quartile for quartile in quartiles(samples))
-    return f"{median:.1f} ({low:.1f} – {high:.1f})"
+    names = dict.fromkeys(name for samples in phases.values() for name in samples)
+    rows = [
+        (name, *(milliseconds(samples[name]) if name in samples else "–" for samples in phases.values()))
+        for name in names
+    ]
+    return table("where a step's time goes: ms, median and quartiles", ("step", *phases), rows)

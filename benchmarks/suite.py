@@ -28,17 +28,16 @@ import torch
 
 from fastmae.benchmarks.cases import MASK_RATIO, Shapes, shapes_of
 from fastmae.benchmarks.ceilings import AllCeilings, measure_all_ceilings, step_bytes
-from fastmae.benchmarks.html import report
+from fastmae.benchmarks.harness import machine_name, write_result
 from fastmae.benchmarks.images import ImagesConfig, make_jpegs
-from fastmae.benchmarks.timing import machine_name, write_result
 from fastmae.config import (
     BenchAllConfig,
     BenchAttentionConfig,
+    BenchBaseline,
     BenchEndToEndConfig,
     BenchKernelsConfig,
     BenchLoaderConfig,
     BenchPart,
-    BenchPeer,
     BenchStepConfig,
     check_bench,
 )
@@ -54,7 +53,7 @@ SIZES = (0.7, 1.0, 1.3)
 CEILING_ROUNDS, JPEGS = 15, 64
 QUICK_ROUNDS, QUICK_SAMPLE_MS, QUICK_FILES = 3, 5.0, 256
 # Whom the curves over batches and image sizes have as well, if they take part.
-ON_CURVES: tuple[BenchPeer, ...] = ("published", "strong", "strong-compiled")
+ON_CURVES: tuple[BenchBaseline, ...] = ("official", "strong", "strong-compiled")
 NAMES = {
     BenchKernelsConfig: "kernels",
     BenchAttentionConfig: "attention",
@@ -123,15 +122,20 @@ def bench_all(config: BenchAllConfig, command: Sequence[str]) -> int:
     for one in measured["parts"]:
         if one["reason"]:
             print(f"{one['kind']} {one['outcome']}: {one['reason']}", file=sys.stderr)
-    print(path, page, sep="\n")
+    print(path)
+    print(page or "no report: matplotlib or jinja2 is not installed; pip install 'fastmae[bench]'")
     return 1 if any(one["outcome"] in ("refused", "failed") for one in measured["parts"]) else 0
 
 
-def _written(config: BenchAllConfig, command: Sequence[str], measured: dict[str, Any]) -> tuple[Path, Path]:
+def _written(config: BenchAllConfig, command: Sequence[str], measured: dict[str, Any]) -> tuple[Path, Path | None]:
     """Writes the JSON and the report of what was found so far."""
     name = f"all-{measured['model']}-{measured['machine']}-{measured['precision']}"
     path = write_result(config.output, name, command=command, settings=config, measured=measured)
     page = path.with_name("report.html")
+    try:
+        from fastmae.benchmarks.report import report
+    except ImportError:
+        return path, None
     write_text(page, report(json.loads(path.read_text())))
     return path, page
 
@@ -150,12 +154,13 @@ def parts_of(config: BenchAllConfig, batches: Sequence[int], device: torch.devic
     loader: dict[str, Any] = {"batch_size": max(N, BenchLoaderConfig.batch_size), **alike}
     loader["input_size"] = shapes.grid[0] * shapes.patch[0]
     step: dict[str, Any] = {"model": config.model, "precision": precision, **alike}
-    curve: dict[str, Any] = {**step, "peers": (), "switches": config.switches}
-    with_peers = curve | {"peers": tuple(peer for peer in ON_CURVES if peer in config.peers)}
+    beside: dict[str, Any] = {"baselines": config.baselines, "switches": config.switches}
+    curve: dict[str, Any] = {**step, "baselines": (), "switches": config.switches}
+    with_baselines = curve | {"baselines": tuple(name for name in ON_CURVES if name in config.baselines)}
     if config.quick:
         ops["sample_ms"] = QUICK_SAMPLE_MS
-        loader |= {"kinds": ("folder",), "files": max(QUICK_FILES, 2 * N), "decoders": ("pool",)}
-        curve = with_peers = {**step, "peers": ()}
+        loader |= {"kinds": ("folder",), "files": max(QUICK_FILES, 2 * N), "image_decoders": ("threads",)}
+        curve = with_baselines = {**step, "baselines": ()}
     compiled: Any = next((switch.removeprefix("compile-") for switch in config.switches if "compile-" in switch), "off")
     sides = config.input_sizes or tuple(round(factor * shapes.grid[0]) * shapes.patch[0] for factor in SIZES)
     cores = len(os.sched_getaffinity(0))
@@ -168,9 +173,9 @@ def parts_of(config: BenchAllConfig, batches: Sequence[int], device: torch.devic
         Part("kernels", BenchKernelsConfig(compile=not config.quick, **ops)),
         Part("attention", BenchAttentionConfig(**ops)),
         Part("loader", BenchLoaderConfig(**loader)),
-        Part("step", BenchStepConfig(batch_size=N, peers=config.peers, switches=config.switches, phases=True, **step)),
-        *(Part("batch-sizes", BenchStepConfig(batch_size=batch, **with_peers)) for batch in batches),
-        *(Part("input-sizes", BenchStepConfig(batch_size=N, input_size=side, **with_peers)) for side in sides),
+        Part("step", BenchStepConfig(batch_size=N, phases=True, **step, **beside)),
+        *(Part("batch-sizes", BenchStepConfig(batch_size=batch, **with_baselines)) for batch in batches),
+        *(Part("input-sizes", BenchStepConfig(batch_size=N, input_size=side, **with_baselines)) for side in sides),
         *(Part("ranks", BenchStepConfig(batch_size=N, **curve), number, threads) for number in ranks),
         Part("end-to-end", BenchEndToEndConfig(batch_size=N, compile=compiled, **step)),
     ]
@@ -250,10 +255,10 @@ def run_part(part: Part, N: int) -> dict[str, Any]:
     """What became of it: ``measured``, ``refused`` (a wrong result), ``cannot run`` here, or ``failed``."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fastmae-bench-") as folder:
-        status, said = execute(part, folder)
+        status, lines = execute(part, folder)
         results = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
     result = results[0] if results else None
-    outcome, reason = judged(status, said)
+    outcome, reason = outcome_of(status, lines)
     if result is not None:
         for key in ("command", "commit", "versions", "hardware", "date"):  # those of the whole
             del result[key]
@@ -278,17 +283,17 @@ def _outcome(
     }
 
 
-def judged(status: int, said: Sequence[str]) -> tuple[str, str]:
+def outcome_of(status: int, stderr: Sequence[str]) -> tuple[str, str]:
     """The outcome and the reason for it, of a command's exit status and of the lines that it wrote to stderr."""
-    complaints = [line.removeprefix("fastmae: ") for line in said if line.startswith("fastmae: ")]
-    refusals = [line for line in said if "no time is reported" in line]
+    complaints = [line.removeprefix("fastmae: ") for line in stderr if line.startswith("fastmae: ")]
+    refusals = [line for line in stderr if "no time is reported" in line]
     if status == 0:
         return "measured", ""
     if complaints:
         return "cannot run", complaints[-1]
-    if refusals or (status == 1 and not any(line.startswith("Traceback") for line in said)):
+    if refusals or (status == 1 and not any(line.startswith("Traceback") for line in stderr)):
         return "refused", refusals[-1] if refusals else "a result was wrong, as its table says"
-    return "failed", f"exit status {status}{': ' + said[-1] if said else ''}"
+    return "failed", f"exit status {status}{': ' + stderr[-1] if stderr else ''}"
 
 
 def execute(part: Part, folder: str) -> tuple[int, list[str]]:
@@ -308,6 +313,6 @@ def execute(part: Part, folder: str) -> tuple[int, list[str]]:
                 if not line.startswith(folder):  # files that are about to be read and removed
                     print(line, end="", flush=True)
         complaints.seek(0)
-        said = complaints.read()
-    print(said, end="", file=sys.stderr, flush=True)
-    return process.returncode, [line for line in said.splitlines() if line.strip()]
+        stderr = complaints.read()
+    print(stderr, end="", file=sys.stderr, flush=True)
+    return process.returncode, [line for line in stderr.splitlines() if line.strip()]

@@ -28,12 +28,12 @@ CASES = list(
 )
 
 
-@pytest.mark.parametrize("contestant", ["ours", "eager"])
+@pytest.mark.parametrize("implementation", ["ours", "eager"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}, {case.sizes}")
-def test_speed(case: Case, contestant: str, benchmark):
+def test_speed(case: Case, implementation: str, benchmark):
     benchmark.group = f"{case.name}, {case.sizes}"
     benchmark.extra_info.update(bytes=case.moved, flops=case.flops, backend=case.backend)
-    function = case.ours if contestant == "ours" else case.eager
+    function = case.ours if implementation == "ours" else case.eager
     inputs = case.draw(torch.Generator(DEVICE).manual_seed(0))
     error, tolerance = disagreement(run(function, inputs), true_result(case, inputs))
     assert error <= tolerance

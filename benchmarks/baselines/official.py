@@ -1,4 +1,4 @@
-"""The published formulation with the weights of a fastmae model, and with whatever blocks somebody wants it to have."""
+"""The official formulation with the weights of a fastmae model, and with whatever blocks somebody wants it to have."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.reference import ReferenceBlock, ReferenceMAE
 
 MakeBlock = Callable[[int, int, float], nn.Module]
-"""(width, heads, MLP ratio) to a block whose state dict has the published names."""
+"""(width, heads, MLP ratio) to a block whose state dict has the official names."""
 
 
-class _PublishedMAE(ReferenceMAE):
+class _OfficialMAE(ReferenceMAE):
     """The reference, but for cutting images up: one copy, where the reference spells out a slice a patch."""
 
     def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
@@ -24,13 +24,13 @@ class _PublishedMAE(ReferenceMAE):
         return rows_columns.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
-def published_like(model: MaskedAutoencoderViT, make_block: MakeBlock = ReferenceBlock) -> nn.Module:
+def official_like(model: MaskedAutoencoderViT, make_block: MakeBlock = ReferenceBlock) -> nn.Module:
     """``ReferenceMAE`` of the same sizes and weights: (float images, ids_shuffle int64) to (loss, pred, mask)."""
     encoder: Any = model.blocks[0]
     decoder: Any = model.decoder_blocks[0]
     width, decoder_width = model.cls_token.shape[-1], model.mask_token.shape[-1]
     ratio = encoder.mlp.fc1.out_features / width
-    peer = _PublishedMAE(
+    peer = _OfficialMAE(
         model.img_size,
         model.patch_size,
         model.in_chans,

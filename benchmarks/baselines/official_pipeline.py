@@ -1,4 +1,4 @@
-"""The published recipe's way from image files to batches: worker processes, Pillow and float tensors.
+"""The official recipe's way from image files to batches: worker processes, Pillow and float tensors.
 
 A plain torch ``DataLoader``. Each worker process makes whole batches of its own: Pillow decodes, crops, resizes by
 antialiased bicubic and mirrors, and the pixels become float32, normalised by ImageNet's mean and deviation. The recipe
@@ -63,7 +63,7 @@ class _Turn:
             yield list(zip(indices.tolist(), crop_draws(self.seed, draw_ids), strict=True))
 
 
-class PublishedPipeline:
+class OfficialPipeline:
     """Worker processes, started by the first batch and idle from the last batch of some requests to the next requests.
 
     They are spawned, as a process with threads must not be forked, and work with one torch thread each.
@@ -105,7 +105,7 @@ class PublishedPipeline:
         """float32 [N, 3, size, size] on the device, one for each request.
 
         Raises:
-            UserError: an image that Pillow cannot read, at which the published recipe ends.
+            UserError: an image that Pillow cannot read, at which the official recipe ends.
         """
         assert self._loader is not None, "closed"
         self._turn.requests = requests
@@ -116,7 +116,7 @@ class PublishedPipeline:
         except Exception as error:  # the worker's own, with its traceback as the message
             reason = str(error).strip().splitlines()[-1]
         # Not from the error, whose frames would keep the processes alive.
-        raise UserError(f"the published pipeline fails ({reason}); mend or remove the image")
+        raise UserError(f"the official pipeline fails ({reason}); mend or remove the image")
 
     def close(self) -> None:
         """Ends the processes, once no generator of ``batches`` is left."""

@@ -1,4 +1,4 @@
-"""The strong baseline: the published formulation with torch's own attention, as a careful user of PyTorch writes it."""
+"""The strong baseline: the official formulation with torch's own attention, as a careful user of PyTorch writes it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from fastmae.benchmarks.baselines.official import published_like
+from fastmae.benchmarks.baselines.official import official_like
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.reference import ReferenceBlock
 
@@ -21,5 +21,5 @@ class _FusedAttentionBlock(ReferenceBlock):
 
 
 def strong_like(model: MaskedAutoencoderViT) -> nn.Module:
-    """As ``published_like``."""
-    return published_like(model, _FusedAttentionBlock)
+    """As ``official_like``."""
+    return official_like(model, _FusedAttentionBlock)

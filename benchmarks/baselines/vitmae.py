@@ -43,7 +43,7 @@ def vitmae_like(model: MaskedAutoencoderViT, mask_ratio: float = 0.75) -> torch.
 
 
 def as_transformers(state: dict[str, torch.Tensor], expected: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Published names as those of transformers 5 (or 4, if those are ``expected``); qkv in three."""
+    """Official names as those of transformers 5 (or 4, if those are ``expected``); qkv in three."""
     named = to_huggingface(state)
     if any(".encoder.layer." in key for key in expected):
         return named

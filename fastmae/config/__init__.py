@@ -10,17 +10,17 @@ what was chosen is written into the run folder.
 from fastmae.config.bench import (
     BENCH_OPS,
     BENCH_PARTS,
+    BENCH_SWITCHES,
     BenchAllConfig,
     BenchAttentionConfig,
+    BenchBaseline,
     BenchCheckpointConfig,
     BenchEndToEndConfig,
     BenchKernelsConfig,
     BenchLoaderConfig,
     BenchOp,
     BenchPart,
-    BenchPeer,
     BenchStepConfig,
-    BenchSwitch,
     check_bench,
 )
 from fastmae.config.estimate import (

@@ -22,11 +22,11 @@ BenchOp = Literal[
     "random_masking", "gather_patches", "scatter_patches", "assemble_tokens", "masked_mse", "attention", "linear"
 ]  # fmt: skip
 BENCH_OPS: tuple[BenchOp, ...] = get_args(BenchOp)
-BenchSwitch = Literal[
+BENCH_SWITCHES = (
     "bf16", "bf16-residual", "tf32", "checkpointing-selective", "checkpointing-full", "compile-block", "compile-model",
     "float8", "cuda-graph", "clip-grad", "ema", "fsdp", "hsdp", "reduce-bf16", "cross",
-]  # fmt: skip
-BenchPeer = Literal["published", "strong", "strong-compiled", "transformers", "transformers-compiled", "timm"]
+)  # fmt: skip
+BenchBaseline = Literal["official", "strong", "strong-compiled", "transformers", "transformers-compiled", "timm"]
 BenchPart = Literal[
     "kernels", "attention", "loader", "step", "batch-sizes", "input-sizes", "ranks", "end-to-end"
 ]  # fmt: skip
@@ -35,7 +35,7 @@ BENCH_PARTS: tuple[BenchPart, ...] = get_args(BenchPart)
 
 @dataclass(frozen=True, kw_only=True)
 class BenchKernelsConfig:
-    """Time the ops and attention beside eager PyTorch and torch.compile; no time is given to a wrong result."""
+    """Time the ops and attention beside eager PyTorch and torch.compile; a wrong result gets no time."""
 
     models: tuple[str, ...] = ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")
     """Presets whose shapes are timed."""
@@ -89,23 +89,25 @@ class BenchStepConfig:
     """Images a rank and step."""
     device: Device = None
     precision: BenchPrecision = "fp32"
-    peers: tuple[BenchPeer, ...] = ("published", "strong", "transformers", "timm")
-    """Whom to time as well: the published formulation in its own loop (published), with torch's attention and a fused
-    optimiser (strong), of timm's blocks (timm), and transformers' ViTMAE; those with -compiled through torch.compile,
-    which takes minutes on a CPU. `--peers` alone is nobody."""
-    switches: tuple[BenchSwitch, ...] = ()
-    """Time our step with each of these as well; fsdp, hsdp and reduce-bf16 need several ranks. Compiling takes minutes
-    on a CPU."""
+    baselines: tuple[BenchBaseline, ...] = ("official", "strong", "transformers", "timm")
+    """Other implementations to time as well: the official formulation in its own loop (official), with torch's
+    attention and a fused optimiser (strong), of timm's blocks (timm), and transformers' ViTMAE; those with -compiled
+    through torch.compile, which takes minutes on a CPU. `--baselines` without a name times none."""
+    switches: tuple[str, ...] = ()
+    """Time our step with each of these as well: bf16, bf16-residual, tf32, checkpointing-selective, checkpointing-full,
+    compile-block, compile-model, float8, cuda-graph, clip-grad, ema, fsdp, hsdp, reduce-bf16, cross, or several of them
+    joined by +, such as compile-block+bf16-residual. fsdp, hsdp and reduce-bf16 need several ranks. Compiling takes
+    minutes on a CPU."""
     phases: bool = False
     """Say where the time goes: forward, backward, optimiser, and communication where there are several ranks."""
     rounds: int = 7
-    """Steps a contestant; contestants take turns."""
+    """Samples of each implementation; implementations take turns."""
     output: Samples = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchLoaderConfig:
-    """Time loading, from files to crops, beside the published pipeline; no time is given to wrong images."""
+    """Time loading, from files to crops, beside the official pipeline; wrong images get no time."""
 
     data_path: tuple[str, ...] | None = None
     """Image files, each as one --data_path of pretrain takes them, such as a folder and the same images in tar shards.
@@ -114,14 +116,14 @@ class BenchLoaderConfig:
     """As what images are made. Default: the same ones as all three."""
     files: int | None = None
     """How many images are made. Default: 1000."""
-    decoders: tuple[Literal["pool", "dali-cpu", "dali-gpu"], ...] = ("pool", "dali-cpu", "dali-gpu")
-    """Which, beside the pool."""
+    image_decoders: tuple[Literal["threads", "dali-cpu", "dali-gpu"], ...] = ("threads", "dali-cpu", "dali-gpu")
+    """Which decoders, beside the thread decoder."""
     input_size: int = 224
     """Side of the crops in pixels."""
     batch_size: int = 64
     """Images a batch."""
     batches: int = 8
-    """Batches a sample, rounded up to a multiple of num_workers: the published pipeline's processes make one each."""
+    """Batches a sample, rounded up to a multiple of num_workers: the official pipeline's processes make one each."""
     num_workers: LoadingWorkers = None
     device: Device = None
     rounds: Rounds = 7
@@ -130,7 +132,7 @@ class BenchLoaderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchEndToEndConfig:
-    """Time training from JPEG files: our loader and step, beside our step alone and the published loop with its
+    """Time training from JPEG files: our loader and step, beside our step alone and the official loop with its
     pipeline, once their losses agree."""
 
     model: str = "mae_vit_base_patch16"
@@ -142,10 +144,10 @@ class BenchEndToEndConfig:
     batch_size: int | None = None
     """Images a step. Default: 8 on a CPU, 256 on a GPU."""
     steps: int | None = None
-    """Steps a sample, rounded up to a multiple of num_workers: the published pipeline's processes make a batch each.
+    """Steps a sample, rounded up to a multiple of num_workers: the official pipeline's processes make a batch each.
     Default: 4 on a CPU, 50 on a GPU."""
     num_workers: LoadingWorkers = None
-    decoder: Literal["pool", "dali-cpu", "dali-gpu"] = "pool"
+    image_decoder: Literal["threads", "dali-cpu", "dali-gpu"] = "threads"
     """Ours, of plain JPEGs."""
     device: Device = None
     precision: BenchPrecision = "auto"
@@ -174,17 +176,17 @@ class BenchAllConfig:
     ranks: tuple[int, ...] | None = None
     """Numbers of ranks on this machine, one timing of the step each. Default: 1, 2, 4 … up to the GPUs; on a CPU 1 and
     2, if there are two cores."""
-    peers: tuple[BenchPeer, ...] = ("published", "strong", "transformers", "timm")
-    """Whom to time beside our step, as for bench step."""
-    switches: tuple[BenchSwitch, ...] = ()
+    baselines: tuple[BenchBaseline, ...] = ("official", "strong", "transformers", "timm")
+    """Other implementations to time, as for bench step."""
+    switches: tuple[str, ...] = ()
     """Switches of our step to time as well, as for bench step."""
     device: str | None = None
     """cpu or cuda. Default: cuda where there is one."""
     precision: BenchPrecision = "auto"
     rounds: int | None = None
-    """Samples a contestant, of every part. Default: each part's own, 7 or 15; 3 with --quick."""
+    """Samples of each implementation, in every part. Default: each part's own, 7 or 15; 3 with --quick."""
     quick: bool = False
-    """A first look: few and short samples, nothing compiled, one kind of files, peers in one timing of the step."""
+    """A first look: few and short samples, nothing compiled, one kind of files, baselines in one timing of the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,10 +227,17 @@ def check_bench(
     sample_ms = getattr(config, "sample_ms", 0.0)
     if not (math.isfinite(sample_ms) and sample_ms >= 0):
         raise UserError(f"--sample_ms {sample_ms}: must be 0 or more")
+    for switch in getattr(config, "switches", ()):
+        if unknown := [name for name in switch.split("+") if name not in BENCH_SWITCHES]:
+            raise UserError(f"--switches {switch}: {unknown[0]} is unknown; one of {', '.join(BENCH_SWITCHES)}")
+        batches = getattr(config, "batch_sizes", None) or (getattr(config, "batch_size", None) or 16,)
+        if "float8" in switch.split("+") and any(batch % 16 for batch in batches):
+            shown = " ".join(map(str, batches))
+            raise UserError(f"--batch_size {shown}: must be a multiple of 16 with --switches float8")
     write = getattr(config, "write", None)
     if write is not None and len(write) > 1:
         raise UserError(f"--write {' '.join(write)}: must be one file, or none for your own table")
-    for flag in ("models", "only", "data_path", "kinds", "decoders", "batch_sizes", "input_sizes", "ranks"):
+    for flag in ("models", "only", "data_path", "kinds", "image_decoders", "batch_sizes", "input_sizes", "ranks"):
         if getattr(config, flag, True) == ():
             raise UserError(f"--{flag}: must name at least one")
     for flag in ("kinds", "files"):

@@ -20,7 +20,7 @@ SHARED = (
 
 @dataclass(frozen=True, kw_only=True)
 class BenchQualityConfig:
-    """Pretrain with fastmae and with the published loop, several seeds each, and compare what the encoders are worth.
+    """Pretrain with fastmae and with the official loop, several seeds each, and compare the accuracy of the encoders.
     Labelled data, one process."""
 
     data_path: str | tuple[str, ...] = "digits"
@@ -54,7 +54,7 @@ class BenchQualityConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 is autocast over float32 weights. auto: bf16 on a GPU that has it, otherwise fp32."""
     num_workers: int = 0
-    """Processes that load for the published loop; small arrays are loaded fastest without any. Ours has its threads."""
+    """Processes that load for the official loop; small arrays are loaded fastest without any. Ours has its threads."""
     pool: Pool = "mean"
     """What the features are: the mean of the patch tokens, the class token, or both side by side."""
     k: int = 20

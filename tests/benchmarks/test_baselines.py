@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastmae.benchmarks.baselines.official import published_like
+from fastmae.benchmarks.baselines.official import official_like
 from fastmae.benchmarks.baselines.strong import strong_like
 from fastmae.benchmarks.baselines.timm_blocks import timm_like
 from fastmae.errors import UserError
@@ -22,7 +22,7 @@ def with_timm(model):
     return timm_like(model)
 
 
-@pytest.mark.parametrize("like", [published_like, strong_like, with_timm])
+@pytest.mark.parametrize("like", [official_like, strong_like, with_timm])
 @pytest.mark.parametrize("norm_pix", [False, True])
 @pytest.mark.parametrize(("size", "patch", "ratio"), [((32, 32), (4, 4), 4.0), ((24, 40), (4, 8), 2.0)])
 def test_a_peer_has_our_loss_and_gradients(like, norm_pix, size, patch, ratio):

@@ -8,8 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmae.benchmarks.cases import MASK_RATIO, TOLERANCE, all_cases, attention_case, disagreement, run, shapes_of
-from fastmae.benchmarks.measure import Measured
+from fastmae.benchmarks.cases import (
+    MASK_RATIO,
+    TOLERANCE,
+    Measured,
+    all_cases,
+    attention_case,
+    disagreement,
+    run,
+    shapes_of,
+)
 from fastmae.cli import main
 from fastmae.config import BENCH_OPS
 from fastmae.model.presets import mae_vit_tiny_patch4
@@ -26,12 +34,12 @@ ATTENTION = ["bench", "attention", *TINY]
 
 @pytest.fixture(autouse=True)
 def _small_ceilings(monkeypatch):
-    from fastmae.benchmarks import attention, kernels, timing
+    from fastmae.benchmarks import attention, harness, kernels
 
     for module in (kernels, attention):
-        small = partial(timing.measure_ceilings, copied=1 << 20, side=64)
+        small = partial(harness.measure_ceilings, copied=1 << 20, side=64)
         monkeypatch.setattr(module, "measure_ceilings", small)
-    monkeypatch.setattr(timing, "MAX_INPUT_SETS", 2)
+    monkeypatch.setattr(harness, "MAX_INPUT_SETS", 2)
 
 
 def tiny_cases(dtype=torch.float32):
@@ -140,7 +148,7 @@ def test_attention_times_what_runs_and_names_what_does_not(tmp_path, capsys):
     cases = json.loads(path.read_text())["cases"]
     assert [case["sizes"] for case in cases] == ["N 2, S 13, 4 heads of 32", "N 2, S 5, 2 heads of 16"]
     assert all(case["seconds"].keys() == {"sdpa", "cpu"} for case in cases)
-    assert all(case["left_out"].keys() == {"xformers", "triton"} for case in cases)
+    assert all(case["skipped"].keys() == {"xformers", "triton"} for case in cases)
 
 
 def test_a_wrong_attention_is_named_and_not_timed(capsys, monkeypatch):
@@ -165,7 +173,7 @@ def test_winners_go_into_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
     case = attention_case((50, 12, 64), 2, torch.float32, CPU, backward=True)
     seconds = {"sdpa": [3.0, 3.0, 9.0], "triton": [2.0, 8.0, 2.0]}
-    one = Measured(case=case, input_sets=1, errors={}, left_out={}, seconds=seconds)
+    one = Measured(case=case, input_sets=1, errors={}, skipped={}, seconds=seconds)
     entry = winner(one, (50, 12, 64), 2, torch.bfloat16, CPU)
     path = tmp_path / "new" / "table.json"
     write_table(path, [entry])

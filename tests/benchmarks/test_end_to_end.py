@@ -36,7 +36,7 @@ def test_everybody_trains_on_the_same_images_and_every_sample_is_kept(tmp_path, 
     (path,) = tmp_path.glob("end-to-end-mae_vit_tiny_patch4-*-t1-n2-fp32.json")
     result = json.loads(path.read_text())
     losses, seconds = result["losses"], result["seconds"]
-    assert (result["images"], result["left_out"]) == (6, {})
+    assert (result["images"], result["skipped"]) == (6, {})
     assert losses.keys() == seconds.keys() == {FROM_FILES, CACHED, PUBLISHED}
     assert losses[FROM_FILES] == losses[CACHED]
     np.testing.assert_allclose(losses[PUBLISHED], losses[CACHED], rtol=1e-3)

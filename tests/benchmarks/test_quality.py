@@ -10,9 +10,10 @@ import pytest
 import torch
 from helpers import soak
 from PIL import Image
+from tools.textures import TEXTURES, TexturesConfig, make_texture, write_textures
 
 from fastmae.benchmarks import quality
-from fastmae.benchmarks.baselines.official import published_like
+from fastmae.benchmarks.baselines.official import official_like
 from fastmae.benchmarks.cases import OURS
 from fastmae.benchmarks.quality import (
     PUBLISHED,
@@ -21,11 +22,10 @@ from fastmae.benchmarks.quality import (
     compare,
     crop_box,
     initialise,
-    published_groups,
-    published_losses,
-    published_rate,
+    official_groups,
+    official_losses,
+    official_rate,
 )
-from fastmae.benchmarks.textures import TEXTURES, TexturesConfig, make_texture, write_textures
 from fastmae.cli import main
 from fastmae.config import BenchQualityConfig
 from fastmae.data.sources import ArraySource, open_train
@@ -57,16 +57,16 @@ def settings(blobs):
 def test_its_learning_rates_are_those_of_the_trainer(settings):
     settings = replace(settings, min_lr=1e-5)
     ours = dict(lr=settings.lr, min_lr=1e-5, warmup_epochs=1.5, epochs=4)
-    rates = [(published_rate(step / 9, settings), learning_rate(step / 9, **ours)) for step in range(36)]
+    rates = [(official_rate(step / 9, settings), learning_rate(step / 9, **ours)) for step in range(36)]
     np.testing.assert_allclose(*zip(*rates, strict=True), rtol=1e-12)
-    assert published_rate(0.0, settings) == 0
-    assert published_rate(0.0, replace(settings, warmup_epochs=0.0)) == settings.lr
+    assert official_rate(0.0, settings) == 0
+    assert official_rate(0.0, replace(settings, warmup_epochs=0.0)) == settings.lr
 
 
 def test_its_groups_are_those_of_the_trainer(settings):
     model = quality._fresh(settings, 0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    ours, theirs = (make(model, 0.05) for make in (parameter_groups, published_groups))
+    ours, theirs = (make(model, 0.05) for make in (parameter_groups, official_groups))
     for one, other in zip(ours, theirs, strict=True):
         assert one["weight_decay"] == other["weight_decay"]
         assert [names[id(p)] for p in one["params"]] == [names[id(p)] for p in other["params"]]
@@ -74,7 +74,7 @@ def test_its_groups_are_those_of_the_trainer(settings):
 
 def test_its_first_weights_are_other_draws_of_the_same_distribution(settings):
     model = quality._fresh(settings, 0)
-    peer = published_like(model)
+    peer = official_like(model)
     initialise(peer)
     ours = dict(model.named_parameters())
     for name, drawn in peer.named_parameters():
@@ -124,10 +124,10 @@ def test_its_crops_are_normalised_and_half_of_them_mirrored(tmp_path):
 
 def test_it_learns_and_repeats_itself_from_a_seed_alone(blobs, settings):
     def losses(seed):
-        peer = published_like(quality._fresh(settings, 0))
+        peer = official_like(quality._fresh(settings, 0))
         torch.manual_seed(seed)
         initialise(peer)
-        return [*published_losses(peer, open_train(blobs), replace(settings, lr=1e-3), CPU)]
+        return [*official_losses(peer, open_train(blobs), replace(settings, lr=1e-3), CPU)]
 
     first = losses(1)
     assert first == losses(1)
@@ -136,9 +136,9 @@ def test_it_learns_and_repeats_itself_from_a_seed_alone(blobs, settings):
 
 
 def test_what_it_cannot_go_on_with_is_one_line(blobs, settings, tmp_path):
-    peer = published_like(quality._fresh(settings, 0))
+    peer = official_like(quality._fresh(settings, 0))
     with pytest.raises(UserError, match=r"loss is (nan|inf) in epoch \d; lower --blr"):
-        [*published_losses(peer, open_train(blobs), replace(settings, lr=1e30, warmup_epochs=0.0), CPU)]
+        [*official_losses(peer, open_train(blobs), replace(settings, lr=1e30, warmup_epochs=0.0), CPU)]
     (tmp_path / "torn.png").write_bytes(b"\x89PNG")
     torn = Crops(open_train(str(tmp_path / "torn.png")), (8, 8), (1.0, 1.0), False, (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(UserError, match=r"torn.png: Pillow cannot read it"):

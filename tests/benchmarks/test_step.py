@@ -41,7 +41,7 @@ def in_this_process(monkeypatch):
 
 @pytest.fixture
 def dies(monkeypatch):
-    """Given a name, has the process of that contestant killed after its first steps."""
+    """Given a name, has the process of that implementation killed after its first steps."""
 
     def die(victim):
         @contextmanager
@@ -66,7 +66,7 @@ def two_ranks(tmp_path_factory):
         model="mae_vit_tiny_patch4",
         batch_size=2,
         device="cpu",
-        peers=("published", "strong"),
+        peers=("official", "strong"),
         switches=("fsdp", "hsdp", "reduce-bf16"),
         phases=True,
         rounds=2,
@@ -83,21 +83,21 @@ def test_every_switch_is_timed_beside_the_peers_and_who_cannot_run_is_named(tmp_
     alone = ["float8", "cuda-graph", "fsdp", "cross"]
     assert main([*WORDS, "--switches", *switches, *alone, "--phases", "--output", str(tmp_path)]) == 0
     result = result_in(tmp_path)
-    peers = {"published", "strong", "transformers", "timm"}
-    missing = {"tf32", "float8", "cuda-graph", "fsdp"} | (result["left_out"].keys() & {"timm"})
+    peers = {"official", "strong", "transformers", "timm"}
+    missing = {"tf32", "float8", "cuda-graph", "fsdp"} | (result["skipped"].keys() & {"timm"})
     timed = {"fastmae", "cross", *peers, *switches} - missing
     assert result["seconds"].keys() == result["losses"].keys() == result["useful_flops"].keys() == timed
     assert all(len(samples) == 2 and min(samples) > 0 for samples in result["seconds"].values())
     assert result["losses"]["checkpointing-full"] == result["losses"]["fastmae"]
     assert result["useful_flops"]["cross"] < result["useful_flops"]["strong"] == result["useful_flops"]["fastmae"]
-    assert result["left_out"].keys() == missing
+    assert result["skipped"].keys() == missing
     said = capsys.readouterr().err
     for who_and_why in ("tf32 cannot run: --precision tf32", "fsdp cannot run: one rank shares nothing"):
         assert who_and_why in said
 
 
 def test_the_parts_of_a_step_add_up_to_it(tmp_path):
-    assert main([*WORDS, "--peers", "strong", "--phases", "--output", str(tmp_path)]) == 0
+    assert main([*WORDS, "--baselines", "strong", "--phases", "--output", str(tmp_path)]) == 0
     result = result_in(tmp_path)
     assert result["phases"].keys() == {"forward", "backward", "optimiser"}
     for name, seconds in result["seconds"].items():
@@ -106,16 +106,16 @@ def test_the_parts_of_a_step_add_up_to_it(tmp_path):
 
 
 def test_nobody_else_is_timed_if_no_peer_is_named(tmp_path):
-    assert main([*WORDS, "--peers", "--output", str(tmp_path)]) == 0
+    assert main([*WORDS, "--baselines", "--output", str(tmp_path)]) == 0
     assert result_in(tmp_path)["seconds"].keys() == {"fastmae"}
 
 
 def test_malloc_keeps_what_our_steps_free_as_in_training_and_not_what_peers_free(in_this_process):
-    assert main([*WORDS, "--peers", "published", "strong", "--switches", "clip-grad"]) == 0
+    assert main([*WORDS, "--baselines", "official", "strong", "--switches", "clip-grad"]) == 0
     assert in_this_process == ["fastmae", "clip-grad"]
 
 
-@pytest.mark.parametrize("peers", [(), ("published",)])
+@pytest.mark.parametrize("peers", [(), ("official",)])
 def test_malloc_keeps_what_a_rank_frees_unless_peers_share_its_process(peers, monkeypatch):
     told = []
     monkeypatch.setattr(step, "keep_freed_memory", lambda: told.append("it"))
@@ -124,10 +124,10 @@ def test_malloc_keeps_what_a_rank_frees_unless_peers_share_its_process(peers, mo
     assert bool(told) == (not peers)
 
 
-def test_a_contestant_that_dies_is_left_out_and_all_processes_end(dies, tmp_path, capfd):
+def test_a_implementation_that_dies_is_skipped_and_all_processes_end(dies, tmp_path, capfd):
     before = set(multiprocessing.active_children())
-    dies("published")
-    assert main([*WORDS, "--peers", "published", "strong", "--switches", "ema", "--output", str(tmp_path)]) == 0
+    dies("official")
+    assert main([*WORDS, "--baselines", "official", "strong", "--switches", "ema", "--output", str(tmp_path)]) == 0
     result = result_in(tmp_path)
     for key in ("seconds", "losses", "useful_flops", "peak_bytes"):
         assert list(result[key]) == ["fastmae", "strong", "ema"]
@@ -135,14 +135,14 @@ def test_a_contestant_that_dies_is_left_out_and_all_processes_end(dies, tmp_path
     assert min(result["peak_bytes"].values()) > 0
     (said,) = capfd.readouterr().err.splitlines()
     assert said.startswith("published cannot run: its process was killed by SIGKILL")
-    assert result["left_out"] == {"published": said.removeprefix("published cannot run: ")}
+    assert result["skipped"] == {"official": said.removeprefix("published cannot run: ")}
     assert set(multiprocessing.active_children()) == before
 
 
 def test_without_our_own_step_there_is_nothing_to_compare(dies, capfd):
     before = set(multiprocessing.active_children())
     dies("fastmae")
-    assert main([*WORDS, "--peers", "--phases"]) == 2
+    assert main([*WORDS, "--baselines", "--phases"]) == 2
     (said,) = capfd.readouterr().err.splitlines()
     assert "our own step cannot run (its process was killed by SIGKILL" in said
     assert set(multiprocessing.active_children()) == before
@@ -151,11 +151,11 @@ def test_without_our_own_step_there_is_nothing_to_compare(dies, capfd):
 def test_ranks_see_the_losses_of_one_and_communicate(two_ranks):
     shared, one = two_ranks
     assert shared["ranks"] == 2
-    assert shared["seconds"].keys() == {"fastmae", "published", "strong", "fsdp", "reduce-bf16"}
+    assert shared["seconds"].keys() == {"fastmae", "official", "strong", "fsdp", "reduce-bf16"}
     for name, losses in shared["losses"].items():
         np.testing.assert_allclose(losses, one["losses"]["fastmae"], rtol=1e-3 if name == "reduce-bf16" else 1e-5)
     assert shared["useful_flops"]["fsdp"] == one["useful_flops"]["fastmae"]
-    assert "no copies of several ranks" in shared["left_out"]["hsdp"]
+    assert "no copies of several ranks" in shared["skipped"]["hsdp"]
 
 
 def test_communication_is_what_a_step_takes_longer_than_that_of_ranks_by_themselves(two_ranks):
@@ -185,7 +185,7 @@ def test_a_wrong_loss_of_the_first_or_the_second_step_is_not_timed(
         return dataclasses.replace(made, train=train)
 
     monkeypatch.setattr(step, "theirs", wrong)
-    assert main([*WORDS, "--peers", "published", "--output", str(tmp_path)]) == 1
+    assert main([*WORDS, "--baselines", "official", "--output", str(tmp_path)]) == 1
     assert "the loss of published differs, so no time is reported" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -197,7 +197,7 @@ def test_the_memory_of_a_step_is_what_it_holds_at_once():
             torch.empty(1 << 18)
         return kept.new_empty(())
 
-    made = step.Contestant(
+    made = step.Implementation(
         torch.nn.Linear(1, 1),
         (torch.empty(1), torch.empty(1)),
         torch.optim.SGD(torch.nn.Linear(1, 1).parameters()),
@@ -209,7 +209,7 @@ def test_the_memory_of_a_step_is_what_it_holds_at_once():
     assert step._peak(made, torch.device("cpu")) == pytest.approx(5 << 20, rel=1e-3)
 
 
-@pytest.mark.parametrize("words", [["--switches", "faster"], ["--model", "mae_vit_giant"], ["--peers", "somebody"]])
+@pytest.mark.parametrize("words", [["--switches", "faster"], ["--model", "mae_vit_giant"], ["--baselines", "somebody"]])
 def test_what_there_is_not_is_one_line(words, capsys):
     assert main([*WORDS, *words]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

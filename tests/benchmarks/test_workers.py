@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from fastmae.benchmarks.workers import GoneError, in_own_process
+from fastmae.benchmarks.harness import GoneError, in_own_process
 
 # What the process gives first, and how it answers: it evaluates what it is asked.
 ALIVE = "__import__('os').getpid(), eval"

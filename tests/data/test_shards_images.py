@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from helpers import environment
 from PIL import Image
+from tools import make_images
 
-from fastmae.benchmarks.images import ImagesConfig, main, make_jpeg, write_images
+from fastmae.benchmarks.images import ImagesConfig, make_jpeg, write_images
 from fastmae.data.sources import open_train
 from fastmae.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_sizes_are_those_of_imagenet():
@@ -45,12 +48,12 @@ def test_an_image_depends_on_seed_and_number_alone(tmp_path):
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    words = ["fastmae.benchmarks.images", str(tmp_path / "x"), "--count", "3", "--kind", "tar"]
-    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, env=environment(), cwd="/")
+    words = [str(ROOT / "tests/tools/make_images.py"), "--folder", str(tmp_path / "x"), "--count", "3", "--kind", "tar"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment(), cwd="/")
     assert done.returncode == 0, done.stderr
     assert len(open_train(str(tmp_path / "x"))) == 3
     monkeypatch.setattr(sys, "argv", words)
-    assert main() == 2
+    assert make_images.main() == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "name a new or empty folder" in error

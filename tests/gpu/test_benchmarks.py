@@ -20,13 +20,13 @@ def test_loading_ahead_of_the_gpu_changes_no_loss(tmp_path):
     np.testing.assert_allclose(losses[PUBLISHED], losses[CACHED], rtol=1e-3)
 
 
-def test_contestants_share_the_gpu_and_no_process(tmp_path):
+def test_implementations_share_the_gpu_and_no_process(tmp_path):
     held = torch.cuda.memory_allocated()
-    words = ["--batch_size", "8", "--peers", "published", "strong", "--switches", "bf16", "cuda-graph", "--phases"]
+    words = ["--batch_size", "8", "--baselines", "official", "strong", "--switches", "bf16", "cuda-graph", "--phases"]
     assert main(["bench", "step", *MODEL, *words, "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
     result = json.loads(path.read_text())
-    assert list(result["seconds"]) == ["fastmae", "published", "strong", "bf16", "cuda-graph"]
+    assert list(result["seconds"]) == ["fastmae", "official", "strong", "bf16", "cuda-graph"]
     assert all(samples[0] > 0 for samples in result["seconds"].values())
     assert result["peak_bytes"].keys() == result["seconds"].keys() - {"cuda-graph"}
     assert min(result["peak_bytes"].values()) > 0
@@ -39,8 +39,8 @@ def test_everything_is_measured_and_drawn(tmp_path):
         "--batch_sizes",
         "8",
         "16",
-        "--peers",
-        "published",
+        "--baselines",
+        "official",
         "--only",
         "step",
         "batch-sizes",

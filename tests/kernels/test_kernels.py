@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 from device import run_values
-
-from fastmae.benchmarks.machine_code import ARCHITECTURES, cases, compile_case
+from tools.machine_code import ARCHITECTURES, cases, compile_case
 
 HERE = Path(__file__).parent
 VALUES = sorted(HERE.glob("values_*.py"))

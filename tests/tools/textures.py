@@ -1,6 +1,6 @@
 """Small labelled pictures of ten textures, to learn features from when no data set is at hand.
 
-    python -m fastmae.benchmarks.textures FILE.npz --count 4000
+    python tests/tools/textures.py FILE.npz --count 4000
 
 Each is one texture of random place, period, tilt, contrast and sign over four colours that run into each other, under
 noise. On average no pixel is brighter in one class than in another. Image i is a function of (seed, i) alone, for one
@@ -108,9 +108,9 @@ def write_textures(config: TexturesConfig) -> None:
 def main() -> int:
     """Reads the command line; 0, or 2 for what is wrong with it."""
     try:
-        write_textures(tyro.cli(TexturesConfig, prog="python -m fastmae.benchmarks.textures"))
+        write_textures(tyro.cli(TexturesConfig, prog="python tests/tools/textures.py"))
     except UserError as error:
-        print(f"fastmae.benchmarks.textures: {error}", file=sys.stderr)
+        print(f"textures.py: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -3,7 +3,7 @@
 Compiles every Triton kernel with the shapes and types that training uses for GPUs that need not be there, and reads
 the cubin with the cuobjdump of Triton's wheel. The table in docs/kernels.md is this file's output:
 
-    python -m fastmae.benchmarks.machine_code docs/kernels.md
+    python tests/tools/machine_code.py docs/kernels.md
 """
 
 from __future__ import annotations

@@ -1,20 +1,25 @@
 """Turns, input sets, ceilings and result files. No test says how long anything may take."""
 
 import json
+import re
 
 import pytest
 import torch
 
-from fastmae.benchmarks.timing import (
+from fastmae.benchmarks.harness import (
     MAX_INPUT_SETS,
     Stopwatch,
+    agree,
     cache_bytes,
+    commit,
     input_sets_for,
     interleave,
     machine_name,
     measure_ceilings,
+    processor,
     quartiles,
-    times_as_fast,
+    refuse,
+    speed_up,
     write_result,
 )
 from fastmae.config import BenchStepConfig
@@ -22,10 +27,10 @@ from fastmae.config import BenchStepConfig
 CPU = torch.device("cpu")
 
 
-def test_contestants_take_turns_after_a_warm_up_and_go_through_all_input_sets():
+def test_implementations_take_turns_after_a_warm_up_and_go_through_all_input_sets():
     calls = []
-    contestants = {name: lambda i, name=name: calls.append((name, i)) for name in "ABC"}
-    samples = interleave(contestants, Stopwatch(device=CPU, rounds=3), input_sets=2)
+    implementations = {name: lambda i, name=name: calls.append((name, i)) for name in "ABC"}
+    samples = interleave(implementations, Stopwatch(device=CPU, rounds=3), input_sets=2)
     turn = [(name, i) for name in "ABC" for i in range(2)]
     assert calls == turn * 4  # one warm-up, three rounds
     assert {name: len(seconds) for name, seconds in samples.items()} == {"A": 3, "B": 3, "C": 3}
@@ -59,7 +64,7 @@ def test_results_of_a_lap_stay_alive_so_that_outputs_do_not_share_memory():
 
 def test_ratios_compare_samples_of_one_round():
     samples = {"ours": [1.0, 10.0, 2.0], "theirs": [2.0, 20.0, 4.0]}
-    assert times_as_fast(samples, "ours", "theirs") == 2
+    assert speed_up(samples, "ours", "theirs") == 2
     assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2, 3, 4)
     assert quartiles([7.0]) == (7, 7, 7)
 
@@ -88,4 +93,24 @@ def test_a_result_says_when_where_how_and_from_which_sources(tmp_path):
     assert result["settings"]["rounds"] == BenchStepConfig().rounds
     assert result["seconds"] == {"A": [1.0]}
     assert path.name == "a.json"
-    assert machine_name(CPU) == f"cpu{result['hardware']['cores']}"
+    assert result["hardware"]["processor"] == processor()
+    assert re.fullmatch(rf"cpu{result['hardware']['cores']}-[a-z0-9-]+", machine_name(CPU))
+
+
+def test_a_result_is_kept_where_there_is_no_git(tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTMAE_COMMIT", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() == "unknown"
+    monkeypatch.setenv("FASTMAE_COMMIT", "abc")
+    assert commit() == "abc"
+
+
+def test_refusing_says_why_and_is_status_1(capsys):
+    assert refuse("the loss of A differs") == 1
+    assert capsys.readouterr().err == "the loss of A differs, so no time is reported\n"
+
+
+def test_losses_agree_within_a_relative_tolerance():
+    assert agree([1.0, 2.0], [1.00001, 2.0], 1e-4)
+    assert not agree([1.0, 2.0], [1.001, 2.0], 1e-4)
+    assert not agree([float("nan")], [1.0], 1e9)

@@ -181,34 +181,3 @@ def test_winners_go_into_the_table(tmp_path, monkeypatch):
     shown = ("device", "capability", "dtype", "S", "head_dim", "backend", "heads", "batch_size")
     assert [entry[key] for key in shown] == ["a GPU", "9.0", "bfloat16", 50, 64, "triton", 12, 2]
     assert entry["median_ms"] == {"sdpa": 3000, "triton": 2000}
-
-
-WRONG = {
-    "nothing to measure": (["bench"], "fastmae bench --help"),
-    "another question": (["bench", "speed"], "speed"),
-    "flag of another question": (["bench", "step", "--sample_ms", "3"], "--sample_ms"),
-    "typo in a flag": (["bench", "kernels", "--round", "3"], "fastmae bench kernels --help"),
-    "no rounds": (["bench", "kernels", "--rounds", "0"], "--rounds 0"),
-    "batch of nothing": (["bench", "step", "--batch_size", "0"], "--batch_size 0"),
-    "negative time": (["bench", "attention", "--sample_ms", "-1"], "--sample_ms -1"),
-    "unknown op": (["bench", "kernels", "--only", "softmax"], "softmax"),
-    "no op": (["bench", "kernels", "--only"], "--only"),
-    "unknown preset": (["bench", "kernels", "--models", "vit"], "--models vit: unknown"),
-    "unknown preset of a step": (["bench", "step", "--model", "vit"], "--model vit: unknown"),
-    "unknown preset of attention": (["bench", "attention", "--models", "vit"], "--models vit: unknown"),
-    "half a shape": (["bench", "attention", "--shapes", "50x12"], "--shapes 50x12"),
-    "empty shape": (["bench", "attention", "--shapes", "0x12x64"], "--shapes 0x12x64"),
-    "two tables": (["bench", "attention", "--write", "a", "b"], "--write a b"),
-    "table of a CPU": (["bench", "attention", "--device", "cpu", "--write"], "--write"),
-    "GPU that is not": (["bench", "kernels", "--device", "cuda:63"], "--device cuda:63"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_one_line_and_status_2(case, capsys):
-    words, expected = WRONG[case]
-    assert main(words) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("fastmae: ")
-    assert expected in lines[0]

@@ -44,9 +44,3 @@ def test_a_copy_that_training_changes_is_not_timed(monkeypatch, tmp_path, capsys
     assert main([*WORDS, "--output", str(tmp_path)]) == 1
     assert "another model.cls_token than the model had" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("words", [["--rounds", "0"], ["--model", "mae_vit_giant"], ["--folder", "/does/not/exist"]])
-def test_what_cannot_be_is_one_line(words, capsys):
-    assert main([*WORDS, *words]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -225,24 +225,6 @@ def test_a_signal_ends_the_comparison(blobs, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["--seeds", "3"], "--seeds 3: must be at least two, each once"),
-        (["--seeds", "3", "3"], "--seeds 3 3: must be at least two, each once"),
-        (["--seeds", "0", "-1"], "--seeds 0 -1: must be in [0, 2**63)"),
-        (["--k", "0"], "--k 0: must be at least 1"),
-        (["--num_workers", "-1"], "--num_workers -1: must be 0 or more"),
-        (["--epochs", "0"], "--epochs 0: must be at least 1"),
-        (["--mask_ratio", "1"], "--mask_ratio 1.0: must be above 0 and below 1"),
-    ],
-)
-def test_what_cannot_be_is_one_line(words, says, capsys):
-    assert main([*WORDS, *words]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert says in line
-
-
 def test_data_that_cannot_be_compared_on_are_told_before_any_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quality, "pretrain", lambda config: pytest.fail("trained"))
     images = np.zeros((20, 16, 16, 1), np.uint8)

@@ -54,7 +54,7 @@ LoadingWorkers = Annotated[
     int | None,
     arg(
         help=(
-            "Decoding threads, and the published pipeline's processes. Default: the cores that this process may use, at"
+            "Decoding threads, and the official pipeline's processes. Default: the cores that this process may use, at"
             " most 10."
         )
     ),

@@ -1,4 +1,4 @@
-"""``fastmae bench quality``: ours and the published loop are worth the same, and the loop is the published one."""
+"""``fastmae bench quality``: ours and the official loop are as accurate, and the loop is the official one."""
 
 import json
 import math
@@ -14,9 +14,9 @@ from tools.textures import TEXTURES, TexturesConfig, make_texture, write_texture
 
 from fastmae.benchmarks import quality
 from fastmae.benchmarks.baselines.official import official_like
-from fastmae.benchmarks.cases import OURS
+from fastmae.benchmarks.harness import OURS
 from fastmae.benchmarks.quality import (
-    PUBLISHED,
+    OFFICIAL,
     UNTRAINED,
     Crops,
     compare,
@@ -51,7 +51,7 @@ def settings(blobs):
     return quality._settings(BenchQualityConfig(data_path=blobs, epochs=4, warmup_epochs=1.5, batch_size=8), CPU)
 
 
-# --- the published loop -----------------------------------------------------------------------------------------------
+# --- the official loop -----------------------------------------------------------------------------------------------
 
 
 def test_its_learning_rates_are_those_of_the_trainer(settings):
@@ -145,27 +145,27 @@ def test_what_it_cannot_go_on_with_is_one_line(blobs, settings, tmp_path):
         torn[0]
 
 
-# --- the verdict ------------------------------------------------------------------------------------------------------
+# --- the result ------------------------------------------------------------------------------------------------------
 
 
 def test_the_interval_is_welchs():
     from scipy.stats import ttest_ind
 
-    ours, published = [92.0, 93.5, 91.0], [90.0, 90.2, 90.1, 89.9]
-    one = compare(ours, published)
-    expected = ttest_ind(ours, published, equal_var=False).confidence_interval(0.95)
+    ours, official = [92.0, 93.5, 91.0], [90.0, 90.2, 90.1, 89.9]
+    one = compare(ours, official)
+    expected = ttest_ind(ours, official, equal_var=False).confidence_interval(0.95)
     assert (one.difference - one.reach, one.difference + one.reach) == pytest.approx(tuple(expected))
-    assert one.difference == pytest.approx(statistics.fmean(ours) - statistics.fmean(published))
+    assert one.difference == pytest.approx(statistics.fmean(ours) - statistics.fmean(official))
     assert one.agrees  # 0 is just inside
-    assert not compare([92.0, 92.5, 91.5], published).agrees
+    assert not compare([92.0, 92.5, 91.5], official).agrees
     assert compare([50.0, 50.0], [50.0, 50.0]).agrees
     assert not compare([50.0, 50.0], [51.0, 51.0]).agrees
 
 
 def test_equal_sides_disagree_once_in_twenty():
     random = np.random.default_rng(0)
-    verdicts = [compare(*random.normal(90, 1, (2, 3)).tolist()).agrees for _ in range(2000)]
-    assert 0.94 <= np.mean(verdicts) <= 0.98  # Welch's is a little cautious with three
+    results = [compare(*random.normal(90, 1, (2, 3)).tolist()).agrees for _ in range(2000)]
+    assert 0.94 <= np.mean(results) <= 0.98  # Welch's is a little cautious with three
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -177,46 +177,46 @@ MARGINS = {"knn": 12.0, "linear": 6.0, "loss": 0.05}
 
 
 @pytest.mark.timeout(3600)
-def test_on_digits_both_are_worth_the_same(small_model, tmp_path, capsys):
+def test_on_digits_both_are_as_accurate(small_model, tmp_path, capsys):
     """`make soak` trains them for 60 epochs as the demo does, by which they are worth far more than random weights."""
     few = ["--epochs", "5", "--warmup_epochs", "1", "--batch_size", "64", "--blr", "1.2e-2"]
     status = main([*WORDS, "--seeds", "0", "1", "2", *soak(few, []), "--output", str(tmp_path)])
     (path,) = tmp_path.glob("quality-digits-mae_vit_tiny_patch4-*.json")
     result = json.loads(path.read_text())
-    assert status == int(not all(result["verdict"][name]["agrees"] for name in ("knn", "linear")))
-    assert set(result["seeds"]) == {UNTRAINED, PUBLISHED, OURS}
+    assert status == int(not all(result["result"][name]["agrees"] for name in ("knn", "linear")))
+    assert set(result["seeds"]) == {UNTRAINED, OFFICIAL, OURS}
     assert all(list(runs) == ["0", "1", "2"] for runs in result["seeds"].values())
     assert (result["images"], result["training"]["batch_size"]) == (dict(pretrained_on=1438, train=1438, test=359), 64)
     for name, margin in MARGINS.items():
         found = {
             who: [run[name] for run in runs.values()] for who, runs in result["seeds"].items() if name in runs["0"]
         }
-        one = result["verdict"][name]
-        assert one["difference"] == pytest.approx(statistics.fmean(found[OURS]) - statistics.fmean(found[PUBLISHED]))
+        one = result["result"][name]
+        assert one["difference"] == pytest.approx(statistics.fmean(found[OURS]) - statistics.fmean(found[OFFICIAL]))
         assert abs(one["difference"]) < margin, name
         assert len(set(found[OURS])) == 3, "the seeds were one training"
     # Normalised pixels have a variance of about 1, which is the loss of predicting their mean.
-    learnt = [run["loss"] for who in (OURS, PUBLISHED) for run in result["seeds"][who].values()]
+    learnt = [run["loss"] for who in (OURS, OFFICIAL) for run in result["seeds"][who].values()]
     assert max(learnt) < soak(0.7, 0.4)
     if soak(False, True):
         least = {name: max(run[name] for run in result["seeds"][UNTRAINED].values()) for name in ("knn", "linear")}
-        for who in (OURS, PUBLISHED):
+        for who in (OURS, OFFICIAL):
             assert statistics.fmean(run["knn"] for run in result["seeds"][who].values()) > least["knn"] + 15
             assert statistics.fmean(run["linear"] for run in result["seeds"][who].values()) > least["linear"]
     assert "within the spread" in capsys.readouterr().out
 
 
-def test_a_trainer_that_is_worth_less_is_found_out(blobs, tmp_path, monkeypatch, capsys):
+def test_a_trainer_that_is_less_accurate_is_found_out(blobs, tmp_path, monkeypatch, capsys):
     """As if ours ended with random classes for features: the exit status and the last line say so."""
-    accuracy = iter([30.0, 60.0, 90.0, 31.0, 61.0, 91.0, 29.0, 62.0, 92.0])  # untrained, ours, published, a seed
-    monkeypatch.setattr(quality, "_worth", lambda *_: dict.fromkeys(("knn", "linear"), next(accuracy)))
+    accuracy = iter([30.0, 60.0, 90.0, 31.0, 61.0, 91.0, 29.0, 62.0, 92.0])  # untrained, ours, official, a seed
+    monkeypatch.setattr(quality, "_accuracy", lambda *_: dict.fromkeys(("knn", "linear"), next(accuracy)))
     words = ["--data_path", blobs, "--epochs", "1", "--warmup_epochs", "0", "--batch_size", "36"]
     assert main([*WORDS, *words, "--output", str(tmp_path)]) == 1
     assert "knn and linear differ by more than the seeds explain" in capsys.readouterr().err
     (path,) = tmp_path.glob("quality-blobs-*-e1.json")
-    verdict = json.loads(path.read_text())["verdict"]
-    assert [verdict[name]["agrees"] for name in ("knn", "linear")] == [False, False]
-    assert verdict["knn"]["difference"] == -30
+    result = json.loads(path.read_text())["result"]
+    assert [result[name]["agrees"] for name in ("knn", "linear")] == [False, False]
+    assert result["knn"]["difference"] == -30
 
 
 def test_a_signal_ends_the_comparison(blobs, monkeypatch, tmp_path):

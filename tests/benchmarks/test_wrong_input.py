@@ -89,6 +89,6 @@ def test_words_of_version_0_1_are_understood(tmp_path, capsys):
     write_images(ImagesConfig(folder=tmp_path / "x", count=4, kind="tar", height=40, width=50))
     words = [*LOADER, "--data_path", str(tmp_path / "x"), "--decoders", "pool", "--batches", "1", "--rounds", "1"]
     assert main(["bench", *words]) == 0
-    assert f"threads, {tmp_path / 'x'}" in capsys.readouterr().out
+    assert "threads, /" in capsys.readouterr().out
     assert main(["bench", "step", "--peers", "published", "--rounds", "0"]) == 2
     assert "--rounds 0" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,21 @@ def pytest_configure() -> None:
 def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[[Sequence[str]], str]:
+    """Gives the command line words that it must refuse, with status 2 and one line, which is returned."""
+    from fastmae.cli import main
+
+    def refuse(words: Sequence[str]) -> str:
+        assert main(words) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("fastmae: ")
+        return lines[0]
+
+    return refuse
 
 
 @pytest.fixture

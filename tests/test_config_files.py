@@ -219,12 +219,10 @@ def test_flags_override_the_file(tmp_path):
     ],
     ids=str,
 )
-def test_what_is_wrong_with_a_file_on_the_command_line_is_one_line(words, expected, tmp_path, capsys):
+def test_what_is_wrong_with_a_file_on_the_command_line_is_one_line(words, expected, tmp_path, refusal):
     (tmp_path / "a.yaml").write_text("batchsize: 3")
     (tmp_path / "b.yaml").write_text("mask_ratio: 2")
-    assert main(["pretrain", *(word.format(tmp=tmp_path) for word in words)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("fastmae: ")
+    line = refusal(["pretrain", *(word.format(tmp=tmp_path) for word in words)])
     assert expected in line
 
 

@@ -254,7 +254,7 @@ WRONG = {
 
 @pytest.mark.parametrize("command", ["pretrain", "reconstruct"])
 @pytest.mark.parametrize("case", WRONG)
-def test_masks_that_cannot_work_are_one_line(case, command, blobs, finished, tmp_path, capsys):
+def test_masks_that_cannot_work_are_one_line(case, command, blobs, finished, tmp_path, refusal):
     masks, words, expected = WRONG[case]
     path = tmp_path / "masks.npy"
     if isinstance(masks, dict):
@@ -268,8 +268,7 @@ def test_masks_that_cannot_work_are_one_line(case, command, blobs, finished, tmp
         pretrain=["--data_path", blobs, "--output_dir", str(tmp_path / "out")],
         reconstruct=[str(finished), "--images", blobs, "--output", str(tmp_path / "a.png")],
     )[command]
-    assert main([command, *given_words, "--masks", str(path), *words]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    line = refusal([command, *given_words, "--masks", str(path), *words])
     assert line.startswith("fastmae: --mask")
     assert expected in line
     assert not (tmp_path / "out").exists()
@@ -285,19 +284,17 @@ def test_masks_that_cannot_work_are_one_line(case, command, blobs, finished, tmp
         (["--masking", "stripes"], "--masking"),
     ],
 )
-def test_other_flags_that_cannot_work_are_one_line(words, expected, blobs, tmp_path, capsys):
+def test_other_flags_that_cannot_work_are_one_line(words, expected, blobs, tmp_path, refusal):
     given_words = ["pretrain", "--data_path", blobs, "--output_dir", str(tmp_path / "out"), *words]
-    assert main(given_words) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    line = refusal(given_words)
     assert expected in line
     assert not (tmp_path / "out").exists()
 
 
-def test_reconstruct_refuses_a_ratio_that_leaves_nothing(finished, blobs, tmp_path, capsys):
+def test_reconstruct_refuses_a_ratio_that_leaves_nothing(finished, blobs, tmp_path, refusal):
     for ratio in ("0.99", "1.5"):
         words = [str(finished), "--images", blobs, "--output", str(tmp_path / "a.png"), "--mask_ratio", ratio]
-        assert main(["reconstruct", *words]) == 2
-        (line,) = capsys.readouterr().err.strip().splitlines()
+        line = refusal(["reconstruct", *words])
         assert f"--mask_ratio {ratio}: " in line
 
 

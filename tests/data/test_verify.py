@@ -388,15 +388,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_one_line_and_status_2(case, tmp_path, capsys):
+def test_wrong_input_is_one_line_and_status_2(case, tmp_path, refusal):
     words, expected = WRONG[case]
     (tmp_path / "notes.tar").write_text("hello " * 500)
     if case == "holds nothing":
         (tmp_path / "notes.tar").unlink()
-    assert main(["verify", *(word.format(tmp=tmp_path) for word in words)]) == 2
-    captured = capsys.readouterr()
-    (line,) = captured.err.strip().splitlines()
-    assert line.startswith("fastmae: ")
+    line = refusal(["verify", *(word.format(tmp=tmp_path) for word in words)])
     assert expected in line
 
 

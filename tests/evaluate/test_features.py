@@ -89,17 +89,15 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_one_line_and_status_2(case, finished, blobs, tmp_path, capsys, monkeypatch):
+def test_wrong_input_is_one_line_and_status_2(case, finished, blobs, tmp_path, refusal, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save(tmp_path / "three.npy", np.zeros((3, 16, 16), np.uint8))
     for name in ("empty", "bad"):
         (tmp_path / name).mkdir()
     (tmp_path / "bad" / "a.png").write_text("hello")
     words, expected = WRONG[case]
-    assert main([word.format(run=finished, blobs=blobs, tmp=tmp_path) for word in words]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert expected in lines[0]
+    line = refusal([word.format(run=finished, blobs=blobs, tmp=tmp_path) for word in words])
+    assert expected in line
     assert not list(tmp_path.glob("f.*"))
     assert not list(tmp_path.glob("*.png"))
 

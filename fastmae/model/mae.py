@@ -279,8 +279,8 @@ class MaskedAutoencoderViT(nn.Module):
                 torch's generator of the device, as in the official model.
 
         Returns:
-            latent [N, 1+K, D] (CrossMAE: [B, N, 1+K, D], one for each of the decoder's B blocks); mask [N, L] with 1 at
-            masked patches; ids_restore int64 [N, L], the inverse permutation.
+            latent [N, 1+K, D] (CrossMAE has [B, N, 1+K, D], one for each of the decoder's B blocks); mask [N, L] with
+            1 at masked patches; ids_restore int64 [N, L], the inverse permutation.
         """
         N, L = imgs.shape[0], self._positions(imgs)[0].shape[1] - 1
         if ids_shuffle is None:

@@ -71,7 +71,9 @@ def command_of(words: Sequence[str], commands: Iterable[str]) -> str:
     is_bench = words[0] == "bench"
     what, page = ("benchmark", "`fastmae bench --help`") if is_bench else ("command", "`fastmae --help`")
     names = {name.split()[is_bench] for name in known if name.startswith("bench ") or not is_bench}
-    word = (*words, "bench")[is_bench]
+    if list(words) == ["bench"]:
+        raise UserError(f"bench: must be followed by one of {', '.join(sorted(names))}; see {page}")
+    word = words[1] if is_bench else words[0]
     if word.startswith("-"):
         raise UserError(
             f"{word}: a {what} comes before flags, such as {'step' if is_bench else 'pretrain'}; see {page}"

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def asks_for_help(words: Sequence[str]) -> bool:
     """Whether the words are a question about fastmae: none, ``help``, ``--version``, or ``--help`` anywhere."""
     asking = {"-h", "--help", "--help-all", "--help_all"}
-    return not words or words[0] in ("help", "--version") or words == ["bench"] or not asking.isdisjoint(words)
+    return not words or words[0] in ("help", "--version") or not asking.isdisjoint(words)
 
 
 def parse(words: Sequence[str]) -> Any:

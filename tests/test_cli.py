@@ -125,6 +125,7 @@ WRONG = {
     "help for it": (["bench", "scaling", "--help"], "use `fastmae estimate` instead"),
     "flag before a benchmark": (["bench", "--rounds", "1"], "--rounds: a benchmark comes before flags"),
     "flag before a command": (["--lr", "1"], "--lr: a command comes before flags"),
+    "no benchmark": (["bench"], "bench: must be followed by one of all, attention, checkpoint"),
     "help for what is not": (["help", "prob"], "did you mean probe?"),
     "help for a benchmark that is not": (["help", "bench", "steps"], "steps: no such benchmark; did you mean step?"),
     "a flag nearly": (["pretrain", "--batchsize", "1"], "--batchsize: no such flag; did you mean --batch_size?"),
@@ -368,7 +369,7 @@ def test_official_flags_without_a_counterpart_get_advice(words, advice, refusal)
 # --- help -------------------------------------------------------------------------------------------------------------
 
 PAGES = [
-    [], ["help"], ["--help"], ["bench"], ["help", "bench"],
+    [], ["help"], ["--help"], ["bench", "--help"], ["help", "bench"],
     *[[*command.split(), "--help"] for command in COMMANDS], ["pretrain", "--help-all"], ["finetune", "--help-all"],
 ]  # fmt: skip
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import re
 import reprlib
 from typing import Any
 
-NO_VALUE: Any = object()
+
+class _NoValue(enum.Enum):
+    """Stands for no value, in other processes too."""
+
+    NO_VALUE = "no value"
+
+
+NO_VALUE = _NoValue.NO_VALUE
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxtuple, _REPR.maxlist, _REPR.maxdict = 2, 20, 20, 4

@@ -217,8 +217,10 @@ def test_a_resolved_configuration_may_hold_what_nobody_gives():
 
 
 def test_an_error_travels_between_processes():
-    error = SettingError("keep", 0, "must be at least 1")
-    assert str(pickle.loads(pickle.dumps(error))) == str(error) == "keep=0: must be at least 1"
+    for error in (SettingError("keep", 0, "must be at least 1"), SettingError("float8", problem="needs a GPU")):
+        other = pickle.loads(pickle.dumps(error))
+        assert str(other) == str(error)
+        assert other.as_on_the_command_line() == error.as_on_the_command_line()
 
 
 def test_the_files_of_settings_do_not_import_each_other_in_a_circle():

@@ -28,7 +28,7 @@ from fastmae.checkpoint.manifest import (
 from fastmae.checkpoint.official import holds_file, load_weights, read_official, report_remarks
 from fastmae.checkpoint.save import training_tensors
 from fastmae.config import UNLESS_SAVED
-from fastmae.errors import UserError
+from fastmae.errors import SettingError, UserError
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.sharding import laid_out_like
 
@@ -115,16 +115,18 @@ def restore(
     path = run if resume == "auto" else Path(resume)
     continues_run = bool(resume) and path.resolve().is_relative_to(run.resolve())
     if not continues_run and ((run / FOLDER).exists() or (run / "metrics.jsonl").exists()):
-        raise UserError(f"--output_dir {run}: holds a run already; continue it with --resume auto or name another")
+        raise SettingError(
+            "output_dir", str(run), "holds a run already; continue it with --resume=auto or name another"
+        )
     if not resume:
         return fresh
     if holds_file(path):
         if not isinstance(model, MaskedAutoencoderViT):
-            raise UserError(f"--resume {path}: holds weights alone; give a run folder or one of its checkpoints")
+            raise SettingError("resume", str(path), "holds weights alone; give a run folder or one of its checkpoints")
         return _restore_official(path, model, optimizer, fresh, steps_per_epoch)
     if resume != "auto" and not path.exists():
-        raise UserError(
-            f"--resume {path}: no such checkpoint; give a run folder, one of its checkpoints or an official file"
+        raise SettingError(
+            "resume", str(path), "no such checkpoint; give a run folder, one of its checkpoints or an official file"
         )
     newest = on_main(lambda: _look(resume, path))
     if newest.path is None:
@@ -132,7 +134,7 @@ def restore(
     try:
         load_checkpoint(newest.path, newest.manifest, model, optimizer, fixed)
     except BadCheckpointError as error:
-        raise UserError(f"--resume {newest.path}: {error}") from error
+        raise SettingError("resume", str(newest.path), str(error)) from error
     return Restored(int(newest.manifest["step"]), newest.manifest["epoch_sums"], str(newest.path))
 
 
@@ -146,12 +148,13 @@ def _look(resume: str, path: Path) -> NewestCheckpoint:
         try:
             return NewestCheckpoint(path, read_manifest(path), ())
         except BadCheckpointError as error:
-            raise UserError(f"--resume {path}: {error}") from error
+            raise SettingError("resume", str(path), str(error)) from error
     newest = find_checkpoint(path)
     for line in newest.refused:
         print(f"fastmae: refused checkpoint {line}; looking at the one before it", file=sys.stderr)
     if newest.path is None and (resume != "auto" or newest.refused):
-        raise UserError(f"--resume {resume}: no intact checkpoint in {path}; restore one, or start in another folder")
+        problem = f"no intact checkpoint in {path}; restore one, or start in another folder"
+        raise SettingError("resume", resume, problem)
     return newest
 
 
@@ -166,7 +169,7 @@ def _restore_official(
     file = read_official(path)
     report_remarks(file)
     if not file.has_decoder:
-        raise UserError(f"--resume {path}: holds the encoder alone; give a full training checkpoint")
+        raise SettingError("resume", str(path), "holds the encoder alone; give a full training checkpoint")
     load_weights(model, file)
     if file.optimizer is None or file.epoch is None:
         return Restored(fresh.step, None, str(path))
@@ -184,9 +187,8 @@ def _restore_official(
                 # Old files count steps in plain integers; the fused kernel wants them beside the parameter.
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--resume {path}: its optimiser does not fit the model ({error}); give another file"
-        ) from error
+        problem = f"its optimiser does not fit the model ({error}); give another file"
+        raise SettingError("resume", str(path), problem) from error
     return Restored((file.epoch + 1) * steps_per_epoch, None, str(path))
 
 
@@ -199,8 +201,8 @@ def on_main(read: Callable[[], T]) -> T:
         try:
             outcome[0] = read()
         except UserError as error:
-            outcome[1] = str(error)
+            outcome[1] = error
     dist.broadcast_object_list(outcome, device=torch.device("cpu"))
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        raise outcome[1]
     return outcome[0]

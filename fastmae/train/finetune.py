@@ -27,7 +27,7 @@ from fastmae.config.model import ModelSpec
 from fastmae.data.augment import BatchAugment, RandAugment, parse_randaugment
 from fastmae.data.loader import Batch, View, default_workers, describe_decoder
 from fastmae.data.sources import Concat, FolderSource, Source, describe, shown, train_and_val
-from fastmae.errors import UserError
+from fastmae.errors import SettingError
 from fastmae.evaluate.features import FOLDER_SHARE
 from fastmae.model.build import build_model
 from fastmae.model.classifier import (
@@ -148,23 +148,23 @@ def _classes(flags: FinetuneConfig, train: Source, val: Source) -> int:
     Raises:
         UserError: no labels, other ones in the two parts, or too many for --nb_classes.
     """
-    where = f"--data_path {shown(flags.data_path)}"
+    where = shown(flags.data_path)
     if train.labels is None or val.labels is None:
-        raise UserError(f"{where}: has no labels; give class folders, or arrays with labels")
+        raise SettingError("data_path", where, "has no labels; give class folders, or arrays with labels")
     names = [_class_names(source) for source in (train, val)]
     if names[0] != names[1]:
         other = min(names[0] ^ names[1])
-        raise UserError(f"{where}: its two parts have other class folders, such as {other}; make them the same")
+        problem = f"its two parts have other class folders, such as {other}; make them the same"
+        raise SettingError("data_path", where, problem)
     labels = np.concatenate([train.labels, val.labels])
     smallest, largest = int(labels.min()), int(labels.max())
     nb_classes = flags.nb_classes or largest + 1
     if not 0 <= smallest <= largest < nb_classes:
-        remedy = f"number them from 0, or give --nb_classes {largest + 1}"
-        raise UserError(
-            f"{where}: has labels from {smallest} to {largest}, and there are {nb_classes} classes; {remedy}"
-        )
+        remedy = f"number them from 0, or give --nb_classes={largest + 1}"
+        problem = f"has labels from {smallest} to {largest}, and there are {nb_classes} classes; {remedy}"
+        raise SettingError("data_path", where, problem)
     if nb_classes < 2:
-        raise UserError(f"{where}: has one class alone; give data with at least two")
+        raise SettingError("data_path", where, "has one class alone; give data with at least two")
     return nb_classes
 
 
@@ -213,9 +213,9 @@ def _resolve(
         num_workers=default_workers(),
     )
     if config.batch_size % 2 and (config.mixup or config.cutmix):
-        raise UserError(f"--batch_size {config.batch_size}: must be even with --mixup or --cutmix, which mix pairs")
+        raise SettingError("batch_size", config.batch_size, "must be even with --mixup or --cutmix, which mix pairs")
     if config.warmup_epochs >= config.epochs:
-        raise UserError(f"--warmup_epochs {config.warmup_epochs:g}: must be below the {config.epochs} of --epochs")
+        raise SettingError("warmup_epochs", config.warmup_epochs, f"must be below the {config.epochs} of --epochs")
     return config
 
 
@@ -249,15 +249,14 @@ def _backends(
 
 
 def _classifier(encoder: MaskedAutoencoderViT, config: ResolvedFinetuneConfig) -> Classifier:
-    size = " ".join(map(str, config.input_size))
     try:
         model = classifier_of(encoder, config.nb_classes, img_size=config.input_size, global_pool=config.global_pool)
     except ValueError as error:
-        raise UserError(f"--input_size {size}: {error}; choose another size or --model") from error
+        raise SettingError("input_size", config.input_size, f"{error}; choose another size or --model") from error
     try:
         tune(model, config.tune, config.lora_rank)
     except ValueError as error:
-        raise UserError(f"--tune {config.tune}: {error}; tune at most those, or use --tune full") from error
+        raise SettingError("tune", config.tune, f"{error}; tune at most those, or use --tune=full") from error
     return model
 
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmae import torch_compat
-from fastmae.errors import UserError
+from fastmae.errors import SettingError
 from fastmae.model.sharding import local_part
 from fastmae.model.vit import BLOCKS
 
@@ -96,13 +96,13 @@ def choose_device(flag: str | None, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(flag)
     except RuntimeError as error:
-        raise UserError(f"--device {flag}: not a device; use cpu, cuda or cuda:N") from error
+        raise SettingError("device", flag, "not a device; use cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {flag}: not supported; use cpu, cuda or cuda:N")
+        raise SettingError("device", flag, "not supported; use cpu, cuda or cuda:N")
     if device.type == "cuda":
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise UserError(f"--device {flag}: torch sees {torch.cuda.device_count()} GPUs here; use --device cpu")
+            raise SettingError("device", flag, f"torch sees {torch.cuda.device_count()} GPUs here; use --device=cpu")
         device = torch.device("cuda", index)
     return device
 
@@ -183,7 +183,7 @@ def choose_parallelism(kind: str, reduce: str, shard_size: int | None, context: 
     if shard_size is None:
         shard_size = int(os.environ.get("LOCAL_WORLD_SIZE", context.size))
     if context.size % shard_size:
-        raise UserError(f"--shard_size {shard_size}: must divide the {context.size} ranks")
+        raise SettingError("shard_size", shard_size, f"must divide the {context.size} ranks")
     copies = f"{context.size // shard_size} copies of {shard_size} ranks each"
     return Parallelism(kind, f"{copies}, gradients in {reduce}", dtype, shard_size)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastmae.errors import UserError
+from fastmae.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ def choose_precision(flag: str, device: torch.device) -> Precision:
     """
     if flag == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         has_none = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-        raise UserError(f"--precision tf32: {has_none} has no TensorFloat-32; use fp32")
+        raise SettingError("precision", "tf32", f"{has_none} has no TensorFloat-32; use fp32")
     supported = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if flag == "bf16" and not supported:
-        raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bfloat16; use fp32")
+        raise SettingError("precision", "bf16", f"{torch.cuda.get_device_name(device)} has no bfloat16; use fp32")
     if flag != "auto":
         return Precision(flag, "asked for", torch.bfloat16 if flag == "bf16" else None)
     if device.type == "cuda" and supported:
@@ -71,6 +71,8 @@ def require_float8(device: torch.device, precision: Precision) -> None:
     """
     has_none = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError(f"--float8: {has_none} has no float8 products, which Ada and newer GPUs have; leave it out")
+        raise SettingError(
+            "float8", problem=f"{has_none} has no float8 products, which Ada and newer GPUs have; leave it out"
+        )
     if precision.name != "bf16":
-        raise UserError(f"--float8: goes with --precision bf16, not {precision.name}; leave one out")
+        raise SettingError("float8", problem=f"goes with --precision=bf16, not {precision.name}; leave one out")

@@ -23,7 +23,7 @@ from fastmae.data.plan import mask_draws
 from fastmae.data.sizes import Size, describe_sizes, growing_sizes, size_in
 from fastmae.data.sources import Source, Subset, describe, evenly_spaced, open_train, shown, train_and_val
 from fastmae.environment import peak_flops
-from fastmae.errors import UserError
+from fastmae.errors import SettingError
 from fastmae.evaluate.probe import probe
 from fastmae.evaluate.reconstruct import caption, fixed_images, reconstruct, save_grid
 from fastmae.facts import DataFacts
@@ -162,7 +162,7 @@ def _precision(config: ResolvedConfig, context: parallel.DistContext) -> Precisi
     """
     precision = choose_precision(config.precision, context.device)
     if config.residual == "bf16" and precision.autocast is None:
-        raise UserError(f"--residual bf16: goes with --precision bf16, not {precision.name}; leave one out")
+        raise SettingError("residual", "bf16", f"goes with --precision=bf16, not {precision.name}; leave one out")
     if config.float8:
         require_float8(context.device, precision)
     if config.cuda_graph:
@@ -186,14 +186,14 @@ def _model(config: ResolvedConfig, context: parallel.DistContext) -> MaskedAutoe
     """Builds the model on its device. Its first weights follow from the seed."""
     torch.manual_seed(config.seed)
     model = build_model(ModelSpec.of(config))
-    flag, ratio = "--mask_ratio", config.mask_ratio
+    name, ratio = "mask_ratio", config.mask_ratio
     try:
         model.num_visible(ratio)
         if config.predict_ratio is not None:
-            flag, ratio = "--predict_ratio", config.predict_ratio
+            name, ratio = "predict_ratio", config.predict_ratio
             model.num_predicted(config.mask_ratio, ratio)
     except ValueError as error:
-        raise UserError(f"{flag} {ratio}: {error}; choose another ratio or --input_size") from error
+        raise SettingError(name, ratio, f"{error}; choose another ratio or --input_size") from error
     model.autocast_residual = config.residual == "bf16"
     return model.to(context.device)
 
@@ -208,9 +208,9 @@ def _sizes(config: ResolvedConfig, model: MaskedAutoencoderViT) -> tuple[Size, .
         sizes = growing_sizes(config.start_size, config.input_size, unit)
         model.num_predicted(config.mask_ratio, config.predict_ratio, math.prod(model.grid_of(sizes[0])))
     except ValueError as error:
-        raise UserError(f"--start_size {' '.join(map(str, config.start_size))}: {error}") from error
+        raise SettingError("start_size", config.start_size, str(error)) from error
     if config.grow_epochs >= config.epochs:
-        raise UserError(f"--grow_epochs {config.grow_epochs}: must be below the {config.epochs} of --epochs")
+        raise SettingError("grow_epochs", config.grow_epochs, f"must be below the {config.epochs} of --epochs")
     return sizes
 
 
@@ -402,7 +402,9 @@ def _probed_parts(config: ResolvedConfig) -> tuple[Source, Source] | None:
     for name, part in zip(("train", "val"), train_and_val(config.data_path), strict=True):
         if part.labels is None or (name == "train" and len(np.unique(part.labels)) < 2):
             lack = "has no labels" if part.labels is None else "is all of one class"
-            raise UserError(f"--probe_freq: the {name} part of {shown(config.data_path)} {lack}; leave the flag out")
+            raise SettingError(
+                "probe_freq", problem=f"the {name} part of {shown(config.data_path)} {lack}; leave it out"
+            )
         is_small = len(part) <= PROBE_LIMIT
         parts.append(part if is_small else Subset(part, evenly_spaced(part, PROBE_LIMIT, PROBE_RUN)))
     return parts[0], parts[1]

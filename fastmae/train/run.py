@@ -27,7 +27,7 @@ from fastmae.data.loader import Batch, View, load_batches
 from fastmae.data.quarantine import Quarantine
 from fastmae.data.sources import Source
 from fastmae.environment import hardware, versions
-from fastmae.errors import UserError
+from fastmae.errors import SettingError, UserError
 from fastmae.files import write_text
 from fastmae.model.sharding import in_one_piece
 from fastmae.train import parallel
@@ -159,7 +159,7 @@ def _write_beginning(folder: Path, config: Resolved, context: parallel.DistConte
         with open(folder / "environment.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(start) + "\n")
     except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written ({error}); name another") from error
+        raise SettingError("output_dir", str(folder), f"cannot be written ({error}); name another") from error
 
 
 def _announce(run: Run, summary: Iterable[str], backends: dict[str, str]) -> None:

@@ -14,7 +14,7 @@ from fastmae.data.loader import default_workers
 from fastmae.data.masks import MaskFile
 from fastmae.data.sources import Source
 from fastmae.data.statistics import channel_statistics
-from fastmae.errors import UserError
+from fastmae.errors import SettingError, UserError
 from fastmae.facts import DataFacts
 from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.ops.attention import attention_backend
@@ -33,7 +33,7 @@ def resolve_settings(
     """
     in_chans = config.in_chans or facts.channels
     if facts.kind == "folder" and in_chans not in FOLDER_CHANNELS:
-        raise UserError(f"--in_chans {in_chans}: image files give 1, 3 or 4 channels; use an array for others")
+        raise SettingError("in_chans", in_chans, "image files give 1, 3 or 4 channels; use an array for others")
     mean, std = config.mean, config.std
     if mean is None or std is None:
         is_like_imagenet = facts.kind == "folder" and in_chans == 3

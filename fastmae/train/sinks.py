@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastmae.errors import UserError, install_hint
+from fastmae.errors import SettingError, install_hint
 
 # The names that the official script uses in TensorBoard.
 NAMES = {"loss": "train_loss"}
@@ -56,7 +56,7 @@ def check_sinks(log_dir: str | None, wandb: str | None) -> None:
         ("wandb", wandb, "wandb", "Weights & Biases", "wandb"),
     ):
         if value and importlib.util.find_spec(module) is None:
-            raise UserError(f"--{flag} {value}: {name} is not installed; {install_hint(extra)}")
+            raise SettingError(flag, value, f"{name} is not installed; {install_hint(extra)}")
 
 
 def open_sinks(

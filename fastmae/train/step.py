@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fastmae import torch_compat
-from fastmae.errors import UserError, install_hint
+from fastmae.errors import SettingError, install_hint
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.vit import BLOCKS, Checkpointing
 
@@ -90,7 +90,7 @@ def in_float8(model: MaskedAutoencoderViT, emulate: bool = False) -> None:
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
-        raise UserError(f"--float8: torchao cannot be loaded ({error}); {install_hint('float8')}") from error
+        raise SettingError("float8", problem=f"torchao cannot be loaded ({error}); {install_hint('float8')}") from error
     taken_apart = f"decoder_blocks.{len(model.decoder_blocks) - 1}.attn.qkv"
 
     def fits(module: nn.Module, name: str) -> bool:
@@ -182,9 +182,9 @@ def require_graph(device: torch.device, ranks: int) -> None:
         UserError: the device is no GPU, or there are several ranks, whose communication is not captured.
     """
     if device.type != "cuda":
-        raise UserError(f"--cuda_graph: the device is {device}, which has no CUDA graphs; leave it out")
+        raise SettingError("cuda_graph", problem=f"the device is {device}, which has no CUDA graphs; leave it out")
     if ranks > 1:
-        raise UserError(f"--cuda_graph: is for one rank, and there are {ranks}; use --compile instead")
+        raise SettingError("cuda_graph", problem=f"is for one rank, and there are {ranks}; use --compile instead")
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,8 @@ def _compile_errors_in_one_line() -> Generator[None]:
     except torch_compat.compile_errors() as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = lines[0] if lines else type(error).__name__
-        raise UserError(
-            f"--compile: torch.compile failed ({why}); on a CPU it needs a C++ compiler while the run starts: install "
-            "one (g++), or use --compile off"
-        ) from error
+        problem = (
+            f"torch.compile failed ({why}); on a CPU it needs a C++ compiler while the run starts: install one (g++), "
+            "or use --compile=off"
+        )
+        raise SettingError("compile", problem=problem) from error

@@ -121,5 +121,5 @@ def test_what_cannot_be_predicted_is_refused_before_anything_loads(changes, word
 
 
 def test_a_share_of_less_than_a_patch_is_refused(blobs, tmp_path):
-    with pytest.raises(UserError, match=r"--predict_ratio 0.05: .* is 0 of 16 patches; .*choose another ratio"):
+    with pytest.raises(UserError, match=r"^predict_ratio=0.05: .* is 0 of 16 patches; .*choose another ratio"):
         pretrain(small_run(blobs, tmp_path, **{**CROSS, "predict_ratio": 0.05}))

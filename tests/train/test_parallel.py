@@ -162,7 +162,7 @@ def test_the_published_file_resumes_in_pieces(runs):
 def test_copies_must_come_out_even():
     context = DistContext(0, 4, torch.device("cpu"))
     assert choose_parallelism("hsdp", "fp32", 2, context).reason == "2 copies of 2 ranks each, gradients in fp32"
-    with pytest.raises(UserError, match="--shard_size 3: must divide the 4 ranks"):
+    with pytest.raises(UserError, match=r"^shard_size=3: must divide the 4 ranks"):
         choose_parallelism("hsdp", "fp32", 3, context)
 
 

@@ -285,6 +285,10 @@ OLD = {
     "pretrain --ops native --attention native": "pretrain --ops cpu --attention cpu",
     "pretrain --decoder pool": "pretrain --image_decoder threads",
     "pretrain --decoder=pool": "pretrain --image-decoder threads",
+    "bench step --peers published timm": "bench step --baselines official timm",
+    "bench all --output x --peers": "bench all --output x --baselines",
+    "bench loader --decoders pool": "bench loader --image_decoders threads",
+    "bench end-to-end --decoder pool": "bench end-to-end --image_decoder threads",
 }
 
 
@@ -467,6 +471,21 @@ def test_examples_in_the_help_parse():
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"fastmae {importlib.metadata.version('fastmae')}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [], ["--help"], ["--version"], ["help", "pretrain"], ["pretrain", "--help"], ["bench", "--help"],
+        ["pretrain", "--batchsize", "1"], ["pretrain", "--lr", "fast"], ["pretrain", "--mask_ratio", "2"], ["trian"],
+        ["pretrain", "--config", "nowhere.yaml"], ["finetune", "--eval"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_help_and_wrong_flags_load_no_torch(words):
+    code = "import sys; from fastmae.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    done = run([sys.executable, "-c", code, *words])
+    assert done.returncode == 0, done.stderr
 
 
 def test_texts_of_fields_are_read_from_their_source():

@@ -82,10 +82,10 @@ def _values(annotation: Any) -> dict[str, Any]:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         members = [member for member in arguments if member is not types.NoneType]
-        most = _values(members[-1])  # of `str | tuple[str, ...]` the tuple, which holds one as well
-        return {**most, "least": max(1, most["least"]) if len(members) > 1 else most["least"]} | (
-            {"takes_none": True} if types.NoneType in arguments else {}
-        )
+        values = _values(members[-1])  # of `str | tuple[str, ...]` the tuple, which holds one as well
+        if len(members) > 1:
+            values["least"] = 1
+        return values | {"takes_none": types.NoneType in arguments}
     if origin is Literal:
         return {"kind": str, "choices": tuple(map(str, arguments)), "least": 1, "most": 1}
     if origin is tuple:

@@ -145,8 +145,8 @@ def _print_commands(page: Page, commands: Mapping[str, type]) -> None:
     page.code("fastmae pretrain --output_dir runs/digits")
     page.text("trains a small model on built-in images in a few minutes, on a CPU too.", 4)
     page.title("More")
-    page.row("fastmae COMMAND --help", "", "the flags of a command")
-    page.row("fastmae --version", "", "the version")
+    page.row("fastmae COMMAND --help", "", "shows the flags of a command")
+    page.row("fastmae --version", "", "shows the version")
 
 
 def _print_benchmarks(page: Page, commands: Mapping[str, type]) -> None:

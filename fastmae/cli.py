@@ -37,6 +37,7 @@ from fastmae.config import (
 from fastmae.config.load import load_settings, settings_as_words
 from fastmae.errors import UserError
 from fastmae.flags import flags_of
+from fastmae.messages import messages_on_stderr
 
 # In the order in which the help shows them.
 COMMANDS: dict[str, type] = {
@@ -77,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fastmae.commands.help import run_help
 
             return run_help(words, COMMANDS)
-        return call(parse(words), ["fastmae", *words])
+        with messages_on_stderr():
+            return call(parse(words), ["fastmae", *words])
     except UserError as error:
         print(f"fastmae: {error.as_on_the_command_line()}", file=sys.stderr)
         return EXIT_WRONG_INPUT

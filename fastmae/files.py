@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -70,7 +70,7 @@ class JsonLines:
         return len(self._unwritten)
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Appends rows, after those that could not be written yet. The first of several failures is shown on stderr."""
+        """Appends rows, after those that could not be written yet. The first of several failures is reported."""
         self._unwritten += [json.dumps(row) + "\n" for row in rows]
         if not self._unwritten:
             return
@@ -83,8 +83,8 @@ class JsonLines:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             if not self._is_reported:
-                what = f"{self.path} cannot be written ({error}); free space: what is missing is written later"
-                print(f"fastmae: {what}", file=sys.stderr, flush=True)
+                text = "%s cannot be written (%s); free space: what is missing is written later"
+                logging.getLogger("fastmae").warning(text, self.path, error)
             self._is_reported = True
             return
         self._unwritten, self._is_reported = [], False

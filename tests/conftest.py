@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from fastmae.messages import messages_on_stderr
 
 
 def pytest_configure() -> None:
@@ -21,6 +23,12 @@ def pytest_configure() -> None:
 def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _messages_as_on_the_command_line() -> Iterator[None]:
+    with messages_on_stderr():
+        yield
 
 
 @pytest.fixture

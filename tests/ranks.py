@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from fastmae import torch_compat
 from fastmae.checkpoint import save as saving
 from fastmae.config import PretrainConfig
+from fastmae.messages import messages_on_stderr
 from fastmae.train import pretrain as pretrain_module
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
@@ -114,6 +115,11 @@ def _do(
         names |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         os.environ.update({name: str(value) for name, value in names.items()})
         torch.set_num_threads(1)
+    with messages_on_stderr():
+        _work(work)
+
+
+def _work(work: tuple[Work, ...]) -> None:
     for one in work:
         status = pretrain_module.pretrain(one) if isinstance(one, PretrainConfig) else one()
         if status:

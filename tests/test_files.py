@@ -10,6 +10,9 @@ FULL = """
 import json, resource, signal, sys
 from pathlib import Path
 from fastmae.files import JsonLines
+from fastmae.messages import messages_on_stderr
+messages = messages_on_stderr()
+messages.__enter__()
 file = JsonLines(Path(sys.argv[1]))
 file.add([{"row": 0}])
 resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))

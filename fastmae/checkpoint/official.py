@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import pickle
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from fastmae.checkpoint.huggingface import from_huggingface, is_huggingface, rea
 from fastmae.config.model import ModelSpec
 from fastmae.errors import SettingError, UserError
 from fastmae.files import write_whole
+from fastmae.messages import logger
 from fastmae.model.build import build_model
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.presets import PRESETS
@@ -157,7 +157,7 @@ def report_remarks(file: OfficialFile) -> None:
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     for remark in file.remarks:
-        print(f"fastmae: {file.path}: {remark}", file=sys.stderr)
+        logger.warning("%s: %s", file.path, remark)
 
 
 def _listed(keys: list[str]) -> str:

@@ -5,7 +5,6 @@ A checkpoint may be read by any number of ranks that share weights in any way. F
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from fastmae.checkpoint.official import holds_file, load_weights, read_official,
 from fastmae.checkpoint.save import training_tensors
 from fastmae.config import UNLESS_SAVED
 from fastmae.errors import SettingError, UserError
+from fastmae.messages import logger
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.sharding import laid_out_like
 
@@ -151,7 +151,7 @@ def _look(resume: str, path: Path) -> NewestCheckpoint:
             raise SettingError("resume", str(path), str(error)) from error
     newest = find_checkpoint(path)
     for line in newest.refused:
-        print(f"fastmae: refused checkpoint {line}; looking at the one before it", file=sys.stderr)
+        logger.warning("refused checkpoint %s; looking at the one before it", line)
     if newest.path is None and (resume != "auto" or newest.refused):
         problem = f"no intact checkpoint in {path}; restore one, or start in another folder"
         raise SettingError("resume", resume, problem)

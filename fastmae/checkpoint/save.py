@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +31,7 @@ from fastmae.checkpoint.manifest import (
 )
 from fastmae.errors import UserError
 from fastmae.files import fsync_folder, write_text
+from fastmae.messages import logger
 
 PARTIAL = ".partial-"
 
@@ -170,7 +170,7 @@ class Saver:
             save_checkpoint(self._run, step, tensors, position, self._group)
         except UserError as error:
             if self._is_main:
-                print(f"fastmae: {error}; the run goes on and tries again", file=sys.stderr, flush=True)
+                logger.warning("%s; the run goes on and tries again", error)
             return str(error)
         if self._is_main:
             prune_checkpoints(self._run, self._keep, self._keep_every)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from fastmae.data.loader import Skipped, View, load_batches
 from fastmae.data.sources import Concat, FolderSource, Source, Subset
 from fastmae.errors import SettingError, UserError, install_hint
 from fastmae.files import write_whole
+from fastmae.messages import logger
 from fastmae.model.mae import MaskedAutoencoderViT
 
 # Image files are resized to 256 and cropped to 224 pixels, as in the official evaluation. Arrays are taken whole.
@@ -102,10 +102,10 @@ def extract_features(
 
 
 def report_skipped(skipped: Sequence[Skipped]) -> None:
-    """Prints to stderr how many images were skipped, and the reason for the first one."""
+    """Reports how many images were skipped, and the reason for the first one."""
     if skipped:
         first = f"the first is {skipped[0].name} ({skipped[0].reason})"
-        print(f"fastmae: {len(skipped)} unusable images were skipped; {first}", file=sys.stderr, flush=True)
+        logger.warning("%d unusable images were skipped; %s", len(skipped), first)
 
 
 def class_names(source: Source) -> tuple[str, ...] | None:

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastmae.data.loader import LoadingStats
 from fastmae.errors import UserError
 from fastmae.files import JsonLines, fsync_file, write_text
+from fastmae.messages import logger
 
 METRICS = "metrics.jsonl"
 LOG = "log.txt"
@@ -289,8 +290,10 @@ class Screen:
         self._bar.stop()
 
     def say(self, line: str) -> None:
-        """Prints a line, above the bar if there is one."""
+        """Prints a line, above the bar if there is one, and logs it."""
         self.console.print(line, markup=False)
+        if not self.console.quiet:
+            logger.info("%s", line)
 
     def update(self, step: int, epoch: int, latest: dict[str, Any]) -> None:
         """Shows the step, counted from 1, and the newest numbers that were read.

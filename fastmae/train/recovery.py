@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +29,7 @@ from fastmae.checkpoint.restore import Restored, on_main, restore
 from fastmae.config import FinetuneConfig, PretrainConfig, ResolvedConfig, ResolvedFinetuneConfig
 from fastmae.errors import UserError
 from fastmae.files import write_text
+from fastmae.messages import logger
 from fastmae.model.sharding import local_part
 from fastmae.ops.backends import using
 from fastmae.train import parallel
@@ -181,7 +181,7 @@ def roll_back(
     if newest.path is None and run.config.resume not in ("", "auto"):
         resume = run.config.resume
         raise UserError(f"{report}; no checkpoint was saved since {resume}: lower --blr and name another folder")
-    print(f"fastmae: {report}; going back to step {target}, and on with other data", file=sys.stderr, flush=True)
+    logger.warning("%s; going back to step %d, and on with other data", report, target)
     if run.context.is_main:
         write_rollbacks(run.folder, [*run.rollbacks, target])
     run.context.barrier()

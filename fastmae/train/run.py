@@ -29,6 +29,7 @@ from fastmae.data.sources import Source
 from fastmae.environment import hardware, versions
 from fastmae.errors import SettingError, UserError
 from fastmae.files import write_text
+from fastmae.messages import logger
 from fastmae.model.sharding import in_one_piece
 from fastmae.train import parallel
 from fastmae.train.health import EXIT_INTERRUPTED, LossSpikes, StopSignals, Watchdog
@@ -347,7 +348,7 @@ def try_to_write(write: Callable[[], None]) -> str | None:
     try:
         write()
     except UserError as error:
-        print(f"fastmae: {error}; the run goes on", file=sys.stderr, flush=True)
+        logger.warning("%s; the run goes on", error)
         return str(error)
     return None
 

@@ -272,7 +272,7 @@ def _losses(setting: _Setting, runners: dict[str, _Runner], skipped: dict[str, s
         except UserError as error:
             if name == FROM_FILES:
                 raise
-            skipped[name] = str(error)
+            skipped[name] = error.as_on_the_command_line()
     return {name: losses[name] for name in runners if name in losses}
 
 

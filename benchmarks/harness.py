@@ -306,7 +306,8 @@ def refusals() -> tuple[type[Exception], ...]:
 
 def reason(error: Exception) -> str:
     """The first line of an exception that says anything."""
-    return next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
+    text = error.as_on_the_command_line() if isinstance(error, UserError) else str(error)
+    return next(line for line in [*text.splitlines(), type(error).__name__] if line.strip())
 
 
 def _end_of(process: BaseProcess, said: str) -> str:

@@ -192,7 +192,7 @@ def _setting(config: BenchLoaderConfig, folder: Path) -> _Setting:
                 write_images(images, made=jpegs)
                 sources[kind] = open_train(str(images.folder))
             except UserError as error:
-                skipped[kind] = str(error)
+                skipped[kind] = error.as_on_the_command_line()
         if not sources:
             raise UserError("; ".join(skipped.values()))
     for name, source in sources.items():
@@ -236,7 +236,7 @@ def _fastmae(setting: _Setting, decoders: Sequence[str]) -> Iterator[_Loader]:
         try:
             choose_decoder(decoder, setting.device, None, 3)
         except UserError as error:
-            setting.skipped[decoder] = str(error)
+            setting.skipped[decoder] = error.as_on_the_command_line()
             continue
         for name, source in setting.sources.items():
             start = partial(_batches, setting, decoder)
@@ -287,7 +287,7 @@ def _differences(setting: _Setting, implementations: Sequence[_Loader]) -> dict[
         try:
             off = (first(one.start(one.source, requests), one.pixels) - expected).abs()
         except UserError as error:
-            setting.skipped[one.name] = str(error)
+            setting.skipped[one.name] = error.as_on_the_command_line()
             continue
         found[one.name] = {"mean": off.mean().item(), "largest": off.max().item()}
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fastmae.config import FinetuneConfig, PretrainConfig
-from fastmae.config.values import OLD_NAMES
+from fastmae.config.load import make_config
 from fastmae.errors import SettingError
 
 if TYPE_CHECKING:
@@ -60,7 +59,9 @@ class Run:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def pretrain(data_path: DataPath, *, output_dir: str | PathLike[str], **settings: Any) -> Run:
+def pretrain(
+    data_path: DataPath, *, output_dir: str | PathLike[str], config: str | PathLike[str] | None = None, **settings: Any
+) -> Run:
     """Pretrains a masked autoencoder on images, as ``fastmae pretrain`` does.
 
     ``fastmae.train.pretrain.pretrain`` is the form that takes a configuration.
@@ -68,6 +69,7 @@ def pretrain(data_path: DataPath, *, output_dir: str | PathLike[str], **settings
     Args:
         data_path: images as ``--data_path`` takes them (a folder, shards, arrays, ``"digits"``), or several of them.
         output_dir: the run folder.
+        config: a YAML, TOML or JSON file of settings, or a run folder; arguments override it.
         settings: the flags of ``fastmae pretrain`` by their names, such as ``model="mae_vit_base_patch16"``,
             ``input_size=96`` (pixels), ``epochs=100``, ``blr=1.5e-4``, ``resume="auto"``. What is left out gets its
             default from the data.
@@ -78,14 +80,20 @@ def pretrain(data_path: DataPath, *, output_dir: str | PathLike[str], **settings
     Raises:
         UserError: a setting, the data or a checkpoint cannot work. The message names the argument.
     """
-    config = _config(PretrainConfig, data_path, output_dir, settings)
+    given = {"data_path": data_path, "output_dir": output_dir, **settings}
+    configuration = make_config(PretrainConfig, given, config)
     from fastmae.train.pretrain import pretrain as run_pretraining
 
-    return Run(Path(config.output_dir), run_pretraining(config), is_classifier=False)
+    return Run(Path(configuration.output_dir), run_pretraining(configuration), is_classifier=False)
 
 
 def finetune(
-    data_path: DataPath, *, output_dir: str | PathLike[str], finetune: str | PathLike[str] = "", **settings: Any
+    data_path: DataPath,
+    *,
+    output_dir: str | PathLike[str],
+    finetune: str | PathLike[str] = "",
+    config: str | PathLike[str] | None = None,
+    **settings: Any,
 ) -> Run:
     """Fine-tunes a pretrained encoder on labelled images, as ``fastmae finetune`` does.
 
@@ -94,6 +102,7 @@ def finetune(
         output_dir: the run folder.
         finetune: the pretrained encoder: a run folder of ``pretrain``, one of its checkpoints, or a file with an
             encoder. Random weights if it is left out.
+        config: a YAML, TOML or JSON file of settings, or a run folder; arguments override it.
         settings: the flags of ``fastmae finetune`` by their names, such as ``epochs=50`` or ``tune="lora"``.
 
     Returns:
@@ -102,10 +111,11 @@ def finetune(
     Raises:
         UserError: a setting, the data or a checkpoint cannot work. The message names the argument.
     """
-    config = _config(FinetuneConfig, data_path, output_dir, {"finetune": finetune, **settings})
+    given = {"data_path": data_path, "output_dir": output_dir, **settings}
+    configuration = make_config(FinetuneConfig, given | ({"finetune": finetune} if finetune else {}), config)
     from fastmae.train.finetune import finetune as run_finetuning
 
-    return Run(Path(config.output_dir), run_finetuning(config), is_classifier=True)
+    return Run(Path(configuration.output_dir), run_finetuning(configuration), is_classifier=True)
 
 
 def extract_features(
@@ -167,21 +177,3 @@ def extract_features(
         source = open_train(paths) if split == "train" else train_and_val(paths)[1]
     workers = num_workers or default_workers()
     return features.extract_features(encoder, source, pool=pool, batch_size=batch_size, num_workers=workers)
-
-
-def _config(
-    kind: type[Config], data_path: DataPath, output_dir: str | PathLike[str], settings: dict[str, Any]
-) -> Config:
-    """Makes a configuration of arguments.
-
-    Raises:
-        SettingError: a name that is no setting, or a value that cannot work.
-    """
-    named = {OLD_NAMES.get(name, name): value for name, value in settings.items()}
-    known = [field.name for field in dataclasses.fields(kind)]
-    for name, value in named.items():
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else "leave it out"
-            raise SettingError(name, value, f"no such setting; {hint}")
-    return kind(data_path=data_path, output_dir=output_dir, **named)  # type: ignore[arg-type]

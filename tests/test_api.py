@@ -68,6 +68,21 @@ def test_finetune_gives_the_classifier(pretrained, blobs, tmp_path):
         load_classifier(pretrained.folder)
 
 
+def test_settings_from_a_file_are_overridden_by_arguments(pretrained, blobs, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastmae.train.pretrain.pretrain", lambda config: configs.append(config) or 0)
+    monkeypatch.setattr("fastmae.train.finetune.finetune", lambda config: configs.append(config) or 0)
+    (tmp_path / "a.toml").write_text('epochs = 7\nblr = 1\ndata_path = "x"\nattention = "native"\n')
+    (tmp_path / "b.yaml").write_text("finetune: runs/x\nepochs: 7\n")
+    configs = []
+    fastmae.pretrain(blobs, output_dir=tmp_path / "run", config=tmp_path / "a.toml", epochs=3)
+    fastmae.pretrain(blobs, output_dir=tmp_path / "run", config=pretrained.folder, decoder="pool")
+    fastmae.finetune(blobs, output_dir=tmp_path / "run", config=tmp_path / "b.yaml")
+    one, two, three = configs
+    assert (one.epochs, one.blr, one.data_path, one.attention) == (3, 1.0, blobs, "cpu")
+    assert (two.image_decoder, two.model, two.output_dir) == ("threads", "mae_vit_tiny_patch4", str(tmp_path / "run"))
+    assert (three.finetune, three.epochs) == ("runs/x", 7)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

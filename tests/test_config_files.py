@@ -82,8 +82,8 @@ def test_yaml_reads_as_one_expects(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("a.yaml", "epoch: 3", r"epoch: no setting of pretrain; did you mean epochs\?"),
-        ("a.json", '{"zzz": 3}', "zzz: no setting of pretrain$"),
+        ("a.yaml", "epoch: 3", r"epoch=3: no such setting; did you mean epochs\?"),
+        ("a.json", '{"zzz": 3}', "zzz=3: no such setting; leave it out$"),
         ("a.yaml", "epochs: many", "epochs='many': must be a whole number, or None"),
         ("a.toml", "epochs = 2.5", "epochs=2.5: must be a whole number, or None"),
         ("a.yaml", "precision: fp8", "precision='fp8': must be auto, fp32, tf32 or bf16"),
@@ -94,7 +94,7 @@ def test_yaml_reads_as_one_expects(tmp_path):
         ("a.yaml", "decoder: pool\nimage_decoder: threads", "image_decoder: is another name|decoder: is another name"),
         ("a.yaml", "a: [", "not readable"),
         ("a.yaml", "!!python/object/apply:os.system [true]", "not readable"),
-        ("a.yaml", "a: &a [1]\nb: [*a, *a]\n", "a: no setting"),
+        ("a.yaml", "a: &a [1]\nb: [*a, *a]\n", r"a=\[1\]: no such setting"),
         ("a.json", "{", "not readable"),
         ("a.json", "[" * 100_000, "not readable"),
         ("a.json", "3", "holds no settings"),
@@ -141,11 +141,9 @@ def test_settings_by_name_from_python():
     assert make_config(PretrainConfig, dict(decoder="pool", epochs=3)) == PretrainConfig(
         epochs=3, image_decoder="threads"
     )
-    with pytest.raises(
-        SettingError, match=r"^batchsize: no setting of finetune; did you mean batch_size\?$"
-    ) as refused:
+    with pytest.raises(SettingError, match=r"^batchsize=3: no such setting; did you mean batch_size\?$") as refused:
         make_config(FinetuneConfig, dict(batchsize=3))
-    assert refused.value.as_on_the_command_line() == "--batchsize: no setting of finetune; did you mean --batch_size?"
+    assert refused.value.as_on_the_command_line() == "--batchsize 3: no such setting; did you mean --batch_size?"
 
 
 def test_settings_as_the_words_of_a_command():
@@ -214,7 +212,7 @@ def test_flags_override_the_file(tmp_path):
         (["--config"], "--config: must be given once"),
         (["--config", "a.yaml", "b.yaml"], "--config: must be given once"),
         (["--config", "{tmp}/none.yaml"], "none.yaml: cannot be read"),
-        (["--config", "{tmp}/a.yaml"], "a.yaml: batchsize: no setting of pretrain; did you mean batch_size?"),
+        (["--config", "{tmp}/a.yaml"], "a.yaml: batchsize=3: no such setting; did you mean batch_size?"),
         (["--config", "{tmp}/b.yaml"], "--mask_ratio 2.0: must be above 0 and below 1"),
     ],
     ids=str,

@@ -14,8 +14,8 @@ from fastmae.config.shared import (
     Rounds,
     SampleMs,
     Samples,
-    need_at_least_one,
 )
+from fastmae.config.values import coerce, need_at_least_one
 from fastmae.errors import UserError
 
 BenchOp = Literal[
@@ -54,6 +54,9 @@ class BenchKernelsConfig:
     output: str | None = None
     """A folder for every sample (JSON) and a picture (PNG; needs the extra `bench`)."""
 
+    def __post_init__(self) -> None:
+        coerce(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchAttentionConfig:
@@ -74,6 +77,9 @@ class BenchAttentionConfig:
     write: tuple[str, ...] | None = None
     """Enter the winners in the table that `--attention auto` looks in: yours, or the file that is named here."""
     output: Samples = None
+
+    def __post_init__(self) -> None:
+        coerce(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +110,9 @@ class BenchStepConfig:
     """Samples of each implementation; implementations take turns."""
     output: Samples = None
 
+    def __post_init__(self) -> None:
+        coerce(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchLoaderConfig:
@@ -128,6 +137,9 @@ class BenchLoaderConfig:
     device: Device = None
     rounds: Rounds = 7
     output: Samples = None
+
+    def __post_init__(self) -> None:
+        coerce(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +167,9 @@ class BenchEndToEndConfig:
     """Of our step, as for pretrain."""
     rounds: Rounds = 7
     output: Samples = None
+
+    def __post_init__(self) -> None:
+        coerce(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +203,9 @@ class BenchAllConfig:
     quick: bool = False
     """A first look: few and short samples, nothing compiled, one kind of files, baselines in one timing of the step."""
 
+    def __post_init__(self) -> None:
+        coerce(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchCheckpointConfig:
@@ -204,6 +222,9 @@ class BenchCheckpointConfig:
     folder: str | None = None
     """Where checkpoints are written for a moment: on the disk of a run. Default: the system's temporary folder."""
     output: Samples = None
+
+    def __post_init__(self) -> None:
+        coerce(self)
 
 
 def check_bench(

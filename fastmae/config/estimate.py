@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fastmae.config.shared import need_at_least_one
+from fastmae.config.values import coerce, need_at_least_one
 from fastmae.errors import UserError
 
 EstimateGpu = Literal["a100-40", "a100-80", "h100", "h200", "b200", "l4", "rtx4090", "cpu"]
@@ -46,6 +46,9 @@ class EstimateConfig:
     """CPU cores per machine that decode images."""
     json: bool = False
     """Print one JSON object instead of tables."""
+
+    def __post_init__(self) -> None:
+        coerce(self)
 
 
 def check_estimate(config: EstimateConfig) -> None:

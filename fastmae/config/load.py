@@ -15,6 +15,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -36,7 +37,7 @@ first three are settings of pretrain."""
 log = logging.getLogger("fastmae")
 
 
-def load_settings(path: str | Path, config_class: type) -> dict[str, Any]:
+def load_settings(path: str | PathLike[str], config_class: type) -> dict[str, Any]:
     """Reads the settings of a file, or of a run folder.
 
     What a run computed, which only its config.json holds, is ignored with a line that counts it.
@@ -63,13 +64,20 @@ def load_settings(path: str | Path, config_class: type) -> dict[str, Any]:
         raise UserError(f"{path}: {error}") from error
 
 
-def make_config(config_class: type[Config], settings: Mapping[str, Any]) -> Config:
-    """Makes a configuration of settings by their names, of today or of earlier versions.
+def make_config(
+    config_class: type[Config], settings: Mapping[str, Any], path: str | PathLike[str] | None = None
+) -> Config:
+    """Makes a configuration of the settings in a file, if one is named, and of others, which override them.
+
+    Args:
+        settings: by their names of today or of earlier versions.
+        path: as for ``load_settings``.
 
     Raises:
-        SettingError: not a setting, or a value that cannot work.
+        UserError: the file cannot be read; a name is no setting, or a value cannot work.
     """
-    return config_class(**current_settings(settings, config_class))
+    in_file = {} if path is None else load_settings(path, config_class)
+    return config_class(**(in_file | current_settings(settings, config_class)))
 
 
 def current_settings(settings: Mapping[str, Any], config_class: type, besides: Iterable[str] = ()) -> dict[str, Any]:
@@ -90,8 +98,8 @@ def current_settings(settings: Mapping[str, Any], config_class: type, besides: I
         name = name if name in known else OLD_NAMES.get(name, name)
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.6)
-            hint = f"; did you mean --{near[0]}?" if near else ""
-            raise SettingError(str(given_name), problem=f"no setting of {_command(config_class)}{hint}")
+            hint = f"did you mean --{near[0]}?" if near else "leave it out"
+            raise SettingError(str(given_name), value, f"no such setting; {hint}")
         if name in current:
             raise SettingError(str(given_name), problem=f"is another name of --{name}, which is given as well")
         current[name] = value

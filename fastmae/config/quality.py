@@ -9,6 +9,7 @@ from fastmae.config.evaluate import LinearProbe, Pool
 from fastmae.config.masking import PUBLISHED_RATIO
 from fastmae.config.pretrain import PretrainConfig, check_pretrain
 from fastmae.config.shared import Device
+from fastmae.config.values import coerce
 from fastmae.errors import UserError
 
 # What the two trainings have in common, under pretrain's names and with its defaults.
@@ -63,6 +64,9 @@ class BenchQualityConfig:
     """The linear probe: logistic regression, or the published one (lars), which is for large data."""
     output: str | None = None
     """A folder for every seed's figures (JSON)."""
+
+    def __post_init__(self) -> None:
+        coerce(self)
 
 
 def pretraining(config: BenchQualityConfig, seed: int, output_dir: str) -> PretrainConfig:

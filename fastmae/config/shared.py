@@ -6,8 +6,6 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from fastmae.config.values import need, need_at_least_one  # noqa: F401 (the configurations of benchmarks take it here)
-
 Device = Annotated[str | None, arg(help="cpu, cuda or cuda:N. Default: cuda where there is a GPU, otherwise cpu.")]
 
 # Of a frozen model.

@@ -1,6 +1,7 @@
 """Files for other tools: what they compute is what fastmae computes, and read again they are the same bits."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_timm_loads_it_strictly_and_gives_the_same_features(trained, tmp_path):
 
     ours = load_model(str(trained))
     save_timm(tmp_path / "encoder.pth", ours)
-    sizes = dict(embed_dim=128, depth=4, num_heads=4, norm_layer=lambda width: nn.LayerNorm(width, eps=1e-6))
+    sizes = dict(embed_dim=128, depth=4, num_heads=4, norm_layer=partial(nn.LayerNorm, eps=1e-6))
     theirs = VisionTransformer(img_size=16, patch_size=4, in_chans=1, num_classes=0, **sizes).eval()
     theirs.load_state_dict(torch.load(tmp_path / "encoder.pth", weights_only=True), strict=True)
     images = torch.randn(3, 1, 16, 16)

@@ -1,8 +1,9 @@
-"""Every setting of every command: typed, documented, frozen, and checked before anything loads. A file a command.
+"""Every setting of every command: typed, documented, frozen, and checked when a configuration is made. There is a file
+per command; values.py checks types, training.py has what pretrain and finetune share, groups.py the groups of the help,
+load.py reads settings from files and writes a run's.
 
-They are the list of flags as well: fastmae/cli.py makes them from these fields, their docstrings, and the texts in
-shared.py of those that several commands have. A setting that is None is filled in from the data by ``resolve``, and
-what was chosen is written into the run folder.
+The fields are the list of flags as well: the command line is made of them and their docstrings. A setting that is None
+is filled in from the data by ``resolve``, and what was chosen is written into the run folder.
 """
 
 # ruff: noqa: F401 (these are the names that others import)
@@ -58,8 +59,12 @@ from fastmae.config.info import (
 from fastmae.config.masking import (
     PUBLISHED_RATIO,
     Masking,
+    MaskingConfig,
     check_masking,
     chosen_masking,
+)
+from fastmae.config.model import (
+    ModelSpec,
 )
 from fastmae.config.pretrain import (
     FIXED_IN_A_RUN,
@@ -76,6 +81,10 @@ from fastmae.config.quality import (
     BenchQualityConfig,
     check_quality,
     pretraining,
+)
+from fastmae.config.training import (
+    TrainingConfig,
+    check_training,
 )
 from fastmae.config.verify import (
     VerifyConfig,

@@ -42,12 +42,12 @@ class BenchKernelsConfig:
     only: tuple[BenchOp, ...] = BENCH_OPS
     """Which of the ops."""
     batch_size: int | None = None
-    """Images a call. Default: 32 on a CPU, 256 on a GPU."""
+    """Images per call. Default: 32 on a CPU, 256 on a GPU."""
     device: Device = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of tokens and predictions, as autocast makes them. auto: bf16 on a GPU that has it, otherwise fp32."""
+    """Format of tokens and predictions, as autocast makes them. auto: bf16 on a GPU that has it, otherwise fp32."""
     compile: bool = True
-    """Time torch.compile of the eager reference as well; compiling takes up to a minute a case on a CPU."""
+    """Time torch.compile of the eager reference as well; compiling takes up to a minute per case on a CPU."""
     rounds: Rounds = 15
     sample_ms: SampleMs = 20.0
     graph: Graph = True
@@ -67,10 +67,10 @@ class BenchAttentionConfig:
     shapes: tuple[str, ...] = ()
     """Shapes to time instead, as TOKENSxHEADSxHEAD_DIM, such as 50x12x64."""
     batch_size: int | None = None
-    """Images a call. Default: 8 on a CPU, 256 on a GPU."""
+    """Images per call. Default: 8 on a CPU, 256 on a GPU."""
     device: Device = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of queries, keys and values. auto: bf16 on a GPU that has it, otherwise fp32."""
+    """Format of queries, keys and values. auto: bf16 on a GPU that has it, otherwise fp32."""
     rounds: Rounds = 15
     sample_ms: SampleMs = 20.0
     graph: Graph = True
@@ -88,11 +88,11 @@ class BenchStepConfig:
     agree. Each has a process of its own; under torchrun all have those of the ranks, of which the slowest counts."""
 
     model: str = "mae_vit_base_patch16"
-    """A preset."""
+    """The name of a preset."""
     input_size: int | None = None
     """Side of the images in pixels. Default: the model's."""
     batch_size: int = 8
-    """Images a rank and step."""
+    """Images per rank and step."""
     device: Device = None
     precision: BenchPrecision = "fp32"
     baselines: tuple[BenchBaseline, ...] = ("official", "strong", "transformers", "timm")
@@ -122,7 +122,7 @@ class BenchLoaderConfig:
     """Image files, each as one --data_path of pretrain takes them, such as a folder and the same images in tar shards.
     Default: made in a temporary folder, 500×375 pixels and about 110 KB each."""
     kinds: tuple[Literal["folder", "tar", "parquet"], ...] | None = None
-    """As what images are made. Default: the same ones as all three."""
+    """Formats in which images are made. Default: the same images in all three."""
     files: int | None = None
     """How many images are made. Default: 1000."""
     image_decoders: tuple[Literal["threads", "dali-cpu", "dali-gpu"], ...] = ("threads", "dali-cpu", "dali-gpu")
@@ -130,9 +130,10 @@ class BenchLoaderConfig:
     input_size: int = 224
     """Side of the crops in pixels."""
     batch_size: int = 64
-    """Images a batch."""
+    """Images per batch."""
     batches: int = 8
-    """Batches a sample, rounded up to a multiple of num_workers: the official pipeline's processes make one each."""
+    """Batches per sample, rounded up to a multiple of num_workers: the official pipeline's processes make one batch
+    each."""
     num_workers: LoadingWorkers = None
     device: Device = None
     rounds: Rounds = 7
@@ -148,23 +149,23 @@ class BenchEndToEndConfig:
     pipeline, once their losses agree."""
 
     model: str = "mae_vit_base_patch16"
-    """A preset."""
+    """The name of a preset."""
     data_path: str | None = None
     """Image files. Default: made in a temporary folder, 500×375 pixels and about 110 KB each."""
     files: int | None = None
     """How many images are made. Default: 256, or 4 batches if that is more."""
     batch_size: int | None = None
-    """Images a step. Default: 8 on a CPU, 256 on a GPU."""
+    """Images per step. Default: 8 on a CPU, 256 on a GPU."""
     steps: int | None = None
-    """Steps a sample, rounded up to a multiple of num_workers: the official pipeline's processes make a batch each.
+    """Steps per sample, rounded up to a multiple of num_workers: the official pipeline's processes make a batch each.
     Default: 4 on a CPU, 50 on a GPU."""
     num_workers: LoadingWorkers = None
     image_decoder: Literal["threads", "dali-cpu", "dali-gpu"] = "threads"
-    """Ours, of plain JPEGs."""
+    """What decodes plain JPEGs in our pipeline."""
     device: Device = None
     precision: BenchPrecision = "auto"
     compile: Literal["off", "block", "model"] = "off"
-    """Of our step, as for pretrain."""
+    """torch.compile of our step, as for pretrain."""
     rounds: Rounds = 7
     output: Samples = None
 
@@ -180,17 +181,18 @@ class BenchAllConfig:
     output: str
     """A folder for all samples (JSON) and report.html."""
     model: str = "mae_vit_base_patch16"
-    """A preset."""
+    """The name of a preset."""
     only: tuple[BenchPart, ...] = BENCH_PARTS
     """Which parts; the ceilings are always measured."""
     batch_sizes: tuple[int, ...] | None = None
-    """Images a step, one timing of the step each. The middle one is that of all other parts. Default: 4 8 16 on a CPU,
-    64 128 256 on a GPU."""
+    """Images per step, one timing of the step for each. The middle one is that of all other parts. Default: 4 8 16 on a
+    CPU, 64 128 256 on a GPU."""
     input_sizes: tuple[int, ...] | None = None
-    """Sides of the images in pixels, one timing of the step each. Default: about 0.7, 1 and 1.3 times the model's."""
+    """Sides of the images in pixels, one timing of the step for each. Default: about 0.7, 1 and 1.3 times the
+    model's."""
     ranks: tuple[int, ...] | None = None
-    """Numbers of ranks on this machine, one timing of the step each. Default: 1, 2, 4 … up to the GPUs; on a CPU 1 and
-    2, if there are two cores."""
+    """Numbers of ranks on this machine, one timing of the step for each. Default: 1, 2, 4 … up to the GPUs; on a CPU 1
+    and 2, if there are two cores."""
     baselines: tuple[BenchBaseline, ...] = ("official", "strong", "transformers", "timm")
     """Other implementations to time, as for bench step."""
     switches: tuple[str, ...] = ()
@@ -212,9 +214,9 @@ class BenchCheckpointConfig:
     """Time what saving a checkpoint costs training, in the background and at once; and its check when a run goes on."""
 
     model: str = "mae_vit_small_patch16"
-    """A preset."""
+    """The name of a preset."""
     batch_size: int = 64
-    """Images a step."""
+    """Images per step."""
     device: Device = None
     precision: BenchPrecision = "auto"
     rounds: int = 5

@@ -36,8 +36,8 @@ def check_masking(config: MaskingConfig) -> None:
     Raises:
         SettingError: naming the setting, its value and what it must be.
     """
-    above_0 = f"above 0 and below 1; the published ratio is {PUBLISHED_RATIO}"
-    need(config, 0 < config.mask_ratio < 1, "mask_ratio", above_0)
+    between = f"above 0 and below 1; the published ratio is {PUBLISHED_RATIO}"
+    need(config, 0 < config.mask_ratio < 1, "mask_ratio", between)
     need(config, config.masking != "file" or bool(config.masks), "masking", "given together with --masks=FILE.npy")
     need(config, not config.masks or config.masking in (None, "file"), "masking", "file, or left out, with --masks")
     every_2x2 = f"{PUBLISHED_RATIO} with --masking=grid, which keeps one patch of every 2×2"

@@ -28,25 +28,26 @@ class BenchQualityConfig:
     """Labelled data, as for pretrain. Both train on the train part; k-NN and linear probe are fitted on it and scored
     on the val or test part (without one, on a fifth that is held out of the probes, but seen in pretraining)."""
     model: str | None = None
-    """A preset. Default: by the size of the images, as for pretrain."""
+    """The name of a preset. Default: by the size of the images, as for pretrain."""
     input_size: tuple[int, ...] | None = None
     """Side of the crops in pixels, or height and width. Default: as for pretrain."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One training of each kind a seed; at least two, as the spread is what the difference is compared with."""
+    """One training of each kind per seed; at least two, as the spread is what the difference is compared with."""
     mask_ratio: float = PUBLISHED_RATIO
     """Share of the patches that is masked."""
     norm_pix_loss: bool = False
     """Predict pixels normalised by the mean and variance of their patch."""
     batch_size: int = 64
-    """Images a step."""
+    """Images per step."""
     epochs: int | None = None
-    """Default: 400, as published; 60 for the built-in digits."""
+    """Passes over the data. Default: 400, as in the official script; 60 for the built-in digits."""
     blr: float | None = None
-    """Learning rate for a batch of 256. Default: 1e-3, as published; 3e-3 for the built-in digits."""
+    """Learning rate for a batch of 256. Default: 1e-3, as in the official script; 3e-3 for the built-in digits."""
     warmup_epochs: float | None = None
-    """Epochs of linear warm-up. Default: 40, as published; a tenth of the epochs for the built-in digits."""
+    """Epochs of linear warm-up. Default: 40, as in the official script; a tenth of the epochs for the built-in
+    digits."""
     weight_decay: float = 0.05
-    """On parameters of two or more dimensions, the class token and the mask token."""
+    """Weight decay of parameters of two or more dimensions, the class token and the mask token."""
     crop_scale: tuple[float, float] | None = None
     """Smallest and largest share of an image's area that a crop takes. Default: 0.2 1; for the digits 0.7 1."""
     flip: bool | None = None
@@ -61,7 +62,7 @@ class BenchQualityConfig:
     k: int = 20
     """Neighbours of the k-NN."""
     linear: LinearProbe = "logistic"
-    """The linear probe: logistic regression, or the published one (lars), which is for large data."""
+    """The linear probe: logistic regression, or that of the paper (lars), which is for large data."""
     output: str | None = None
     """A folder for every seed's figures (JSON)."""
 
@@ -70,7 +71,7 @@ class BenchQualityConfig:
 
 
 def pretraining(config: BenchQualityConfig, seed: int, output_dir: str) -> PretrainConfig:
-    """Our side of the comparison, as the command that anybody would give."""
+    """Our side of the comparison, with the settings that a user would give."""
     shared = {flag: value for flag, value in asdict(config).items() if flag in SHARED}
     return PretrainConfig(**shared, seed=seed, output_dir=output_dir, probe=False)
 

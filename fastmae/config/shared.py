@@ -40,7 +40,7 @@ Workers = Annotated[
 Json = Annotated[bool, arg(help="Print one line of JSON instead of a table.")]
 
 # Of benchmarks.
-Rounds = Annotated[int, arg(help="Samples a contestant; contestants take turns.")]
+Rounds = Annotated[int, arg(help="Samples of each implementation; implementations take turns.")]
 SampleMs = Annotated[float, arg(help="Calls are repeated until a sample takes this many milliseconds.")]
 Graph = Annotated[bool, arg(help="On a GPU: replay calls from a CUDA graph, so that Python's launches are not timed.")]
 Samples = Annotated[str | None, arg(help="A folder for every sample (JSON).")]

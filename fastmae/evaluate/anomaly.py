@@ -225,7 +225,7 @@ def save_anomalies(
 
 
 def _mark(anomalous: np.ndarray | None, row: int) -> str:
-    """What the caption of an image adds to its score."""
+    """Returns what the caption of an image adds to its score."""
     return "" if anomalous is None else " anomalous" if anomalous[row] else " normal"
 
 

@@ -54,7 +54,7 @@ class CrossMAE(MaskedAutoencoderViT):
         return M
 
     def attention_shapes(self, mask_ratio: float) -> dict[str, tuple[int, int]]:
-        """The (number of keys S, width Dh of a head) of the encoder's attention and of the decoder's in training."""
+        """Returns (number of keys S, width Dh of a head) of the encoder's and the decoder's attention in training."""
         visible_tokens = self.num_visible(mask_ratio) + 1
         encoder, decoder = self.head_dims
         return {"encoder": (visible_tokens, encoder), "decoder": (visible_tokens, decoder)}

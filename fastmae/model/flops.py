@@ -39,7 +39,7 @@ def products_of(
     num_patches: int | None = None,
     predict_ratio: float | None = None,
 ) -> tuple[Product, ...]:
-    """The matrix products of an image's forward pass that the loss depends on.
+    """Returns the matrix products of an image's forward pass that the loss depends on.
 
     No masked patch is in the encoder and no visible one follows the decoder's last keys and values. What is computed
     again under activation checkpointing is not counted. ``num_patches``: L, by default of ``img_size``.

@@ -27,12 +27,12 @@ DecoderAttention = Literal["self", "cross"]
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype of matrix products inside an autocast region; None outside of one."""
+    """Returns the dtype of matrix products inside an autocast region; None outside of one."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _pair(size: Size) -> tuple[int, int]:
-    """A size as (height, width)."""
+    """Returns a size as (height, width)."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
@@ -181,7 +181,7 @@ class MaskedAutoencoderViT(nn.Module):
         return masked
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The (rows, columns) of patches of an image of a size (height, width) in pixels."""
+        """Returns the (rows, columns) of patches of an image of a size (height, width) in pixels."""
         return size[0] // self.patch_size[0], size[1] // self.patch_size[1]
 
     def allow_sizes(self, sizes: Iterable[tuple[int, int]]) -> None:
@@ -197,15 +197,15 @@ class MaskedAutoencoderViT(nn.Module):
             self._other_sizes[size] = encoder, decoder
 
     def _positions(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The positions of the encoder and of the decoder, [1, 1+L, width] each, for images of an allowed size."""
+        """Returns the positions of encoder and decoder, [1, 1+L, width] each, for images of an allowed size."""
         return self._other_sizes.get(self._size_of(images)) or (self.pos_embed, self.decoder_pos_embed)
 
     def _size_of(self, images: torch.Tensor) -> Any:
-        """The (height, width) of images of either form."""
+        """Returns the (height, width) of images of either form."""
         return tuple(images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:])
 
     def attention_shapes(self, mask_ratio: float) -> dict[str, tuple[int, int]]:
-        """The (number of keys S, width Dh of a head) of the encoder's attention and of the decoder's in training."""
+        """Returns (number of keys S, width Dh of a head) of the encoder's and the decoder's attention in training."""
         encoder, decoder = self.head_dims
         return {"encoder": (self.num_visible(mask_ratio) + 1, encoder), "decoder": (self.num_patches + 1, decoder)}
 

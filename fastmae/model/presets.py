@@ -40,17 +40,17 @@ def mae_vit_small_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
 
 
 def mae_vit_base_patch16_dec512d8b(**kwargs: Any) -> MaskedAutoencoderViT:
-    """The official ViT-B/16 with its decoder of 512 wide, 8 blocks."""
+    """The official ViT-B/16: its decoder is 512 wide and has 8 blocks."""
     return _preset("mae_vit_base_patch16", kwargs)
 
 
 def mae_vit_large_patch16_dec512d8b(**kwargs: Any) -> MaskedAutoencoderViT:
-    """The official ViT-L/16 with its decoder of 512 wide, 8 blocks."""
+    """The official ViT-L/16: its decoder is 512 wide and has 8 blocks."""
     return _preset("mae_vit_large_patch16", kwargs)
 
 
 def mae_vit_huge_patch14_dec512d8b(**kwargs: Any) -> MaskedAutoencoderViT:
-    """The official ViT-H/14 with its decoder of 512 wide, 8 blocks."""
+    """The official ViT-H/14: its decoder is 512 wide and has 8 blocks."""
     return _preset("mae_vit_huge_patch14", kwargs)
 
 

@@ -41,7 +41,7 @@ class Sizes:
     depth: int
     heads: int
     hidden: int
-    """Of the encoder; ``hidden`` is the width inside its MLPs."""
+    """The width inside the MLPs of the encoder, whose other sizes are the three before."""
     decoder_width: int
     decoder_depth: int
     decoder_heads: int
@@ -51,7 +51,7 @@ class Sizes:
 
     @property
     def parameters(self) -> int:
-        """The trained weights of a model whose decoder has self-attention; positions are constants."""
+        """Returns the number of trained weights if the decoder has self-attention; positions are constants."""
         D, E = self.width, self.decoder_width
         encoder = self.depth * _block_parameters(D, self.hidden) + 2 * D
         decoder = self.decoder_depth * _block_parameters(E, self.decoder_hidden) + 2 * E
@@ -65,7 +65,7 @@ def _block_parameters(width: int, hidden: int) -> int:
 
 
 def preset_sizes(name: str, input_size: int | None = None) -> Sizes:
-    """The sizes of a preset for square colour images with ``input_size`` pixels a side, by default the preset's own.
+    """Returns the sizes of a preset for square colour images of ``input_size`` pixels, by default the preset's own.
 
     Raises:
         ValueError: the image is no whole number of patches.
@@ -89,7 +89,7 @@ def preset_sizes(name: str, input_size: int | None = None) -> Sizes:
 
 
 def sizes_of(model: MaskedAutoencoderViT) -> Sizes:
-    """The sizes of a model."""
+    """Returns the sizes of a model."""
     encoder: Any = model.blocks[0]
     decoder: Any = model.decoder_blocks[0]
     return Sizes(

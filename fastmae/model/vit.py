@@ -37,7 +37,7 @@ EXPENSIVE = [
 
 
 def patch_grid(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """The (rows, columns) of patches of an image; both sizes are (height, width) in pixels.
+    """Returns the (rows, columns) of patches of an image; both sizes are (height, width) in pixels.
 
     Raises:
         ValueError: the image is not a multiple of the patch.

@@ -138,7 +138,7 @@ def _fastest_measured(device: torch.device, dtype: torch.dtype, S: int, head_dim
 
 
 def _unmet_requirement(name: str, device: torch.device, dtype: torch.dtype, S: int, head_dim: int) -> str | None:
-    """What a backend needs and does not get ("float32, got bfloat16"); None if it can run."""
+    """Returns what a backend needs and does not get ("float32, got bfloat16"); None if it can run."""
     if name == "sdpa":
         return None
     if name == "cpu":

@@ -71,22 +71,22 @@ def weights_file(folder: Path) -> Path | None:
 
 def to_huggingface(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors under their published names as those of a ``ViTMAEForPreTraining``; qkv in three."""
-    found = {}
+    renamed = {}
     for key, tensor in weights.items():
         module, _, leaf = key.rpartition(".")
         if key in _OUTSIDE:
-            found[_OUTSIDE[key]] = tensor
+            renamed[_OUTSIDE[key]] = tensor
         elif module in _OUTSIDE:
-            found[f"{_OUTSIDE[module]}.{leaf}"] = tensor
+            renamed[f"{_OUTSIDE[module]}.{leaf}"] = tensor
         else:
             stack, number, part = module.split(".", 2)
             prefix = f"{_STACKS[stack]}.{number}"
             if part == "attn.qkv":
                 for name, third in zip(_THIRDS, tensor.chunk(3), strict=True):
-                    found[f"{prefix}.{name}.{leaf}"] = third
+                    renamed[f"{prefix}.{name}.{leaf}"] = third
             else:
-                found[f"{prefix}.{_IN_A_BLOCK[part]}.{leaf}"] = tensor
-    return found
+                renamed[f"{prefix}.{_IN_A_BLOCK[part]}.{leaf}"] = tensor
+    return renamed
 
 
 def in_version_5(name: str) -> str:
@@ -101,12 +101,12 @@ def in_version_5(name: str) -> str:
 def from_huggingface(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Tensors under their published names, and the names of those that no masked autoencoder has a use for.
 
-    What is not known at all keeps its name, so that whoever accounts for the keys finds it.
+    What is not known at all keeps its name, so that an account of the keys finds it.
     """
     modules = {theirs: ours for ours, theirs in _OUTSIDE.items()}
     parts = {theirs: ours for ours, theirs in _IN_A_BLOCK.items()}
     stacks = {theirs: ours for ours, theirs in _STACKS.items()} | _OTHER_STACKS
-    found: dict[str, torch.Tensor] = {}
+    renamed: dict[str, torch.Tensor] = {}
     unused: list[str] = []
     thirds: dict[str, dict[int, tuple[str, torch.Tensor]]] = {}
     for key, tensor in tensors.items():
@@ -119,22 +119,22 @@ def from_huggingface(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.
         if key.startswith(_HEADS):
             unused.append(key)
         elif name in modules:
-            found[modules[name]] = tensor
+            renamed[modules[name]] = tensor
         elif module in modules:
-            found[f"{modules[module]}.{leaf}"] = tensor
+            renamed[f"{modules[module]}.{leaf}"] = tensor
         elif part in parts:
-            found[f"{prefix}.{parts[part]}.{leaf}"] = tensor
+            renamed[f"{prefix}.{parts[part]}.{leaf}"] = tensor
         elif part in _THIRDS:
             thirds.setdefault(f"{prefix}.attn.qkv.{leaf}", {})[_THIRDS.index(part)] = key, tensor
         else:
-            found[key] = tensor
+            renamed[key] = tensor
     for packed, of_one in thirds.items():
         pieces = [of_one[i] for i in sorted(of_one)]
         if len({tensor.shape for _, tensor in pieces}) == 1 and len(pieces) == 3:
-            found[packed] = torch.cat([tensor for _, tensor in pieces])
+            renamed[packed] = torch.cat([tensor for _, tensor in pieces])
         else:
-            found |= dict(pieces)
-    return found, unused
+            renamed |= dict(pieces)
+    return renamed, unused
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], tuple[int, int | None] | None, list[str]]:

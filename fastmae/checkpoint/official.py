@@ -224,8 +224,8 @@ def load_weights(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
     shapes = [k for k in wanted & file.model.keys() if own[k].shape != file.model[k].shape]
     wrong = (("missing", missing), ("unknown", unknown), ("of another shape", sorted(shapes)))
     if any(keys for _, keys in wrong):
-        found = "; ".join(f"{len(keys)} tensors are {what} ({_listed(keys)})" for what, keys in wrong if keys)
-        raise UserError(f"{file.path}: {found}; name its preset with --model")
+        mismatches = "; ".join(f"{len(keys)} tensors are {what} ({_listed(keys)})" for what, keys in wrong if keys)
+        raise UserError(f"{file.path}: {mismatches}; name its preset with --model")
     with torch.no_grad():
         for key in wanted:
             own[key].copy_(laid_out_like(own[key], file.model[key]))

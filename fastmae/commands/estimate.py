@@ -63,7 +63,7 @@ def cpu_machine(ranks: int) -> Machine:
     """Measures the rates of this machine's processor for one of so many ranks, which share its cores."""
     import torch
 
-    from fastmae.benchmarks.timing import measure_ceilings
+    from fastmae.benchmarks.harness import measure_ceilings
 
     before = torch.get_num_threads()
     threads = max(1, before // ranks)

@@ -192,17 +192,10 @@ def masking_case(shapes: Shapes, N: int, device: torch.device) -> Case:
         return lambda draw_ids: function(draw_ids, SEED, L)
 
     return Case(
-        op="random_masking",
-        backward=False,
-        model=shapes.model,
-        sizes=f"N {N}, L {L}",
-        backend=ops_backend(device),
-        draw=draw,
-        ours=of(random_masking),
-        eager=of(random_masking_reference),
-        truth=of(random_masking_reference),
+        op="random_masking", backward=False, model=shapes.model, sizes=f"N {N}, L {L}", backend=ops_backend(device),
+        draw=draw, ours=of(random_masking), eager=of(random_masking_reference), truth=of(random_masking_reference),
         moved=8 * N + 4 * N * L,  # an int64 draw read, L int32 numbers written an image
-    )
+    )  # fmt: skip
 
 
 def gather_case(shapes: Shapes, N: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -216,18 +209,12 @@ def gather_case(shapes: Shapes, N: int, dtype: torch.dtype, device: torch.device
         return lambda images, ids: function(images, ids, shapes.patch, mean, std, dtype)
 
     return Case(
-        op="gather_patches",
-        backward=False,
-        model=shapes.model,
-        sizes=f"N {N}, K {K}, P {P}",
-        backend=ops_backend(device, dtype),
-        draw=draw,
-        ours=of(gather_patches, dtype),
-        eager=of(gather_patches_reference, dtype),
-        truth=of(gather_patches_reference, torch.float64),
+        op="gather_patches", backward=False, model=shapes.model, sizes=f"N {N}, K {K}, P {P}",
+        backend=ops_backend(device, dtype), draw=draw, ours=of(gather_patches, dtype),
+        eager=of(gather_patches_reference, dtype), truth=of(gather_patches_reference, torch.float64),
         # int32 numbers, visible uint8 pixels and the channels' float32 mean and std read; patches written
         moved=4 * N * K + N * K * P + 8 * shapes.channels + N * K * P * dtype.itemsize,
-    )
+    )  # fmt: skip
 
 
 def scatter_case(shapes: Shapes, N: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -242,18 +229,12 @@ def scatter_case(shapes: Shapes, N: int, dtype: torch.dtype, device: torch.devic
         return lambda patches, ids: function(patches, ids, shapes.grid, shapes.patch, mean, std, torch.uint8)
 
     return Case(
-        op="scatter_patches",
-        backward=False,
-        model=shapes.model,
-        sizes=f"N {N}, M {M}, P {P}",
-        backend=ops_backend(device, dtype),
-        draw=draw,
-        ours=of(scatter_patches),
-        eager=of(scatter_patches_reference),
+        op="scatter_patches", backward=False, model=shapes.model, sizes=f"N {N}, M {M}, P {P}",
+        backend=ops_backend(device, dtype), draw=draw, ours=of(scatter_patches), eager=of(scatter_patches_reference),
         truth=of(scatter_patches_reference),
         # int32 numbers, patches and the channels' float32 mean and std read; whole uint8 images written
         moved=4 * N * M + N * M * P * dtype.itemsize + 8 * shapes.channels + N * L * P,
-    )
+    )  # fmt: skip
 
 
 def assemble_case(shapes: Shapes, N: int, dtype: torch.dtype, device: torch.device, backward: bool) -> Case:
@@ -271,17 +252,10 @@ def assemble_case(shapes: Shapes, N: int, dtype: torch.dtype, device: torch.devi
     if backward:  # the float32 gradient read; those of the visible tokens and of the mask token written
         moved += 4 * N * (L + 1) * D + N * T * D * dtype.itemsize + 4 * D
     return Case(
-        op="assemble_tokens",
-        backward=backward,
-        model=shapes.model,
-        sizes=f"N {N}, K {shapes.K}, L {L}, D {D}",
-        backend=ops_backend(device, dtype),
-        draw=draw,
-        ours=assemble_tokens,
-        eager=assemble_tokens_reference,
-        truth=assemble_tokens_reference,
-        moved=moved,
-    )
+        op="assemble_tokens", backward=backward, model=shapes.model, sizes=f"N {N}, K {shapes.K}, L {L}, D {D}",
+        backend=ops_backend(device, dtype), draw=draw, ours=assemble_tokens, eager=assemble_tokens_reference,
+        truth=assemble_tokens_reference, moved=moved,
+    )  # fmt: skip
 
 
 def mse_case(shapes: Shapes, N: int, dtype: torch.dtype, device: torch.device, backward: bool) -> Case:
@@ -302,17 +276,10 @@ def mse_case(shapes: Shapes, N: int, dtype: torch.dtype, device: torch.device, b
     if backward:  # the float32 gradient of the loss read; that of the predictions written
         moved += 4 + N * M * P * dtype.itemsize
     return Case(
-        op="masked_mse",
-        backward=backward,
-        model=shapes.model,
-        sizes=f"N {N}, M {M}, P {P}",
-        backend=ops_backend(device, dtype),
-        draw=draw,
-        ours=of(masked_mse),
-        eager=of(masked_mse_reference),
-        truth=of(masked_mse_reference),
-        moved=moved,
-    )
+        op="masked_mse", backward=backward, model=shapes.model, sizes=f"N {N}, M {M}, P {P}",
+        backend=ops_backend(device, dtype), draw=draw, ours=of(masked_mse), eager=of(masked_mse_reference),
+        truth=of(masked_mse_reference), moved=moved,
+    )  # fmt: skip
 
 
 def attention_case(
@@ -332,21 +299,14 @@ def attention_case(
 
     matrix = N * S * H * D * dtype.itemsize
     return Case(
-        op="attention",
-        backward=backward,
-        model=model,
-        sizes=f"N {N}, S {S}, {H} heads of {D}",
-        backend=backend,
-        draw=draw,
-        ours=attention,
-        eager=attention_reference,
-        truth=attention_reference,
+        op="attention", backward=backward, model=model, sizes=f"N {N}, S {S}, {H} heads of {D}", backend=backend,
+        draw=draw, ours=attention, eager=attention_reference, truth=attention_reference,
         # queries, keys and values read, the output written; backward: the same three read again, for they cannot wait
         # on the chip until the output's gradient arrives, that gradient read, three gradients written
         moved=(4 + 7 * backward) * matrix,
         # 2 products forward; 5 backward: the scores once more, since nobody stores them, and 4 for the gradients
         flops=(2 + 5 * backward) * 2 * N * H * S * S * D,
-    )
+    )  # fmt: skip
 
 
 def linear_case(
@@ -364,19 +324,12 @@ def linear_case(
 
     x, y, weight, bias = rows * inputs, rows * outputs, outputs * inputs, outputs
     return Case(
-        op="linear",
-        backward=backward,
-        model=model,
-        sizes=f"{rows} rows, {inputs} → {outputs}",
-        backend=describe_linear(device, dtype),
-        draw=draw,
-        ours=linear,
-        eager=F.linear,
-        truth=F.linear,
+        op="linear", backward=backward, model=model, sizes=f"{rows} rows, {inputs} → {outputs}",
+        backend=describe_linear(device, dtype), draw=draw, ours=linear, eager=F.linear, truth=F.linear,
         # tokens, weight, bias read, output written; backward: its gradient, tokens, weight read, three gradients made
         moved=(x + weight + bias + y + backward * (y + 2 * x + 2 * weight + bias)) * dtype.itemsize,
         flops=(1 + 2 * backward) * 2 * rows * inputs * outputs,
-    )
+    )  # fmt: skip
 
 
 def _images(generator: torch.Generator, shapes: Shapes, N: int) -> torch.Tensor:

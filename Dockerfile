@@ -1,7 +1,7 @@
 # fastmae with all its commands. torch's own wheels bring CUDA, so a plain Python image serves CPUs and GPUs:
 #
 #   docker build -t fastmae .
-#   docker build -t fastmae:cpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .   # without CUDA: smaller
+#   docker build -t fastmae:cpu --build-arg TORCH_INDEX=URL .   # smaller, without CUDA: URL of torch's CPU builds
 #   docker run --rm -v "$PWD":/work --user "$(id -u):$(id -g)" fastmae pretrain --data_path digits
 #   docker run --rm --gpus all --ipc host -v "$PWD":/work --user "$(id -u):$(id -g)" fastmae pretrain --data_path photos
 #   docker run … --entrypoint torchrun fastmae --nproc_per_node 8 -m fastmae pretrain …

@@ -61,10 +61,10 @@ from fastmae.train.step import MicroBatch, PassGraph, TrainingLoss, prepare, req
 
 PICTURE_IMAGES = 8
 PROBE_RUN = 100
-LARGE = 200e6
-"""Parameters from which a model on a CPU is worth a note: ViT-L has 330 million, ViT-B 112 million."""
+LARGE_MODEL = 200e6
+"""From this number of parameters on, a run on a CPU begins with a note: ViT-L has 330 million, ViT-B 112 million."""
 CORE_FLOPS = 7e10
-"""Operations per second that a step reaches on each core of a CPU: measured with ViT-B in float32 on two cores."""
+"""Operations per second and core of a step on a CPU: 2.49 images/s of ViT-B in float32 on two cores of a Zen 4."""
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -296,7 +296,7 @@ def _summary(
         lines.append(f"sizes           {describe_sizes(list(masks_of), config.grow_epochs, config.epochs)}")
     lines.append(f"masks           {masks_of[config.input_size]}")
     lines.append(f"batch           {config.global_batch} images per step, lr {config.lr:.2e}, {config.epochs} epochs")
-    if next(model.parameters()).device.type == "cpu" and parameters >= LARGE:
+    if next(model.parameters()).device.type == "cpu" and parameters >= LARGE_MODEL:
         lines.append(f"note            {_cpu_note(config, model)}")
     return lines
 

@@ -105,7 +105,8 @@ def test_a_wheel_from_the_sdist_installs(version, sdist, tmp_path):
     for source, target in folders.items():
         modules = [path.relative_to(ROOT / source) for path in (ROOT / source).rglob("*.py*") if path.suffix != ".pyc"]
         assert {f"{target}/{path}" for path in modules} <= set(names)
-    assert {"fastmae/ops/attention_table.json", "fastmae/py.typed"} <= set(names)
+    data = {"fastmae/ops/attention_table.json", "fastmae/benchmarks/report.html.jinja", "fastmae/py.typed"}
+    assert data <= set(names)
     assert [name for name in names if name.startswith("fastmae/_C.") and name.endswith(".so")]
     assert {name.split("/")[0] for name in names} == {"fastmae", f"fastmae-{VERSION}.dist-info"}
     assert not [name for name in names if "results" in name]

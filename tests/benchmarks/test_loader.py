@@ -83,10 +83,10 @@ def test_own_data_have_their_path_as_their_name(tmp_path, capsys):
 def test_a_sample_begins_and_ends_with_as_much_work_ahead():
     source = dataclasses.make_dataclass("Bytes", ["shards"])(None)
     type(source).__len__, type(source).read = lambda self: 10, lambda self, index: b""
-    setting = loader._Setting({}, True, small_view(), batch_size=4, num_workers=1, device=CPU, skipped={})
+    setting = loader._Setting({}, small_view(), batch_size=4, num_workers=1, device=CPU, skipped={})
     asked, given, reads = [], [], []
 
-    def start(_, requests):
+    def start(requests):
         asked.append(requests)
         for number, _ in enumerate(requests):
             given.append(number)
@@ -97,7 +97,7 @@ def test_a_sample_begins_and_ends_with_as_much_work_ahead():
         return float(len(given))
 
     starts = itertools.count(0, 11)
-    one = loader._Loader("fake", source, start, ahead=3, pixels=torch.Tensor.float)
+    one = loader._Loader("fake", source, start, ahead=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader.time, "perf_counter", clock)
         seconds = [loader._sample(setting, one, starts, 5) for _ in range(2)]

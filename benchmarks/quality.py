@@ -9,13 +9,9 @@ AdamW as it comes. Order, crops, flips, masks, groups, schedule and first weight
 its positions, the mean and deviation of pixels and the files' reader are shared. The same code then measures k-NN and
 linear probe of both, on images that are held out of the probes.
 
-The result is Welch's: the difference of the two means with its 95 % interval, from the spread of each side's seeds and
-no assumption that the two spread alike. A kind of accuracy agrees if that interval holds 0. Of two trainers that are
-equally good one comparison in twenty will not, so a disagreement asks for other seeds before it means anything; and an
-agreement excludes only what lies outside of the interval. With three seeds a side its half-width is 2.3 times the
-seeds' standard deviation where the two spread alike (2.5 times the larger where one does not spread at all):
-three can show that a trainer is broken, not that it is half a point worse. More seeds narrow it. The losses of the last
-epoch are compared in the same way for the reader and have no say, as nobody uses a model for its loss.
+An accuracy agrees if Welch's 95 % interval of the difference of the two means holds 0; docs/quality.md says what that
+does and does not exclude. The losses of the last epoch are compared in the same way for the reader and have no say, as
+nobody uses a model for its loss.
 """
 
 from __future__ import annotations
@@ -43,14 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastmae.benchmarks.baselines.official import official_like
 from fastmae.benchmarks.harness import OURS, console, machine_name, table, write_result
 from fastmae.checkpoint.load import load_model
-from fastmae.config import (
-    PROBE_BATCH,
-    PROBE_RATES,
-    BenchQualityConfig,
-    ResolvedConfig,
-    check_quality,
-    pretraining,
-)
+from fastmae.config import PROBE_BATCH, PROBE_RATES, BenchQualityConfig, ResolvedConfig, check_quality, pretraining
 from fastmae.config.model import ModelSpec
 from fastmae.data.sources import Source, describe, open_train, shown, train_and_val
 from fastmae.errors import UserError
@@ -63,8 +52,10 @@ from fastmae.train.pretrain import pretrain
 from fastmae.train.settings import resolve_settings
 
 OFFICIAL, UNTRAINED = "official loop", "untrained"
-KNN, LINEAR, LOSS = "knn", "linear", "loss"
-ACCURACIES = (KNN, LINEAR)
+ACCURACIES = KNN, LINEAR = "knn", "linear"
+LOSS = "loss"
+LABELS = {KNN: "k-NN, %", LINEAR: "linear probe, %", LOSS: "loss, last epoch"}
+DIGITS = {KNN: 2, LINEAR: 2, LOSS: 4}
 CONFIDENCE = 0.95
 CROP_ATTEMPTS = 10
 RATIO = (3 / 4, 4 / 3)
@@ -84,12 +75,14 @@ def bench_quality(config: BenchQualityConfig, command: Sequence[str]) -> int:
     device = choose_device(config.device)
     settings = _settings(config, device)
     parts = train_and_val(config.data_path)
-    found: dict[str, list[Figures]] = {UNTRAINED: [], OFFICIAL: [], OURS: []}
+    figures: dict[str, list[Figures]] = {UNTRAINED: [], OFFICIAL: [], OURS: []}
 
-    def add(who: str, seed: int, model: MaskedAutoencoderViT, **loss: float) -> None:
-        figures = _accuracy(config, model.to(device), parts) | loss
-        found[who].append(figures)
-        print(f"seed {seed}, {who}: {_shown(figures)}", flush=True)
+    def add(trainer: str, seed: int, model: MaskedAutoencoderViT, **loss: float) -> None:
+        measured = _accuracy(config, model.to(device), parts) | loss
+        figures[trainer].append(measured)
+        text = f"k-NN {measured[KNN]:.2f} %, linear probe {measured[LINEAR]:.2f} %"
+        text += f", loss {loss[LOSS]:.4f}" if loss else ""
+        print(f"seed {seed}, {trainer}: {text}", flush=True)
 
     for seed in config.seeds:
         add(UNTRAINED, seed, _fresh(settings, seed))  # first, as data that cannot be probed are refused here
@@ -99,17 +92,21 @@ def bench_quality(config: BenchQualityConfig, command: Sequence[str]) -> int:
         add(OURS, seed, ours[0], loss=ours[1])
         theirs, loss = _theirs(settings, seed, device, config.num_workers)
         add(OFFICIAL, seed, theirs, loss=loss)
-    result = {name: _compare(found, name) for name in (*ACCURACIES, LOSS)}
+    result = {
+        name: compare(*([run[name] for run in figures[trainer]] for trainer in (OURS, OFFICIAL))) for name in LABELS
+    }
     train, test = map(len, parts)
     title = f"{settings.model} on {shown(config.data_path)} ({train} train, {test} test), {settings.epochs} epochs, "
-    console().print(_table(f"{title}{len(config.seeds)} seeds", found, result))
+    console().print(_table(f"{title}{len(config.seeds)} seeds", figures, result))
     if config.output is not None:
-        name = f"quality-{_name_of(config.data_path)}-{settings.model}-{machine_name(device)}-e{settings.epochs}"
+        first = config.data_path if isinstance(config.data_path, str) else config.data_path[0]
+        data = Path(first).name.split(".")[0] or "data"
+        name = f"quality-{data}-{settings.model}-{machine_name(device)}-e{settings.epochs}"
         measured = {
             "training": {key: getattr(settings, key) for key in _TRAINING},
             "precision": choose_precision(settings.precision, device).name,
             "images": {"pretrained_on": settings.dataset_length, "train": train, "test": test},
-            "seeds": {who: dict(zip(map(str, config.seeds), runs, strict=True)) for who, runs in found.items()},
+            "seeds": {who: dict(zip(map(str, config.seeds), runs, strict=True)) for who, runs in figures.items()},
             "result": {name: dataclasses.asdict(one) | {"agrees": one.agrees} for name, one in result.items()},
         }
         print(write_result(config.output, name, command=command, settings=config, measured=measured))
@@ -157,18 +154,10 @@ def _ours(config: BenchQualityConfig, seed: int) -> tuple[MaskedAutoencoderViT, 
 
 
 def _accuracy(config: BenchQualityConfig, model: MaskedAutoencoderViT, parts: tuple[Source, Source]) -> Figures:
-    found = probe_in_detail(
-        model,
-        *parts,
-        pool=config.pool,
-        ks=(config.k,),
-        linear=config.linear,
-        rates=PROBE_RATES,
-        linear_batch=PROBE_BATCH,
-        batch_size=256,
-        num_workers=1,
-    )
-    summary = found.summary()
+    summary = probe_in_detail(
+        model, *parts, pool=config.pool, ks=(config.k,), linear=config.linear, rates=PROBE_RATES,
+        linear_batch=PROBE_BATCH, batch_size=256, num_workers=1,
+    ).summary()  # fmt: skip
     return {name: float(summary[name]) for name in ACCURACIES}
 
 
@@ -371,40 +360,18 @@ def compare(ours: Sequence[float], official: Sequence[float]) -> Comparison:
     return Comparison(means[0], means[1], means[0] - means[1], reach)
 
 
-def _compare(found: Mapping[str, list[Figures]], name: str) -> Comparison:
-    return compare([run[name] for run in found[OURS]], [run[name] for run in found[OFFICIAL]])
-
-
-def _table(title: str, found: Mapping[str, list[Figures]], result: Mapping[str, Comparison]) -> Table:
+def _table(title: str, figures: Mapping[str, list[Figures]], result: Mapping[str, Comparison]) -> Table:
     rows = []
     for name, one in result.items():
+        digits = DIGITS[name]
+        sides = []
+        for runs in figures.values():
+            values = [run[name] for run in runs if name in run]  # untrained weights have no loss
+            mean_and_deviation = (statistics.fmean(values), statistics.stdev(values)) if values else ()
+            sides.append(" ± ".join(f"{value:.{digits}f}" for value in mean_and_deviation) or "–")
         low, high = one.difference - one.reach, one.difference + one.reach
-        interval = f"{_number(low, name)} to {_number(high, name)}"
-        sides = (_spread([run[name] for run in runs], name) if name in runs[0] else "–" for runs in found.values())
+        interval = f"{low:+.{digits}f} to {high:+.{digits}f}"
         agrees = "yes" if one.agrees else "no"
-        rows.append((LABELS[name], *sides, _number(one.difference, name), interval, agrees))
-    columns = ("mean ± deviation over seeds", *found, "difference", "95 % interval", "within the spread")
+        rows.append((LABELS[name], *sides, f"{one.difference:+.{digits}f}", interval, agrees))
+    columns = ("mean ± deviation over seeds", *figures, "difference", "95 % interval", "within the spread")
     return table(title, columns, rows)
-
-
-LABELS = {KNN: "k-NN, %", LINEAR: "linear probe, %", LOSS: "loss, last epoch"}
-
-
-def _number(value: float, name: str) -> str:
-    return f"{value:+.4f}" if name == LOSS else f"{value:+.2f}"
-
-
-def _spread(values: Sequence[float], name: str) -> str:
-    digits = 4 if name == LOSS else 2
-    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
-def _shown(figures: Figures) -> str:
-    loss = f", loss {figures[LOSS]:.4f}" if LOSS in figures else ""
-    return f"k-NN {figures[KNN]:.2f} %, linear probe {figures[LINEAR]:.2f} %{loss}"
-
-
-def _name_of(data_path: str | Sequence[str]) -> str:
-    """Of the data, as a part of a file's name."""
-    first = data_path if isinstance(data_path, str) else data_path[0]
-    return Path(first).name.split(".")[0] or "data"

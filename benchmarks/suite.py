@@ -3,10 +3,9 @@
     fastmae bench all --output DIR                  # the sizes that suit the device
     fastmae bench all --output DIR --quick          # a first look on a small machine
 
-Each part is another benchmark's command in a process of its own, with the sizes that suit one another: the report shows
-the command, which does the same by itself, and a part that ends badly takes no other with it. What is fair, and what
-gets no time, is each part's business. After every part the files are written anew, so an interrupted run leaves what it
-has found.
+Each part is another benchmark's command in a process of its own, so a part that ends badly takes no other with it; the
+report shows the command, which does the same by itself. After every part the files are written anew, so an interrupted
+run leaves what it has found.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastmae.benchmarks.cases import MASK_RATIO, Shapes, shapes_of
-from fastmae.benchmarks.ceilings import AllCeilings, measure_all_ceilings, step_bytes
-from fastmae.benchmarks.harness import machine_name, write_result
+from fastmae.benchmarks.ceilings import measure_all_ceilings, step_bytes
+from fastmae.benchmarks.harness import Ceilings, describe_ceilings, machine_name, write_result
 from fastmae.benchmarks.images import ImagesConfig, make_jpegs
 from fastmae.config import (
     BenchAllConfig,
@@ -52,7 +51,7 @@ CPU_BATCHES, GPU_BATCHES = (4, 8, 16), (64, 128, 256)
 SIZES = (0.7, 1.0, 1.3)
 CEILING_ROUNDS, JPEGS = 15, 64
 QUICK_ROUNDS, QUICK_SAMPLE_MS, QUICK_FILES = 3, 5.0, 256
-# Whom the curves over batches and image sizes have as well, if they take part.
+# Baselines that the curves over batches and image sizes have as well, if they take part.
 ON_CURVES: tuple[BenchBaseline, ...] = ("official", "strong", "strong-compiled")
 NAMES = {
     BenchKernelsConfig: "kernels",
@@ -109,10 +108,10 @@ def bench_all(config: BenchAllConfig, command: Sequence[str]) -> int:
         "parts": [],
         "to_come": [shlex.join(part.words) for part in parts],
     }
-    print(_described(AllCeilings(**measured["ceilings"])))
     if "ranks" in config.only and not any(part.kind == "ranks" for part in parts):
         why = "there is nothing to compare one rank with; name several with --ranks"
-        measured["parts"].append(_outcome("ranks", "bench step on several ranks", "cannot run", why))
+        alone = {"kind": "ranks", "command": "bench step on several ranks", "outcome": "cannot run", "reason": why}
+        measured["parts"].append(alone | {"seconds": 0, "result": None})
     path, page = _written(config, command, measured)
     for part in parts:
         print(f"\n$ {shlex.join(part.words)}", flush=True)
@@ -192,14 +191,12 @@ def words_of(config: PartConfig) -> list[str]:
     words = ["bench", NAMES[type(config)]]
     for field in fields(config):
         value = getattr(config, field.name)
-        if value == (field.default if field.default is not MISSING else None):
+        if value == field.default:
             continue
         if isinstance(value, bool):
             words.append(f"--{field.name}" if value else f"--no-{field.name}")
-        elif isinstance(value, tuple):
-            words += [f"--{field.name}", *map(str, value)]
         else:
-            words += [f"--{field.name}", str(value)]
+            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return words
 
 
@@ -207,7 +204,7 @@ def words_of(config: PartConfig) -> list[str]:
 
 
 def _ceilings(config: BenchAllConfig, N: int, precision: Precision, device: torch.device) -> dict[str, Any]:
-    """Rates, and the fewest bytes of a step."""
+    """Measures and prints what the machine can do, and gives it for the file with the fewest bytes of a step."""
     with torch.device("meta"):  # only the shapes are asked for
         model = PRESETS[config.model]()
     dtype = precision.autocast or torch.float32
@@ -216,16 +213,10 @@ def _ceilings(config: BenchAllConfig, N: int, precision: Precision, device: torc
     ceilings = measure_all_ceilings(model, MASK_RATIO, N, dtype, jpegs, default_workers(), device, rounds)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # it is the parts' turn
-    return {"ceilings": asdict(ceilings), "step_bytes": step_bytes(model, MASK_RATIO, N, dtype.itemsize)}
-
-
-def _described(ceilings: AllCeilings) -> str:
-    squares = ", ".join(f"{flops / 1e12:.3g} TFLOP/s in {name}" for name, flops in ceilings.matmul_flops.items())
     decoded = ", ".join(f"{rate:.0f}/s with {threads}" for threads, rate in ceilings.decoded.items())
-    return (
-        f"copies {ceilings.copy_bytes / 1e9:.3g} GB/s (read + written)\nlarge square products {squares}\n"
-        f"the model's own products {ceilings.products_flops / 1e12:.3g} TFLOP/s\nJPEGs decoded {decoded} threads"
-    )
+    print(describe_ceilings(Ceilings(ceilings.copy_bytes, ceilings.matmul_flops)))
+    print(f"the model's own products {ceilings.products_flops / 1e12:.3g} TFLOP/s, JPEGs decoded {decoded} threads")
+    return {"ceilings": asdict(ceilings), "step_bytes": step_bytes(model, MASK_RATIO, N, dtype.itemsize)}
 
 
 def operations(case: dict[str, Any], shapes: Shapes, N: int) -> int:
@@ -256,8 +247,8 @@ def run_part(part: Part, N: int) -> dict[str, Any]:
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fastmae-bench-") as folder:
         status, lines = execute(part, folder)
-        results = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
-    result = results[0] if results else None
+        path = next(Path(folder).glob("*.json"), None)
+        result = None if path is None else json.loads(path.read_text())
     outcome, reason = outcome_of(status, lines)
     if result is not None:
         for key in ("command", "commit", "versions", "hardware", "date"):  # those of the whole
@@ -265,32 +256,18 @@ def run_part(part: Part, N: int) -> dict[str, Any]:
         del result["settings"]["output"]
         for case in result.get("cases", ()):
             case["operations"] = operations(case, shapes_of(case["model"]), N) if case["model"] else case["flops"]
-    seconds = math.ceil(time.perf_counter() - begin)
-    return _outcome(part.kind, shlex.join(part.words), outcome, reason, seconds, result)
-
-
-def _outcome(
-    kind: str, command: str, outcome: str, reason: str, seconds: int = 0, result: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """As it is kept; ``result`` is the part's own."""
-    return {
-        "kind": kind,
-        "command": command,
-        "outcome": outcome,
-        "reason": reason,
-        "seconds": seconds,
-        "result": result,
-    }
+    ended = {"kind": part.kind, "command": shlex.join(part.words), "outcome": outcome, "reason": reason}
+    return ended | {"seconds": math.ceil(time.perf_counter() - begin), "result": result}
 
 
 def outcome_of(status: int, stderr: Sequence[str]) -> tuple[str, str]:
     """The outcome and the reason for it, of a command's exit status and of the lines that it wrote to stderr."""
-    complaints = [line.removeprefix("fastmae: ") for line in stderr if line.startswith("fastmae: ")]
-    refusals = [line for line in stderr if "no time is reported" in line]
     if status == 0:
         return "measured", ""
-    if complaints:
-        return "cannot run", complaints[-1]
+    errors = [line.removeprefix("fastmae: ") for line in stderr if line.startswith("fastmae: ")]
+    if errors:
+        return "cannot run", errors[-1]
+    refusals = [line for line in stderr if "no time is reported" in line]
     if refusals or (status == 1 and not any(line.startswith("Traceback") for line in stderr)):
         return "refused", refusals[-1] if refusals else "a result was wrong, as its table says"
     return "failed", f"exit status {status}{': ' + stderr[-1] if stderr else ''}"
@@ -298,21 +275,22 @@ def outcome_of(status: int, stderr: Sequence[str]) -> tuple[str, str]:
 
 def execute(part: Part, folder: str) -> tuple[int, list[str]]:
     """Runs the part's command, which writes into ``folder``: its exit status, and what it wrote to stderr."""
-    python = [sys.executable, "-m", "fastmae"]
-    if part.ranks > 1:
-        python = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(part.ranks)]
-        python += ["-m", "fastmae"]
-    words = [*python, *words_of(part.config), "--output", folder]
-    environment = dict(os.environ) | ({} if part.threads is None else {"OMP_NUM_THREADS": str(part.threads)})
-    with tempfile.TemporaryFile("w+", errors="replace") as complaints:
-        with subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=complaints, text=True, errors="replace", env=environment
-        ) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if not line.startswith(folder):  # files that are about to be read and removed
-                    print(line, end="", flush=True)
-        complaints.seek(0)
-        stderr = complaints.read()
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(part.ranks), "-m"]
+    words = [sys.executable, "-m", *(launcher if part.ranks > 1 else ()), "fastmae", *words_of(part.config)]
+    environment = os.environ | ({} if part.threads is None else {"OMP_NUM_THREADS": str(part.threads)})
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(
+            [*words, "--output", folder],
+            stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=environment,
+        ) as process,
+    ):  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            if not line.startswith(folder):  # files that are about to be read and removed
+                print(line, end="", flush=True)
+        process.wait()
+        errors.seek(0)
+        stderr = errors.read()
     print(stderr, end="", file=sys.stderr, flush=True)
     return process.returncode, [line for line in stderr.splitlines() if line.strip()]

@@ -16,35 +16,25 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.table import Table
 
+from fastmae.benchmarks import harness
 from fastmae.benchmarks.baselines.official_pipeline import OfficialPipeline, Requests
-from fastmae.benchmarks.harness import (
-    Samples,
-    agree,
-    console,
-    machine_name,
-    rates,
-    refuse,
-    speed_up,
-    table,
-    take_turns,
-    write_result,
-)
+from fastmae.benchmarks.harness import Samples, rates, speed_up
 from fastmae.benchmarks.images import ImagesConfig, make_jpegs, write_images
 from fastmae.benchmarks.loader import holding_little, into_the_page_cache, requests_of, window
-from fastmae.benchmarks.step import LOSS_TOLERANCE, MASK_RATIO, STEP, Implementation, Inputs, Switches, ours, theirs
-from fastmae.config import BenchEndToEndConfig, check_bench
+from fastmae.benchmarks.step import LOSS_TOLERANCE, MASK_RATIO, STEP, Implementation, Inputs, ours, theirs
+from fastmae.config import BenchEndToEndConfig, PretrainConfig, check_bench
 from fastmae.data.decoders import dali
 from fastmae.data.loader import PREFETCH, View, choose_decoder, default_workers, load_batches, load_sample
 from fastmae.data.plan import crop_draws
@@ -78,15 +68,12 @@ class _Runner:
     """An implementation of training: a step and the loader that feeds it."""
 
     step: Implementation
-    start: Callable[[Requests], Generator[Fed]]
-    """Gives what the step takes for each of some requests, and ends with them."""
-    ahead: int
-    """Batches that its loader works on before they are asked for."""
-    tolerance: float
-    """Of its losses, relative to those on images that were decoded beforehand."""
+    start: Callable[[Requests], Generator[Fed]]  # gives what the step takes for each request, and ends with them
+    ahead: int  # batches that its loader works on before they are asked for
+    tolerance: float  # of its losses, relative to those on images that were decoded beforehand
 
     def train(self, fed: Fed) -> torch.Tensor:
-        """The loss, detached."""
+        """Does a step and returns the loss, detached."""
         return replace(self.step, batch=fed).go(STEP)
 
 
@@ -103,7 +90,7 @@ class _Setting:
     decoder: str
 
     def masks(self, draw_ids: torch.Tensor) -> torch.Tensor:
-        """int32 [N, L] on the device, as in a run."""
+        """Returns a run's orders of patches, int32 [N, L] on the device."""
         return random_masking(draw_ids.to(self.device, non_blocking=True), SEED, self.patches)
 
 
@@ -114,63 +101,58 @@ def bench_end_to_end(config: BenchEndToEndConfig, command: Sequence[str]) -> int
         UserError: settings that cannot work.
     """
     check_bench(config)
-    if config.model not in PRESETS:
-        raise UserError(f"--model {config.model}: unknown; one of {', '.join(PRESETS)}")
+    harness.require_preset(config.model)
     torch.manual_seed(SEED)
     model = PRESETS[config.model]()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastmae-bench-"))
         setting = _setting(config, model, Path(folder))
-        precision = choose_precision(config.precision, setting.device).name
-        skipped: dict[str, str] = {}
-        runners = _runners(config, model, setting, precision, skipped, stack)
+        device, N, workers = setting.device, setting.batch_size, setting.num_workers
+        precision = choose_precision(config.precision, device).name
+        runners = _ours(config, model, setting, precision)
+        skipped = {}
+        if isinstance(setting.source, FolderSource) and model.in_chans == 3:
+            runners[OFFICIAL] = _official(model, setting, setting.source.paths, precision, stack)
+        else:
+            skipped[OFFICIAL] = "it reads folders of image files in colour"
         losses = _losses(setting, runners, skipped)
-        expected = losses[CACHED]
-        if wrong := [name for name in losses if not agree(losses[name], expected, runners[name].tolerance)]:
-            return refuse(f"the losses of {' and '.join(wrong)} differ ({losses})")
+        wrong = [name for name in losses if not harness.agree(losses[name], losses[CACHED], runners[name].tolerance)]
+        if wrong:
+            return harness.refuse(f"the losses of {' and '.join(wrong)} differ ({losses})")
         # Each process of the official pipeline makes whole batches, so a window has as many of each.
-        steps = config.steps or (GPU_STEPS if setting.device.type == "cuda" else CPU_STEPS)
-        steps = -(-steps // setting.num_workers) * setting.num_workers
+        steps = config.steps or (GPU_STEPS if device.type == "cuda" else CPU_STEPS)
+        steps = -(-steps // workers) * workers
         samplers = {name: partial(_turn, setting, runners[name], steps, itertools.count(0, steps)) for name in losses}
-        samples: Samples = take_turns(samplers, config.rounds)
+        samples: Samples = harness.take_turns(samplers, config.rounds)
 
-    machine = machine_name(setting.device)
-    screen = console()
-    screen.print(
-        f"{config.model}, {precision}, {len(setting.source):,} images {setting.source.location}, batch "
-        f"{setting.batch_size}, {setting.num_workers} threads or processes, {machine}, windows of {steps} steps, "
-        f"files in the page cache, median of {config.rounds}"
+    machine = harness.machine_name(device)
+    title = (
+        f"{config.model}, {precision}, {len(setting.source):,} images {setting.source.location}, batch {N}, {workers} "
+        f"threads or processes, {machine}, windows of {steps} steps, files in the page cache, median of {config.rounds}"
     )
-    screen.print(_speeds(samples))
-    for name, reason in skipped.items():
-        print(f"{name} cannot run: {reason}", file=sys.stderr)
-    if config.output is not None:
-        measured = {
-            "images": len(setting.source),
-            "batch_size": setting.batch_size,
-            "num_workers": setting.num_workers,
-            "steps": steps,
-            "precision": precision,
-            "load": os.getloadavg(),
-            "losses": losses,
-            "skipped": skipped,
-            "useful_flops": 3 * flops_per_image(model, MASK_RATIO),
-            "seconds": samples,
-        }
-        file = f"end-to-end-{config.model}-{machine}-t{setting.num_workers}-n{setting.batch_size}-{precision}"
-        print(write_result(config.output, file, command=command, settings=config, measured=measured))
+    measured = {
+        "images": len(setting.source),
+        "batch_size": N,
+        "num_workers": workers,
+        "steps": steps,
+        "precision": precision,
+        "load": os.getloadavg(),
+        "losses": losses,
+        "skipped": skipped,
+        "useful_flops": 3 * flops_per_image(model, MASK_RATIO),
+        "seconds": samples,
+    }
+    file = f"end-to-end-{config.model}-{machine}-t{workers}-n{N}-{precision}"
+    harness.report([title, _speeds(samples)], file, command=command, settings=config, measured=measured)
     return 0
-
-
-# --- implementations -----------------------------------------------------------------------------------------------
 
 
 def _setting(config: BenchEndToEndConfig, model: MaskedAutoencoderViT, folder: Path) -> _Setting:
     """Opens the data, or makes them in ``folder``."""
     device = parallel.choose_device(config.device)
+    decoder, _ = choose_decoder(config.image_decoder, device, None, model.in_chans)
     N = config.batch_size or (GPU_BATCH if device.type == "cuda" else CPU_BATCH)
     path = config.data_path
-    decoder, _ = choose_decoder(config.image_decoder, device, None, model.in_chans)
     if path is None:
         images = ImagesConfig(folder=folder / "images", count=config.files or max(FILES, BATCHES_OF_FILES * N))
         write_images(images, make_jpegs(images))
@@ -181,26 +163,18 @@ def _setting(config: BenchEndToEndConfig, model: MaskedAutoencoderViT, folder: P
     if len(source) < N:
         raise UserError(f"--batch_size {N}: more than the {len(source)} images of {config.data_path or 'the files'}")
     view = View(model.img_size, model.in_chans, seed=SEED, scale=SCALE, flip=True)
-    return _Setting(
-        holding_little(source), view, model.num_patches, N, config.num_workers or default_workers(), device, decoder
-    )
+    workers = config.num_workers or default_workers()
+    return _Setting(holding_little(source), view, model.num_patches, N, workers, device, decoder)
 
 
-def _runners(
-    config: BenchEndToEndConfig,
-    model: MaskedAutoencoderViT,
-    setting: _Setting,
-    precision: str,
-    skipped: dict[str, str],
-    stack: ExitStack,
+def _ours(
+    config: BenchEndToEndConfig, model: MaskedAutoencoderViT, setting: _Setting, precision: str
 ) -> dict[str, _Runner]:
-    """Each with weights of its own, all the same; processes end with the ``stack``."""
+    """Returns our step fed by our loader, and the same on a batch that lies ready; each has weights of its own."""
     context = parallel.DistContext(0, 1, setting.device)
-    images, ids_shuffle = _decoded(setting, requests_of(setting.source, setting.batch_size, 0, 1)[0])
-    pixels = (images / 255 - model.mean.to(images.device)) / model.std.to(images.device)
-    inputs = Inputs(images, pixels.permute(0, 3, 1, 2).contiguous(), ids_shuffle, model.state_dict())
-    switches = Switches(precision=precision, compile=config.compile)
-    tolerance = SAME_STEP[precision]
+    ready = _decoded(setting, requests_of(setting.source, setting.batch_size, 0, 1)[0])
+    flags: dict[str, Any] = {"precision": precision, "compile": config.compile}
+    step = partial(ours, config.model, PretrainConfig(**flags), Inputs(*ready, model), context)
 
     def from_files(requests: Requests) -> Generator[Fed]:
         loaded = load_batches(
@@ -218,40 +192,40 @@ def _runners(
 
     def on_device(requests: Requests) -> Generator[Fed]:
         for _ in requests:
-            yield images, ids_shuffle
+            yield ready
 
-    is_threads = setting.decoder in ("threads", "threads")
-    ahead = PREFETCH + (not is_threads) * dali.AHEAD
-    of_pixels = tolerance if is_threads else max(tolerance, OTHER_PIXELS)
-    runners = {
-        FROM_FILES: _Runner(ours(config.model, switches, inputs, context), from_files, ahead, of_pixels),
-        # One step, as after another's turn the processor's caches are cold.
-        CACHED: _Runner(ours(config.model, switches, inputs, context), on_device, 1, tolerance),
+    tolerance, ahead, of_pixels = SAME_STEP[precision], PREFETCH, SAME_STEP[precision]
+    if setting.decoder != "threads":
+        ahead, of_pixels = ahead + dali.AHEAD, max(tolerance, OTHER_PIXELS)
+    return {
+        FROM_FILES: _Runner(step(), from_files, ahead, of_pixels),
+        # One step ahead, as after another's turn the processor's caches are cold.
+        CACHED: _Runner(step(), on_device, 1, tolerance),
     }
-    if not isinstance(setting.source, FolderSource) or model.in_chans != 3:
-        skipped[OFFICIAL] = "it reads folders of image files in colour"
-        return runners
+
+
+def _official(
+    model: MaskedAutoencoderViT, setting: _Setting, paths: Sequence[str], precision: str, stack: ExitStack
+) -> _Runner:
+    """Returns the official loop fed by its pipeline, whose processes end with the ``stack``."""
+    workers, device = setting.num_workers, setting.device
     pipeline = OfficialPipeline(
-        setting.source.paths,
-        size=model.img_size[0],
-        scale=SCALE,
-        seed=SEED,
-        num_workers=setting.num_workers,
-        device=setting.device,
+        paths, size=model.img_size[0], scale=SCALE, seed=SEED, num_workers=workers, device=device
     )
     stack.callback(pipeline.close)
 
-    def official(requests: Requests) -> Generator[Fed]:
+    def start(requests: Requests) -> Generator[Fed]:
         with closing(pipeline.batches(requests)) as loaded:
             for (_, draw_ids), batch in zip(requests, loaded, strict=True):
                 yield batch, setting.masks(torch.from_numpy(draw_ids)).long()
 
-    loop = theirs("official", config.model, precision, inputs, context)
-    return runners | {OFFICIAL: _Runner(loop, official, pipeline.ahead, max(LOSS_TOLERANCE[precision], OTHER_PIXELS))}
+    inputs = Inputs(*_decoded(setting, requests_of(setting.source, setting.batch_size, 0, 1)[0]), model)
+    loop = theirs("official", precision, inputs, parallel.DistContext(0, 1, device))
+    return _Runner(loop, start, pipeline.ahead, max(LOSS_TOLERANCE[precision], OTHER_PIXELS))
 
 
 def _decoded(setting: _Setting, request: tuple[np.ndarray, np.ndarray]) -> Fed:
-    """A batch of a run, decoded here and now, by no loader."""
+    """Returns a batch of a run, decoded here and now, by no loader."""
     indices, draw_ids = request
     images = torch.empty(len(indices), *setting.view.size, setting.view.in_chans, dtype=torch.uint8)
     for index, draws, out in zip(indices.tolist(), crop_draws(SEED, draw_ids), images.numpy(), strict=True):
@@ -260,27 +234,23 @@ def _decoded(setting: _Setting, request: tuple[np.ndarray, np.ndarray]) -> Fed:
 
 
 def _losses(setting: _Setting, runners: dict[str, _Runner], skipped: dict[str, str]) -> dict[str, list[float]]:
-    """The losses of the first steps on the same images. An implementation that fails is skipped."""
+    """Returns the losses of the first steps on the same images; a baseline that fails is skipped."""
     requests = requests_of(setting.source, setting.batch_size, 0, STEPS_COMPARED)
-    losses = {CACHED: [runners[CACHED].train(_decoded(setting, request)).item() for request in requests]}
+    losses = {}
     for name, runner in runners.items():
-        if name == CACHED:
-            continue
+        decoded = (_decoded(setting, request) for request in requests)
         try:
-            with closing(runner.start(requests)) as batches:
+            with closing(decoded if name == CACHED else runner.start(requests)) as batches:
                 losses[name] = [runner.train(fed).item() for fed in batches]
         except UserError as error:
-            if name == FROM_FILES:
+            if name != OFFICIAL:
                 raise
             skipped[name] = error.as_on_the_command_line()
-    return {name: losses[name] for name in runners if name in losses}
-
-
-# --- samples ----------------------------------------------------------------------------------------------------------
+    return losses
 
 
 def _turn(setting: _Setting, one: _Runner, steps: int, starts: Iterator[int]) -> float:
-    """Seconds per image in a turn of one implementation."""
+    """Returns the seconds per image in a turn of one implementation."""
     requests = requests_of(setting.source, setting.batch_size, next(starts), steps + 2 * one.ahead)
     into_the_page_cache(setting.source, requests)
     with closing(one.start(requests)) as batches:
@@ -295,4 +265,4 @@ def _speeds(samples: Samples) -> Table:
         over = f"{speed_up(samples, name, OFFICIAL):.2f}" if OFFICIAL in samples else "–"
         rows.append((name, f"{median:.2f}", f"{slow:.2f} – {fast:.2f}", share, over))
     columns = ("training", "images/s", "quartiles", "of a batch on the device", "speed-up over the official loop")
-    return table(None, columns, rows)
+    return harness.table(None, columns, rows)

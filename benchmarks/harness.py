@@ -21,6 +21,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import date
+from itertools import accumulate
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -28,12 +29,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 
 from fastmae.environment import hardware, versions
 from fastmae.errors import UserError
 from fastmae.files import write_text
+from fastmae.model.presets import PRESETS
 from fastmae.ops.attention_table import dtype_name
 from fastmae.torch_compat import compile_errors
 
@@ -78,7 +81,13 @@ def interleave(calls: Mapping[Key, Call], watch: Stopwatch, input_sets: int = 1)
 
 def _warm_turn(call: Call, watch: Stopwatch, input_sets: int) -> Callable[[], float]:
     """Compiles and warms an implementation up, and gives the function that takes one sample of it."""
-    lap = _lap(call, input_sets)
+    results: list[object] = [None] * input_sets  # they stay alive, so that outputs rotate through memory as inputs do
+
+    def calls() -> None:
+        for i in range(input_sets):
+            results[i] = call(i)
+
+    lap: Callable[[], object] = calls
     lap()
     if watch.graph and watch.device.type == "cuda":
         lap = _captured(lap, watch.device)
@@ -86,17 +95,6 @@ def _warm_turn(call: Call, watch: Stopwatch, input_sets: int) -> Callable[[], fl
     while watch.sample_seconds > 0 and elapsed(lap, laps, watch.device) < watch.sample_seconds:
         laps *= 2
     return lambda: elapsed(lap, laps, watch.device) / (laps * input_sets)
-
-
-def _lap(call: Call, input_sets: int) -> Callable[[], object]:
-    """One call on every input set. The last results stay alive, so that outputs rotate through memory as inputs do."""
-    kept: list[object] = [None] * input_sets
-
-    def lap() -> None:
-        for i in range(input_sets):
-            kept[i] = call(i)
-
-    return lap
 
 
 def _captured(lap: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -128,6 +126,27 @@ def elapsed(work: Callable[[], object], times: int, device: torch.device) -> flo
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> float:
+    """Returns the bytes that torch holds at the peak of ``work`` beside what it holds before.
+
+    What libraries allocate behind torch's back is not in it.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        work()
+        return float(torch.cuda.max_memory_allocated(device) - held)
+    # torch counts what it holds on a CPU only for its profiler, which writes it down for people: as a trace.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    with tempfile.TemporaryDirectory(prefix="fastmae-bench-") as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    return float(max(accumulate((size for _, size in changes), initial=0)))
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -182,23 +201,17 @@ def measure_ceilings(
     watch = Stopwatch(device=device, rounds=rounds)
     copied = copied or max(8 * cache_bytes(device), 256 << 20)
     side = side or (8192 if device.type == "cuda" else 2048)
-    rates = {dtype_name(dtype): _matmul_flops(watch, side, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return Ceilings(_copy_bytes(watch, copied), rates)
-
-
-def _copy_bytes(watch: Stopwatch, size: int) -> float:
-    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=watch.device)
+    source = torch.randint(0, 256, (copied,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / _least_seconds(lambda _: target.copy_(source), watch)
+    copying = min(interleave({"copy": lambda _: target.copy_(source)}, watch)["copy"])
 
+    def product(dtype: torch.dtype) -> float:
+        a, b = torch.randn(2, side, side, device=device).to(dtype)
+        return 2 * side**3 / min(interleave({"product": lambda _: a @ b}, watch)["product"])
 
-def _matmul_flops(watch: Stopwatch, side: int, dtype: torch.dtype) -> float:
-    a, b = torch.randn(2, side, side, device=watch.device).to(dtype)
-    return 2 * side**3 / _least_seconds(lambda _: a @ b, watch)
-
-
-def _least_seconds(call: Call, watch: Stopwatch) -> float:
-    return min(interleave({"it": call}, watch)["it"])
+    return Ceilings(
+        2 * copied / copying, {dtype_name(dtype): product(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    )
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -389,6 +402,23 @@ def commit() -> str:
     except OSError:  # there is no git on this machine
         return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+def require_preset(model: str) -> None:
+    """Raises a UserError that names the flag if there is no such preset."""
+    if model not in PRESETS:
+        raise UserError(f"--model {model}: unknown; one of {', '.join(PRESETS)}")
+
+
+def report(
+    shown: Iterable[RenderableType], name: str, *, command: Sequence[str], settings: Any, measured: dict[str, Any]
+) -> None:
+    """Prints tables and who is ``measured["skipped"]``, and writes ``name``.json if the settings have an ``output``."""
+    console().print(*shown, sep="\n")
+    for who, why in measured["skipped"].items():
+        print(f"{who} cannot run: {why}", file=sys.stderr)
+    if settings.output is not None:
+        print(write_result(settings.output, name, command=command, settings=settings, measured=measured))
 
 
 def write_result(folder: str, name: str, *, command: Sequence[str], settings: object, measured: dict[str, Any]) -> Path:

@@ -16,6 +16,7 @@ from fastmae.benchmarks.harness import (
     interleave,
     machine_name,
     measure_ceilings,
+    peak_bytes,
     processor,
     quartiles,
     refuse,
@@ -74,6 +75,16 @@ def test_input_sets_outgrow_the_cache():
     assert input_sets_for(2 * cache_bytes(CPU), CPU) == 1
     assert input_sets_for(cache_bytes(CPU), CPU) == 2
     assert input_sets_for(1, CPU) == MAX_INPUT_SETS
+
+
+def test_memory_is_what_is_held_at_once():
+    def work():
+        kept = torch.empty(1 << 20)
+        for _ in range(3):
+            torch.empty(1 << 18)
+        return kept.new_empty(())
+
+    assert peak_bytes(work, CPU) == pytest.approx(5 << 20, rel=1e-3)
 
 
 def test_ceilings_are_measured():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -31,11 +30,12 @@ def in_this_process(monkeypatch):
     """Implementations live here, where tests can change them. Gives those that tell malloc to keep what is freed."""
     told = []
 
-    def start(config, processes, name):
+    @contextmanager
+    def here(begin, name, config, context):
         monkeypatch.setattr(step, "keep_freed_memory", lambda: told.append(name))
-        return step.Runner(*step._start_alone(name, config))
+        yield begin(name, config, context)
 
-    monkeypatch.setattr(step, "_in_own_process", start)
+    monkeypatch.setattr(harness, "in_own_process", here)
     return told
 
 
@@ -44,16 +44,18 @@ def dies(monkeypatch):
     """Given a name, has the process of that implementation killed after its first steps."""
 
     def die(victim):
+        right = harness.in_own_process
+
         @contextmanager
-        def short_lived(begin, name, config):
+        def short_lived(begin, name, *given):
             before = set(multiprocessing.active_children())
-            with harness.in_own_process(begin, name, config) as runner:
+            with right(begin, name, *given) as runner:
                 (process,) = set(multiprocessing.active_children()) - before
                 if name == victim:
                     os.kill(process.pid, signal.SIGKILL)
                 yield runner
 
-        monkeypatch.setattr(step, "in_own_process", short_lived)
+        monkeypatch.setattr(harness, "in_own_process", short_lived)
 
     return die
 
@@ -120,7 +122,8 @@ def test_malloc_keeps_what_a_rank_frees_unless_baselines_share_its_process(basel
     told = []
     monkeypatch.setattr(step, "keep_freed_memory", lambda: told.append("it"))
     config = BenchStepConfig(model="mae_vit_tiny_patch4", batch_size=2, baselines=baselines)
-    step._among_ranks(config, step.parallel.DistContext(0, 2, torch.device("cpu")))
+    for name in ("fastmae", *baselines):
+        step._prepare_process(name, config, step.parallel.DistContext(0, 2, torch.device("cpu")))
     assert bool(told) == (not baselines)
 
 
@@ -189,22 +192,3 @@ def test_a_wrong_loss_of_the_first_or_the_second_step_is_not_timed(
     assert "the loss of official differs" in (text := capsys.readouterr().err)
     assert "so no time is reported" in text
     assert not list(tmp_path.iterdir())
-
-
-def test_the_memory_of_a_step_is_what_it_holds_at_once():
-    def train(one, shares):
-        kept = torch.empty(1 << 20)
-        for _ in range(3):
-            torch.empty(1 << 18)
-        return kept.new_empty(())
-
-    made = step.Implementation(
-        torch.nn.Linear(1, 1),
-        (torch.empty(1), torch.empty(1)),
-        torch.optim.SGD(torch.nn.Linear(1, 1).parameters()),
-        step.choose_precision("fp32", torch.device("cpu")),
-        train,
-        math.inf,
-        0,
-    )
-    assert step._peak(made, torch.device("cpu")) == pytest.approx(5 << 20, rel=1e-3)

@@ -179,3 +179,10 @@ def test_nothing_beside_the_package_is_imported_as_if_it_were_at_the_top():
 def test_every_package_is_installed():
     for path in FILES:  # setup.py finds packages by these files, and only these
         assert (path.parent / "__init__.py").exists(), f"{path.parent} would not be in a wheel"
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_each_training_loop_is_one_page(name):
+    tree = ast.parse((ROOT / "fastmae" / "train" / f"{name}.py").read_text())
+    (loop,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == f"_{name}"]
+    assert loop.end_lineno - loop.lineno + 1 <= 80

@@ -32,6 +32,9 @@ def tar_of_images(tmp_path):
 def test_everybody_trains_on_the_same_images_and_every_sample_is_kept(tmp_path, capsys, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiler")
+    )  # torch makes it when it loads its compiler
     before = set(multiprocessing.active_children())
     assert main([*WORDS, "--files", "6", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("end-to-end-mae_vit_tiny_patch4-*-t1-n2-fp32.json")

@@ -120,13 +120,12 @@ def _steps(result: Result) -> Iterator[Section]:
             "needs, whatever an implementation computes; beside them the rate of the model's own products alone.",
             ["step", "images/s", "quartiles", FASTER, "useful", "of own products", "memory"],
             rows,
-            _bars({_label(name): rates(seconds[name], images) for name in _ordered(seconds)}, "images/s"),
+            _bars({_label(name): seconds[name] for name in _ordered(seconds)}, images),
             [part["command"]],
         )
-        parts = {
-            _label(name): {phase: samples[name] for phase, samples in found["phases"].items() if name in samples}
-            for name in _ordered(seconds)
-        }
+        phases = found["phases"]
+        parts = {_label(name): {phase: samples[name] for phase, samples in phases.items() if name in samples}
+                 for name in _ordered(seconds)}  # fmt: skip
         parts = {name: times for name, times in parts.items() if times}
         if parts:
             medians = {name: {phase: 1e3 * quartiles(samples)[1] for phase, samples in times.items()}
@@ -134,8 +133,8 @@ def _steps(result: Result) -> Iterator[Section]:
             yield Section(
                 "Where a step's time goes",
                 "Differences between calls of one round that go further and further: noise can make a part negative.",
-                ["ms, quartiles", *found["phases"]],
-                [[name, *(milliseconds(times[phase]) if phase in times else "–" for phase in found["phases"])]
+                ["ms, quartiles", *phases],
+                [[name, *(milliseconds(times[phase]) if phase in times else "–" for phase in phases)]
                  for name, times in parts.items()],
                 stacked(medians, "ms"),
                 [part["command"]],
@@ -150,8 +149,8 @@ def _series(result: Result) -> Iterator[Section]:
         rows: list[Row] = []
         for part in measured:
             found = part["result"]
-            at = {"batch-sizes": found["settings"]["batch_size"], "ranks": found["ranks"]}.get(kind)
-            at = found["settings"]["input_size"] if at is None else at
+            batch, side = found["settings"]["batch_size"], found["settings"]["input_size"]
+            at = {"batch-sizes": batch, "input-sizes": side, "ranks": found["ranks"]}[kind]
             for name in _ordered(found["seconds"]):
                 samples = found["seconds"][name]
                 series.setdefault(_label(name), []).append((at, rates(samples, _images(found))))
@@ -174,7 +173,7 @@ def _end_to_end(result: Result) -> Iterator[Section]:
             "official pipeline feeding the official loop. What is missing to 100 % is what loading costs.",
             ["training", "images/s", "quartiles", "of a batch on the device"],
             [[*_speed(name, samples), f"{speed_up(seconds, name, CACHED):.1%}"] for name, samples in seconds.items()],
-            _bars({name: rates(samples) for name, samples in seconds.items()}, "images/s"),
+            _bars(seconds),
             [part["command"]],
         )
 
@@ -190,8 +189,7 @@ def _loader(result: Result) -> Iterator[Section]:
             ["from", "images/s", "quartiles", "speed-up over official"],
             [[*_speed(name, samples), f"{speed_up(seconds, name, base):.2f}" if base else "–"]
              for name, samples in seconds.items()],
-            _bars({name: rates(samples) for name, samples in seconds.items()}, "images/s",
-                  {f"whole JPEGs decoded, {_threads(threads)}": limit} if limit else None),
+            _bars(seconds, limits={f"whole JPEGs decoded, {_threads(threads)}": limit} if limit else None),
             [part["command"]],
         )  # fmt: skip
 
@@ -313,8 +311,9 @@ def _speed(name: str, samples: Sequence[float], images: float = 1.0) -> list[str
     return [name, shown(median), f"{shown(low)} – {shown(high)}"]
 
 
-def _bars(intervals: dict[str, Interval], unit: str, limits: dict[str, float] | None = None) -> str:
-    return bars({name: {name: interval} for name, interval in intervals.items()}, unit, limits)
+def _bars(seconds: Samples, images: float = 1.0, limits: dict[str, float] | None = None) -> str:
+    """Bars of images per second."""
+    return bars({name: {name: rates(samples, images)} for name, samples in seconds.items()}, "images/s", limits)
 
 
 def _threads(number: str) -> str:
@@ -329,9 +328,7 @@ def in_current_words(text: str) -> str:
     """The JSON of version 0.1 with today's keys and names."""
     for old, new in (("left_out", "skipped"), ("peers", "baselines"), ("published", OFFICIAL)):
         text = text.replace(f'"{old}"', f'"{new}"')
-    return text.replace('"published loop, from files"', '"official loop, from files"').replace(
-        "published, ", "official, "
-    )
+    return text.replace('"published loop', '"official loop').replace("published, ", "official, ")
 
 
 def main(words: Iterable[str]) -> int:

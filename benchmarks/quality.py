@@ -169,12 +169,12 @@ def _theirs(
 ) -> tuple[MaskedAutoencoderViT, float]:
     """A model of ours with the weights that the official loop ends with, and the mean loss of its last epoch."""
     model = _fresh(settings, seed)
-    peer = official_like(model)
+    official = official_like(model)
     torch.manual_seed(seed)
-    initialise(peer)
+    initialise(official)
     source = open_train(settings.data_path)
-    loss = [*official_losses(peer.to(device), source, settings, device, num_workers)][-1]
-    model.load_state_dict(peer.state_dict(), strict=True)
+    loss = [*official_losses(official.to(device), source, settings, device, num_workers)][-1]
+    model.load_state_dict(official.state_dict(), strict=True)
     return model, loss
 
 
@@ -207,7 +207,7 @@ def official_losses(
             for group in optimizer.param_groups:
                 group["lr"] = official_rate(epoch + step / len(loader), settings)
             images = images.to(device, non_blocking=True)
-            # Who has the smallest noise is seen.
+            # The patches with the smallest noise are seen.
             ids_shuffle = torch.rand(len(images), L, device=device).argsort(dim=1)
             with precision.context(device):
                 loss, _, _ = model(images, ids_shuffle, settings.mask_ratio)
@@ -230,14 +230,13 @@ def official_rate(epoch: float, settings: ResolvedConfig) -> float:
 
 
 def official_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """By name: biases and norms do not decay, all else does, the two tokens as well; positions are not trained."""
-    still: list[nn.Parameter] = []
+    """Biases and norms do not decay; all else does, the two tokens as well. Positions are not trained."""
     decaying: list[nn.Parameter] = []
+    not_decaying: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if name in ("pos_embed", "decoder_pos_embed"):
-            continue
-        (still if name.endswith(".bias") or "norm" in name else decaying).append(parameter)
-    return [{"params": still, "weight_decay": 0.0}, {"params": decaying, "weight_decay": weight_decay}]
+        if name not in ("pos_embed", "decoder_pos_embed"):
+            (not_decaying if name.endswith(".bias") or "norm" in name else decaying).append(parameter)
+    return [{"params": not_decaying, "weight_decay": 0.0}, {"params": decaying, "weight_decay": weight_decay}]
 
 
 @torch.no_grad()
@@ -281,7 +280,11 @@ class Crops(Dataset[torch.Tensor]):
         """
         sample = self.source.read(index)
         try:
-            image = self._opened(sample)
+            if isinstance(sample, np.ndarray):
+                image = Image.fromarray(sample[..., 0] if sample.shape[2] == 1 else sample)
+            else:
+                with Image.open(io.BytesIO(sample)) as file:
+                    image = file.convert("L" if len(self.mean) == 1 else "RGB")
         except (OSError, ValueError) as error:
             raise UserError(f"{self.source.name(index)}: Pillow cannot read it ({error}); remove it") from error
         height, width = self.size
@@ -291,12 +294,6 @@ class Crops(Dataset[torch.Tensor]):
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.from_numpy(np.array(crop)).view(height, width, -1).permute(2, 0, 1) / 255
         return (pixels - torch.tensor(self.mean).view(-1, 1, 1)) / torch.tensor(self.std).view(-1, 1, 1)
-
-    def _opened(self, sample: bytes | np.ndarray) -> Image.Image:
-        if isinstance(sample, np.ndarray):
-            return Image.fromarray(sample[..., 0] if sample.shape[2] == 1 else sample)
-        with Image.open(io.BytesIO(sample)) as file:
-            return file.convert("L" if len(self.mean) == 1 else "RGB")
 
 
 def crop_box(width: int, height: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
@@ -349,15 +346,13 @@ def compare(ours: Sequence[float], official: Sequence[float]) -> Comparison:
     """Welch's interval of the difference of two means, of at least two samples each (Welch 1947)."""
     from scipy.stats import t
 
-    means = [statistics.fmean(side) for side in (ours, official)]
-    shares = [statistics.variance(side) / len(side) for side in (ours, official)]
-    error, reach = math.sqrt(sum(shares)), 0.0
-    if error > 0:
-        freedom = sum(shares) ** 2 / sum(
-            share**2 / (len(side) - 1) for share, side in zip(shares, (ours, official), strict=True)
-        )
-        reach = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
-    return Comparison(means[0], means[1], means[0] - means[1], reach)
+    a, b = (statistics.variance(side) / len(side) for side in (ours, official))
+    reach = 0.0
+    if a + b > 0:
+        freedom = (a + b) ** 2 / (a**2 / (len(ours) - 1) + b**2 / (len(official) - 1))
+        reach = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(a + b)
+    mean, official_mean = statistics.fmean(ours), statistics.fmean(official)
+    return Comparison(mean, official_mean, mean - official_mean, reach)
 
 
 def _table(title: str, figures: Mapping[str, list[Figures]], result: Mapping[str, Comparison]) -> Table:

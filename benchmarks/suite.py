@@ -168,7 +168,7 @@ def parts_of(config: BenchAllConfig, batches: Sequence[int], device: torch.devic
     ranks = ranks if len(ranks) > 1 else ()  # there is nothing to compare
     # As many threads in all runs as the most ranks leave for each, so that it is ranks that are compared.
     threads = None if on_gpu else max(1, cores // max(ranks, default=1))
-    found = [
+    parts = [
         Part("kernels", BenchKernelsConfig(compile=not config.quick, **ops)),
         Part("attention", BenchAttentionConfig(**ops)),
         Part("loader", BenchLoaderConfig(**loader)),
@@ -178,7 +178,7 @@ def parts_of(config: BenchAllConfig, batches: Sequence[int], device: torch.devic
         *(Part("ranks", BenchStepConfig(batch_size=N, **curve), number, threads) for number in ranks),
         Part("end-to-end", BenchEndToEndConfig(batch_size=N, compile=compiled, **step)),
     ]
-    return [part for part in found if part.kind in config.only]
+    return [part for part in parts if part.kind in config.only]
 
 
 def middle(batches: Sequence[int]) -> int:

@@ -346,9 +346,15 @@ def _decoders_alone(setting: _Setting, files: list[bytes]) -> dict[str, Callable
         return {}
 
     def seconds(decode_one: Callable[[bytes], object], threads: int) -> float:
+        waiting = iter(files)  # shared, so that no thread is done long before the others
+
+        def work(_: int) -> None:
+            for data in waiting:
+                decode_one(data)  # pixels are not kept, as memory for all of them would take time too
+
         with ThreadPoolExecutor(threads) as pool:
             begin = time.perf_counter()
-            list(pool.map(decode_one, files))
+            list(pool.map(work, range(threads)))
             return (time.perf_counter() - begin) / len(files)
 
     samplers: dict[str, Callable[[], float]] = {}

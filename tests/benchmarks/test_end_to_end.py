@@ -77,7 +77,7 @@ def test_a_window_begins_and_ends_with_as_much_work_ahead(monkeypatch):
     source = dataclasses.make_dataclass("Bytes", ["shards"])(None)
     type(source).__len__, type(source).read = lambda self: 10, lambda self, index: read.append(index)
     view = View((28, 28), 3, seed=0, scale=(0.2, 1.0), flip=True)
-    setting = end_to_end._Setting(source, view, 49, batch_size=4, num_workers=1, device=CPU, decoder="threads")
+    setting = end_to_end._Setting(source, view, model=None, batch_size=4, num_workers=1, device=CPU)
 
     @dataclasses.dataclass(frozen=True)
     class Step:

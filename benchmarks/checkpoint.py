@@ -20,16 +20,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from fastmae.benchmarks.harness import (
-    Samples,
-    console,
-    machine_name,
-    quartiles,
-    refuse,
-    table,
-    wait_for,
-    write_result,
-)
+from fastmae.benchmarks.harness import Samples, machine_name, quartiles, refuse, report, require_preset, table, wait_for
 from fastmae.checkpoint.manifest import FOLDER, BadCheckpointError, read_manifest
 from fastmae.checkpoint.restore import load_checkpoint
 from fastmae.checkpoint.save import Saver, training_tensors
@@ -55,8 +46,7 @@ def bench_checkpoint(config: BenchCheckpointConfig, command: Sequence[str]) -> i
         UserError: settings that cannot work, or a disk that refuses.
     """
     check_bench(config)
-    if config.model not in PRESETS:
-        raise UserError(f"--model {config.model}: unknown; one of {', '.join(PRESETS)}")
+    require_preset(config.model)
     if config.folder is not None and not Path(config.folder).is_dir():
         raise UserError(f"--folder {config.folder}: no such folder; make it, or name another")
     device = choose_device(config.device)
@@ -70,11 +60,10 @@ def bench_checkpoint(config: BenchCheckpointConfig, command: Sequence[str]) -> i
     first = {name: seconds[0] for name, seconds in samples.items()}
     later = {name: seconds[1:] for name, seconds in samples.items()}
     title = f"{config.model}, batch {config.batch_size}, {precision.name}, {machine_name(device)}, "
-    console().print(_table(f"{title}{size / 1e6:.0f} MB, median of {config.rounds}", first, later, size))
-    if config.output is not None:
-        file = f"checkpoint-{config.model}-{machine_name(device)}-n{config.batch_size}-{precision.name}"
-        measured = {"bytes": size, "first": first, "seconds": later}
-        print(write_result(config.output, file, command=command, settings=config, measured=measured))
+    shown = _table(f"{title}{size / 1e6:.0f} MB, median of {config.rounds}", first, later, size)
+    file = f"checkpoint-{config.model}-{machine_name(device)}-n{config.batch_size}-{precision.name}"
+    measured = {"bytes": size, "first": first, "seconds": later}
+    report([shown], file, command=command, settings=config, measured=measured)
     return 0
 
 

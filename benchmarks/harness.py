@@ -57,12 +57,9 @@ class Stopwatch:
     """How samples are taken."""
 
     device: torch.device
-    rounds: int
-    """Samples of each implementation."""
-    sample_seconds: float = 0.0
-    """Calls are repeated until a sample takes this long, which makes it long beside the clock's noise."""
-    graph: bool = False
-    """On a GPU: replay the calls from a CUDA graph, so that kernels are timed and Python's launches are not."""
+    rounds: int  # samples of each implementation
+    sample_seconds: float = 0.0  # calls are repeated until a sample takes this long, which is long beside the noise
+    graph: bool = False  # on a GPU: calls are replayed from a CUDA graph, so that Python's launches are not timed
 
 
 def take_turns(samplers: Mapping[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
@@ -188,10 +185,8 @@ class Ceilings:
     """Measured, because a data sheet describes another machine; of several samples the best, as a ceiling that a busy
     moment has lowered would flatter all."""
 
-    copy_bytes: float
-    """Bytes a second, read and written ones added up, of a copy far larger than the caches."""
-    matmul_flops: dict[str, float]
-    """Operations a second of a large square matrix product, by dtype."""
+    copy_bytes: float  # bytes per second, read and written ones added up, of a copy far larger than the caches
+    matmul_flops: dict[str, float]  # operations per second of a large square matrix product, by dtype
 
 
 def measure_ceilings(
@@ -415,7 +410,7 @@ def report(
 ) -> None:
     """Prints tables and who is ``measured["skipped"]``, and writes ``name``.json if the settings have an ``output``."""
     console().print(*shown, sep="\n")
-    for who, why in measured["skipped"].items():
+    for who, why in measured.get("skipped", {}).items():
         print(f"{who} cannot run: {why}", file=sys.stderr)
     if settings.output is not None:
         print(write_result(settings.output, name, command=command, settings=settings, measured=measured))

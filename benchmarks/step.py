@@ -174,12 +174,11 @@ def bench_step(config: BenchStepConfig, command: Sequence[str]) -> int:
                 times[part][name] = _largest(samples[name, part][1:], context)
         memory = {name: _largest([peaks[name]], context)[0] for name in names if name in peaks}
     if context.is_main:
-        images = context.size * config.batch_size
         measured = {
             "ranks": context.size,
             "losses": {name: losses[name] for name in names},
             "skipped": skipped,
-            "useful_flops": {name: 3 * images * runners[name][0].flops for name in names},
+            "useful_flops": {name: 3 * context.size * config.batch_size * runners[name][0].flops for name in names},
             "peak_bytes": memory,
             "seconds": times[STEP],
             "phases": _phases(times) if config.phases else {},

@@ -199,7 +199,7 @@ def test_a_large_model_on_a_cpu_gets_a_note(blobs, tmp_path, capsys, monkeypatch
     words = ["pretrain", "--data_path", blobs, "--device", "cpu", "--batch_size", "36", "--epochs", "1", "--no_probe"]
     assert main([*words, "--output_dir", str(tmp_path / "small")]) == 0
     assert "note  " not in capsys.readouterr().out
-    monkeypatch.setattr("fastmae.train.pretrain.LARGE", 1)
+    monkeypatch.setattr("fastmae.train.pretrain.LARGE_MODEL", 1)
     monkeypatch.setattr("fastmae.train.pretrain.CORE_FLOPS", 1e4)
     assert main([*words, "--output_dir", str(tmp_path / "large")]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("note  "))

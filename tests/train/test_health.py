@@ -21,6 +21,7 @@ from helpers import assert_same_run, command, metrics, run, small_run
 from torch import nn
 
 from fastmae.errors import UserError
+from fastmae.messages import messages_on_stderr
 from fastmae.train.health import (
     EXIT_INTERRUPTED,
     LossSpikes,
@@ -197,7 +198,12 @@ def test_a_signal_while_steps_are_skipped_leaves_the_checkpoint_before_them(
 def rolled_back(blobs, tmp_path_factory, undisturbed) -> tuple[Path, str]:
     """A run whose steps from 16 on failed, so that it went back to step 14; and what it printed."""
     output_dir, printed = tmp_path_factory.mktemp("rolled_back") / "run", io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(printed):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(printed),
+        redirect_stderr(printed),
+        messages_on_stderr(),
+    ):
         poison(patch, undisturbed[1][15:])
         assert pretrain(small_run(blobs, output_dir, **SKIPPING)) == 0
     return output_dir, printed.getvalue()

@@ -260,19 +260,20 @@ def _start(name: str, config: BenchStepConfig, context: parallel.DistContext) ->
         one = ours(config.model, PretrainConfig(**flags), inputs, context)
     losses = [context.mean(one.go(STEP)).item() for _ in range(STEPS_COMPARED)]
 
+    steps = GPU_WINDOW if context.device.type == "cuda" else 1
+    gives_back = context.device.type == "cuda" and context.size == 1
+
     def ask(request: str) -> float:
         if request == PEAK:
             one.optimizer.zero_grad(set_to_none=True)
-            return harness.peak_bytes(lambda: one.go(STEP), context.device)
-        context.any(False)  # ranks begin together
-        if context.device.type == "cpu":
-            return harness.elapsed(lambda: one.go(request), 1, context.device)
-        seconds = math.nan
-        for _ in range(2 if context.size == 1 else 1):  # the first fetches the memory that was given back
-            seconds = harness.elapsed(lambda: one.go(request), GPU_WINDOW, context.device) / GPU_WINDOW
-        if context.size == 1:
-            torch.cuda.empty_cache()  # gives the GPU's memory to the next in turn
-        return seconds
+            answer = harness.peak_bytes(lambda: one.go(STEP), context.device)
+        else:
+            context.any(False)  # ranks begin together
+            for _ in range(2 if gives_back else 1):  # the first fetches the memory that was given back
+                answer = harness.elapsed(lambda: one.go(request), steps, context.device) / steps
+        if gives_back:
+            torch.cuda.empty_cache()  # for the next in turn
+        return answer
 
     return Facts(losses, one.requests, one.tolerance, one.flops), ask
 

@@ -304,7 +304,7 @@ def attention_case(
         # queries, keys and values read, the output written; backward: the same three read again, for they cannot wait
         # on the chip until the output's gradient arrives, that gradient read, three gradients written
         moved=(4 + 7 * backward) * matrix,
-        # 2 products forward; 5 backward: the scores once more, since nobody stores them, and 4 for the gradients
+        # 2 products forward; 5 backward: the scores once more, since they are not stored, and 4 for the gradients
         flops=(2 + 5 * backward) * 2 * N * H * S * S * D,
     )  # fmt: skip
 

@@ -49,7 +49,7 @@ Key = TypeVar("Key")
 
 CACHE_WHEN_UNKNOWN = 64 << 20
 MAX_INPUT_SETS = 32
-FILE_WIDTH = 140  # of a table that goes into a file, whose width nobody knows
+FILE_WIDTH = 140  # of a table that goes into a file, whose width is unknown
 
 
 @dataclass(frozen=True, kw_only=True)

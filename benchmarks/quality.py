@@ -11,7 +11,7 @@ linear probe of both, on images that are held out of the probes.
 
 An accuracy agrees if Welch's 95 % interval of the difference of the two means holds 0; docs/quality.md says what that
 does and does not exclude. The losses of the last epoch are compared in the same way for the reader and have no say, as
-nobody uses a model for its loss.
+a model is not used for its loss.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def _assumed(value: float, source: str) -> Constant:
 
 
 CONSTANTS: dict[str, Constant] = {
-    # GPUs whose rates nobody measured reach the same shares of their data sheets as the H200 did.
+    # GPUs whose rates were not measured reach the same shares of their data sheets as the H200 did.
     "products_reached": Constant(0.80, "measured", "H200: 790 of 989 TFLOP/s, bf16, 8192³"),
     "copy_reached": Constant(0.90, "measured", "H200: a copy, 4.3 of 4.8 TB/s"),
     # Shares of a large square product's rate, by the smaller side of a layer's weight.

@@ -158,7 +158,7 @@ class Estimate:
 
 
 class _Rates:
-    """The constants of one estimate. It notes those that are used."""
+    """The constants of one estimate, which notes those that are used."""
 
     def __init__(self, config: EstimateConfig, machine: Machine) -> None:
         self._table = CONSTANTS | (ON_CPU if config.gpu == "cpu" else {})
@@ -175,7 +175,7 @@ class _Rates:
 
 
 def estimate(config: EstimateConfig, measure_cpu: Callable[[int], Machine]) -> Estimate:
-    """The estimate for these settings; ``measure_cpu`` gives the rates of a rank among so many on this machine.
+    """Returns the estimate for these settings. ``measure_cpu`` gives the rates of one of so many ranks on this machine.
 
     Raises:
         UserError: settings that cannot work.

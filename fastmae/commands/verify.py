@@ -36,7 +36,7 @@ def run_verify(config: VerifyConfig) -> int:
     in_chans = choose_channels(config.in_chans, parts)
     num_workers = config.num_workers or default_workers()
     damage = [(part, *shard) for part, source in parts.items() for shard in damage_of(source)]
-    found = {part: Findings() for part in parts}
+    findings = {part: Findings() for part in parts}
     with _written(config.output) as write, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # of images that it takes all the same
         for part, name, reason in damage:
@@ -48,13 +48,13 @@ def run_verify(config: VerifyConfig) -> int:
                     for chunk in chunks:
                         for bad in chunk.examples:
                             write({"part": part, **dataclasses.asdict(bad)})
-                        found[part].add(chunk)
+                        findings[part].add(chunk)
                         screen.update(chunk)
-                for name, text in _facts(source, found[part]):
+                for name, text in _facts(source, findings[part]):
                     screen.print(f"  {name:13} {text}")
             how = f"--num_workers {num_workers} --in_chans {in_chans}"
             screen.print(f"speed           {screen.speed():,.0f} images/s with {how}")
-            return _report(screen.print, found, damage, config.output)
+            return _report(screen.print, findings, damage, config.output)
 
 
 class _Screen:
@@ -116,21 +116,21 @@ def _written(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield lambda record: print(json.dumps(record), file=file)
 
 
-def _facts(source: Source, found: Findings) -> Iterator[tuple[str, str]]:
+def _facts(source: Source, findings: Findings) -> Iterator[tuple[str, str]]:
     """(name, text) of what is known about a part."""
-    yield "size", f"{_bytes(found.size)}, {_bytes(found.size / found.images)} per image"
-    if found.smallest is None or found.largest is None:
+    yield "size", f"{_bytes(findings.size)}, {_bytes(findings.size / findings.images)} per image"
+    if findings.smallest is None or findings.largest is None:
         return
-    usable = found.images - found.unusable
-    kinds = found.kinds.most_common()
+    usable = findings.images - findings.unusable
+    kinds = findings.kinds.most_common()
     shares = (f"{kind} {count:,} ({100 * count / usable:.3g} %)" for kind, count in kinds)
     yield "format", kinds[0][0] if len(kinds) == 1 else ", ".join(shares)
-    if found.smallest[:3] == found.largest[:3]:
-        yield "pixels", f"{found.smallest[2]}×{found.smallest[1]}, all alike"
+    if findings.smallest[:3] == findings.largest[:3]:
+        yield "pixels", f"{findings.smallest[2]}×{findings.smallest[1]}, all alike"
     else:
-        for name, (_, height, width, index) in (("smallest", found.smallest), ("largest", found.largest)):
+        for name, (_, height, width, index) in (("smallest", findings.smallest), ("largest", findings.largest)):
             yield name, f"{width}×{height} pixels, {source.name(abs(index))}"
-    for note, (count, index) in sorted(found.notes.items()):
+    for note, (count, index) in sorted(findings.notes.items()):
         yield "note", f"{count:,} {note}, first {source.name(index)}"
 
 
@@ -144,13 +144,13 @@ def _bytes(count: float) -> str:
 
 def _report(
     print_line: Callable[[str], None],
-    found: dict[str, Findings],
+    findings: dict[str, Findings],
     damage: list[tuple[str, str, str]],
     output: str | None,
 ) -> int:
     """Prints how many images are usable and what is not, and returns the exit status."""
-    images = sum(part.images for part in found.values())
-    unusable = sum(part.unusable for part in found.values())
+    images = sum(part.images for part in findings.values())
+    unusable = sum(part.unusable for part in findings.values())
     line = f"{images - unusable:,} of {images:,} images are usable" if unusable else f"all {images:,} images are usable"
     if unusable:
         line += f"; {unusable:,} {'is' if unusable == 1 else 'are'} not"
@@ -158,7 +158,7 @@ def _report(
         kinds = "shard or folder" if len(damage) == 1 else "shards or folders"
         line += f"; {len(damage):,} {kinds} cannot be read whole"
     bad = [f"{part}: {name} {what}" for part, name, what in damage[:EXAMPLES]]
-    examples = [(part, example) for part in found for example in found[part].examples]
+    examples = [(part, example) for part in findings for example in findings[part].examples]
     bad += [f"{part}: {example.name}: {example.reason}" for part, example in examples[:EXAMPLES]]
     print_line(line + ":" * bool(bad))
     for text in bad:

@@ -52,16 +52,16 @@ def products_of(
     S, D, E, P = K + 1, sizes.width, sizes.decoder_width, sizes.patch_numbers
     encoder = (D, D, sizes.hidden, sizes.heads)
     decoder = (E, D if sizes.crosses else E, sizes.decoder_hidden, sizes.decoder_heads)
-    found = [Product("patch embedding", K, D, P, 1), *_blocks("encoder", sizes.depth, *encoder, S, S)]
+    products = [Product("patch embedding", K, D, P, 1), *_blocks("encoder", sizes.depth, *encoder, S, S)]
     if sizes.crosses:
-        found.append(Product("decoder maps", S * D, sizes.decoder_depth, sizes.depth + 1, 1))
-        found += _blocks("decoder", sizes.decoder_depth, *decoder, S, M)
+        products.append(Product("decoder maps", S * D, sizes.decoder_depth, sizes.depth + 1, 1))
+        products += _blocks("decoder", sizes.decoder_depth, *decoder, S, M)
     else:
-        found.append(Product("decoder embedding", S, E, D, 1))
-        found += _blocks("decoder", sizes.decoder_depth - 1, *decoder, L + 1, L + 1)
-        found += _blocks("decoder, last", 1, *decoder, L + 1, M)
-    found.append(Product("prediction", M, P, E, 1))
-    return tuple(product for product in found if product.count)
+        products.append(Product("decoder embedding", S, E, D, 1))
+        products += _blocks("decoder", sizes.decoder_depth - 1, *decoder, L + 1, L + 1)
+        products += _blocks("decoder, last", 1, *decoder, L + 1, M)
+    products.append(Product("prediction", M, P, E, 1))
+    return tuple(product for product in products if product.count)
 
 
 def _blocks(

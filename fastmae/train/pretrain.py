@@ -155,10 +155,10 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
 
 
 def _precision(config: ResolvedConfig, context: parallel.DistContext) -> Precision:
-    """The format of the run's numbers.
+    """Returns the number format of the run.
 
     Raises:
-        UserError: the device has not got it, or it does not go with another flag.
+        UserError: the device does not have it, or it does not go with another flag.
     """
     precision = choose_precision(config.precision, context.device)
     if config.residual == "bf16" and precision.autocast is None:
@@ -171,15 +171,15 @@ def _precision(config: ResolvedConfig, context: parallel.DistContext) -> Precisi
 
 
 def _more_backends(config: ResolvedConfig, parallelism: parallel.Parallelism, source: Source) -> dict[str, str]:
-    """What else is used, by name, where it was asked for."""
-    found = {"parallel": f"{parallelism.kind} ({parallelism.reason})"}
+    """Returns the further choices by name: how ranks share the weights, and what was asked for."""
+    backends = {"parallel": f"{parallelism.kind} ({parallelism.reason})"}
     if config.float8:
-        found["float8"] = f"products of the blocks (torchao {version('torchao')})"
+        backends["float8"] = f"products of the blocks (torchao {version('torchao')})"
     if config.cuda_graph:
-        found["cuda_graph"] = "forward and backward pass (asked for)"
+        backends["cuda_graph"] = "forward and backward pass (asked for)"
     if isinstance(source, CachedSource):
-        found["cache"] = describe_cache(source)
-    return found
+        backends["cache"] = describe_cache(source)
+    return backends
 
 
 def _model(config: ResolvedConfig, context: parallel.DistContext) -> MaskedAutoencoderViT:
@@ -199,7 +199,7 @@ def _model(config: ResolvedConfig, context: parallel.DistContext) -> MaskedAutoe
 
 
 def _sizes(config: ResolvedConfig, model: MaskedAutoencoderViT) -> tuple[Size, ...]:
-    """The sizes of a run's crops, from the smallest to the model's."""
+    """Returns the sizes of the crops of a run, from the smallest to that of the model."""
     if config.start_size is None:
         return (config.input_size,)
     ph, pw = model.patch_size

@@ -42,7 +42,7 @@ from fastmae.train.settings import as_json
 from fastmae.train.sinks import check_sinks
 
 ROLLBACKS = "rollbacks.json"
-ROLLBACKS_0_1 = "detours.json"  # the name that version 0.1 used, for the file and for the key in a manifest
+ROLLBACKS_0_1 = "detours.json"  # as version 0.1 called the file; in manifests the key was "detours"
 NAMED_SAMPLES = 8
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)

@@ -22,6 +22,8 @@ class DataFacts:
     """What the order of an epoch depends on besides the seed."""
     location: str = ""
     """Where the images lie, as a phrase for people: "in 15 tar shards"."""
+    stock: tuple[str, ...] = ()
+    """What people should know of what lies there and is not used as they may expect, a line each."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,8 @@ def run_verify(config: VerifyConfig) -> int:
         with _Screen(sum(map(len, parts.values()))) as screen:
             for part, source in parts.items():
                 screen.print(f"{part:15} {shown(config.data_path)}: {len(source):,} images {source.location}")
+                for line in source.stock.lines():
+                    screen.print(f"  {'stock':13} {line}")
                 with contextlib.closing(check(source, in_chans, num_workers)) as chunks:
                     for chunk in chunks:
                         for bad in chunk.examples:

@@ -16,6 +16,8 @@ from typing import Literal
 
 import numpy as np
 
+from fastmae.data.stock import Stock
+
 Split = Literal["train", "val"]
 
 # Names of arrays inside an .npz, by part: ours, Keras' and MedMNIST's.
@@ -53,6 +55,10 @@ class ArraySource:
     @property
     def location(self) -> str:
         return f"of {' × '.join(map(str, self.images.shape[1:]))}"
+
+    @property
+    def stock(self) -> Stock:
+        return Stock({"images": len(self)})
 
     def __len__(self) -> int:
         return len(self.images)

@@ -20,6 +20,7 @@ import numpy as np
 from fastmae.data.decode import BadImageError, decode, plain_jpeg_shape
 from fastmae.data.plan import Shards
 from fastmae.data.sources import Source, evenly_spaced
+from fastmae.data.stock import Stock
 from fastmae.errors import SettingError
 
 Form = Literal["decoded", "encoded"]
@@ -72,6 +73,10 @@ class CachedSource:
     @property
     def location(self) -> str:
         return self.source.location
+
+    @property
+    def stock(self) -> Stock:
+        return self.source.stock
 
     @property
     def shards(self) -> Shards | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmae.data.index import Index, cache_file, is_settled, pack_names, read_index, unpack_names, write_index
+from fastmae.data.stock import Stock
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"))
 # No image takes more, and a file may say that it has any size.
@@ -40,6 +41,10 @@ class FolderSource:
     def location(self) -> str:
         text = (f"in {len(self.classes)} class folders" if self.classes else "in files") + self.beside
         return "; ".join([text, *map(" ".join, self.damage)])
+
+    @property
+    def stock(self) -> Stock:
+        return Stock({"files": len(self)})
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastmae.data.plan import Shards
+from fastmae.data.stock import Stock
 from fastmae.errors import UserError, install_hint
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
@@ -62,6 +63,10 @@ class ParquetSource:
         """Where the images lie, as a phrase for people."""
         files = f"{len(self.files)} Parquet file{'s' if len(self.files) > 1 else ''}"
         return f"in column {self.column!r} of {files}"
+
+    @property
+    def stock(self) -> Stock:
+        return Stock({"images": len(self)})
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -31,6 +31,7 @@ from fastmae.data.index import (
     write_index,
 )
 from fastmae.data.plan import Shards
+from fastmae.data.stock import Stock
 from fastmae.errors import SettingError, UserError
 
 BLOCK = 512
@@ -89,6 +90,10 @@ class TarSource:
         """Where the images lie, and which shards are damaged, as a phrase for people."""
         text = f"in {len(self.paths)} tar shard{'s' if len(self.paths) > 1 else ''}"
         return "; ".join([text, *map(" ".join, self.damage)])
+
+    @property
+    def stock(self) -> Stock:
+        return Stock({"images": len(self)})
 
     def __len__(self) -> int:
         return len(self.offset)

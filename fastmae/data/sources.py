@@ -21,6 +21,7 @@ from fastmae.data.images import IMAGE_SUFFIXES, WORTH_KEEPING, FolderSource, lis
 from fastmae.data.parquet import open_parquet
 from fastmae.data.plan import Shards, describe_order, holdout
 from fastmae.data.shards import expand_braces, open_shards, refuse_compressed
+from fastmae.data.stock import RUN_LINES, Stock, joined
 from fastmae.errors import SettingError, UserError
 from fastmae.facts import DataFacts
 
@@ -39,6 +40,10 @@ class Source(Protocol):
     @property
     def location(self) -> str:
         """Where the images lie, as a phrase for people that goes on from "1,000 images"."""
+
+    @property
+    def stock(self) -> Stock:
+        """What lies where the images come from, and how much of it is used."""
 
     @property
     def shards(self) -> Shards | None:
@@ -75,6 +80,11 @@ class Subset:
         return self.source.location
 
     @property
+    def stock(self) -> Stock:
+        """The stock of the source that these samples are of."""
+        return self.source.stock
+
+    @property
     def labels(self) -> np.ndarray | None:
         return None if self.source.labels is None else self.source.labels[self.indices]
 
@@ -108,6 +118,10 @@ class Concat:
     @property
     def location(self) -> str:
         return "in all: " + " + ".join(f"{len(part):,} {part.location}" for part in self.parts)
+
+    @property
+    def stock(self) -> Stock:
+        return joined(part.stock for part in self.parts)
 
     @cached_property
     def labels(self) -> np.ndarray | None:
@@ -218,6 +232,7 @@ def describe(source: Source) -> DataFacts:
         length=len(source),
         order=describe_order(len(source), source.shards),
         location=source.location,
+        stock=tuple(source.stock.lines(RUN_LINES)),
     )
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 EXAMPLES = 3
 """How many names of what is left out are shown."""
+RUN_LINES = 8
+"""How many lines of a stock a run begins with at most."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,16 @@ class Stock:
         """Returns how many of a unit are there."""
         return self.used.get(unit, 0) + sum(item.count for item in self.left_out if item.unit == unit)
 
-    def lines(self) -> list[str]:
-        """Returns what people should know of it, one line per reason and note. Empty when everything is used."""
-        return [*map(str, self.left_out), *self.notes]
+    def lines(self, most: int | None = None) -> list[str]:
+        """Returns what people should know of it, one line per reason and note. Empty when everything is used.
+
+        Args:
+            most: the number of lines from which on the last says how many more there are; None for all of them.
+        """
+        lines = [*map(str, self.left_out), *self.notes]
+        if most is None or len(lines) <= most:
+            return lines
+        return [*lines[: most - 1], f"and {len(lines) - most + 1} more; `fastmae verify` shows them"]
 
 
 def joined(stocks: Iterable[Stock]) -> Stock:

@@ -26,7 +26,8 @@ from fastmae.config import (
 from fastmae.config.model import ModelSpec
 from fastmae.data.augment import BatchAugment, RandAugment, parse_randaugment
 from fastmae.data.loader import Batch, View, default_workers, describe_decoder
-from fastmae.data.sources import Concat, FolderSource, Source, describe, shown, train_and_val
+from fastmae.data.sources import Concat, FolderSource, Source, Subset, describe, shown, train_and_val
+from fastmae.data.stock import RUN_LINES, joined
 from fastmae.errors import SettingError
 from fastmae.evaluate.features import FOLDER_SHARE
 from fastmae.model.build import build_model
@@ -372,8 +373,10 @@ def _summary(config: ResolvedFinetuneConfig, train: Source, val: Source, model: 
     encoder = f"{config.finetune or 'random weights'}: {config.model}, {height}×{width}×{config.in_chans}"
     share = f"{tuned / 1e6:.2f} of {total / 1e6:.2f} M parameters"
     chosen = {name: getattr(config, name) for name in ("aa", "reprob", "mixup", "cutmix", "smoothing", "drop_path")}
+    stock = train.stock if isinstance(val, Subset) else joined((train.stock, val.stock))
     return [
         f"data            {shown(config.data_path)}: {len(train):,} to learn {train.location}, {len(val):,} to test",
+        *(f"data            {line}" for line in stock.lines(RUN_LINES)),
         f"encoder         {encoder}",
         f"tuned           {config.tune}: {share}, {config.nb_classes} classes",
         f"batch           {config.global_batch} images per step, lr {config.lr:.2e}, {config.epochs} epochs",

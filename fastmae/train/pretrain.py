@@ -284,6 +284,7 @@ def _summary(
     labels = "labelled" if facts.labelled else "without labels"
     lines = [
         f"data            {shown(config.data_path)}: {facts.length:,} images {facts.location}, {labels}",
+        *(f"data            {line}" for line in facts.stock),
         f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}",
     ]
     if config.decoder_attention == "cross":

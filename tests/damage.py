@@ -108,7 +108,9 @@ def threads_view(data: bytes, draw_id: int) -> np.ndarray | None:
     except BadImageError:
         return None
     draws = crop_draws(VIEW.seed, np.array([draw_id]))[0]
-    return crop_and_resize(pixels, random_box(draws, *pixels.shape[:2], VIEW.scale), is_flipped(draws), VIEW.size)
+    return crop_and_resize(
+        pixels, random_box(draws, *pixels.shape[:2], VIEW.scale, VIEW.size), is_flipped(draws), VIEW.size
+    )
 
 
 def is_for_dali(data: bytes) -> bool:

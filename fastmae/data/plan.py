@@ -18,7 +18,11 @@ from fastmae.philox import STREAM_CROP, STREAM_ORDER, STREAM_SPLIT, permutation_
 
 CROP_ATTEMPTS = 10
 RATIO = (3 / 4, 4 / 3)
-"""The smallest and the largest width over height of a random crop."""
+"""The smallest and the largest width over height of a random crop, as multiples of the model's width over height."""
+CENTRAL_SHARE = 224 / 256
+"""Image files are resized to 256 and cropped to 224 pixels, as in the official evaluation."""
+FAR = 2.0
+"""How many times wider or narrower than the model images must be for a note to say what crops do not see."""
 
 
 @dataclass(frozen=True)
@@ -167,25 +171,39 @@ def crop_draws(seed: int, draw_ids: np.ndarray) -> np.ndarray:
     return draws.reshape(len(draw_ids), CROP_ATTEMPTS + 1, 4)
 
 
-def random_box(draws: np.ndarray, height: int, width: int, scale: tuple[float, float]) -> Box:
+def random_box(
+    draws: np.ndarray, height: int, width: int, scale: tuple[float, float], size: tuple[int, int] = (1, 1)
+) -> Box:
     """Returns the box of RandomResizedCrop, from one row of ``crop_draws``.
 
-    The share of the area is uniform in ``scale``, the log of the aspect ratio uniform in (3/4, 4/3). The box is the
-    first of ten attempts that fits, or else the largest central region within those ratios (Szegedy et al. 2014,
-    section 6; recipe of the MAE paper).
+    The share of the area is uniform in ``scale``. The log of the aspect ratio is uniform in (3/4, 4/3), in multiples of
+    the model's aspect ratio. The box is the first of ten attempts that fits, or else the largest central region within
+    those ratios (Szegedy et al. 2014, section 6; recipe of the MAE paper, whose models are square).
+
+    Args:
+        draws: float64 [CROP_ATTEMPTS + 1, 4].
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        scale: the smallest and the largest share of the area. With (1, 1) nothing is drawn for an oblong model: the box
+            is the whole image, or what of it has the model's aspect ratio, as in evaluation.
+        size: (height, width) that the box is resized to, of which only the aspect ratio counts.
     """
+    aspect = size[1] / size[0]
+    if scale[0] == 1 and aspect != 1:
+        return central_box(height, width, size)
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
     for area_draw, ratio_draw, top_draw, left_draw in draws[:CROP_ATTEMPTS].tolist():
         area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
-        low, high = math.log(RATIO[0]), math.log(RATIO[1])
-        ratio = math.exp(low + (high - low) * ratio_draw)
+        ratio = math.exp(low + (high - low) * ratio_draw) * aspect
         h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:
             return Box(int(top_draw * (height - h + 1)), int(left_draw * (width - w + 1)), h, w)
+    narrowest, widest = (bound * aspect for bound in RATIO)
     h, w = height, width
-    if width / height < RATIO[0]:
-        h = round(width / RATIO[0])
-    elif width / height > RATIO[1]:
-        w = round(height * RATIO[1])
+    if width / height < narrowest:
+        h = max(1, round(width / narrowest))
+    elif width / height > widest:
+        w = max(1, round(height * widest))
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
@@ -199,3 +217,28 @@ def central_box(height: int, width: int, size: tuple[int, int], share: float = 1
     zoom = min(height / size[0], width / size[1]) * share
     h, w = max(1, min(height, round(size[0] * zoom))), max(1, min(width, round(size[1] * zoom)))
     return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def central_share(kind: str, size: tuple[int, int]) -> float:
+    """Returns the ``share`` of ``central_box`` in evaluation.
+
+    It is the official 224/256 for image files (``kind`` is `folder`) and a square model, and 1 otherwise: arrays were
+    cut to size by their makers, and the ends of a spectrogram are as good as its middle.
+    """
+    return CENTRAL_SHARE if kind == "folder" and size[0] == size[1] else 1.0
+
+
+def unseen_note(images: tuple[int, int], size: tuple[int, int]) -> str | None:
+    """Returns a sentence if images are so much wider or narrower than the model that crops leave much of them out.
+
+    Args:
+        images: (height, width) of the images, in pixels.
+        size: (height, width) of the model.
+    """
+    times = (images[1] / images[0]) / (size[1] / size[0])
+    if 1 / FAR <= times <= FAR:
+        return None
+    return (
+        f"images of {images[0]}×{images[1]} (height×width) on a model of {size[0]}×{size[1]}: a crop sees at most "
+        f"{min(times / RATIO[0], RATIO[1] / times):.0%} of an image; give --input_size the images' shape"
+    )

@@ -5,15 +5,17 @@ It knows nothing of batches or threads; fastmae/data/decoders has those.
 
 from __future__ import annotations
 
+import io
 import time
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from fastmae.data.augment import RandAugment
 from fastmae.data.decode import BadImageError, crop_and_resize, decode, plain_jpeg_shape
-from fastmae.data.plan import Box, central_box, is_flipped, random_box
-from fastmae.data.sources import Source
+from fastmae.data.plan import Box, central_box, is_flipped, random_box, unseen_note
+from fastmae.data.sources import Source, evenly_spaced
 from fastmae.errors import UserError
 
 MAX_REPLACEMENTS = 1000
@@ -119,4 +121,28 @@ def _crop(view: View, draws: np.ndarray | None, height: int, width: int) -> tupl
     """Returns the region of an image of this size, and whether it is mirrored."""
     if draws is None:
         return central_box(height, width, view.size, view.central_share), False
-    return random_box(draws, height, width, view.scale), view.flip and is_flipped(draws)
+    return random_box(draws, height, width, view.scale, view.size), view.flip and is_flipped(draws)
+
+
+def crops_note(source: Source, size: tuple[int, int]) -> str | None:
+    """Returns a sentence if random crops leave out much of the images, judged by the middle one of a few.
+
+    Args:
+        source: the data set.
+        size: (height, width) of the model.
+    """
+    shapes = [shape for index in evenly_spaced(source, 8, 1) if (shape := _shape(source, int(index)))]
+    shapes.sort(key=lambda shape: shape[1] / shape[0])
+    return unseen_note(shapes[len(shapes) // 2], size) if shapes else None
+
+
+def _shape(source: Source, index: int) -> tuple[int, int] | None:
+    """Returns the (height, width) of a sample, of a file by its header alone; None if it cannot be read."""
+    try:
+        data = source.read(index)
+        if isinstance(data, np.ndarray):
+            return data.shape[0], data.shape[1]
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
+    except (BadImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None

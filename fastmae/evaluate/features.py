@@ -12,14 +12,13 @@ import torch
 
 from fastmae.config import AnomalyPool
 from fastmae.data.loader import Skipped, View, load_batches
+from fastmae.data.plan import central_share
 from fastmae.data.sources import Concat, FolderSource, Source, Subset
 from fastmae.errors import SettingError, UserError, install_hint
 from fastmae.files import write_whole
 from fastmae.messages import logger
 from fastmae.model.mae import MaskedAutoencoderViT
 
-# Image files are resized to 256 and cropped to 224 pixels, as in the official evaluation. Arrays are taken whole.
-FOLDER_SHARE = 224 / 256
 FILE_SUFFIXES = (".npz", ".parquet")
 
 
@@ -37,8 +36,7 @@ class Features:
 
 def evaluation_view(model: MaskedAutoencoderViT, source: Source) -> View:
     """Returns the central crop that suits the images of a source."""
-    share = FOLDER_SHARE if source.kind == "folder" else 1.0
-    return View(model.img_size, model.in_chans, central_share=share)
+    return View(model.img_size, model.in_chans, central_share=central_share(source.kind, model.img_size))
 
 
 def usable_batches(

@@ -26,10 +26,11 @@ from fastmae.config import (
 from fastmae.config.model import ModelSpec
 from fastmae.data.augment import BatchAugment, RandAugment, parse_randaugment
 from fastmae.data.loader import Batch, View, default_workers, describe_decoder
+from fastmae.data.plan import central_share
+from fastmae.data.sample import crops_note
 from fastmae.data.sources import Concat, FolderSource, Source, Subset, describe, shown, train_and_val
 from fastmae.data.stock import RUN_LINES, joined
 from fastmae.errors import SettingError
-from fastmae.evaluate.features import FOLDER_SHARE
 from fastmae.model.build import build_model
 from fastmae.model.classifier import (
     ClassificationLoss,
@@ -323,7 +324,7 @@ def _test(
     The ranks share the images, so all of them call it.
     """
     config, context = run.config, run.context
-    share = FOLDER_SHARE if val.kind == "folder" else 1.0
+    share = central_share(val.kind, config.input_size)
     view = View(config.input_size, config.in_chans, central_share=share)
     # Every rank has as many batches, as sharded weights need all ranks; images that only fill up do not count.
     mine = np.arange(context.rank, -(-len(val) // context.size) * context.size, context.size)
@@ -374,9 +375,11 @@ def _summary(config: ResolvedFinetuneConfig, train: Source, val: Source, model: 
     share = f"{tuned / 1e6:.2f} of {total / 1e6:.2f} M parameters"
     chosen = {name: getattr(config, name) for name in ("aa", "reprob", "mixup", "cutmix", "smoothing", "drop_path")}
     stock = train.stock if isinstance(val, Subset) else joined((train.stock, val.stock))
+    note = crops_note(train, config.input_size)
     return [
         f"data            {shown(config.data_path)}: {len(train):,} to learn {train.location}, {len(val):,} to test",
         *(f"data            {line}" for line in stock.lines(RUN_LINES)),
+        *([f"data            {note}"] if note else []),
         f"encoder         {encoder}",
         f"tuned           {config.tune}: {share}, {config.nb_classes} classes",
         f"batch           {config.global_batch} images per step, lr {config.lr:.2e}, {config.epochs} epochs",

@@ -20,6 +20,7 @@ from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budg
 from fastmae.data.loader import Batch, View, choose_decoder, describe_decoder
 from fastmae.data.masks import MaskFile, Masks, choose_masks, open_masks, shuffled_ids
 from fastmae.data.plan import mask_draws
+from fastmae.data.sample import crops_note
 from fastmae.data.sizes import Size, describe_sizes, growing_sizes, size_in
 from fastmae.data.sources import Source, Subset, describe, evenly_spaced, open_train, shown, train_and_val
 from fastmae.environment import peak_flops
@@ -108,7 +109,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     decoding = describe_decoder(image_decoder, why_decoder)
     backends = describe_backends(context.device, precision, model.attention_shapes(config.mask_ratio), decoding)
     backends |= _more_backends(config, parallelism, source)
-    summary = _summary(config, facts, model, masks_of)
+    summary = _summary(config, source, facts, model, masks_of)
     run = open_run(config, context, stop, steps, restored, rollbacks, summary=summary, backends=backends)
     if config.probe and restored.step == 0:
         _probe(run, "before", model)
@@ -276,15 +277,17 @@ def _picture_path(folder: Path, epoch: int) -> Path:
 
 
 def _summary(
-    config: ResolvedConfig, facts: DataFacts, model: MaskedAutoencoderViT, masks_of: dict[Size, Masks]
+    config: ResolvedConfig, source: Source, facts: DataFacts, model: MaskedAutoencoderViT, masks_of: dict[Size, Masks]
 ) -> list[str]:
     """Returns the lines about data, model and batch with which a run begins."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     height, width = config.input_size
     labels = "labelled" if facts.labelled else "without labels"
+    note = crops_note(source, config.input_size)
     lines = [
         f"data            {shown(config.data_path)}: {facts.length:,} images {facts.location}, {labels}",
         *(f"data            {line}" for line in facts.stock),
+        *([f"data            {note}"] if note else []),
         f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}",
     ]
     if config.decoder_attention == "cross":

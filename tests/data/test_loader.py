@@ -11,6 +11,7 @@ from fastmae.cli import main
 from fastmae.data.loader import Skipped, View, choose_decoder, load_batches
 from fastmae.data.plan import central_box, crop_draws, is_flipped, plan_epoch, random_box
 from fastmae.data.quarantine import TOLERATED, Quarantine
+from fastmae.data.sample import crops_note
 from fastmae.data.sources import ArraySource, open_train
 from fastmae.data.statistics import channel_statistics
 from fastmae.errors import UserError
@@ -45,9 +46,28 @@ def test_an_image_is_its_crop_flipped_or_not():
     batch = next(batches(source, View((20, 24), 3, seed=7, scale=(1.0, 1.0), flip=True), epoch=3))
     for image, draw_id in zip(batch.images, batch.draw_ids.tolist(), strict=True):
         draws = crop_draws(7, np.array([draw_id]))[0]
-        if random_box(draws, 20, 24, (1.0, 1.0)) == central_box(20, 24, (20, 24)):
-            expected = IMAGES[draw_id - 3 * 40]
-            assert np.array_equal(image.numpy(), expected[:, ::-1] if is_flipped(draws) else expected)
+        assert random_box(draws, 20, 24, (1.0, 1.0), (20, 24)) == central_box(20, 24, (20, 24))
+        expected = IMAGES[draw_id - 3 * 40]
+        assert np.array_equal(image.numpy(), expected[:, ::-1] if is_flipped(draws) else expected)
+
+
+def test_an_oblong_model_trains_on_whole_images_of_its_shape_with_a_scale_of_1():
+    spectrograms = np.random.default_rng(0).integers(0, 256, (6, 8, 64, 1), dtype=np.uint8)
+    view = View((8, 64), 1, seed=7, scale=(1.0, 1.0))
+    batch = next(batches(ArraySource(spectrograms, None, "x"), view, batch_size=6))
+    assert np.array_equal(batch.images.numpy(), spectrograms[batch.draw_ids.numpy() % 6])
+
+
+def test_a_note_says_what_crops_do_not_see_of_arrays_and_of_files(image_folder):
+    source = ArraySource(np.zeros((3, 256, 32, 1), np.uint8), None, "x")
+    assert crops_note(source, (224, 224)) == (
+        "images of 256×32 (height×width) on a model of 224×224: a crop sees at most 17% of an image; "
+        "give --input_size the images' shape"
+    )
+    assert crops_note(source, (256, 32)) is None
+    files = open_train(str(image_folder))
+    assert crops_note(files, (224, 224)) is None
+    assert crops_note(files, (32, 256)).startswith("images of 60×80 (height×width) on a model of 32×256: a crop sees")
 
 
 def test_files_and_arrays_go_the_same_way(image_folder):

@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmae.data.plan import (
+    RATIO,
+    Box,
     Shards,
     central_box,
+    central_share,
     crop_draws,
     describe_order,
     holdout,
@@ -20,6 +23,7 @@ from fastmae.data.plan import (
     random_box,
     scattered_order,
     shuffle_quality,
+    unseen_note,
 )
 from fastmae.philox import STREAM_ORDER, permutation_numpy
 
@@ -201,6 +205,88 @@ def test_a_box_that_never_fits_becomes_the_central_one(height, width, expected):
     box = random_box(crop_draws(0, np.arange(1))[0], height, width, (1.0, 1.0))
     assert (box.height, box.width) == expected
     assert abs(2 * box.left + box.width - width) <= 1
+
+
+# (height, width, scale): the first boxes of seed 7, as version 0.1 made them for every model.
+FIRST_BOXES = {
+    (375, 500, (0.2, 1.0)): [(37, 177, 334, 258), (57, 75, 232, 222), (55, 69, 307, 291), (101, 225, 250, 206)],
+    (90, 120, (0.08, 1.0)): [(16, 47, 73, 56), (0, 27, 90, 89), (19, 18, 67, 64), (0, 5, 90, 101), (9, 49, 76, 57)],
+    (16, 16, (0.7, 1.0)): [(0, 2, 16, 13), (1, 1, 15, 15), (1, 0, 15, 14), (0, 0, 15, 16), (0, 1, 13, 15)],
+    (33, 200, (0.2, 1.0)): [(0, 78, 33, 44)] * 5,
+    (41, 50, (1.0, 1.0)): [(0, 0, 41, 50)] * 5,
+}
+
+
+@pytest.mark.parametrize(("height", "width", "scale"), FIRST_BOXES)
+@pytest.mark.parametrize("size", [(1, 1), (224, 224)])
+def test_boxes_of_a_square_model_are_those_that_earlier_versions_made(height, width, scale, size):
+    expected = FIRST_BOXES[height, width, scale]
+    boxes = [random_box(draws, height, width, scale, size) for draws in crop_draws(7, np.arange(len(expected)))]
+    assert boxes == [Box(*box) for box in expected]
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 256), (128, 1000), (512, 64)])
+def test_boxes_of_an_oblong_model_are_spread_over_images_of_its_shape(height, width):
+    boxes = [random_box(draws, height, width, (0.2, 1.0), (height, width)) for draws in crop_draws(0, np.arange(2000))]
+    area = np.array([b.height * b.width for b in boxes]) / (height * width)
+    ratio = np.array([b.width / b.height for b in boxes]) / (width / height)
+    assert abs(area.mean() - area_of_the_recipe(1000, 1000)) < 0.02
+    assert 0.18 < area.min() < 0.22
+    assert 0.7 < ratio.min() < 0.78
+    assert 1.29 < ratio.max() < 1.43
+    columns, rows = np.zeros(width), np.zeros(height)
+    for box in boxes:
+        columns[box.left : box.left + box.width] += 1
+        rows[box.top : box.top + box.height] += 1
+    assert columns.min() > 0  # the very edge is rare, as in square images
+    assert rows.min() > 0
+    assert columns[width // 10 : -width // 10].min() > 0.2 * len(boxes)
+    assert len({(box.top, box.left, box.height, box.width) for box in boxes}) > 500
+
+
+sides = st.integers(1, 1200)
+
+
+@settings(max_examples=200, deadline=None)
+@given(sides, sides, sides, sides, st.sampled_from([(0.2, 1.0), (0.08, 1.0), (0.7, 0.8)]), st.integers(0, 2**40))
+def test_boxes_lie_in_the_image_and_keep_near_the_models_aspect_ratio(height, width, h, w, scale, draw_id):
+    box = random_box(crop_draws(1, np.array([draw_id]))[0], height, width, scale, (h, w))
+    assert box.top >= 0 and box.left >= 0  # noqa: PT018
+    assert 0 < box.height <= height - box.top
+    assert 0 < box.width <= width - box.left
+    # Of sides rounded to pixels, some unrounded ones have a ratio within the bounds; a side of 1 may have been less.
+    low, high = (bound * w / h for bound in RATIO)
+    assert (box.width + 0.5) / max(box.height - 0.5, 1e-9) >= low * 0.999 or box.width == width
+    assert box.width == 1 or (box.width - 0.5) / (box.height + 0.5) <= high * 1.001
+
+
+@settings(max_examples=200, deadline=None)
+@given(sides, sides, sides, sides, st.integers(0, 2**40))
+def test_with_a_scale_of_1_an_oblong_model_trains_on_the_region_that_evaluation_sees(height, width, h, w, draw_id):
+    draws = crop_draws(1, np.array([draw_id]))[0]
+    if h != w:
+        share = central_share("folder", (h, w))
+        assert random_box(draws, height, width, (1.0, 1.0), (h, w)) == central_box(height, width, (h, w), share)
+        assert random_box(draws, h, w, (1.0, 1.0), (h, w)) == Box(0, 0, h, w)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "share"),
+    [("folder", (224, 224), 0.875), ("folder", (32, 256), 1), ("array", (224, 224), 1), ("digits", (8, 8), 1)],
+)
+def test_evaluation_takes_the_official_share_of_photographs_and_all_of_arrays_and_oblong_images(kind, size, share):
+    assert central_share(kind, size) == share
+
+
+def test_images_of_another_shape_than_the_model_are_told_with_the_share_that_a_crop_sees():
+    assert unseen_note((375, 500), (224, 224)) is None
+    assert unseen_note((128, 1000), (128, 1024)) is None
+    note = unseen_note((32, 256), (224, 224))
+    assert note == (
+        "images of 32×256 (height×width) on a model of 224×224: a crop sees at most 17% of an image; "
+        "give --input_size the images' shape"
+    )
+    assert "224×224 (height×width) on a model of 32×256: a crop sees at most 17%" in unseen_note((224, 224), (32, 256))
 
 
 def test_half_of_the_samples_are_flipped():

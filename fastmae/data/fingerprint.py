@@ -1,0 +1,162 @@
+"""Fingerprints: what the data of a run are, in a few short hashes, so that other data are noticed.
+
+Ranks compare theirs when a run starts, and a run compares that of its checkpoint when it goes on. Where the data lie is
+not part of it, so a data set may be moved as a whole; which files there are, in which order, their sizes, labels and
+classes are. Files are not read. All names are hashed; of image files the sizes of at most ``SIZES`` evenly spaced ones,
+of tars the names and sizes of all members, of Parquet files sizes and rows, and of arrays the dtype, the shape and the
+pixels of at most ``ROWS`` evenly spaced images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from fastmae.data.arrays import ArraySource
+from fastmae.data.images import FolderSource
+from fastmae.data.parquet import ParquetSource
+from fastmae.data.shards import TarSource
+from fastmae.data.sources import Concat, Source, Subset
+
+Fingerprint = dict[str, Any]
+"""What JSON can hold: ``length``, the number of images; ``ranges``, at most ``RANGES`` times ``[name, names,
+contents]``, which are the first name of a range of things (files, shards, images) and hashes of all names and of the
+contents that are looked at; and ``labels``, a hash of labels and classes, empty without."""
+
+RANGES = 64
+SIZES = 4096
+ROWS = 60
+STAT_THREADS = 16
+DIGITS = 16
+
+Things = tuple[list[str], dict[int, str]]
+"""The names of all files, shards or images of a source, in order; and by their numbers what some of them hold."""
+
+
+def fingerprint(source: Source) -> Fingerprint:
+    """Returns the fingerprint of a source. That of a million image files asks for the sizes of 4,096."""
+    names, contents = _things(source)
+    starts = [*_evenly(len(names), RANGES), len(names)]
+    ranges = []
+    for start, end in itertools.pairwise(starts):
+        held = [contents[number] for number in range(start, end) if number in contents]
+        ranges.append([names[start], _hash(["\0".join(names[start:end])]), _hash(held)])
+    return {"length": len(source), "ranges": ranges, "labels": _labels(source)}
+
+
+def difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:
+    """Returns how a fingerprint differs from another one; None if it does not.
+
+    It is a phrase that goes on from "it has": "80 images instead of 72, first b.png instead of a.png", "another size of
+    b.png", "other labels or classes". Of more than ``RANGES`` files it names two between which the first one differs.
+    """
+    first = _first_difference(now["ranges"], before["ranges"])
+    if now["length"] != before["length"]:
+        lengths = f"{now['length']:,} images instead of {before['length']:,}"
+        return f"{lengths}, first {first}" if first else lengths
+    if first is None and now["labels"] != before["labels"]:
+        return "other labels or classes"
+    return first
+
+
+def _first_difference(now: Sequence[Sequence[str]], before: Sequence[Sequence[str]]) -> str | None:
+    for number, (new, old) in enumerate(zip(now, before, strict=False)):
+        if list(new) == list(old):
+            continue
+        if new[0] != old[0]:
+            return f"{new[0]} instead of {old[0]}"
+        what = "names" if new[1] != old[1] else "contents or sizes"
+        if len(now) < RANGES:
+            return f"other {what} of {new[0]}"
+        return f"other {what} from {new[0]} " + (f"to {now[number + 1][0]}" if number + 1 < len(now) else "on")
+    if len(now) == len(before):
+        return None
+    return f"{now[len(before)][0]} more" if len(now) > len(before) else f"no {before[len(now)][0]}"
+
+
+# --- what is hashed ---------------------------------------------------------------------------------------------------
+
+
+def _things(source: Source) -> Things:
+    match source:
+        case Concat():
+            names: list[str] = []
+            contents: dict[int, str] = {}
+            for number, part in enumerate(source.parts, 1):
+                inside, held = _things(part)
+                contents |= {len(names) + index: text for index, text in held.items()}
+                names += [f"path {number}: {name}" for name in inside]
+            return names, contents
+        case Subset():
+            names, contents = _things(source.source)
+            chosen = _hash([np.ascontiguousarray(source.indices, "<i8").data])
+            return [*names, "the choice of images"], {**contents, len(names): chosen}
+        case FolderSource():
+            return _relative(source.paths), _sizes(source.paths)
+        case TarSource():
+            members = [_hash([source.names.column.data, source.size.data, source.shard.data])]
+            sizes = dict(enumerate(str(size) for size, _ in source.stamps))
+            return [*_relative(source.paths), "the members"], {**sizes, len(sizes): members[0]}
+        case ParquetSource():
+            groups = [np.diff(source.starts)[source.group_file == file].tolist() for file in range(len(source.files))]
+            sizes = _sizes(source.files)
+            return _relative(source.files), {file: f"{size} {groups[file]}" for file, size in sizes.items()}
+        case ArraySource():
+            rows = _evenly(len(source), ROWS)
+            shape = f"{source.images.dtype} {list(source.images.shape[1:])}"
+            pixels = [_hash([shape, np.ascontiguousarray(source.read(row)).data]) for row in rows]
+            return [f"image {row}" for row in rows], dict(enumerate(pixels))
+        case _:
+            return [source.name(row) for row in _evenly(len(source), ROWS)], {}
+
+
+def _labels(source: Source) -> str:
+    if source.labels is None:
+        return ""
+    parts = source.parts if isinstance(source, Concat) else (source,)
+    whole = [part.source if isinstance(part, Subset) else part for part in parts]
+    classes = [name for part in whole if isinstance(part, FolderSource) for name in part.classes]
+    return _hash([np.ascontiguousarray(source.labels, "<i8").data, *classes])
+
+
+def _relative(paths: Sequence[str]) -> list[str]:
+    """Returns paths without the folder that all of them lie in."""
+    # By characters, as a path may begin with "./" or hold "//"; then cut behind the last whole folder.
+    inside = os.path.commonprefix([min(paths), max(paths)]).rfind("/") + 1 if paths else 0  # noqa: RUF071
+    return [path[inside:] for path in paths]
+
+
+def _sizes(paths: Sequence[str]) -> dict[int, str]:
+    """Returns the sizes in bytes of at most ``SIZES`` evenly spaced files; several are asked for at a time, as a file
+    system on a network takes a while to answer.
+    """
+    chosen = _evenly(len(paths), SIZES)
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        return dict(zip(chosen, pool.map(_size, (paths[index] for index in chosen)), strict=True))
+
+
+def _size(path: str) -> str:
+    try:
+        return str(os.stat(path).st_size)
+    except OSError:
+        return "not readable"
+
+
+def _evenly(length: int, count: int) -> list[int]:
+    return [length * number // min(length, count) for number in range(min(length, count))]
+
+
+def _hash(parts: Iterable[str | memoryview]) -> str:
+    """Returns the start of a SHA-256 of texts and bytes, none of which can stand for two others."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = os.fsencode(part) if isinstance(part, str) else memoryview(part).cast("B")
+        digest.update(b"%d:" % len(data))
+        digest.update(data)
+    return digest.hexdigest()[:DIGITS]

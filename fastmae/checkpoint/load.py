@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fastmae.checkpoint.manifest import MANIFEST, BadCheckpointError, find_checkpoint, read_manifest
+from fastmae.checkpoint.manifest import LOOKS, MANIFEST, BadCheckpointError, find_checkpoint, read_manifest
 from fastmae.checkpoint.official import holds_file, model_of_file, read_official, report_remarks, spec_of_file
 from fastmae.checkpoint.restore import load_checkpoint
 from fastmae.config.model import ModelSpec
@@ -14,6 +15,8 @@ from fastmae.errors import SettingError, UserError
 from fastmae.model.build import build_model
 from fastmae.model.classifier import Classifier, classifier_of, tune
 from fastmae.model.mae import MaskedAutoencoderViT
+
+M = TypeVar("M", MaskedAutoencoderViT, Classifier)
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,8 @@ def open_checkpoint(checkpoint: str | Path, preset: str | None = None) -> Opened
         report_remarks(file)
         settings = {**file.args, **spec_of_file(file, preset).as_json()}
         return Opened(model_of_file(file, preset).eval(), settings, file.has_decoder)
-    try:
-        path, manifest = _verified(path)
-        if "nb_classes" in manifest["settings"]:
-            raise BadCheckpointError("is of a fine-tuned classifier, not of a masked autoencoder")
-        model = build_model(ModelSpec.from_json(manifest["settings"]))
-        load_checkpoint(path, manifest, model)
-    except (BadCheckpointError, KeyError, TypeError, SettingError) as error:
-        raise UserError(f"{path}: {error}; give another checkpoint") from error
-    return Opened(model.eval(), manifest["settings"], True)
+    model, settings = _of_newest(path, _autoencoder)
+    return Opened(model.eval(), settings, True)
 
 
 def load_classifier(checkpoint: str | Path) -> Classifier:
@@ -78,19 +74,48 @@ def load_classifier(checkpoint: str | Path) -> Classifier:
     Raises:
         UserError: nothing there, not intact, or not a classifier.
     """
-    path = Path(checkpoint)
-    try:
-        path, manifest = _verified(path)
-        settings = manifest["settings"]
-        if "nb_classes" not in settings:
-            raise BadCheckpointError("is of a masked autoencoder, not of a fine-tuned classifier")
-        encoder = build_model(ModelSpec.from_json(settings))
-        model = classifier_of(encoder, settings["nb_classes"], global_pool=settings["global_pool"])
-        tune(model, settings["tune"], settings["lora_rank"])
-        load_checkpoint(path, manifest, model)
-    except (BadCheckpointError, KeyError, TypeError, ValueError, SettingError) as error:
-        raise UserError(f"{path}: {error}; give another checkpoint") from error
-    return model.eval()
+    return _of_newest(Path(checkpoint), _classifier)[0].eval()
+
+
+def _autoencoder(path: Path, manifest: dict[str, Any]) -> MaskedAutoencoderViT:
+    if "nb_classes" in manifest["settings"]:
+        raise BadCheckpointError("is of a fine-tuned classifier, not of a masked autoencoder")
+    model = build_model(ModelSpec.from_json(manifest["settings"]))
+    load_checkpoint(path, manifest, model)
+    return model
+
+
+def _classifier(path: Path, manifest: dict[str, Any]) -> Classifier:
+    settings = manifest["settings"]
+    if "nb_classes" not in settings:
+        raise BadCheckpointError("is of a masked autoencoder, not of a fine-tuned classifier")
+    encoder = build_model(ModelSpec.from_json(settings))
+    model = classifier_of(encoder, settings["nb_classes"], global_pool=settings["global_pool"])
+    tune(model, settings["tune"], settings["lora_rank"])
+    load_checkpoint(path, manifest, model)
+    return model
+
+
+def _of_newest(path: Path, build: Callable[[Path, dict[str, Any]], M]) -> tuple[M, dict[str, Any]]:
+    """Builds the model of a checkpoint, or of the newest intact one of a run folder. Returns its settings, too.
+
+    Training may go on in the folder and delete a checkpoint while it is read; then the newer one is taken.
+
+    Raises:
+        UserError: none is intact, or it is not such a model.
+    """
+    looks = 0
+    while True:
+        checkpoint, looks = path, looks + 1
+        try:
+            checkpoint, manifest = _verified(path)
+            return build(checkpoint, manifest), manifest["settings"]
+        except (BadCheckpointError, KeyError, TypeError, ValueError, SettingError) as error:
+            is_deleted = not checkpoint.exists()
+            if is_deleted and checkpoint != path and looks < LOOKS:
+                continue
+            what = "was deleted while it was read, as training goes on" if is_deleted else error
+            raise UserError(f"{checkpoint}: {what}; give another checkpoint") from error
 
 
 def _verified(path: Path) -> tuple[Path, dict[str, Any]]:

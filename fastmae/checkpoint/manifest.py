@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fastmae.files import open_file
 
 FOLDER = "checkpoints"
 TENSORS = "*.safetensors"
 MANIFEST = "manifest.json"
 SUPERSEDED = "superseded-"
+LOOKS = 10
+"""How often a reader looks for the newest checkpoint of a live run, which may delete the one that was found."""
+_STEP = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)
 
 
 class BadCheckpointError(Exception):
@@ -34,13 +40,26 @@ class NewestCheckpoint:
 
 
 def find_checkpoint(run: Path) -> NewestCheckpoint:
-    """Finds the newest checkpoint that verifies. This reads every byte of each checkpoint that it tries."""
-    refused: list[str] = []
-    for path in newest_first(run):
-        try:
-            return NewestCheckpoint(path, read_manifest(path), tuple(refused))
-        except BadCheckpointError as error:
-            refused.append(f"{path}: {error}")
+    """Finds the newest checkpoint that verifies. This reads every byte of each checkpoint that it tries.
+
+    A live run deletes old checkpoints. If those that were listed are no longer there, the search begins again.
+
+    Raises:
+        BadCheckpointError: the folder of the checkpoints cannot be listed.
+    """
+    for _ in range(LOOKS):
+        refused: list[str] = []
+        listed = newest_first(run)
+        for path in listed:
+            try:
+                manifest = read_manifest(path)
+                if manifest["step"] != step_of(path):
+                    raise BadCheckpointError(f"its {MANIFEST} is that of step {manifest['step']}")
+                return NewestCheckpoint(path, manifest, tuple(refused))
+            except BadCheckpointError as error:
+                refused.append(f"{path}: {error}")
+        if newest_first(run) == listed:
+            break
     return NewestCheckpoint(None, {}, tuple(refused))
 
 
@@ -52,11 +71,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     name = MANIFEST
     try:
-        text = (path / MANIFEST).read_text()
+        with open_file(path / MANIFEST) as file:
+            text = file.read().decode()
         manifest = json.loads(text)
         if text != manifest_text({key: value for key, value in manifest.items() if key != "sha256"}):
             raise BadCheckpointError(f"{MANIFEST} differs from its SHA-256")
-        if not {"step", "settings", "epoch_sums"} <= manifest.keys():
+        if not {"settings", "epoch_sums"} <= manifest.keys() or not isinstance(manifest["step"], int):
             raise BadCheckpointError(f"{MANIFEST} lacks the position or the settings of the run")
         files = manifest["files"]
         foreign = {file.name for file in path.glob(TENSORS)} - files.keys()
@@ -68,7 +88,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 raise BadCheckpointError(f"{name} has {size} bytes instead of {expected['size']}")
             if sha256_of(path / name) != expected["sha256"]:
                 raise BadCheckpointError(f"{name} differs from its SHA-256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadCheckpointError(f"{name} is missing or broken ({error})") from error
     return manifest
 
@@ -85,17 +105,20 @@ def set_aside_newer(run: Path, step: int) -> list[Path]:
     They are damaged, or of an attempt that is given up. Under their old names they would count among the newest ones,
     which are kept.
     """
-    moved = []
-    for path in newest_first(run):
-        if path.name > step_name(step):
-            aside = path.with_name(f"{SUPERSEDED}{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            moved.append(path.rename(aside))
-    return moved
+    return [path.rename(superseded(path)) for path in newest_first(run) if step_of(path) > step]
+
+
+def superseded(path: Path) -> Path:
+    """The free name under which a file or folder of a run is kept beside the one that takes its place."""
+    aside, number = path.with_name(f"{SUPERSEDED}{path.name}"), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{SUPERSEDED}{path.stem}-{number}{path.suffix}")
+    return aside
 
 
 def step_name(step: int) -> str:
-    """The name of the folder of a checkpoint after ``step`` steps; names sort like steps."""
+    """The name of the folder of a checkpoint after ``step`` steps."""
     return f"step-{step:08d}"
 
 
@@ -104,12 +127,28 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def is_step_name(name: str) -> bool:
+    """Whether ``step_name`` gives this name, to the letter: ``step-00000100-copy`` and ``step-100`` it does not."""
+    return _STEP.fullmatch(name) is not None
+
+
 def newest_first(run: Path) -> list[Path]:
-    """The folders of the checkpoints of a run, intact or not."""
-    return sorted((run / FOLDER).glob("step-*"), reverse=True)
+    """The folders of the checkpoints of a run, intact or not. Links and files are none of them, whatever their name.
+
+    Raises:
+        BadCheckpointError: the folder that they are in cannot be listed.
+    """
+    try:
+        with os.scandir(run / FOLDER) as entries:
+            names = [one.name for one in entries if is_step_name(one.name) and one.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise BadCheckpointError(f"{FOLDER} cannot be listed ({error})") from error
+    return sorted((run / FOLDER / name for name in names), key=step_of, reverse=True)
 
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -71,8 +71,9 @@ def load_checkpoint(
                 shapes = f"{list(stored[name].shape)} instead of {list(tensor.shape)}"
                 raise BadCheckpointError(f"is of another architecture: {name} is {shapes}")
         torch_compat.load_shards(path, tensors)
-    except (SafetensorError, torch_compat.ShardError) as error:
-        raise BadCheckpointError(f"its tensors cannot be read ({str(error).splitlines()[-1]})") from error
+    except (SafetensorError, torch_compat.ShardError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[-1]
+        raise BadCheckpointError(f"its tensors cannot be read ({reason})") from error
 
 
 @dataclass(frozen=True)

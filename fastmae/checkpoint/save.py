@@ -5,7 +5,9 @@ Functions that save are called by every rank; the main one writes names and mani
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,11 +25,13 @@ from fastmae.checkpoint.manifest import (
     MANIFEST,
     TENSORS,
     BadCheckpointError,
+    is_step_name,
     manifest_text,
     newest_first,
     sha256_of,
     step_name,
     step_of,
+    superseded,
 )
 from fastmae.errors import UserError
 from fastmae.files import fsync_folder, write_text
@@ -69,7 +73,7 @@ def save_checkpoint(
     partial = final.with_name(PARTIAL + final.name)
     is_main = group is None or dist.get_rank() == 0
     if is_main:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while saving this step
+        _delete(partial)  # of a run that was killed while saving this step
     if group is not None:
         dist.barrier(group)
     problem = None
@@ -85,7 +89,7 @@ def save_checkpoint(
         problem = shared[0]
     if problem is not None:
         if is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+            _delete(partial)
         raise UserError(
             f"checkpoint {final} could not be saved ({problem}); earlier ones are intact: free space or mend the "
             "permissions, then continue with --resume auto"
@@ -109,8 +113,8 @@ def _seal(partial: Path, final: Path, step: int, tensors: dict[str, torch.Tensor
         path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(partial.glob(TENSORS))
     }
     write_text(partial / MANIFEST, manifest_text({"step": step, "files": files, **position}))
-    if final.exists():  # the same step of a run that went on from before it
-        shutil.rmtree(final)
+    if os.path.lexists(final):  # nothing that this run has saved: it saves every step once
+        final.rename(superseded(final))
     partial.rename(final)
     fsync_folder(final.parent)
 
@@ -182,9 +186,23 @@ def prune_checkpoints(run: Path, keep: int, keep_every: int | None = None) -> No
 
     It is called after a newer one is safe.
     """
-    unfinished = list((run / FOLDER).glob(f"{PARTIAL}*"))  # of a run that was killed while saving
-    older = [path for path in newest_first(run)[keep:] if keep_every is None or step_of(path) % keep_every]
-    for path in [*older, *unfinished]:
+    folder = run / FOLDER
+    with contextlib.suppress(OSError, BadCheckpointError):  # what cannot be deleted now is deleted after a later save
+        names = [name.removeprefix(PARTIAL) for name in os.listdir(folder) if name.startswith(PARTIAL)]
+        for name in filter(is_step_name, names):  # of a run that was killed while saving, or while pruning
+            _delete(folder / f"{PARTIAL}{name}")
+        for path in newest_first(run)[keep:]:
+            if keep_every is None or step_of(path) % keep_every:
+                # Under its name a checkpoint is whole, so a reader of a live run finds all of it or nothing.
+                _delete(path.rename(path.with_name(PARTIAL + path.name)))
+
+
+def _delete(path: Path) -> None:
+    """Deletes a file, a folder with all in it, or a link, but never what a link leads to. What cannot be is left."""
+    if path.is_symlink() or path.is_file():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
         shutil.rmtree(path, ignore_errors=True)
 
 

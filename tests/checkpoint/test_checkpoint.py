@@ -5,20 +5,30 @@ import json
 import os
 import random
 import resource
+import shutil
 from contextlib import contextmanager
 
 import pytest
 import torch
 from helpers import soak
 
+from fastmae.checkpoint import load, manifest
 from fastmae.checkpoint.load import load_model
-from fastmae.checkpoint.manifest import find_checkpoint, manifest_text, read_manifest
+from fastmae.checkpoint.manifest import (
+    NewestCheckpoint,
+    find_checkpoint,
+    manifest_text,
+    newest_first,
+    read_manifest,
+    set_aside_newer,
+)
 from fastmae.checkpoint.official import write_training_file, write_weights_file
 from fastmae.checkpoint.restore import load_checkpoint
 from fastmae.checkpoint.save import Saver, prune_checkpoints, save_checkpoint, training_tensors
 from fastmae.config.model import ModelSpec
 from fastmae.errors import UserError
 from fastmae.model.build import build_model
+from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.train.optim import make_optimizer
 
 SETTINGS = dict(model="mae_vit_tiny_patch4", input_size=[16, 16], in_chans=1, norm_pix_loss=False, mean=None, std=None)
@@ -186,3 +196,91 @@ def test_a_manifest_that_was_tampered_with_is_refused_in_one_line(tmp_path, trai
     with pytest.raises(UserError) as caught:
         load_model(str(path))
     assert "\n" not in str(caught.value)
+
+
+# --- exact names, and readers of a live run ---------------------------------------------------------------------------
+
+FOREIGN = (
+    "step-00000100-copy", "step-100", "step-0000100", "step-000000100", "step-00000100 (1)", "step-٠٠٠٠٠٠٠٣", "step-",
+    "step-99999999999999999999999999x", "STEP-00000100", "best", ".partial-mine", "superseded-step-00000100-mine",
+)  # fmt: skip
+
+
+def test_only_names_that_a_run_gives_are_checkpoints_and_nothing_else_is_touched(tmp_path, trained):
+    model, optimizer = trained
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("kept")
+    folder = tmp_path / "run" / "checkpoints"
+    save_checkpoint(tmp_path / "run", 1, training_tensors(model, optimizer), POSITION)
+    for name in FOREIGN:
+        (folder / name).mkdir()
+        (folder / name / "mine").write_text("kept")
+    (folder / "step-00000099").write_text("a file")
+    (folder / "step-00000098").symlink_to(outside, target_is_directory=True)
+    (folder / ".partial-step-00000097").symlink_to(outside, target_is_directory=True)
+    (folder / ".partial-step-00000096").mkdir()
+    assert [path.name for path in newest_first(tmp_path / "run")] == ["step-00000001"]
+    assert set_aside_newer(tmp_path / "run", 1) == []
+    second = save_checkpoint(tmp_path / "run", 2, training_tensors(model, optimizer), POSITION)
+    prune_checkpoints(tmp_path / "run", 1)
+    ours = {"step-00000002", "step-00000099", "step-00000098"}
+    assert {path.name for path in folder.iterdir()} == {*FOREIGN, *ours}
+    assert all((folder / name / "mine").read_text() == "kept" for name in FOREIGN)
+    assert (outside / "precious").read_text() == "kept"
+    assert find_checkpoint(tmp_path / "run") == NewestCheckpoint(second, read_manifest(second), ())
+
+
+def test_a_checkpoint_after_so_many_steps_that_its_name_is_longer_is_the_newest(tmp_path, trained):
+    for step in (99_999_999, 100_000_000):
+        save_checkpoint(tmp_path, step, training_tensors(*trained), POSITION)
+    assert find_checkpoint(tmp_path).path.name == "step-100000000"
+
+
+def test_a_copy_under_a_name_of_another_step_is_refused(tmp_path, trained):
+    first = save_checkpoint(tmp_path, 1, training_tensors(*trained), POSITION)
+    shutil.copytree(first, first.with_name("step-00000005"))
+    found = find_checkpoint(tmp_path)
+    assert found.path == first
+    assert found.refused[0].endswith("step-00000005: its manifest.json is that of step 1")
+
+
+def test_what_is_set_aside_twice_under_one_name_is_kept_twice(tmp_path, trained):
+    for _ in range(3):
+        save_checkpoint(tmp_path, 5, training_tensors(*trained), POSITION)
+        set_aside_newer(tmp_path, 4)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["superseded-step-00000005", "superseded-step-00000005-2", "superseded-step-00000005-3"]
+
+
+@pytest.mark.parametrize("moment", ["before it is verified", "after it was verified"])
+def test_a_reader_of_a_live_run_takes_the_newer_checkpoint_when_the_one_that_it_found_is_deleted(
+    tmp_path, trained, monkeypatch, moment
+):
+    tensors = training_tensors(*trained)
+    save_checkpoint(tmp_path, 1, tensors, POSITION)
+    module, name = (manifest, "read_manifest") if moment == "before it is verified" else (load, "load_checkpoint")
+    real, opened = getattr(module, name), []
+
+    def train_on_meanwhile(path, *words):
+        opened.append(path.name)
+        if len(opened) < 4:
+            save_checkpoint(tmp_path, len(opened) + 1, tensors, POSITION)
+            prune_checkpoints(tmp_path, 1)
+        return real(path, *words)
+
+    monkeypatch.setattr(module, name, train_on_meanwhile)
+    assert isinstance(load_model(tmp_path), MaskedAutoencoderViT)
+    assert opened == [f"step-{step:08d}" for step in (1, 2, 3, 4)]
+
+
+def test_a_reader_says_that_a_checkpoint_was_deleted_under_its_hands(tmp_path, trained, monkeypatch):
+    path = save_checkpoint(tmp_path, 1, training_tensors(*trained), POSITION)
+
+    def deleted(path, *words):
+        shutil.rmtree(path)
+        return load_checkpoint(path, *words)
+
+    monkeypatch.setattr(load, "load_checkpoint", deleted)
+    with pytest.raises(UserError, match="step-00000001: was deleted while it was read, as training goes on"):
+        load_model(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -62,7 +63,7 @@ def write_text(path: Path, text: str) -> None:
 # --- reading JSON -----------------------------------------------------------------------------------------------------
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> io.BufferedReader:
     """Opens a file for reading; what only has a file's name (a folder, a pipe, a device) is refused, not waited for.
 
     Raises:

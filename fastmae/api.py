@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fastmae.config import FinetuneConfig, PretrainConfig
 from fastmae.config.load import make_config
-from fastmae.errors import SettingError
+from fastmae.errors import SettingError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -170,7 +170,7 @@ def extract_features(
     if isinstance(data, np.ndarray):
         try:
             source = array_source(data, None, "the array")
-        except ValueError as error:
+        except UserError as error:
             raise SettingError("data", problem=str(error)) from error
     else:
         paths = str(data) if isinstance(data, str | PathLike) else [str(path) for path in data]

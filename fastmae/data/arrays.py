@@ -1,22 +1,30 @@
 """Images that lie in one array: NumPy's .npy and .npz, MNIST's IDX and CIFAR's binary files.
 
-Nothing is unpickled, and a size that a file claims is compared with the file before anything is allocated for it.
+Nothing is unpickled, and a size that a file claims is compared with the file, and with the memory that is left, before
+anything is allocated for it. Files that are not compressed are read by position, an image at a time.
 """
 
 from __future__ import annotations
 
 import gzip
+import lzma
 import math
+import os
 import struct
+import warnings
 import zipfile
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from tokenize import TokenError
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 
-from fastmae.data.stock import Stock
+from fastmae.data.memory import available_memory, readable
+from fastmae.data.openfile import OpenFile
+from fastmae.data.stock import EXAMPLES, LeftOut, Stock
+from fastmae.errors import UserError
 
 Split = Literal["train", "val"]
 
@@ -30,26 +38,69 @@ NPZ_LABELS = {
     "val": ("test_labels", "y_test", "val_labels", "y_val"),
 }
 IDX_PREFIX = {"train": "train", "val": "t10k"}
+IDX_TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
+CIFAR_BATCHES = {"train": ("data_batch_*.bin", "train.bin"), "val": ("test_batch.bin", "test.bin")}
 CIFAR_SIDE = 32
-# What reading a damaged file raises; the last three come from the header of an .npy.
+# What reading a damaged file raises: zipfile raises RuntimeError and NotImplementedError for what it cannot unpack.
 UNREADABLE = (
-    OSError, EOFError, ValueError, KeyError, struct.error, zipfile.BadZipFile, SyntaxError, TypeError, TokenError,
+    OSError, EOFError, ValueError, KeyError, IndexError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error,
+    lzma.LZMAError,
 )  # fmt: skip
 # DEFLATE cannot shrink data by more than this factor, so nothing is allocated for a larger claim.
 MAX_DEFLATE_RATIO = 1032
+# An axis of so few entries holds channels where it could be one of channels or one of pixels.
+FEW = 4
+# A row or a column of an image has at least so many pixels where another reading makes sense as well.
+MANY = 16
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """Images of one shape that lie in a file, each read by position when it is asked for."""
+
+    file: OpenFile
+    shape: tuple[int, ...]
+    """[N, H, W, C]."""
+    start: int
+    """The byte at which the first image begins."""
+    step: int
+    """The bytes from the start of one image to the start of the next."""
+    planes: bool = False
+    """Whether an image is stored as [C, H, W]."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Returns the pixels of an image, uint8 [H, W, C].
+
+        Raises:
+            UserError: the file was rewritten or cut since it was opened, or the disk failed.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        height, width, channels = self.shape[1:]
+        pixels = np.empty((channels, height, width) if self.planes else (height, width, channels), np.uint8)
+        is_whole = self.file.read_into(pixels, self.start + index * self.step)
+        if not is_whole or not self.file.is_unchanged():
+            path = self.file.path
+            raise UserError(f"{path}: changed during the run, its images cannot be trusted; put it back and start again")
+        return pixels.transpose(1, 2, 0) if self.planes else pixels
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Images that lie in one uint8 array, in memory or mapped from a file."""
+    """Images that lie in one uint8 array, in memory or in a file."""
 
-    images: np.ndarray
+    images: np.ndarray | FileRows
     """uint8 [length, H, W, C]."""
     labels: np.ndarray | None
     """int64 [length], or None."""
     origin: str
     """The file that they come from, for people."""
     kind: str = "array"
+    others: Stock = field(default_factory=Stock)
+    """What else lies there, and what to know of the images."""
     shards = None
 
     @property
@@ -58,13 +109,18 @@ class ArraySource:
 
     @property
     def stock(self) -> Stock:
-        return Stock({"images": len(self)})
+        """The images, the arrays of an .npz, and the files of a folder."""
+        return Stock({"images": len(self), **self.others.used}, self.others.left_out, self.others.notes)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read(self, index: int) -> np.ndarray:
-        """Returns the pixels of an image, uint8 [H, W, C], without a copy."""
+        """Returns the pixels of an image, uint8 [H, W, C].
+
+        Raises:
+            UserError: the file that it lies in was changed.
+        """
         return np.asarray(self.images[index])
 
     def name(self, index: int) -> str:
@@ -72,23 +128,16 @@ class ArraySource:
 
 
 def array_source(images: np.ndarray, labels: np.ndarray | None, origin: str) -> ArraySource:
-    """Returns an array as a source, once its dtype and axes are checked; [N, H, W] gains a channel axis.
+    """Returns an array in memory as a source, once its dtype and axes are checked; [N, H, W] gains a channel axis.
 
     Raises:
-        ValueError: images that are not uint8 [N, H, W] or [N, H, W, C], or labels that are not N integers.
+        UserError: images that are not uint8, or of a shape that is not images, or labels that are not N integers.
     """
-    if images.dtype != np.uint8:
-        raise ValueError(f"images must be uint8, {origin} holds {images.dtype}")
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.ndim != 4 or (len(images) and min(images.shape[1:]) < 1):
-        raise ValueError(f"images must have shape [N, H, W] or [N, H, W, C], {origin} has {list(images.shape)}")
-    if labels is not None:
-        labels = np.asarray(labels)
-        if labels.size != len(images) or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"{origin} has {len(images)} images but labels {labels.dtype} {list(labels.shape)}")
-        labels = labels.reshape(-1).astype(np.int64)
-    return ArraySource(images, labels, origin)
+    layout = _layout(images.dtype, images.shape, origin)
+    images = images.reshape(layout.stored)
+    if layout.planes:
+        images = images.transpose(0, 2, 3, 1)
+    return ArraySource(images, _checked_labels(labels, len(images), origin), origin, others=Stock(notes=layout.notes))
 
 
 def open_array(path: Path, split: Split) -> ArraySource | None:
@@ -97,6 +146,7 @@ def open_array(path: Path, split: Split) -> ArraySource | None:
     Only an .npz can hold both parts; a file of any other kind is a train part.
 
     Raises:
+        UserError: the file is whole, but what it holds are not images.
         One of ``UNREADABLE``: the file is not what its name or its start says.
     """
     name = path.name.lower()
@@ -106,120 +156,378 @@ def open_array(path: Path, split: Split) -> ArraySource | None:
         return None
     if name.endswith(".npy"):
         labels_path = path.with_name(f"{path.stem}_labels.npy")
-        labels = _npy(labels_path) if labels_path.exists() else None
-        return array_source(_npy(path), labels, str(path))
+        has_labels = labels_path.exists()
+        images, labels = _Stored.npy(path), _Stored.npy(labels_path) if has_labels else None
+        return _source(images, labels, str(path), Stock({"files": 1 + has_labels}))
     if _is_idx(path):
-        return array_source(_idx(path), _idx_labels(path), str(path))
-    return _cifar([path]) if name.endswith(".bin") else None
+        return _idx_source(path, Stock({"files": len(_with_labels(path))}))
+    return _cifar([path], Stock({"files": 1})) if name.endswith(".bin") else None
 
 
 def open_array_folder(path: Path, split: Split) -> ArraySource | None:
     """Opens a folder with MNIST's IDX files or CIFAR's binary batches; None if it has none of that part."""
-    for suffix in ("", ".gz"):
-        images = path / f"{IDX_PREFIX[split]}-images-idx3-ubyte{suffix}"
-        if images.exists():
-            return array_source(_idx(images), _idx_labels(images), str(images))
-    names = {"train": ("data_batch_*.bin", "train.bin"), "val": ("test_batch.bin", "test.bin")}[split]
-    batches = [file for name in names for file in sorted(path.glob(name))]
-    return _cifar(batches) if batches else None
+    images = _idx_images(path, split)
+    if images is not None:
+        files = [file for part in ("train", "val") if (found := _idx_images(path, part)) for file in _with_labels(found)]
+        return _idx_source(images, _folder_stock(path, files, split))
+    batches = _cifar_batches(path, split)
+    if not batches:
+        return None
+    return _cifar(batches, _folder_stock(path, [*_cifar_batches(path, "train"), *_cifar_batches(path, "val")], split))
 
 
-# --- NumPy ------------------------------------------------------------------------------------------------------------
+def _folder_stock(folder: Path, files: Sequence[Path], split: Split) -> Stock:
+    """Returns which files of a folder are used, by either part; the val part counts none, as the train part has."""
+    if split == "val":
+        return Stock()
+    used = {file.name for file in files}
+    with os.scandir(folder) as entries:
+        others = sorted((entry.is_dir(), entry.name) for entry in entries if entry.name not in used)
+    left_out = []
+    for is_folder, unit in ((False, "files"), (True, "folders")):
+        names = [name for is_dir, name in others if is_dir == is_folder and not name.startswith(".")]
+        if names:
+            reason = "beside MNIST's or CIFAR's own files, which are taken; move them to a folder of their own"
+            left_out.append(LeftOut(unit, len(names), reason, tuple(names[:EXAMPLES])))
+    return Stock({"files": len(used)}, tuple(left_out))
 
 
-def _npy(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+# --- what an array means ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the axes of an array are read."""
+
+    stored: tuple[int, ...]
+    """[N, H, W, C], or [N, C, H, W] with ``planes``."""
+    planes: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[N, H, W, C]."""
+        n, *axes = self.stored
+        return (n, axes[1], axes[2], axes[0]) if self.planes else self.stored
+
+
+def _layout(dtype: np.dtype, shape: tuple[int, ...], origin: str) -> _Layout:
+    """Returns how an array is read as images.
+
+    [N, C, H, W] is read as such where it cannot be [N, H, W, C]: four channels at most, before two axes that are longer.
+
+    Raises:
+        UserError: not uint8, no images, one image alone, or axes in an order that is guessed too easily.
+    """
+    if dtype != np.uint8:
+        raise UserError(f"images must be uint8, {origin} holds {dtype}; {_to_uint8(dtype)}")
+    has = f"images must have shape [N, H, W] or [N, H, W, C], {origin} has {list(shape)}"
+    if len(shape) == 2:
+        raise UserError(f"{has}, which is one image; save array[None]")
+    if len(shape) not in (3, 4) or (shape[0] and min(shape[1:]) < 1):
+        raise UserError(f"{has}; save it in one of these")
+    if len(shape) == 3:
+        n, height, width = shape
+        if width <= FEW < height:
+            raise UserError(f"{has}, which is one image [H, W, C]; save array[None]")
+        note = f"{origin} has shape {list(shape)} and is read as {n} gray images of {height} × {width}; if it is one"
+        note += " image [C, H, W], save array.transpose(1, 2, 0)[None]"
+        return _Layout((*shape, 1), notes=(note,) if n in (3, FEW) else ())
+    n, second, third, last = shape
+    if last <= FEW or not n:
+        return _Layout(shape)
+    is_square = third == last
+    if second <= FEW < third and (is_square or last >= MANY):
+        plain = f"{n:,} images of {third} × {last} × {second}"
+        return _Layout(shape, True, (f"{origin} has shape {list(shape)}, [N, C, H, W], and is read as {plain}",))
+    if is_square and second < third:
+        raise UserError(f"{has}, which is [N, C, H, W]; save array.transpose(0, 2, 3, 1)")
+    note = f"{origin} has shape {list(shape)} and is read as images of {second} × {third} with {last} channels; if its"
+    note += " axes are [N, C, H, W], save array.transpose(0, 2, 3, 1)"
+    return _Layout(shape, notes=(note,) if second < last and second != third else ())
+
+
+def _to_uint8(dtype: np.dtype) -> str:
+    """Says what to do with an array of another dtype than uint8."""
+    if dtype == np.bool_:
+        return "save array.astype(np.uint8) * 255"
+    if np.issubdtype(dtype, np.floating):
+        return "scale the values to 0 to 255, then save np.round(array).astype(np.uint8)"
+    if np.issubdtype(dtype, np.integer):
+        return "scale the values to 0 to 255, then save array.astype(np.uint8)"
+    return "save its pixels as uint8"
+
+
+def _checked_labels(labels: np.ndarray | None, count: int, origin: str) -> np.ndarray | None:
+    """Returns labels int64 [count], from integers of any size, [N] or [N, 1]."""
+    if labels is None:
+        return None
+    labels = np.asarray(labels)
+    _refuse_labels(labels.dtype, labels.shape, count, origin)
+    if labels.size and labels.max() > np.iinfo(np.int64).max:
+        raise UserError(f"{origin} has the label {labels.max()}, which is too large; number the classes from 0 on")
+    return labels.reshape(-1).astype(np.int64)
+
+
+def _refuse_labels(dtype: np.dtype, shape: tuple[int, ...], count: int, origin: str) -> None:
+    """Raises UserError for labels that are not one integer per image."""
+    if math.prod(shape) == count and len(shape) >= 1 and shape[0] == count and np.issubdtype(dtype, np.integer):
+        return
+    remedy = "save one integer for each image, in the order of the images, or rename the file of labels"
+    if np.issubdtype(dtype, np.floating) and math.prod(shape) == count:
+        remedy = "save labels.astype(np.int64)"
+    elif len(shape) == 2 and shape[0] == count:
+        remedy = "if they are one-hot, save labels.argmax(axis=1)"
+    raise UserError(f"{origin} has {count} images but labels {dtype} {list(shape)}; {remedy}")
+
+
+# --- arrays in files --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An array in a file: where it lies, or the array itself where it had to be unpacked."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    file: OpenFile | None = None
+    start: int = 0
+    """The byte at which its entries begin."""
+    fortran: bool = False
+    """Whether the first axis is the one whose entries lie beside each other."""
+    unpacked: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def npy(cls, path: Path) -> _Stored:
+        """Finds the array in an .npy file."""
+        file = OpenFile(path)
+        with open(os.dup(file.descriptor), "rb") as start:
+            dtype, shape, fortran = _npy_header(start, path.name)
+            position = start.tell()
+        size, rest = math.prod(shape) * dtype.itemsize, file.size - position
+        if size > rest:
+            raise ValueError(f"{path.name} says {list(shape)} {dtype} but holds {rest} bytes")
+        note = f"{path}: {rest - size:,} bytes behind its first array are left out; save each array in a file of its own"
+        return cls(dtype, shape, file, position, fortran and len(shape) > 1, notes=(note,) if rest > size else ())
+
+    def whole(self) -> np.ndarray:
+        """Returns the array, in memory."""
+        if self.unpacked is not None:
+            return self.unpacked
+        assert self.file is not None
+        _refuse_beyond_memory(math.prod(self.shape) * self.dtype.itemsize, self.file.path)
+        array = np.empty(math.prod(self.shape), self.dtype)
+        if not self.file.read_into(array, self.start):
+            raise ValueError(f"{self.file.path} was cut while it was read")
+        return array.reshape(self.shape, order="F" if self.fortran else "C")
+
+
+def _source(images: _Stored, labels: _Stored | None, origin: str, others: Stock) -> ArraySource:
+    """Returns an array in a file as a source: read by position, or whole where its images do not lie in one piece."""
+    layout = _layout(images.dtype, images.shape, origin)
+    count = layout.shape[0]
+    notes = [*images.notes, *layout.notes]
+    numbers = None
+    if labels is not None:
+        _refuse_labels(labels.dtype, labels.shape, count, origin)
+        numbers = _checked_labels(labels.whole(), count, origin)
+        notes += labels.notes
+    others = Stock(others.used, others.left_out, (*others.notes, *notes))
+    if images.file is None or images.fortran:
+        pixels = images.whole().reshape(layout.stored)
+        pixels = pixels.transpose(0, 2, 3, 1) if layout.planes else pixels
+        return ArraySource(pixels, numbers, origin, others=others)
+    rows = FileRows(images.file, layout.shape, images.start, math.prod(layout.stored[1:]), layout.planes)
+    return ArraySource(rows, numbers, origin, others=others)
+
+
+def _refuse_beyond_memory(size: int, name: str) -> None:
+    """Raises ValueError for what takes more memory than is left."""
+    available = available_memory()
+    if available is not None and size > available:
+        raise ValueError(f"{name} takes {readable(size)} of memory, of which {readable(available)} are left; split it")
+
+
+def _npy_header(file: BinaryIO, name: str) -> tuple[np.dtype, tuple[int, ...], bool]:
+    """Reads the start of an .npy file: (dtype, shape, whether it is in Fortran's order)."""
+    try:
+        with warnings.catch_warnings():  # of Python, about what a damaged header would mean as a program
+            warnings.simplefilter("ignore")
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+    except Exception as error:  # NumPy lets Python parse the header, which may raise anything
+        raise ValueError(f"{name} does not begin as an .npy file does: {error}") from error
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects, which are never unpickled")
+    if min(shape, default=0) < 0:
+        raise ValueError(f"{name} says {list(shape)}")
+    return dtype, shape, fortran
+
+
+# --- .npz -------------------------------------------------------------------------------------------------------------
 
 
 def _npz(path: Path, split: Split) -> ArraySource | None:
-    with zipfile.ZipFile(path) as archive:
+    file = OpenFile(path)
+    with open(os.dup(file.descriptor), "rb") as archive_file, zipfile.ZipFile(archive_file) as archive:
         members = {name.removesuffix(".npy"): name for name in archive.namelist()}
-        images_name = next((name for name in NPZ_IMAGES[split] if name in members), None)
+        names = {part: (_first(NPZ_IMAGES[part], members), _first(NPZ_LABELS[part], members)) for part in NPZ_IMAGES}
+        images_name, labels_name = names[split]
         if images_name is None:
             if split == "val":
                 return None
-            raise ValueError(f"holds {', '.join(members)} but none of {', '.join(NPZ_IMAGES[split])}")
-        labels_name = next((name for name in NPZ_LABELS[split] if name in members), None)
-        images = _npz_member(path, archive, members[images_name])
-        labels = None if labels_name is None else _npz_member(path, archive, members[labels_name])
-    return array_source(images, labels, f"{path}:{images_name}")
+            known = ", ".join(NPZ_IMAGES[split])
+            raise ValueError(f"holds {_few(members)} but none of {known}; save the images under one of these names")
+        images = _npz_member(file, archive, members[images_name])
+        labels = None if labels_name is None else _npz_member(file, archive, members[labels_name])
+    stock = Stock()
+    if split == "train":  # of both parts
+        used = {name for images, labels in names.values() if images for name in (images, labels) if name}
+        unused = [name for name in members if name not in used]
+        reason = f"their names are none of {', '.join((*NPZ_IMAGES['train'], *NPZ_IMAGES['val']))}, or come second"
+        left_out = (LeftOut("arrays", len(unused), reason, tuple(unused[:EXAMPLES])),) if unused else ()
+        stock = Stock({"files": 1, "arrays": len(used)}, left_out)
+    return _source(images, labels, f"{path}:{images_name}", stock)
 
 
-def _npz_member(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """Reads one array of an .npz: maps it if it is stored uncompressed, else unpacks it once its size is checked."""
+def _first(names: Iterable[str], members: dict[str, str]) -> str | None:
+    return next((name for name in names if name in members), None)
+
+
+def _few(names: Iterable[str]) -> str:
+    """Lists a few of the names."""
+    names = list(names)
+    return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
+
+
+def _npz_member(file: OpenFile, archive: zipfile.ZipFile, name: str) -> _Stored:
+    """Finds an array of an .npz: where it lies if it is stored uncompressed, else unpacked once its size is checked."""
     info = archive.getinfo(name)
     with archive.open(name) as member:
-        version = np.lib.format.read_magic(member)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read_header(member)
+        dtype, shape, fortran = _npy_header(member, name)  # type: ignore[arg-type]  # a zip member is read alike
         header_size = member.tell()
-        if dtype.hasobject or fortran:
-            raise ValueError(f"{name} must be a C-ordered array of numbers")
+        fortran = fortran and len(shape) > 1
         if math.prod(shape) * dtype.itemsize != info.file_size - header_size:
             raise ValueError(f"{name} says {list(shape)} {dtype} but holds {info.file_size - header_size} bytes")
-        if info.file_size > MAX_DEFLATE_RATIO * info.compress_size:
-            raise ValueError(f"{name} says {info.file_size} bytes, more than {info.compress_size} can unpack to")
         if info.compress_type != zipfile.ZIP_STORED:
-            return np.frombuffer(member.read(), dtype=dtype).reshape(shape)
-    with open(path, "rb") as file:  # the data begin behind the name and the extra field of the local header
-        file.seek(info.header_offset + 26)
-        name_length, extra_length = struct.unpack("<HH", file.read(4))
+            if info.file_size > MAX_DEFLATE_RATIO * info.compress_size:
+                raise ValueError(f"{name} says {info.file_size} bytes, more than {info.compress_size} can unpack to")
+            _refuse_beyond_memory(info.file_size, name)
+            data = member.read()
+            if len(data) != info.file_size - header_size:
+                raise ValueError(f"{name} says {list(shape)} {dtype} but holds {len(data)} bytes")
+            array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+            return _Stored(dtype, shape, unpacked=array)
+    # The data begin behind the name and the extra field of the local header.
+    name_length, extra_length = struct.unpack("<HH", file.read(4, info.header_offset + 26))
     start = info.header_offset + 30 + name_length + extra_length + header_size
-    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape)
+    if start + math.prod(shape) * dtype.itemsize > file.size:
+        raise ValueError(f"{name} ends behind the end of the file")
+    return _Stored(dtype, shape, file, start, fortran)
 
 
 # --- IDX --------------------------------------------------------------------------------------------------------------
 
 
 def _is_idx(path: Path) -> bool:
-    """Tells whether a file begins as IDX does: two zero bytes and a type code (0x08: unsigned byte)."""
+    """Tells whether a file begins as IDX does: two zero bytes and a type code (0x08: unsigned byte).
+
+    Of other types only files are taken that are also named so, because other formats begin alike.
+    """
+    OpenFile(path)  # a regular file
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as file:
-        return file.read(3) == b"\x00\x00\x08"
+        start = file.read(3)
+    is_named = "idx" in path.name.lower()
+    return start == b"\x00\x00\x08" or (is_named and start[:2] == b"\x00\x00" and start[2:] != b"")
 
 
-def _idx(path: Path) -> np.ndarray:
-    """Reads an IDX file of unsigned bytes (the MNIST format): maps it, or unpacks it if it is gzipped."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        zeros, code, axes = struct.unpack(">HBB", file.read(4))
+def _idx_images(folder: Path, split: str) -> Path | None:
+    """Returns the file of a part's images, as MNIST names it; the unpacked one where both exist."""
+    names = (f"{IDX_PREFIX[split]}-images-idx3-ubyte{suffix}" for suffix in ("", ".gz"))
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def _idx_labels(images: Path) -> Path | None:
+    """Returns the file X-labels-idx1-ubyte for X-images-idx3-ubyte, as MNIST names them; None if there is none."""
+    labels = images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
+    return labels if labels != images and labels.exists() else None
+
+
+def _with_labels(images: Path) -> list[Path]:
+    labels = _idx_labels(images)
+    return [images] if labels is None else [images, labels]
+
+
+def _idx_source(images: Path, others: Stock) -> ArraySource:
+    labels = _idx_labels(images)
+    return _source(_idx(images), None if labels is None else _idx(labels), str(images), others)
+
+
+def _idx(path: Path) -> _Stored:
+    """Finds the array in an IDX file of unsigned bytes (the MNIST format), or unpacks it if it is gzipped."""
+    file = OpenFile(path)
+    is_packed = path.suffix == ".gz"
+    with open(os.dup(file.descriptor), "rb") as raw, gzip.GzipFile(fileobj=raw) if is_packed else raw as data:
+        zeros, code, axes = struct.unpack(">HBB", data.read(4))
+        if zeros == 0 and code != 8 and code in IDX_TYPES:
+            raise UserError(f"images must be uint8, {path} holds {IDX_TYPES[code]}; write its values as unsigned bytes")
         if zeros != 0 or code != 8 or not 1 <= axes <= 4:
             raise ValueError(f"{path.name} is not an IDX file of unsigned bytes")
-        shape = struct.unpack(f">{axes}I", file.read(4 * axes))
+        shape = struct.unpack(f">{axes}I", data.read(4 * axes))
         size, start = math.prod(shape), 4 + 4 * axes
-        if path.suffix != ".gz":
-            available = path.stat().st_size - start
-            if available != size:
-                raise ValueError(f"{path.name} says {list(shape)} but holds {available} bytes")
-            return np.memmap(path, dtype=np.uint8, mode="r", offset=start, shape=shape)
-        if size > MAX_DEFLATE_RATIO * path.stat().st_size:
-            raise ValueError(f"{path.name} says {list(shape)}, more than its {path.stat().st_size} bytes can unpack to")
-        data = file.read(size + 1)
-        if len(data) != size:
-            raise ValueError(f"{path.name} says {list(shape)} but holds {len(data)} bytes or more")
-        return np.frombuffer(data, dtype=np.uint8).reshape(shape)
-
-
-def _idx_labels(images: Path) -> np.ndarray | None:
-    """Reads the labels of X-images-idx3-ubyte from X-labels-idx1-ubyte, as MNIST names them; None without that file."""
-    labels = images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
-    return _idx(labels) if labels != images and labels.exists() else None
+        if not is_packed:
+            if file.size - start != size:
+                raise ValueError(f"{path.name} says {list(shape)} but holds {file.size - start} bytes")
+            return _Stored(np.dtype(np.uint8), shape, file, start)
+        if size > MAX_DEFLATE_RATIO * file.size:
+            raise ValueError(f"{path.name} says {list(shape)}, more than its {file.size} bytes can unpack to")
+        _refuse_beyond_memory(size, path.name)
+        content = data.read(size + 1)
+        if len(content) != size:
+            raise ValueError(f"{path.name} says {list(shape)} but holds {len(content)} bytes or more")
+        return _Stored(np.dtype(np.uint8), shape, unpacked=np.frombuffer(content, np.uint8).reshape(shape))
 
 
 # --- CIFAR ------------------------------------------------------------------------------------------------------------
 
 
-def _cifar(paths: list[Path]) -> ArraySource:
-    """Reads CIFAR's records: one label byte (CIFAR-10) or two (CIFAR-100: coarse, fine), then 3×32×32 pixels."""
+def _cifar_batches(folder: Path, split: str) -> list[Path]:
+    return [file for name in CIFAR_BATCHES[split] for file in sorted(folder.glob(name))]
+
+
+def _cifar(paths: list[Path], others: Stock) -> ArraySource:
+    """Reads CIFAR's records: one label byte (CIFAR-10) or two (CIFAR-100: coarse, fine), then 3×32×32 pixels.
+
+    The images of a single file stay there, those of several are put together in memory.
+    """
     pixels = 3 * CIFAR_SIDE * CIFAR_SIDE
-    batches = []
+    files, counts, widths = [], [], set()
     for path in paths:
-        size = path.stat().st_size
-        label_bytes = next((n for n in (1, 2) if size and size % (pixels + n) == 0), None)
+        file = OpenFile(path)
+        label_bytes = next((n for n in (1, 2) if file.size and file.size % (pixels + n) == 0), None)
         if label_bytes is None:
-            raise ValueError(f"{path.name}: {size} bytes are not whole CIFAR records")
-        batches.append(np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, pixels + label_bytes))
-    records = batches[0] if len(batches) == 1 else np.concatenate(batches)
-    label_bytes = records.shape[1] - pixels
+            raise ValueError(f"{path.name}: {file.size} bytes are not whole CIFAR records")
+        files.append(file)
+        counts.append(file.size // (pixels + label_bytes))
+        widths.add(label_bytes)
+    if len(widths) > 1:
+        raise ValueError("both records of CIFAR-10 and of CIFAR-100")
+    label_bytes = widths.pop()
+    step, total = pixels + label_bytes, sum(counts)
+    origin = str(paths[0].parent)
+    if len(files) == 1:
+        labels = np.array([file.read(1, i * step + label_bytes - 1)[0] for i in range(total)], np.int64)
+        rows = FileRows(files[0], (total, CIFAR_SIDE, CIFAR_SIDE, 3), label_bytes, step, planes=True)
+        return ArraySource(rows, labels, origin, others=others)
+    _refuse_beyond_memory(total * step, origin)
+    records = np.empty((total, step), np.uint8)
+    first = 0
+    for file, count in zip(files, counts, strict=True):
+        if not file.read_into(records[first : first + count], 0):
+            raise ValueError(f"{file.path} was cut while it was read")
+        first += count
     images = records[:, label_bytes:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE).transpose(0, 2, 3, 1)
-    return ArraySource(images, records[:, label_bytes - 1].astype(np.int64), str(paths[0].parent))
+    return ArraySource(images, records[:, label_bytes - 1].astype(np.int64), origin, others=others)

@@ -7,17 +7,15 @@ them would have other pixels than crops of the images.
 from __future__ import annotations
 
 import math
-import mmap
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from fastmae.data.decode import BadImageError, decode, plain_jpeg_shape
+from fastmae.data.memory import available_memory, readable
 from fastmae.data.plan import Shards
 from fastmae.data.sources import Source, evenly_spaced
 from fastmae.data.stock import Stock
@@ -35,13 +33,6 @@ RUN = 8
 MARGIN = 1.2
 # The memory that Python takes for an image beside its pixels: the array object and its entry in the dictionary.
 ENTRY_BYTES = 256
-# Version 1 of control groups has no word for "no limit"; it gives a number larger than the memory of any machine.
-NO_LIMIT = 1 << 60
-# In versions 2 and 1: (folder, limit, memory in use, the part of `memory.stat` that the kernel frees when it must).
-GROUP_FILES = (
-    ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
 
 
 @dataclass(frozen=True)
@@ -171,30 +162,26 @@ def describe_cache(source: CachedSource) -> str:
     if source.estimate == 0:
         return "nothing: the images are in memory already, or cannot be read"
     if source.budget == 0:
-        size = _readable(source.estimate / len(source))
+        size = readable(source.estimate / len(source))
         return f"nothing: an image takes about {size}, more than the cache may take; raise cache_gb"
     what = f"{source.form} {'images' if source.form == 'decoded' else 'files'}" if source.kind == "folder" else "images"
     if source.estimate > source.budget:
         percent = 100 * source.budget // source.estimate
-        return f"{what} in memory, as many as fit: about {percent} % of {_readable(source.estimate)}"
-    return f"{what} in memory: about {_readable(source.estimate)}, of {_readable(source.budget)} that it may take"
-
-
-def _readable(size: float) -> str:
-    for unit, name, digits in ((1 << 30, "GiB", 1), (1 << 20, "MiB", 1), (1 << 10, "KiB", 0)):
-        if size >= unit:
-            return f"{size / unit:.{digits}f} {name}"
-    return f"{size:.0f} bytes"
+        return f"{what} in memory, as many as fit: about {percent} % of {readable(source.estimate)}"
+    return f"{what} in memory: about {readable(source.estimate)}, of {readable(source.budget)} that it may take"
 
 
 def _is_in_memory(data: bytes | np.ndarray) -> bool:
-    """Tells whether these are pixels of an array that is in memory as a whole, so that there is nothing to cache."""
-    if not isinstance(data, np.ndarray) or data.base is None:
+    """Tells whether these are pixels of an array that is in memory as a whole, so that there is nothing to cache.
+
+    Pixels that were read from a file for this image alone are all that their memory holds.
+    """
+    if not isinstance(data, np.ndarray):
         return False
-    base: object = data.base
-    while isinstance(base, np.ndarray):
-        base = base.base
-    return not isinstance(base, mmap.mmap)
+    whole = data
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    return whole.nbytes > data.nbytes
 
 
 def _memory_of(data: bytes | np.ndarray) -> int:
@@ -242,54 +229,6 @@ def memory_budget(cache_gb: float | None, ranks: int) -> int:
     budget = int(cache_gb * 2**30)
     if available is not None and budget > available // ranks:
         where = f" for each of the {ranks} ranks here" if ranks > 1 else ""
-        problem = f"only {_readable(available // ranks)} are available{where}; lower it"
+        problem = f"only {readable(available // ranks)} are available{where}; lower it"
         raise SettingError("cache_gb", cache_gb, problem)
     return budget
-
-
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Returns the bytes that are free on this machine and in the control groups of this process; None if unknown.
-
-    Args:
-        root: the folder with `proc` and `sys`.
-    """
-    return min([*_left_on_machine(root), *_left_in_groups(root)], default=None)
-
-
-def _left_on_machine(root: Path) -> Iterator[int]:
-    for line in _lines(root / "proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            yield int(line.split()[1]) << 10
-
-
-def _left_in_groups(root: Path) -> Iterator[int]:
-    """Yields the free bytes of the control group of this process, and of each group around it that can be seen."""
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        folder, limit_file, used_file, freeable = GROUP_FILES[bool(controllers)]
-        top = root / folder
-        # Inside a container the path may be that of the host; then only the top folder exists.
-        own = top / path.lstrip("/")
-        for group in (own, *own.parents):
-            limit, used = (_number(group / name) for name in (limit_file, used_file))
-            if limit is not None and used is not None and limit < NO_LIMIT:
-                statistics = dict(line.split() for line in _lines(group / "memory.stat"))
-                yield max(0, limit - used + int(statistics.get(freeable, 0)))
-            if group == top:
-                break
-
-
-def _number(path: Path) -> int | None:
-    """Returns the number in a file; None for another word, such as `max`, and if there is no such file."""
-    text = "".join(_lines(path))
-    return int(text) if text.isdigit() else None
-
-
-def _lines(path: Path) -> list[str]:
-    """Returns the lines of a file, or none if it cannot be read."""
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastmae.data.arrays import FileRows
 from fastmae.data.plan import Shards
 from fastmae.data.sources import ArraySource, Concat, describe, open_train, open_val, train_and_val
 from fastmae.errors import UserError
@@ -35,10 +36,10 @@ def test_digits_are_the_default():
     assert (facts.kind, facts.channels, facts.size, facts.labelled) == ("digits", 1, (8, 8), True)
 
 
-def test_npy_is_mapped_and_finds_its_labels(tmp_path):
+def test_npy_is_read_by_position_and_finds_its_labels(tmp_path):
     np.save(tmp_path / "cells.npy", GRAY)
     source = open_train(str(tmp_path / "cells.npy"))
-    assert isinstance(source.images, np.memmap)
+    assert isinstance(source.images, FileRows)
     assert np.array_equal(content(source)[..., 0], GRAY)
     assert source.labels is None
     assert open_val(str(tmp_path / "cells.npy")) is None
@@ -47,11 +48,11 @@ def test_npy_is_mapped_and_finds_its_labels(tmp_path):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_npz_has_parts_and_is_mapped_when_stored(tmp_path, save):
+def test_npz_has_parts_and_is_read_by_position_when_stored(tmp_path, save):
     path = tmp_path / "set.npz"
     save(path, x_train=COLOUR, y_train=LABELS, x_test=COLOUR[:4], y_test=LABELS[:4][:, None])
     train, val = open_train(str(path)), open_val(str(path))
-    assert isinstance(train.images, np.memmap) == (save is np.savez)
+    assert isinstance(train.images, FileRows) == (save is np.savez)
     assert np.array_equal(content(train), COLOUR)
     assert np.array_equal(content(val), COLOUR[:4])
     assert np.array_equal(val.labels, LABELS[:4])

@@ -84,7 +84,9 @@ class FileRows:
         is_whole = self.file.read_into(pixels, self.start + index * self.step)
         if not is_whole or not self.file.is_unchanged():
             path = self.file.path
-            raise UserError(f"{path}: changed during the run, its images cannot be trusted; put it back and start again")
+            raise UserError(
+                f"{path}: changed during the run, its images cannot be trusted; put it back and start again"
+            )
         return pixels.transpose(1, 2, 0) if self.planes else pixels
 
 
@@ -168,7 +170,9 @@ def open_array_folder(path: Path, split: Split) -> ArraySource | None:
     """Opens a folder with MNIST's IDX files or CIFAR's binary batches; None if it has none of that part."""
     images = _idx_images(path, split)
     if images is not None:
-        files = [file for part in ("train", "val") if (found := _idx_images(path, part)) for file in _with_labels(found)]
+        files = [
+            file for part in ("train", "val") if (found := _idx_images(path, part)) for file in _with_labels(found)
+        ]
         return _idx_source(images, _folder_stock(path, files, split))
     batches = _cifar_batches(path, split)
     if not batches:
@@ -308,7 +312,9 @@ class _Stored:
         size, rest = math.prod(shape) * dtype.itemsize, file.size - position
         if size > rest:
             raise ValueError(f"{path.name} says {list(shape)} {dtype} but holds {rest} bytes")
-        note = f"{path}: {rest - size:,} bytes behind its first array are left out; save each array in a file of its own"
+        note = (
+            f"{path}: {rest - size:,} bytes behind its first array are left out; save each array in a file of its own"
+        )
         return cls(dtype, shape, file, position, fortran and len(shape) > 1, notes=(note,) if rest > size else ())
 
     def whole(self) -> np.ndarray:

@@ -218,7 +218,7 @@ class _Layout:
 def _layout(dtype: np.dtype, shape: tuple[int, ...], origin: str) -> _Layout:
     """Returns how an array is read as images.
 
-    [N, C, H, W] is read as such where it cannot be [N, H, W, C]: four channels at most, before two axes that are longer.
+    [N, C, H, W] is read as such where it cannot be [N, H, W, C]: at most four channels before two longer axes.
 
     Raises:
         UserError: not uint8, no images, one image alone, or axes in an order that is guessed too easily.

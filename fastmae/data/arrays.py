@@ -67,6 +67,7 @@ class FileRows:
     """The bytes from the start of one image to the start of the next."""
     planes: bool = False
     """Whether an image is stored as [C, H, W]."""
+    dtype = np.dtype(np.uint8)
 
     def __len__(self) -> int:
         return self.shape[0]

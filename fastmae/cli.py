@@ -36,8 +36,11 @@ from fastmae.config import (
 )
 from fastmae.config.load import load_settings, settings_as_words
 from fastmae.errors import UserError
+from fastmae.faults import report, shortage, show_traceback, tell_launcher, threads_reported, wants_traceback
 from fastmae.flags import flags_of
 from fastmae.messages import messages_on_stderr
+from fastmae.screen import OutputLostError, complain, hold_standard_files, safe_streams
+from fastmae.signals import remembered
 
 # In the order in which the help shows them.
 COMMANDS: dict[str, type] = {
@@ -61,36 +64,61 @@ COMMANDS: dict[str, type] = {
     "bench quality": BenchQualityConfig,
     "bench all": BenchAllConfig,
 }
+EXIT_OUTPUT_LOST = 1
 EXIT_WRONG_INPUT = 2
-# The commands whose settings --config reads from a file.
-WITH_FILES = ("pretrain", "finetune")
+EXIT_INTERRUPT = 130
+# The commands whose settings --config reads from a file. Their result is a run folder: they go on without a screen.
+TRAININGS = ("pretrain", "finetune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status.
 
-    0; 1 when a benchmark refused a wrong result, data are not all usable or a rank hung; 2 for wrong input; 75 when a
-    signal stopped a run.
+    0; 1 when a benchmark refused a wrong result, data are not all usable, a rank hung, memory ran out, what is printed
+    was lost, or for a fault of fastmae; 2 for wrong input; 75 when a signal stopped a run; 130 when SIGINT ended it.
     """
+    hold_standard_files()
     words = sys.argv[1:] if argv is None else list(argv)
-    try:
-        if asks_for_help(words):
-            from fastmae.commands.help import run_help
+    trains = words[:1] in [[command] for command in TRAININGS]
+    command = ["fastmae", *words]
+    with safe_streams(must_show=not trains), contextlib.ExitStack() as stack:
+        config = None
+        try:
+            if trains:
+                stack.enter_context(remembered())
+            stack.enter_context(threads_reported(command))
+            if asks_for_help(words):
+                from fastmae.commands.help import run_help
 
-            return run_help(words, COMMANDS)
-        with messages_on_stderr():
-            return call(parse(words), ["fastmae", *words])
-    except UserError as error:
-        print(f"fastmae: {error.as_on_the_command_line()}", file=sys.stderr)
-        return EXIT_WRONG_INPUT
-    except BrokenPipeError:  # the reader of the output has seen enough, such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:  # a disk that fills up, or a folder that loses its permissions, anywhere else in a run
-        print(f"fastmae: {error}; free space or mend the permissions, then run the command again", file=sys.stderr)
-        return EXIT_WRONG_INPUT
-    except KeyboardInterrupt:
-        return 130
+                return run_help(words, COMMANDS)
+            with messages_on_stderr():
+                config = parse(words)
+                return call(config, command)
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPT
+        except (Exception, SystemExit) as error:  # no library may end a run in its own way
+            tell_launcher(error)
+            return status_of(error, command, config)
+
+
+def status_of(error: BaseException, command: Sequence[str], config: Any) -> int:
+    """Shows in one line why a command ended, and returns its exit status."""
+    if isinstance(error, UserError):
+        line = error.as_on_the_command_line()
+    elif isinstance(error, OutputLostError):
+        if error.reader_left:  # it has seen enough, such as `| head`
+            return 0
+        complain(f"{error}, so what was printed is lost; make room, or print into another place")
+        return EXIT_OUTPUT_LOST
+    elif isinstance(error, OSError) and error.filename is not None and shortage(error) is None:
+        # A disk that fills up, or a folder that loses its permissions, anywhere else in a run.
+        line = f"{error}; free space or mend the permissions, then run the command again"
+    else:
+        return report(error, command, config)
+    if wants_traceback():
+        show_traceback(error)
+    complain(line)
+    return EXIT_WRONG_INPUT
 
 
 def asks_for_help(words: Sequence[str]) -> bool:
@@ -108,7 +136,7 @@ def parse(words: Sequence[str]) -> Any:
     command = command_of(words, COMMANDS)
     config = COMMANDS[command]
     rest = list(words[len(command.split()) :])
-    if command in WITH_FILES:
+    if command in TRAININGS:
         rest = _with_file(rest, config)
     try:
         normal, unused = normalise(rest, flags_of(config), command)
@@ -116,7 +144,7 @@ def parse(words: Sequence[str]) -> Any:
         raise UserError(f"{error}{'' if str(error).endswith('?') else ';'} see `fastmae {command} --help`") from None
     if unused and os.environ.get("RANK", "0") == "0":  # otherwise every rank would print it
         text = f"{' and '.join(unused)}: not used; torchrun sets this, as in `torchrun -m fastmae {command} …`"
-        print(f"fastmae: {text}", file=sys.stderr)
+        complain(text)
     return _values_of(config, normal, command)
 
 

@@ -7,8 +7,6 @@ import os
 import platform
 from typing import Any
 
-import torch
-
 PACKAGES = (
     "fastmae",
     "torch",
@@ -43,6 +41,8 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """Returns the processors: the cores that this process may use, torch's threads, instruction set, names of GPUs."""
+    import torch  # here, as versions are wanted even where it cannot be loaded
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "machine": platform.machine(),

@@ -7,18 +7,19 @@ has the level INFO.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+
+from fastmae.screen import complain
 
 logger = logging.getLogger("fastmae")
 
 
 class _StderrHandler(logging.Handler):
-    """Writes each message at once, to what is ``sys.stderr`` at that moment."""
+    """Writes each message at once, to what is ``sys.stderr`` at that moment, if that takes it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"fastmae: {record.getMessage()}", file=sys.stderr, flush=True)
+        complain(record.getMessage())
 
 
 @contextmanager

@@ -9,16 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"errors", "facts", "files", "messages", "philox", "torch_compat"}
+LEAVES = {"errors", "facts", "files", "messages", "philox", "screen", "signals", "torch_compat"}
 # Who may import whom; leaves may be imported by all.
 ALLOWED = {
     "errors": set(),
     "facts": set(),
     "files": set(),
-    "messages": set(),
+    "messages": {"screen"},
     "philox": set(),
+    "screen": set(),
+    "signals": set(),
     "torch_compat": set(),
     "environment": set(),
+    "faults": {"environment", "screen"},
     "config": LEAVES,
     "_C": set(),
     "kernels": LEAVES,
@@ -37,10 +40,10 @@ ALLOWED = {
     | {"evaluate", "export", "train", "benchmarks"},
     "flags": set(),
     "argv": {"errors", "flags", "config"},
-    "cli": {"errors", "messages", "flags", "argv", "config", "commands", "train"},
+    "cli": {"errors", "faults", "messages", "screen", "signals", "flags", "argv", "config", "commands", "train"},
     "api": {"errors", "config", "model", "data", "checkpoint", "evaluate", "train"},
     "__init__": {"errors", "ops", "model", "checkpoint", "api"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "signals"},
 }
 BESIDE = {"kernels", "benchmarks"}  # folders beside the package in the repository, installed inside it
 FILES = [path for folder in ("fastmae", *sorted(BESIDE)) for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -88,7 +91,8 @@ def test_arrows_run_one_way(path):
 
 # From the bottom to the top. Parts of one line do not know each other.
 LEVELS = (
-    {"errors", "facts", "files", "messages", "philox", "torch_compat", "environment", "flags", "_C"},
+    {"errors", "facts", "files", "philox", "screen", "signals", "torch_compat", "environment", "flags", "_C"},
+    {"messages", "faults"},
     {"config", "kernels"},
     {"argv", "ops"},
     {"model", "data"},

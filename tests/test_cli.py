@@ -447,7 +447,7 @@ def test_help_goes_to_a_pipe_that_closes_and_to_a_terminal_of_ascii():
     assert "Error" not in done.stderr
     done = run(["env", "PYTHONIOENCODING=ascii", sys.executable, "-m", "fastmae", "pretrain", "--help"])
     assert done.returncode == 0, done.stderr
-    assert "batch_size ? accum_iter" in " ".join(done.stdout.split())
+    assert "batch_size x accum_iter" in " ".join(done.stdout.split())
 
 
 def test_the_first_help_has_every_command(capsys, monkeypatch):

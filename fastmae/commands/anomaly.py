@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from fastmae.commands.shared import choose_workers, make_folder, open_model
 from fastmae.config import AnomalyConfig
 from fastmae.data.sources import open_train, shown, train_and_val
 from fastmae.evaluate.anomaly import are_anomalous, find_anomalies, save_anomalies, summarise, without_class
 from fastmae.evaluate.features import report_skipped
+from fastmae.screen import say, show_table
 
 
 def run_anomaly(config: AnomalyConfig) -> int:
@@ -46,12 +44,10 @@ def run_anomaly(config: AnomalyConfig) -> int:
         return 0
     counted = f", {summary['anomalous']} of them anomalous" if "anomalous" in summary else ""
     title = f"{summary['images']} images{counted}, beside {len(normal)} normal ones of {shown(config.data_path)}"
-    table = Table(title=title)
-    table.add_column("score")
-    table.add_column("AUROC", justify="right")
+    rows = []
     for name, key in ((f"distance ({config.pool}, k = {config.k})", "distance"), ("reconstruction error", "error")):
         area = summary.get(f"auroc_{key}")
-        table.add_row(name, "– (no labels of both kinds)" if area is None else f"{area:.4f}")
-    Console().print(table)
-    print(Path(config.output) / "anomaly.png")
+        rows.append((name, "– (no labels of both kinds)" if area is None else f"{area:.4f}"))
+    show_table({"score": "left", "AUROC": "right"}, rows, title)
+    say(Path(config.output) / "anomaly.png")
     return 0

@@ -6,11 +6,12 @@ import json
 import os
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fastmae.config import EstimateConfig
 from fastmae.estimate import Constant, Estimate, Machine, estimate
+from fastmae.screen import open_console
 
 # Of the rates of a machine, whose names are those of the GPU and of the rate, such as "h200 copy".
 UNITS = {"products": " FLOP/s", "copy": " bytes/s", "memory": " bytes", "link": " bytes/s", "network": " bytes/s"}
@@ -27,11 +28,12 @@ def run_estimate(config: EstimateConfig) -> int:
         constants = {name: constant._asdict() for name, constant in prediction.constants.items()}
         print(json.dumps(asdict(prediction) | {"constants": constants}))
         return 0
-    console = Console(highlight=False)
+    console = open_console()
     unit = "rank of this machine's CPU" if config.gpu == "cpu" else f"{config.gpu} GPU"
     who = f"1 {unit}" if config.gpus == 1 else f"{config.gpus:,} {unit.replace('rank', 'ranks').replace('GPU', 'GPUs')}"
-    console.print(f"[bold]{config.model} on {who}[/]: {config.epochs} epochs of {config.images:,.0f} images, "
-                  f"{prediction.global_batch:,} images and {prediction.step * 1e3:,.1f} ms per step")  # fmt: skip
+    text = f": {config.epochs} epochs of {config.images:,.0f} images, {prediction.global_batch:,} images and "
+    text += f"{prediction.step * 1e3:,.1f} ms per step"
+    console.print(Text.assemble((f"{config.model} on {who}", "bold"), text))
     per_gpu = f" ({prediction.images_per_second / prediction.gpus:,.0f} each)" if prediction.gpus > 1 else ""
     console.print(
         f"{prediction.images_per_second:,.0f} images/s{per_gpu}, {prediction.hours:,.1f} hours without probes, "
@@ -46,7 +48,7 @@ def run_estimate(config: EstimateConfig) -> int:
     for basis in ("measured", "datasheet", "counted", "assumed"):
         used = [_text(name, one) for name, one in prediction.constants.items() if one.basis == basis]
         if used:
-            console.print(f"[bold]{basis}:[/] {'; '.join(used)}")
+            console.print(Text.assemble((f"{basis}:", "bold"), f" {'; '.join(used)}"))
     if config.gpu != "cpu":
         console.print("No GPU has run this. Every time rests on some of the assumed constants; expect ±15 % or more.")
     return 0

@@ -8,6 +8,7 @@ from fastmae.commands.shared import choose_workers, make_folder, open_model
 from fastmae.config import FeaturesConfig
 from fastmae.data.sources import open_train, shown, train_and_val
 from fastmae.evaluate.features import check_features_file, extract_features, report_skipped, save_features
+from fastmae.screen import say
 
 
 def run_features(config: FeaturesConfig) -> int:
@@ -26,5 +27,5 @@ def run_features(config: FeaturesConfig) -> int:
     report_skipped(features.skipped)
     save_features(output, source, features)
     count, width = features.values.shape
-    print(f"{output}: {count} × {width} features of {shown(config.data_path)}")
+    say(f"{output}: {count} × {width} features of {shown(config.data_path)}")
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import inspect
-import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -16,6 +15,7 @@ from fastmae.argv import command_of
 from fastmae.config.groups import GROUPS, MAIN
 from fastmae.flags import REQUIRED, Flag, flags_of
 from fastmae.model.sizes import PRESET_SIZES
+from fastmae.screen import open_console
 
 GROUPED = ("pretrain", "finetune")
 WIDEST = 100
@@ -62,11 +62,10 @@ def run_help(words: Sequence[str], commands: Mapping[str, type]) -> int:
     Raises:
         UserError: help for a command that does not exist.
     """
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = open_console(soft_wrap=True)
     with console.capture() as captured:
         _print(Page(console), words, commands)
-    encoding = sys.stdout.encoding or "utf-8"
-    print(captured.get().encode(encoding, "replace").decode(encoding), end="", flush=True)
+    print(captured.get(), end="", flush=True)
     return 0
 
 

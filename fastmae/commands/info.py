@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 
-from rich.console import Console
-from rich.table import Table
-
 from fastmae.config import InfoConfig
 from fastmae.data.loader import choose_decoder, describe_decoder
 from fastmae.environment import hardware, versions
+from fastmae.screen import show_table
 from fastmae.train.parallel import choose_device
 from fastmae.train.precision import choose_precision
 from fastmae.train.settings import describe_backends
@@ -25,10 +23,9 @@ def run_info(config: InfoConfig) -> int:
     if config.json:
         print(json.dumps(sections))
         return 0
-    table = Table(show_header=False)
+    rows: list[tuple[str, str] | None] = []
     for section, entries in sections.items():
-        table.add_row(f"[bold]{section}", "")
-        for name, value in entries.items():
-            table.add_row(name, ", ".join(value) or "none" if isinstance(value, list) else str(value))
-    Console().print(table)
+        rows += [None, (section, "")]
+        rows += [(name, ", ".join(v) or "none" if isinstance(v, list) else str(v)) for name, v in entries.items()]
+    show_table({"name": "left", "value": "left"}, rows[1:], header=False)
     return 0

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from fastmae.commands.shared import choose_workers, make_folder, open_model
 from fastmae.config import ProbeConfig
 from fastmae.data.sources import shown, train_and_val
 from fastmae.evaluate.features import report_skipped
 from fastmae.evaluate.probe import probe_in_detail, save_probe
+from fastmae.screen import say, show_table
 
 
 def run_probe(config: ProbeConfig) -> int:
@@ -40,14 +38,10 @@ def run_probe(config: ProbeConfig) -> int:
     if config.json:
         print(json.dumps(summary))
         return 0
-    table = Table(title=title)
-    table.add_column("frozen features")
-    table.add_column("top-1", justify="right")
-    for k in config.k:
-        table.add_row(f"k-NN (k = {k}, {config.pool})", f"{result.accuracy(result.knn[k]):.2f} %")
+    rows = [(f"k-NN (k = {k}, {config.pool})", f"{result.accuracy(result.knn[k]):.2f} %") for k in config.k]
     classifier = f"LARS, blr {summary['blr']:g}" if config.linear == "lars" else "logistic regression"
-    table.add_row(f"{classifier} ({config.pool})", f"{summary['linear']:.2f} %")
-    Console().print(table)
+    rows.append((f"{classifier} ({config.pool})", f"{summary['linear']:.2f} %"))
+    show_table({"frozen features": "left", "top-1": "right"}, rows, title)
     if config.output is not None:
-        print(Path(config.output) / "confusion.png")
+        say(Path(config.output) / "confusion.png")
     return 0

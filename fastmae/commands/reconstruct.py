@@ -21,6 +21,7 @@ from fastmae.evaluate.reconstruct import (
     reconstruct_each,
     save_reconstructions,
 )
+from fastmae.screen import say
 
 
 def run_reconstruct(config: ReconstructConfig) -> int:
@@ -48,5 +49,5 @@ def run_reconstruct(config: ReconstructConfig) -> int:
             rows = reconstruct(model, images, ids_shuffle, mask_ratio=ratio, paste_visible=config.paste_visible)
             pictures.append((caption(model, ratio), rows))
     save_reconstructions(Path(config.output), pictures, errors=config.errors)
-    print(config.output)
+    say(config.output)
     return 0

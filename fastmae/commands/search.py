@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from fastmae.commands.shared import choose_workers, make_folder, open_model
 from fastmae.config import SearchConfig
 from fastmae.data.sources import Subset, open_train, shown
 from fastmae.evaluate.features import extract_features, report_skipped
 from fastmae.evaluate.reconstruct import fixed_indices
 from fastmae.evaluate.search import engine, save_search, search
+from fastmae.screen import say, show_table
 
 
 def run_search(config: SearchConfig) -> int:
@@ -35,15 +33,13 @@ def run_search(config: SearchConfig) -> int:
     if config.json:
         print(json.dumps({"by": by, "results": results}))
         return 0
-    table = Table(title=f"nearest of {len(features.values)} images of {shown(config.data_path)}, compared by {by}")
-    for column in ("query", "nearest", "class"):
-        table.add_column(column, overflow="fold")
-    table.add_column("cosine", justify="right")
+    rows: list[tuple[str, ...] | None] = []
     for result in results:
         for rank, match in enumerate(result["found"]):
             query = "" if rank else result["query"]
-            table.add_row(query, match["name"], match.get("class", "–"), f"{match['cosine']:.4f}")
-        table.add_section()
-    Console().print(table)
-    print(config.output)
+            rows.append((query, match["name"], match.get("class", "–"), f"{match['cosine']:.4f}"))
+        rows.append(None)
+    title = f"nearest of {len(features.values)} images of {shown(config.data_path)}, compared by {by}"
+    show_table({"query": "left", "nearest": "left", "class": "left", "cosine": "right"}, rows, title)
+    say(config.output)
     return 0

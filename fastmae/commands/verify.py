@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmae.config import VerifyConfig
@@ -19,6 +18,7 @@ from fastmae.data.loader import default_workers
 from fastmae.data.sources import Source, open_train, open_val, shown
 from fastmae.data.verify import EXAMPLES, Findings, check, choose_channels, damage_of
 from fastmae.errors import UserError
+from fastmae.screen import open_console, printable
 
 QUIET_SECONDS = 15.0
 
@@ -63,13 +63,13 @@ class _Screen:
     """A progress bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, total: int) -> None:
-        self._console = Console(soft_wrap=True, highlight=False)
+        self._console = open_console(soft_wrap=True)
         self._total, self._done, self._unusable = total, 0, 0
         self._started = self._printed = time.perf_counter()
         self._bar = Progress(
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("images, {task.fields[unusable]} unusable, {task.fields[speed]} images/s"),
+            TextColumn("images, {task.fields[unusable]} unusable, {task.fields[speed]} images/s", markup=False),
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
@@ -86,8 +86,7 @@ class _Screen:
 
     def print(self, line: str) -> None:
         """Prints a line; of names that come from files, what is not printable is escaped."""
-        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-        self._console.print(shown, markup=False)
+        self._console.print(printable(line))
 
     def speed(self) -> float:
         """Images a second since the start."""

@@ -41,9 +41,9 @@ from fastmae.model.classifier import (
     tune,
 )
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.signals import StopSignals
 from fastmae.train import parallel
 from fastmae.train.batches import BatchStream
-from fastmae.train.health import StopSignals
 from fastmae.train.optim import make_finetuning_optimizer
 from fastmae.train.precision import Precision, choose_precision
 from fastmae.train.recovery import data_seed, restore_attempt, roll_back, run_attempts

@@ -1,4 +1,4 @@
-"""Signals that stop a run, a watchdog that ends one that hangs, and a detector of loss spikes.
+"""A watchdog that ends a run that hangs, and a detector of loss spikes.
 
 Nothing here knows the training loop.
 """
@@ -8,50 +8,20 @@ from __future__ import annotations
 import faulthandler
 import math
 import os
-import signal
 import statistics
 import tempfile
 import threading
 import time
 from collections import deque
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
+from types import TracebackType
 
-# sysexits' EX_TEMPFAIL: nothing is wrong, run the same command again (with --resume auto).
-EXIT_INTERRUPTED = 75
 EXIT_HUNG = 1
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 HANG_GRACE = 5.0
 SPIKE_WINDOW = 200
 SPIKE_LEAST = 50
 SPIKE_THRESHOLD = 8.0
 NORMAL_MAD = 0.6745
-
-
-class StopSignals:
-    """Remembers, while entered, the first SIGTERM, SIGINT or SIGUSR1. A second SIGINT interrupts at once.
-
-    Only the main thread of Python may handle signals. In another one nothing is handled, and nothing is remembered.
-    """
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
 
 
 class Watchdog:

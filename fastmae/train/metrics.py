@@ -16,13 +16,13 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmae.data.loader import LoadingStats
 from fastmae.errors import UserError
 from fastmae.files import JsonLines, fsync_file, write_text
 from fastmae.messages import logger
+from fastmae.screen import open_console, printable
 
 METRICS = "metrics.jsonl"
 LOG = "log.txt"
@@ -254,18 +254,21 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Screen:
-    """Shows progress on the main rank: a bar on a terminal, otherwise a line now and then."""
+    """Shows progress on the main rank: a bar on a terminal, otherwise a line now and then.
+
+    A screen that is lost is none of the run's business: ``screen.Stream`` is silent from then on.
+    """
 
     def __init__(self, *, total_steps: int, epochs: int, images_per_step: int, start_step: int, shows: bool) -> None:
-        self.console = Console(quiet=not shows, soft_wrap=True, highlight=False)
+        self.console = open_console(quiet=not shows, soft_wrap=True)
         self._epochs, self._total, self._images_per_step = epochs, total_steps, images_per_step
         self._start_step = start_step
         self._started = self._first_done = self._printed = time.perf_counter()
         self._bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  lr {task.fields[lr]}  {task.fields[speed]}"),
+            TextColumn("loss {task.fields[loss]}  lr {task.fields[lr]}  {task.fields[speed]}", markup=False),
             TimeRemainingColumn(),
             console=self.console,
             disable=not (shows and self.console.is_terminal),
@@ -291,7 +294,7 @@ class Screen:
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar if there is one, and logs it."""
-        self.console.print(line, markup=False)
+        self.console.print(printable(line))
         if not self.console.quiet:
             logger.info("%s", line)
 

@@ -33,10 +33,10 @@ from fastmae.model.build import build_model
 from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.sharding import in_one_piece, is_sharded
+from fastmae.signals import StopSignals
 from fastmae.train import parallel
 from fastmae.train.average import Average, in_checkpoint, start_average, update_average
 from fastmae.train.batches import BatchStream
-from fastmae.train.health import StopSignals
 from fastmae.train.optim import make_optimizer
 from fastmae.train.precision import Precision, choose_precision, require_float8
 from fastmae.train.recovery import data_seed, restore_attempt, roll_back, run_attempts

@@ -32,10 +32,10 @@ from fastmae.files import write_text
 from fastmae.messages import logger
 from fastmae.model.sharding import local_part
 from fastmae.ops.backends import using
+from fastmae.signals import EXIT_INTERRUPTED, StopSignals
 from fastmae.train import parallel
 from fastmae.train.allocator import keep_freed_memory
 from fastmae.train.batches import BatchStream
-from fastmae.train.health import StopSignals
 from fastmae.train.run import Run
 from fastmae.train.schedule import Steps
 from fastmae.train.settings import as_json
@@ -60,6 +60,10 @@ def run_attempts(config: Config, attempt: Attempt[Config]) -> int:
         keep_freed_memory()
     try:
         with using(ops=config.ops, attention=config.attention), StopSignals() as stop:
+            if context.any(stop.received is not None):
+                text = "stopped by %s before the run began; nothing was changed: run the same command again"
+                logger.warning(text, stop.received or "a signal to another rank")
+                return EXIT_INTERRUPTED
             while (status := attempt(config, context, stop)) is None:
                 config = dataclasses.replace(config, resume="auto")
             return status

@@ -31,8 +31,9 @@ from fastmae.errors import SettingError, UserError
 from fastmae.files import write_text
 from fastmae.messages import logger
 from fastmae.model.sharding import in_one_piece
+from fastmae.signals import EXIT_INTERRUPTED, StopSignals
 from fastmae.train import parallel
-from fastmae.train.health import EXIT_INTERRUPTED, LossSpikes, StopSignals, Watchdog
+from fastmae.train.health import LossSpikes, Watchdog
 from fastmae.train.metrics import Screen, StepLog
 from fastmae.train.precision import Precision
 from fastmae.train.profile import profiled

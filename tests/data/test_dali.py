@@ -26,7 +26,7 @@ from fastmae.data.loader import View, load_batches
 from fastmae.data.plan import Box, crop_draws, plan_epoch, random_box
 from fastmae.data.sources import open_train
 from fastmae.errors import UserError
-from fastmae.train.health import EXIT_INTERRUPTED
+from fastmae.signals import EXIT_INTERRUPTED
 
 CPU = torch.device("cpu")
 DEVICES = [

@@ -22,11 +22,8 @@ from torch import nn
 
 from fastmae.errors import UserError
 from fastmae.messages import messages_on_stderr
-from fastmae.train.health import (
-    EXIT_INTERRUPTED,
-    LossSpikes,
-    Watchdog,
-)
+from fastmae.signals import EXIT_INTERRUPTED
+from fastmae.train.health import LossSpikes, Watchdog
 from fastmae.train.parallel import restart_hazard
 from fastmae.train.pretrain import pretrain
 from fastmae.train.recovery import data_seed, find_not_finite, read_rollbacks, write_rollbacks

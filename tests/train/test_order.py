@@ -18,9 +18,9 @@ from fastmae.data.loader import LoadingStats, View
 from fastmae.data.quarantine import Quarantine
 from fastmae.data.sources import open_train
 from fastmae.errors import UserError
+from fastmae.signals import EXIT_INTERRUPTED
 from fastmae.train import pretrain as module
 from fastmae.train.batches import BatchStream
-from fastmae.train.health import EXIT_INTERRUPTED
 from fastmae.train.parallel import DistContext
 from fastmae.train.pretrain import pretrain
 from fastmae.train.schedule import Steps

@@ -20,7 +20,7 @@ from ranks import Rank, start_ranks
 from fastmae.checkpoint.load import load_model
 from fastmae.cli import main
 from fastmae.errors import UserError
-from fastmae.train.health import EXIT_INTERRUPTED
+from fastmae.signals import EXIT_INTERRUPTED
 from fastmae.train.pretrain import pretrain
 
 LONG = dict(epochs=12, save_freq=4, checkpoint_freq=5)

@@ -213,7 +213,7 @@ def safe_streams(*, must_show: bool) -> Generator[None]:
     """
     before = sys.stdout, sys.stderr
     after = Stream(before[0], must_show=must_show), Stream(before[1])
-    sys.stdout, sys.stderr = after  # type: ignore[assignment]
+    sys.stdout, sys.stderr = after
     try:
         yield
     finally:
@@ -223,9 +223,10 @@ def safe_streams(*, must_show: bool) -> Generator[None]:
 
 
 def _settle(stream: TextIO | None) -> None:
+    if stream is None:
+        return
     try:
-        if stream is not None:
-            stream.flush()
+        stream.flush()
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -16,6 +16,7 @@ from fastmae.config import (
     FeaturesConfig,
     FinetuneConfig,
     InfoConfig,
+    MaskingConfig,
     PretrainConfig,
     ProbeConfig,
     ReconstructConfig,
@@ -102,6 +103,7 @@ def test_settings_that_cannot_work_are_named(flags):
 
 CONFIGS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 NEEDED = dict(checkpoint="run", output="a.npz", data_path=("digits",), queries=("a.jpg",), to="timm")
+NEEDED |= dict(model="mae_vit_tiny_patch4", input_size=(16,), in_chans=1)
 
 
 def settings_of(config):
@@ -208,6 +210,58 @@ def test_ranges_of_fine_tuning(given):
     name = next(iter(given))
     with pytest.raises(SettingError, match=f"^{name}=.*: must be"):
         FinetuneConfig(**given)
+
+
+def numbers_in(annotation):
+    """int and float, where a setting may be one or several of them."""
+    inside = set().union(*map(numbers_in, typing.get_args(annotation)), set())
+    return inside | ({annotation} & {int, float})
+
+
+def test_every_number_of_every_command_is_finite_and_not_too_large():
+    tried = 0
+    for config in (value for value in vars(fastmae.config).values() if dataclasses.is_dataclass(value)):
+        if config.__name__.startswith("Resolved") or config in (fastmae.config.TrainingConfig, MaskingConfig):
+            continue
+        for name, annotation in field_types(config).items():
+            several = typing.get_origin(annotation) is tuple or "tuple" in str(annotation)
+            for value in (float("nan"), float("inf"), -float("inf"), 10**400) if numbers_in(annotation) else ():
+                expected = "a finite number" if isinstance(value, float) else r"below 2\*\*63"
+                with pytest.raises(SettingError, match=f"^{name}=.*: must be {expected}"):
+                    config(**{**settings_of(config), name: (value, value) if several else value})
+                tried += 1
+    assert tried > 500
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (dict(mean=(127.0,)), "between 0 and 1, a share of the value range: divide numbers from 0 to 255 by 255"),
+        (dict(std=(58.0,)), "between 1e-06 and 1, a share of the value range: divide numbers from 0 to 255 by 255"),
+        (dict(std=(0.0,)), "between 1e-06 and 1"), (dict(std=(0.2, -0.1)), "between 1e-06 and 1"),
+        (dict(mean=(-0.1,)), "between 0 and 1"), (dict(num_workers=10**6), "at most 4096"),
+        (dict(hang_timeout=1e300), "0 or more seconds, at most a year"), (dict(seed=-1), r"in \[0, 2\*\*63\)"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_beyond_what_can_be_meant_are_refused(given, problem):
+    (name,) = given
+    with pytest.raises(SettingError, match=f"^{name}=.*: must be {problem}"):
+        PretrainConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("facts", "epochs", "warmup"),
+    [(FOLDER, None, 40), (FOLDER, 41, 40), (FOLDER, 40, 4), (FOLDER, 5, 0.5), (DIGITS, None, 6), (DIGITS, 400, 40)],
+)
+def test_the_warm_up_is_shorter_than_the_run(facts, epochs, warmup):
+    assert resolved(facts, epochs=epochs).warmup_epochs == warmup
+    assert resolved(facts, epochs=epochs, warmup_epochs=60.0).warmup_epochs == 60
+
+
+def test_a_run_does_not_start_behind_its_end():
+    with pytest.raises(SettingError, match=r"^start_epoch=60: must be below the 60 of epochs"):
+        resolved(DIGITS, start_epoch=60)
 
 
 def test_a_resolved_configuration_may_hold_what_nobody_gives():

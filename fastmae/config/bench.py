@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -248,7 +247,7 @@ def check_bench(
         "batch_sizes", "input_sizes", "ranks",
     )  # fmt: skip
     sample_ms = getattr(config, "sample_ms", 0.0)
-    if not (math.isfinite(sample_ms) and sample_ms >= 0):
+    if sample_ms < 0:
         raise UserError(f"--sample_ms {sample_ms}: must be 0 or more")
     for switch in getattr(config, "switches", ()):
         if unknown := [name for name in switch.split("+") if name not in BENCH_SWITCHES]:

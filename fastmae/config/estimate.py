@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,7 +59,7 @@ def check_estimate(config: EstimateConfig) -> None:
     need_at_least_one(
         config, "gpus", "gpus_per_node", "epochs", "batch_size", "accum_iter", "input_size", "cores"
     )  # fmt: skip
-    if not (math.isfinite(config.images) and config.images >= 1):
+    if config.images < 1:
         raise UserError(f"--images {config.images:g}: must be at least 1")
     if not 0 < config.mask_ratio < 1:
         raise UserError(f"--mask_ratio {config.mask_ratio:g}: must be above 0 and below 1")

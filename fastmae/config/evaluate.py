@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -18,7 +17,7 @@ from fastmae.config.shared import (
     WithDecoder,
     Workers,
 )
-from fastmae.config.values import coerce, need, need_at_least_one
+from fastmae.config.values import coerce, need, need_at_least_one, need_seed
 from fastmae.errors import SettingError
 
 Pool = Literal["mean", "cls", "both"]
@@ -193,13 +192,14 @@ def check_evaluation(config: ProbeConfig | ReconstructConfig | FeaturesConfig | 
         SettingError: naming the setting, its value and what it must be.
     """
     need_at_least_one(config, "batch_size", "num_workers", "k", "count", "rounds", "linear_batch")
+    need_seed(config)
     positional = {"queries": "QUERY", "data_path": "DATA" if isinstance(config, FeaturesConfig) else None}
     for name in ("k", "blr", "data_path", "queries", "images"):
         if getattr(config, name, True) == ():
             raise SettingError(name, problem="must name at least one", flag=positional.get(name))
     if isinstance(config, ProbeConfig):
         for rate in config.blr:
-            if not (math.isfinite(rate) and rate > 0):
+            if rate <= 0:
                 raise SettingError("blr", rate, "must be a positive number")
         if config.linear != "lars" and (config.blr, config.linear_batch) != (PROBE_RATES, PROBE_BATCH):
             name = "blr" if config.blr != PROBE_RATES else "linear_batch"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass
 from functools import partial
 
-from fastmae.config.training import TrainingConfig, check_training
+from fastmae.config.training import TrainingConfig, check_training, default_warmup
 from fastmae.config.values import coerce, given, need, need_at_least_one
 from fastmae.facts import DataFacts
+
+WARMUP_EPOCHS = 5.0
+LARGEST_ALPHA = 1e6
+"""With a larger one mixup blends every pair in halves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +85,9 @@ class FinetuneConfig(TrainingConfig):
     to ViT-B, otherwise 0.75."""
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine schedule."""
-    warmup_epochs: float = 5.0
-    """Epochs over which the learning rate grows from 0, linearly."""
+    warmup_epochs: float | None = None
+    """Epochs over which the learning rate grows from 0, linearly. Default: 5, as in the official script; of up to 5
+    epochs a tenth."""
     weight_decay: float = 0.05
     """Weight decay of AdamW. Parameters of one dimension, the class token and the position embeddings have none."""
     seed: int = 0
@@ -112,6 +116,7 @@ class ResolvedFinetuneConfig(FinetuneConfig):
     epochs: int
     lr: float
     blr: float
+    warmup_epochs: float
     layer_decay: float
     drop_path: float
     crop_scale: tuple[float, float]
@@ -164,6 +169,7 @@ def resolve_finetune(
     )
     if digits:
         epochs, blr = 20, 1e-2
+    epochs = given(config.epochs, epochs)
     if config.tune != "full":
         drop_path = 0.0
     input_size = config.input_size or img_size
@@ -174,9 +180,10 @@ def resolve_finetune(
         input_size=(input_size[0], input_size[-1]),
         nb_classes=nb_classes,
         global_pool=config.global_pool and not config.cls_token,
-        epochs=given(config.epochs, epochs),
+        epochs=epochs,
         lr=given(config.lr, blr * global_batch / 256),
         blr=blr,
+        warmup_epochs=given(config.warmup_epochs, default_warmup(WARMUP_EPOCHS, epochs)),
         layer_decay=given(config.layer_decay, layer_decay),
         drop_path=given(config.drop_path, drop_path),
         crop_scale=given(config.crop_scale, (0.7, 1.0) if digits else (0.08, 1.0)),
@@ -210,7 +217,7 @@ def check_finetune(config: FinetuneConfig) -> None:
     needed(config.nb_classes is None or config.nb_classes >= 2, "nb_classes", "at least 2")
     for name in ("mixup", "cutmix"):
         value = getattr(config, name)
-        needed(value is None or (math.isfinite(value) and value >= 0), name, "0 or more")
+        needed(value is None or 0 <= value <= LARGEST_ALPHA, name, f"0 or more, at most {LARGEST_ALPHA:g}")
     decay = config.layer_decay
     needed(decay is None or 0 < decay <= 1, "layer_decay", "above 0 and at most 1")
     for name in ("drop_path", "smoothing"):

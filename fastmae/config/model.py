@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastmae.config.values import coerce, need_size
+from fastmae.config.values import coerce, need, need_at_least_one, need_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class ModelSpec:
     def __post_init__(self) -> None:
         coerce(self)
         need_size(self, "input_size")
+        need_at_least_one(self, "in_chans", "decoder_depth")
+        need(self, all(value > 0 for value in self.std or ()), "std", "above 0")
         object.__setattr__(self, "input_size", (self.input_size[0], self.input_size[-1]))
 
     @classmethod

@@ -9,13 +9,14 @@ from functools import partial
 from typing import Literal
 
 from fastmae.config.masking import Masking, MaskingConfig, check_masking, chosen_masking
-from fastmae.config.training import TrainingConfig, check_training
-from fastmae.config.values import coerce, given, need, need_at_least_one, need_size
+from fastmae.config.training import TrainingConfig, check_training, default_warmup
+from fastmae.config.values import coerce, given, need, need_at_least_one, need_size, need_statistics
 from fastmae.facts import FULL_SHUFFLE, DataFacts, MaskFacts
 
 SMALL_SIDE = 64
 SMALL_MODEL = "mae_vit_tiny_patch4"
 PROBE_LIMIT = 20_000
+WARMUP_EPOCHS = 40.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +85,8 @@ class PretrainConfig(TrainingConfig, MaskingConfig):
     """Base learning rate, for a global batch of 256 images; --lr is computed from it. Default: 1e-3, as in the official
     script; 3e-3 for the digits."""
     warmup_epochs: float | None = None
-    """Epochs over which the learning rate grows from 0, linearly. Default: 40, as in the official script; for the
-    digits a tenth of the epochs."""
+    """Epochs over which the learning rate grows from 0, linearly. Default: 40, as in the official script; of up to 40
+    epochs, and for the digits, a tenth."""
     ema: float | None = None
     """Keep a moving average of the weights as well, and write it as checkpoint-EPOCH-ema.pth. The number is the share
     of the average that each step keeps, such as 0.9999. Default: no average, as in the official script."""
@@ -176,7 +177,11 @@ def resolve(
     num_workers: int,
     masks: MaskFacts | None = None,
 ) -> ResolvedConfig:
-    """Fills in what was left open, from the data (``facts``, its ``mean`` and ``std``), --masks and the machine."""
+    """Fills in what was left open, from the data (``facts``, its ``mean`` and ``std``), --masks and the machine.
+
+    Raises:
+        SettingError: settings that do not go with the data.
+    """
     digits = facts.kind == "digits"
     in_chans = config.in_chans or facts.channels
     input_size: tuple[int, ...] = (224, 224)
@@ -190,6 +195,7 @@ def resolve(
         # Patches of 4×4, at least 16 of them: the images' own size if it is that large, rounded up to whole patches.
         input_size = tuple(4 * math.ceil(max(side, 16) / 4) for side in facts.size)
     epochs = given(config.epochs, 60 if digits else 400)
+    need(config, config.start_epoch < epochs, "start_epoch", f"below the {epochs} of --epochs")
     start_size = config.start_size
     blr = given(config.blr, 3e-3 if digits else 1e-3)
     global_batch = config.batch_size * config.accum_iter * ranks
@@ -203,7 +209,7 @@ def resolve(
         epochs=epochs,
         lr=given(config.lr, blr * global_batch / 256),
         blr=blr,
-        warmup_epochs=given(config.warmup_epochs, epochs / 10 if digits else 40.0),
+        warmup_epochs=given(config.warmup_epochs, default_warmup(0.0 if digits else WARMUP_EPOCHS, epochs)),
         crop_scale=given(config.crop_scale, (0.7, 1.0) if digits else (0.2, 1.0)),
         flip=given(config.flip, in_chans == 3),
         in_chans=in_chans,
@@ -232,7 +238,7 @@ def check_pretrain(config: PretrainConfig) -> None:
     divides = config.batch_size % config.repeated_masks == 0
     needed(divides, "repeated_masks", f"a divisor of --batch_size={config.batch_size}")
     needed(config.cache_gb is None or config.cache == "ram", "cache_gb", "given together with --cache=ram")
-    needed(config.cache_gb is None or 0 < config.cache_gb < math.inf, "cache_gb", "a positive number of GiB")
+    needed(config.cache_gb is None or config.cache_gb > 0, "cache_gb", "a positive number of GiB")
     if config.predict_ratio is not None:
         cross, masking = config.decoder_attention == "cross", chosen_masking(config)
         needed(cross, "predict_ratio", "given together with --decoder_attention=cross")
@@ -250,5 +256,4 @@ def check_pretrain(config: PretrainConfig) -> None:
     if config.float8:
         needed(config.compile != "off", "compile", "block or model with --float8, which is slower than bf16 without")
         needed(config.batch_size % 16 == 0, "batch_size", "a multiple of 16 with --float8, as its products need it")
-    if config.std is not None:
-        needed(all(s > 0 for s in config.std), "std", "positive")
+    need_statistics(config)

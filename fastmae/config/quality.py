@@ -44,8 +44,8 @@ class BenchQualityConfig:
     blr: float | None = None
     """Learning rate for a batch of 256. Default: 1e-3, as in the official script; 3e-3 for the built-in digits."""
     warmup_epochs: float | None = None
-    """Epochs of linear warm-up. Default: 40, as in the official script; a tenth of the epochs for the built-in
-    digits."""
+    """Epochs of linear warm-up. Default: 40, as in the official script; of up to 40 epochs, and for the built-in
+    digits, a tenth."""
     weight_decay: float = 0.05
     """Weight decay of parameters of two or more dimensions, the class token and the mask token."""
     crop_scale: tuple[float, float] | None = None

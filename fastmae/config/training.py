@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from fastmae.config.values import need, need_at_least_one, need_size
+from fastmae.config.values import need, need_at_least_one, need_seed, need_size
+
+MOST_WORKERS = 4096
+YEAR = 366 * 24 * 3600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +129,13 @@ class TrainingConfig:
     """Trace this many steps, after the first 5, into OUTPUT_DIR/profile."""
 
 
+def default_warmup(official: float, epochs: int) -> float:
+    """Returns the epochs of the warm-up where none are given: the official number if the run is longer than that, else
+    a tenth of the run, as the learning rate would never get up otherwise. An ``official`` 0 is a tenth as well.
+    """
+    return official if 0 < official < epochs else epochs / 10
+
+
 def check_training(config: TrainingConfig) -> None:
     """Refuses what neither pretrain nor finetune can work with.
 
@@ -141,17 +150,19 @@ def check_training(config: TrainingConfig) -> None:
     needed(config.shard_size is None or config.parallel == "hsdp", "shard_size", "given together with --parallel=hsdp")
     for name in ("lr", "blr", "clip_grad"):
         value = getattr(config, name)
-        needed(value is None or (math.isfinite(value) and value > 0), name, "a positive number")
+        needed(value is None or value > 0, name, "a positive number")
     for name in ("min_lr", "weight_decay", "warmup_epochs"):
         value = getattr(config, name)
-        needed(value is None or (math.isfinite(value) and value >= 0), name, "0 or more")
-    needed(0 <= config.seed < 2**63, "seed", "in [0, 2**63)")
+        needed(value is None or value >= 0, name, "0 or more")
+    need_seed(config)
+    workers = config.num_workers
+    needed(workers is None or workers <= MOST_WORKERS, "num_workers", f"at most {MOST_WORKERS}")
     need_size(config, "input_size")
     if config.crop_scale is not None:
         low, high = config.crop_scale
         needed(0 < low <= high <= 1, "crop_scale", "two numbers with 0 < smallest ≤ largest ≤ 1")
     needed(0 <= config.max_corrupt <= 1, "max_corrupt", "a share between 0 and 1")
     timeout = config.hang_timeout
-    needed(timeout is None or (math.isfinite(timeout) and timeout >= 0), "hang_timeout", "0 or more seconds")
+    needed(timeout is None or 0 <= timeout <= YEAR, "hang_timeout", "0 or more seconds, at most a year")
     fits = config.compile != "model" or config.parallel == "ddp"
     needed(fits, "compile", f"off or block with --parallel={config.parallel}, which communicates between blocks")

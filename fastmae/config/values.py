@@ -33,6 +33,12 @@ _MANY = {int: "whole numbers", float: "numbers", bool: "values of True or False"
 _COUNTS = ("no", "one", "two", "three", "four")
 
 
+SMALLEST_STD = 1e-6
+"""Dividing by less would leave float32."""
+LARGEST = 2**63
+"""No whole number that a setting has is as large."""
+
+
 class _WrongTypeError(Exception):
     """A value has not the type that it must have."""
 
@@ -45,7 +51,7 @@ def coerce(config: Any) -> None:
     that had another name in version 0.1 get the name of today.
 
     Raises:
-        SettingError: a value of another type, or one that is not among the choices.
+        SettingError: a value of another type, one that is not among the choices, or a number that is not finite.
     """
     for name, annotation in field_types(config.__class__).items():
         object.__setattr__(config, name, check_type(name, getattr(config, name), annotation))
@@ -62,7 +68,7 @@ def check_type(name: str, value: Any, annotation: Any) -> Any:
     try:
         return _fit(value, annotation)
     except _WrongTypeError:
-        raise SettingError(name, value, f"must be {describe(annotation)}") from None
+        raise SettingError(name, value, f"must be {_beyond(value) or describe(annotation)}") from None
 
 
 @functools.cache
@@ -110,10 +116,10 @@ def _fit(value: Any, annotation: Any) -> Any:
         if isinstance(value, bool):
             return bool(value)
     elif annotation is int:
-        if _is_number(value) and math.isfinite(value) and int(value) == value:
+        if _is_number(value) and not _beyond(value) and abs(value) < LARGEST and int(value) == value:
             return int(value)
     elif annotation is float:
-        if _is_number(value):
+        if _is_number(value) and not _beyond(value):
             return float(value)
     elif annotation is str:
         if isinstance(value, str | os.PathLike):
@@ -148,6 +154,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _beyond(value: Any) -> str | None:
+    """Returns what a number, or the first of several, must be that is not finite or too large; None if all can be."""
+    if isinstance(value, tuple | list):
+        return next(filter(None, map(_beyond, value)), None)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    return "below 2**63" if isinstance(value, int) and abs(value) >= LARGEST else None
+
+
 def given(value: T | None, default: T) -> T:
     """The value of a setting, or the default where none was given."""
     return default if value is None else value
@@ -180,3 +195,18 @@ def need_size(config: object, name: str) -> None:
     size = getattr(config, name)
     fits = size is None or (len(size) in (1, 2) and min(size) >= 1)
     need(config, fits, name, "one or two positive numbers of pixels")
+
+
+def need_seed(config: object) -> None:
+    """Refuses a seed that the counter-based generator has no place for."""
+    seed = getattr(config, "seed", 0)
+    need(config, 0 <= seed < LARGEST, "seed", "in [0, 2**63)")
+
+
+def need_statistics(config: Any) -> None:
+    """Refuses a ``mean`` or ``std`` that is no share of the value range, such as 127 of 255."""
+    hint = "a share of the value range: divide numbers from 0 to 255 by 255"
+    for name, lowest in (("mean", 0.0), ("std", SMALLEST_STD)):
+        values = getattr(config, name)
+        holds = values is None or all(lowest <= value <= 1 for value in values)
+        need(config, holds, name, f"between {lowest:g} and 1, {hint}")

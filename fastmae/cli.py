@@ -38,6 +38,7 @@ from fastmae.config.load import load_settings, settings_as_words
 from fastmae.errors import UserError
 from fastmae.faults import report, shortage, show_traceback, tell_launcher, threads_reported, wants_traceback
 from fastmae.flags import flags_of
+from fastmae.launch import is_first
 from fastmae.messages import messages_on_stderr
 from fastmae.screen import OutputLostError, complain, hold_standard_files, safe_streams
 from fastmae.signals import remembered
@@ -142,7 +143,7 @@ def parse(words: Sequence[str]) -> Any:
         normal, unused = normalise(rest, flags_of(config), command)
     except UserError as error:
         raise UserError(f"{error}{'' if str(error).endswith('?') else ';'} see `fastmae {command} --help`") from None
-    if unused and os.environ.get("RANK", "0") == "0":  # otherwise every rank would print it
+    if unused and is_first(os.environ):  # otherwise every rank would print it
         text = f"{' and '.join(unused)}: not used; torchrun sets this, as in `torchrun -m fastmae {command} …`"
         complain(text)
     return _values_of(config, normal, command)

@@ -22,7 +22,8 @@ ALLOWED = {
     "torch_compat": set(),
     "environment": set(),
     "faults": {"environment", "screen"},
-    "config": LEAVES,
+    "launch": {"errors"},
+    "config": LEAVES | {"launch"},
     "_C": set(),
     "kernels": LEAVES,
     "ops": LEAVES | {"_C", "kernels"},
@@ -31,7 +32,7 @@ ALLOWED = {
     "checkpoint": LEAVES | {"config", "model"},
     "evaluate": LEAVES | {"config", "ops", "model", "data", "checkpoint"},
     "export": LEAVES | {"config", "model", "data", "checkpoint", "evaluate"},
-    "train": LEAVES | {"config", "environment", "ops", "model", "data", "checkpoint", "evaluate"},
+    "train": LEAVES | {"config", "environment", "launch", "ops", "model", "data", "checkpoint", "evaluate"},
     "benchmarks": LEAVES
     | {"config", "environment", "kernels", "ops", "model", "data", "checkpoint", "evaluate", "train"},
     "estimate": {"errors", "config", "model"},
@@ -40,7 +41,8 @@ ALLOWED = {
     | {"evaluate", "export", "train", "benchmarks"},
     "flags": set(),
     "argv": {"errors", "flags", "config"},
-    "cli": {"errors", "faults", "messages", "screen", "signals", "flags", "argv", "config", "commands", "train"},
+    "cli": LEAVES - {"facts", "files", "philox", "torch_compat"}
+    | {"faults", "launch", "flags", "argv", "config", "commands", "train"},
     "api": {"errors", "config", "model", "data", "checkpoint", "evaluate", "train"},
     "__init__": {"errors", "ops", "model", "checkpoint", "api"},
     "__main__": {"cli", "signals"},
@@ -92,7 +94,7 @@ def test_arrows_run_one_way(path):
 # From the bottom to the top. Parts of one line do not know each other.
 LEVELS = (
     {"errors", "facts", "files", "philox", "screen", "signals", "torch_compat", "environment", "flags", "_C"},
-    {"messages", "faults"},
+    {"messages", "faults", "launch"},
     {"config", "kernels"},
     {"argv", "ops"},
     {"model", "data"},

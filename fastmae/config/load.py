@@ -26,6 +26,7 @@ from fastmae.config.groups import GROUPS
 from fastmae.config.pretrain import PretrainConfig, ResolvedConfig
 from fastmae.config.values import OLD_NAMES, check_type, field_types
 from fastmae.errors import SettingError, UserError
+from fastmae.launch import is_first
 
 Config = TypeVar("Config")
 
@@ -55,7 +56,7 @@ def load_settings(path: str | PathLike[str], config_class: type) -> dict[str, An
     settings = _read(path)
     known = field_types(config_class)
     computed = [name for name in COMPUTED if name in settings and name not in known]
-    if computed and os.environ.get("RANK", "0") == "0":  # otherwise every rank would say so
+    if computed and is_first(os.environ):  # otherwise every rank would say so
         log.warning("%s: ignored %d values that a run computes (%s)", path, len(computed), ", ".join(computed))
     try:
         settings = current_settings(as_given(settings), config_class, besides=computed)

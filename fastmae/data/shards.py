@@ -8,7 +8,9 @@ modification times.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -30,16 +32,38 @@ from fastmae.data.index import (
     unpack_names,
     write_index,
 )
+from fastmae.data.openfile import OpenFile
 from fastmae.data.plan import Shards
-from fastmae.data.stock import Stock
+from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of, joined
 from fastmae.errors import SettingError, UserError
 
 BLOCK = 512
+# How members become samples: an index that was made by other rules is made again.
+RULES = "members 2"
 # The largest header entry that only describes the next one; a larger one is taken for damage.
 MAX_EXTENSION = 1 << 20
 MAX_LABEL_BYTES = 32
+# How far behind a tar's end one looks for another tar.
+LOOKED_BEHIND = 16 << 20
 OPEN_SHARDS = 256
 INDEX_THREADS = 8
+# Why members are left out. A shard has no more reasons than ``MAX_REASONS``, whatever suffixes there are in it.
+HIDDEN = "hidden files, such as macOS adds"
+NO_SUFFIX = "no suffix in the name"
+SECOND_IMAGE = "a second image of a sample, whose name is the same up to the first dot; rename it to use it"
+SECOND_LABEL = "a second label of a sample"
+NO_IMAGE = "labels without an image of that name in the same tar"
+NO_INTEGER = "labels that are no integers"
+TAR_OF_TARS = "a tar of tars: unpack it (`tar -xf`) and give the tars inside"
+OTHER_SUFFIX = "other suffixes"
+NO_FILES = {
+    "link": "links; make the tar with `--dereference --hard-dereference` to have the files",
+    "sparse": "sparse members; make the tar without `--sparse` to have them",
+    "device": "neither files nor folders",
+}
+MAX_REASONS = 20
+MAX_SUFFIX = 16
+MAX_STOCK = 1 << 20
 # The shuffle window of a source of shards: at least so many shards and so many samples.
 WINDOW_SHARDS = 64
 WINDOW_SAMPLES = 16_384
@@ -71,8 +95,10 @@ class TarSource:
     """int64 [length], or None."""
     damage: tuple[tuple[str, str], ...]
     """(tar file, what is wrong) of each that ends too early or is damaged inside."""
+    stock: Stock
+    """The members of the tar files: images, labels and folders are used. Behind damage nobody knows what there is."""
     kind: str = "folder"
-    _open: Callable[[int], _OpenShard] = field(init=False, repr=False, compare=False)
+    _open: Callable[[int], OpenFile] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Bounded, because there may be more shards than files that a process may have open.
@@ -91,10 +117,6 @@ class TarSource:
         text = f"in {len(self.paths)} tar shard{'s' if len(self.paths) > 1 else ''}"
         return "; ".join([text, *map(" ".join, self.damage)])
 
-    @property
-    def stock(self) -> Stock:
-        return Stock({"images": len(self)})
-
     def __len__(self) -> int:
         return len(self.offset)
 
@@ -107,40 +129,31 @@ class TarSource:
         shard, size = self._open(int(self.shard[index])), int(self.size[index])
         if size > MAX_FILE_BYTES:
             raise OSError(f"{size} bytes, over the limit of {MAX_FILE_BYTES}")
-        data = os.pread(shard.descriptor, size, int(self.offset[index]))
+        data = shard.read(size, int(self.offset[index]))
         if len(data) != size:
-            raise OSError(f"{self.paths[self.shard[index]]} has become shorter since it was indexed")
+            raise OSError(f"{shard.path} has become shorter since it was indexed")
+        if not shard.is_unchanged():
+            raise OSError(f"{shard.path} has changed since it was indexed; start again")
         return data
 
     def name(self, index: int) -> str:
         return f"{self.paths[self.shard[index]]}:{self.names[index]}"
 
-    def _open_shard(self, number: int) -> _OpenShard:
-        shard = _OpenShard(self.paths[number])
-        status = os.fstat(shard.descriptor)
-        if (status.st_size, status.st_mtime_ns) != self.stamps[number]:
+    def _open_shard(self, number: int) -> OpenFile:
+        shard = OpenFile(self.paths[number])
+        if shard.stamp != self.stamps[number]:
             raise OSError(f"{self.paths[number]} has changed since it was indexed; start again")
         return shard
-
-
-class _OpenShard:
-    """An open file, which is closed when no thread uses it any more."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
 
 
 def open_shards(paths: Sequence[Path]) -> TarSource:
     """Opens tar files as one source, in the order given.
 
     Samples are grouped as webdataset does: a group is consecutive members whose names agree up to the first dot of the
-    file name. The first member of a group with the suffix of an image file is the image; groups without an image are
-    passed over. Labels are the integers in `.cls` members, if every sample has one. Of a shard that is cut or damaged,
-    the part before the damage is used, and ``damage`` names the shard.
+    file name. The first member of a group with the suffix of an image file is the image. In a group without one, every
+    member whose last suffix is that of an image file is an image (`x.min.jpg`). Groups without either are passed over.
+    Labels are the integers in `.cls` members, anywhere in the same shard, if every sample has one. Of a shard that is
+    cut or damaged, the part before the damage is used, and ``damage`` names the shard. ``stock`` counts every member.
 
     Raises:
         UserError: a file is compressed, or is not a tar file at all.
@@ -149,7 +162,8 @@ def open_shards(paths: Sequence[Path]) -> TarSource:
     for path in paths:
         refuse_compressed(path)
     stamps = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, paths)]
-    fingerprint = [[path.name, *stamp] for path, stamp in zip(paths, stamps, strict=True)]
+    shards = [[path.name, *stamp] for path, stamp in zip(paths, stamps, strict=True)]
+    fingerprint = hashlib.sha256(json.dumps([RULES, shards]).encode()).hexdigest()
     index_paths = _index_paths(paths)
     for index_path in index_paths:
         index = read_index(index_path)
@@ -186,7 +200,9 @@ def _index_paths(paths: Sequence[Path]) -> list[Path]:
 
 def _is_sound(columns: dict[str, np.ndarray], stamps: Sequence[tuple[int, int]]) -> bool:
     """Tells whether every sample of an index lies inside its shard and every column has its length."""
-    if columns.keys() != {"shard", "offset", "size", "label", "has_label", "names", "damaged", "damage"}:
+    if columns.keys() != {"shard", "offset", "size", "label", "has_label", "names", "damaged", "damage", "stock"}:
+        return False
+    if _unpacked_stock(columns["stock"]) is None:
         return False
     shard, offset, size = (columns[name] for name in ("shard", "offset", "size"))
     n = len(shard)
@@ -207,6 +223,8 @@ def _is_sound(columns: dict[str, np.ndarray], stamps: Sequence[tuple[int, int]])
 
 def _source(paths: Sequence[Path], stamps: list[tuple[int, int]], columns: dict[str, np.ndarray]) -> TarSource:
     labelled = len(columns["label"]) > 0 and bool(columns["has_label"].all())
+    stock = _unpacked_stock(columns["stock"])
+    assert stock is not None
     return TarSource(
         paths=tuple(map(str, paths)),
         stamps=tuple(stamps),
@@ -219,6 +237,7 @@ def _source(paths: Sequence[Path], stamps: list[tuple[int, int]], columns: dict[
             (str(paths[number]), reason)
             for number, reason in zip(columns["damaged"].tolist(), unpack_names(columns["damage"]), strict=True)
         ),
+        stock=stock,
     )
 
 
@@ -227,62 +246,142 @@ def _source(paths: Sequence[Path], stamps: list[tuple[int, int]], columns: dict[
 
 @dataclass(frozen=True)
 class _Sample:
-    name: str
-    offset: int
-    size: int
+    member: _Member
     label: int | None
 
 
-def _columns(indexed: list[tuple[list[_Sample], str | None]]) -> dict[str, np.ndarray]:
-    labelled = any(sample.label is not None for inside, _ in indexed for sample in inside)
+@dataclass
+class _Inside:
+    """What is in a shard."""
+
+    samples: list[_Sample] = field(default_factory=list)
+    damage: str | None = None
+    labels: int = 0
+    """Members with the label of a sample."""
+    folders: int = 0
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    """By reason."""
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Counts a member that is not used."""
+        if reason not in self.left_out and len(self.left_out) >= MAX_REASONS:
+            reason = OTHER_SUFFIX
+        before = self.left_out.get(reason, LeftOut("members", 0, reason))
+        self.left_out[reason] = LeftOut("members", before.count + 1, reason, (*before.examples, name)[:EXAMPLES])
+
+
+def _columns(indexed: list[_Inside]) -> dict[str, np.ndarray]:
+    labelled = any(sample.label is not None for inside in indexed for sample in inside.samples)
     damaged, damages = [], []
-    for number, (inside, damage) in enumerate(indexed):
-        if damage is not None:
-            if labelled and inside and inside[-1].label is None:
-                inside.pop()  # the label of the last sample lay behind the damage
+    for number, inside in enumerate(indexed):
+        if inside.damage is not None:
+            if labelled and inside.samples and inside.samples[-1].label is None:
+                inside.leave_out(inside.samples.pop().member.name, "the label lies behind the damage of the tar")
             damaged.append(number)
-            damages.append(f"{damage}, so only its first {len(inside)} images are used; replace it to have all")
-    samples = [sample for inside, _ in indexed for sample in inside]
+            used = f"only its first {len(inside.samples)} images are used; replace it to have all"
+            damages.append(f"{inside.damage}, so {used}")
+    samples = [sample for inside in indexed for sample in inside.samples]
     return {
-        "shard": np.repeat(np.arange(len(indexed)), [len(inside) for inside, _ in indexed]).astype(np.int64),
-        "offset": np.array([sample.offset for sample in samples], np.int64),
-        "size": np.array([sample.size for sample in samples], np.int64),
+        "shard": np.repeat(np.arange(len(indexed)), [len(inside.samples) for inside in indexed]).astype(np.int64),
+        "offset": np.array([sample.member.offset for sample in samples], np.int64),
+        "size": np.array([sample.member.size for sample in samples], np.int64),
         "label": np.array([sample.label or 0 for sample in samples], np.int64),
         "has_label": np.array([sample.label is not None for sample in samples], np.uint8),
-        "names": pack_names([sample.name for sample in samples]),
+        "names": pack_names([sample.member.name for sample in samples]),
         "damaged": np.array(damaged, np.int64),
         "damage": pack_names(damages),
+        "stock": _packed_stock(_stock_of(indexed)),
     }
 
 
-def index_shard(path: Path) -> tuple[list[_Sample], str | None]:
-    """Reads the headers of a shard. Returns its samples, and what is wrong with it, if anything is.
+def _stock_of(indexed: list[_Inside]) -> Stock:
+    """Returns the sum of the members of all shards. Labels are used if every image has one."""
+    samples = [sample for inside in indexed for sample in inside.samples]
+    without = [sample.member.name for sample in samples if sample.label is None]
+    labels, used = sum(inside.labels for inside in indexed), len(samples) + sum(inside.folders for inside in indexed)
+    left_out = [item for inside in indexed for item in inside.left_out.values()]
+    if labels and without:
+        reason = f"labels, as {len(without):,} of {len(samples):,} images have none; give each its .cls to use them"
+        left_out.append(LeftOut("members", labels, reason, tuple(f"without: {name}" for name in without[:EXAMPLES])))
+    else:
+        used += labels
+    dotted = [sample.member.name for sample in samples if _stem(sample.member.name) != _key(sample.member.name)]
+    notes = [
+        _note(dotted, "with more than one dot in their names, each taken as a sample"),
+        _note([name for inside in indexed for name in _again(inside)], "with the name of an earlier one, both used"),
+    ]
+    there = {"files": len(indexed), "images": len(samples), "members": used}
+    return Stock(there, joined([Stock(left_out=tuple(left_out))]).left_out, tuple(filter(None, notes)))
+
+
+def _again(inside: _Inside) -> list[str]:
+    """Returns the names of images that an earlier image of the same shard has."""
+    seen: set[str] = set()
+    again = []
+    for sample in inside.samples:
+        if sample.member.name in seen:
+            again.append(sample.member.name)
+        seen.add(sample.member.name)
+    return again
+
+
+def _note(names: list[str], text: str) -> str:
+    """Returns a line about these images; none if there are none."""
+    more = ", …" if len(names) > EXAMPLES else ""
+    return f"{count_of(len(names), 'images')} {text} ({', '.join(names[:EXAMPLES])}{more})" if names else ""
+
+
+def _packed_stock(stock: Stock) -> np.ndarray:
+    left_out = [(item.unit, item.count, item.reason, item.examples) for item in stock.left_out]
+    return np.frombuffer(json.dumps([stock.used, left_out, stock.notes]).encode(), np.uint8)
+
+
+def _unpacked_stock(column: np.ndarray) -> Stock | None:
+    """Returns the stock in a column of an index; None if it is none."""
+    if len(column) > MAX_STOCK:
+        return None
+    try:
+        used, left_out, notes = json.loads(column.tobytes())
+        items = tuple(
+            LeftOut(str(unit), int(count), str(reason), tuple(map(str, examples)))
+            for unit, count, reason, examples in left_out
+        )
+        return Stock({str(unit): int(count) for unit, count in used.items()}, items, tuple(map(str, notes)))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
+
+
+def index_shard(path: Path) -> _Inside:
+    """Reads the headers of a shard, and its labels.
 
     Raises:
         UserError: the file is compressed, or its first header is not one of a tar file.
     """
-    shard = _OpenShard(str(path))
-    size = os.fstat(shard.descriptor).st_size
-    start = os.pread(shard.descriptor, BLOCK, 0)
+    shard = OpenFile(path)
+    start = shard.read(BLOCK, 0)
     for magic, tool in COMPRESSED_STARTS.items():
         if start.startswith(magic):
             raise UserError(f"{path}: a compressed tar cannot be read in place; unpack it with `{tool}` first")
-    reader = functools.partial(os.pread, shard.descriptor)
     damage: list[_DamageError] = []
+    inside = _Inside()
 
     def intact() -> Iterator[_Member]:
         try:
-            yield from _members(reader, size)
+            for member in _members(shard.read, shard.size):
+                if member.kind == "folder":
+                    inside.folders += 1
+                elif member.kind != "file":
+                    inside.leave_out(member.name, NO_FILES[member.kind])
+                else:
+                    yield member
         except _DamageError as error:
             damage.append(error)
 
-    groups = itertools.groupby(intact(), key=lambda member: _key(member.name))
-    samples = [sample for _, group in groups if (sample := _sample(list(group), reader)) is not None]
-    if not damage:
-        return samples, None
-    if damage[0].position == 0 and size:
+    _find_samples(intact(), shard.read, inside)
+    if damage and damage[0].position == 0 and shard.size:
         raise UserError(f"{path}: not a tar file ({damage[0]}); check or replace it")
-    return samples, str(damage[0])
+    inside.damage = str(damage[0]) if damage else None
+    return inside
 
 
 @dataclass(frozen=True)
@@ -290,6 +389,8 @@ class _Member:
     name: str
     offset: int
     size: int
+    kind: str = "file"
+    """`file`, `folder`, or one of ``NO_FILES``."""
 
 
 class _DamageError(Exception):
@@ -307,26 +408,99 @@ def _key(name: str) -> str | None:
     return folder + slash + stem if stem and dot else None
 
 
-def _sample(group: list[_Member], read: Callable[[int, int], bytes]) -> _Sample | None:
-    """Returns the sample that the members of one key make up; None without an image among them."""
-    key = _key(group[0].name)
-    if key is None:
-        return None
-    suffixes = [member.name[len(key) :].lower() for member in group]
-    image = next((member for member, suffix in zip(group, suffixes, strict=True) if suffix in IMAGE_SUFFIXES), None)
-    if image is None:
-        return None
-    label = None
-    if ".cls" in suffixes:
-        member = group[suffixes.index(".cls")]
-        text = read(member.size, member.offset) if member.size <= MAX_LABEL_BYTES else b""
-        if re.fullmatch(rb"\s*-?\d{1,18}\s*", text):
-            label = int(text)
-    return _Sample(image.name, image.offset, image.size, label)
+def _stem(name: str) -> str:
+    """Returns a name up to the last dot."""
+    return name.rpartition(".")[0]
+
+
+def _suffix(name: str) -> str:
+    """Returns the last suffix of a name, in small letters."""
+    return os.path.splitext(name)[1].lower()
+
+
+def _find_samples(members: Iterator[_Member], read: Callable[[int, int], bytes], inside: _Inside) -> None:
+    """Puts samples with their labels into ``inside``, and counts the members that are of no use."""
+    spare: dict[str, _Member] = {}  # labels by stem that belong to no image beside them
+    waiting: list[tuple[int, str]] = []  # samples without a label, and their keys
+    for key, members_of_key in itertools.groupby(members, key=lambda member: _key(member.name)):
+        group = list(members_of_key)
+        if key is None:
+            for member in group:
+                is_hidden = member.name.rpartition("/")[2].startswith(".")
+                inside.leave_out(member.name, HIDDEN if is_hidden else NO_SUFFIX)
+            continue
+        images = [member for member in group if member.name[len(key) :].lower() in IMAGE_SUFFIXES][:1]
+        images = images or [member for member in group if _suffix(member.name) in IMAGE_SUFFIXES]
+        chosen = {image.offset for image in images}
+        labels: dict[str, _Member] = {}
+        for member in group:
+            if _suffix(member.name) == ".cls":
+                _keep_label(member, labels, inside)
+            elif member.offset not in chosen:
+                inside.leave_out(member.name, _why_unused(member.name))
+        used = set()
+        for image in images:
+            stem = _label_of(image.name, key, labels)
+            if stem is None:
+                waiting.append((len(inside.samples), key))
+            else:
+                used.add(stem)
+            inside.samples.append(_Sample(image, None if stem is None else _label(labels[stem], read)))
+        for stem, member in labels.items():
+            if stem in used:
+                _count_label(member, read, inside)
+            else:
+                _keep_label(member, spare, inside)
+    used = set()
+    for number, key in waiting:
+        image = inside.samples[number].member
+        stem = _label_of(image.name, key, spare)
+        if stem is not None:
+            used.add(stem)
+            inside.samples[number] = _Sample(image, _label(spare[stem], read))
+    for stem, member in spare.items():
+        if stem in used:
+            _count_label(member, read, inside)
+        else:
+            inside.leave_out(member.name, NO_IMAGE)
+
+
+def _label_of(name: str, key: str, labels: dict[str, _Member]) -> str | None:
+    """Returns the stem of the label of an image: the image's own, or else its key."""
+    return next((stem for stem in (_stem(name), key) if stem in labels), None)
+
+
+def _keep_label(member: _Member, labels: dict[str, _Member], inside: _Inside) -> None:
+    """Notes a label by its stem; of two with the same stem the first counts."""
+    if labels.setdefault(_stem(member.name), member) is not member:
+        inside.leave_out(member.name, SECOND_LABEL)
+
+
+def _label(member: _Member, read: Callable[[int, int], bytes]) -> int | None:
+    """Returns the integer in a `.cls` member; None if it holds something else."""
+    text = read(member.size, member.offset) if member.size <= MAX_LABEL_BYTES else b""
+    return int(text) if re.fullmatch(rb"\s*-?\d{1,18}\s*", text) else None
+
+
+def _count_label(member: _Member, read: Callable[[int, int], bytes], inside: _Inside) -> None:
+    if _label(member, read) is None:
+        inside.leave_out(member.name, NO_INTEGER)
+    else:
+        inside.labels += 1
+
+
+def _why_unused(name: str) -> str:
+    """Says why a member with a suffix is neither an image nor a label."""
+    suffix = _suffix(name)
+    if suffix in IMAGE_SUFFIXES:
+        return SECOND_IMAGE
+    if suffix == ".tar" or name.lower().endswith(tuple(COMPRESSED_SUFFIXES)):
+        return TAR_OF_TARS
+    return f"{suffix[:MAX_SUFFIX]} is neither an image that is read nor a label (.cls)" if suffix else NO_SUFFIX
 
 
 def _members(read: Callable[[int, int], bytes], end: int) -> Iterator[_Member]:
-    """Yields the regular files of a tar file in order; ``read(size, offset)`` returns its bytes.
+    """Yields the members of a tar file in order; ``read(size, offset)`` returns its bytes.
 
     It reads the formats that are written today: ustar with its name prefix, GNU's long names and sizes in base 256, and
     PAX headers for path and size.
@@ -341,10 +515,11 @@ def _members(read: Callable[[int, int], bytes], end: int) -> Iterator[_Member]:
         if len(block) < BLOCK:
             raise _DamageError(position, "ends without a tar's closing block")
         if not any(block):
+            _refuse_more(read, position, end)
             return
         name, size, kind = _header(block, position)
         body = position + BLOCK
-        if kind in "xgLK":
+        if kind in "xXgLK":
             if size > MAX_EXTENSION:
                 raise _DamageError(position, f"has a header of {size} bytes at byte {position}")
             text = read(size, body)
@@ -352,7 +527,7 @@ def _members(read: Callable[[int, int], bytes], end: int) -> Iterator[_Member]:
                 raise _DamageError(end, f"is cut at byte {end}")
             if kind == "L":
                 extended["path"] = os.fsdecode(text.split(b"\0")[0])
-            elif kind == "x":
+            elif kind in "xX":
                 extended |= _pax(text, position)
             position = body + -(-size // BLOCK) * BLOCK
             continue
@@ -360,16 +535,32 @@ def _members(read: Callable[[int, int], bytes], end: int) -> Iterator[_Member]:
             if not extended["size"].isascii() or not extended["size"].isdigit() or len(extended["size"]) > 19:
                 raise _DamageError(position, f"has a size that is no number at byte {position}")
             size = int(extended["size"])
-        if kind == "S" or any(word.startswith("GNU.sparse") for word in extended):
-            raise _DamageError(position, f"has a sparse member at byte {position} (make it without `tar --sparse`)")
+        name = extended.get("path", name)
+        what = _KINDS.get(kind, "device")
+        if kind == "S":  # a map of the holes lies between header and bytes, in blocks that say whether another follows
+            follows = block[482] != 0
+            while follows and body < end:
+                follows, body = read(BLOCK, body)[504:505] not in (b"", b"\0"), body + BLOCK
+        if any(word.startswith("GNU.sparse") for word in extended):
+            what = "sparse"
+            name = extended.get("GNU.sparse.name", name)
         if kind in "123456":  # links, devices and folders have no bytes, whatever their size says
             size = 0
         if body + size > end:
             raise _DamageError(end, f"is cut at byte {end}")
-        if kind in "0\0" or kind == "7":
-            yield _Member(extended.get("path", name), body, size)
+        yield _Member(name, body, size, "folder" if what == "file" and name.endswith("/") else what)
         extended = {}
         position = body + -(-size // BLOCK) * BLOCK
+
+
+_KINDS = {"0": "file", "\0": "file", "7": "file", "1": "link", "2": "link", "5": "folder", "S": "sparse"}
+
+
+def _refuse_more(read: Callable[[int, int], bytes], position: int, end: int) -> None:
+    """Raises _DamageError if there is more than zeros not far behind a tar's closing block."""
+    for start in range(position, min(end, position + LOOKED_BEHIND), 1 << 20):
+        if read(1 << 20, start).strip(b"\0"):
+            raise _DamageError(position, f"goes on behind its end at byte {position}, as tars do that `cat` joined")
 
 
 def _header(block: bytes, position: int) -> tuple[str, int, str]:
@@ -391,16 +582,17 @@ def _header(block: bytes, position: int) -> tuple[str, int, str]:
 
 def _pax(text: bytes, position: int) -> dict[str, str]:
     """Returns the records `LENGTH KEY=VALUE\\n` of a PAX header by key."""
-    records = {}
-    while text:
-        digits, _, _ = text.partition(b" ")
-        length = int(digits) if digits.isdigit() and len(digits) < 10 else 0
-        record = text[len(digits) + 1 : length]
-        if length > len(text) or not record.endswith(b"\n") or b"=" not in record:
+    records, start = {}, 0
+    while start < len(text):
+        space = text.find(b" ", start, start + 10)
+        digits = text[start:space] if space > start else b""
+        length = int(digits) if digits.isdigit() else 0
+        record = text[space + 1 : start + length]
+        if start + length > len(text) or not record.endswith(b"\n") or b"=" not in record:
             raise _DamageError(position, f"has a broken PAX header at byte {position}")
         word, _, value = record[:-1].partition(b"=")
         records[os.fsdecode(word)] = os.fsdecode(value.split(b"\0")[0])
-        text = text[length:]
+        start += length
     return records
 
 

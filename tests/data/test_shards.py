@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -183,6 +184,111 @@ def test_grouping_is_that_of_webdataset(tmp_path):
     assert source.labels.tolist() == [4, 5, -1]
 
 
+def members_of(path):
+    with tarfile.open(path) as archive:
+        return len(archive.getmembers())
+
+
+def left_out(source):
+    return {item.reason: (item.count, item.examples) for item in source.stock.left_out}
+
+
+def test_every_member_is_used_or_left_out_for_a_reason(tmp_path):
+    members = [
+        ("a/1.jpg", b"x"), ("a/1.json", b"{}"), ("a/1.mask.png", b"x"), ("a/1.png", b"x"), ("a/2.txt", b"x"),
+        ("__MACOSX/a/._1.jpg", b"x"), ("README", b"x"), ("b.tar", b"x"), ("b.tar.gz", b"x"), ("3.cls", b"3"),
+        ("a/4.heic", b"x"), ("a/5.jpg", b"x"), ("a/1.jpg", b"x"), ("c/6.webp", b"x"), ("c/6.cls", b"cat"),
+    ]  # fmt: skip
+    path = write_tar(tmp_path / "x.tar", members)
+    with tarfile.open(path, "a") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            member = tarfile.TarInfo(f"z{ord(kind)}.jpg")
+            member.type, member.linkname = kind, "a/1.jpg"
+            archive.addfile(member)
+    source = open_train(str(path))
+    assert len(source) == 4
+    assert source.stock.total("members") == members_of(path) == len(members) + 5
+    assert source.stock.used == {"files": 1, "images": 4, "members": 5}  # and a folder
+    found = left_out(source)
+    assert sum(count for count, _ in found.values()) == len(members)
+    assert found[shards.SECOND_IMAGE] == (2, ("a/1.mask.png", "a/1.png"))
+    assert found[shards.HIDDEN] == (1, ("__MACOSX/a/._1.jpg",))
+    assert found[shards.NO_SUFFIX] == (1, ("README",))
+    assert found[shards.TAR_OF_TARS] == (2, ("b.tar", "b.tar.gz"))
+    assert found[shards.NO_IMAGE] == (1, ("3.cls",))
+    assert found[shards.NO_INTEGER] == (1, ("c/6.cls",))
+    assert found[shards.NO_FILES["link"]][0] == found[shards.NO_FILES["device"]][0] == 2
+    assert found[".heic is neither an image that is read nor a label (.cls)"] == (1, ("a/4.heic",))
+    assert source.stock.notes == ("1 image with the name of an earlier one, both used (a/1.jpg)",)
+    assert "2 members left out: a tar of tars: unpack it" in "\n".join(describe(source).stock)
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="needs tar")
+@pytest.mark.parametrize("format", ["gnu", "posix"])
+def test_sparse_members_of_gnu_tar_are_left_out_and_what_follows_is_read(tmp_path, format):
+    (tmp_path / "in").mkdir()
+    with open(tmp_path / "in" / "1.jpg", "wb") as file:
+        for hole in range(30):  # more than fit into the header
+            file.seek(hole * 200_000)
+            file.write(b"data" * 2000)
+    (tmp_path / "in" / "2.jpg").write_bytes(b"two")
+    words = ["tar", f"--format={format}", "--sparse", "-cf", str(tmp_path / "x.tar"), "-C", str(tmp_path / "in")]
+    subprocess.run([*words, "1.jpg", "2.jpg"], check=True)
+    source = open_train(str(tmp_path / "x.tar"))
+    assert contents(source) == [b"two"]
+    assert source.damage == ()
+    assert left_out(source) == {shards.NO_FILES["sparse"]: (1, ("1.jpg",))}
+
+
+def test_names_with_several_dots_are_samples_of_their_own(tmp_path):
+    names = ["IMG_1.jpg", "holiday.2023-01-02.jpg", "holiday.2023-01-03.jpg", "x.min.jpg", "v1.0/a.jpg"]
+    path = write_tar(tmp_path / "x.tar", [(name, name.encode()) for name in names])
+    source = open_train(str(path))
+    assert contents(source) == [name.encode() for name in names]
+    assert source.stock.used == {"files": 1, "images": 5, "members": 5}
+    (note,) = source.stock.notes
+    assert note.startswith("3 images with more than one dot in their names, each taken as a sample (holiday.2023-01-02")
+    members = [("h.1.jpg", b"x"), ("h.1.cls", b"1"), ("h.2.jpg", b"y"), ("h.2.cls", b"2"), ("i.l.jpg", b"z"),
+               ("i.r.jpg", b"w"), ("i.cls", b"3")]  # fmt: skip
+    assert open_train(str(write_tar(path, members))).labels.tolist() == [1, 2, 3, 3]
+
+
+def test_labels_may_lie_anywhere_in_the_shard_of_their_images(tmp_path):
+    members = numbered(5)
+    members = [member for member in members if member[0].endswith("jpg")] + members[1::2][::-1]
+    source = open_train(str(write_tar(tmp_path / "x.tar", members)))
+    assert source.labels.tolist() == [0, 1, 2, 0, 1]
+    assert source.stock.used == {"files": 1, "images": 5, "members": 10}
+
+
+def test_labels_that_some_images_lack_are_counted_over_all_shards(tmp_path):
+    write_tar(tmp_path / "a.tar", [*numbered(3), ("lost.jpg", b"x"), ("a.json", b"{}")])
+    write_tar(tmp_path / "b.tar", [*numbered(2), ("b.json", b"{}")])
+    source = open_train(str(tmp_path))
+    assert source.labels is None
+    assert source.stock.used == {"files": 2, "images": 6, "members": 6}
+    assert left_out(source) == {
+        ".json is neither an image that is read nor a label (.cls)": (2, ("a.json", "b.json")),
+        "labels, as 1 of 6 images have none; give each its .cls to use them": (5, ("without: lost.jpg",)),
+    }
+
+
+def test_reasons_stay_few_whatever_suffixes_there_are(tmp_path):
+    members = [("1.jpg", b"x"), *((f"x.{n}", b"") for n in range(100))]
+    source = open_train(str(write_tar(tmp_path / "x.tar", members)))
+    assert source.stock.total("members") == 101
+    assert len(source.stock.left_out) == shards.MAX_REASONS + 1
+    assert left_out(source)[shards.OTHER_SUFFIX][0] == 80
+
+
+def test_tars_that_were_joined_are_not_taken_as_whole(tmp_path):
+    one = write_tar(tmp_path / "x.tar", numbered(3)).read_bytes()
+    (tmp_path / "x.tar").write_bytes(one + one)
+    source = open_train(str(tmp_path / "x.tar"))
+    assert len(source) == 3
+    assert "goes on behind its end at byte" in source.damage[0][1]
+
+
 @pytest.mark.parametrize("label", [None, b"cat", b"", b"1.5", b"9" * 19, b"1" * 40])
 def test_labels_only_if_every_sample_has_an_integer(tmp_path, label):
     members = [*numbered(3), ("x.png", b"x"), *([] if label is None else [("x.cls", label)])]
@@ -320,14 +426,16 @@ def test_a_wrong_header_in_the_middle_ends_a_shard(tmp_path):
     assert f"no tar header at byte {second}" in describe(source).location
 
 
-def test_broken_and_sparse_extensions_end_a_shard(tmp_path):
+def test_a_broken_extension_ends_a_shard_and_a_sparse_member_is_left_out(tmp_path):
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
         for name, headers in (("1.jpg", {}), ("2.jpg", {"GNU.sparse.major": "1"})):
             member = tarfile.TarInfo(name)
             member.size, member.pax_headers = 3, headers
             archive.addfile(member, io.BytesIO(b"one"))
-    assert "sparse member" in describe(open_train(str(path))).location
+    source = open_train(str(path))
+    assert (len(source), source.damage) == (1, ())
+    assert "sparse members; make the tar without `--sparse`" in str(source.stock.left_out[0])
     data = path.read_bytes()
     for old, new in ((b"GNU.sparse.major=1\n", b"GNU.sparse.major=1x"), (b"22 GNU", b"99 GNU"), (b"22 GNU", b"xx GNU")):
         path.write_bytes(data.replace(old, new))
@@ -388,6 +496,7 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(same_images, tmp_
     assert contents(first) == contents(second)
     assert [first.name(i) for i in range(64)] == [second.name(i) for i in range(64)]
     assert second.labels.tolist() == first.labels.tolist()
+    assert second.stock == first.stock
     second.labels[:1] = 0  # as writable as any other labels
     expected = contents(first)
     shutil.move(folder, tmp_path / "moved")
@@ -453,6 +562,11 @@ FOREIGN = {
     "damage of nothing": lambda raw, index: _index_with(index, damage=pack_names(["gone"])),
     "fewer names": lambda raw, index: _index_with(index, names=pack_names(["a"])),
     "fewer sizes": lambda raw, index: _index_with(index, size=index.columns["size"][1:]),
+    "of older rules": lambda raw, index: Index(
+        index.fingerprint, {name: column for name, column in index.columns.items() if name != "stock"}
+    ),
+    "no stock": lambda raw, index: _index_with(index, stock=np.frombuffer(b"[1, 2]", np.uint8)),
+    "a stock that is deep": lambda raw, index: _index_with(index, stock=np.frombuffer(b"[" * 99_999, np.uint8)),
     "no labels": lambda raw, index: Index(index.fingerprint, dict(list(index.columns.items())[:3])),
 }
 

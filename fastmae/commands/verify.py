@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastmae.config import VerifyConfig
 from fastmae.data.loader import default_workers
 from fastmae.data.sources import Source, open_train, open_val, shown
+from fastmae.data.survey import refuse_dark
 from fastmae.data.verify import EXAMPLES, Findings, check, choose_channels, damage_of
 from fastmae.errors import UserError
 from fastmae.screen import open_console, printable
@@ -27,7 +28,8 @@ def run_verify(config: VerifyConfig) -> int:
     """Checks both parts of the data and returns the exit status: 0 if every image and every shard is whole, else 1.
 
     Raises:
-        UserError: settings that cannot work, or data that a run would refuse at its start.
+        UserError: settings that cannot work, or data that a run would refuse at its start. What only the pixels show is
+            said after all else.
     """
     parts = {"train": open_train(config.data_path)}
     val = open_val(config.data_path)
@@ -52,11 +54,14 @@ def run_verify(config: VerifyConfig) -> int:
                             write({"part": part, **dataclasses.asdict(bad)})
                         findings[part].add(chunk)
                         screen.update(chunk)
-                for name, text in _facts(source, findings[part]):
+                for name, text in _facts(source, findings[part], in_chans):
                     screen.print(f"  {name:13} {text}")
             how = f"--num_workers {num_workers} --in_chans {in_chans}"
             screen.print(f"speed           {screen.speed():,.0f} images/s with {how}")
-            return _report(screen.print, findings, damage, config.output)
+            status = _report(screen.print, findings, damage, config.output)
+    for found in findings.values():
+        refuse_dark(found.survey)
+    return status
 
 
 class _Screen:
@@ -117,20 +122,19 @@ def _written(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield lambda record: print(json.dumps(record), file=file)
 
 
-def _facts(source: Source, findings: Findings) -> Iterator[tuple[str, str]]:
+def _facts(source: Source, findings: Findings, in_chans: int) -> Iterator[tuple[str, str]]:
     """(name, text) of what is known about a part."""
     yield "size", f"{_bytes(findings.size)}, {_bytes(findings.size / findings.images)} per image"
     if findings.smallest is None or findings.largest is None:
         return
-    usable = findings.images - findings.unusable
-    kinds = findings.kinds.most_common()
-    shares = (f"{kind} {count:,} ({100 * count / usable:.3g} %)" for kind, count in kinds)
-    yield "format", kinds[0][0] if len(kinds) == 1 else ", ".join(shares)
+    yield "format", findings.survey.formats()
     if findings.smallest[:3] == findings.largest[:3]:
         yield "pixels", f"{findings.smallest[2]}×{findings.smallest[1]}, all alike"
     else:
         for name, (_, height, width, index) in (("smallest", findings.smallest), ("largest", findings.largest)):
             yield name, f"{width}×{height} pixels, {source.name(abs(index))}"
+    for line in findings.survey.stock(in_chans).lines():
+        yield "note", line
     for note, (count, index) in sorted(findings.notes.items()):
         yield "note", f"{count:,} {note}, first {source.name(index)}"
 

@@ -3,14 +3,16 @@
 This is what the thread decoder runs, one image per thread, and what decides which images are usable. It knows nothing
 of batches; fastmae/data/decoders has those.
 
-Channels follow Pillow's ``convert``: colour becomes gray by ITU-R 601 luma, gray is repeated, alpha is dropped. 16-bit
-images keep their high byte, floating-point and 32-bit ones are refused for want of a range, of animations the first
-frame counts, and EXIF rotation is not applied, as published.
+Channels follow Pillow's ``convert``: colour becomes gray by ITU-R 601 luma, gray is repeated, alpha is dropped, and no
+alpha is made up. Of 9 to 16 bits the upper 8 are kept, floating-point, signed and 32-bit pixels are refused for want of
+a range, of several pages or frames the first counts, and no image is turned by its EXIF or TIFF orientation.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
@@ -18,14 +20,23 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
+from fastmae.data import tiff
+from fastmae.data.headers import JPEG_START, explain, is_signed_jpeg2000
 from fastmae.data.plan import Box
 
 # Above this an image is refused unread: a few hundred bytes can claim gigabytes ("decompression bomb").
 MAX_PIXELS = 178_956_970
 FOLDER_CHANNELS = (1, 3, 4)
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_SCALED_TO_16_BITS = ("PNG", "PPM")
-"""Formats of which Pillow's mode I, 32 bits wide, holds no more than 16. In a TIFF it may hold anything."""
+_SCALED_TO_16_BITS = ("PNG", "PPM", "JPEG2000")
+"""Formats of which Pillow's modes I and I;16 hold 16 bits, to which it scales fewer. In a TIFF it scales nothing."""
+_DAMAGED_PIXELS = ("premature end", "bad Huffman code", "instead of RST", "Inconsistent progression")
+"""What libjpeg says of a JPEG that is cut or damaged in its pixels. Of other complaints Pillow is the judge."""
+
+_UNREAD = {
+    "EPS": "PostScript, which is not read",  # a program, which Pillow would run in an interpreter
+    "FITS": "FITS, whose numbers have no fixed range; scale them to 0–255 and store PNG or TIFF",
+}
 
 
 class BadImageError(ValueError):
@@ -40,23 +51,59 @@ def decode(data: bytes | np.ndarray, in_chans: int) -> np.ndarray:
     """
     if isinstance(data, np.ndarray):
         return convert_channels(data, in_chans)
+    with _bad_images(data):
+        if data[:3] == JPEG_START and in_chans in (1, 3):
+            pixels = _decode_jpeg(data)
+            if pixels is not None:
+                return convert_channels(pixels, in_chans)
+        with _opened(data, in_chans) as (image, stored_bits):
+            return _pixels_of(image, stored_bits, in_chans)
+
+
+def refuse_by_header(data: bytes, in_chans: int) -> None:
+    """Refuses an image file as ``decode`` does, as far as its header shows it; damage of the pixels is not noticed.
+
+    Raises:
+        BadImageError: the bytes are no image, or one without a rule.
+    """
+    with _bad_images(data):
+        if data[:3] != JPEG_START or plain_jpeg_shape(data, in_chans) is None:
+            with _opened(data, in_chans):
+                pass
+
+
+@contextlib.contextmanager
+def _bad_images(data: bytes) -> Iterator[None]:
+    """Turns errors of the decoders into a BadImageError that says what is wrong with these bytes."""
     try:
-        if data[:3] == b"\xff\xd8\xff" and in_chans in (1, 3):
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            _check_pixels(height, width)
-            if colorspace.upper() == "GRAY":
-                return convert_channels(simplejpeg.decode_jpeg(data, colorspace="GRAY"), in_chans)
-            if colorspace.upper() not in ("CMYK", "YCCK"):
-                return convert_channels(simplejpeg.decode_jpeg(data, colorspace="RGB"), in_chans)
-        return _decode_pillow(data, in_chans)
+        yield
     except (BadImageError, MemoryError):  # too little memory is no fault of the image
         raise
-    except UnidentifiedImageError as error:
-        raise BadImageError("no image format that Pillow knows") from error
-    except (
-        Exception
-    ) as error:  # decoders raise all kinds of errors on broken bytes: ValueError, OSError, struct.error …
-        raise BadImageError(f"{type(error).__name__}: {error}") from error
+    except Exception as error:  # decoders raise all kinds of errors on broken bytes: ValueError, struct.error …
+        reason = explain(data)
+        if isinstance(error, UnidentifiedImageError):
+            raise BadImageError("no image format that Pillow knows" + f": {reason}" * bool(reason)) from error
+        raise BadImageError(reason or f"{type(error).__name__}: {error}") from error
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray | None:
+    """Returns the pixels uint8 [H, W, 1 or 3] of a JPEG that is gray or colour; None if it is left to Pillow.
+
+    Raises:
+        ValueError: the file is cut, or damaged in its pixels, which Pillow would not always notice.
+    """
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        _check_pixels(height, width)
+        if colorspace.upper() in ("CMYK", "YCCK"):
+            return None
+        return simplejpeg.decode_jpeg(data, colorspace="GRAY" if colorspace.upper() == "GRAY" else "RGB")
+    except BadImageError:
+        raise
+    except ValueError as error:
+        if any(words.lower() in str(error).lower() for words in _DAMAGED_PIXELS):
+            raise
+        return None
 
 
 def plain_jpeg_shape(data: bytes, in_chans: int) -> tuple[int, int] | None:
@@ -68,12 +115,7 @@ def plain_jpeg_shape(data: bytes, in_chans: int) -> tuple[int, int] | None:
     Raises:
         BadImageError: too many pixels.
     """
-    if (
-        isinstance(data, np.ndarray)
-        or in_chans not in (1, 3)
-        or data[:3] != b"\xff\xd8\xff"
-        or data[-2:] != b"\xff\xd9"
-    ):
+    if isinstance(data, np.ndarray) or in_chans not in (1, 3) or data[:3] != JPEG_START or data[-2:] != b"\xff\xd9":
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -90,22 +132,55 @@ def _check_pixels(height: int, width: int) -> None:
         raise BadImageError(f"{width}×{height} pixels, over the limit of {MAX_PIXELS}")
 
 
-def _decode_pillow(data: bytes, in_chans: int) -> np.ndarray:
-    with Image.open(io.BytesIO(data)) as image:
+@contextlib.contextmanager
+def _opened(data: bytes, in_chans: int) -> Iterator[tuple[Image.Image, int]]:
+    """Opens an image file by Pillow. Yields it, and the bits of a sample that its modes I and I;16 hold.
+
+    Raises:
+        BadImageError: nothing that can be used as it is stored, or not with so many channels.
+    """
+    tags = tiff.read_tags(data) if tiff.is_tiff(data) else None
+    if tags is not None and tags.problem:
+        raise BadImageError(tags.problem)
+    with Image.open(io.BytesIO(data if tags is None else tiff.for_pillow(data, tags))) as image:
         _check_pixels(image.height, image.width)
-        if image.format == "EPS":  # a program, which Pillow would run in an interpreter
-            raise BadImageError("PostScript, which is not read")
-        if image.mode == "F" or (image.mode == "I" and image.format not in _SCALED_TO_16_BITS):
+        if image.format in _UNREAD:
+            raise BadImageError(_UNREAD[image.format])
+        is_scaled = image.format in _SCALED_TO_16_BITS
+        if image.mode == "F" or (image.mode == "I" and not is_scaled):
             raise BadImageError(f"{image.format} pixels of mode {image.mode} have no fixed range; store 8 or 16 bits")
-        if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow itself would clip at 255
-            high_byte = np.asarray(image).astype(np.int64) >> 8
-            return convert_channels(high_byte.clip(0, 255).astype(np.uint8)[..., None], in_chans)
+        if image.format == "JPEG2000" and is_signed_jpeg2000(data):
+            raise BadImageError("signed pixels have no fixed range; scale them to 0–255 and store unsigned 8 bits")
         if in_chans not in _PIL_MODES:
             raise BadImageError(f"an image file gives 1, 3 or 4 channels, not {in_chans}")
-        if in_chans != 4:
-            image.info.pop("transparency", None)  # dropped anyway, and Pillow would warn about palettes
-        pixels = np.asarray(image.convert(_PIL_MODES[in_chans]))
+        if in_chans == 4:
+            _require_fourth_band(image, tags)
+        image.info.pop("xmp", None)  # Pillow would turn a TIFF by it
+        yield image, 16 if is_scaled or tags is None else tiff.stored_bits(tags)
+
+
+def _pixels_of(image: Image.Image, stored_bits: int, in_chans: int) -> np.ndarray:
+    """Returns the pixels of an opened image as uint8 [H, W, in_chans]."""
+    if image.mode.startswith("I"):  # more than 8 bits per pixel, which Pillow itself would clip at 255
+        upper = np.asarray(image).astype(np.int64) >> (stored_bits - 8)
+        return convert_channels(upper.clip(0, 255).astype(np.uint8)[..., None], in_chans)
+    if in_chans != 4:
+        image.info.pop("transparency", None)  # dropped anyway, and Pillow would warn about palettes
+    # Pillow converts gray that was multiplied by its alpha to nothing else.
+    plain = image.convert("LA") if image.mode == "La" else image
+    pixels = np.asarray(plain.convert(_PIL_MODES[in_chans]))
     return pixels[..., None] if in_chans == 1 else pixels
+
+
+def _require_fourth_band(image: Image.Image, tags: tiff.Tags | None) -> None:
+    """Refuses an image without alpha and without a fourth band where 4 channels are asked for: none is made up."""
+    bands = len(image.getbands()) if tags is None else tags.bands
+    has_alpha = image.has_transparency_data and not image.mode.startswith("I")
+    if not has_alpha or (tags is not None and tags.unspecified and bands != 4):
+        count = f"{bands} band{'s' if bands > 1 else ''}" if image.mode != "CMYK" else "CMYK without alpha"
+        raise BadImageError(
+            f"{count}, in_chans 4 asks for 4; set in_chans to 1 or 3, or give images with a fourth band"
+        )
 
 
 def convert_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:

@@ -214,8 +214,13 @@ def shown(data_path: str | Sequence[str]) -> str:
     return data_path if isinstance(data_path, str) else " ".join(data_path)
 
 
-def describe(source: Source) -> DataFacts:
-    """Returns the facts that the defaults of training depend on. Image files differ in size and are taken as colour."""
+def describe(source: Source, stock: Stock | None = None) -> DataFacts:
+    """Returns the facts that the defaults of training depend on. Image files differ in size and are taken as colour.
+
+    Args:
+        source: the data set.
+        stock: what is told of it, as ``survey.take_stock`` returns it; by default what the source itself knows.
+    """
     size, channels = None, 3
     if source.kind != "folder":
         parts = source.parts if isinstance(source, Concat) else (source,)
@@ -232,7 +237,7 @@ def describe(source: Source) -> DataFacts:
         length=len(source),
         order=describe_order(len(source), source.shards),
         location=source.location,
-        stock=tuple(source.stock.lines(RUN_LINES)),
+        stock=tuple((stock or source.stock).lines(RUN_LINES)),
     )
 
 

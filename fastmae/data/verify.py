@@ -7,24 +7,23 @@ prints nothing (fastmae/commands/verify.py does) and knows nothing of order or c
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import os
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 from fastmae.data.decode import FOLDER_CHANNELS, BadImageError, convert_channels, decode
+from fastmae.data.headers import read_header
 from fastmae.data.sample import Skipped
 from fastmae.data.shards import TarSource
 from fastmae.data.sources import ArraySource, Concat, FolderSource, Source, describe
+from fastmae.data.survey import Survey
 from fastmae.errors import SettingError, UserError
 
 EXAMPLES = 20
@@ -33,19 +32,9 @@ CHUNK = 16
 # Tasks per thread that are running, waiting or complete but not yet counted.
 AHEAD = 4
 SMALL_SIDE = 32
-ORIENTATION = 0x0112
-# How far from the start of a JPEG its EXIF is looked for; at most 18 bytes of JFIF precede it.
-EXIF_REACH = 4096
 SMALL = f"under {SMALL_SIDE} pixels on a side"
-TURNED = "turned by EXIF, which a run does not do"
 ONE_COLOUR = "of one colour"
 MISNAMED = "of another format than the name says"
-_JPEG_COLOURS = {"GRAY": "gray", "YCBCR": "colour", "RGB": "colour"}
-_PILLOW_COLOURS = {
-    "1": "black and white", "L": "gray", "LA": "gray with alpha", "P": "palette", "RGB": "colour",
-    "RGBA": "colour with alpha",
-}  # fmt: skip
-
 _Extent = tuple[int, int, int, int]
 
 
@@ -59,8 +48,8 @@ class Findings:
     """Unusable images: all of them in a chunk, the first ``EXAMPLES`` in the sum of many."""
     size: int = 0
     """The bytes of all images that could be read."""
-    kinds: Counter[str] = field(default_factory=Counter)
-    """Usable images by format and colours."""
+    survey: Survey = field(default_factory=Survey)
+    """What the usable images are: formats, depths, pages, bands and orientation."""
     smallest: _Extent | None = None
     """(pixels, height, width, index) of the first smallest usable image."""
     largest: _Extent | None = None
@@ -74,7 +63,7 @@ class Findings:
         self.unusable += later.unusable
         self.examples += later.examples[: EXAMPLES - len(self.examples)]
         self.size += later.size
-        self.kinds.update(later.kinds)
+        self.survey.add(later.survey)
         self.smallest = min((e for e in (self.smallest, later.smallest) if e is not None), default=None)
         self.largest = max((e for e in (self.largest, later.largest) if e is not None), default=None)
         for note, (count, first) in later.notes.items():
@@ -166,35 +155,17 @@ def _note(findings: Findings, index: int, name: str, data: bytes | np.ndarray, p
     findings.largest = max(findings.largest or (*extent, -index), (*extent, -index))
     notes = []
     if isinstance(data, np.ndarray):
-        findings.kinds[f"array of {width}×{height}×{data.shape[2]}"] += 1
+        findings.survey.see_array(f"array of {width}×{height}×{data.shape[2]}")
     else:
-        file_format, colours, is_turned = file_facts(data)
-        findings.kinds[f"{file_format} {colours}"] += 1
-        named_format = _formats().get(os.path.splitext(name)[1].lower(), file_format)
+        header = read_header(data)
+        findings.survey.see(header, name, pixels, pixels.shape[2])
+        named_format = _formats().get(os.path.splitext(name)[1].lower(), header.format)
         notes += [SMALL] * (min(height, width) < SMALL_SIDE)
-        notes += [TURNED] * is_turned
-        notes += [MISNAMED] * (named_format != file_format)
+        notes += [MISNAMED] * (named_format != header.format and header.format != "MPO")
     notes += [ONE_COLOUR] * _is_of_one_colour(pixels)
     for note in notes:
         count, first = findings.notes.get(note, (0, index))
         findings.notes[note] = (count + 1, first)
-
-
-def file_facts(data: bytes) -> tuple[str, str, bool]:
-    """Returns (format, colours, whether EXIF turns it) of the bytes of a usable image file, and reads no pixels."""
-    file_format, colours, is_turned = "unknown", "", False
-    with contextlib.suppress(Exception):  # damaged EXIF does not make the image unusable
-        is_jpeg = data[:3] == b"\xff\xd8\xff"
-        if is_jpeg:
-            file_format = "JPEG"
-            colorspace = simplejpeg.decode_jpeg_header(data)[2].upper()
-            colours = _JPEG_COLOURS.get(colorspace, colorspace)
-        if not is_jpeg or data.find(b"Exif\0\0", 0, EXIF_REACH) >= 0:
-            with Image.open(io.BytesIO(data)) as image:
-                if not is_jpeg:
-                    file_format, colours = image.format or file_format, _PILLOW_COLOURS.get(image.mode, image.mode)
-                is_turned = image.getexif().get(ORIENTATION, 1) in range(2, 9)
-    return file_format, colours, is_turned
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from fastmae.data.plan import central_share
 from fastmae.data.sample import crops_note
 from fastmae.data.sources import Concat, FolderSource, Source, Subset, describe, shown, train_and_val
 from fastmae.data.stock import RUN_LINES, joined
+from fastmae.data.survey import take_stock
 from fastmae.errors import SettingError
 from fastmae.model.build import build_model
 from fastmae.model.classifier import (
@@ -374,7 +375,8 @@ def _summary(config: ResolvedFinetuneConfig, train: Source, val: Source, model: 
     encoder = f"{config.finetune or 'random weights'}: {config.model}, {height}×{width}×{config.in_chans}"
     share = f"{tuned / 1e6:.2f} of {total / 1e6:.2f} M parameters"
     chosen = {name: getattr(config, name) for name in ("aa", "reprob", "mixup", "cutmix", "smoothing", "drop_path")}
-    stock = train.stock if isinstance(val, Subset) else joined((train.stock, val.stock))
+    parts = (train,) if isinstance(val, Subset) else (train, val)
+    stock = joined(take_stock(part, config.in_chans) for part in parts)
     note = crops_note(train, config.input_size)
     return [
         f"data            {shown(config.data_path)}: {len(train):,} to learn {train.location}, {len(val):,} to test",

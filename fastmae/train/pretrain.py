@@ -23,6 +23,7 @@ from fastmae.data.plan import mask_draws
 from fastmae.data.sample import crops_note
 from fastmae.data.sizes import Size, describe_sizes, growing_sizes, size_in
 from fastmae.data.sources import Source, Subset, describe, evenly_spaced, open_train, shown, train_and_val
+from fastmae.data.survey import take_stock
 from fastmae.environment import peak_flops
 from fastmae.errors import SettingError
 from fastmae.evaluate.probe import probe
@@ -81,7 +82,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     """Makes one attempt, from where --resume says to the end or a signal. Returns None after a rollback."""
     # Settings and data: from here on nothing is left open.
     source = open_train(flags.data_path)
-    facts = describe(source)
+    facts = describe(source, take_stock(source, flags.in_chans))
     mask_file = open_masks(flags.masks, flags.mask_ratio)
     config = resolve_settings(flags, source, facts, context.size, mask_file)
     probed_parts = _probed_parts(config)

@@ -88,11 +88,20 @@ def write_folder(path):
     path.mkdir()
     for i, data in enumerate(JPEGS[:-4]):
         (path / f"{i:02d}.jpg").write_bytes(data)
-    # What Pillow decodes: gray, alpha, and the four channels of --in_chans 4.
+    # What Pillow decodes: gray and alpha.
     for i in range(4):
         channels = (1, 3, 4, 4)[i]
         pixels = np.random.default_rng(i).integers(0, 256, (33, 40, channels), dtype=np.uint8)
         (path / f"x{i}.png").write_bytes(png(pixels[..., 0] if channels == 1 else pixels))
+    return path
+
+
+def write_alpha(path):
+    """A folder of images of four bands, which --in_chans 4 takes alone."""
+    path.mkdir()
+    for i in range(COUNT):
+        pixels = np.random.default_rng(i).integers(0, 256, (20 + i % 7, 24, 4), dtype=np.uint8)
+        (path / f"{i:02d}.png").write_bytes(png(pixels))
     return path
 
 
@@ -118,6 +127,7 @@ def opened(tmp_path):
     colour = open_train(str(write_array(tmp_path / "colour.npy", 3)))
     return {
         "folder": folder,
+        "folder with alpha": open_train(str(write_alpha(tmp_path / "alpha"))),
         "tar": tar,
         "array": colour,
         "array of 4": open_train(str(write_array(tmp_path / "alpha.npy", 4))),
@@ -148,7 +158,7 @@ def assert_same(ours, expected):
 @pytest.mark.parametrize(
     ("name", "in_chans"),
     [
-        ("folder", 3), ("folder", 1), ("folder", 4), ("tar", 3), ("tar", 1), ("array", 3), ("array", 1),
+        ("folder", 3), ("folder", 1), ("folder with alpha", 4), ("tar", 3), ("tar", 1), ("array", 3), ("array", 1),
         ("array of 4", 3), ("array of 5", 5), ("concat", 3), ("subset", 3),
     ],
 )  # fmt: skip

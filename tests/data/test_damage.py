@@ -186,9 +186,12 @@ REFUSED = {
     "magic alone.jpg": (b"\xff\xd8\xff\xe0\xff\xd9", "."),
     "floats.tif": (
         encoded(Image.fromarray(np.eye(SIDE, dtype=np.float32)), "TIFF"),
-        "pixels of mode F",
+        "floating-point pixels of 32 bits have no fixed range",
     ),
-    "32 bits.tif": (encoded(Image.fromarray(np.eye(SIDE, dtype=np.int32)), "TIFF"), "pixels of mode I .* 16 bits"),
+    "32 bits.tif": (
+        encoded(Image.fromarray(np.eye(SIDE, dtype=np.int32)), "TIFF"),
+        "signed pixels of 32 bits have no fixed range",
+    ),
     "floats.pgm": (b"Pf\n64 64\n-1.0\n" + bytes(4 * SIDE * SIDE), "pixels of mode F"),
     "a program.jpg": (encoded(photo(), "EPS"), "PostScript"),
 }

@@ -1,0 +1,243 @@
+"""What the images of a data set are, as far as their owner may not expect it: depth, bands, pages, orientation.
+
+`verify` surveys all images, the start of a run a few evenly spaced ones, and both say it in the same words, by a Stock.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fastmae.data.decode import BadImageError, decode, refuse_by_header
+from fastmae.data.headers import Header, read_header
+from fastmae.data.sources import Source, evenly_spaced
+from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of, joined
+from fastmae.errors import SettingError
+
+SAMPLES = 64
+"""How many images are looked at when a run begins."""
+RUN = 16
+"""How many of them are read in a row from a source with shards."""
+DECODED = 8
+"""Of how many of them the pixels are looked at."""
+LEVELS = 64
+"""Fewer of the 256 levels of 8 bits than this cannot be meant."""
+SHARE = 0.1
+"""Of what share of the images it cannot be."""
+TURNED = "turned by EXIF or TIFF orientation, which a run does not do"
+PAGES = "only the first page, frame or size of a file is used; save each as a file of its own to use all"
+ALPHA = "alpha is used with in_chans 4 only"
+FOURTH = "a band beside the colours is used with in_chans 4 only"
+SECOND = "a band beside gray or a palette is never used; save it as a file of its own"
+
+
+@dataclass
+class Depth:
+    """Images of one depth of more than 8 bits, of which a run uses the upper 8."""
+
+    images: int = 0
+    measured: int = 0
+    """Of how many of them the pixels are known."""
+    first: str = ""
+    low: int = 255
+    high: int = 0
+    """The range of the upper 8 bits."""
+
+    @property
+    def levels(self) -> int:
+        """How many of the 256 levels of 8 bits the range has."""
+        return self.high - self.low + 1
+
+
+@dataclass
+class Survey:
+    """What was found in usable image files. It takes little memory for any number of them."""
+
+    images: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    """By format, colours and depth."""
+    used: Counter[str] = field(default_factory=Counter)
+    """How many pages and bands are used."""
+    left_out: dict[tuple[str, str], tuple[int, tuple[str, ...]]] = field(default_factory=dict)
+    """By unit and reason: how many are not used, and the names of the first images."""
+    turned: tuple[int, str] = (0, "")
+    """How many images a viewer would turn, and the first."""
+    depths: dict[int, Depth] = field(default_factory=dict)
+    """By bits per sample, of those with more than 8."""
+    gray: int = 0
+    """Images that are stored as gray."""
+    gray_pixels: int = 0
+    """Images stored in colour whose pixels are all gray."""
+    measured: int = 0
+    """Images whose pixels were looked at."""
+
+    def see(self, header: Header, name: str, pixels: np.ndarray | None, in_chans: int) -> None:
+        """Adds an image. Its pixels uint8 [H, W, in_chans] may be left out."""
+        self.images += 1
+        self.kinds[header.kind] += 1
+        self.used["pages"] += 1
+        self._leave_out("pages", header.pages - 1, PAGES, name)
+        beside = header.unspecified + header.alpha
+        unused = beside if in_chans < 4 else beside - (header.bands == 4)
+        self.used["bands"] += header.bands - unused
+        if unused:
+            reason = ALPHA if header.alpha else FOURTH if header.bands == 4 else SECOND
+            self._leave_out("bands", unused, reason, name)
+        if header.is_turned:
+            self.turned = self.turned[0] + 1, self.turned[1] or name
+        if header.bits > 8:
+            depth = self.depths.setdefault(header.bits, Depth(first=name))
+            depth.images += 1
+            if pixels is not None:
+                depth.measured += 1
+                depth.low, depth.high = min(depth.low, int(pixels.min())), max(depth.high, int(pixels.max()))
+        self.gray += header.is_gray
+        if pixels is not None:
+            self.measured += 1
+            self.gray_pixels += not header.is_gray and in_chans == 3 and _is_gray(pixels)
+
+    def see_array(self, kind: str) -> None:
+        """Adds an image of an array, of which nothing can be unexpected."""
+        self.images += 1
+        self.kinds[kind] += 1
+
+    def _leave_out(self, unit: str, count: int, reason: str, name: str) -> None:
+        if count > 0:
+            before, names = self.left_out.get((unit, reason), (0, ()))
+            self.left_out[unit, reason] = before + count, (*names, name)[:EXAMPLES]
+
+    def add(self, later: Survey) -> None:
+        """Adds what was found in images that follow."""
+        self.images += later.images
+        self.kinds.update(later.kinds)
+        self.used.update(later.used)
+        for key, (count, names) in later.left_out.items():
+            before, earlier = self.left_out.get(key, (0, ()))
+            self.left_out[key] = before + count, (earlier + names)[:EXAMPLES]
+        self.turned = self.turned[0] + later.turned[0], self.turned[1] or later.turned[1]
+        for bits, depth in later.depths.items():
+            mine = self.depths.setdefault(bits, Depth(first=depth.first))
+            mine.images, mine.measured = mine.images + depth.images, mine.measured + depth.measured
+            mine.low, mine.high = min(mine.low, depth.low), max(mine.high, depth.high)
+        self.gray, self.gray_pixels = self.gray + later.gray, self.gray_pixels + later.gray_pixels
+        self.measured += later.measured
+
+    def formats(self) -> str:
+        """Returns how many images have which format, colours and depth, for people."""
+        kinds = self.kinds.most_common()
+        shares = (f"{kind} {count:,} ({100 * count / self.images:.3g} %)" for kind, count in kinds)
+        return kinds[0][0] if len(kinds) == 1 else ", ".join(shares)
+
+    def stock(self, in_chans: int, among: str = "") -> Stock:
+        """Returns it as a stock.
+
+        Args:
+            in_chans: the channels of the model.
+            among: what was looked at if not all: "of 64 images sampled".
+        """
+        bracket = f" ({among})" if among else ""
+        left_out = tuple(
+            LeftOut(unit, count, reason + bracket, names) for (unit, reason), (count, names) in self.left_out.items()
+        )
+        return Stock(dict(self.used) if left_out else {}, left_out, tuple(self._notes(in_chans, bracket)))
+
+    def _notes(self, in_chans: int, bracket: str) -> list[str]:
+        notes = [
+            f"{_depth_text(bits, depth, bracket)}; scale them to 8 bits yourself if too few, first {depth.first}"
+            for bits, depth in sorted(self.depths.items())
+        ]
+        if self.turned[0]:
+            notes.append(f"{count_of(self.turned[0], 'images')} {TURNED}{bracket}, first {self.turned[1]}")
+        if in_chans == 3 and self.images:
+            gray = "gray: made 3 equal channels of, normalised and mirrored as colour photos are by default"
+            advice = "in_chans 1 is for gray data, whose mean and std are then measured, and which are not mirrored"
+            if self.gray == self.images:
+                notes.append(f"all images{bracket} are {gray}; {advice}")
+            elif self.gray_pixels == self.measured > 0:
+                notes.append(f"all images{bracket} are stored in colour but hold {gray}; {advice}")
+        return notes
+
+
+def _depth_text(bits: int, depth: Depth, bracket: str) -> str:
+    text = f"{count_of(depth.images, 'images')} of {bits} bits{bracket}: only the upper 8 bits are used"
+    if depth.measured:
+        unit = 1 << (bits - 8)
+        values = f"their values lie between {depth.low * unit:,} and {(depth.high + 1) * unit - 1:,}"
+        text += f"; {values}, so {depth.levels} of {depth.levels * unit:,} levels remain"
+    return text
+
+
+def _is_gray(pixels: np.ndarray) -> bool:
+    """Tells whether the three channels are equal; a few pixels show that of most images."""
+    for part in (pixels[::16, ::16], pixels):
+        if not (np.array_equal(part[..., 0], part[..., 1]) and np.array_equal(part[..., 1], part[..., 2])):
+            return False
+    return True
+
+
+# --- the start of a run -----------------------------------------------------------------------------------------------
+
+
+def take_stock(source: Source, in_chans: int | None) -> Stock:
+    """Returns the stock of a source, with what a few of its image files are.
+
+    Args:
+        source: the data set. Of arrays nothing is added.
+        in_chans: the channels of the model; by default those of image files, 3.
+
+    Raises:
+        UserError: none of the images can be used, or their depth leaves too few levels, which cannot be meant.
+    """
+    if source.kind != "folder":
+        return source.stock
+    in_chans = in_chans or 3
+    survey, among = sample(source, in_chans)
+    refuse_dark(survey, among)
+    stock = survey.stock(in_chans, among)
+    formats = (f"formats: {survey.formats()}" + f" ({among})" * bool(among),) if survey.images else ()
+    return joined((source.stock, Stock(stock.used, stock.left_out, (*formats, *stock.notes))))
+
+
+def sample(source: Source, in_chans: int) -> tuple[Survey, str]:
+    """Surveys at most ``SAMPLES`` images. Returns what was found, and of what if not of all, as a phrase.
+
+    Raises:
+        UserError: none of the images can be used.
+    """
+    survey, problems = Survey(), []
+    indices = evenly_spaced(source, SAMPLES, RUN).tolist()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # of images that it takes all the same
+        for number, index in enumerate(indices):
+            name = source.name(index)
+            try:
+                data = source.read(index)
+                if isinstance(data, np.ndarray):
+                    continue
+                refuse_by_header(data, in_chans)
+                header = read_header(data)
+                depth = survey.depths.get(header.bits, Depth())
+                wants_pixels = number % max(1, len(indices) // DECODED) == 0
+                wants_pixels |= header.bits > 8 and depth.measured < DECODED
+                pixels = decode(data, in_chans) if wants_pixels else None
+            except (BadImageError, OSError) as error:
+                problems.append(f"{name}: {error}")
+                continue
+            survey.see(header, name, pixels, in_chans)
+    if problems and not survey.images and len(problems) == len(indices):
+        looked_at = count_of(len(indices), "images") + " sampled" * (len(indices) < len(source))
+        problem = f"none of {looked_at} can be used, the first is {problems[0]}"
+        raise SettingError("data_path", problem=problem)
+    return survey, f"of {len(indices)} images sampled" if len(indices) < len(source) else ""
+
+
+def refuse_dark(survey: Survey, among: str = "") -> None:
+    """Raises a UserError where the upper 8 bits of many images hold next to nothing."""
+    for bits, depth in survey.depths.items():
+        if depth.measured and depth.levels < LEVELS and depth.images > SHARE * survey.images:
+            text = _depth_text(bits, depth, f" ({among})" * bool(among))
+            problem = f"{text}, which cannot be meant; scale them to the range of 8 bits, first {depth.first}"
+            raise SettingError("data_path", problem=problem)

@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from fastmae.data.memory import readable
+from fastmae.data.openfile import OpenFile
 from fastmae.data.plan import Shards
-from fastmae.data.stock import Stock
+from fastmae.data.stock import EXAMPLES, LeftOut, Stock
 from fastmae.errors import UserError, install_hint
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
@@ -27,6 +29,8 @@ LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label", "target")
 HELD_BYTES = 512 << 20
 MIN_HELD = 4
 MAX_GROUP_BYTES = 2 << 30
+# Files of images have less than one row for a byte; a footer that claims far more is damaged.
+MAX_ROWS_A_BYTE = 1000
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class ParquetSource:
     labels: np.ndarray | None
     metadata: tuple[Any, ...] = field(repr=False, compare=False)
     """The footer of each file, parsed."""
+    stamps: tuple[tuple[int, int], ...]
+    """(size, modification time in ns) of each file when it was opened."""
+    stock: Stock
+    """The rows and columns of the files. Only rows that are known to hold no image are left out."""
     kind: str = "folder"
     _group: Callable[[int], Any] = field(init=False, repr=False, compare=False)
 
@@ -64,10 +72,6 @@ class ParquetSource:
         files = f"{len(self.files)} Parquet file{'s' if len(self.files) > 1 else ''}"
         return f"in column {self.column!r} of {files}"
 
-    @property
-    def stock(self) -> Stock:
-        return Stock({"images": len(self)})
-
     def __len__(self) -> int:
         return int(self.starts[-1])
 
@@ -78,7 +82,10 @@ class ParquetSource:
             OSError: the row has no bytes, or the file was changed or is damaged there.
         """
         group = int(np.searchsorted(self.starts, index, side="right")) - 1
-        value = _bytes_of(self._group(group), index - int(self.starts[group]))
+        images, row = self._group(group), index - int(self.starts[group])
+        if len(images) != self.starts[group + 1] - self.starts[group]:
+            raise OSError(f"row group {self.group_number[group]} has {len(images)} rows and says another number")
+        value = _bytes_of(images, row)
         if value is None:
             raise OSError("the table has no bytes for this image")
         return value
@@ -90,7 +97,11 @@ class ParquetSource:
 
     def _read_group(self, group: int) -> Any:
         file = int(self.group_file[group])
-        return read_group(self.files[file], int(self.group_number[group]), self.column, self.metadata[file])
+        path = self.files[file]
+        images = read_group(path, int(self.group_number[group]), self.column, self.metadata[file])
+        if OpenFile(path).stamp != self.stamps[file]:
+            raise OSError(f"{path} has changed since it was opened; start again")
+        return images
 
 
 class Recent:
@@ -137,23 +148,33 @@ def open_parquet(paths: Sequence[Path]) -> ParquetSource:
         import pyarrow  # noqa: F401
     except ImportError as error:
         raise UserError(f"{paths[0]}: Parquet files need pyarrow; run {install_hint('parquet')}") from error
+    stamps = tuple(OpenFile(path).stamp for path in paths)
     metadata = tuple(map(_metadata, paths))
     column = _image_column(paths[0], metadata[0].schema.to_arrow_schema())
-    for path, facts in zip(paths, metadata, strict=True):
-        schema = facts.schema.to_arrow_schema()
-        if column not in schema.names or not _holds_images(schema.field(column).type):
-            raise UserError(f"{path}: has no image column {column!r} as {paths[0]} has; leave it out")
-    groups = [
-        (file, number, facts.row_group(number))
-        for file, facts in enumerate(metadata)
-        for number in range(facts.num_row_groups)
-        if facts.row_group(number).num_rows
-    ]
+    groups = []
+    for file, (path, facts) in enumerate(zip(paths, metadata, strict=True)):
+        with _naming(path):
+            schema = facts.schema.to_arrow_schema()
+            if column not in schema.names or not _holds_images(schema.field(column).type):
+                raise UserError(f"{path}: has no image column {column!r} as {paths[0]} has; leave it out")
+            inside = [(file, number, facts.row_group(number)) for number in range(facts.num_row_groups)]
+            count, size = sum(group.num_rows for _, _, group in inside), stamps[file][0]
+            if count != facts.num_rows or count > MAX_ROWS_A_BYTE * size or any(g.num_rows < 0 for _, _, g in inside):
+                raise ValueError(
+                    f"says that it has {facts.num_rows:,} rows, {count:,} in its groups, in {size:,} bytes"
+                )
+            groups += inside
+    groups = [(file, number, group) for file, number, group in groups if group.num_rows]
     rows = np.array([group.num_rows for _, _, group in groups], np.int64)
     largest = max((_group_bytes(group, column) for _, _, group in groups), default=0)
     if largest > MAX_GROUP_BYTES:
-        size = f"{largest / 2**30:.1f} GiB"
-        raise UserError(f"{paths[0]}: a row group of {size} is too large to be held; write it with row_group_size=100")
+        raise UserError(
+            f"{paths[0]}: a row group of {readable(largest)} is too large to be held; write it with row_group_size=100"
+        )
+    name, problem = _label_column(metadata)
+    labels, without = (None, 0) if name is None else _labels(paths, metadata, name)
+    if without:
+        problem = f"labels, as {without:,} of {rows.sum():,} rows have none; give each row one to use them"
     source = ParquetSource(
         files=tuple(map(str, paths)),
         column=column,
@@ -161,20 +182,49 @@ def open_parquet(paths: Sequence[Path]) -> ParquetSource:
         group_number=np.array([number for _, number, _ in groups], np.int64),
         starts=np.concatenate([[0], np.cumsum(rows)]).astype(np.int64),
         held=max(MIN_HELD, HELD_BYTES // max(1, largest)),
-        labels=_labels(paths, metadata),
+        labels=labels,
         metadata=metadata,
+        stamps=stamps,
+        stock=_stock_of(metadata, [group for _, _, group in groups], column, problem),
     )
     if len(source) and _holds_only_paths(source):
         raise UserError(f"{paths[0]}: column {column!r} holds paths without the images; embed them, then write it anew")
     return source
 
 
+def _stock_of(metadata: Sequence[Any], groups: Sequence[Any], column: str, label_problem: str) -> Stock:
+    """Returns which rows and columns are used.
+
+    Args:
+        metadata: the footers.
+        groups: the footers of all row groups.
+        column: the one with the images.
+        label_problem: why the column of labels is not used; empty if it is, or if there is none.
+    """
+    rows, empty = sum(group.num_rows for group in groups), sum(_rows_without(group, column) for group in groups)
+    names = list(dict.fromkeys(name for facts in metadata for name in facts.schema.to_arrow_schema().names))
+    label = next((name for name in LABEL_COLUMNS if name in names), None)
+    others = [name for name in names if name not in (column, label)]
+    left_out = []
+    if empty:
+        left_out.append(LeftOut("rows", empty, "they hold no image; a run takes the next row's"))
+    if label is not None and label_problem:
+        left_out.append(LeftOut("columns", 1, label_problem, (label,)))
+    if others:
+        left_out.append(LeftOut("columns", len(others), "neither images nor labels", tuple(others[:EXAMPLES])))
+    columns = len(names) - len(others) - (label is not None and bool(label_problem))
+    used = {"files": len(metadata), "images": rows, "rows": rows - empty, "columns": columns}
+    return Stock(used, tuple(left_out))
+
+
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Adds the name of the file to pyarrow's errors."""
+    """Adds the name of the file to errors, and makes those of pyarrow ValueErrors."""
+    import pyarrow as pa
+
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path.name}: {error}") from error
 
 
@@ -202,28 +252,54 @@ def _image_column(path: Path, schema: Any) -> str:
     raise UserError(f"{path}: no column of images, {several}; call it `image`")
 
 
-def _group_bytes(group: Any, column: str) -> int:
+def _leaves(group: Any, column: str) -> list[Any]:
+    """Returns the footers of a column of a row group, one for each field of a struct."""
     leaves = (group.column(number) for number in range(group.num_columns))
-    return sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema.split(".")[0] == column)
+    return [leaf for leaf in leaves if leaf.path_in_schema.split(".")[0] == column]
 
 
-def _labels(paths: Sequence[Path], metadata: Sequence[Any]) -> np.ndarray | None:
-    """Reads labels int64 [length], if all files have the same integer column for them and no row lacks its label."""
-    import pyarrow.parquet as pq
+def _group_bytes(group: Any, column: str) -> int:
+    return sum(leaf.total_uncompressed_size for leaf in _leaves(group, column))
+
+
+def _rows_without(group: Any, column: str) -> int:
+    """Returns how many rows of a row group hold no image, as far as its footer says so."""
+    for leaf in _leaves(group, column):
+        if leaf.path_in_schema in (column, f"{column}.bytes") and leaf.statistics is not None:
+            return min(leaf.statistics.null_count or 0, group.num_rows)
+    return 0
+
+
+def _label_column(metadata: Sequence[Any]) -> tuple[str | None, str]:
+    """Returns the column of labels, if all files have it with integers; else None and what is wrong with it."""
     import pyarrow.types as types
 
     schemas = [facts.schema.to_arrow_schema() for facts in metadata]
-    name = next((name for name in LABEL_COLUMNS if name in schemas[0].names), None)
-    if name is None or not all(name in s.names and types.is_integer(s.field(name).type) for s in schemas):
-        return None
-    parts = []
+    name = next((name for name in LABEL_COLUMNS if any(name in schema.names for schema in schemas)), None)
+    if name is None:
+        return None, ""
+    if not all(name in schema.names for schema in schemas):
+        return None, "some of the files have no such column; write it into all to use its labels"
+    wrong = next((kind for s in schemas if not types.is_integer(kind := s.field(name).type)), None)
+    if wrong is not None:
+        return None, f"labels must be integers, these are {wrong}; number the classes to use them"
+    return name, ""
+
+
+def _labels(paths: Sequence[Path], metadata: Sequence[Any], name: str) -> tuple[np.ndarray | None, int]:
+    """Reads labels int64 [length] from a column. Returns None if rows lack theirs, and how many do."""
+    import pyarrow.parquet as pq
+
+    parts, without = [], 0
     for path, facts in zip(paths, metadata, strict=True):
         with _naming(path), pq.ParquetFile(path, metadata=facts) as file:
             column = file.read(columns=[name], use_threads=False).column(name)
-        if column.null_count:
-            return None
-        parts.append(column.to_numpy().astype(np.int64))
-    return np.concatenate(parts)
+            if len(column) != facts.num_rows:
+                raise ValueError(f"has {len(column)} labels for {facts.num_rows} rows")
+            without += column.null_count
+            if not without:
+                parts.append(column.to_numpy().astype(np.int64))
+    return (None if without else np.concatenate(parts)), without
 
 
 def read_group(path: str, number: int, column: str, metadata: Any) -> Any:
@@ -238,7 +314,7 @@ def read_group(path: str, number: int, column: str, metadata: Any) -> Any:
         with pq.ParquetFile(path, metadata=metadata, pre_buffer=False) as file:  # one column: nothing to gather
             leaf = f"{column}.bytes" if is_struct else column
             return file.read_row_group(number, columns=[leaf], use_threads=False).column(column)
-    except (pa.ArrowException, ValueError, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, KeyError, IndexError) as error:
         raise OSError(f"row group {number}: {' '.join(str(error).split())}") from error
 
 

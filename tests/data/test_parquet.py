@@ -69,6 +69,52 @@ def test_a_row_without_bytes_is_an_error_of_that_row(tmp_path):
         source.read(1)
 
 
+def test_rows_and_columns_are_used_or_left_out_for_a_reason(tmp_path):
+    columns = {"id": range(5), "image": images([b"one", None, b"three", None, b"five"]), "caption": ["x"] * 5}
+    write(tmp_path / "a.parquet", {**columns, "label": pa.array(["cat"] * 5)}, group=2)
+    write(tmp_path / "b.parquet", {"image": images([b"x"] * 4), "label": pa.array(["dog"] * 4)})
+    source = open_train(str(tmp_path))
+    assert source.stock.used == {"files": 2, "images": 9, "rows": 7, "columns": 1}
+    assert source.stock.total("rows") == len(source) == 9
+    assert source.stock.lines() == [
+        "2 rows left out: they hold no image; a run takes the next row's",
+        "1 column left out: labels must be integers, these are string; number the classes to use them (label)",
+        "2 columns left out: neither images nor labels (id, caption)",
+    ]
+
+
+def test_labels_that_some_rows_or_files_lack_are_left_out_with_the_reason(tmp_path):
+    path = write(tmp_path / "a.parquet", {"image": images(), "label": pa.array([1] * 48 + [None] * 2)})
+    source = open_train(path)
+    assert source.labels is None
+    assert source.stock.used["columns"] == 1
+    assert "labels, as 2 of 50 rows have none; give each row one" in source.stock.lines()[0]
+    write(tmp_path / "b.parquet", {"image": images()})
+    assert "some of the files have no such column" in open_train(str(tmp_path)).stock.lines()[0]
+    whole = open_train(write(tmp_path / "c.parquet", {"image": images(), "label": pa.array(range(50))}))
+    assert (whole.stock.used["columns"], whole.stock.lines()) == (2, [])
+
+
+def test_a_file_that_changes_under_a_run_gives_no_other_images(tmp_path):
+    path = tmp_path / "x.parquet"
+    source = open_train(write(path, {"image": images(type=pa.binary())}, group=10, use_dictionary=False))
+    held = source.read(0)
+    write(path, {"image": images([data[::-1] + b"" for data in DATA[::-1]], pa.binary())}, group=10)
+    assert source.read(0) == held
+    with pytest.raises(OSError, match=r"x\.parquet|row group 2"):
+        source.read(20)
+    write(path, {"image": images(type=pa.binary())}, group=10, use_dictionary=False)
+    with pytest.raises(OSError, match="has changed since it was opened"):
+        source.read(20)
+
+
+def test_more_rows_than_a_file_can_hold_are_damage(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.parquet", {"image": images([b"x"] * 900, pa.binary())})
+    monkeypatch.setattr(parquet, "MAX_ROWS_A_BYTE", 0.001)
+    with pytest.raises(UserError, match=r"says that it has 900 rows, 900 in its groups, in [\d,]+ bytes"):
+        open_train(path)
+
+
 def _cut(path):
     path.write_bytes(path.read_bytes()[:-30])
 

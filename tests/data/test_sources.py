@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmae.data.arrays import FileRows
+from fastmae.data import arrays
+from fastmae.data.arrays import FileRows, array_source
 from fastmae.data.plan import Shards
 from fastmae.data.sources import ArraySource, Concat, describe, open_train, open_val, train_and_val
 from fastmae.errors import UserError
@@ -88,6 +89,162 @@ def test_cifar_batches(tmp_path, label_bytes):
     assert np.array_equal(content(val), images)
     assert np.array_equal(val.labels, LABELS[:6])
     assert np.array_equal(content(open_train(str(tmp_path / names[0]))), images)
+
+
+SHAPES = {
+    (40, 3, 32, 32): (32, 32, 3), (40, 1, 28, 28): (28, 28, 1), (40, 4, 20, 24): (20, 24, 4), (9, 3, 8, 8): (8, 8, 3),
+    (9, 8, 8, 3): (8, 8, 3), (9, 3, 32, 3): (3, 32, 3), (9, 11, 11, 100): (11, 11, 100), (1, 6, 5): (6, 5, 1),
+    (9, 1, 128, 6): (1, 128, 6), (2, 1, 1, 1): (1, 1, 1), (9, 3, 3): (3, 3, 1), (3, 6, 5): (6, 5, 1),
+}  # fmt: skip
+TOLD = {(40, 3, 32, 32), (40, 1, 28, 28), (40, 4, 20, 24), (9, 3, 8, 8), (9, 1, 128, 6), (3, 6, 5)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_axes_of_an_array_are_read_as_meant_and_a_guess_is_told(tmp_path, shape):
+    images = RNG.integers(0, 256, shape, dtype=np.uint8)
+    np.save(tmp_path / "x.npy", images)
+    np.savez(tmp_path / "stored.npz", images=images)
+    np.savez_compressed(tmp_path / "packed.npz", images=images)
+    is_planes = SHAPES[shape][2] != shape[-1] and len(shape) == 4
+    expected = images.transpose(0, 2, 3, 1) if is_planes else images.reshape(-1, *SHAPES[shape])
+    for name in ("x.npy", "stored.npz", "packed.npz"):
+        source = open_train(str(tmp_path / name))
+        assert np.array_equal(content(source), expected)
+        assert describe(source).size == SHAPES[shape][:2]
+        assert len(source.stock.notes) == (shape in TOLD)
+        assert all(str(list(shape)) in note for note in source.stock.notes)
+    assert np.array_equal(content(array_source(images, None, "x")), expected)
+
+
+REFUSED = {
+    "a colour image": (
+        np.zeros((64, 48, 3), np.uint8),
+        r"\[64, 48, 3\], which is one image \[H, W, C\]; save array\[None\]",
+    ),
+    "a gray image": (np.zeros((64, 48), np.uint8), r"\[64, 48\], which is one image; save array\[None\]"),
+    "twelve bands first": (np.zeros((9, 12, 64, 64), np.uint8), r"save array.transpose\(0, 2, 3, 1\)"),
+    "five axes": (np.zeros((2, 3, 4, 8, 8), np.uint8), r"\[2, 3, 4, 8, 8\]; save it in one of these"),
+    "no pixels": (np.zeros((9, 0, 8, 3), np.uint8), r"has \[9, 0, 8, 3\]"),
+    "one axis": (np.zeros(9, np.uint8), r"has \[9\]"),
+    "no axes": (np.uint8(9), r"has \[\]"),
+    "bool": (GRAY > 9, r"must be uint8, .* holds bool; save array.astype\(np.uint8\) \* 255"),
+    "float": (GRAY / 255, r"holds float64; scale the values to 0 to 255, then save np.round\(array\)"),
+    "not a number": (GRAY * np.float16("nan"), "holds float16"),
+    "16 bits": (GRAY.astype(">u2"), r"holds >u2|holds uint16; scale the values to 0 to 255"),
+    "signed": (GRAY.astype(np.int8), "holds int8; scale"),
+    "complex": (GRAY * 1j, "holds complex128; save its pixels as uint8"),
+    "words": (np.array(["a", "b"]), "holds <U1"),
+    "records": (np.zeros(3, [("a", "u1")]), "must be uint8"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_arrays_that_cannot_be_meant_are_refused_with_what_to_save(tmp_path, case):
+    array, words = REFUSED[case]
+    np.save(tmp_path / "x.npy", array)
+    np.savez_compressed(tmp_path / "x.npz", x=array)
+    for name in ("x.npy", "x.npz"):
+        with pytest.raises(UserError, match=words) as caught:
+            open_train(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+        assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (np.eye(10, dtype=np.int64), r"labels int64 \[10, 10\]; if they are one-hot, save labels.argmax\(axis=1\)"),
+        (LABELS.astype(np.float32), r"labels float32 \[10\]; save labels.astype\(np.int64\)"),
+        (LABELS > 0, r"labels bool \[10\]"),
+        (LABELS[:, None] * np.ones((1, 2), int), r"labels int64 \[10, 2\]"),
+        (LABELS.reshape(1, 10), r"labels int64 \[1, 10\]"),
+        (np.full(10, 2**63, np.uint64), "too large"),
+        (np.array([{}], object), "never unpickled"),
+    ],
+)
+def test_labels_that_are_not_one_integer_per_image_are_refused(tmp_path, labels, words):
+    np.save(tmp_path / "x.npy", GRAY)
+    np.save(tmp_path / "x_labels.npy", labels)
+    with pytest.raises(UserError, match=words):
+        open_train(str(tmp_path / "x.npy"))
+
+
+@pytest.mark.parametrize("labels", [LABELS[:, None], LABELS.astype(">i2"), LABELS.astype(np.uint64)])
+def test_labels_of_any_integers_are_taken(tmp_path, labels):
+    np.save(tmp_path / "x.npy", np.asfortranarray(COLOUR))
+    np.save(tmp_path / "x_labels.npy", labels)
+    source = open_train(str(tmp_path / "x.npy"))
+    assert np.array_equal(source.labels, LABELS)
+    assert np.array_equal(content(source), COLOUR)
+    assert source.stock.used == {"images": 10, "files": 2}
+
+
+def test_arrays_and_files_that_are_not_used_are_counted(tmp_path):
+    np.savez(tmp_path / "a.npz", x_train=GRAY, y_train=LABELS, x_test=GRAY, images=GRAY, notes=LABELS)
+    stock = open_train(str(tmp_path / "a.npz")).stock
+    assert (stock.used, stock.total("arrays")) == ({"images": 10, "files": 1, "arrays": 3}, 5)
+    assert stock.left_out[0].examples == ("images", "notes")
+    assert open_val(str(tmp_path / "a.npz")).stock.used == {"images": 10}
+    (tmp_path / "mnist" / "more").mkdir(parents=True)
+    for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte", "train-images-idx3-ubyte.gz", "notes.txt"):
+        (tmp_path / "mnist" / name).write_bytes(idx(GRAY))
+    (tmp_path / "mnist" / "train-labels-idx1-ubyte").write_bytes(idx(LABELS))
+    stock = open_train(str(tmp_path / "mnist")).stock
+    assert (stock.used, stock.total("files"), stock.total("folders")) == ({"images": 10, "files": 3}, 5, 1)
+    with open(tmp_path / "two.npy", "wb") as file:
+        np.save(file, GRAY)
+        np.save(file, COLOUR)
+    (note,) = open_train(str(tmp_path / "two.npy")).stock.notes
+    assert "1,028 bytes behind its first array are left out" in note
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "idx", "cifar", "planes"])
+@pytest.mark.parametrize("change", ["cut", "rewritten", "emptied"])
+def test_a_file_that_changes_during_a_run_is_a_line_that_names_it_and_not_a_signal(tmp_path, kind, change):
+    path = tmp_path / {"idx": "x-images-idx3-ubyte", "cifar": "x.bin", "planes": "x.npy"}.get(kind, f"x.{kind}")
+    images = np.zeros((50, 3, 32, 32) if kind == "planes" else (50, 32, 32, 3), np.uint8)
+    if kind == "npz":
+        np.savez(path, images=images)
+    elif kind in ("npy", "planes"):
+        np.save(path, images)
+    else:
+        path.write_bytes(idx(images[..., 0]) if kind == "idx" else bytes(50 * 3073))
+    source = open_train(str(path))
+    source.read(0)
+    data = path.read_bytes()
+    with open(path, "r+b") as file:
+        if change == "rewritten":
+            file.write(data)
+        else:
+            file.truncate(len(data) // 2 if change == "cut" else 0)
+    os.utime(path, ns=(10**18, 10**18))
+    for index in (0, 49):
+        with pytest.raises(UserError, match=f"{path}: changed during the run"):
+            source.read(index)
+
+
+@pytest.mark.parametrize(
+    "name", ["x.npy", "x.npz", "x_labels.npy", "x-labels-idx1-ubyte", "x.tar", "x.parquet", "x.jpg"]
+)
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    np.save(tmp_path / "x.npy", GRAY) if name == "x_labels.npy" else None
+    (tmp_path / "x-images-idx3-ubyte").write_bytes(idx(GRAY))
+    path = {"x_labels.npy": "x.npy", "x-labels-idx1-ubyte": "x-images-idx3-ubyte"}.get(name, name)
+    with pytest.raises(UserError, match=r"a pipe or a device|no regular file"):
+        open_train(str(tmp_path / path))
+
+
+def test_what_would_not_fit_into_memory_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "x.npz", images=np.zeros((1000, 32, 32), np.uint8))
+    (tmp_path / "x-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(np.zeros((1000, 32, 32), np.uint8))))
+    np.save(tmp_path / "x.npy", np.asfortranarray(np.zeros((1000, 32, 32), np.uint8)))
+    for name in ("x.npz", "x-images-idx3-ubyte.gz", "x.npy"):
+        assert len(open_train(str(tmp_path / name))) == 1000
+        monkeypatch.setattr(arrays, "available_memory", lambda: 100_000)
+        with pytest.raises(UserError, match=r"takes 1000.* KiB of memory, of which 98 KiB are left; split it"):
+            open_train(str(tmp_path / name))
+        monkeypatch.undo()
 
 
 def test_class_folders_and_flat_folders(image_folder):

@@ -1,25 +1,32 @@
-"""Image files in folders: which there are, their classes, and a source that reads them.
+"""Image files in folders: which there are, their classes, what else lies there, and a source that reads them.
 
 The list of a large folder is kept in an index file. Nothing here decodes an image.
 """
 
 from __future__ import annotations
 
+import bisect
+import json
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from fastmae.data.index import Index, cache_file, is_settled, pack_names, read_index, unpack_names, write_index
-from fastmae.data.stock import Stock
+from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of
+from fastmae.data.suffixes import IMAGE_STARTS, IMAGE_SUFFIXES, SHARD_SUFFIXES, START_BYTES, suffix_of, why_not
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"))
 # No image takes more, and a file may say that it has any size.
 MAX_FILE_BYTES = 2 << 30
 # Fewer files are listed faster than an index of them is found and checked.
 WORTH_KEEPING = 10_000
+# It changes whenever other files are listed than before, so that older listings are made anew.
+RULE = 2
+SHOWN_CLASSES = 6
 
 
 @dataclass(frozen=True)
@@ -31,20 +38,25 @@ class FolderSource:
     """int64 [length], numbers of ``classes``, or None."""
     classes: tuple[str, ...]
     kind: str = "folder"
-    beside: str = ""
-    """What lies in the same folder and is not used, as a phrase for people."""
+    part: str = ""
+    """The folder of a part of the data set, as it is called below the data path."""
+    taken: Stock | None = None
+    """The stock of the folder that they are from, if it was taken."""
     damage: tuple[tuple[str, str], ...] = ()
     """(name, what is wrong) of folders whose images are missed."""
     shards = None
 
     @property
     def location(self) -> str:
-        text = (f"in {len(self.classes)} class folders" if self.classes else "in files") + self.beside
-        return "; ".join([text, *map(" ".join, self.damage)])
+        text = "in files"
+        if self.classes:
+            names = f" ({', '.join(self.classes)})" if len(self.classes) <= SHOWN_CLASSES else ""
+            text = f"in {count_of(len(self.classes), 'class folders')}{names}"
+        return f"{text} of {self.part}" if self.part else text
 
     @property
     def stock(self) -> Stock:
-        return Stock({"files": len(self)})
+        return Stock({"files": len(self)}) if self.taken is None else self.taken
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -74,21 +86,52 @@ def _open_at_once(path: str, flags: int) -> int:
 
 # --- which files there are --------------------------------------------------------------------------------------------
 
+Why = Literal["hidden", "run", "twice"]
 
-@dataclass(frozen=True)
+
+@dataclass
+class Tally:
+    """How many files there are of a kind, and the names that come first."""
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        bisect.insort(self.names, name)
+        del self.names[EXAMPLES:]
+
+
+@dataclass
 class Listing:
-    """The image files of a folder, sorted, so that they have the same order on every machine."""
+    """The files below a folder. Names of folders and files in it are relative to it; "" is the folder itself."""
 
-    paths: tuple[str, ...]
-    labels: np.ndarray | None
-    """int64 [length], numbers of ``classes``; None where there are no class folders."""
-    classes: tuple[str, ...]
-    unreadable: tuple[str, ...] = ()
+    folder: str
+    images: dict[str, list[str]] = field(default_factory=dict)
+    """For every folder that was listed, the sorted names of the image files directly inside."""
+    shards: list[str] = field(default_factory=list)
+    """Tar and Parquet files, sorted."""
+    others: dict[str, Tally] = field(default_factory=dict)
+    """Other files by suffix ("" for none), and "hidden", "broken" (links to nothing) and "special" ones (pipes …),
+    and "index" for those that fastmae keeps beside shards."""
+    unsound: list[str] = field(default_factory=list)
+    """Images by their names that are no files; reading them fails, and a run replaces them as it does damaged ones."""
+    skipped: dict[str, Why] = field(default_factory=dict)
+    """Folders that were not entered: hidden ones, run folders, and links to what is listed anyway."""
+    unreadable: list[str] = field(default_factory=list)
     """Folders that may not be listed, so the images in them are missed."""
+
+    def __len__(self) -> int:
+        """The number of image files."""
+        return sum(map(len, self.images.values()))
+
+    def count(self, kind: str) -> int:
+        """Returns how many other files there are of a kind."""
+        return self.others[kind].count if kind in self.others else 0
 
 
 def list_images(folder: Path) -> Listing:
-    """Lists the images below the class folders of a folder, or else the images below the folder itself.
+    """Lists the files below a folder.
 
     A long listing is kept in the cache folder. It is used again as long as no folder's modification time has changed:
     every file that is added or removed changes that of its folder.
@@ -99,43 +142,61 @@ def list_images(folder: Path) -> Listing:
     if listing is not None:
         return listing
     listing, modified = scan_folder(folder)
-    if len(listing.paths) >= WORTH_KEEPING and is_settled(modified.values()) and min(modified.values()) >= 0:
-        inside = len(os.path.join(folder, ""))
+    # A link that leads nowhere may lead somewhere later, which changes no folder's time.
+    is_lasting = is_settled(modified.values()) and not (
+        listing.unreadable or any(kind in listing.others for kind in NO_FILES)
+    )
+    if len(listing) >= WORTH_KEEPING and is_lasting:
+        others = {kind: [tally.count, *tally.names] for kind, tally in listing.others.items()}
+        text = json.dumps([others, listing.skipped])
         columns = {
-            "folders": pack_names([path[inside:] for path in modified]),
-            "modified": np.array([*modified.values()], np.int64),
-            "paths": pack_names([path[inside:] for path in listing.paths]),
-            "classes": pack_names(listing.classes),
-            "labels": np.array([], np.int64) if listing.labels is None else listing.labels,
+            "folders": pack_names([*listing.images]),
+            "modified": np.array([modified[name] for name in listing.images], np.int64),
+            "counts": np.array([*map(len, listing.images.values())], np.int64),
+            "names": pack_names([name for names in listing.images.values() for name in names]),
+            "shards": pack_names(listing.shards),
+            "skipped": pack_names([*listing.skipped]),
+            "others": np.frombuffer(text.encode(errors="surrogatepass"), np.uint8),
         }
-        write_index(index_path, Index(os.path.realpath(folder), columns))
+        write_index(index_path, Index(_identity(folder), columns))
     return listing
+
+
+def _identity(folder: Path) -> list[object]:
+    return [os.path.realpath(folder), RULE, sorted(IMAGE_SUFFIXES)]
 
 
 def _listing_of(folder: Path, index: Index) -> Listing | None:
     """Returns the listing in an index; None if it is not of this folder as the folder is now."""
     columns = index.columns
-    if index.fingerprint != os.path.realpath(folder) or columns.keys() != {
-        "folders", "modified", "paths", "classes", "labels",
+    if index.fingerprint != _identity(folder) or columns.keys() != {
+        "folders", "modified", "counts", "names", "shards", "skipped", "others",
     }:  # fmt: skip
         return None
-    folders, paths, classes = (unpack_names(columns[name]) for name in ("folders", "paths", "classes"))
-    labels, modified = columns["labels"], columns["modified"]
-    if len(modified) != len(folders) or not (_stays_inside(columns["folders"]) and _stays_inside(columns["paths"])):
+    if not all(_stays_inside(columns[name]) for name in ("folders", "names", "shards", "skipped")):
         return None
-    if len(labels) not in (0, len(paths)) or (len(labels) and not 0 <= labels.min() <= labels.max() < len(classes)):
+    folders, names, shards, skipped = (
+        unpack_names(columns[name]) for name in ("folders", "names", "shards", "skipped")
+    )
+    modified, counts = columns["modified"], columns["counts"]
+    if b"/" in columns["names"].tobytes() or not len(folders) == len(modified) == len(counts):
+        return None
+    if (len(counts) and counts.min() < 0) or int(counts.sum()) != len(names):
         return None
     try:
+        others, why = json.loads(columns["others"].tobytes().decode(errors="surrogatepass"))
+        tallies = {
+            str(kind): Tally(int(count), [str(name) for name in some]) for kind, (count, *some) in others.items()
+        }
+        if set(why) != set(skipped) or not set(why.values()) <= {"hidden", "run", "twice"}:
+            return None
         if [os.stat(os.path.join(folder, name)).st_mtime_ns for name in folders] != modified.tolist():
             return None
-    except OSError:
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
-    prefix = os.path.join(folder, "")
-    return Listing(
-        tuple(prefix + path for path in paths),
-        labels.copy() if len(labels) else None,
-        tuple(classes) if len(labels) else (),
-    )
+    ends = np.cumsum(counts).tolist()
+    images = {name: names[end - count : end] for name, end, count in zip(folders, ends, counts.tolist(), strict=True)}
+    return Listing(str(folder), images, shards, tallies, skipped=why)
 
 
 def _stays_inside(column: np.ndarray) -> bool:
@@ -147,22 +208,108 @@ def _stays_inside(column: np.ndarray) -> bool:
 
 
 def scan_folder(folder: Path) -> tuple[Listing, dict[str, int]]:
-    """Lists a folder without an index. Returns modification times too, in ns, by folder; -1 for an unreadable one."""
-    modified = {str(folder): os.stat(folder).st_mtime_ns}
-    classes = tuple(sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry) and entry.name[0] != "."))
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        inside = _images_below(os.path.join(folder, name), modified)
-        paths += inside
-        labels += [label] * len(inside)
-    is_labelled = bool(paths)
-    if not is_labelled:
-        paths = _images_below(str(folder), modified)
-    unreadable = tuple(path for path, time_ns in modified.items() if time_ns < 0)
-    if is_labelled:
-        return Listing(tuple(paths), np.array(labels, dtype=np.int64), classes, unreadable), modified
-    return Listing(tuple(paths), None, (), unreadable), modified
+    """Lists a folder without an index. Returns modification times too, in ns, by folder; -1 for an unreadable one.
+
+    Links to folders are followed once all that is no link is listed, in the order of their names, so that what is found
+    depends on no order of the file system's. A folder that a link leads to is listed once, and one around the link is
+    not listed.
+    """
+    scan = _Scan(str(folder))
+    waiting, links = [""], list[str]()
+    while waiting or links:
+        is_linked = not waiting
+        if is_linked:
+            links.sort(reverse=True)
+        inside = waiting.pop() if waiting else links.pop()
+        if scan.is_new(inside, is_linked):
+            for name, is_link in scan.enter(inside):
+                (links if is_link else waiting).append(name)
+    listing = scan.listing
+    listing.images = dict(sorted(listing.images.items()))
+    listing.shards.sort()
+    return listing, scan.modified
+
+
+class _Scan:
+    """A listing in the making."""
+
+    def __init__(self, folder: str) -> None:
+        self.listing = Listing(folder)
+        self.modified: dict[str, int] = {}
+        self._seen: set[tuple[int, int]] = set()
+        self._linked: set[str] = set()
+
+    def is_new(self, inside: str, is_link: bool) -> bool:
+        """Tells whether a folder is to be listed; notes its time, and if it is not new, that it is skipped."""
+        path = os.path.join(self.listing.folder, inside)
+        try:
+            # Read before the listing, so that a file which is added in between makes the noted time an old one.
+            status = os.stat(path)
+        except OSError:
+            self._miss(inside)
+            return False
+        key, is_linked = (status.st_dev, status.st_ino), is_link or os.path.dirname(inside) in self._linked
+        if is_linked:
+            self._linked.add(inside)
+            if key in self._seen or (is_link and _is_around(path)):
+                self.listing.skipped[inside] = "twice"
+                return False
+        self._seen.add(key)
+        self.modified[inside] = status.st_mtime_ns
+        return True
+
+    def _miss(self, inside: str) -> None:
+        self.modified[inside] = -1  # such a listing is not kept
+        self.listing.images[inside] = []
+        self.listing.unreadable.append(os.path.join(self.listing.folder, inside))
+
+    def enter(self, inside: str) -> Iterator[tuple[str, bool]]:
+        """Lists the files directly inside a folder, and yields the folders in it with whether each is a link."""
+        try:
+            with os.scandir(os.path.join(self.listing.folder, inside)) as entries:
+                found = [*entries]
+        except OSError:
+            self._miss(inside)
+            return
+        is_run = _is_run_folder(found)
+        if is_run and inside:
+            self.listing.skipped[inside] = "run"
+            del self.modified[inside]
+            return
+        images: list[str] = []
+        for entry in found:
+            name = entry.name
+            path = f"{inside}/{name}" if inside else name
+            if _is_folder(entry):
+                if name.startswith("."):
+                    self.listing.skipped[path] = "hidden"
+                elif is_run and name in RUN_FOLDERS:
+                    self.listing.skipped[path] = "run"
+                else:
+                    yield path, entry.is_symlink()
+            elif (kind := _kind(entry)) == "image":
+                images.append(name)
+            elif kind == "shard":
+                self.listing.shards.append(path)
+            else:
+                self.listing.others.setdefault(kind, Tally()).add(path)
+                if kind in NO_FILES and suffix_of(name) in IMAGE_SUFFIXES and not name.startswith("."):
+                    images.append(name)
+                    self.listing.unsound.append(path)
+        images.sort()
+        self.listing.images[inside] = images
+
+
+NO_FILES = ("broken", "special")
+
+# What a run leaves in its output_dir: the files that tell it from other folders, and its folders.
+RUN_FILES = ("config.json", "metrics.jsonl")
+RUN_FOLDERS = ("checkpoints", "reconstructions")
+
+
+def _is_run_folder(entries: list[os.DirEntry[str]]) -> bool:
+    names = {entry.name for entry in entries}
+    return names.issuperset(RUN_FILES) or {"config.json", "checkpoints"} <= names
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -173,27 +320,143 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _images_below(folder: str, modified: dict[str, int]) -> list[str]:
-    """Lists images at any depth, sorted, and notes the times of their folders in ``modified``.
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
-    Links to folders are not followed, and unreadable folders are passed over.
+
+def _is_around(link: str) -> bool:
+    """Tells whether a link leads to a folder that it lies in."""
+    target = os.path.join(os.path.realpath(link), "")
+    return os.path.join(os.path.realpath(os.path.dirname(link)), "").startswith(target)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Returns "image", "shard", or under which key of ``Listing.others`` a file is counted."""
+    name = entry.name
+    if not _is_file(entry):
+        return "broken" if entry.is_symlink() and not os.path.exists(entry.path) else "special"
+    if name.startswith("."):
+        return "index" if name.startswith(".fastmae-") and name.endswith(".index") else "hidden"
+    suffix = suffix_of(name)
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    if suffix in SHARD_SUFFIXES:
+        return "shard"
+    return "image" if not suffix and begins_as_an_image(entry.path) else suffix
+
+
+def begins_as_an_image(path: str) -> bool:
+    """Tells whether the first bytes of a file are those of an image."""
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            return IMAGE_STARTS.match(file.read(START_BYTES)) is not None
+    except OSError:
+        return False
+
+
+# --- what of them is used ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Image files that are used together, and their classes."""
+
+    paths: tuple[str, ...]
+    labels: np.ndarray | None
+    """int64 [length], numbers of ``classes``; None where there are no class folders."""
+    classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def choose_images(listing: Listing, part: str = "", without: Collection[str] = ()) -> Chosen:
+    """Returns the images below a folder of a listing, by the folders directly inside, which are their classes.
+
+    They have labels if all of them lie in class folders. If some lie beside folders with others, none has.
+
+    Args:
+        part: the folder.
+        without: folders directly inside that are left out.
     """
-    paths: list[str] = []
-    waiting = [folder]
-    while waiting:
-        parent = waiting.pop()
-        try:
-            # Read before the listing, so that a file which is added in between makes the noted time an old one.
-            modified[parent] = os.stat(parent).st_mtime_ns
-            entries = os.scandir(parent)
-        except OSError:
-            modified[parent] = -1  # such a listing is not kept
-            continue
-        with entries:
-            for entry in entries:
-                if _is_folder(entry):
-                    if not entry.is_symlink():
-                        waiting.append(entry.path)
-                elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and not entry.name.startswith("."):
-                    paths.append(entry.path)
-    return sorted(paths)
+    prefix = f"{part}/" if part else ""
+    folders: dict[str, list[str]] = {}
+    for name in listing.images:
+        if name != part and name.startswith(prefix):
+            top = name[len(prefix) :].partition("/")[0]
+            if top not in without:
+                folders.setdefault(top, []).append(name)
+    paths = {top: sorted(_paths(listing, inside)) for top, inside in sorted(folders.items())}
+    beside = _paths(listing, [part] if part in listing.images else [])
+    filled = [top for top, inside in paths.items() if inside]
+    if beside or not filled:
+        notes: tuple[str, ...] = ()
+        if filled:
+            where = os.path.join(listing.folder, part).rstrip("/")
+            notes = (
+                f"{count_of(len(beside), 'images')} in {where} lie beside {count_of(len(filled), 'folders')} of images "
+                f"({_some(filled)}), so no image has a label; keep either folders of classes or images there",
+            )
+        every = sorted([*beside, *(path for inside in paths.values() for path in inside)])
+        return Chosen(tuple(every), None, (), notes)
+    labels = np.repeat(np.arange(len(paths)), [*map(len, paths.values())]).astype(np.int64)
+    empty = [top for top, inside in paths.items() if not inside]
+    lacking = (f"{count_of(len(empty), 'class folders')} without an image ({_some(empty)})",) if empty else ()
+    return Chosen(tuple(path for inside in paths.values() for path in inside), labels, tuple(paths), lacking)
+
+
+def _paths(listing: Listing, folders: list[str]) -> list[str]:
+    return [os.path.join(listing.folder, folder, name) for folder in folders for name in listing.images[folder]]
+
+
+def _some(names: Collection[str]) -> str:
+    shown = [*names][:EXAMPLES]
+    return ", ".join(shown) + (", …" if len(names) > EXAMPLES else "")
+
+
+def others_left_out(listing: Listing) -> list[LeftOut]:
+    """Returns what of a folder can never be used, by reason: all but image files and shards."""
+    kinds = sorted(listing.others.keys() - {"index"}, key=lambda kind: (-listing.others[kind].count, kind))
+    units = {"broken": "broken links", "special": "pipes, devices or sockets"}
+    reasons = {
+        "hidden": "hidden, as their names begin with a dot",
+        "broken": "what they lead to is not there, so others are used instead; mend or remove them",
+        "special": "not files, so others are used instead; remove them",
+    }
+    left_out = [
+        LeftOut(units.get(kind, "files"), tally.count, reasons.get(kind) or why_not(kind), tuple(tally.names))
+        for kind in kinds
+        for tally in [listing.others[kind]]
+    ]
+    for why, reason in (("hidden", "in hidden folders"), ("run", "in run folders of fastmae, which are no data")):
+        counts = {name: _count_files(os.path.join(listing.folder, name)) for name in _skipped(listing, why)}
+        if sum(counts.values()):
+            left_out.append(
+                LeftOut("files", sum(counts.values()), reason, tuple([*filter(counts.get, counts)][:EXAMPLES]))
+            )
+    twice = _skipped(listing, "twice")
+    if twice:
+        reason = "linked, and listed already or around the link"
+        left_out.append(LeftOut("folders", len(twice), reason, tuple(twice[:EXAMPLES])))
+    if listing.unreadable:
+        reason = "may not be listed, so their images are missed; give the right to read them"
+        left_out.append(
+            LeftOut("folders", len(listing.unreadable), reason, tuple(sorted(listing.unreadable)[:EXAMPLES]))
+        )
+    return left_out
+
+
+def _skipped(listing: Listing, why: str) -> list[str]:
+    return sorted(name for name, reason in listing.skipped.items() if reason == why)
+
+
+def _count_files(folder: str) -> int:
+    """Returns how many files there are below a folder; links to folders are not followed."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [*entries]
+    except OSError:
+        return 0
+    below = sum(_count_files(entry.path) for entry in found if _is_folder(entry) and not entry.is_symlink())
+    return below + sum(map(_is_file, found))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmae.data.images import IMAGE_SUFFIXES, MAX_FILE_BYTES
+from fastmae.data.images import MAX_FILE_BYTES
 from fastmae.data.index import (
     Index,
     Names,
@@ -35,6 +35,7 @@ from fastmae.data.index import (
 from fastmae.data.openfile import OpenFile
 from fastmae.data.plan import Shards
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of, joined
+from fastmae.data.suffixes import IMAGE_SUFFIXES
 from fastmae.errors import SettingError, UserError
 
 BLOCK = 512
@@ -163,7 +164,7 @@ def open_shards(paths: Sequence[Path]) -> TarSource:
         refuse_compressed(path)
     stamps = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, paths)]
     shards = [[path.name, *stamp] for path, stamp in zip(paths, stamps, strict=True)]
-    fingerprint = hashlib.sha256(json.dumps([RULES, shards]).encode()).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps([RULES, sorted(IMAGE_SUFFIXES), shards]).encode()).hexdigest()
     index_paths = _index_paths(paths)
     for index_path in index_paths:
         index = read_index(index_path)

@@ -6,8 +6,6 @@ crops or models. How each kind is stored is in arrays.py, images.py, shards.py a
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,18 +14,15 @@ from typing import Protocol
 
 import numpy as np
 
-from fastmae.data.arrays import UNREADABLE, ArraySource, Split, open_array, open_array_folder
-from fastmae.data.images import IMAGE_SUFFIXES, WORTH_KEEPING, FolderSource, list_images
-from fastmae.data.parquet import open_parquet
+from fastmae.data.arrays import UNREADABLE, ArraySource, Split, open_array
+from fastmae.data.folders import open_files, open_folder
+from fastmae.data.images import FolderSource, begins_as_an_image
 from fastmae.data.plan import Shards, describe_order, holdout
-from fastmae.data.shards import expand_braces, open_shards, refuse_compressed
+from fastmae.data.shards import expand_braces, refuse_compressed
 from fastmae.data.stock import RUN_LINES, Stock, joined
-from fastmae.errors import SettingError, UserError
+from fastmae.data.suffixes import IMAGE_SUFFIXES, SHARD_SUFFIXES, remedy_for, suffix_of
+from fastmae.errors import SettingError
 from fastmae.facts import DataFacts
-
-SHARD_SUFFIXES = (".tar", ".parquet")
-VAL_FOLDERS = ("val", "test", "valid", "validation")
-VAL_SHARD = re.compile(r"(?<![a-z])(val|valid|validation|test)(?![a-z])")
 
 
 class Source(Protocol):
@@ -179,8 +174,7 @@ def open_train(data_path: str | Sequence[str]) -> Source:
     for path in _paths(data_path):
         source = _open(path, "train")
         if source is None or len(source) == 0:
-            where = "" if source is None else f" {source.location}"
-            raise SettingError("data_path", path, f"holds no images{where}; give data that does")
+            raise SettingError("data_path", path, f"holds no images{_instead(source)}; give data that does")
         parts.append(source)
     return parts[0] if len(parts) == 1 else Concat(tuple(parts))
 
@@ -254,6 +248,14 @@ def evenly_spaced(source: Source, count: int, run: int) -> np.ndarray:
     return np.unique(starts[:, None] + np.arange(run))
 
 
+def _instead(source: Source | None) -> str:
+    """Returns what there is where there are no images, as a phrase that goes on from "holds no images"."""
+    if source is None:
+        return ""
+    where = "" if isinstance(source, FolderSource) else f" {source.location}"
+    return "; ".join([where, *source.stock.lines(4)])
+
+
 # --- opening one path -------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +277,7 @@ def _open(data_path: str, split: Split) -> Source | None:
             raise SettingError("data_path", data_path, "no such file or folder; give an existing one, or `digits`")
         if not path.is_dir() and not path.is_file():
             raise SettingError("data_path", data_path, "a pipe or a device; give a file or a folder")
-        return _open_folder(path, split) if path.is_dir() else _open_file(path, split)
+        return open_folder(path, split) if path.is_dir() else _open_file(path, split)
     except UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise SettingError("data_path", data_path, f"cannot be read ({reason}); check or replace the file") from error
@@ -296,59 +298,17 @@ def _open_file(path: Path, split: Split) -> Source | None:
         return open_array(path, split)
     refuse_compressed(path)
     if path.name.lower().endswith(SHARD_SUFFIXES):
-        return _open_shards([path])
+        return open_files([path])
     array = open_array(path, split)
     if array is not None:
         return array
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    suffix = suffix_of(path.name)
+    if suffix in IMAGE_SUFFIXES or (not suffix and begins_as_an_image(str(path))):
         return FolderSource((str(path),), None, ())
+    remedy = remedy_for(suffix)
+    if remedy is not None:
+        raise SettingError("data_path", str(path), f"a {suffix} file, {remedy}")
     raise ValueError("not an image, .npy, .npz, .tar, .parquet, IDX or CIFAR .bin file")
-
-
-def _open_folder(path: Path, split: Split) -> Source | None:
-    arrays = open_array_folder(path, split)
-    if arrays is not None:
-        return arrays
-    if split == "val":
-        parts = [path / name for name in VAL_FOLDERS if (path / name).is_dir()]
-        if parts:
-            return _open_images(parts[0], None)
-        has_images = (path / "train").is_dir() or list_images(path).paths
-        return None if has_images else _open_shards(_shards_in(path, "val"))
-    if (path / "train").is_dir():
-        return _open_images(path / "train", None)
-    return _open_images(path, "train")
-
-
-def _open_images(path: Path, split: Split | None) -> Source | None:
-    """Opens the images of a folder if it has any, else those of its shards, as ``_shards_in`` chooses them."""
-    listing = list_images(path)
-    # A folder with so many images is not read again to see what else may be in it.
-    shards = _shards_in(path, split) if len(listing.paths) < WORTH_KEEPING else []
-    if not listing.paths and shards:
-        return _open_shards(shards)
-    if not listing.paths:
-        for file in sorted(path.iterdir()):
-            refuse_compressed(file)
-    beside = f"; {len(shards)} {shards[0].suffix} files beside them are not used" if shards else ""
-    damage = tuple((folder, "may not be read, so its images are missed") for folder in listing.unreadable)
-    return FolderSource(listing.paths, listing.labels, listing.classes, beside=beside, damage=damage)
-
-
-def _shards_in(folder: Path, split: Split | None) -> list[Path]:
-    """Lists the tar or Parquet files directly inside a folder, sorted by name: those of one part, or all for None.
-
-    A name with the word val, validation, valid or test belongs to the val part, unless all names have one.
-    """
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.name.lower().endswith(SHARD_SUFFIXES) and entry.is_file()]
-    paths = [folder / name for name in sorted(names) if name[0] != "."]
-    words = {path: match[1] for path in paths if (match := VAL_SHARD.search(path.name.lower()))}
-    if split is None or len(words) == len(paths):
-        return [] if split == "val" else paths
-    if split == "train":
-        return [path for path in paths if path not in words]
-    return [path for path in words if words[path] != "test"] or list(words)
 
 
 def _open_pattern(pattern: str) -> Source | None:
@@ -362,13 +322,4 @@ def _open_pattern(pattern: str) -> Source | None:
         refuse_compressed(path)
         if not path.name.lower().endswith(SHARD_SUFFIXES):
             raise SettingError("data_path", pattern, f"a pattern is for .tar or .parquet files, not {path.name}")
-    return _open_shards(paths)
-
-
-def _open_shards(paths: list[Path]) -> Source | None:
-    if not paths:
-        return None
-    suffixes = {path.suffix.lower() for path in paths}
-    if len(suffixes) > 1:
-        raise UserError(f"{paths[0].parent}: holds both .tar and .parquet files; name those of one kind by a pattern")
-    return open_shards(paths) if suffixes == {".tar"} else open_parquet(paths)
+    return open_files(paths)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastmae.data import images
-from fastmae.data.images import Listing, list_images, scan_folder
+from fastmae.data.images import Chosen, Listing, choose_images, list_images, scan_folder
 from fastmae.data.index import Index, cache_file, pack_names, read_index, unpack_names, write_index
 from fastmae.data.sources import open_train
 from fastmae.errors import UserError
@@ -41,15 +41,23 @@ def age(root: Path) -> None:
         os.utime(parent, (1_600_000_000, 1_600_000_000))
 
 
+def chosen(folder: Path) -> Chosen:
+    return choose_images(list_images(folder))
+
+
 def same(one: Listing, other: Listing) -> bool:
-    labels = [None if listing.labels is None else listing.labels.tolist() for listing in (one, other)]
-    return one.paths == other.paths and one.classes == other.classes and labels[0] == labels[1]
+    """Whether two listings are the same in all they hold, and the same images and labels follow from them."""
+    images = [choose_images(listing) for listing in (one, other)]
+    labels = [None if image.labels is None else image.labels.tolist() for image in images]
+    return one == other and images[0].paths == images[1].paths and labels[0] == labels[1]
 
 
 def test_a_kept_listing_is_the_listing(folder, listed):
     first, second = list_images(folder), list_images(folder)
     assert len(listed) == 1
     assert same(first, second)
+    assert first.skipped == {".hidden": "hidden"}
+    first, second = choose_images(first), choose_images(second)
     assert first.classes == ("a", "b", "c", "empty")
     assert first.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     assert first.paths[10] == str(folder / "c" / "deep" / "0.jpg")
@@ -70,10 +78,12 @@ def test_a_folder_that_may_not_be_listed_is_passed_over_and_named(folder, monkey
     for _ in range(2):  # such a listing is not kept
         source = open_train(str(folder))
         assert len(source) == 10
-        assert (
-            source.location == f"in 4 class folders; {folder / 'c' / 'deep'} may not be read, so its images are missed"
+        (line,) = [line for line in source.stock.lines() if "folder left out" in line]
+        assert line == (
+            "1 folder left out: may not be listed, so their images are missed; give the right to read them "
+            f"({folder / 'c' / 'deep'})"
         )
-        assert source.damage == ((str(folder / "c" / "deep"), "may not be read, so its images are missed"),)
+        assert source.damage == ((str(folder / "c" / "deep"), "may not be listed, so its images are missed"),)
     monkeypatch.undo()
     assert len(open_train(str(folder))) == 15
 
@@ -84,6 +94,8 @@ def test_a_link_to_itself_is_an_image_that_cannot_be_read(folder):
     (folder / "a" / "loop.jpg").symlink_to("loop.jpg")
     source = open_train(str(folder))
     assert len(source) == 16
+    assert source.stock.used == {"files": 15}
+    assert any(line.startswith("3 broken links left out: ") for line in source.stock.lines())
     (index,) = [i for i, path in enumerate(source.paths) if path.endswith("loop.jpg")]
     with pytest.raises(OSError, match="symbolic links"):
         source.read(index)
@@ -111,7 +123,7 @@ def test_a_flat_folder_is_kept_too(folder, listed):
     flat = folder / "empty"
     assert same(list_images(flat), list_images(flat))
     assert len(listed) == 1
-    assert list_images(flat).labels is None
+    assert chosen(flat).labels is None
 
 
 CHANGES = {
@@ -152,28 +164,38 @@ def _with(index, **changes):
     return Index(index.fingerprint, {**index.columns, **changes})
 
 
-def _paths(index, first):
-    return _with(index, paths=pack_names([first, *unpack_names(index.columns["paths"])[1:]]))
+def _first(index, column, name):
+    return _with(index, **{column: pack_names([name, *unpack_names(index.columns[column])[1:]])})
+
+
+def _others(index, text):
+    return _with(index, others=np.frombuffer(text.encode(), np.uint8))
 
 
 FOREIGN = {
     "damage": None,
-    "an absolute path": lambda index: _paths(index, "/etc/passwd"),
-    "a path that climbs": lambda index: _paths(index, "../../etc/passwd"),
-    "a path that climbs later": lambda index: _paths(index, "a/../../x.jpg"),
-    "a path that ends in a climb": lambda index: _paths(index, "a/.."),
-    "the parent": lambda index: _paths(index, ".."),
-    "a folder that climbs": lambda index: _with(
-        index, folders=pack_names(["..", *unpack_names(index.columns["folders"])[1:]])
-    ),
-    "no last zero": lambda index: _with(index, paths=index.columns["paths"][:-1]),
-    "fewer labels": lambda index: _with(index, labels=index.columns["labels"][1:]),
-    "labels of no class": lambda index: _with(index, labels=index.columns["labels"] + 9),
-    "negative labels": lambda index: _with(index, labels=index.columns["labels"] - 1),
+    "an absolute path": lambda index: _first(index, "names", "/etc/passwd"),
+    "a path that climbs": lambda index: _first(index, "names", "../../etc/passwd"),
+    "a path in a folder": lambda index: _first(index, "names", "b/0.jpg"),
+    "the parent": lambda index: _first(index, "names", ".."),
+    "a folder that climbs": lambda index: _first(index, "folders", ".."),
+    "an absolute folder": lambda index: _first(index, "folders", "/etc"),
+    "a folder that climbs later": lambda index: _first(index, "folders", "a/../.."),
+    "a shard that climbs": lambda index: _with(index, shards=pack_names(["../x.tar"])),
+    "a skipped folder that climbs": lambda index: _first(index, "skipped", "../.hidden"),
+    "a folder skipped for no reason": lambda index: _others(index, '[{}, {".hidden": "why"}]'),
+    "a folder skipped unsaid": lambda index: _others(index, "[{}, {}]"),
+    "no counts of others": lambda index: _others(index, '[[1], {".hidden": "hidden"}]'),
+    "no JSON": lambda index: _others(index, "["),
+    "no last zero": lambda index: _with(index, names=index.columns["names"][:-1]),
+    "fewer names": lambda index: _with(index, names=pack_names(unpack_names(index.columns["names"])[1:])),
+    "fewer counts": lambda index: _with(index, counts=index.columns["counts"][1:]),
+    "larger counts": lambda index: _with(index, counts=index.columns["counts"] + 9),
+    "negative counts": lambda index: _with(index, counts=index.columns["counts"] * np.array([1, -1, 3, 1, 1, 1])),
     "fewer times": lambda index: _with(index, modified=index.columns["modified"][1:]),
-    "a folder that is not": lambda index: _with(
-        index, folders=pack_names(["x", *unpack_names(index.columns["folders"])[1:]])
-    ),
+    "a folder that is not": lambda index: _first(index, "folders", "x"),
+    "an older rule": lambda index: Index([index.fingerprint[0], 1, *index.fingerprint[2:]], index.columns),
+    "other suffixes": lambda index: Index([*index.fingerprint[:2], [".jpg"]], index.columns),
     "another folder's": lambda index: Index("/elsewhere", index.columns),
     "another column": lambda index: _with(index, more=np.zeros(1, np.int64)),
 }
@@ -200,12 +222,22 @@ def test_the_cache_is_in_the_home_folder_by_default(tmp_path, monkeypatch):
     assert cache_file("x").parent == tmp_path / ".cache" / "fastmae"
 
 
-def test_links_to_folders_are_classes_but_are_not_followed_further_down(folder, tmp_path):
+def test_links_to_folders_are_followed_and_no_folder_is_listed_twice(folder, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "1.jpg").touch()
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     (folder / "a" / "down").symlink_to(tmp_path / "elsewhere")
     (folder / "a" / "round").symlink_to(folder)
+    (folder / "a" / "up").symlink_to(tmp_path)
+    (folder / "twin").symlink_to(folder / "b")
     listing = list_images(folder)
-    assert len(listing.paths) == 16
-    assert listing.paths[-1] == str(folder / "linked" / "1.jpg")
+    images = choose_images(listing)
+    assert len(images.paths) == 16
+    assert images.paths[5] == str(folder / "a" / "down" / "1.jpg")
+    assert images.classes == ("a", "b", "c", "empty")
+    assert listing.skipped == {".hidden": "hidden"} | dict.fromkeys(
+        ("a/down/back", "a/round", "a/up", "linked", "twin"), "twice"
+    )
+    (line,) = [line for line in open_train(str(folder)).stock.lines() if "folders left out" in line]
+    assert line == ("5 folders left out: linked, and listed already or around the link (a/down/back, a/round, a/up, …)")

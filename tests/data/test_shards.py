@@ -80,7 +80,7 @@ def test_folder_tar_and_parquet_give_the_same_bytes_and_labels(same_images):
     assert {describe(source).kind for source in (folder, tar, parquet)} == {"folder"}
     assert describe(tar).location == "in 4 tar shards"
     assert describe(parquet).location == "in column 'image' of 4 Parquet files"
-    assert describe(folder).location == "in 3 class folders"
+    assert describe(folder).location == "in 3 class folders (class-0000, class-0001, class-0002) of train"
 
 
 def test_folder_tar_and_parquet_give_the_same_training_batches(same_images):
@@ -134,7 +134,9 @@ def test_images_win_over_shards_beside_them_which_are_reported(same_images, tmp_
     shutil.copy(same_images / "tar" / "part-000000.tar", tmp_path / "both" / "train")
     source = open_train(str(tmp_path / "both"))
     assert len(source) == COUNT
-    assert describe(source).location == "in 3 class folders; 1 .tar files beside them are not used"
+    assert describe(source).stock == (
+        "1 file left out: shards beside image files; to use them, give their own path (train/part-000000.tar)",
+    )
 
 
 def test_pretrain_on_a_tar(same_images, tmp_path, capsys):

@@ -196,8 +196,8 @@ def test_few_tasks_wait_however_long_the_data_are(monkeypatch):
 def test_a_folder_that_is_whole(image_folder, capsys, tmp_path):
     assert verify(image_folder, output=tmp_path / "bad.jsonl") == []
     lines = capsys.readouterr().out.splitlines()
-    assert f"train           {image_folder}: 24 images in 2 class folders" in lines
-    assert f"val             {image_folder}: 8 images in 2 class folders" in lines
+    assert f"train           {image_folder}: 24 images in 2 class folders (n01, n02) of train" in lines
+    assert f"val             {image_folder}: 8 images in 2 class folders (n01, n02) of val" in lines
     assert lines.count("  format        JPEG colour") == 2
     assert lines.count("  pixels        80×60, all alike") == 2
     assert lines[-1] == "all 32 images are usable"

@@ -1,0 +1,80 @@
+"""Suffixes of file names: which are of images, which of shards, and what to do with the others."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import re
+
+from PIL import Image
+
+SHARD_SUFFIXES = (".tar", ".parquet")
+
+# Formats of Pillow's that are programs (EPS, WMF), that it knows by name alone (MPEG, HDF5, GRIB, BUFR), whose scale it
+# does not apply (FITS), or that hold icons, brushes or drawn animations.
+_NOT_PHOTOS = frozenset(
+    "EPS WMF PDF MPEG HDF5 GRIB BUFR FITS IPTC ICO CUR ICNS GBR PALM FLI".split()  # noqa: SIM905
+)
+
+
+def _image_suffixes() -> frozenset[str]:
+    """Returns the suffixes of what this Pillow decodes, in lower case, with those of pillow-heif if it is installed."""
+    with contextlib.suppress(ImportError, AttributeError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    registered = Image.registered_extensions()
+    readable = {*Image.OPEN, "MPO"} - _NOT_PHOTOS  # an MPO is opened as the JPEG that it begins with
+    return frozenset(suffix for suffix, name in registered.items() if name in readable)
+
+
+IMAGE_SUFFIXES = _image_suffixes()
+
+# The first bytes of JPEG, PNG, GIF, WebP, TIFF, BMP, JPEG 2000, AVIF, and PNM.
+IMAGE_STARTS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II[*+]\0|MM\0[*+]|BM....\0\0\0\0|\0\0\0\x0cjP  "
+    rb"|....ftypavi[fs]|P[1-6]\s+\d",
+    re.DOTALL,
+)
+START_BYTES = 16
+
+_SUFFIX = re.compile(r"\.(?=.*[a-z])[a-z0-9_+~-]{1,12}")
+
+
+def suffix_of(name: str) -> str:
+    """Returns the suffix of a file name in lower case; empty without one, as in "IMG 12.05" or "a cat. sitting"."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix if _SUFFIX.fullmatch(suffix) else ""
+
+
+def _by_suffix(texts: dict[str, str]) -> dict[str, str]:
+    return {suffix: text for suffixes, text in texts.items() for suffix in suffixes.split()}
+
+
+_REMEDIES = _by_suffix({
+    ".arrow .feather .lmdb .mdb .tfrecord .tfrecords .rec .beton .h5 .hdf5 .hdf .zarr .mat .pkl .pickle .pt .pth":
+        "which fastmae does not read; write the images to files, tar shards, Parquet or .npy",
+    ".zip .7z .rar .gz .tgz .bz2 .xz .zst .lz4": "which is compressed; unpack it",
+    ".npy .npz .bin": "an array, which is not read from a folder of images; give its own path",
+    ".tar .parquet": "a shard beside image files; give its own path",
+    ".heic .heif .hif": "which needs pillow-heif; run pip install pillow-heif",
+    ".avif .avifs": "which this Pillow cannot decode; run pip install -U pillow",
+    ".jxl .jxr .webp2 .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw":
+        "which Pillow does not decode; convert it to PNG, TIFF or JPEG",
+    ".dcm .dicom .ima .nii .mha .mhd .nrrd .nd2 .czi .lif .oib .oif .lsm .vsi .svs .ndpi .mrxs .fits .fit .nc .hgt":
+        "which fastmae does not read; convert it to PNG, TIFF or .npy",
+    ".mp4 .m4v .avi .mov .mkv .webm .mpg .mpeg .wmv .flv": "a video; write its frames to image files",
+    ".svg .eps .ps .pdf .ai .wmf .emf": "a drawing; render it to PNG",
+    ".ico .cur .icns .gbr .palm .fli .flc .iim": "which holds no photographs; convert it to PNG to use it",
+})  # fmt: skip
+
+
+def why_not(suffix: str) -> str:
+    """Returns why files of this suffix are not used beside image files, as a phrase: ".zip, which is compressed; …"."""
+    if not suffix:
+        return "no suffix, and no image by their first bytes"
+    return f"{suffix}, {remedy_for(suffix) or 'no image'}"
+
+
+def remedy_for(suffix: str) -> str | None:
+    """Returns what to do with files of a suffix that may hold images but not as fastmae reads them; None for others."""
+    return _REMEDIES.get(suffix)

@@ -66,7 +66,7 @@ def open_folder(path: Path, split: Split) -> ArraySource | FolderSource | TarSou
         return arrays
     listing = list_images(path)
     layout = find_layout(listing)
-    train = _found(listing, layout.train, "train", layout.evaluate)
+    train = _found(listing, layout.train, "train", () if layout.train else layout.evaluate)
     val, refused, notes = _choose_val(listing, layout, train)
     if split == "val":
         return None if val is None else _open(listing, val, Stock())
@@ -75,7 +75,7 @@ def open_folder(path: Path, split: Split) -> ArraySource | FolderSource | TarSou
             refuse_compressed(file)
     parts = [train, *([] if val is None else [val])]
     left_out = [*_unused(listing, layout, parts, refused), *others_left_out(listing)]
-    used = sum(_files(part, listing) for part in parts) + listing.count("index")
+    used = sum(_files(part, listing) for part in parts)
     notes = (*layout.notes, *train.notes, *train.images.notes, *notes)
     return _open(listing, train, Stock({"files": used}, tuple(left_out), notes))
 

@@ -113,7 +113,7 @@ class Listing:
     """Tar and Parquet files, sorted."""
     others: dict[str, Tally] = field(default_factory=dict)
     """Other files by suffix ("" for none), and "hidden", "broken" (links to nothing) and "special" ones (pipes …),
-    and "index" for those that fastmae keeps beside shards."""
+    and "index" for those that fastmae keeps beside shards, which nobody counts."""
     unsound: list[str] = field(default_factory=list)
     """Images by their names that are no files; reading them fails, and a run replaces them as it does damaged ones."""
     skipped: dict[str, Why] = field(default_factory=dict)
@@ -124,10 +124,6 @@ class Listing:
     def __len__(self) -> int:
         """The number of image files."""
         return sum(map(len, self.images.values()))
-
-    def count(self, kind: str) -> int:
-        """Returns how many other files there are of a kind."""
-        return self.others[kind].count if kind in self.others else 0
 
 
 def list_images(folder: Path) -> Listing:
@@ -418,14 +414,13 @@ def _some(names: Collection[str]) -> str:
 def others_left_out(listing: Listing) -> list[LeftOut]:
     """Returns what of a folder can never be used, by reason: all but image files and shards."""
     kinds = sorted(listing.others.keys() - {"index"}, key=lambda kind: (-listing.others[kind].count, kind))
-    units = {"broken": "broken links", "special": "pipes, devices or sockets"}
     reasons = {
         "hidden": "hidden, as their names begin with a dot",
-        "broken": "what they lead to is not there, so others are used instead; mend or remove them",
-        "special": "not files, so others are used instead; remove them",
+        "broken": "links to what is not there; mend or remove them",
+        "special": "pipes, devices or sockets; remove them",
     }
     left_out = [
-        LeftOut(units.get(kind, "files"), tally.count, reasons.get(kind) or why_not(kind), tuple(tally.names))
+        LeftOut("files", tally.count, reasons.get(kind) or why_not(kind), tuple(tally.names))
         for kind in kinds
         for tally in [listing.others[kind]]
     ]

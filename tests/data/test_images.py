@@ -95,7 +95,7 @@ def test_a_link_to_itself_is_an_image_that_cannot_be_read(folder):
     source = open_train(str(folder))
     assert len(source) == 16
     assert source.stock.used == {"files": 15}
-    assert any(line.startswith("3 broken links left out: ") for line in source.stock.lines())
+    assert any(line.startswith("3 files left out: links to what is not there") for line in source.stock.lines())
     (index,) = [i for i, path in enumerate(source.paths) if path.endswith("loop.jpg")]
     with pytest.raises(OSError, match="symbolic links"):
         source.read(index)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from os import PathLike
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from fastmae.config import FinetuneConfig, PretrainConfig
 from fastmae.config.load import make_config
 from fastmae.errors import SettingError, UserError
+from fastmae.files import read_rows
+from fastmae.messages import logger
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +57,10 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.jsonl``: one for each optimiser step, with its step, loss and learning rate."""
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows, damaged = read_rows(path)
+        if damaged:
+            logger.warning("%s: %d damaged lines were passed over", path, damaged)
+        return rows
 
 
 def pretrain(

@@ -43,7 +43,7 @@ ALLOWED = {
     "argv": {"errors", "flags", "config"},
     "cli": LEAVES - {"facts", "files", "philox", "torch_compat"}
     | {"faults", "launch", "flags", "argv", "config", "commands", "train"},
-    "api": {"errors", "config", "model", "data", "checkpoint", "evaluate", "train"},
+    "api": {"errors", "files", "messages", "config", "model", "data", "checkpoint", "evaluate", "train"},
     "__init__": {"errors", "ops", "model", "checkpoint", "api"},
     "__main__": {"cli", "signals"},
 }

@@ -21,6 +21,8 @@ FOLDER = "checkpoints"
 TENSORS = "*.safetensors"
 MANIFEST = "manifest.json"
 SUPERSEDED = "superseded-"
+SAVED = "saved.json"
+"""In the run folder: the newest step that was saved, so that a checkpoint which is gone is missed."""
 LOOKS = 10
 """How often a reader looks for the newest checkpoint of a live run, which may delete the one that was found."""
 _STEP = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)

@@ -17,7 +17,6 @@ from torch import nn
 
 from fastmae import torch_compat
 from fastmae.checkpoint.manifest import (
-    FOLDER,
     MANIFEST,
     BadCheckpointError,
     NewestCheckpoint,
@@ -110,17 +109,12 @@ def restore(
         steps_per_epoch: turns an official file's epochs into steps.
 
     Raises:
-        UserError: the output folder holds a run that was not asked for, or there is nothing intact to continue.
+        UserError: there is nothing intact to continue, or it does not fit.
     """
     fresh = Restored(fresh_step, None, None)
-    path = run if resume == "auto" else Path(resume)
-    continues_run = bool(resume) and path.resolve().is_relative_to(run.resolve())
-    if not continues_run and ((run / FOLDER).exists() or (run / "metrics.jsonl").exists()):
-        raise SettingError(
-            "output_dir", str(run), "holds a run already; continue it with --resume=auto or name another"
-        )
     if not resume:
         return fresh
+    path = run if resume == "auto" else Path(resume)
     if holds_file(path):
         if not isinstance(model, MaskedAutoencoderViT):
             raise SettingError("resume", str(path), "holds weights alone; give a run folder or one of its checkpoints")
@@ -150,7 +144,10 @@ def _look(resume: str, path: Path) -> NewestCheckpoint:
             return NewestCheckpoint(path, read_manifest(path), ())
         except BadCheckpointError as error:
             raise SettingError("resume", str(path), str(error)) from error
-    newest = find_checkpoint(path)
+    try:
+        newest = find_checkpoint(path)
+    except BadCheckpointError as error:
+        raise SettingError("resume", resume, f"{path}: {error}; mend its permissions, or name another") from error
     for line in newest.refused:
         logger.warning("refused checkpoint %s; looking at the one before it", line)
     if newest.path is None and (resume != "auto" or newest.refused):
@@ -201,7 +198,7 @@ def on_main(read: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         try:
             outcome[0] = read()
-        except UserError as error:
+        except (UserError, BadCheckpointError, OSError) as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, device=torch.device("cpu"))
     if outcome[1] is not None:

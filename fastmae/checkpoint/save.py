@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from fastmae import torch_compat
 from fastmae.checkpoint.manifest import (
     FOLDER,
     MANIFEST,
+    SAVED,
     TENSORS,
     BadCheckpointError,
     is_step_name,
@@ -95,6 +97,13 @@ def save_checkpoint(
             "permissions, then continue with --resume auto"
         )
     return final
+
+
+def checkpoint_size(model: nn.Module, *, with_average: bool) -> int:
+    """The bytes of a whole checkpoint: weights, AdamW's moments, and the average of the weights if there is one."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return weights + (3 if with_average else 2) * trained
 
 
 def _seal(partial: Path, final: Path, step: int, tensors: dict[str, torch.Tensor], position: dict[str, Any]) -> None:
@@ -177,6 +186,8 @@ class Saver:
                 logger.warning("%s; the run goes on and tries again", error)
             return str(error)
         if self._is_main:
+            with contextlib.suppress(OSError):
+                write_text(self._run / SAVED, json.dumps({"step": step}))
             prune_checkpoints(self._run, self._keep, self._keep_every)
         return None
 

@@ -6,13 +6,13 @@ Too many of them end the run.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastmae.data.sample import Skipped
 from fastmae.errors import SettingError
-from fastmae.files import JsonLines
+from fastmae.files import JsonLines, read_rows
+from fastmae.messages import logger
 
 TOLERATED = 20
 """This many different unusable images never end a run, even if the data are few."""
@@ -32,8 +32,7 @@ class Quarantine:
         self.path = path
         self._lines = JsonLines(path)
         self._max_corrupt = max_corrupt
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self._listed = {json.loads(line)["index"] for line in lines if line.endswith("}")}
+        self._listed = _listed(path)
         self._seen: dict[int, Skipped] = {}  # since the process started
         self._unusable, self._read = 0, 0
 
@@ -63,3 +62,17 @@ class Quarantine:
                 f"in {self.path}: mend the data, or raise --max_corrupt and use --resume=auto"
             )
             raise SettingError("max_corrupt", self._max_corrupt, problem)
+
+
+def _listed(path: Path) -> set[int]:
+    """Returns the images that a file lists. What of it cannot be read is told, and those images are listed again."""
+    try:
+        rows, damaged = read_rows(path)
+    except OSError as error:
+        logger.warning("%s: cannot be read (%s); unusable images are not listed", path, error.strerror)
+        return set()
+    indices = {row["index"] for row in rows if isinstance(row.get("index"), int)}
+    damaged += sum(not isinstance(row.get("index"), int) for row in rows)
+    if damaged:
+        logger.warning("%s: %d damaged lines were passed over; their images are listed again", path, damaged)
+    return indices

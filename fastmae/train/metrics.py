@@ -5,8 +5,8 @@ Losses are collected in a buffer on the device and read every few steps, so that
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +18,10 @@ from typing import Any, Protocol
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastmae.checkpoint.manifest import SUPERSEDED
 from fastmae.data.loader import LoadingStats
 from fastmae.errors import UserError
-from fastmae.files import JsonLines, fsync_file, write_text
+from fastmae.files import JsonLines, fsync_file, json_lines, write_whole
 from fastmae.messages import logger
 from fastmae.screen import open_console, printable
 
@@ -104,15 +105,17 @@ class StepLog:
         self.skipped = 0
 
     def resume(self, step: int, epoch: int, epoch_sums: dict[str, Any] | None) -> None:
-        """Drops what was logged after the step from which the run goes on, and continues the averages of the epoch."""
+        """Continues the averages of the epoch. Sets aside what was logged after the step from which the run goes on, as
+        those steps come again.
+        """
         if epoch_sums is not None:
             self.epoch_sums = dict(epoch_sums)
         if self._writes:
-            rows = _keep_lines(self._run / METRICS, lambda row: row["step"] <= step)
-            _keep_lines(self._run / LOG, lambda row: row["epoch"] < epoch)
-            self.skipped = sum(row.get("skipped", False) for row in rows)
+            rows = _take_up(self._run / METRICS, lambda row: row["step"] <= step, f"after step {step}", self._say)
+            _take_up(self._run / LOG, lambda row: row["epoch"] < epoch, f"after epoch {epoch - 1}", self._say)
+            self.skipped = sum(row.get("skipped") is True for row in rows)
             for row in rows[-RECENT_LOSSES:]:
-                if row["loss"] is not None:
+                if isinstance(row.get("loss"), float):
                     self._spike_score(row["loss"])
 
     def add(
@@ -343,18 +346,34 @@ class Screen:
         return "  ".join(parts)
 
 
-def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Drops the lines of a JSON-lines file that fail ``keep``, and one that a kill cut off. Returns the others."""
-    if not path.exists():
-        return []
-    lines, rows = [], []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def _take_up(
+    path: Path, keep: Callable[[dict[str, Any]], bool], after: str, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Returns the rows of a log with which a run goes on, those that pass ``keep``, and leaves them alone in the file.
+
+    The other lines, and those that are damaged, are moved to the end of ``superseded-NAME`` beside it, with a line that
+    counts them.
+    """
+    rows, kept, later, damaged = [], [], [], []
+    for line, row in json_lines(path):
         try:
-            row = json.loads(line)
-            if keep(row):
-                lines.append(line + "\n")
-                rows.append(row)
-        except (ValueError, KeyError):
-            continue
-    write_text(path, "".join(lines))
+            is_kept = row is not None and keep(row)
+        except (KeyError, TypeError):
+            row = None
+        if row is None:
+            damaged.append(line)
+        elif is_kept:
+            kept.append(line)
+            rows.append(row)
+        else:
+            later.append(line)
+    if later or damaged:
+        aside = path.with_name(SUPERSEDED + path.name)
+        with open(aside, "ab") as file:
+            file.writelines(line.rstrip(b"\n") + b"\n" for line in (*later, *damaged))
+            file.flush()
+            os.fsync(file.fileno())
+        write_whole(path, lambda file: file.writelines(line.rstrip(b"\n") + b"\n" for line in kept))
+        counts = [f"{len(later)} lines {after}"] * bool(later) + [f"{len(damaged)} damaged lines"] * bool(damaged)
+        say(f"set aside       {' and '.join(counts)} of {path.name}, in {aside.name}")
     return rows

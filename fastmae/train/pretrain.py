@@ -38,6 +38,7 @@ from fastmae.signals import StopSignals
 from fastmae.train import parallel
 from fastmae.train.average import Average, in_checkpoint, start_average, update_average
 from fastmae.train.batches import BatchStream
+from fastmae.train.folder import read_probes
 from fastmae.train.optim import make_optimizer
 from fastmae.train.precision import Precision, choose_precision, require_float8
 from fastmae.train.recovery import data_seed, restore_attempt, roll_back, run_attempts
@@ -149,7 +150,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     # What is left behind.
     close_run(run, unsaved)
     accuracies = _probe(run, "after", model) if config.probe else {}
-    say_results(run, [*_shown(accuracies), f"reconstruction  {_picture_path(run.folder, config.epochs - 1)}"])
+    say_results(run, _shown(accuracies), {"reconstruction": _picture_path(run.folder, config.epochs - 1)})
     return 0
 
 
@@ -384,7 +385,7 @@ def _probe(run: Run[ResolvedConfig], when: str, model: MaskedAutoencoderViT) -> 
     whole = _whole_model(run, model)
     if whole is None:
         return {}
-    results = _read_probes(run)
+    results, _ = read_probes(run.folder)
     if when not in results:
         train, val = train_and_val(run.config.data_path)
         count = f"{len(train):,} + {len(val):,} images"
@@ -429,7 +430,7 @@ def _probe_epoch(
     whole = _whole_model(run, model)
     if whole is None:
         return {}
-    results = _read_probes(run)
+    results, _ = read_probes(run.folder)
     with torch.compiler.set_stance("force_eager"):
         accuracies = probe(whole, *parts, num_workers=run.config.num_workers)
     earlier = {number: values for number, values in results.get("epochs", {}).items() if int(number) < epochs}
@@ -438,11 +439,6 @@ def _probe_epoch(
     knn, linear = accuracies["knn"], accuracies["linear"]
     run.say(f"probe           after epoch {epochs}: k-NN {knn:.1f} %, linear probe {linear:.1f} %")
     return {"knn": knn, "linear": linear}
-
-
-def _read_probes(run: Run[ResolvedConfig]) -> dict[str, Any]:
-    path = run.folder / "probe.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _shown(accuracies: dict[str, Any]) -> list[str]:

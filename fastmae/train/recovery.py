@@ -26,16 +26,20 @@ from torch import nn
 
 from fastmae.checkpoint.manifest import MANIFEST, find_checkpoint
 from fastmae.checkpoint.restore import Restored, on_main, restore
+from fastmae.checkpoint.save import checkpoint_size
 from fastmae.config import FinetuneConfig, PretrainConfig, ResolvedConfig, ResolvedFinetuneConfig
-from fastmae.errors import UserError
+from fastmae.errors import SettingError, UserError
 from fastmae.files import write_text
 from fastmae.messages import logger
+from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.sharding import local_part
 from fastmae.ops.backends import using
 from fastmae.signals import EXIT_INTERRUPTED, StopSignals
 from fastmae.train import parallel
 from fastmae.train.allocator import keep_freed_memory
 from fastmae.train.batches import BatchStream
+from fastmae.train.folder import ANEW, AUTO, look_back, require_room, take_up_probes
+from fastmae.train.lock import owned
 from fastmae.train.run import Run
 from fastmae.train.schedule import Steps
 from fastmae.train.settings import as_json
@@ -64,9 +68,10 @@ def run_attempts(config: Config, attempt: Attempt[Config]) -> int:
                 text = "stopped by %s before the run began; nothing was changed: run the same command again"
                 logger.warning(text, stop.received or "a signal to another rank")
                 return EXIT_INTERRUPTED
-            while (status := attempt(config, context, stop)) is None:
-                config = dataclasses.replace(config, resume="auto")
-            return status
+            with owned(Path(config.output_dir)):
+                while (status := attempt(config, context, stop)) is None:
+                    config = dataclasses.replace(config, resume=AUTO)
+                return status
     finally:
         parallel.stop(context)
 
@@ -95,8 +100,10 @@ def restore_attempt(
         UserError: there is nothing intact to resume, or it does not fit.
     """
     folder, settings = Path(config.output_dir), as_json(config)
+    takes_files = isinstance(model, MaskedAutoencoderViT)
+    resume = on_main(lambda: look_back(folder, config.resume, steps, fresh_step, takes_files=takes_files))
     restored = restore(
-        config.resume,
+        resume,
         folder,
         model,
         optimizer,
@@ -104,6 +111,15 @@ def restore_attempt(
         fresh_step=fresh_step,
         steps_per_epoch=steps.per_epoch,
     )
+    goes_on = restored.step < steps.total
+    if not goes_on and resume != AUTO and Path(resume).resolve() != folder.resolve():
+        done = f"begins after step {restored.step}, and --epochs={config.epochs} are {steps.total} steps"
+        remedy = f"{done}; raise --epochs, or use fastmae export to have the weights"
+        raise SettingError("resume" if resume else "start_epoch", resume or fresh_step // steps.per_epoch, remedy)
+    on_main(lambda: take_up_probes(folder, goes_on=goes_on))
+    if goes_on:
+        size = checkpoint_size(model, with_average=getattr(config, "ema", None) is not None)
+        on_main(lambda: require_room(folder, size))
     manifest = Path(restored.origin) / MANIFEST if restored.origin else None
     return restored, read_rollbacks(folder, restored.step, manifest)
 
@@ -182,7 +198,7 @@ def roll_back(
     remedy = "lower --blr (or use --precision fp32), then continue with --resume auto"
     if target in run.rollbacks:
         raise UserError(f"{report}; it was so with other data after step {target}, too: {remedy}")
-    if newest.path is None and run.config.resume not in ("", "auto"):
+    if newest.path is None and run.config.resume not in ("", AUTO, ANEW):
         resume = run.config.resume
         raise UserError(f"{report}; no checkpoint was saved since {resume}: lower --blr and name another folder")
     logger.warning("%s; going back to step %d, and on with other data", report, target)

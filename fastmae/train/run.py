@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from fastmae.checkpoint.manifest import set_aside_newer
+from fastmae.checkpoint.manifest import newest_first, set_aside_newer
 from fastmae.checkpoint.official import write_training_file, write_weights_file
 from fastmae.checkpoint.restore import Restored
 from fastmae.checkpoint.save import Saver
@@ -28,11 +29,12 @@ from fastmae.data.quarantine import Quarantine
 from fastmae.data.sources import Source
 from fastmae.environment import hardware, versions
 from fastmae.errors import SettingError, UserError
-from fastmae.files import write_text
+from fastmae.files import JsonLines, write_text
 from fastmae.messages import logger
 from fastmae.model.sharding import in_one_piece
 from fastmae.signals import EXIT_INTERRUPTED, StopSignals
 from fastmae.train import parallel
+from fastmae.train.folder import ANEW, AUTO, set_aside_official
 from fastmae.train.health import LossSpikes, Watchdog
 from fastmae.train.metrics import Screen, StepLog
 from fastmae.train.precision import Precision
@@ -158,8 +160,7 @@ def _write_beginning(folder: Path, config: Resolved, context: parallel.DistConte
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.json", json.dumps(as_json(config), indent=1))
         write_text(folder / "config.yaml", settings_as_yaml(config))
-        with open(folder / "environment.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(start) + "\n")
+        JsonLines(folder / "environment.jsonl").add([start])
     except OSError as error:
         raise SettingError("output_dir", str(folder), f"cannot be written ({error}); name another") from error
 
@@ -170,14 +171,19 @@ def _announce(run: Run, summary: Iterable[str], backends: dict[str, str]) -> Non
         run.say(line)
     for name, choice in backends.items():
         run.say(f"{name:15} {choice}")
-    if run.restored.origin is not None:
+    if run.restored.origin is not None and run.restored.step < run.steps.total:
         run.say(f"resumed         {run.restored.origin}, after step {run.restored.step}")
+    elif run.restored.origin is not None:
+        epochs = run.restored.step // run.steps.per_epoch
+        run.say(f"complete        {epochs} epochs are done ({run.restored.origin}); raise --epochs to train on")
     if (hazard := parallel.restart_hazard()) is not None:
         run.say(f"restarts        {hazard} (docs/large-runs.md)")
     if run.rollbacks:
         after = " and ".join(map(str, run.rollbacks))
         run.say(f"other data      after step {after}, as losses were not finite there")
-    for path in set_aside_newer(run.folder, run.restored.step):
+    is_going_back = run.config.resume not in ("", AUTO, ANEW)
+    official = set_aside_official(run.folder, run.restored.step // run.steps.per_epoch) if is_going_back else []
+    for path in [*set_aside_newer(run.folder, run.restored.step), *official]:
         run.say(f"set aside       {path}, as the run goes on from before it; delete it when you do not need it")
 
 
@@ -348,7 +354,7 @@ def try_to_write(write: Callable[[], None]) -> str | None:
     """
     try:
         write()
-    except UserError as error:
+    except (UserError, OSError) as error:
         logger.warning("%s; the run goes on", error)
         return str(error)
     return None
@@ -380,11 +386,19 @@ def close_run(run: Run, unsaved: str | None) -> None:
         raise UserError(unsaved or "the main rank could not save all that it should; its last line says what")
 
 
-def say_results(run: Run, lines: Sequence[str] = ()) -> None:
-    """Shows, on the main rank, what the run leaves behind. All ranks call it, and wait for each other."""
+def say_results(run: Run, lines: Sequence[str] = (), files: Mapping[str, Path] = MappingProxyType({})) -> None:
+    """Shows, on the main rank, what the run leaves behind: lines, and those of the ``files`` by name that are there.
+
+    All ranks call it, and wait for each other.
+    """
     if run.context.is_main:
         if len(run.quarantine):
             run.say(f"skipped         {len(run.quarantine)} unusable images, listed in {run.quarantine.path}")
-        for line in (*lines, f"checkpoint      {official_path(run.folder, run.config.epochs - 1)}"):
+        for line in lines:
             run.say(line)
+        official = official_path(run.folder, run.config.epochs - 1)
+        newest = official if official.exists() else next(iter(newest_first(run.folder)), official)
+        for name, path in {**files, "checkpoint": newest}.items():
+            if path.exists():
+                run.say(f"{name:15} {path}")
     run.context.barrier()

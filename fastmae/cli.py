@@ -75,8 +75,8 @@ TRAININGS = ("pretrain", "finetune")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status.
 
-    0; 1 when a benchmark refused a wrong result, data are not all usable, a rank hung, memory ran out, what is printed
-    was lost, or for a fault of fastmae; 2 for wrong input; 75 when a signal stopped a run; 130 when SIGINT ended it.
+    0; 1 when a benchmark refused a wrong result, data are not all usable, a rank hung, a run could not save, memory ran
+    out, what is printed was lost, or for a fault of fastmae; 2 for wrong input; 75 when a signal stopped a run; 130 when SIGINT ended it.
     """
     hold_standard_files()
     words = sys.argv[1:] if argv is None else list(argv)
@@ -119,7 +119,7 @@ def status_of(error: BaseException, command: Sequence[str], config: Any) -> int:
     if wants_traceback():
         show_traceback(error)
     complain(line)
-    return EXIT_WRONG_INPUT
+    return error.status if isinstance(error, UserError) else EXIT_WRONG_INPUT
 
 
 def asks_for_help(words: Sequence[str]) -> bool:

@@ -25,6 +25,9 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 200
 class UserError(Exception):
     """Something the user can mend. The message says what is wrong, where, and what to do, in one line."""
 
+    status = 2
+    """The exit status of the command that it ends."""
+
     def as_on_the_command_line(self) -> str:
         """The message for somebody who gave flags."""
         return str(self)

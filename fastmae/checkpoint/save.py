@@ -42,6 +42,12 @@ from fastmae.messages import logger
 PARTIAL = ".partial-"
 
 
+class CannotSaveError(UserError):
+    """So many saves in a row failed that the run ends."""
+
+    status = 1
+
+
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Everything that a run consists of, by name, as the tensors that training changes in place."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -84,7 +90,9 @@ def save_checkpoint(
         if is_main:
             _seal(partial, final, step, tensors, position)
     except (torch_compat.ShardError, OSError, BadCheckpointError, SafetensorError) as error:
-        problem = str(error)
+        problem = " ".join(str(error).split())
+    except Exception as error:  # a library or the memory; whatever it is, training matters more
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if group is not None:
         shared = [problem]
         dist.broadcast_object_list(shared, group=group)
@@ -131,16 +139,17 @@ def _seal(partial: Path, final: Path, step: int, tensors: dict[str, torch.Tensor
 class Saver:
     """Saves while training goes on: a copy of the tensors is taken at once, and a thread of each rank writes it.
 
-    A save that fails is reported on stderr at once and ends nothing; the next one tries again. Every rank makes a
-    Saver and asks it to save at the same steps.
+    A save that fails is reported at once, and the next one tries again. Every rank makes a Saver and asks it to save at
+    the same steps.
 
     Args:
         run: the run folder.
         keep, keep_every: for ``prune_checkpoints``.
         background: False writes at once, without the copy.
+        max_failed: how many saves in a row may fail.
     """
 
-    def __init__(self, run: Path, *, keep: int, keep_every: int | None, background: bool) -> None:
+    def __init__(self, run: Path, *, keep: int, keep_every: int | None, background: bool, max_failed: int = 3) -> None:
         self._run, self._keep, self._keep_every = run, keep, keep_every
         # A group of its own: messages between the threads must not be taken for those of training.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
@@ -148,6 +157,7 @@ class Saver:
         self._copy = torch_compat.copier_to_cpu() if background else None
         self._thread = ThreadPoolExecutor(1, "fastmae-saver")
         self._pending: Future[str | None] | None = None
+        self._max_failed, self._failed = max_failed, 0  # in a row; the same on all ranks
 
     def __enter__(self) -> Saver:
         return self
@@ -156,13 +166,17 @@ class Saver:
         self._thread.shutdown()
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], position: dict[str, Any]) -> None:
-        """Begins to save, once the save before is over."""
-        self.wait()
+        """Begins to save, once the save before is over.
+
+        Raises:
+            CannotSaveError: too many saves in a row failed. The last one that may fail is waited for.
+        """
+        self._check(self.wait())
         if self._copy is not None:
             tensors = self._copy(tensors)
         self._pending = self._thread.submit(self._write, step, tensors, copy.deepcopy(position))
-        if self._copy is None:
-            self.wait()
+        if self._copy is None or 0 < self._failed == self._max_failed - 1:
+            self._check(self.wait())
 
     def wait(self) -> str | None:
         """Waits for the save that is under way. Returns what went wrong with the last one, on every rank, or None."""
@@ -178,13 +192,20 @@ class Saver:
         if problem is not None:
             raise UserError(problem)
 
+    def _check(self, problem: str | None) -> None:
+        if problem is not None and self._failed >= self._max_failed:
+            times = "1 save" if self._failed == 1 else f"{self._failed} saves in a row"
+            raise CannotSaveError(f"{times} failed, so the run ends (--max_failed_saves); {problem}")
+
     def _write(self, step: int, tensors: dict[str, torch.Tensor], position: dict[str, Any]) -> str | None:
         try:
             save_checkpoint(self._run, step, tensors, position, self._group)
         except UserError as error:
-            if self._is_main:
+            self._failed += 1
+            if self._is_main and self._failed < self._max_failed:
                 logger.warning("%s; the run goes on and tries again", error)
             return str(error)
+        self._failed = 0
         if self._is_main:
             with contextlib.suppress(OSError):
                 write_text(self._run / SAVED, json.dumps({"step": step}))

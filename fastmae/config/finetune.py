@@ -96,8 +96,9 @@ class FinetuneConfig(TrainingConfig):
 
     # Saving, resuming, logging.
     resume: str = ""
-    """`auto` continues from the newest intact checkpoint in output_dir, or starts if there is none. Otherwise what to
-    continue from: a run folder of finetune, or one of its checkpoints."""
+    """`auto` continues from the newest intact checkpoint in output_dir, or starts if no run is there. `anew` starts and
+    moves what an earlier run left there into a folder. Otherwise what to continue from: a run folder of
+    finetune, or one of its checkpoints."""
     test_freq: int = 1
     """Epochs between two tests on the val part. The last epoch is always tested."""
 

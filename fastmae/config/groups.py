@@ -26,6 +26,7 @@ GROUPS = {
     ),
     "saving and resuming": (
         "output_dir", "resume", "save_freq", "checkpoint_freq", "keep", "keep_every", "async_save",
+        "max_failed_saves",
     ),
     "logging": ("log_freq", "log_dir", "wandb", "probe", "probe_freq", "test_freq"),
     "distributed": ("parallel", "shard_size", "reduce", "hang_timeout"),

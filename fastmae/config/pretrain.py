@@ -103,9 +103,9 @@ class PretrainConfig(TrainingConfig, MaskingConfig):
 
     # Saving, resuming, logging.
     resume: str = ""
-    """`auto` continues from the newest intact checkpoint in output_dir, or starts if there is none. Otherwise what to
-    continue from: a run folder, one of its checkpoints, an official .pth or .safetensors file, or a folder of
-    transformers."""
+    """`auto` continues from the newest intact checkpoint in output_dir, or starts if no run is there. `anew` starts and
+    moves what an earlier run left there into a folder. Otherwise what to continue from: a run folder, one of
+    its checkpoints, an official .pth or .safetensors file, or a folder of transformers."""
     save_freq: int = 20
     """Epochs between files checkpoint-EPOCH.pth in the official format and pictures of reconstructions. The weights are
     written as .safetensors as well."""

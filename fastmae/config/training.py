@@ -114,6 +114,9 @@ class TrainingConfig:
     newest."""
     async_save: bool = True
     """Write resumable checkpoints while training goes on, from a copy in the memory of the host."""
+    max_failed_saves: int = 3
+    """How many resumable checkpoints in a row may fail to be saved, such as on a full disk. After them the run ends with
+    exit status 1."""
     max_skipped: int = 20
     """How many steps in a row may be skipped because a loss or gradient is not finite. After them the run returns to
     its newest checkpoint and continues with other data; if it fails there again, it stops."""
@@ -144,8 +147,8 @@ def check_training(config: TrainingConfig) -> None:
     """
     needed = partial(need, config)
     need_at_least_one(
-        config, "batch_size", "accum_iter", "epochs", "num_workers", "shard_size", "max_skipped", "save_freq",
-        "checkpoint_freq", "keep", "keep_every", "log_freq", "profile",
+        config, "batch_size", "accum_iter", "epochs", "num_workers", "shard_size", "max_skipped", "max_failed_saves",
+        "save_freq", "checkpoint_freq", "keep", "keep_every", "log_freq", "profile",
     )  # fmt: skip
     needed(config.shard_size is None or config.parallel == "hsdp", "shard_size", "given together with --parallel=hsdp")
     for name in ("lr", "blr", "clip_grad"):

@@ -139,7 +139,13 @@ def open_run(
         screen=screen,
         log=log,
         quarantine=Quarantine(folder / quarantine, config.max_corrupt),
-        saver=Saver(folder, keep=config.keep, keep_every=keep_every, background=config.async_save),
+        saver=Saver(
+            folder,
+            keep=config.keep,
+            keep_every=keep_every,
+            background=config.async_save,
+            max_failed=config.max_failed_saves,
+        ),
         watchdog=Watchdog(config.hang_timeout, folder / f"hang-{context.rank}.txt", f"rank {context.rank}"),
     )
     if context.is_main:

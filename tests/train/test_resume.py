@@ -165,7 +165,8 @@ def test_a_full_disk_while_saving_is_told_each_time_and_neither_ends_the_run_nor
     process.process.terminate()
     assert process.finish()[0] == EXIT_INTERRUPTED
     before = {path: path.stat().st_mtime_ns for path in (output_dir / "checkpoints").rglob("*")}
-    status, err = start(output_dir, blobs, file_size=4 * 2**20, resume="auto").finish()
+    failing = start(output_dir, blobs, file_size=4 * 2**20, resume="auto", max_failed_saves=99)
+    status, err = failing.finish()
     assert status == 2
     lines = err.strip().splitlines()
     assert all(line.startswith("fastmae: ") and "could not be saved" in line for line in lines), err

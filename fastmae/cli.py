@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status.
 
     0; 1 when a benchmark refused a wrong result, data are not all usable, a rank hung, a run could not save, memory ran
-    out, what is printed was lost, or for a fault of fastmae; 2 for wrong input; 75 when a signal stopped a run; 130 when SIGINT ended it.
+    out, what is printed was lost, or for a fault of fastmae; 2 for wrong input; 75 when a signal stopped a run; 130
+    when SIGINT ended it.
     """
     hold_standard_files()
     words = sys.argv[1:] if argv is None else list(argv)

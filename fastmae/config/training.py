@@ -115,8 +115,8 @@ class TrainingConfig:
     async_save: bool = True
     """Write resumable checkpoints while training goes on, from a copy in the memory of the host."""
     max_failed_saves: int = 3
-    """How many resumable checkpoints in a row may fail to be saved, such as on a full disk. After them the run ends with
-    exit status 1."""
+    """How many resumable checkpoints in a row may fail to be saved, such as on a full disk. After them the run ends
+    with exit status 1."""
     max_skipped: int = 20
     """How many steps in a row may be skipped because a loss or gradient is not finite. After them the run returns to
     its newest checkpoint and continues with other data; if it fails there again, it stops."""

@@ -141,7 +141,7 @@ def _require_beginning(folder: Path, names: list[str], steps: Steps, fresh_step:
     Raises:
         SettingError: saying what was found, and what can be done.
     """
-    official = sorted((name for name in names if OFFICIAL.fullmatch(name)), key=_epoch_of)
+    official = sorted((name for name in names if OFFICIAL.fullmatch(name)), key=_order)
     found = [f"{SAVED} tells of a checkpoint"] if SAVED in names else []
     if "rollbacks.json" not in names and "detours.json" not in names:
         found += [f"{official[-1]}{f' and {len(official) - 1} more' if official[1:] else ''}"] if official else []
@@ -163,6 +163,10 @@ def _require_beginning(folder: Path, names: list[str], steps: Steps, fresh_step:
         f"use {from_file}--resume=anew (which moves that run into a folder) or another --output_dir"
     )
     raise SettingError("resume", AUTO, problem)
+
+
+def _order(name: str) -> tuple[int, bool]:
+    return _epoch_of(name), name.endswith(".pth")
 
 
 def _epoch_of(name: str) -> int:

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -90,6 +91,9 @@ class _Lock:
         while True:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             descriptor = os.open(self._path, flags, 0o666)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+                raise OSError(errno.EINVAL, "is not a file", str(self._path))
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

@@ -374,6 +374,11 @@ def _take_up(
             file.flush()
             os.fsync(file.fileno())
         write_whole(path, lambda file: file.writelines(line.rstrip(b"\n") + b"\n" for line in kept))
-        counts = [f"{len(later)} lines {after}"] * bool(later) + [f"{len(damaged)} damaged lines"] * bool(damaged)
+        counts = [f"{_lines(len(later))} {after}"] if later else []
+        counts += [f"{_lines(len(damaged), 'damaged ')}"] if damaged else []
         say(f"set aside       {' and '.join(counts)} of {path.name}, in {aside.name}")
     return rows
+
+
+def _lines(count: int, kind: str = "") -> str:
+    return f"{count} {kind}line{'s' if count != 1 else ''}"

@@ -29,7 +29,7 @@ from fastmae.checkpoint.restore import Restored, on_main, restore
 from fastmae.checkpoint.save import checkpoint_size
 from fastmae.config import FinetuneConfig, PretrainConfig, ResolvedConfig, ResolvedFinetuneConfig
 from fastmae.errors import SettingError, UserError
-from fastmae.files import write_text
+from fastmae.files import read_json, write_text
 from fastmae.messages import logger
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.sharding import local_part
@@ -142,14 +142,14 @@ def read_rollbacks(folder: Path, step: int, manifest: Path | None) -> list[int]:
     path = files[0] if files else manifest
     assert path is not None
     try:
-        rollbacks = json.loads(path.read_text())
+        rollbacks = read_json(path)
         if not files:  # a manifest from before there were rollbacks has neither key
             rollbacks = rollbacks.get("rollbacks", rollbacks.get("detours", []))
-        if not isinstance(rollbacks, list):
+        if not isinstance(rollbacks, list) or not all(type(rollback) is int for rollback in rollbacks):
             raise TypeError("no list of steps")
-        return [int(rollback) for rollback in rollbacks if rollback <= step]
+        return [rollback for rollback in rollbacks if rollback <= step]
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error!r}); restore it, or start in another --output_dir") from error
+        raise UserError(f"{path}: cannot be read ({error}); restore it, or start in another --output_dir") from error
 
 
 def write_rollbacks(folder: Path, rollbacks: list[int]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastmae.commands.shared import choose_workers, make_folder, open_model
+from fastmae.commands.shared import choose_workers, make_folder, open_model, report_stock
 from fastmae.config import ProbeConfig
-from fastmae.data.sources import shown, train_and_val
+from fastmae.data.sources import scored_parts, shown
 from fastmae.evaluate.features import report_skipped
 from fastmae.evaluate.probe import probe_in_detail, save_probe
 from fastmae.screen import say, show_table
@@ -18,9 +18,12 @@ def run_probe(config: ProbeConfig) -> int:
     model = open_model(config)
     if config.output is not None:
         make_folder(Path(config.output))
+    train, val = scored_parts(config.data_path)
+    report_stock(train, val)
     result = probe_in_detail(
         model,
-        *train_and_val(config.data_path),
+        train,
+        val,
         pool=config.pool,
         ks=config.k,
         linear=config.linear,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from fastmae.checkpoint.load import load_model
@@ -13,9 +14,13 @@ from fastmae.config import (
     SearchConfig,
 )
 from fastmae.data.loader import default_workers
+from fastmae.data.sources import Source
+from fastmae.data.stock import RUN_LINES, joined
 from fastmae.errors import UserError
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.train.parallel import choose_device
+
+logger = logging.getLogger(__name__)
 
 
 def open_model(
@@ -31,6 +36,12 @@ def open_model(
 def choose_workers(config: ProbeConfig | FeaturesConfig | SearchConfig | AnomalyConfig) -> int:
     """Returns the number of decoding threads: the one that was asked for, or the default."""
     return config.num_workers or default_workers()
+
+
+def report_stock(*sources: Source) -> None:
+    """Says what of the data is not used as their owner may expect, a warning per line."""
+    for line in joined(source.stock for source in sources).lines(RUN_LINES):
+        logger.warning("%s", line)
 
 
 def make_folder(folder: Path) -> None:

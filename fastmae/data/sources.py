@@ -19,7 +19,7 @@ from fastmae.data.folders import open_files, open_folder
 from fastmae.data.images import FolderSource, begins_as_an_image
 from fastmae.data.plan import Shards, describe_order, holdout
 from fastmae.data.shards import expand_braces, refuse_compressed
-from fastmae.data.stock import RUN_LINES, Stock, joined
+from fastmae.data.stock import EXAMPLES, RUN_LINES, LeftOut, Stock, count_of, joined
 from fastmae.data.suffixes import IMAGE_SUFFIXES, SHARD_SUFFIXES, remedy_for, suffix_of
 from fastmae.errors import SettingError
 from fastmae.facts import DataFacts
@@ -64,6 +64,8 @@ class Subset:
     source: Source
     indices: np.ndarray
     """int64 [length]: which samples."""
+    taken: Stock | None = None
+    """Their stock, if it is not that of the source."""
     shards = None
 
     @property
@@ -76,8 +78,7 @@ class Subset:
 
     @property
     def stock(self) -> Stock:
-        """The stock of the source that these samples are of."""
-        return self.source.stock
+        return self.source.stock if self.taken is None else self.taken
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -116,14 +117,24 @@ class Concat:
 
     @property
     def stock(self) -> Stock:
-        return joined(part.stock for part in self.parts)
+        labelled = sum(part.labels is not None for part in self.parts)
+        notes: tuple[str, ...] = ()
+        if 0 < labelled < len(self.parts):
+            notes = (f"{labelled} of {len(self.parts)} paths have labels, so no image has one; label all",)
+        elif labelled and self._mixes_labels:
+            notes = ("the labels of some paths are folders and of others numbers, so no image has one",)
+        return joined([*(part.stock for part in self.parts), Stock(notes=notes)])
+
+    @property
+    def _mixes_labels(self) -> bool:
+        return len({class_names(part) is None for part in self.parts}) > 1
 
     @cached_property
     def labels(self) -> np.ndarray | None:
         """Labels, if all parts have them: class folders are numbered anew by name, other labels stay as they are."""
         every = [part.labels for part in self.parts]
         present = [labels for labels in every if labels is not None]
-        if len(present) < len(every):
+        if len(present) < len(every) or self._mixes_labels:
             return None
         folders = [part for part in self.parts if isinstance(part, FolderSource)]
         if len(folders) == len(self.parts):
@@ -200,7 +211,77 @@ def train_and_val(data_path: str | Sequence[str]) -> tuple[Source, Source]:
     if val is not None:
         return train, val
     train_indices, val_indices = holdout(len(train))
-    return Subset(train, train_indices), Subset(train, val_indices)
+    return Subset(train, train_indices), Subset(train, val_indices, Stock())
+
+
+def scored_parts(data_path: str | Sequence[str]) -> tuple[Source, Source]:
+    """Opens both parts for what measures accuracy: the val part without classes that the train part has not.
+
+    Raises:
+        UserError: as ``open_train``; or there are no labels, one class alone, or none that both parts have.
+    """
+    train, val = train_and_val(data_path)
+    for name, part in (("train", train), ("val", val)):
+        if part.labels is None:
+            problem = f"the {name} part has no labels; give class folders, or data with labels"
+            raise SettingError("data_path", shown(data_path), problem)
+    if len(np.unique(np.asarray(train.labels))) < 2:
+        raise SettingError("data_path", shown(data_path), "the train part is all of one class; give at least two")
+    return train, with_known_classes(train, val)
+
+
+def with_known_classes(train: Source, val: Source) -> Source:
+    """Returns the images of ``val`` whose classes are among those of ``train``, which are compared by their names.
+
+    Where images are left out for this, the stock says so.
+
+    Raises:
+        UserError: there are none, or the classes of one part are folders and those of the other numbers.
+    """
+    if (class_names(train) is None) != (class_names(val) is None):
+        problem = "the labels of the train part and of the val part are folders in one and numbers in the other"
+        raise SettingError("data_path", problem=f"{problem}; give both the same kind of labels")
+    if train.labels is None or val.labels is None:
+        return val
+    train_classes = {*_names_of(train, np.unique(train.labels))}
+    numbers = np.unique(val.labels)
+    classes = _names_of(val, numbers)
+    unknown = [name for name in classes if name not in train_classes]
+    if not unknown:
+        return val
+    if len(unknown) == len(classes):
+        names = f"({_some(classes)}) is one of the train part ({_some(sorted(train_classes))})"
+        raise SettingError("data_path", problem=f"no class of the val part {names}; give the same ones the same names")
+    known = np.isin(val.labels, [numbers[row] for row, name in enumerate(classes) if name in train_classes])
+    which = f"{count_of(len(unknown), 'classes')} that the train part has not ({_some(unknown)})"
+    left_out = LeftOut("images", int((~known).sum()), f"of {which}, so their accuracy cannot be measured")
+    return Subset(val, np.flatnonzero(known), joined((val.stock, Stock(left_out=(left_out,)))))
+
+
+def _names_of(source: Source, numbers: np.ndarray) -> list[str]:
+    names = class_names(source)
+    return [str(number) if names is None else names[number] for number in numbers.tolist()]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:EXAMPLES]) + (", …" if len(names) > EXAMPLES else "")
+
+
+def class_names(source: Source) -> tuple[str, ...] | None:
+    """Returns the names of the classes that the labels of a source number, if it has class folders."""
+    if isinstance(source, Subset):
+        return class_names(source.source)
+    if isinstance(source, Concat) and all(isinstance(part, FolderSource) for part in source.parts):
+        return tuple(sorted({name for part in source.parts for name in class_names(part) or ()})) or None
+    return (source.classes or None) if isinstance(source, FolderSource) else None
+
+
+def classes_of(source: Source, indices: np.ndarray) -> np.ndarray | None:
+    """Returns the classes of some samples as strings: names of folders, or else numbers. None without labels."""
+    if source.labels is None:
+        return None
+    labels, names = source.labels[indices], class_names(source)
+    return labels.astype(str) if names is None else np.array(names)[labels]
 
 
 def shown(data_path: str | Sequence[str]) -> str:

@@ -77,4 +77,5 @@ def joined(stocks: Iterable[Stock]) -> Stock:
 
 def count_of(count: int, unit: str) -> str:
     """Returns "1 file", "2,000 files": a number and its unit, which is given in the plural."""
-    return f"{count:,} {unit[:-1] if count == 1 and unit.endswith('s') else unit}"
+    singular = unit.removesuffix("es") if unit.endswith("sses") else unit.removesuffix("s")
+    return f"{count:,} {singular if count == 1 else unit}"

@@ -14,9 +14,9 @@ import torch
 
 from fastmae.config import AnomalyPool
 from fastmae.data.loader import Skipped
-from fastmae.data.sources import Source, Subset
+from fastmae.data.sources import Source, Subset, class_names, classes_of
 from fastmae.errors import SettingError
-from fastmae.evaluate.features import Features, class_names, classes_of, extract_features, usable_batches
+from fastmae.evaluate.features import Features, extract_features, usable_batches
 from fastmae.evaluate.knn import nearest
 from fastmae.evaluate.pictures import coloured, grid_picture, save_png
 from fastmae.evaluate.reconstruct import central_crops

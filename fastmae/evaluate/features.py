@@ -13,7 +13,7 @@ import torch
 from fastmae.config import AnomalyPool
 from fastmae.data.loader import Skipped, View, load_batches
 from fastmae.data.plan import central_share
-from fastmae.data.sources import Concat, FolderSource, Source, Subset
+from fastmae.data.sources import Source, classes_of
 from fastmae.errors import SettingError, UserError, install_hint
 from fastmae.files import write_whole
 from fastmae.messages import logger
@@ -104,23 +104,6 @@ def report_skipped(skipped: Sequence[Skipped]) -> None:
     if skipped:
         first = f"the first is {skipped[0].name} ({skipped[0].reason})"
         logger.warning("%d unusable images were skipped; %s", len(skipped), first)
-
-
-def class_names(source: Source) -> tuple[str, ...] | None:
-    """Returns the names of the classes that the labels of a source number, if it has class folders."""
-    if isinstance(source, Subset):
-        return class_names(source.source)
-    if isinstance(source, Concat) and all(isinstance(part, FolderSource) for part in source.parts):
-        return tuple(sorted({name for part in source.parts for name in class_names(part) or ()})) or None
-    return (source.classes or None) if isinstance(source, FolderSource) else None
-
-
-def classes_of(source: Source, indices: np.ndarray) -> np.ndarray | None:
-    """Returns the classes of some samples as strings: names of folders, or else numbers. None without labels."""
-    if source.labels is None:
-        return None
-    labels, names = source.labels[indices], class_names(source)
-    return labels.astype(str) if names is None else np.array(names)[labels]
 
 
 def check_features_file(path: Path) -> None:

@@ -13,9 +13,9 @@ import torch
 
 from fastmae.config import LinearProbe, Pool
 from fastmae.data.loader import Skipped
-from fastmae.data.sources import Source
+from fastmae.data.sources import Source, class_names, classes_of, with_known_classes
 from fastmae.errors import SettingError, UserError
-from fastmae.evaluate.features import Features, class_names, classes_of, extract_features
+from fastmae.evaluate.features import Features, extract_features
 from fastmae.evaluate.knn import knn_predictions
 from fastmae.evaluate.linear_probe import lars_predictions, logistic_predictions
 from fastmae.evaluate.pictures import confusion_picture, save_png
@@ -90,7 +90,7 @@ def probe_in_detail(
     batch_size: int,
     num_workers: int,
 ) -> ProbeResult:
-    """Fits classifiers on the features of ``train`` and scores them on those of ``test``.
+    """Fits classifiers on the features of ``train`` and scores them on those of ``test`` of the same classes.
 
     Args:
         pool: as in ``features.pooled``.
@@ -101,7 +101,8 @@ def probe_in_detail(
         batch_size, num_workers: images per batch and decoding threads for the features.
 
     Raises:
-        UserError: a part has no labels, ``train`` has only one class, or fewer images than ``ks`` or ``lars`` need.
+        UserError: a part has no labels, ``train`` has only one class or none of those of ``test``, or fewer images
+            than ``ks`` or ``lars`` need.
     """
     for source in (train, test):
         if source.labels is None:
@@ -109,6 +110,7 @@ def probe_in_detail(
     assert train.labels is not None
     if len(np.unique(train.labels)) < 2:
         raise UserError(f"images such as {train.name(0)} are all of one class; probing needs at least two")
+    test = with_known_classes(train, test)
     if max(ks) > len(train):
         raise SettingError("ks", max(ks), f"must be at most the {len(train)} images of the train part", flag="--k")
     if linear == "lars" and len(train) < MIN_LARS_IMAGES:

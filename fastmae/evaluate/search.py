@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastmae.data.sources import Source
+from fastmae.data.sources import Source, classes_of
 from fastmae.errors import SettingError
-from fastmae.evaluate.features import Features, classes_of
+from fastmae.evaluate.features import Features
 from fastmae.evaluate.knn import nearest
 from fastmae.evaluate.pictures import grid_picture, save_png
 from fastmae.evaluate.reconstruct import central_crops

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastmae.data.sources import Source, train_and_val
+from fastmae.data.sources import Source, classes_of, train_and_val, with_known_classes
 from fastmae.errors import SettingError
-from fastmae.evaluate.features import classes_of, pooled, usable_batches
+from fastmae.evaluate.features import pooled, usable_batches
 from fastmae.evaluate.knn import knn_predictions
 from fastmae.evaluate.linear_probe import logistic_predictions
 from fastmae.model.mae import MaskedAutoencoderViT
@@ -65,7 +65,7 @@ def open_labelled(data_path: str | tuple[str, ...]) -> tuple[Source, Source]:
     if len(np.unique(np.asarray(train.labels))) < 2:
         problem = f"images such as {train.name(0)} are all of one class; give data of two or more"
         raise SettingError("data_path", problem=problem, flag="--check")
-    return train, test
+    return train, with_known_classes(train, test)
 
 
 def measure(

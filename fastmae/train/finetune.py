@@ -28,7 +28,7 @@ from fastmae.data.augment import BatchAugment, RandAugment, parse_randaugment
 from fastmae.data.loader import Batch, View, default_workers, describe_decoder
 from fastmae.data.plan import central_share
 from fastmae.data.sample import crops_note
-from fastmae.data.sources import Concat, FolderSource, Source, Subset, describe, shown, train_and_val
+from fastmae.data.sources import Source, Subset, class_names, describe, shown, train_and_val, with_known_classes
 from fastmae.data.stock import RUN_LINES, joined
 from fastmae.data.survey import take_stock
 from fastmae.errors import SettingError
@@ -86,6 +86,7 @@ def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSi
     # Settings, data and encoder: from here on nothing is left open.
     train, val = train_and_val(flags.data_path)
     nb_classes = _classes(flags, train, val)
+    val = with_known_classes(train, val)
     encoder, preset = _encoder(flags, train, context)
     config = _resolve(flags, train, encoder, preset, nb_classes, context)
     precision = _precision(config, context)
@@ -154,10 +155,11 @@ def _classes(flags: FinetuneConfig, train: Source, val: Source) -> int:
     where = shown(flags.data_path)
     if train.labels is None or val.labels is None:
         raise SettingError("data_path", where, "has no labels; give class folders, or arrays with labels")
-    names = [_class_names(source) for source in (train, val)]
+    names = [{*(class_names(source) or ())} for source in (train, val)]
     if names[0] != names[1]:
         other = min(names[0] ^ names[1])
-        problem = f"its two parts have other class folders, such as {other}; make them the same"
+        counts = f"{len(names[0] - names[1])} to learn alone and {len(names[1] - names[0])} to test alone"
+        problem = f"its two parts have other class folders, such as {other} ({counts}); make them the same"
         raise SettingError("data_path", where, problem)
     labels = np.concatenate([train.labels, val.labels])
     smallest, largest = int(labels.min()), int(labels.max())
@@ -169,12 +171,6 @@ def _classes(flags: FinetuneConfig, train: Source, val: Source) -> int:
     if nb_classes < 2:
         raise SettingError("data_path", where, "has one class alone; give data with at least two")
     return nb_classes
-
-
-def _class_names(source: Source) -> set[str]:
-    """Those of class folders, which are numbered by name; empty where labels are numbers by themselves."""
-    parts = source.parts if isinstance(source, Concat) else (source,)
-    return {name for part in parts if isinstance(part, FolderSource) for name in part.classes}
 
 
 def _encoder(flags: FinetuneConfig, train: Source, context: parallel.DistContext) -> tuple[MaskedAutoencoderViT, str]:
@@ -375,8 +371,8 @@ def _summary(config: ResolvedFinetuneConfig, train: Source, val: Source, model: 
     encoder = f"{config.finetune or 'random weights'}: {config.model}, {height}×{width}×{config.in_chans}"
     share = f"{tuned / 1e6:.2f} of {total / 1e6:.2f} M parameters"
     chosen = {name: getattr(config, name) for name in ("aa", "reprob", "mixup", "cutmix", "smoothing", "drop_path")}
-    parts = (train,) if isinstance(val, Subset) else (train, val)
-    stock = joined(take_stock(part, config.in_chans) for part in parts)
+    val_stock = val.stock if isinstance(val, Subset) else take_stock(val, config.in_chans)
+    stock = joined((take_stock(train, config.in_chans), val_stock))
     note = crops_note(train, config.input_size)
     return [
         f"data            {shown(config.data_path)}: {len(train):,} to learn {train.location}, {len(val):,} to test",

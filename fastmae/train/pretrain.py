@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fastmae.checkpoint.save import training_tensors
@@ -22,10 +21,10 @@ from fastmae.data.masks import MaskFile, Masks, choose_masks, open_masks, shuffl
 from fastmae.data.plan import mask_draws
 from fastmae.data.sample import crops_note
 from fastmae.data.sizes import Size, describe_sizes, growing_sizes, size_in
-from fastmae.data.sources import Source, Subset, describe, evenly_spaced, open_train, shown, train_and_val
+from fastmae.data.sources import Source, Subset, describe, evenly_spaced, open_train, scored_parts, shown
 from fastmae.data.survey import take_stock
 from fastmae.environment import peak_flops
-from fastmae.errors import SettingError
+from fastmae.errors import SettingError, UserError
 from fastmae.evaluate.probe import probe
 from fastmae.evaluate.reconstruct import caption, fixed_images, reconstruct, save_grid
 from fastmae.facts import DataFacts
@@ -86,7 +85,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     facts = describe(source, take_stock(source, flags.in_chans))
     mask_file = open_masks(flags.masks, flags.mask_ratio)
     config = resolve_settings(flags, source, facts, context.size, mask_file)
-    probed_parts = _probed_parts(config)
+    probed = _probed(flags, config)
     precision = _precision(config, context)
     image_decoder, why_decoder = choose_decoder(config.image_decoder, context.device, source, config.in_chans)
     if config.cache == "ram":
@@ -111,10 +110,10 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     decoding = describe_decoder(image_decoder, why_decoder)
     backends = describe_backends(context.device, precision, model.attention_shapes(config.mask_ratio), decoding)
     backends |= _more_backends(config, parallelism, source)
-    summary = _summary(config, source, facts, model, masks_of)
+    summary = [*_summary(config, source, facts, model, masks_of), *probed.lines]
     run = open_run(config, context, stop, steps, restored, rollbacks, summary=summary, backends=backends)
-    if config.probe and restored.step == 0:
-        _probe(run, "before", model)
+    if restored.step == 0:
+        _probe(run, "before", model, probed)
 
     # The loop.
     stream = _stream(run, source, masks_of, image_decoder)
@@ -129,7 +128,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
             )
             if config.ema is not None:
                 update_average(average, model, config.ema, result.skipped)
-            measured = _probe_epoch(run, step, model, probed_parts)
+            measured = _probe_epoch(run, step, model, probed)
             record_step(run, step, result, lr, at_peak[_size_at(step, run, tuple(masks_of))], measured)
             profile_step()
             if steps.ends_epoch(step):
@@ -149,7 +148,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
 
     # What is left behind.
     close_run(run, unsaved)
-    accuracies = _probe(run, "after", model) if config.probe else {}
+    accuracies = _probe(run, "after", model, probed)
     say_results(run, _shown(accuracies), {"reconstruction": _picture_path(run.folder, config.epochs - 1)})
     return 0
 
@@ -377,54 +376,88 @@ def _picture(path: Path, mask_ratio: float, masks: Masks, model: MaskedAutoencod
 # --- probes -----------------------------------------------------------------------------------------------------------
 
 
-def _probe(run: Run[ResolvedConfig], when: str, model: MaskedAutoencoderViT) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Probed:
+    """What accuracies are measured on."""
+
+    parts: tuple[Source, Source] | None = None
+    """What is fitted on and what is scored, before and after the training; None to measure nothing."""
+    some: tuple[Source, Source] | None = None
+    """The same for --probe_freq, of large parts evenly spaced images."""
+    is_asked: bool = False
+    """Whether the user asked for it, who is then told what goes wrong by an error."""
+    lines: tuple[str, ...] = ()
+    """What a run says of it when it begins."""
+
+
+def _probed(flags: PretrainConfig, config: ResolvedConfig) -> Probed:
+    """Opens what accuracies are measured on.
+
+    Raises:
+        UserError: --probe or --probe_freq was given, and no accuracy can be measured.
+    """
+    if not config.probe and config.probe_freq is None:
+        return Probed()
+    is_asked = bool(flags.probe) or config.probe_freq is not None
+    try:
+        train, val = scored_parts(config.data_path)
+    except UserError as error:
+        if is_asked:
+            name = "probe" if config.probe_freq is None else "probe_freq"
+            raise SettingError(name, problem=f"{_reason(error, config)}; leave it out") from error
+        return Probed(lines=(_left_out(f"{_reason(error, config)}; --no_probe hides this line"),))
+    parts = train, val
+    some = None if config.probe_freq is None else (_some_of(train), _some_of(val))
+    lines = tuple(f"probe           {item}" for item in val.stock.left_out)
+    return Probed(parts if config.probe else None, some, is_asked, lines)
+
+
+def _some_of(part: Source) -> Source:
+    return part if len(part) <= PROBE_LIMIT else Subset(part, evenly_spaced(part, PROBE_LIMIT, PROBE_RUN))
+
+
+def _reason(error: UserError, config: ResolvedConfig) -> str:
+    """Returns what is wrong with the data, without the name of the setting that gave their path."""
+    return f"{shown(config.data_path)}: {error.problem}" if isinstance(error, SettingError) else str(error)
+
+
+def _left_out(reason: str) -> str:
+    return f"probe           no accuracy is measured: {reason}"
+
+
+def _probe(run: Run[ResolvedConfig], when: str, model: MaskedAutoencoderViT, probed: Probed) -> dict[str, Any]:
     """Adds the accuracies "before" or "after" to probe.json, unless they are there, and returns all that it holds.
 
-    All ranks call it, and the main one measures; the others return an empty dict.
+    All ranks call it, and the main one measures; the others return an empty dict, and so does the main one if there is
+    nothing to measure. A probe that nobody asked for never ends a run.
     """
-    whole = _whole_model(run, model)
-    if whole is None:
+    whole = None if probed.parts is None else _whole_model(run, model)
+    if whole is None or probed.parts is None:
         return {}
-    results, _ = read_probes(run.folder)
-    if when not in results:
-        train, val = train_and_val(run.config.data_path)
-        count = f"{len(train):,} + {len(val):,} images"
-        run.say(f"probe           measuring k-NN and linear-probe accuracy {when} pretraining, on {count} …")
-        with torch.compiler.set_stance("force_eager"):  # whole images are another shape: compiling takes longer
-            results[when] = probe(whole, train, val, num_workers=run.config.num_workers)
-        write_text(run.folder / "probe.json", json.dumps(results, indent=1))
+    train, val = probed.parts
+    try:
+        results, _ = read_probes(run.folder)
+        if when not in results:
+            count = f"{len(train):,} + {len(val):,} images"
+            run.say(f"probe           measuring k-NN and linear-probe accuracy {when} pretraining, on {count} …")
+            with torch.compiler.set_stance("force_eager"):  # whole images are another shape: compiling takes longer
+                results[when] = probe(whole, train, val, num_workers=run.config.num_workers)
+            write_text(run.folder / "probe.json", json.dumps(results, indent=1))
+    except Exception as error:
+        if probed.is_asked:
+            raise
+        run.say(_left_out(" ".join(f"{type(error).__name__}: {error}".split())))
+        return {}
     return results
 
 
-def _probed_parts(config: ResolvedConfig) -> tuple[Source, Source] | None:
-    """Returns the two parts that --probe_freq measures on, of large ones evenly spaced images; None without the flag.
-
-    Raises:
-        UserError: a part has no labels, or the train part only one class.
-    """
-    if config.probe_freq is None:
-        return None
-    parts = []
-    for name, part in zip(("train", "val"), train_and_val(config.data_path), strict=True):
-        if part.labels is None or (name == "train" and len(np.unique(part.labels)) < 2):
-            lack = "has no labels" if part.labels is None else "is all of one class"
-            raise SettingError(
-                "probe_freq", problem=f"the {name} part of {shown(config.data_path)} {lack}; leave it out"
-            )
-        is_small = len(part) <= PROBE_LIMIT
-        parts.append(part if is_small else Subset(part, evenly_spaced(part, PROBE_LIMIT, PROBE_RUN)))
-    return parts[0], parts[1]
-
-
-def _probe_epoch(
-    run: Run[ResolvedConfig], step: int, model: MaskedAutoencoderViT, parts: tuple[Source, Source] | None
-) -> dict[str, float]:
+def _probe_epoch(run: Run[ResolvedConfig], step: int, model: MaskedAutoencoderViT, probed: Probed) -> dict[str, float]:
     """Measures the accuracies after a step if --probe_freq says so, and returns them; otherwise an empty dict.
 
     They are added to probe.json, from which those of later epochs are dropped. All ranks call it.
     """
     epochs = (step + 1) // run.steps.per_epoch
-    if parts is None or not run.steps.ends_epoch(step) or epochs % (run.config.probe_freq or 1):
+    if probed.some is None or not run.steps.ends_epoch(step) or epochs % (run.config.probe_freq or 1):
         return {}
     require_finite_weights(run, model, step)
     whole = _whole_model(run, model)
@@ -432,7 +465,7 @@ def _probe_epoch(
         return {}
     results, _ = read_probes(run.folder)
     with torch.compiler.set_stance("force_eager"):
-        accuracies = probe(whole, *parts, num_workers=run.config.num_workers)
+        accuracies = probe(whole, *probed.some, num_workers=run.config.num_workers)
     earlier = {number: values for number, values in results.get("epochs", {}).items() if int(number) < epochs}
     results["epochs"] = earlier | {str(epochs): accuracies}
     write_text(run.folder / "probe.json", json.dumps(results, indent=1))
@@ -444,7 +477,7 @@ def _probe_epoch(
 def _shown(accuracies: dict[str, Any]) -> list[str]:
     """Returns lines with the accuracies before and after pretraining."""
     lines = []
-    for key, name in (("knn", "k-NN"), ("linear", "linear probe")) if accuracies else ():
+    for key, name in (("knn", "k-NN"), ("linear", "linear probe")) if "after" in accuracies else ():
         before = f"{accuracies['before'][key]:.1f} % before, " if "before" in accuracies else ""
         lines.append(f"{name:15} {before}{accuracies['after'][key]:.1f} % after pretraining")
     return lines

@@ -5,13 +5,16 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import RUN, assert_same_run, metrics, small_run
+from helpers import RUN, assert_same_run, command, metrics, small_run
+from ranks import run_ranks, start_ranks
 
 from fastmae.checkpoint import save as saving
 from fastmae.checkpoint.load import load_model
@@ -145,6 +148,26 @@ def test_a_file_system_without_locks_is_told_and_used(run, again, monkeypatch, c
     assert again() == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{run}: the file system has no locks" in line
+
+
+@pytest.mark.slow
+def test_two_ranks_are_refused_together_while_another_process_trains_and_train_once_it_was_killed(run, blobs):
+    """The other process is stopped in the middle of a step, as a job is that its launcher has forgotten."""
+    longer = partial(small_run, blobs, run, epochs=30, checkpoint_freq=9, save_freq=30, resume="auto")
+    (first,) = start_ranks(1, longer())
+    while "step ends" not in first.journal():
+        assert first.process.is_alive(), first.finish()
+        first.process.join(0.01)
+    os.kill(first.process.pid, signal.SIGSTOP)
+    ended = [rank.finish() for rank in start_ranks(2, partial(main, [*command(blobs, run, resume="auto")[3:]]))]
+    assert [status for status, _ in ended] == [2, 2], ended
+    for _, err in ended:
+        (line,) = err.splitlines()
+        assert f"is in use by process {first.process.pid} on " in line
+    first.process.kill()
+    assert first.finish()[0] == -signal.SIGKILL
+    run_ranks(2, longer(batch_size=4, epochs=4))
+    assert [row[0] for row in metrics(run)] == list(range(1, 37))
 
 
 def test_a_command_that_is_refused_before_it_writes_leaves_no_folder(tmp_path, blobs, refusal):

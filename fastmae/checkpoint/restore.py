@@ -129,7 +129,8 @@ def restore(
     try:
         load_checkpoint(newest.path, newest.manifest, model, optimizer, fixed)
     except BadCheckpointError as error:
-        raise SettingError("resume", str(newest.path), str(error)) from error
+        deleted = "was deleted while it was read, as training goes on there; run the command again"
+        raise SettingError("resume", str(newest.path), str(error) if newest.path.exists() else deleted) from error
     return Restored(int(newest.manifest["step"]), newest.manifest["epoch_sums"], str(newest.path))
 
 

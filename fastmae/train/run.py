@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -20,7 +21,7 @@ from torch import nn
 
 from fastmae.checkpoint.manifest import newest_first, set_aside_newer
 from fastmae.checkpoint.official import write_training_file, write_weights_file
-from fastmae.checkpoint.restore import Restored
+from fastmae.checkpoint.restore import Restored, on_main
 from fastmae.checkpoint.save import Saver
 from fastmae.config import ResolvedConfig, ResolvedFinetuneConfig
 from fastmae.config.load import settings_as_yaml
@@ -112,7 +113,7 @@ def open_run(
     sinks = []
     if context.is_main:
         sinks = open_sinks(folder, log_dir=config.log_dir, wandb=config.wandb, settings=as_json(config), say=screen.say)
-        _write_beginning(folder, config, context, backends)
+    on_main(lambda: _write_beginning(folder, config, context, backends))
     log = StepLog(
         folder,
         device=context.device,
@@ -148,8 +149,7 @@ def open_run(
         ),
         watchdog=Watchdog(config.hang_timeout, folder / f"hang-{context.rank}.txt", f"rank {context.rank}"),
     )
-    if context.is_main:
-        _announce(run, summary, backends)
+    on_main(lambda: _announce(run, summary, backends))
     return run
 
 
@@ -203,8 +203,10 @@ def training(run: Run, precision: Precision) -> Generator[Callable[[], None]]:
         The profiler's function, which is called after each step.
     """
     restored, steps, context = run.restored, run.steps, run.context
-    run.log.resume(restored.step, restored.step // steps.per_epoch, restored.epoch_sums)
-    context.barrier()
+    resume = partial(run.log.resume, restored.step, restored.step // steps.per_epoch, restored.epoch_sums)
+    if not context.is_main:
+        resume()
+    on_main(resume)
     profiling = profiled(run.folder, run.config.profile, context.rank, context.device, run.say)
     with run.screen, run.saver, run.watchdog, profiling as profile_step, precision.products():
         yield profile_step

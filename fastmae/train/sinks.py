@@ -91,8 +91,9 @@ def _tensorboard(log_dir: str) -> tuple[Write, Close]:
 def _wandb(project: str, run: Path, settings: dict[str, Any]) -> tuple[Write, Close]:
     import wandb
 
-    # A run folder is one run in W&B, however often it is resumed.
-    identity = hashlib.sha256(os.fsencode(run.resolve())).hexdigest()[:16]
+    # A run folder is one run in W&B, however often it is resumed, and another one where it began anew.
+    earlier = len(list(run.glob("earlier-[0-9]*")))
+    identity = hashlib.sha256(os.fsencode(run.resolve()) + b"\0%d" % earlier * bool(earlier)).hexdigest()[:16]
     wandb_run = wandb.init(
         project=project,
         name=run.name,

@@ -53,14 +53,14 @@ class SettingError(UserError):
 
     def __str__(self) -> str:
         value = self.value[0] if isinstance(self.value, tuple) and len(self.value) == 1 else self.value
-        shown = "" if value is NO_VALUE else f"={_in_one_line(_REPR.repr(value))}"
+        shown = "" if value is NO_VALUE else f"={in_one_line(_REPR.repr(value))}"
         problem = re.sub(r"--([a-z]\w*)(?:=([^\s,;:)]+))?", _as_argument, self.problem)
         return f"{self.name}{shown}: {problem}"
 
     def as_on_the_command_line(self) -> str:
         values = self.value if isinstance(self.value, tuple) else (self.value,)
         value = " ".join(str(item) if isinstance(item, str | os.PathLike) else _REPR.repr(item) for item in values)
-        shown = "" if self.value is NO_VALUE else f" {_in_one_line(value)}"
+        shown = "" if self.value is NO_VALUE else f" {in_one_line(value)}"
         problem = re.sub(r"(--[a-z]\w*)=", r"\1 ", self.problem)
         return f"{self.flag or f'--{self.name}'}{shown}: {problem}"
 
@@ -82,6 +82,7 @@ def _as_argument(flag: re.Match[str]) -> str:
     return f"{name}={value if is_literal else repr(value)}"
 
 
-def _in_one_line(text: str, limit: int = 200) -> str:
+def in_one_line(text: str, limit: int = 200) -> str:
+    """Returns a text without line breaks, cut after ``limit`` characters."""
     text = text.replace("\r", " ").replace("\n", " ")
     return text if len(text) <= limit else f"{text[:limit]} …"

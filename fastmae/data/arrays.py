@@ -24,7 +24,7 @@ import numpy as np
 from fastmae.data.memory import available_memory, readable
 from fastmae.data.openfile import OpenFile
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock
-from fastmae.errors import UserError
+from fastmae.errors import UserError, in_one_line
 
 Split = Literal["train", "val"]
 
@@ -160,7 +160,7 @@ def open_array(path: Path, split: Split) -> ArraySource | None:
     if name.endswith(".npy"):
         labels_path = path.with_name(f"{path.stem}_labels.npy")
         has_labels = labels_path.exists()
-        images, labels = _Stored.npy(path), _Stored.npy(labels_path) if has_labels else None
+        images, labels = StoredArray.npy(path), StoredArray.npy(labels_path) if has_labels else None
         return _source(images, labels, str(path), Stock({"files": 1 + has_labels}))
     if _is_idx(path):
         return _idx_source(path, Stock({"files": len(_with_labels(path))}))
@@ -290,7 +290,7 @@ def _refuse_labels(dtype: np.dtype, shape: tuple[int, ...], count: int, origin: 
 
 
 @dataclass(frozen=True)
-class _Stored:
+class StoredArray:
     """An array in a file: where it lies, or the array itself where it had to be unpacked."""
 
     dtype: np.dtype
@@ -304,9 +304,11 @@ class _Stored:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def npy(cls, path: Path) -> _Stored:
+    def npy(cls, path: Path) -> StoredArray:
         """Finds the array in an .npy file."""
         file = OpenFile(path)
+        if file.read(4, 0) == b"PK\x03\x04":
+            raise ValueError(f"{path.name} is an .npz archive, which holds several arrays; call it .npz")
         with open(os.dup(file.descriptor), "rb") as start:
             dtype, shape, fortran = _npy_header(start, path.name)
             position = start.tell()
@@ -330,7 +332,7 @@ class _Stored:
         return array.reshape(self.shape, order="F" if self.fortran else "C")
 
 
-def _source(images: _Stored, labels: _Stored | None, origin: str, others: Stock) -> ArraySource:
+def _source(images: StoredArray, labels: StoredArray | None, origin: str, others: Stock) -> ArraySource:
     """Returns an array in a file as a source: read by position, or whole where its images do not lie in one piece."""
     layout = _layout(images.dtype, images.shape, origin)
     count = layout.shape[0]
@@ -365,7 +367,7 @@ def _npy_header(file: BinaryIO, name: str) -> tuple[np.dtype, tuple[int, ...], b
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(file)
     except Exception as error:  # NumPy lets Python parse the header, which may raise anything
-        raise ValueError(f"{name} does not begin as an .npy file does: {error}") from error
+        raise ValueError(f"{name} does not begin as an .npy file does: {in_one_line(str(error), 100)}") from error
     if dtype.hasobject:
         raise ValueError(f"{name} holds Python objects, which are never unpickled")
     if min(shape, default=0) < 0:
@@ -409,7 +411,7 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
 
 
-def _npz_member(file: OpenFile, archive: zipfile.ZipFile, name: str) -> _Stored:
+def _npz_member(file: OpenFile, archive: zipfile.ZipFile, name: str) -> StoredArray:
     """Finds an array of an .npz: where it lies if it is stored uncompressed, else unpacked once its size is checked."""
     info = archive.getinfo(name)
     with archive.open(name) as member:
@@ -426,13 +428,13 @@ def _npz_member(file: OpenFile, archive: zipfile.ZipFile, name: str) -> _Stored:
             if len(data) != info.file_size - header_size:
                 raise ValueError(f"{name} says {list(shape)} {dtype} but holds {len(data)} bytes")
             array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
-            return _Stored(dtype, shape, unpacked=array)
+            return StoredArray(dtype, shape, unpacked=array)
     # The data begin behind the name and the extra field of the local header.
     name_length, extra_length = struct.unpack("<HH", file.read(4, info.header_offset + 26))
     start = info.header_offset + 30 + name_length + extra_length + header_size
     if start + math.prod(shape) * dtype.itemsize > file.size:
         raise ValueError(f"{name} ends behind the end of the file")
-    return _Stored(dtype, shape, file, start, fortran)
+    return StoredArray(dtype, shape, file, start, fortran)
 
 
 # --- IDX --------------------------------------------------------------------------------------------------------------
@@ -473,7 +475,7 @@ def _idx_source(images: Path, others: Stock) -> ArraySource:
     return _source(_idx(images), None if labels is None else _idx(labels), str(images), others)
 
 
-def _idx(path: Path) -> _Stored:
+def _idx(path: Path) -> StoredArray:
     """Finds the array in an IDX file of unsigned bytes (the MNIST format), or unpacks it if it is gzipped."""
     file = OpenFile(path)
     is_packed = path.suffix == ".gz"
@@ -488,14 +490,14 @@ def _idx(path: Path) -> _Stored:
         if not is_packed:
             if file.size - start != size:
                 raise ValueError(f"{path.name} says {list(shape)} but holds {file.size - start} bytes")
-            return _Stored(np.dtype(np.uint8), shape, file, start)
+            return StoredArray(np.dtype(np.uint8), shape, file, start)
         if size > MAX_DEFLATE_RATIO * file.size:
             raise ValueError(f"{path.name} says {list(shape)}, more than its {file.size} bytes can unpack to")
         _refuse_beyond_memory(size, path.name)
         content = data.read(size + 1)
         if len(content) != size:
             raise ValueError(f"{path.name} says {list(shape)} but holds {len(content)} bytes or more")
-        return _Stored(np.dtype(np.uint8), shape, unpacked=np.frombuffer(content, np.uint8).reshape(shape))
+        return StoredArray(np.dtype(np.uint8), shape, unpacked=np.frombuffer(content, np.uint8).reshape(shape))
 
 
 # --- CIFAR ------------------------------------------------------------------------------------------------------------

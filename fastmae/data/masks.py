@@ -10,13 +10,13 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 import torch
 
 from fastmae.config import PUBLISHED_RATIO, Masking
-from fastmae.errors import SettingError
+from fastmae.data.arrays import StoredArray
+from fastmae.errors import SettingError, in_one_line
 from fastmae.facts import MaskFacts
 from fastmae.ops.random_masking import random_masking
 from fastmae.philox import STREAM_BLOCKS, STREAM_MASK_FILE, uniforms_numpy, words_numpy
@@ -31,8 +31,6 @@ BLOCK_RATIO = (0.3, 1 / 0.3)
 # needs more than 40 rectangles; at 90 % one in 100 needs the last.
 MAX_BLOCKS = 64
 CHECKED_AT_ONCE = 2**24
-# What NumPy raises for a damaged .npy file, and this module for a wrong one.
-_UNREADABLE = (OSError, EOFError, ValueError, TypeError, OverflowError, SyntaxError, TokenError)
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class MaskFile:
 
     path: str
     masked: np.ndarray
-    """uint8 [B, rows, columns], 1 where masked; mapped from the file."""
+    """uint8 [B, rows, columns], 1 where masked; in memory, so that the file may change during a run."""
     count: int
     """How many patches each mask masks."""
     digest: str
@@ -247,8 +245,8 @@ def open_masks(path: str, asked_ratio: float) -> MaskFile | None:
         return None
     try:
         masked, count, digest = _checked(Path(path).expanduser())
-    except _UNREADABLE as error:
-        reason = " ".join(str(error).split())
+    except (OSError, ValueError) as error:
+        reason = in_one_line(" ".join(str(error).split()))
         problem = f"{reason}; give a .npy file of bool or uint8 [B, rows, columns], 1 where masked"
         raise SettingError("masks", path, problem) from error
     L = masked.shape[1] * masked.shape[2]
@@ -262,14 +260,14 @@ def _checked(path: Path) -> tuple[np.ndarray, int, str]:
     """Returns the masks, the number of patches that each masks, and a digest of them that no dtype changes."""
     if not path.is_file():
         raise ValueError("not a file" if path.exists() else "no such file")
-    masked = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(masked, np.ndarray):
-        raise ValueError("holds several arrays")
-    if masked.dtype not in (np.bool_, np.uint8):
-        raise ValueError(f"holds {masked.dtype}")
-    if masked.ndim != 3 or min(masked.shape) < 1:
-        raise ValueError(f"has shape {list(masked.shape)}")
-    masked = masked.view(np.uint8)  # a bool in a file may be any byte
+    stored = StoredArray.npy(path)
+    if stored.dtype not in (np.bool_, np.uint8):
+        raise ValueError(f"holds {stored.dtype}")
+    if len(stored.shape) != 3 or min(stored.shape) < 1:
+        raise ValueError(f"has shape {list(stored.shape)}")
+    if stored.notes:
+        raise ValueError(stored.notes[0])
+    masked = stored.whole().view(np.uint8)  # a bool in a file may be any byte
     L = masked.shape[1] * masked.shape[2]
     count, digest = int(np.count_nonzero(masked[0])), hashlib.sha256(repr(masked.shape).encode())
     if not 0 < count < L:

@@ -7,7 +7,11 @@ is in use, and few groups are in use at a time.
 from __future__ import annotations
 
 import contextlib
+import os
+import resource
+import signal
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -29,6 +33,8 @@ LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label", "target")
 HELD_BYTES = 512 << 20
 MIN_HELD = 4
 MAX_GROUP_BYTES = 2 << 30
+# A footer is looked at in a millisecond.
+SECONDS_FOR_FOOTERS = 60
 # Files of images have less than one row for a byte; a footer that claims far more is damaged.
 MAX_ROWS_A_BYTE = 1000
 
@@ -151,26 +157,18 @@ def open_parquet(paths: Sequence[Path]) -> ParquetSource:
     stamps = tuple(OpenFile(path).stamp for path in paths)
     metadata = tuple(map(_metadata, paths))
     column = _image_column(paths[0], metadata[0].schema.to_arrow_schema())
-    groups = []
-    for file, (path, facts) in enumerate(zip(paths, metadata, strict=True)):
-        with _naming(path):
-            schema = facts.schema.to_arrow_schema()
-            if column not in schema.names or not _holds_images(schema.field(column).type):
-                raise UserError(f"{path}: has no image column {column!r} as {paths[0]} has; leave it out")
-            inside = [(file, number, facts.row_group(number)) for number in range(facts.num_row_groups)]
-            count, size = sum(group.num_rows for _, _, group in inside), stamps[file][0]
-            if count != facts.num_rows or count > MAX_ROWS_A_BYTE * size or any(g.num_rows < 0 for _, _, g in inside):
-                raise ValueError(
-                    f"says that it has {facts.num_rows:,} rows, {count:,} in its groups, in {size:,} bytes"
-                )
-            groups += inside
-    groups = [(file, number, group) for file, number, group in groups if group.num_rows]
-    rows = np.array([group.num_rows for _, _, group in groups], np.int64)
-    largest = max((_group_bytes(group, column) for _, _, group in groups), default=0)
+    for path, facts in zip(paths, metadata, strict=True):
+        schema = facts.schema.to_arrow_schema()
+        if column not in schema.names or not _holds_images(schema.field(column).type):
+            raise UserError(f"{path}: has no image column {column!r} as {paths[0]} has; leave it out")
+    _refuse_what_aborts(paths, metadata, column)
+    inside = [_groups(path, facts, column) for path, facts in zip(paths, metadata, strict=True)]
+    groups = [(file, group) for file, those in enumerate(inside) for group in those if group.rows]
+    rows = np.array([group.rows for _, group in groups], np.int64)
+    largest = max((group.size for _, group in groups), default=0)
     if largest > MAX_GROUP_BYTES:
-        raise UserError(
-            f"{paths[0]}: a row group of {readable(largest)} is too large to be held; write it with row_group_size=100"
-        )
+        size = readable(largest)
+        raise UserError(f"{paths[0]}: a row group of {size} is too large to be held; write it with row_group_size=100")
     name, problem = _label_column(metadata)
     labels, without = (None, 0) if name is None else _labels(paths, metadata, name)
     if without:
@@ -178,30 +176,93 @@ def open_parquet(paths: Sequence[Path]) -> ParquetSource:
     source = ParquetSource(
         files=tuple(map(str, paths)),
         column=column,
-        group_file=np.array([file for file, _, _ in groups], np.int64),
-        group_number=np.array([number for _, number, _ in groups], np.int64),
+        group_file=np.array([file for file, _ in groups], np.int64),
+        group_number=np.array([group.number for _, group in groups], np.int64),
         starts=np.concatenate([[0], np.cumsum(rows)]).astype(np.int64),
         held=max(MIN_HELD, HELD_BYTES // max(1, largest)),
         labels=labels,
         metadata=metadata,
         stamps=stamps,
-        stock=_stock_of(metadata, [group for _, _, group in groups], column, problem),
+        stock=_stock_of(metadata, [group for _, group in groups], column, problem),
     )
     if len(source) and _holds_only_paths(source):
         raise UserError(f"{paths[0]}: column {column!r} holds paths without the images; embed them, then write it anew")
     return source
 
 
-def _stock_of(metadata: Sequence[Any], groups: Sequence[Any], column: str, label_problem: str) -> Stock:
+@dataclass(frozen=True)
+class _Group:
+    """What the footer says of the images of a row group."""
+
+    number: int
+    rows: int
+    size: int
+    """Bytes in memory."""
+    empty: int
+    """Rows that hold no image; 0 where the footer does not say."""
+
+
+def _groups(path: Path, facts: Any, column: str) -> list[_Group]:
+    """Returns the row groups of a file.
+
+    Raises:
+        ValueError: the footer contradicts itself, or claims more rows than the file can hold.
+    """
+    with _naming(path):
+        groups = []
+        for number in range(facts.num_row_groups):
+            group = facts.row_group(number)
+            leaves = [group.column(n) for n in range(group.num_columns)]
+            leaves = [leaf for leaf in leaves if leaf.path_in_schema.split(".")[0] == column]
+            nulls = [leaf.statistics.null_count or 0 for leaf in leaves
+                     if leaf.path_in_schema in (column, f"{column}.bytes") and leaf.statistics is not None]  # fmt: skip
+            empty = min(max(0, *nulls, 0), group.num_rows)
+            groups.append(_Group(number, group.num_rows, sum(leaf.total_uncompressed_size for leaf in leaves), empty))
+        count, size = sum(group.rows for group in groups), path.stat().st_size
+        if count != facts.num_rows or count > MAX_ROWS_A_BYTE * size or any(group.rows < 0 for group in groups):
+            raise ValueError(f"says that it has {facts.num_rows:,} rows, {count:,} in its groups, in {size:,} bytes")
+        return groups
+
+
+def _refuse_what_aborts(paths: Sequence[Path], metadata: Sequence[Any], column: str) -> None:
+    """Looks at the footers in a process of its own first, as pyarrow ends the process over some damage.
+
+    Raises:
+        ValueError: a footer that ended the process.
+    """
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads; the child takes no lock and never returns
+        child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            signal.alarm(SECONDS_FOR_FOOTERS)
+            for path, facts in zip(paths, metadata, strict=True):
+                os.write(writer, b".")
+                with contextlib.suppress(ValueError):
+                    _groups(path, facts, column)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with open(reader, "rb") as begun:
+        count = len(begun.read())
+    if os.waitpid(child, 0)[1] != 0:
+        raise ValueError(f"{paths[max(0, count - 1)].name}: its footer is damaged")
+
+
+def _stock_of(metadata: Sequence[Any], groups: Sequence[_Group], column: str, label_problem: str) -> Stock:
     """Returns which rows and columns are used.
 
     Args:
         metadata: the footers.
-        groups: the footers of all row groups.
+        groups: all row groups.
         column: the one with the images.
         label_problem: why the column of labels is not used; empty if it is, or if there is none.
     """
-    rows, empty = sum(group.num_rows for group in groups), sum(_rows_without(group, column) for group in groups)
+    rows, empty = sum(group.rows for group in groups), sum(group.empty for group in groups)
     names = list(dict.fromkeys(name for facts in metadata for name in facts.schema.to_arrow_schema().names))
     label = next((name for name in LABEL_COLUMNS if name in names), None)
     others = [name for name in names if name not in (column, label)]
@@ -250,24 +311,6 @@ def _image_column(path: Path, schema: Any) -> str:
         return (named or usable)[0]
     several = f"several of bytes ({', '.join(usable)})" if usable else f"none of bytes among {', '.join(schema.names)}"
     raise UserError(f"{path}: no column of images, {several}; call it `image`")
-
-
-def _leaves(group: Any, column: str) -> list[Any]:
-    """Returns the footers of a column of a row group, one for each field of a struct."""
-    leaves = (group.column(number) for number in range(group.num_columns))
-    return [leaf for leaf in leaves if leaf.path_in_schema.split(".")[0] == column]
-
-
-def _group_bytes(group: Any, column: str) -> int:
-    return sum(leaf.total_uncompressed_size for leaf in _leaves(group, column))
-
-
-def _rows_without(group: Any, column: str) -> int:
-    """Returns how many rows of a row group hold no image, as far as its footer says so."""
-    for leaf in _leaves(group, column):
-        if leaf.path_in_schema in (column, f"{column}.bytes") and leaf.statistics is not None:
-            return min(leaf.statistics.null_count or 0, group.num_rows)
-    return 0
 
 
 def _label_column(metadata: Sequence[Any]) -> tuple[str | None, str]:

@@ -21,7 +21,7 @@ from fastmae.data.plan import Shards, describe_order, holdout
 from fastmae.data.shards import expand_braces, refuse_compressed
 from fastmae.data.stock import EXAMPLES, RUN_LINES, LeftOut, Stock, count_of, joined
 from fastmae.data.suffixes import IMAGE_SUFFIXES, SHARD_SUFFIXES, remedy_for, suffix_of
-from fastmae.errors import SettingError
+from fastmae.errors import SettingError, in_one_line
 from fastmae.facts import DataFacts
 
 
@@ -360,7 +360,7 @@ def _open(data_path: str, split: Split) -> Source | None:
             raise SettingError("data_path", data_path, "a pipe or a device; give a file or a folder")
         return open_folder(path, split) if path.is_dir() else _open_file(path, split)
     except UNREADABLE as error:
-        reason = " ".join(str(error).split())
+        reason = in_one_line(" ".join(str(error).split()), 400)
         raise SettingError("data_path", data_path, f"cannot be read ({reason}); check or replace the file") from error
 
 

@@ -35,7 +35,7 @@ from fastmae.data.index import (
 from fastmae.data.openfile import OpenFile
 from fastmae.data.plan import Shards
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of, joined
-from fastmae.data.suffixes import IMAGE_SUFFIXES
+from fastmae.data.suffixes import IMAGE_SUFFIXES, suffix_of, why_not
 from fastmae.errors import SettingError, UserError
 
 BLOCK = 512
@@ -63,7 +63,6 @@ NO_FILES = {
     "device": "neither files nor folders",
 }
 MAX_REASONS = 20
-MAX_SUFFIX = 16
 MAX_STOCK = 1 << 20
 # The shuffle window of a source of shards: at least so many shards and so many samples.
 WINDOW_SHARDS = 64
@@ -492,12 +491,14 @@ def _count_label(member: _Member, read: Callable[[int, int], bytes], inside: _In
 
 def _why_unused(name: str) -> str:
     """Says why a member with a suffix is neither an image nor a label."""
-    suffix = _suffix(name)
+    suffix = suffix_of(name)
     if suffix in IMAGE_SUFFIXES:
         return SECOND_IMAGE
     if suffix == ".tar" or name.lower().endswith(tuple(COMPRESSED_SUFFIXES)):
         return TAR_OF_TARS
-    return f"{suffix[:MAX_SUFFIX]} is neither an image that is read nor a label (.cls)" if suffix else NO_SUFFIX
+    if suffix in (".npy", ".npz", ".bin", ".parquet"):  # beside images a path of their own would be the remedy
+        return f"{suffix}, no image"
+    return why_not(suffix) if suffix else NO_SUFFIX
 
 
 def _members(read: Callable[[int, int], bytes], end: int) -> Iterator[_Member]:

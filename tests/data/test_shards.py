@@ -199,7 +199,7 @@ def test_every_member_is_used_or_left_out_for_a_reason(tmp_path):
     members = [
         ("a/1.jpg", b"x"), ("a/1.json", b"{}"), ("a/1.mask.png", b"x"), ("a/1.png", b"x"), ("a/2.txt", b"x"),
         ("__MACOSX/a/._1.jpg", b"x"), ("README", b"x"), ("b.tar", b"x"), ("b.tar.gz", b"x"), ("3.cls", b"3"),
-        ("a/4.heic", b"x"), ("a/5.jpg", b"x"), ("a/1.jpg", b"x"), ("c/6.webp", b"x"), ("c/6.cls", b"cat"),
+        ("a/4.dng", b"x"), ("a/5.jpg", b"x"), ("a/1.jpg", b"x"), ("c/6.webp", b"x"), ("c/6.cls", b"cat"),
     ]  # fmt: skip
     path = write_tar(tmp_path / "x.tar", members)
     with tarfile.open(path, "a") as archive:
@@ -220,7 +220,7 @@ def test_every_member_is_used_or_left_out_for_a_reason(tmp_path):
     assert found[shards.NO_IMAGE] == (1, ("3.cls",))
     assert found[shards.NO_INTEGER] == (1, ("c/6.cls",))
     assert found[shards.NO_FILES["link"]][0] == found[shards.NO_FILES["device"]][0] == 2
-    assert found[".heic is neither an image that is read nor a label (.cls)"] == (1, ("a/4.heic",))
+    assert found[".dng, which Pillow does not decode; convert it to PNG, TIFF or JPEG"] == (1, ("a/4.dng",))
     assert source.stock.notes == ("1 image with the name of an earlier one, both used (a/1.jpg)",)
     assert "2 members left out: a tar of tars: unpack it" in "\n".join(describe(source).stock)
 
@@ -270,13 +270,13 @@ def test_labels_that_some_images_lack_are_counted_over_all_shards(tmp_path):
     assert source.labels is None
     assert source.stock.used == {"files": 2, "images": 6, "members": 6}
     assert left_out(source) == {
-        ".json is neither an image that is read nor a label (.cls)": (2, ("a.json", "b.json")),
+        ".json, no image": (2, ("a.json", "b.json")),
         "labels, as 1 of 6 images have none; give each its .cls to use them": (5, ("without: lost.jpg",)),
     }
 
 
 def test_reasons_stay_few_whatever_suffixes_there_are(tmp_path):
-    members = [("1.jpg", b"x"), *((f"x.{n}", b"") for n in range(100))]
+    members = [("1.jpg", b"x"), *((f"x.s{n}", b"") for n in range(100))]
     source = open_train(str(write_tar(tmp_path / "x.tar", members)))
     assert source.stock.total("members") == 101
     assert len(source.stock.left_out) == shards.MAX_REASONS + 1

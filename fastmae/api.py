@@ -59,7 +59,7 @@ class Run:
         path = self.folder / "metrics.jsonl"
         rows, damaged = read_rows(path)
         if damaged:
-            logger.warning("%s: %d damaged lines were passed over", path, damaged)
+            logger.warning("%s: %d of its lines are damaged and passed over", path, damaged)
         return rows
 
 

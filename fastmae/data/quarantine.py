@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastmae.data.sample import Skipped
+from fastmae.data.stock import count_of
 from fastmae.errors import SettingError
 from fastmae.files import JsonLines, read_rows
 from fastmae.messages import logger
@@ -74,5 +75,6 @@ def _listed(path: Path) -> set[int]:
     indices = {row["index"] for row in rows if isinstance(row.get("index"), int)}
     damaged += sum(not isinstance(row.get("index"), int) for row in rows)
     if damaged:
-        logger.warning("%s: %d damaged lines were passed over; their images are listed again", path, damaged)
+        text = "%s: %s passed over; what they list is listed again"
+        logger.warning(text, path, count_of(damaged, "damaged lines"))
     return indices

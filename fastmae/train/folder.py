@@ -24,23 +24,22 @@ from fastmae.train.schedule import Steps
 
 AUTO, ANEW = "auto", "anew"
 """What --resume takes beside paths."""
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+"""Variables that are not 0 where torchrun or SLURM repeats a command: then a run goes on instead of beginning anew."""
 EARLIER = "earlier"
 ROOM = 3
 """So many checkpoints should fit on the disk: two that are kept and one that is being written."""
-OFFICIAL = re.compile(r"checkpoint-(\d+)(-ema)?\.(pth|safetensors)", re.ASCII)
 
-# The files by which a run is known, and what else a run writes into its folder.
-_RECORDS = re.compile(
-    r"(metrics\.jsonl|log\.txt|probe\.json|rollbacks\.json|detours\.json|saved\.json|quarantine(-\d+)?\.jsonl)",
-    re.ASCII,
-)
+# The files by which a run is known, those that it appends to, and what else it writes into its folder.
+_N = "(?:0|[1-9][0-9]*)"
+OFFICIAL = re.compile(rf"checkpoint-({_N})(-ema)?\.(pth|safetensors)")
+_RECORDS = re.compile(rf"metrics\.jsonl|log\.txt|(probe|rollbacks|detours|saved)\.json|quarantine(-{_N})?\.jsonl")
+_APPENDED = re.compile(rf"(metrics|quarantine(-{_N})?|environment)\.jsonl|log\.txt")
 _OTHERS = re.compile(
-    r"(config\.(json|yaml)|environment\.jsonl|hang-\d+\.txt|"
-    r"superseded-(metrics|log|probe|checkpoint-\d+(-ema)?)(-\d+)?\.(jsonl|txt|json|pth|safetensors))",
-    re.ASCII,
+    rf"config\.(json|yaml)|environment\.jsonl|hang-{_N}\.txt|"
+    rf"superseded-(metrics|log|probe|checkpoint-{_N}(-ema)?)(-{_N})?\.(jsonl|txt|json|pth|safetensors)"
 )
 _FOLDERS = (FOLDER, "reconstructions", "profile")
-_APPENDED = re.compile(r"(metrics|quarantine(-\d+)?|environment)\.jsonl|log\.txt", re.ASCII)
 
 
 # --- what an earlier run left -----------------------------------------------------------------------------------------
@@ -70,6 +69,8 @@ def look_back(folder: Path, resume: str, steps: Steps, fresh_step: int, *, takes
     except BadCheckpointError as error:
         raise UserError(f"{folder}: {error}; mend its permissions, then run the command again") from error
     records = [name for name in names if _RECORDS.fullmatch(name) or OFFICIAL.fullmatch(name)]
+    if resume == ANEW and any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS):
+        resume = AUTO
     if resume == ANEW:
         _set_aside(folder, [*records, *(name for name in names if _OTHERS.fullmatch(name) or name in _FOLDERS)])
         return ""

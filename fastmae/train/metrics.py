@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastmae.checkpoint.manifest import SUPERSEDED
 from fastmae.data.loader import LoadingStats
+from fastmae.data.stock import count_of
 from fastmae.errors import UserError
 from fastmae.files import JsonLines, fsync_file, json_lines, write_whole
 from fastmae.messages import logger
@@ -374,11 +375,7 @@ def _take_up(
             file.flush()
             os.fsync(file.fileno())
         write_whole(path, lambda file: file.writelines(line.rstrip(b"\n") + b"\n" for line in kept))
-        counts = [f"{_lines(len(later))} {after}"] if later else []
-        counts += [f"{_lines(len(damaged), 'damaged ')}"] if damaged else []
+        counts = [f"{count_of(len(later), 'lines')} {after}"] if later else []
+        counts += [count_of(len(damaged), "damaged lines")] if damaged else []
         say(f"set aside       {' and '.join(counts)} of {path.name}, in {aside.name}")
     return rows
-
-
-def _lines(count: int, kind: str = "") -> str:
-    return f"{count} {kind}line{'s' if count != 1 else ''}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastmae.checkpoint.manifest import newest_first, set_aside_newer
+from fastmae.checkpoint.manifest import BadCheckpointError, newest_first, set_aside_newer
 from fastmae.checkpoint.official import write_training_file, write_weights_file
 from fastmae.checkpoint.restore import Restored, on_main
 from fastmae.checkpoint.save import Saver
@@ -405,7 +405,10 @@ def say_results(run: Run, lines: Sequence[str] = (), files: Mapping[str, Path] =
         for line in lines:
             run.say(line)
         official = official_path(run.folder, run.config.epochs - 1)
-        newest = official if official.exists() else next(iter(newest_first(run.folder)), official)
+        newest = official
+        if not official.exists():
+            with suppress(BadCheckpointError):
+                newest = next(iter(newest_first(run.folder)), official)
         for name, path in {**files, "checkpoint": newest}.items():
             if path.exists():
                 run.say(f"{name:15} {path}")

@@ -26,7 +26,7 @@ from fastmae.files import read_rows
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.train import folder as folders
 from fastmae.train import lock as locks
-from fastmae.train.folder import look_back, take_up_probes
+from fastmae.train.folder import look_back, set_aside_official, take_up_probes
 from fastmae.train.lock import owned
 from fastmae.train.metrics import StepLog
 from fastmae.train.pretrain import pretrain
@@ -264,6 +264,33 @@ def test_anew_moves_all_of_the_run_and_nothing_else_into_a_folder_with_a_number(
     assert everything(run / "earlier-2") == {name: data for name, data in earlier.items() if name != "run.lock"}
     assert (run / "mine.txt").read_text() == (run / "checkpoint-best.pth").read_text() == "mine"
     assert_same_run(run, finished)
+
+
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_anew_begins_anew_once_and_goes_on_when_the_command_is_repeated_for_it(run, monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    before = everything(run)
+    assert look_back(run, "anew", Steps(9, 27, 4), 0, takes_files=True) == "auto"
+    monkeypatch.setenv(variable, "0")
+    assert everything(run) == before
+    assert look_back(run, "anew", Steps(9, 27, 4), 0, takes_files=True) == ""
+    assert sorted(os.listdir(run)) == ["earlier-1", "run.lock"]
+
+
+def test_names_that_are_only_alike_are_not_of_a_run(tmp_path):
+    names = (
+        "checkpoint-best.pth", "checkpoint-01.pth", "checkpoint-1.pth.bak", "checkpoint-٣.pth", "checkpoint--1.pth",
+        "metrics.jsonl.old", "my-log.txt", "log.txt~", "quarantine-x.jsonl", "hang-.txt", "superseded-mine.txt",
+        f"checkpoint-{'9' * 200}x.pth", "Saved.json", "earlier-mine",
+    )  # fmt: skip
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-100").mkdir()
+    for resume in ("", "auto"):
+        assert look_back(tmp_path, resume, Steps(9, 27, 4), 0, takes_files=True) == resume
+    assert set_aside_official(tmp_path, 0) == []
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "checkpoints"}
 
 
 def test_going_back_on_purpose_keeps_lines_and_official_files_of_the_later_course(run, again, finished, capsys):

@@ -7,6 +7,7 @@ data or of the optimiser.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 
@@ -188,6 +189,16 @@ def classifier_of(
             own[name].copy_(weights[name])
         model.pos_embed.copy_(resized_positions(mae.pos_embed, mae.grid_size, model.grid_size))
     return model
+
+
+def take_pooled_norm(mae: MaskedAutoencoderViT, *, has_norm: bool) -> None:
+    """Turns the encoder of ``mae`` in place into that of a classifier: its ``fc_norm`` comes after the mean of tokens.
+
+    ``has_norm`` says whether the tokens are normalised as well; otherwise ``norm`` leaves them as they are.
+    """
+    mae.fc_norm = copy.deepcopy(mae.norm)
+    if not has_norm:
+        mae.norm = nn.Identity()
 
 
 def resized_positions(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:

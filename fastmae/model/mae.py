@@ -7,6 +7,7 @@ encoder and another decoder, overrides the methods of the decoder.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -21,6 +22,9 @@ from fastmae.ops.masked_mse import masked_mse
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+OFFICIAL_STEPS = ("forward", "forward_encoder", "forward_decoder", "forward_loss", "patchify")
+"""The methods of the official model that compute the loss, and that a subclass may override."""
 
 Size = int | tuple[int, int]
 DecoderAttention = Literal["self", "cross"]
@@ -91,6 +95,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.grid_size)[None], requires_grad=False)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_layer) for _ in range(depth))
         self.norm = norm_layer(embed_dim)
+        self.fc_norm: nn.Module | None = None  # of a classifier's encoder: the norm after the mean of the patch tokens
 
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(
@@ -104,9 +109,12 @@ class MaskedAutoencoderViT(nn.Module):
         self._other_sizes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._register_statistics(mean, std)
         self._initialise()
+        self.find_overrides()
 
     decoder_attention: DecoderAttention = "self"
     autocast_residual = False
+    overridden: tuple[str, ...] = ()
+    """Which of ``OFFICIAL_STEPS`` are not this class's own; ``training_loss`` then goes by the official steps."""
     mean: torch.Tensor
     std: torch.Tensor
     _zeros: torch.Tensor
@@ -145,6 +153,19 @@ class MaskedAutoencoderViT(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in OFFICIAL_STEPS:
+            self.find_overrides()
+
+    def find_overrides(self) -> None:
+        """Finds the official steps that a subclass, or somebody who set a method, has replaced."""
+        self.overridden = tuple(
+            name
+            for name, own in _OWN_STEPS.items()
+            if getattr(type(self), name) is not own or (name in self.__dict__ and name != "forward")
+        )
 
     # --- pixels -----------------------------------------------------------------------------------------------------
 
@@ -195,6 +216,19 @@ class MaskedAutoencoderViT(nn.Module):
             grid, widths = self.grid_of(size), (self.pos_embed.shape[2], self.decoder_pos_embed.shape[2])
             encoder, decoder = (sincos_positions(width, grid, self.grid_size)[None].to(device) for width in widths)
             self._other_sizes[size] = encoder, decoder
+
+    def set_positions(self, size: tuple[int, int], pos_embed: torch.Tensor, decoder_pos_embed: torch.Tensor) -> None:
+        """Makes this a model of images of another (height, width), with the positions [1, 1+L, width] of their patches.
+
+        Raises:
+            ValueError: the image is not a multiple of the patch.
+        """
+        self.img_size, self.grid_size = size, patch_grid(size, self.patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        for name, table in (("pos_embed", pos_embed), ("decoder_pos_embed", decoder_pos_embed)):
+            old = getattr(self, name)
+            setattr(self, name, nn.Parameter(table.to(old), requires_grad=old.requires_grad))
+        self._other_sizes.clear()
 
     def _positions(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the positions of encoder and decoder, [1, 1+L, width] each, for images of an allowed size."""
@@ -302,7 +336,14 @@ class MaskedAutoencoderViT(nn.Module):
     ) -> torch.Tensor:
         """Returns predictions [N, L+1−start, P] of the shuffled tokens from ``start`` on (0 is the class token)."""
         x = self.decoder_embed(latent)
-        x = self._residual(assemble_tokens(x, self.mask_token[0, 0], pos_embed[0], ids_shuffle))
+        if pos_embed.requires_grad:  # assemble_tokens takes positions for constants
+            positions = torch.cat(
+                [pos_embed[:, :1].expand(len(x), -1, -1), pos_embed[0, 1:][ids_shuffle.long()]], dim=1
+            )
+            x = assemble_tokens(x, self.mask_token[0, 0], torch.zeros_like(pos_embed[0]), ids_shuffle) + positions
+        else:
+            x = assemble_tokens(x, self.mask_token[0, 0], pos_embed[0], ids_shuffle)
+        x = self._residual(x)
         for block in self.decoder_blocks[:-1]:
             x = block(x)
         x = self.decoder_blocks[-1](x, start)
@@ -318,12 +359,40 @@ class MaskedAutoencoderViT(nn.Module):
         Returns:
             loss, a scalar: the mean over masked pixels; pred [N, L, P] for every patch; mask [N, L], 1 where masked.
         """
-        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, ids_shuffle=ids_shuffle)
+        imgs = self._normalised(imgs) if self.overridden else imgs
+        given = {} if ids_shuffle is None else {"ids_shuffle": ids_shuffle}
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **given)
         pred = self.forward_decoder(latent, ids_restore)
+        if self.overridden:
+            return self.forward_loss(imgs, pred, mask), pred, mask
         ids_masked = ids_restore.argsort(dim=1)[:, self.num_visible(mask_ratio) :]
         masked = pred.gather(1, ids_masked[:, :, None].expand(-1, -1, pred.shape[2]))
         pixels, mean, std = self._pixels(imgs)
         return masked_mse(masked, pixels, ids_masked, self.patch_size, mean, std, self.norm_pix_loss), pred, mask
+
+    def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Computes the official loss: the mean over masked patches of the squared error of their pixels.
+
+        ``forward`` and ``training_loss`` compute the same in another way, and call this only where a step of the
+        official model is overridden. A subclass can override it.
+
+        Args:
+            imgs: float [N, C, H, W], normalised, or uint8 [N, H, W, C].
+            pred: [N, L, P], in image order.
+            mask: [N, L], 1 at masked patches.
+        """
+        target = self.patchify(self._normalised(imgs))
+        if self.norm_pix_loss:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        loss = (pred - target).square().mean(dim=-1)
+        return (loss * mask).sum() / mask.sum()
+
+    def _normalised(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns images of either form as float [N, C, H, W], normalised."""
+        if images.dtype != torch.uint8:
+            return images
+        return ((images.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
 
     def training_loss(
         self,
@@ -335,7 +404,8 @@ class MaskedAutoencoderViT(nn.Module):
         """Computes the loss of ``forward`` without the work that the loss does not need.
 
         Only visible patches are embedded, the decoder keeps the shuffled order, and its last block, norm and head run
-        on the masked tokens alone. Loss and gradients are those of ``forward`` up to rounding.
+        on the masked tokens alone. Loss and gradients are those of ``forward`` up to rounding. Where one of
+        ``OFFICIAL_STEPS`` is overridden or the model has hooks, this calls the model itself, which takes longer.
 
         Args:
             images: uint8 [N, H, W, C], or float [N, C, H, W], normalised.
@@ -344,6 +414,8 @@ class MaskedAutoencoderViT(nn.Module):
             predict_ratio: for CrossMAE alone: the loss is that of the first int(L · ``predict_ratio``) masked patches,
                 which random ids list in random order. None means all of them.
         """
+        if self.overridden or self._forward_hooks or self._forward_pre_hooks:
+            return self._official_loss(images, ids_shuffle, mask_ratio, predict_ratio)
         L = ids_shuffle.shape[1]
         K = self.num_visible(mask_ratio, L)
         ids_shuffle = ids_shuffle[:, : K + self.num_predicted(mask_ratio, predict_ratio, L)]
@@ -351,3 +423,26 @@ class MaskedAutoencoderViT(nn.Module):
         pred = self._decode(latent, self._positions(images)[1], ids_shuffle, start=K + 1)
         pixels, mean, std = self._pixels(images)
         return masked_mse(pred, pixels, ids_shuffle[:, K:], self.patch_size, mean, std, self.norm_pix_loss)
+
+    def _official_loss(
+        self, images: torch.Tensor, ids_shuffle: torch.Tensor, mask_ratio: float, predict_ratio: float | None
+    ) -> torch.Tensor:
+        """Computes the training loss by a call of the model, so that overridden steps and hooks have their effect.
+
+        Raises:
+            TypeError: an overridden step does not take the masks that training draws.
+            ValueError: a share of the masked patches, or images of another size, which the official steps do not know.
+        """
+        names = ", ".join(self.overridden) or "the model with its hooks"
+        for name in ("forward", "forward_encoder"):
+            if name in self.overridden and "ids_shuffle" not in inspect.signature(getattr(self, name)).parameters:
+                problem = "must take the argument ids_shuffle, the order of the patches of each image"
+                raise TypeError(f"{type(self).__name__}.{name} {problem}; training draws the masks itself")
+        if predict_ratio is not None:
+            raise ValueError(f"{names} predicts all masked patches, so that it takes no predict_ratio")
+        if self._size_of(images) != self.img_size:
+            raise ValueError(f"{names} takes images of {self.img_size} pixels only, got {self._size_of(images)}")
+        return self(self._normalised(images), mask_ratio, ids_shuffle=ids_shuffle)[0]
+
+
+_OWN_STEPS = {name: getattr(MaskedAutoencoderViT, name) for name in OFFICIAL_STEPS}

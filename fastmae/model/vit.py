@@ -68,15 +68,28 @@ def sincos_positions(dim: int, grid_size: tuple[int, int], full_grid: tuple[int,
     return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table]).float()
 
 
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer is one of its kind and no more, so that its weights can be used without calling it.
+
+    It is not if it is wrapped (adapters), parametrised, or somebody has put hooks on it.
+    """
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is kind and not hooks
+
+
 class PatchEmbed(nn.Module):
     """A linear map from a patch's P numbers to D. Its weight has the official shape, [D, C, ph, pw]."""
 
     def __init__(self, patch_size: tuple[int, int], in_chans: int, embed_dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.patch_shape = (*patch_size, in_chans)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Maps patches [N, K, P] in (row, column, channel) order to tokens [N, K, D]."""
+        if not is_plain(self.proj, nn.Conv2d):
+            images = patches.flatten(0, 1).unflatten(1, self.patch_shape).permute(0, 3, 1, 2)
+            return self.proj(images).flatten(1).unflatten(0, patches.shape[:2])
         weight = self.proj.weight
         # For one channel permuting would move nothing, and give the gradient strides that DDP warns about.
         rows = weight.flatten(1) if weight.shape[1] == 1 else weight.permute(0, 2, 3, 1).flatten(1)
@@ -100,8 +113,8 @@ class Attention(nn.Module):
         Keys and values come from every token; the queries before ``start`` are never computed.
         """
         N, S, D = x.shape
-        if start == 0:
-            out = attention(self.qkv(x).view(N, S, 3, self.num_heads, -1))
+        if start == 0 or not is_plain(self.qkv, Linear):
+            out = attention(self.qkv(x).view(N, S, 3, self.num_heads, -1))[:, start:]
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
             queries = linear(x[:, start:], weight[:D], bias[:D]).view(N, S - start, self.num_heads, -1)

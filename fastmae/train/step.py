@@ -34,6 +34,7 @@ class TrainingLoss(nn.Module):
         super().__init__()
         self.model = model
         self.mask_ratio, self.predict_ratio = mask_ratio, predict_ratio
+        model.find_overrides()  # methods of the class itself may have been replaced since the model was made
 
     def forward(self, images: torch.Tensor, ids_shuffle: torch.Tensor) -> torch.Tensor:
         return self.model.training_loss(images, ids_shuffle, self.mask_ratio, self.predict_ratio)

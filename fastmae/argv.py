@@ -122,7 +122,10 @@ def normalise(words: Sequence[str], flags: Sequence[Flag], command: str) -> tupl
         else:
             checked = [_checked(flag, one, value) for value in values]
             normal += [f"--{name}={checked[0]}"] if len(checked) == 1 else [f"--{name}", *checked]
-    _check_positionals(positionals, [flag for flag in flags if flag.metavar])
+    arguments = [flag for flag in flags if flag.metavar]
+    positionals, rest_words = _take_rest(positionals, len(arguments), by_name, seen)
+    normal += rest_words
+    _check_positionals(positionals, arguments)
     for name, flag in by_name.items():
         if flag.default is REQUIRED and name not in seen:
             raise UserError(f"--{name}: must be given")
@@ -203,6 +206,18 @@ def _checked(flag: Flag, given: Given, value: str) -> str:
     if flag.kind is int and not re.fullmatch(r"[-+]?\d[\d_]*", value):
         raise UserError(f"{given.spelling} {value}: must be a whole number")
     return value
+
+
+def _take_rest(words: list[str], count: int, by_name: dict[str, Flag], seen: set[str]) -> tuple[list[str], list[str]]:
+    """Returns the words of the ``count`` positional arguments, and those behind them as values of the flag for them."""
+    flag = next((flag for flag in by_name.values() if flag.rest), None)
+    behind = [] if flag is None else words[count:]
+    if flag is None or not behind or any(word.startswith("-") for word in behind):
+        return words, []
+    name = flag.rest_otherwise if flag.name in seen and flag.rest_otherwise else flag.name
+    if name in seen:
+        raise UserError(f"{behind[0]}: one argument too many; {flag.rest} is given by --{name} already")
+    return words[:count], [f"--{name}={behind[0]}"] if len(behind) == 1 else [f"--{name}", *behind]
 
 
 def _check_positionals(words: Sequence[str], flags: Sequence[Flag]) -> None:

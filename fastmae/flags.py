@@ -40,6 +40,10 @@ class Flag:
     """What the setting is, in one line."""
     metavar: str | None = None
     """The name of a positional argument; None for a flag."""
+    rest: str | None = None
+    """What stands for the words behind the positional arguments, if they are values of this flag."""
+    rest_otherwise: str = ""
+    """The setting that these words are for if this flag is given by its name as well."""
 
 
 @functools.cache
@@ -64,6 +68,8 @@ def flags_of(config: type) -> tuple[Flag, ...]:
                 default=field.default,
                 text=" ".join(str(text or texts.get(field.name, "")).split()),
                 metavar=(metavar or field.name.upper()) if is_positional else None,
+                rest=next((extra.shown for extra in extras if hasattr(extra, "otherwise")), None),
+                rest_otherwise=next((extra.otherwise for extra in extras if hasattr(extra, "otherwise")), ""),
                 **_values(annotation),
             )
         )

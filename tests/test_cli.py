@@ -149,7 +149,6 @@ WRONG = {
     "a file for a command without": (["probe", "{run}", "--config", "a.yaml"], "--config: no such flag"),
     "a negative number": (["pretrain", "--lr", "-1"], "--lr -1.0: must be a positive number"),
     "missing flag": (["export", "{run}"], "--to: must be given"),
-    "missing data": (["features", "{run}", "--output", "{tmp}/a.npz"], "DATA: must name at least one"),
     "a value like a flag": (["pretrain", "--device", "-x"], "--device -x"),
     "not a number": (["pretrain", "--lr", "fast"], "--lr"),
     "missing positional": (["probe"], "CHECKPOINT"),
@@ -287,6 +286,10 @@ OLD = {
     "pretrain --decoder=pool": "pretrain --image-decoder threads",
     "bench step --peers published timm": "bench step --baselines official timm",
     "bench all --output x --peers": "bench all --output x --baselines",
+    "search RUN one.jpg two.jpg --data_path photos": "search RUN photos --queries one.jpg two.jpg",
+    "probe RUN --data_path photos more": "probe RUN photos more",
+    "reconstruct RUN --images one.jpg": "reconstruct RUN one.jpg",
+    "anomaly --k 2 RUN --data_path photos": "anomaly RUN photos --k 2",
     "bench loader --decoders pool": "bench loader --image_decoders threads",
     "bench end-to-end --decoder pool": "bench end-to-end --image_decoder threads",
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +53,7 @@ _OF_VERSION_5 = {
 _IN_VERSION_5 = {old: new for new, old in _OF_VERSION_5.items()}
 _BLOCK = re.compile(rf"({'|'.join(map(re.escape, _STACKS.values()))})\.(\d+)\.(.+)\.(\w+)")
 # What stands on an encoder for another purpose; it is left out, and that is said.
-_HEADS = ("vit.pooler.", "pooler.", "classifier.")
-
-
-def is_huggingface(names: Iterable[str]) -> bool:
-    """Whether tensors have transformers' names."""
-    return any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in names)
+_HEADS = ("vit.pooler.", "pooler.")
 
 
 def weights_file(folder: Path) -> Path | None:

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
+from fastmae.checkpoint.contents import Kind, described
 from fastmae.checkpoint.manifest import LOOKS, MANIFEST, BadCheckpointError, find_checkpoint, read_manifest
-from fastmae.checkpoint.official import holds_file, model_of_file, read_official, report_remarks, spec_of_file
+from fastmae.checkpoint.official import (
+    OfficialFile,
+    check_channels,
+    holds_file,
+    model_of_file,
+    read_official,
+    report,
+    report_remarks,
+    spec_of_file,
+)
+from fastmae.checkpoint.positions import for_grid, read_table
 from fastmae.checkpoint.restore import load_checkpoint
 from fastmae.config.model import ModelSpec
+from fastmae.config.shared import ReadingConfig
 from fastmae.errors import SettingError, UserError
 from fastmae.model.build import build_model
-from fastmae.model.classifier import Classifier, classifier_of, tune
+from fastmae.model.classifier import Classifier, classifier_of, merge_lora, tune
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.presets import PRESETS
+from fastmae.model.vit import patch_grid
 
-M = TypeVar("M", MaskedAutoencoderViT, Classifier)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,40 +46,115 @@ class Opened:
     """The settings of the run, as far as they are known; ``model``, ``input_size`` and ``in_chans`` always are."""
     has_decoder: bool
     """Whether the decoder was in the checkpoint; otherwise it is a fresh one."""
+    kind: Kind = "autoencoder"
+    head: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    """Of a classifier: ``head.weight`` [classes, D] and ``head.bias``."""
+
+    @property
+    def what(self) -> str:
+        """What the checkpoint holds, in words."""
+        weights = self.model.state_dict()
+        encoder = {name: tensor for name, tensor in weights.items() if not name.startswith("decoder_")}
+        return described(weights if self.has_decoder else encoder, self.head)
 
 
 def load_model(
-    checkpoint: str | Path, model: str | None = None, *, needs_decoder: bool = False
+    checkpoint: str | Path,
+    model: str | None = None,
+    *,
+    needs_decoder: bool = False,
+    input_size: int | Sequence[int] | None = None,
+    norm_pix_loss: bool | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
 ) -> MaskedAutoencoderViT:
     """Returns the model of a checkpoint, on the CPU, in evaluation mode.
+
+    What a file does not say is taken from its tensors, or by default with a warning. Of a fine-tuned classifier the
+    model is the encoder, without the head.
 
     Args:
         checkpoint: a run folder (its newest intact checkpoint counts), a ``step-NNNNNNNN`` folder, a .pth, a
             .safetensors, or a folder of transformers.
         model: the preset, for a file that does not name its own.
         needs_decoder: whether a file with the encoder alone is refused.
+        input_size: side of the images in pixels, or (height, width). For another size than the checkpoint's, positions
+            are computed or interpolated.
+        norm_pix_loss: whether the decoder predicts normalised pixels.
+        mean, std: what uint8 images are normalised by: one number per channel, in units of [0, 1].
 
     Raises:
         UserError: nothing there, not intact, or not a masked autoencoder.
     """
-    opened = open_checkpoint(checkpoint, model)
+    settings: dict[str, Any] = dict(input_size=input_size, norm_pix_loss=norm_pix_loss, mean=mean, std=std)
+    opened = open_checkpoint(checkpoint, ReadingConfig(model=model, **settings))
     if needs_decoder and not opened.has_decoder:
-        raise UserError(f"{checkpoint}: holds the encoder alone; reconstruction needs a file with its decoder")
+        raise UserError(lacks_decoder(checkpoint, opened))
     return opened.model
 
 
-def open_checkpoint(checkpoint: str | Path, preset: str | None = None) -> Opened:
-    """Opens a checkpoint as ``load_model`` does, and returns what else it says."""
-    path = Path(checkpoint)
+def lacks_decoder(checkpoint: str | Path, opened: Opened) -> str:
+    """Says why a checkpoint without a decoder cannot reconstruct."""
+    held = "is" if opened.kind == "classifier" else "holds the encoder alone:"
+    return f"{checkpoint}: {held} {opened.what}; reconstruction needs a file with its decoder"
+
+
+def open_checkpoint(checkpoint: str | Path, given: ReadingConfig | None = None, *, resize: bool = True) -> Opened:
+    """Opens a checkpoint as ``load_model`` does, and returns what else it says.
+
+    Args:
+        given: what is known of the checkpoint besides, and the size that is wanted.
+        resize: make the model one of the wanted size. Otherwise ``given.input_size`` only tells the grid of positions
+            that do not tell it themselves.
+    """
+    path, given = Path(checkpoint), given or ReadingConfig()
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; give a run folder, one of its checkpoints or an official file")
     if holds_file(path):
         file = read_official(path)
         report_remarks(file)
-        settings = {**file.args, **spec_of_file(file, preset).as_json()}
-        return Opened(model_of_file(file, preset).eval(), settings, file.has_decoder)
-    model, settings = _of_newest(path, _autoencoder)
-    return Opened(model.eval(), settings, True)
+        opened = _opened_file(file, given)
+    else:
+        opened = _of_newest(path, lambda found, manifest: _opened_run(found, manifest, given))
+    if resize and given.input_size is not None:
+        _resize(path, opened, (given.input_size[0], given.input_size[-1]))
+    opened.model.eval()
+    return opened
+
+
+def own_data(checkpoint: str | Path, settings: dict[str, Any], name: str = "data_path") -> str | tuple[str, ...]:
+    """Returns the data that a model was trained on, where none were given, and says so.
+
+    Args:
+        settings: those of the checkpoint.
+        name: of the setting that was not given.
+
+    Raises:
+        SettingError: the checkpoint does not say its data, or they are gone.
+    """
+    said = settings.get("data_path")
+    paths = [said] if isinstance(said, str) else said
+    if not isinstance(paths, list | tuple) or not paths or not all(isinstance(path, str) for path in paths):
+        raise SettingError(name, problem=f"must be given, as {checkpoint} does not say its data")
+    for path in paths:
+        if path != "digits" and "{" not in path and not Path(path).expanduser().exists():
+            raise SettingError(name, problem=f"must be given, as the data of {checkpoint} are not at {path} any more")
+    report(Path(checkpoint), [f"no data were given; those of its run are taken: {' '.join(paths)}"])
+    return paths[0] if len(paths) == 1 else tuple(paths)
+
+
+def read_settings(checkpoint: str | Path) -> dict[str, Any]:
+    """Returns the settings that a checkpoint says, without a model.
+
+    Raises:
+        UserError: nothing there, or not intact.
+    """
+    path = Path(checkpoint)
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint; give a run folder, one of its checkpoints or an official file")
+    if holds_file(path):
+        return read_official(path).args
+    return _of_newest(path, lambda _, manifest: manifest["settings"])
 
 
 def load_classifier(checkpoint: str | Path) -> Classifier:
@@ -74,43 +166,27 @@ def load_classifier(checkpoint: str | Path) -> Classifier:
     Raises:
         UserError: nothing there, not intact, or not a classifier.
     """
-    return _of_newest(Path(checkpoint), _classifier)[0].eval()
+    return _of_newest(Path(checkpoint), _classifier_of_run).eval()
 
 
-def _autoencoder(path: Path, manifest: dict[str, Any]) -> MaskedAutoencoderViT:
-    if "nb_classes" in manifest["settings"]:
-        raise BadCheckpointError("is of a fine-tuned classifier, not of a masked autoencoder")
-    model = build_model(ModelSpec.from_json(manifest["settings"]))
-    load_checkpoint(path, manifest, model)
-    return model
+# --- run folders ------------------------------------------------------------------------------------------------------
 
 
-def _classifier(path: Path, manifest: dict[str, Any]) -> Classifier:
-    settings = manifest["settings"]
-    if "nb_classes" not in settings:
-        raise BadCheckpointError("is of a masked autoencoder, not of a fine-tuned classifier")
-    encoder = build_model(ModelSpec.from_json(settings))
-    model = classifier_of(encoder, settings["nb_classes"], global_pool=settings["global_pool"])
-    tune(model, settings["tune"], settings["lora_rank"])
-    load_checkpoint(path, manifest, model)
-    return model
-
-
-def _of_newest(path: Path, build: Callable[[Path, dict[str, Any]], M]) -> tuple[M, dict[str, Any]]:
-    """Builds the model of a checkpoint, or of the newest intact one of a run folder. Returns its settings, too.
+def _of_newest(path: Path, build: Callable[[Path, dict[str, Any]], T]) -> T:
+    """Builds something of a checkpoint and its manifest, or of the newest intact checkpoint of a run folder.
 
     Training may go on in the folder and delete a checkpoint while it is read; then the newer one is taken.
 
     Raises:
-        UserError: none is intact, or it is not such a model.
+        UserError: none is intact, or it is not what it must be.
     """
     looks = 0
     while True:
         checkpoint, looks = path, looks + 1
         try:
             checkpoint, manifest = _verified(path)
-            return build(checkpoint, manifest), manifest["settings"]
-        except (BadCheckpointError, KeyError, TypeError, ValueError, SettingError) as error:
+            return build(checkpoint, manifest)
+        except (BadCheckpointError, KeyError, TypeError, ValueError) as error:
             is_deleted = not checkpoint.exists()
             if is_deleted and checkpoint != path and looks < LOOKS:
                 continue
@@ -130,3 +206,83 @@ def _verified(path: Path) -> tuple[Path, dict[str, Any]]:
     if newest.path is None:
         raise BadCheckpointError(f"no intact checkpoint ({'; '.join(newest.refused) or 'none at all'})")
     return newest.path, newest.manifest
+
+
+def _opened_run(path: Path, manifest: dict[str, Any], given: ReadingConfig) -> Opened:
+    """Opens a checkpoint of pretrain or of finetune at its own size; ``given`` overrides how pixels are normalised."""
+    settings = manifest["settings"]
+    if given.model is not None and PRESETS.get(given.model) is not PRESETS.get(settings["model"]):
+        raise SettingError("model", given.model, f"{path} is of {settings['model']}, as its settings say; leave it out")
+    if "nb_classes" in settings:
+        return _opened_file(_file_of_classifier(path, manifest), given)
+    chosen = {name: getattr(given, name) for name in ("norm_pix_loss", "mean", "std")}
+    check_channels(path, settings["in_chans"], given)
+    model = _fresh({**settings, **{name: value for name, value in chosen.items() if value is not None}})
+    load_checkpoint(path, manifest, model)
+    return Opened(model, settings, True)
+
+
+def _fresh(settings: dict[str, Any]) -> MaskedAutoencoderViT:
+    try:
+        return build_model(ModelSpec.from_json(settings))
+    except SettingError as error:
+        raise BadCheckpointError(str(error)) from error
+
+
+def _classifier_of_run(path: Path, manifest: dict[str, Any]) -> Classifier:
+    settings = manifest["settings"]
+    if "nb_classes" not in settings:
+        raise BadCheckpointError("is of a masked autoencoder, not of a fine-tuned classifier")
+    model = classifier_of(_fresh(settings), settings["nb_classes"], global_pool=settings["global_pool"])
+    tune(model, settings["tune"], settings["lora_rank"])
+    load_checkpoint(path, manifest, model)
+    return model
+
+
+def _file_of_classifier(path: Path, manifest: dict[str, Any]) -> OfficialFile:
+    """Returns a fine-tuned run's checkpoint as the official file that the run writes, updates of low rank merged."""
+    weights = merge_lora(dict(_classifier_of_run(path, manifest).state_dict()))
+    return OfficialFile(path, weights, None, None, manifest["settings"], kind="classifier")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _opened_file(file: OfficialFile, given: ReadingConfig) -> Opened:
+    spec, _, notes = spec_of_file(file, given)
+    model = model_of_file(file, given)
+    report(file.path, [*notes, *_unsaid(file, given, model)])
+    return Opened(model, {**file.args, **spec.as_json()}, file.has_decoder, file.kind, file.head)
+
+
+def _unsaid(file: OfficialFile, given: ReadingConfig, model: MaskedAutoencoderViT) -> list[str]:
+    """Says what neither the file nor anybody says about how pixels are prepared and predicted, and what is taken."""
+    names = ["mean", "std", *(["norm_pix_loss"] if file.has_decoder else [])]
+    unsaid = [name for name in names if getattr(given, name) is None and file.args.get(name) is None]
+    if not unsaid:
+        return []
+    taken = {
+        "mean": " ".join(f"{value:.4g}" for value in model.mean.tolist()),
+        "std": " ".join(f"{value:.4g}" for value in model.std.tolist()),
+        "norm_pix_loss": str(model.norm_pix_loss),
+    }
+    values = ", ".join(f"{name} {taken[name]}" for name in unsaid)
+    return [f"does not say {', '.join(unsaid)}; taken: {values}; give what its training had if it was another"]
+
+
+def _resize(path: Path, opened: Opened, size: tuple[int, int]) -> None:
+    """Gives a model positions for images of another size, in place, and says so."""
+    model = opened.model
+    if size == model.img_size:
+        return
+    try:
+        grid = patch_grid(size, model.patch_size)
+    except ValueError as error:
+        raise SettingError("input_size", size, f"{error}; choose another size") from error
+    encoder, decoder = (
+        for_grid(read_table(getattr(model, name).detach(), name, model.grid_size), grid)
+        for name in ("pos_embed", "decoder_pos_embed")
+    )
+    model.set_positions(size, encoder.table, decoder.table)
+    opened.settings["input_size"] = list(size)
+    report(path, encoder.notes)

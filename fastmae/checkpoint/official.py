@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
+import os
 import pickle
+import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -22,15 +23,21 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
-from fastmae.checkpoint.huggingface import from_huggingface, is_huggingface, read_config, weights_file
+from fastmae.checkpoint.contents import Kind, NotMeantError, described, foreign_parts, listed, understand
+from fastmae.checkpoint.huggingface import CONFIG, read_config, weights_file
+from fastmae.checkpoint.positions import Positions, UnknownGridError, made_table, read_table
 from fastmae.config.model import ModelSpec
+from fastmae.config.shared import ReadingConfig
+from fastmae.config.values import given as chosen
 from fastmae.errors import SettingError, UserError
 from fastmae.files import write_whole
 from fastmae.messages import logger
 from fastmae.model.build import build_model
+from fastmae.model.classifier import take_pooled_norm
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.presets import PRESETS
 from fastmae.model.sharding import laid_out_like
+from fastmae.model.vit import patch_grid
 
 # The state of a fresh gradient scaler. bf16 and fp32 need none, but the published loader asks for one.
 _SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
@@ -42,9 +49,6 @@ _PRESET_OF_WIDTH = {
     (1024, 16): "mae_vit_large_patch16",
     (1280, 14): "mae_vit_huge_patch14",
 }
-
-
-SHOWN_KEYS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +64,21 @@ class OfficialFile:
     """Of the encoder and of the decoder, where that is said; the tensors do not tell."""
     remarks: tuple[str, ...] = ()
     """What was left out or taken otherwise than it says, for people."""
+    kind: Kind = "autoencoder"
+
+    @property
+    def head(self) -> dict[str, torch.Tensor]:
+        """Of a classifier: ``head.weight`` [classes, D] and ``head.bias``; they are in ``model`` as well."""
+        return {name: self.model[name] for name in ("head.weight", "head.bias") if self.kind == "classifier"}
 
     @property
     def has_decoder(self) -> bool:
         return "decoder_pred.weight" in self.model
+
+    @property
+    def what(self) -> str:
+        """What the file holds, in words."""
+        return described(self.model, self.head)
 
     @property
     def decoder_attention(self) -> Literal["self", "cross"]:
@@ -126,81 +141,152 @@ def _save(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def holds_file(path: Path) -> bool:
-    """Whether ``read_official`` is for this path: a file, or a folder as transformers writes it."""
+    """Whether ``read_official`` is for this path: a file, or a folder as transformers writes it.
+
+    Raises:
+        UserError: a folder of transformers whose weights are in several files.
+    """
+    pieces = sorted(path.glob("*.index.json")) if (path / CONFIG).is_file() else []
+    if pieces and weights_file(path) is None:
+        raise UserError(
+            f"{path}: is a folder of transformers in pieces ({pieces[0].name}); save it in one, with "
+            "model.save_pretrained(folder, max_shard_size='100GB')"
+        )
     return path.is_file() or weights_file(path) is not None
 
 
 def read_official(path: Path) -> OfficialFile:
     """Reads a training file, or one with the weights alone: a .pth, a .safetensors, or a folder of transformers.
 
+    Names with prefixes and tensors in containers, as trainers of others write them, are read as well.
+
     Raises:
         UserError: not such a file, or one that holds more than data.
     """
     path = weights_file(path) or path
-    file = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
-    for name, tensor in file.model.items():
+    content, said = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickled(path), {})
+    try:
+        found = understand(content)
+    except NotMeantError as error:
+        raise UserError(f"{path}: {error}") from error
+    for name, tensor in {**found.weights, **found.head}.items():
         dense = tensor.layout == torch.strided and tensor.is_floating_point()
         if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             # Such as one number that is repeated a million times: memory would be taken for all of them.
             raise UserError(f"{path}: {name} is no plain tensor of floating numbers; give an intact file")
-    if not is_huggingface(file.model):
-        return file
-    weights, unused = from_huggingface(file.model)
-    settings, heads, remarks = read_config(path.parent)
-    if unused:
-        remarks.append(f"not used, as no masked autoencoder has them: {_listed(unused)}")
-    return OfficialFile(path, weights, None, None, {**settings, **file.args}, heads, tuple(remarks))
+    settings, heads, remarks = read_config(path.parent) if found.is_huggingface else ({}, None, [])
+    return OfficialFile(
+        path,
+        {**found.weights, **found.head},
+        found.optimizer,
+        said.get("epoch", found.epoch),
+        {**settings, **found.args, **said.get("args", {})},
+        heads,
+        (*remarks, *found.notes),
+        found.kind,
+    )
 
 
 def report_remarks(file: OfficialFile) -> None:
     """Reports, once for all ranks, what of a file is not used."""
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
-    for remark in file.remarks:
-        logger.warning("%s: %s", file.path, remark)
+    report(file.path, file.remarks)
 
 
-def _listed(keys: list[str]) -> str:
-    more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
-    return ", ".join(keys[:SHOWN_KEYS]) + more
+def report(path: Path | str, lines: Iterable[str]) -> None:
+    """Reports lines about a checkpoint, once for all ranks."""
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK") or 0)
+    for line in lines if rank == 0 else ():
+        logger.warning("%s: %s", path, line)
 
 
-def _read_pickled(path: Path) -> OfficialFile:
+def _read_pickled(path: Path) -> Any:
+    """Returns what a .pth holds: tensors, numbers, texts, and containers of them, but no other objects."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises pickle, zip, EOF and runtime errors on foreign bytes
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "not a torch file, or one with objects that could run code"
-        else:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a readable checkpoint ({reason}); give an intact .pth or a run folder") from error
-    model = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(model, dict) or not model or not all(isinstance(t, torch.Tensor) for t in model.values()):
-        raise UserError(f"{path}: holds no model; give a file with the keys of the published checkpoints")
-    args = content.get("args")
-    if not isinstance(args, dict):
-        args = vars(args) if isinstance(args, argparse.Namespace) else {}
-    epoch = content.get("epoch")
-    return OfficialFile(path, model, content.get("optimizer"), epoch if isinstance(epoch, int) else None, args)
+        raise UserError(f"{path}: not a readable checkpoint ({_unreadable(path, error)})") from error
 
 
-def _read_safetensors(path: Path) -> OfficialFile:
-    """The library compares all sizes in the header with the file's before a tensor is made."""
+def _unreadable(path: Path, error: Exception) -> str:
+    """Says why torch did not read a file, and what to do."""
+    program = {".onnx": "an ONNX program", ".pt2": "a program of torch.export"}.get(path.suffix)
+    if program is None and "TorchScript" in str(error):
+        program = "a TorchScript program"
+    if program is not None:
+        return f"it is {program}; give the checkpoint that it was exported from"
+    if not isinstance(error, pickle.UnpicklingError):
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"{reason}; give an intact .pth or a run folder"
+    objects = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+    named = f" ({objects[1]})" if objects else ""
+    return (
+        f"not a torch file, or one with objects{named} that could run code; give an intact .pth, or save the tensors "
+        "alone: torch.save(model.state_dict(), …)"
+    )
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Returns the tensors, and what the metadata say: ``args`` and ``epoch``.
+
+    The library compares all sizes in the header with the file's before a tensor is made.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         args = json.loads(metadata.get("settings", "{}"))
-        epoch = int(metadata["epoch"]) if "epoch" in metadata else None
         if not isinstance(args, dict):
             raise ValueError("the settings in its metadata are none")
+        return weights, {"args": args} | ({"epoch": int(metadata["epoch"])} if "epoch" in metadata else {})
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a readable checkpoint ({reason}); give an intact file or a run folder") from error
-    if not weights:
-        raise UserError(f"{path}: holds no model; give a file with the keys of the published checkpoints")
-    return OfficialFile(path, weights, None, epoch, args)
+
+
+# --- a model of a file ------------------------------------------------------------------------------------------------
+
+
+def model_of_file(file: OfficialFile, given: ReadingConfig | None = None) -> MaskedAutoencoderViT:
+    """A model with a file's weights and the size of its positions; what the file does not say is ``given``.
+
+    Raises:
+        UserError: no preset is known to fit.
+    """
+    spec, tables, _ = spec_of_file(file, given)
+    model = build_model(spec)
+    if "fc_norm.weight" in file.model:
+        take_pooled_norm(model, has_norm="norm.weight" in file.model)
+    load_weights(model, dataclasses.replace(file, model={**file.model, **tables}))
+    return model
+
+
+def load_into(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
+    """Copies a file's weights into the model of a run, which has a size and settings of its own.
+
+    Raises:
+        UserError: keys or shapes that do not fit, or positions of another grid.
+    """
+    size, tables, notes = _placed(file, model.patch_size, ReadingConfig(input_size=model.img_size))
+    if size != model.img_size:
+        its, ours = (f"{height}×{width}" for height, width in (size, model.img_size))
+        problem = f"{file.path} is of images of {its} pixels, not {ours}; give --input_size={size[0]} {size[1]}"
+        raise SettingError("resume", str(file.path), problem)
+    load_weights(model, dataclasses.replace(file, model={**file.model, **tables}))
+    own = {"norm_pix_loss": model.norm_pix_loss, "mean": model.mean.tolist(), "std": model.std.tolist()}
+    differing = [
+        f"says {name} {file.args[name]}, and this run has {value}"
+        for name, value in own.items()
+        if name in file.args and not _alike(file.args[name], value)
+    ]
+    report(file.path, [*notes, *differing])
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two values of a setting mean the same, of which one may have been rounded to float32."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(abs(a - b) <= 1e-6 for a, b in zip(one, other, strict=True))
+    return bool(one == other)
 
 
 def load_weights(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
@@ -220,12 +306,17 @@ def load_weights(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
             raise UserError(f"{file.path}: its {whose} has {its!r} heads, not {ours}; name its preset with --model")
     own = model.state_dict()
     wanted = own.keys() if file.has_decoder else {k for k in own if not k.startswith(("decoder_", "mask_token"))}
-    missing, unknown = sorted(wanted - file.model.keys()), sorted(file.model.keys() - own.keys())
+    missing, unknown = sorted(wanted - file.model.keys()), sorted(file.model.keys() - own.keys() - file.head.keys())
     shapes = [k for k in wanted & file.model.keys() if own[k].shape != file.model[k].shape]
     wrong = (("missing", missing), ("unknown", unknown), ("of another shape", sorted(shapes)))
     if any(keys for _, keys in wrong):
-        mismatches = "; ".join(f"{len(keys)} tensors are {what} ({_listed(keys)})" for what, keys in wrong if keys)
-        raise UserError(f"{file.path}: {mismatches}; name its preset with --model")
+        mismatches = "; ".join(f"{len(keys)} tensors are {what} ({listed(keys)})" for what, keys in wrong if keys)
+        foreign = foreign_parts(unknown)
+        remedy = f"a masked autoencoder has no {foreign}" if foreign else "name its preset with --model"
+        raise UserError(f"{file.path}: is {file.what}, but {mismatches}; {remedy}")
+    for key in sorted(wanted):
+        if not bool(file.model[key].isfinite().all()):
+            raise UserError(f"{file.path}: {key} holds numbers that are not finite; give an intact file")
     with torch.no_grad():
         for key in wanted:
             own[key].copy_(laid_out_like(own[key], file.model[key]))
@@ -236,48 +327,113 @@ def _heads(model: MaskedAutoencoderViT) -> tuple[int, int]:
     return widths[0] // model.head_dims[0], widths[1] // model.head_dims[1]
 
 
-def model_of_file(file: OfficialFile, preset: str | None) -> MaskedAutoencoderViT:
-    """A model with a file's weights; what the file does not say is taken from ``preset`` and the shapes.
+def spec_of_file(
+    file: OfficialFile, given: ReadingConfig | None = None
+) -> tuple[ModelSpec, dict[str, torch.Tensor], tuple[str, ...]]:
+    """The model of a file at the size of its positions; its tables of positions, [1, 1+L, width] each; notes on both.
+
+    What the file does not say is ``given``, or follows from names and shapes.
 
     Raises:
-        UserError: no preset is known to fit.
+        UserError: not a masked autoencoder, its sizes contradict each other, or nothing tells its grid.
     """
-    model = build_model(spec_of_file(file, preset))
-    load_weights(model, file)
-    return model
-
-
-def spec_of_file(file: OfficialFile, preset: str | None) -> ModelSpec:
-    """The model of a file; what the file does not say is taken from ``preset`` and the shapes.
-
-    Raises:
-        UserError: not a masked autoencoder, or its sizes contradict each other.
-    """
+    given = given or ReadingConfig()
     weight = file.model.get("patch_embed.proj.weight")
     if weight is None or weight.ndim != 4:
         raise UserError(f"{file.path}: has no patch_embed.proj.weight; it is not a checkpoint of a masked autoencoder")
-    ph, pw = weight.shape[2:]
-    name = str(preset or file.args.get("model") or _PRESET_OF_WIDTH.get((weight.shape[0], pw)))
-    positions = file.model.get("pos_embed", weight[:0])
-    side = math.isqrt(max(0, positions.shape[1] - 1)) if positions.ndim == 3 else 0
-    size = file.args.get("input_size", (side * ph, side * pw))  # square, as all published ones, unless it says
-    size = (size, size) if isinstance(size, int) else size
-    if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(side, int) for side in size):
-        raise UserError(f"{file.path}: input_size {size} in its settings is not a size; give an intact file")
-    needed = 1 + size[0] // max(1, ph) * (size[1] // max(1, pw))
-    if name in PRESETS and (positions.ndim != 3 or positions.shape[1] < needed):  # before memory is taken for a model
-        shapes = f"{list(positions.shape)}, and {size[0]}×{size[1]} pixels need {needed} positions"
-        raise UserError(f"{file.path}: pos_embed is of another shape ({shapes}); name its preset with --model")
+    patch = int(weight.shape[2]), int(weight.shape[3])
+    size, tables, notes = _placed(file, patch, given)
+    check_channels(file.path, weight.shape[1], given)
     try:
-        return ModelSpec(
-            model=name,
-            input_size=tuple(size),
+        spec = ModelSpec(
+            model=given.model or _preset(file, weight, patch),
+            input_size=size,
             in_chans=weight.shape[1],
-            norm_pix_loss=bool(file.args.get("norm_pix_loss", False)),
+            norm_pix_loss=bool(chosen(given.norm_pix_loss, file.args.get("norm_pix_loss", False))),
             decoder_attention=file.decoder_attention,
             decoder_depth=file.decoder_depth,
-            mean=file.args.get("mean"),
-            std=file.args.get("std"),
+            mean=chosen(given.mean, file.args.get("mean")),
+            std=chosen(given.std, file.args.get("std")),
         )
     except SettingError as error:
         raise UserError(f"{file.path}: its settings make no model ({error}); give an intact file") from error
+    return spec, tables, notes
+
+
+def check_channels(path: Path, channels: int, given: ReadingConfig) -> None:
+    """Refuses a given mean or std of another number of channels.
+
+    Raises:
+        SettingError: naming which.
+    """
+    for name in ("mean", "std"):
+        values = getattr(given, name)
+        if values is not None and len(values) != channels:
+            raise SettingError(name, values, f"must be {channels} numbers, one for each channel of {path}")
+
+
+def _preset(file: OfficialFile, weight: torch.Tensor, patch: tuple[int, int]) -> str:
+    """Returns the preset that a file names, in fastmae's, the official or timm's words, or that its shapes tell."""
+    name = file.args.get("model")
+    known = _PRESET_OF_WIDTH.get((weight.shape[0], patch[1]))
+    if isinstance(name, str) and name not in PRESETS:
+        named = f"mae_{name.partition('.')[0]}"
+        name = next((preset for preset in PRESETS if named == preset or named.startswith(f"{preset}_")), name)
+    if name in PRESETS or (name and known is None) or (name and "vit" not in name and "deit" not in name):
+        return str(name)
+    if known is None:
+        sizes = f"{file.what}, with patches of {patch[0]}×{patch[1]} pixels"
+        raise UserError(f"{file.path}: is {sizes}; no preset has such a width and patch: {', '.join(PRESETS)}")
+    return known
+
+
+def _placed(
+    file: OfficialFile, patch: tuple[int, int], given: ReadingConfig
+) -> tuple[tuple[int, int], dict[str, torch.Tensor], tuple[str, ...]]:
+    """Returns the size of the images that the tables of positions are for, the tables, and notes on them.
+
+    A fixed table tells its grid. That of a learnt table, or of a missing one, is that of the size in the file's
+    settings, or the given one.
+    """
+    in_settings = "input_size" in file.args
+    size = file.args["input_size"] if in_settings else given.input_size
+    grid = _said_grid(file.path, size, patch) if in_settings or size is not None else None
+    found: dict[str, Positions] = {}
+    for name, token in (("pos_embed", "cls_token"), ("decoder_pos_embed", "mask_token")):
+        if token not in file.model:
+            continue  # its absence is told with that of other tensors
+        where = found["pos_embed"].grid if "pos_embed" in found else grid
+        try:
+            if name in file.model:
+                found[name] = read_table(file.model[name], name, where)
+            elif where is not None:
+                found[name] = made_table(file.model[token].shape[-1], where, name)
+            else:
+                raise UnknownGridError(f"{name} is missing, and nothing says the size of the images")
+        except UnknownGridError as error:
+            problem = f"must be given as height and width: {file.path}: {error}"
+            raise SettingError("input_size", problem=problem) from error
+    if "pos_embed" not in found:
+        raise UserError(f"{file.path}: is {file.what}, but has no class token; it is not one of a masked autoencoder")
+    own = found["pos_embed"].grid
+    others = [positions.grid for positions in found.values() if positions.grid != own]
+    if others:
+        grids = f"pos_embed is of {own[0]}×{own[1]} patches and decoder_pos_embed of {others[0][0]}×{others[0][1]}"
+        raise UserError(f"{file.path}: {grids}; give an intact file")
+    if in_settings and grid is not None and grid != own:
+        shapes = f"of {own[0]}×{own[1]} patches, and the input_size of its settings has {grid[0]}×{grid[1]}"
+        raise UserError(f"{file.path}: pos_embed is of another shape ({shapes}); give an intact file")
+    tables = {name: positions.table for name, positions in found.items()}
+    notes = tuple(note for positions in found.values() for note in positions.notes)
+    return (own[0] * patch[0], own[1] * patch[1]), tables, notes
+
+
+def _said_grid(path: Path, size: Any, patch: tuple[int, int]) -> tuple[int, int]:
+    """Returns the (rows, columns) of patches of the size that somebody says."""
+    sides = [size] if isinstance(size, int) else size
+    if not isinstance(sides, list | tuple) or len(sides) not in (1, 2) or not all(isinstance(s, int) for s in sides):
+        raise UserError(f"{path}: input_size {size} in its settings is not a size; give an intact file")
+    try:
+        return patch_grid((sides[0], sides[-1]), patch)
+    except ValueError as error:
+        raise SettingError("input_size", tuple(sides), f"{path}: {error}; give another size or file") from error

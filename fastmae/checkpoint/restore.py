@@ -23,7 +23,7 @@ from fastmae.checkpoint.manifest import (
     find_checkpoint,
     read_manifest,
 )
-from fastmae.checkpoint.official import holds_file, load_weights, read_official, report_remarks
+from fastmae.checkpoint.official import holds_file, load_into, read_official, report_remarks
 from fastmae.checkpoint.save import training_tensors
 from fastmae.config import UNLESS_SAVED
 from fastmae.errors import SettingError, UserError
@@ -168,8 +168,9 @@ def _restore_official(
     file = read_official(path)
     report_remarks(file)
     if not file.has_decoder:
-        raise SettingError("resume", str(path), "holds the encoder alone; give a full training checkpoint")
-    load_weights(model, file)
+        problem = f"holds the encoder alone: {file.what}; give a full training checkpoint"
+        raise SettingError("resume", str(path), problem)
+    load_into(model, file)
     if file.optimizer is None or file.epoch is None:
         return Restored(fresh.step, None, str(path))
     own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

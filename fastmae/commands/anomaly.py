@@ -15,12 +15,12 @@ from fastmae.screen import say, show_table
 
 def run_anomaly(config: AnomalyConfig) -> int:
     """Scores images, draws heat maps of the least normal ones, and prints how well the scores separate labels."""
-    model = open_model(config, needs_decoder=True)
+    model, data_path = open_model(config, needs_decoder=True)
     make_folder(Path(config.output))
     if config.test_path is None:
-        normal, test = train_and_val(config.data_path)
+        normal, test = train_and_val(data_path)
     else:
-        normal, test = open_train(config.data_path), open_train(config.test_path)
+        normal, test = open_train(data_path), open_train(config.test_path)
     if config.left_out is not None:
         normal = without_class(normal, config.left_out)
     scores = find_anomalies(
@@ -43,7 +43,7 @@ def run_anomaly(config: AnomalyConfig) -> int:
         print(json.dumps(summary))
         return 0
     counted = f", {summary['anomalous']} of them anomalous" if "anomalous" in summary else ""
-    title = f"{summary['images']} images{counted}, beside {len(normal)} normal ones of {shown(config.data_path)}"
+    title = f"{summary['images']} images{counted}, beside {len(normal)} normal ones of {shown(data_path)}"
     rows = []
     for name, key in ((f"distance ({config.pool}, k = {config.k})", "distance"), ("reconstruction error", "error")):
         area = summary.get(f"auroc_{key}")

@@ -15,17 +15,17 @@ def run_features(config: FeaturesConfig) -> int:
     """Extracts features, writes them to ``config.output`` and prints how many there are."""
     output = Path(config.output)
     check_features_file(output)
-    model = open_model(config)
+    model, data_path = open_model(config)
     make_folder(output.parent)
     if config.split == "val":
-        _, source = train_and_val(config.data_path)
+        _, source = train_and_val(data_path)
     else:
-        source = open_train(config.data_path)
+        source = open_train(data_path)
     features = extract_features(
         model, source, pool=config.pool, batch_size=config.batch_size, num_workers=choose_workers(config)
     )
     report_skipped(features.skipped)
     save_features(output, source, features)
     count, width = features.values.shape
-    say(f"{output}: {count} × {width} features of {shown(config.data_path)}")
+    say(f"{output}: {count} × {width} features of {shown(data_path)}")
     return 0

@@ -46,8 +46,8 @@ EXAMPLES = {
     "probe": ("fastmae probe runs/digits",),
     "reconstruct": ("fastmae reconstruct runs/digits --output digits.png",),
     "features": ("fastmae features runs/photos photos --output photos.npz",),
-    "search": ("fastmae search runs/photos one.jpg --data_path photos",),
-    "anomaly": ("fastmae anomaly runs/photos --data_path photos --test_path new_photos",),
+    "search": ("fastmae search runs/photos photos --queries one.jpg",),
+    "anomaly": ("fastmae anomaly runs/photos photos --test_path new_photos",),
     "export": ("fastmae export runs/photos --to timm --output encoder.safetensors",),
     "verify": ("fastmae verify --data_path photos",),
     "info": ("fastmae info",),
@@ -168,6 +168,7 @@ def _print_command(page: Page, command: str, config: type, *, in_full: bool) -> 
     page.title("Usage")
     words = [
         *(f"{flag.metavar}{' ...' * (flag.most is None)}" for flag in arguments),
+        *(f"[{flag.rest} ...]" for flag in flags if flag.rest),
         *(f"--{flag.name} {_type(flag)}" for flag in required),
     ]
     page.code(" ".join(("fastmae", command, *words, "[--flag value ...]")))
@@ -179,6 +180,9 @@ def _print_command(page: Page, command: str, config: type, *, in_full: bool) -> 
         page.title("Arguments")
         for flag in arguments:
             page.row(f"{flag.metavar}{' ...' * (flag.most is None)}", "", flag.text)
+        for flag in flags:
+            if flag.rest is not None:
+                page.row(f"{flag.rest} ...", "", f"The same as --{flag.name}.")
     optional = [_with_presets(flag, command) for flag in flags if flag.metavar is None]
     if command not in GROUPED:
         _print_flags(page, "Flags", optional)

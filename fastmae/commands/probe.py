@@ -15,10 +15,10 @@ from fastmae.screen import say, show_table
 
 def run_probe(config: ProbeConfig) -> int:
     """Measures the features of a frozen model and prints their accuracy."""
-    model = open_model(config)
+    model, data_path = open_model(config)
     if config.output is not None:
         make_folder(Path(config.output))
-    train, val = scored_parts(config.data_path)
+    train, val = scored_parts(data_path)
     report_stock(train, val)
     result = probe_in_detail(
         model,
@@ -35,7 +35,7 @@ def run_probe(config: ProbeConfig) -> int:
     summary = result.summary()
     report_skipped(result.skipped)
     sizes = f"{summary['train']} train, {summary['test']} test"
-    title = f"{config.checkpoint} on {shown(config.data_path)}: {sizes}"
+    title = f"{config.checkpoint} on {shown(data_path)}: {sizes}"
     if config.output is not None:
         save_probe(Path(config.output), result, title)
     if config.json:

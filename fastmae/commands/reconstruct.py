@@ -27,8 +27,8 @@ from fastmae.screen import say
 def run_reconstruct(config: ReconstructConfig) -> int:
     """Draws reconstructions and prints the path of the picture."""
     file = open_masks(config.masks, config.mask_ratio)
-    model = open_model(config, needs_decoder=True)
-    source = open_train(config.images)
+    model, data_path = open_model(config, needs_decoder=True)
+    source = open_train(data_path)
     indices = fixed_indices(source, config.count)
     pictures = []
     if config.mask_image:

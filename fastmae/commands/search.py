@@ -16,9 +16,10 @@ from fastmae.screen import say, show_table
 
 def run_search(config: SearchConfig) -> int:
     """Searches for the images that are nearest to each query and prints them."""
-    model = open_model(config)
+    model, data_path = open_model(config)
     make_folder(Path(config.output).parent)
-    source, queries = open_train(config.data_path), open_train(config.queries)
+    source = open_train(data_path)
+    queries = source if config.queries is None else open_train(config.queries)
     queries = Subset(queries, fixed_indices(queries, config.count))
     features, query_features = (
         extract_features(
@@ -39,7 +40,7 @@ def run_search(config: SearchConfig) -> int:
             query = "" if rank else result["query"]
             rows.append((query, match["name"], match.get("class", "–"), f"{match['cosine']:.4f}"))
         rows.append(None)
-    title = f"nearest of {len(features.values)} images of {shown(config.data_path)}, compared by {by}"
+    title = f"nearest of {len(features.values)} images of {shown(data_path)}, compared by {by}"
     show_table({"query": "left", "nearest": "left", "class": "left", "cosine": "right"}, rows, title)
     say(config.output)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from fastmae.checkpoint.load import load_model
+from fastmae.checkpoint.load import lacks_decoder, open_checkpoint, own_data
 from fastmae.config import (
     AnomalyConfig,
     FeaturesConfig,
@@ -27,10 +27,19 @@ def open_model(
     config: ProbeConfig | ReconstructConfig | FeaturesConfig | SearchConfig | AnomalyConfig,
     *,
     needs_decoder: bool = False,
-) -> MaskedAutoencoderViT:
-    """Opens the frozen model of a command, on its device, once the settings are checked."""
+) -> tuple[MaskedAutoencoderViT, str | tuple[str, ...]]:
+    """Opens the frozen model of a command, on its device, once the settings are checked.
+
+    Returns:
+        the model, and the data: those that were given, or those of the model's own run.
+    """
     device = choose_device(config.device)
-    return load_model(config.checkpoint, config.model, needs_decoder=needs_decoder).to(device)
+    opened = open_checkpoint(config.checkpoint, config)
+    if needs_decoder and not opened.has_decoder:
+        raise UserError(lacks_decoder(config.checkpoint, opened))
+    name = "images" if isinstance(config, ReconstructConfig) else "data_path"
+    data = getattr(config, name)
+    return opened.model.to(device), own_data(config.checkpoint, opened.settings, name) if data is None else data
 
 
 def choose_workers(config: ProbeConfig | FeaturesConfig | SearchConfig | AnomalyConfig) -> int:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import tyro
-
 from fastmae.config.masking import PUBLISHED_RATIO, MaskingConfig, check_masking
 from fastmae.config.shared import (
     Checkpoint,
+    Data,
     Device,
     ForwardBatch,
     Json,
-    Preset,
+    ReadingConfig,
+    Rest,
     WithDecoder,
     Workers,
+    check_reading,
 )
 from fastmae.config.values import coerce, need, need_at_least_one, need_seed
 from fastmae.errors import SettingError
@@ -28,13 +29,13 @@ PROBE_BATCH = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
+class ProbeConfig(ReadingConfig):
     """Measure frozen features on labelled data: with weighted k-NN and with a linear classifier."""
 
     checkpoint: Checkpoint
-    data_path: str | tuple[str, ...] = "digits"
+    data_path: Data = None
     """Labelled data. The classifiers are fitted on the train part and scored on the val or test part; if there is none,
-    a fifth is held out. If several are given, they are used one after another."""
+    a fifth is held out. If several are given, they are used one after another. Default: the data of the run."""
     pool: Pool = "mean"
     """What the features are: the mean of the patch tokens (mean), the class token, which has no loss in pretraining
     (cls), or both side by side (both)."""
@@ -52,7 +53,6 @@ class ProbeConfig:
     batch_size: ForwardBatch = 256
     device: Device = None
     num_workers: Workers = None
-    model: Preset = None
     output: str | None = None
     """A folder for a table of classes and for confusion matrices: probe.json and confusion.png."""
     json: Json = False
@@ -63,12 +63,12 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructConfig(MaskingConfig):
+class ReconstructConfig(MaskingConfig, ReadingConfig):
     """Draw originals, masked images and reconstructions side by side."""
 
     checkpoint: WithDecoder
-    images: str | tuple[str, ...] = "digits"
-    """Image files, or any data that --data_path of pretrain accepts."""
+    images: Data = None
+    """Image files, or any data that --data_path of pretrain accepts. Default: the data of the run."""
     output: str = "grid.png"
     """The picture to write."""
     count: int = 8
@@ -87,7 +87,6 @@ class ReconstructConfig(MaskingConfig):
     seed: int = 0
     """The number from which the masks follow."""
     device: Device = None
-    model: Preset = None
 
     def __post_init__(self) -> None:
         coerce(self)
@@ -95,12 +94,13 @@ class ReconstructConfig(MaskingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesConfig:
+class FeaturesConfig(ReadingConfig):
     """Write frozen features with the names and labels of their images."""
 
     checkpoint: Checkpoint
-    data_path: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """The images: one or several paths, of every kind that --data_path of pretrain takes."""
+    data_path: Data = None
+    """The images: one or several paths, of every kind that --data_path of pretrain takes. Default: the data of the
+    run."""
     output: str
     """A file that ends in .npz, or in .parquet (needs the extra `parquet`)."""
     split: Literal["train", "val"] = "train"
@@ -111,7 +111,6 @@ class FeaturesConfig:
     batch_size: ForwardBatch = 256
     device: Device = None
     num_workers: Workers = None
-    model: Preset = None
 
     def __post_init__(self) -> None:
         coerce(self)
@@ -119,14 +118,15 @@ class FeaturesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig:
+class SearchConfig(ReadingConfig):
     """Find the images whose features are nearest to those of given images, by cosine."""
 
     checkpoint: Checkpoint
-    queries: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
-    """The given images: image files, or any data that --data_path of pretrain accepts."""
-    data_path: str | tuple[str, ...] = "digits"
-    """The images to search in. Of data that have parts, it is the train part."""
+    data_path: Annotated[str | tuple[str, ...] | None, Rest("DATA", otherwise="queries")] = None
+    """The images to search in. Of data that have parts, it is the train part. Default: the data of the run."""
+    queries: str | tuple[str, ...] | None = None
+    """The given images: image files, or any data that --data_path of pretrain accepts. Default: some of the images to
+    search in."""
     k: int = 5
     """How many images are found per query. The query itself is not counted."""
     count: int = 8
@@ -139,7 +139,6 @@ class SearchConfig:
     batch_size: ForwardBatch = 256
     device: Device = None
     num_workers: Workers = None
-    model: Preset = None
     json: Json = False
 
     def __post_init__(self) -> None:
@@ -148,13 +147,13 @@ class SearchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnomalyConfig:
+class AnomalyConfig(ReadingConfig):
     """Score how unlike normal images other images are: by the distance of features, and by the error of
     reconstruction."""
 
     checkpoint: WithDecoder
-    data_path: str | tuple[str, ...] = "digits"
-    """The normal images. Of data that have parts, it is the train part."""
+    data_path: Data = None
+    """The normal images. Of data that have parts, it is the train part. Default: the data of the run."""
     test_path: str | tuple[str, ...] | None = None
     """The images to score. Default: the val or test part of data_path; if there is none, a fifth is held out."""
     left_out: str | None = None
@@ -177,7 +176,6 @@ class AnomalyConfig:
     batch_size: ForwardBatch = 256
     device: Device = None
     num_workers: Workers = None
-    model: Preset = None
     json: Json = False
 
     def __post_init__(self) -> None:
@@ -193,10 +191,10 @@ def check_evaluation(config: ProbeConfig | ReconstructConfig | FeaturesConfig | 
     """
     need_at_least_one(config, "batch_size", "num_workers", "k", "count", "rounds", "linear_batch")
     need_seed(config)
-    positional = {"queries": "QUERY", "data_path": "DATA" if isinstance(config, FeaturesConfig) else None}
+    check_reading(config)
     for name in ("k", "blr", "data_path", "queries", "images"):
         if getattr(config, name, True) == ():
-            raise SettingError(name, problem="must name at least one", flag=positional.get(name))
+            raise SettingError(name, problem="must name at least one")
     if isinstance(config, ProbeConfig):
         for rate in config.blr:
             if rate <= 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastmae.config.shared import Checkpoint, Preset
+from fastmae.config.shared import Checkpoint, ReadingConfig, check_reading
 from fastmae.config.values import coerce, need
 from fastmae.errors import SettingError
 
@@ -13,7 +13,7 @@ ExportFormat = Literal["official", "timm", "hf", "onnx", "torch-export"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(ReadingConfig):
     """Write a pretrained model in a form that other tools read."""
 
     checkpoint: Checkpoint
@@ -35,7 +35,6 @@ class ExportConfig:
     check: str | tuple[str, ...] | None = None
     """Labelled data, such as `digits`, on which the features and the speed of a program are compared with those of
     fastmae."""
-    model: Preset = None
 
     def __post_init__(self) -> None:
         coerce(self)
@@ -48,6 +47,7 @@ def check_export(config: ExportConfig) -> None:
     Raises:
         SettingError: naming the setting, its value and what it must be.
     """
+    check_reading(config)
     to = f"with --to={config.to}"
     endings = {"onnx": (".onnx",), "torch-export": (".pt2",), "hf": ()}.get(config.to, (".pth", ".safetensors"))
     if endings and not config.output.endswith(endings):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from fastmae.config.training import TrainingConfig, check_training, default_warmup
-from fastmae.config.values import coerce, given, need, need_at_least_one
+from fastmae.config.values import coerce, given, need, need_at_least_one, need_statistics
 from fastmae.facts import DataFacts
 
 WARMUP_EPOCHS = 5.0
@@ -22,9 +22,10 @@ class FinetuneConfig(TrainingConfig):
     meanings."""
 
     # Data.
-    data_path: str | tuple[str, ...] = "digits"
+    data_path: str | tuple[str, ...] | None = None  # type: ignore[assignment]
     """Labelled images, of every kind that pretrain takes. The model learns from the train part and is tested on the val
-    or test part; if there is none, a fifth of the images is held out."""
+    or test part; if there is none, a fifth of the images is held out. Default: the data of the run of --finetune;
+    without one the built-in digits."""
     output_dir: str = "./output_dir"
     """The run folder, into which checkpoints, log.txt, metrics.jsonl and config.yaml are written."""
     nb_classes: int | None = None
@@ -57,6 +58,11 @@ class FinetuneConfig(TrainingConfig):
     input_size: tuple[int, ...] | None = None
     """Side of the images in pixels, or their height and width; position embeddings are interpolated to it. Default:
     that of the pretrained encoder."""
+    mean: tuple[float, ...] | None = None
+    """What pixels are normalised by: one number per channel, as a share of the value range. Default: as the encoder
+    says."""
+    std: tuple[float, ...] | None = None
+    """As mean. Default: as for mean."""
     tune: str = "full"
     """What is trained: everything (full); the head and the norm before it (linear); these and the last K blocks
     (last-K, such as last-2); or these and low-rank updates of the attention of every block (lora)."""
@@ -111,6 +117,7 @@ class FinetuneConfig(TrainingConfig):
 class ResolvedFinetuneConfig(FinetuneConfig):
     """A FinetuneConfig in which nothing is left open; what the run folder keeps."""
 
+    data_path: str | tuple[str, ...]
     model: str
     input_size: tuple[int, int]
     nb_classes: int
@@ -135,6 +142,8 @@ class ResolvedFinetuneConfig(FinetuneConfig):
     dataset_length: int
     order: str
     """What an epoch's order depends on besides the seed."""
+    class_names: tuple[str, ...] = ()
+    """The names of the classes in the order of their numbers, where the data name them."""
 
     def __post_init__(self) -> None:
         coerce(self)  # the values that the user chose were checked when the FinetuneConfig was made
@@ -158,6 +167,7 @@ def resolve_finetune(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     nb_classes: int,
+    class_names: tuple[str, ...] = (),
     ranks: int,
     num_workers: int,
 ) -> ResolvedFinetuneConfig:
@@ -180,6 +190,7 @@ def resolve_finetune(
         model=model,
         input_size=(input_size[0], input_size[-1]),
         nb_classes=nb_classes,
+        class_names=class_names,
         global_pool=config.global_pool and not config.cls_token,
         epochs=epochs,
         lr=given(config.lr, blr * global_batch / 256),
@@ -211,6 +222,7 @@ def check_finetune(config: FinetuneConfig) -> None:
         SettingError: naming the setting, its value and what it must be.
     """
     check_training(config)
+    need_statistics(config)
     needed = partial(need, config)
     tunes = re.fullmatch(r"full|linear|lora|last-[1-9]\d*", config.tune) is not None
     needed(tunes, "tune", "full, linear, lora or last-K, such as last-2")

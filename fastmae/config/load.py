@@ -31,9 +31,9 @@ from fastmae.launch import is_first
 Config = TypeVar("Config")
 
 MAX_BYTES = 1 << 20
-COMPUTED = ("in_chans", "mean", "std", "global_batch", "dataset_length", "order", "given_masks")
-"""What the config.json of a run holds besides its settings: it follows from them, from the data and from the ranks. The
-first three are settings of pretrain."""
+COMPUTED = ("in_chans", "mean", "std", "global_batch", "dataset_length", "order", "given_masks", "class_names")
+"""What the config.json of a run holds besides its settings: it follows from them, from the data and from the ranks.
+Some of it can be given as a setting, too."""
 
 log = logging.getLogger("fastmae")
 

@@ -126,6 +126,6 @@ def _encoded(
             seconds[name].append((time.perf_counter() - start) / len(images))
             first = tokens if first is None else first
             differences[name] = max(differences[name], float((tokens - first).abs().max()))
-            features[name].append(pooled(tokens, "mean"))
+            features[name].append(pooled(tokens, "mean", model.fc_norm))
     joined = {name: torch.cat(parts) for name, parts in features.items()}
     return _Encoded(np.concatenate(classes), joined, differences, seconds)

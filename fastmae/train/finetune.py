@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from fastmae.checkpoint.load import open_checkpoint
+from fastmae.checkpoint.load import Opened, open_checkpoint, own_data, read_settings
+from fastmae.checkpoint.official import report
 from fastmae.checkpoint.save import training_tensors
 from fastmae.config import (
     FIXED_IN_A_FINETUNING,
@@ -24,6 +25,7 @@ from fastmae.config import (
     resolve_finetune,
 )
 from fastmae.config.model import ModelSpec
+from fastmae.config.shared import ReadingConfig
 from fastmae.data.augment import BatchAugment, RandAugment, parse_randaugment
 from fastmae.data.loader import Batch, View, default_workers, describe_decoder
 from fastmae.data.plan import central_share
@@ -41,7 +43,6 @@ from fastmae.model.classifier import (
     stochastic_depth_mask,
     tune,
 )
-from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.signals import StopSignals
 from fastmae.train import parallel
 from fastmae.train.batches import BatchStream
@@ -78,17 +79,18 @@ def finetune(config: FinetuneConfig) -> int:
     Raises:
         UserError: settings, data or checkpoints that cannot work.
     """
-    return run_attempts(config, _finetune)
+    return run_attempts(_with_data(config), _finetune)
 
 
 def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSignals) -> int | None:
     """Makes one attempt, from where --resume says to the end or a signal. Returns None after a rollback."""
     # Settings, data and encoder: from here on nothing is left open.
+    assert flags.data_path is not None
     train, val = train_and_val(flags.data_path)
     nb_classes = _classes(flags, train, val)
     val = with_known_classes(train, val)
-    encoder, preset = _encoder(flags, train, context)
-    config = _resolve(flags, train, encoder, preset, nb_classes, context)
+    encoder = _encoder(flags, train, context)
+    config = _resolve(flags, train, encoder, nb_classes, context)
     precision = _precision(config, context)
     steps = plan_steps(config, context.size, config.batch_size, "training images")
     randaugment = parse_randaugment(config.aa, config.seed, config.mean)
@@ -146,12 +148,27 @@ def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSi
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
+def _with_data(config: FinetuneConfig) -> FinetuneConfig:
+    """Returns the settings with the data of the encoder's own run, if none were given."""
+    if config.data_path is not None:
+        return config
+    if config.finetune:
+        data = own_data(config.finetune, read_settings(config.finetune))
+    else:
+        data = "digits"
+        report(
+            "data_path", ["was not given, and there is no encoder with data of its own; the built-in digits are used"]
+        )
+    return dataclasses.replace(config, data_path=data)
+
+
 def _classes(flags: FinetuneConfig, train: Source, val: Source) -> int:
     """How many classes there are.
 
     Raises:
         UserError: no labels, other ones in the two parts, or too many for --nb_classes.
     """
+    assert flags.data_path is not None
     where = shown(flags.data_path)
     if train.labels is None or val.labels is None:
         raise SettingError("data_path", where, "has no labels; give class folders, or arrays with labels")
@@ -173,24 +190,33 @@ def _classes(flags: FinetuneConfig, train: Source, val: Source) -> int:
     return nb_classes
 
 
-def _encoder(flags: FinetuneConfig, train: Source, context: parallel.DistContext) -> tuple[MaskedAutoencoderViT, str]:
-    """Returns the masked autoencoder whose encoder is tuned, and its preset: that of --finetune, or a fresh one."""
+def _encoder(flags: FinetuneConfig, train: Source, context: parallel.DistContext) -> Opened:
+    """Returns the checkpoint of --finetune, whose encoder is tuned, or one of random weights."""
     torch.manual_seed(flags.seed)
     preset = f"mae_{flags.model}" if flags.model and flags.model.startswith("vit_") else flags.model
     if flags.finetune:
-        opened = open_checkpoint(flags.finetune, preset)
-        return opened.model, opened.settings["model"]
+        given = ReadingConfig(model=preset, input_size=flags.input_size, mean=flags.mean, std=flags.std)
+        return open_checkpoint(flags.finetune, given, resize=False)
     # The encoder with which a pretraining on these data would begin.
-    alike = PretrainConfig(data_path=flags.data_path, model=preset, input_size=flags.input_size, seed=flags.seed)
+    assert flags.data_path is not None
+    alike = PretrainConfig(
+        data_path=flags.data_path,
+        model=preset,
+        input_size=flags.input_size,
+        seed=flags.seed,
+        mean=flags.mean,
+        std=flags.std,
+    )
     pretraining = resolve_settings(alike, train, describe(train), context.size, None)
-    return build_model(ModelSpec.of(pretraining)), pretraining.model
+    return Opened(
+        build_model(ModelSpec.of(pretraining)), {"model": pretraining.model}, has_decoder=False, kind="encoder"
+    )
 
 
 def _resolve(
     flags: FinetuneConfig,
     train: Source,
-    encoder: MaskedAutoencoderViT,
-    preset: str,
+    encoder: Opened,
     nb_classes: int,
     context: parallel.DistContext,
 ) -> ResolvedFinetuneConfig:
@@ -202,12 +228,13 @@ def _resolve(
     config = resolve_finetune(
         flags,
         describe(train),
-        model=preset,
-        width=encoder.cls_token.shape[2],
-        img_size=encoder.img_size,
-        mean=tuple(encoder.mean.tolist()),
-        std=tuple(encoder.std.tolist()),
+        model=encoder.settings["model"],
+        width=encoder.model.cls_token.shape[2],
+        img_size=encoder.model.img_size,
+        mean=tuple(encoder.model.mean.tolist()),
+        std=tuple(encoder.model.std.tolist()),
         nb_classes=nb_classes,
+        class_names=class_names(train) or (),
         ranks=context.size,
         num_workers=default_workers(),
     )
@@ -247,16 +274,39 @@ def _backends(
     return backends
 
 
-def _classifier(encoder: MaskedAutoencoderViT, config: ResolvedFinetuneConfig) -> Classifier:
+def _classifier(encoder: Opened, config: ResolvedFinetuneConfig) -> Classifier:
+    size = config.input_size
     try:
-        model = classifier_of(encoder, config.nb_classes, img_size=config.input_size, global_pool=config.global_pool)
+        model = classifier_of(encoder.model, config.nb_classes, img_size=size, global_pool=config.global_pool)
     except ValueError as error:
         raise SettingError("input_size", config.input_size, f"{error}; choose another size or --model") from error
+    if encoder.head:
+        _keep_head(model, encoder, config)
     try:
         tune(model, config.tune, config.lora_rank)
     except ValueError as error:
         raise SettingError("tune", config.tune, f"{error}; tune at most those, or use --tune=full") from error
     return model
+
+
+def _keep_head(model: Classifier, encoder: Opened, config: ResolvedFinetuneConfig) -> None:
+    """Goes on with the head of a classifier where its classes are those of the data, and says what was done."""
+    its, names = encoder.head["head.weight"].shape[0], tuple(encoder.settings.get("class_names") or ())
+    if its != config.nb_classes:
+        line = f"its head of {its} classes is left out, as the data have {config.nb_classes}"
+    elif names and config.class_names and names != config.class_names:
+        line = f"its head of {its} classes is left out, as the data have others, such as {_first_other(config, names)}"
+    else:
+        model.load_state_dict(encoder.head, strict=False)
+        known = (
+            "the data have the same classes" if names else "the data have as many classes, and it does not name its own"
+        )
+        line = f"its head of {its} classes is kept, as {known}"
+    report(config.finetune, [line])
+
+
+def _first_other(config: ResolvedFinetuneConfig, names: tuple[str, ...]) -> str:
+    return min(set(names) ^ set(config.class_names))
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

@@ -175,7 +175,11 @@ def hostile(tmp_path_factory):
         torch.save(content, tmp_path / f"{name}.pth")
     settings = {"model": "mae_vit_tiny_patch4", "input_size": [16, 16]}
     for name, tensors, changes in (
-        ("shard", {f"model.{key}": tensor for key, tensor in state.items()}, {}),
+        (
+            "shard",
+            {f"{part}.{key}": t.clone() for key, t in state.items() for part in ("model", "optimizer.exp_avg")},
+            {},
+        ),
         ("missing key", missing, {}),
         ("other shape", reshaped, {}),
         ("no tensors", {}, {}),
@@ -212,7 +216,10 @@ def hostile(tmp_path_factory):
         ("truncated.pth", "not a readable checkpoint"),
         ("empty.pth", "not a readable checkpoint"),
         ("text.pth", "not a readable checkpoint"),
-        ("shard.safetensors", "not a checkpoint of a masked autoencoder"),
+        (
+            "shard.safetensors",
+            "one rank's part of a checkpoint; give the folder .*it is not a checkpoint of a masked autoencoder",
+        ),
         ("missing key.safetensors", "1 tensors are missing"),
         ("other shape.safetensors", "1 tensors are of another shape"),
         ("no tensors.safetensors", "holds no model"),

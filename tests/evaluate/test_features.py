@@ -62,7 +62,7 @@ def test_data_without_labels_have_features_and_names_alone(finished, tmp_path):
 
 WRONG = {
     "another ending": (["features", "{run}", "{blobs}", "--output", "{tmp}/f.csv"], "must end in .npz or .parquet"),
-    "no data": (["features", "{run}", "--output", "{tmp}/f.npz"], "DATA: must name at least one"),
+    "data twice": (["features", "{run}", "{blobs}", "--data_path", "{blobs}", "--output", "{tmp}/f.npz"], "DATA is"),
     "empty folder": (["features", "{run}", "{tmp}/empty", "--output", "{tmp}/f.npz"], "holds no images"),
     "output under a file": (["features", "{run}", "{blobs}", "--output", "{blobs}/f.npz"], "cannot be written"),
     "nothing of use": (["features", "{run}", "{tmp}/bad", "--output", "{tmp}/f.npz"], "images in a row cannot be used"),
@@ -70,7 +70,10 @@ WRONG = {
         ["search", "{run}", "{tmp}/three.npy", "--data_path", "{tmp}/three.npy", "--k", "3"],
         "--k 3: there are only 2 images besides",
     ),
-    "search without a query": (["search", "{run}", "--data_path", "{blobs}"], "QUERY: must name"),
+    "queries twice": (
+        ["search", "{run}", "{blobs}", "--data_path", "{blobs}", "--queries", "{blobs}"],
+        "DATA is given by --queries already",
+    ),
     "search in nothing": (["search", "{run}", "{blobs}", "--data_path", "{tmp}/nowhere"], "no such file or folder"),
     "picture under a file": (
         ["search", "{run}", "{blobs}", "--data_path", "{blobs}", "--output", "{blobs}/x.png"],
@@ -83,7 +86,7 @@ WRONG = {
     "left out of nothing": (["anomaly", "{run}", "--data_path", "{blobs}", "--left_out", "cat"], "there are 0, 1, 2"),
     "anomalies of too many neighbours": (["anomaly", "{run}", "--data_path", "{blobs}", "--k", "73"], "--k 73"),
     "anomalies with nothing masked": (["anomaly", "{run}", "--mask_ratio", "0"], "--mask_ratio 0.0"),
-    "anomalies with all masked": (["anomaly", "{run}", "--mask_ratio", "0.99"], "--mask_ratio 0.99"),
+    "anomalies with all masked": (["anomaly", "{run}", "{blobs}", "--mask_ratio", "0.99"], "--mask_ratio 0.99"),
     "scores under a file": (["anomaly", "{run}", "--data_path", "{blobs}", "--output", "{blobs}/x"], "--output"),
 }  # fmt: skip
 

@@ -78,7 +78,12 @@ def test_what_is_exported_and_read_again_is_the_same_bits(trained, tmp_path, nam
     else:
         with pytest.raises(UserError, match="holds the encoder alone"):
             load_model(str(path), needs_decoder=True)
-    assert capsys.readouterr().err == ""
+    said = capsys.readouterr().err
+    if "timm" in name:
+        assert "does not say mean, std" in said
+        assert "taken as square, 4×4" in said  # the positions of this model are no fixed ones
+    else:
+        assert said == ""
     assert not list(tmp_path.glob(".*"))
 
 

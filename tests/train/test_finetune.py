@@ -315,7 +315,7 @@ def test_image_files_get_the_published_recipe_of_their_encoder(width, epochs, bl
     photos = DataFacts(kind="folder", channels=3, size=None, labelled=True, length=1_281_167)
     encoder = dict(model="any", width=width, img_size=(224, 224), mean=(0.5,) * 3, std=(0.2,) * 3)
     machine = dict(nb_classes=1000, ranks=8, num_workers=10)
-    config = resolve_finetune(FinetuneConfig(batch_size=128), photos, **encoder, **machine)
+    config = resolve_finetune(FinetuneConfig(data_path="photos", batch_size=128), photos, **encoder, **machine)
     assert (config.epochs, config.blr, config.layer_decay, config.drop_path) == (epochs, blr, layer_decay, drop_path)
     assert (config.global_batch, config.lr) == (1024, pytest.approx(4 * blr))
     assert (config.aa, config.reprob, config.mixup, config.cutmix) == ("rand-m9-mstd0.5-inc1", 0.25, 0.8, 1.0)
@@ -326,7 +326,9 @@ def test_image_files_get_the_published_recipe_of_their_encoder(width, epochs, bl
         (0.08, 1),
         0.5,
     )
-    frozen = resolve_finetune(FinetuneConfig(tune="linear", cls_token=True), photos, **encoder, **machine)
+    frozen = resolve_finetune(
+        FinetuneConfig(data_path="photos", tune="linear", cls_token=True), photos, **encoder, **machine
+    )
     assert (frozen.drop_path, frozen.global_pool) == (0.0, False)
 
 
@@ -447,8 +449,34 @@ def test_parts_that_are_joined_are_compared_as_well(image_folder, encoder, tmp_p
         finetune(FinetuneConfig(**{**vars(small("", encoder, tmp_path / "run")), "data_path": joined}))
 
 
-def test_a_classifier_is_not_taken_for_a_masked_autoencoder(blobs, whole, tmp_path):
-    with pytest.raises(UserError, match="is of a fine-tuned classifier, not of a masked autoencoder"):
-        finetune(small(blobs, whole, tmp_path / "run"))
-    with pytest.raises(UserError, match="checkpoint-1"):
-        finetune(small(blobs, whole / "checkpoint-1.pth", tmp_path / "run"))
+@pytest.mark.parametrize("source", ["", "checkpoint-1.pth"])
+def test_a_classifier_is_tuned_again_from_where_it_ended(blobs, whole, tmp_path, source, caplog):
+    """Its head is kept where the classes are the same, and left out with a line where they are not."""
+    assert finetune(small(blobs, whole / source, tmp_path / "run", epochs=1, lr=1e-12, min_lr=0.0)) == 0
+    assert "its head of 3 classes is kept" in caplog.text
+    before = read_official(whole / "checkpoint-1.pth")
+    after = read_official(tmp_path / "run" / "checkpoint-0.pth")
+    assert after.kind == "classifier"
+    assert before.model.keys() == after.model.keys()
+    for name, tensor in before.model.items():
+        torch.testing.assert_close(after.model[name], tensor, rtol=1e-4, atol=1e-5)
+    assert finetune(small(blobs, whole / source, tmp_path / "other", epochs=1, nb_classes=5)) == 0
+    assert "its head of 3 classes is left out, as the data have 5" in caplog.text
+
+
+def test_a_head_of_other_classes_is_left_out(image_folder, encoder, tmp_path, caplog):
+    first = small(str(image_folder), encoder, tmp_path / "a", epochs=1, batch_size=4)
+    assert finetune(first) == 0
+    for part in ("train", "val"):
+        (image_folder / part / "n02").rename(image_folder / part / "n09")
+    assert finetune(small(str(image_folder), tmp_path / "a", tmp_path / "b", epochs=1, batch_size=4)) == 0
+    assert "is left out, as the data have others, such as n02" in caplog.text
+
+
+def test_without_data_the_encoders_own_are_taken(blobs, encoder, tmp_path, caplog):
+    assert (
+        finetune(FinetuneConfig(**{**vars(small(blobs, encoder, tmp_path / "run", epochs=1)), "data_path": None})) == 0
+    )
+    assert f"no data were given; those of its run are taken: {blobs}" in caplog.text
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["data_path"] == blobs

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 from fastmae.data import tiff
-from fastmae.data.headers import JPEG_START, explain, is_signed_jpeg2000
+from fastmae.data.headers import JPEG_START, explain, jpeg2000_problem
 from fastmae.data.plan import Box
 
 # Above this an image is refused unread: a few hundred bytes can claim gigabytes ("decompression bomb").
@@ -80,10 +80,10 @@ def _bad_images(data: bytes) -> Iterator[None]:
     except (BadImageError, MemoryError):  # too little memory is no fault of the image
         raise
     except Exception as error:  # decoders raise all kinds of errors on broken bytes: ValueError, struct.error …
-        reason = explain(data)
         if isinstance(error, UnidentifiedImageError):
+            reason = explain(data)
             raise BadImageError("no image format that Pillow knows" + f": {reason}" * bool(reason)) from error
-        raise BadImageError(reason or f"{type(error).__name__}: {error}") from error
+        raise BadImageError(f"{type(error).__name__}: {error}") from error
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
@@ -149,8 +149,8 @@ def _opened(data: bytes, in_chans: int) -> Iterator[tuple[Image.Image, int]]:
         is_scaled = image.format in _SCALED_TO_16_BITS
         if image.mode == "F" or (image.mode == "I" and not is_scaled):
             raise BadImageError(f"{image.format} pixels of mode {image.mode} have no fixed range; store 8 or 16 bits")
-        if image.format == "JPEG2000" and is_signed_jpeg2000(data):
-            raise BadImageError("signed pixels have no fixed range; scale them to 0–255 and store unsigned 8 bits")
+        if image.format == "JPEG2000" and (problem := jpeg2000_problem(data)):
+            raise BadImageError(problem)
         if in_chans not in _PIL_MODES:
             raise BadImageError(f"an image file gives 1, 3 or 4 channels, not {in_chans}")
         if in_chans == 4:

@@ -22,7 +22,7 @@ JPEG_START = b"\xff\xd8\xff"
 _J2K_SIZE = b"\xff\x4f\xff\x51"
 """The markers with which the codestream of a JPEG 2000 begins; the sizes and depths follow."""
 _REACH = 4096
-"""How far into an AVIF or JPEG 2000 its depth is looked for; it stands in the boxes before the pixels."""
+"""How far into a file the patterns of its first bytes may reach."""
 _JPEG_COLOURS = {1: "gray", 3: "colour", 4: "CMYK"}
 _PILLOW_COLOURS = {
     "1": "black and white", "L": "gray", "LA": "gray with alpha", "La": "gray with alpha", "P": "palette",
@@ -108,7 +108,9 @@ def explain(data: bytes) -> str:
         if tiff.is_tiff(data):
             tags = tiff.read_tags(data)
             stored = f"TIFF {tiff.colours(tags)} of {tags.bands} bands of {tiff.stored_bits(tags)} bits"
-            return tags.problem or f"{stored}; store 8 or 16 bits, gray, RGB or RGBA"
+            return (
+                tags.problem or f"{stored}, compression {tags.compression}; store gray, RGB or RGBA of 8 bits, or PNG"
+            )
         if data[:3] == JPEG_START and (frame := _jpeg_frame(data)) is not None:
             marker, bits, bands = frame
             if bits != 8:
@@ -136,9 +138,9 @@ def bits_of(data: bytes, file_format: str, mode: str) -> int:
             found := re.match(rb"P[2356]\s(?:\s*#[^\n]*\n)*\s*\d+\s+\d+\s+(\d+)", data[:_REACH])
         ):
             return max(int(found[1]).bit_length(), 8)
-        if file_format == "JPEG2000" and (start := data.find(_J2K_SIZE, 0, _REACH)) >= 0:
+        if file_format == "JPEG2000" and (start := data.find(_J2K_SIZE)) >= 0:
             return (data[start + 42] & 127) + 1
-        if file_format == "AVIF" and (start := data.find(b"av1C", 0, _REACH)) >= 0:
+        if file_format == "AVIF" and (start := data.find(b"av1C")) >= 0:
             high, twelve = data[start + 6] & 64, data[start + 6] & 32
             return 12 if high and twelve else 10 if high else 8
         if file_format == "SGI":
@@ -146,10 +148,20 @@ def bits_of(data: bytes, file_format: str, mode: str) -> int:
     return 16 if mode.startswith("I;16") else 32 if mode in ("I", "F") else 8
 
 
-def is_signed_jpeg2000(data: bytes) -> bool:
-    """Tells whether the samples of a JPEG 2000 have a sign, which Pillow takes away by an offset."""
-    start = data.find(_J2K_SIZE, 0, _REACH)
-    return 0 <= start < len(data) - 42 and data[start + 42] & 128 != 0
+def jpeg2000_problem(data: bytes) -> str:
+    """Returns why the samples of a JPEG 2000 cannot be used as Pillow decodes them; empty if they can."""
+    start = data.find(_J2K_SIZE)
+    if not 0 <= start < len(data) - 42:
+        return ""
+    bands, depth = int.from_bytes(data[start + 40 : start + 42], "big"), data[start + 42]
+    bits = (depth & 127) + 1
+    if depth & 128:  # which Pillow would take away by an offset
+        return "signed pixels have no fixed range; scale them to 0–255 and store unsigned 8 bits"
+    if bits > 16:
+        return f"pixels of {bits} bits have no fixed range; scale them to 0–255 and store 8 bits"
+    if bits > 8 and bands > 1:
+        return f"a JPEG 2000 of {bands} bands of {bits} bits, whose brightest pixels Pillow makes black; store 8 bits"
+    return ""
 
 
 def _pillow_header(data: bytes, image: Image.Image) -> Header:

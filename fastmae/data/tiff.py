@@ -40,6 +40,9 @@ _REDUCED_OR_MASK = 1 | 4
 _Directory = dict[int, tuple[tuple[Any, ...], int, str]]
 """By tag: its values, the offset of the first of them, and its struct format."""
 
+_STACK = re.compile(rb'^ImageJ=[\s\S]*\nimages=(\d{1,7})\b|^\{"shape": \[(\d{1,7}), \d+, \d+\].*"truncated": true')
+"""How ImageJ and tifffile say in the tag ImageDescription that images follow the first."""
+
 
 @dataclass(frozen=True)
 class Tags:
@@ -56,7 +59,8 @@ class Tags:
     """What each band beside the picture is: 0 unspecified, 1 associated alpha, 2 alpha."""
     planar: bool
     """Whether the bands lie one after another rather than pixel by pixel."""
-    compressed: bool
+    compression: int
+    """1 for none."""
     orientation: int
     problem: str
     """Why no picture is made of it, and what to do; empty if one is."""
@@ -111,7 +115,7 @@ def read_tags(data: bytes) -> Tags:
         photometric=photometric,
         extra=(extra + (_UNSPECIFIED,) * beside)[: max(beside, len(extra))],
         planar=number(PLANAR, 1) == 2 and bands > 1,
-        compressed=number(COMPRESSION, 1) != 1,
+        compression=number(COMPRESSION, 1),
         orientation=number(ORIENTATION, 1),
         problem="",
         places={tag: (first[tag][1], first[tag][2]) for tag in (ORIENTATION, EXTRA) if tag in first},
@@ -122,20 +126,15 @@ def read_tags(data: bytes) -> Tags:
 def count_pages(data: bytes) -> int:
     """Returns how many pages of full size a file has: smaller copies of a page and masks are none.
 
-    Of a stack that ImageJ wrote, whose pages but the first may have no tags, it is the number that ImageJ noted.
+    ImageJ and tifffile may write a stack with tags for its first page alone; then it is the number that they noted.
     """
     pages = 0
     for page in _directories(data):
-        if SUBFILE in page and page[SUBFILE][0] and page[SUBFILE][0][0] & _REDUCED_OR_MASK:
-            continue
-        pages += page[DEPTH][0][0] if page.get(DEPTH, ((),))[0] else 1
-        text = page[DESCRIPTION][0][0] if page.get(DESCRIPTION, ((),))[0] else b""
-        if (
-            isinstance(text, bytes)
-            and text.startswith(b"ImageJ=")
-            and (noted := re.search(rb"\nimages=(\d{1,7})", text))
-        ):
-            return max(int(noted[1]), 1)
+        values = {tag: value for tag, (value, _, _) in page.items()}
+        text = values.get(DESCRIPTION, (b"",))[0]
+        if isinstance(text, bytes) and (noted := _STACK.search(text)):
+            return max(int(noted[1] or noted[2]), 1)
+        pages += not values.get(SUBFILE, (0,))[0] & _REDUCED_OR_MASK
     return max(pages, 1)
 
 
@@ -183,14 +182,14 @@ def _problem(tags: Tags, values: dict[int, tuple[Any, ...]]) -> str:
         return f"{bands} inks other than CMYK have no rule; store gray or RGB"
     if tags.photometric == WHITE_IS_ZERO and bits > 8:
         return f"{what} with white at 0 (WhiteIsZero); invert them and store them with black at 0"
-    if tags.photometric == YCBCR and not tags.compressed and values.get(SUBSAMPLING, (2, 2)) != (1, 1):
+    if tags.photometric == YCBCR and tags.compression == 1 and values.get(SUBSAMPLING, (2, 2)) != (1, 1):
         return "subsampled colours without compression; store RGB"
-    if tags.planar and bits == 16 and not tags.compressed:
+    if tags.planar and bits == 16 and tags.compression == 1:
         return f"{what}, one band after another; store them pixel by pixel (PlanarConfiguration 1)"
     if tags.planar and 1 in tags.extra:
         return f"{what}, one after another, with associated alpha; store them pixel by pixel (PlanarConfiguration 1)"
-    if bits > 8 and bits != 16 and (bits, bands, tags.compressed) != (12, 1, False):
-        return f"{what}, packed; store 8 or 16 bits"
+    if bits > 8 and bits != 16 and (bits, bands, tags.compression) != (12, 1, 1):
+        return f"{what}; store 8 or 16 bits"
     if values.get(DEPTH, (1,))[0] > 1:
         return f"a volume of {values[DEPTH][0]} slices in one page; store each as an image"
     return ""

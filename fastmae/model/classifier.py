@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.pixels import check_images
 from fastmae.model.vit import Block, NormLayer, PatchEmbed, checkpointed, patch_grid
 from fastmae.ops.gather_patches import gather_patches
 from fastmae.ops.linear import Linear, linear
@@ -134,6 +135,7 @@ class Classifier(nn.Module):
         if pixels.shape[1:] != (*self.img_size, self.in_chans):
             expected = f"{self.img_size[0]}×{self.img_size[1]} pixels of {self.in_chans} channels"
             raise ValueError(f"images must have {expected}, got shape {list(images.shape)}")
+        check_images(self, images)
         mean, std = (self.mean, self.std) if is_uint8 else (self._zeros, self._ones)
         device = images.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.weight.dtype

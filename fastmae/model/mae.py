@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fastmae.model.pixels import check_images
 from fastmae.model.vit import Block, NormLayer, PatchEmbed, patch_grid, sincos_positions
 from fastmae.ops.assemble_tokens import assemble_tokens
 from fastmae.ops.gather_patches import gather_patches
@@ -251,6 +252,7 @@ class MaskedAutoencoderViT(nn.Module):
         if images.ndim != 4 or images.shape[1:] != shape:
             form = "uint8 images [N, H, W, C]" if uint8 else "float images [N, C, H, W]"
             raise ValueError(f"{form} must have shape [N, {', '.join(map(str, shape))}], got {list(images.shape)}")
+        check_images(self, images)
         if uint8:
             return images, self.mean, self.std
         return images.permute(0, 2, 3, 1), self._zeros, self._ones

@@ -22,11 +22,11 @@ _STARTS = {
 _TYPES = {1: "B", 2: "s", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 18: "Q"}
 MAX_PAGES = 1_000_000
 
-SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, DESCRIPTION = 254, 256, 257, 258, 259, 262, 270
+SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL, DESCRIPTION = 254, 256, 257, 258, 259, 262, 266, 270
 ORIENTATION, SAMPLES, PLANAR, INK_SET, EXTRA, FORMAT, SUBSAMPLING, DEPTH = 274, 277, 284, 332, 338, 339, 530, 32997
 _WANTED = {
-    SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, DESCRIPTION, ORIENTATION, SAMPLES, PLANAR, INK_SET, EXTRA,
-    FORMAT, SUBSAMPLING, DEPTH,
+    SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL, DESCRIPTION, ORIENTATION, SAMPLES, PLANAR, INK_SET,
+    EXTRA, FORMAT, SUBSAMPLING, DEPTH,
 }  # fmt: skip
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, SEPARATED, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
 _COLOURS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, SEPARATED: 4, YCBCR: 3, LAB: 3}
@@ -182,17 +182,23 @@ def _problem(tags: Tags, values: dict[int, tuple[Any, ...]]) -> str:
         return f"{bands} inks other than CMYK have no rule; store gray or RGB"
     if tags.photometric == WHITE_IS_ZERO and bits > 8:
         return f"{what} with white at 0 (WhiteIsZero); invert them and store them with black at 0"
+    if tags.photometric == WHITE_IS_ZERO and bits == 8 and values.get(FILL, (1,))[0] == 2:
+        return f"{what} with white at 0 and the bits of a byte reversed (FillOrder 2); store them with FillOrder 1"
     if tags.photometric == YCBCR and tags.compression == 1 and values.get(SUBSAMPLING, (2, 2)) != (1, 1):
         return "subsampled colours without compression; store RGB"
-    if tags.planar and bits == 16 and tags.compression == 1:
+    if tags.planar and not _reads_planes(tags):
         return f"{what}, one band after another; store them pixel by pixel (PlanarConfiguration 1)"
-    if tags.planar and 1 in tags.extra:
-        return f"{what}, one after another, with associated alpha; store them pixel by pixel (PlanarConfiguration 1)"
     if bits > 8 and bits != 16 and (bits, bands, tags.compression) != (12, 1, 1):
         return f"{what}; store 8 or 16 bits"
     if values.get(DEPTH, (1,))[0] > 1:
         return f"a volume of {values[DEPTH][0]} slices in one page; store each as an image"
     return ""
+
+
+def _reads_planes(tags: Tags) -> bool:
+    """Tells whether Pillow puts bands together that lie one after another."""
+    is_plain = tags.extra in ((), (_ALPHA,)) or (tags.extra == (_UNSPECIFIED,) and EXTRA in tags.places)
+    return tags.photometric in (RGB, SEPARATED, YCBCR) and is_plain and (tags.bits[0] == 8 or tags.compression != 1)
 
 
 def _first_directory(data: bytes) -> int:

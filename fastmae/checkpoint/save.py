@@ -209,21 +209,23 @@ class Saver:
         if self._is_main:
             with contextlib.suppress(OSError):
                 write_text(self._run / SAVED, json.dumps({"step": step}))
-            prune_checkpoints(self._run, self._keep, self._keep_every)
+            prune_checkpoints(self._run, self._keep, self._keep_every, upto=step)
         return None
 
 
-def prune_checkpoints(run: Path, keep: int, keep_every: int | None = None) -> None:
+def prune_checkpoints(run: Path, keep: int, keep_every: int | None = None, upto: int | None = None) -> None:
     """Deletes all but the newest ``keep`` checkpoints and those of every ``keep_every`` steps.
 
-    It is called after a newer one is safe.
+    It is called after a newer one is safe: that of the step ``upto``. Later ones, which somebody has put there, do not
+    count and stay.
     """
     folder = run / FOLDER
     with contextlib.suppress(OSError, BadCheckpointError):  # what cannot be deleted now is deleted after a later save
         names = [name.removeprefix(PARTIAL) for name in os.listdir(folder) if name.startswith(PARTIAL)]
         for name in filter(is_step_name, names):  # of a run that was killed while saving, or while pruning
             _delete(folder / f"{PARTIAL}{name}")
-        for path in newest_first(run)[keep:]:
+        own = [path for path in newest_first(run) if upto is None or step_of(path) <= upto]
+        for path in own[keep:]:
             if keep_every is None or step_of(path) % keep_every:
                 # Under its name a checkpoint is whole, so a reader of a live run finds all of it or nothing.
                 _delete(path.rename(path.with_name(PARTIAL + path.name)))

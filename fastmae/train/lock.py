@@ -67,6 +67,10 @@ class _Lock:
             raise SettingError("output_dir", str(self._folder), problem) from error
         _HELD.add(self._descriptor)
         _release_in_children()
+        former = self._holder()
+        if former is not None and former["host"] != socket.gethostname():
+            text = "%s: %s has not ended as it should; if it still trains, end it: locks do not reach its machine"
+            logger.warning(text, self._folder, _named(former))
         with suppress(OSError):  # a full disk: the lock holds without words
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(_this_process()).encode(), 0)
@@ -103,7 +107,8 @@ class _Lock:
                     return descriptor
                 os.close(descriptor)
                 if time.monotonic() > give_up:
-                    problem = f"is in use by {self._holder()}; wait for it, end it, or name another folder"
+                    holder = _named(self._holder())
+                    problem = f"is in use by {holder}; wait for it, end it, or name another folder"
                     raise SettingError("output_dir", str(self._folder), problem) from None
                 time.sleep(0.1)
                 continue
@@ -112,13 +117,14 @@ class _Lock:
                     return descriptor
             os.close(descriptor)  # the file was removed meanwhile, and a lock on it keeps nobody out
 
-    def _holder(self) -> str:
+    def _holder(self) -> dict[str, Any] | None:
+        """Returns what the file says of the process that wrote it; None if it says nothing."""
         try:
             holder = read_json(self._path)
-            job = f", job {holder['job']}" if holder["job"] else ""
-            return f"process {holder['pid']} on {holder['host']}{job}, since {holder['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return f"another process ({LOCK} does not say which)"
+        except (OSError, ValueError):
+            return None
+        is_ours = isinstance(holder, dict) and {"host", "pid", "job", "since"} <= holder.keys()
+        return holder if is_ours else None
 
 
 _HELD: set[int] = set()
@@ -133,6 +139,13 @@ def _release_in_children() -> None:
         _HELD.clear()
 
     os.register_at_fork(after_in_child=release)
+
+
+def _named(holder: dict[str, Any] | None) -> str:
+    if holder is None:
+        return f"another process ({LOCK} does not say which)"
+    job = f", job {holder['job']}" if holder["job"] else ""
+    return f"process {holder['pid']} on {holder['host']}{job}, since {holder['since']}"
 
 
 def _this_process() -> dict[str, Any]:

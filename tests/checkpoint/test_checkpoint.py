@@ -1,6 +1,7 @@
 """Checkpoint folders by themselves: what is written, what a failing disk leaves, what is refused."""
 
 import copy
+import errno
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import torch
 from helpers import soak
 
 from fastmae.checkpoint import load, manifest
+from fastmae.checkpoint import save as saving
 from fastmae.checkpoint.load import load_model
 from fastmae.checkpoint.manifest import (
     NewestCheckpoint,
@@ -24,7 +26,7 @@ from fastmae.checkpoint.manifest import (
 )
 from fastmae.checkpoint.official import write_training_file, write_weights_file
 from fastmae.checkpoint.restore import load_checkpoint
-from fastmae.checkpoint.save import Saver, prune_checkpoints, save_checkpoint, training_tensors
+from fastmae.checkpoint.save import CannotSaveError, Saver, prune_checkpoints, save_checkpoint, training_tensors
 from fastmae.config.model import ModelSpec
 from fastmae.errors import UserError
 from fastmae.model.build import build_model
@@ -196,6 +198,41 @@ def test_a_manifest_that_was_tampered_with_is_refused_in_one_line(tmp_path, trai
     with pytest.raises(UserError) as caught:
         load_model(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_newer_checkpoint_that_somebody_put_there_does_not_cost_the_run_its_own(tmp_path, trained):
+    save_checkpoint(tmp_path, 999, training_tensors(*trained), POSITION)
+    with Saver(tmp_path, keep=1, keep_every=None, background=False) as saver:
+        for step in (1, 2):
+            saver.save(step, training_tensors(*trained), POSITION)
+    assert [path.name for path in newest_first(tmp_path)] == ["step-00000999", "step-00000002"]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_one_save_that_fails_ends_a_run_that_wants_it_so_and_success_starts_the_count_again(
+    tmp_path, trained, monkeypatch, background
+):
+    tensors, refuses = training_tensors(*trained), []
+
+    def seal(*words):
+        if refuses:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        return real(*words)
+
+    real = saving._seal
+    monkeypatch.setattr(saving, "_seal", seal)
+    with Saver(tmp_path, keep=9, keep_every=None, background=background, max_failed=3) as saver:
+        for step, fails in enumerate([1, 1, 0, 1, 1, 0], 1):
+            refuses[:] = [step] * fails
+            saver.save(step, tensors, POSITION)
+            saver.wait()
+    refuses[:] = [1]
+    with (
+        Saver(tmp_path, keep=9, keep_every=None, background=background, max_failed=1) as saver,
+        pytest.raises(CannotSaveError, match=r"^1 save failed, .*Disk quota exceeded") as caught,
+    ):
+        [saver.save(step, tensors, POSITION) for step in (7, 8)]
+    assert caught.value.status == 1
 
 
 # --- exact names, and readers of a live run ---------------------------------------------------------------------------

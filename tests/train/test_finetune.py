@@ -262,6 +262,24 @@ def test_too_many_steps_that_are_not_finite_are_done_once_more_with_other_data(
     assert_same_run(again, run)
 
 
+def test_a_complete_fine_tuning_resumes_to_one_line_and_is_refused_as_a_beginning(
+    blobs, encoder, whole, tmp_path, capsys
+):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    (run / "checkpoint-1.pth").unlink()
+    assert finetune(small(blobs, encoder, run, resume="auto")) == 0
+    said = capsys.readouterr().out.splitlines()
+    newest = run / "checkpoints" / "step-00000018"
+    assert f"complete        2 epochs are done ({newest}); raise --epochs to train on" in said
+    assert said[-1] == f"checkpoint      {newest}"
+    for resume in (run, newest):
+        with pytest.raises(UserError, match="begins after step 18, and epochs=2 are 18 steps; raise epochs"):
+            finetune(small(blobs, encoder, tmp_path / "elsewhere", resume=str(resume)))
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match=r"no checkpoint to go on from; restore \S+/checkpoints, or use resume='anew'"):
+        finetune(small(blobs, encoder, run, resume="auto"))
+
+
 def test_steps_that_are_not_finite_with_other_data_too_end_the_run_with_their_place(blobs, encoder, tmp_path):
     flags = dict(lr=1e30, warmup_epochs=0.0, max_skipped=3, log_freq=1)
     with pytest.raises(UserError, match=r"not finite at step \d.*first the output of .*after step 0, too: lower --blr"):

@@ -16,6 +16,7 @@ import torch
 from helpers import RUN, assert_same_run, command, metrics, small_run
 from ranks import run_ranks, start_ranks
 
+from fastmae.api import Run
 from fastmae.checkpoint import save as saving
 from fastmae.checkpoint.load import load_model
 from fastmae.checkpoint.save import checkpoint_size, save_checkpoint, training_tensors
@@ -137,6 +138,17 @@ def test_a_lock_on_a_file_that_was_removed_keeps_somebody_out_all_the_same(run, 
         assert json.loads((run / "run.lock").read_text())["pid"] == os.getpid()
         with pytest.raises(UserError, match="is in use"), owned(run):
             raise AssertionError
+
+
+def test_a_lock_of_another_machine_that_was_not_given_back_is_told(run, capsys):
+    holder = {"host": "node7", "pid": 12, "job": None, "since": "2026-11-30 10:12:05 UTC"}
+    (run / "run.lock").write_text(json.dumps(holder))
+    with owned(run):
+        (line,) = capsys.readouterr().err.splitlines()
+    assert "process 12 on node7, since 2026-11-30 10:12:05 UTC has not ended as it should" in line
+    (run / "run.lock").write_text(json.dumps({**holder, "host": os.uname().nodename}))
+    with owned(run):
+        assert capsys.readouterr().err == "", "the kernel knows of the processes of this machine"
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
@@ -462,6 +474,14 @@ def test_a_torn_line_is_ended_before_the_next_is_added_in_every_log(run, again):
     assert [json.loads(line)["epoch"] for line in (run / "log.txt").read_text().splitlines()] == [0, 1, 2]
     starts = (run / "environment.jsonl").read_text().splitlines()
     assert [line.endswith("}") for line in starts] == [True, False, True]
+
+
+def test_a_run_in_python_tells_of_its_steps_whatever_happened_to_the_log(run, finished, capsys):
+    whole = Run(finished, 0, is_classifier=False).metrics
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'\xff\n[3]\n{"step": 19, "ep')
+    assert Run(run, 0, is_classifier=False).metrics == whole
+    assert "metrics.jsonl: 3 of its lines are damaged and passed over" in capsys.readouterr().err
 
 
 def test_accuracies_after_a_training_that_goes_on_are_not_those_after_it(run, again, capsys):

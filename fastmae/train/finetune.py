@@ -54,6 +54,7 @@ from fastmae.train.run import (
     actions_after,
     close_run,
     collect_official,
+    lacks_official,
     load,
     official_path,
     open_run,
@@ -140,6 +141,8 @@ def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSi
             run.watchdog.beat()
 
     # What is left behind.
+    if lacks_official(run):
+        unsaved = _export(run, steps.total - 1, model, optimizer)
     close_run(run, unsaved)
     say_results(run)
     return 0

@@ -46,6 +46,7 @@ from fastmae.train.run import (
     actions_after,
     close_run,
     collect_official,
+    lacks_official,
     official_path,
     open_run,
     record_step,
@@ -147,6 +148,8 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
             run.watchdog.beat()
 
     # What is left behind.
+    if lacks_official(run):
+        unsaved = _export(run, steps.total - 1, masks_of[config.input_size], model, optimizer, average, source)
     close_run(run, unsaved)
     accuracies = _probe(run, "after", model, probed)
     say_results(run, _shown(accuracies), {"reconstruction": _picture_path(run.folder, config.epochs - 1)})

@@ -342,6 +342,15 @@ def collect_official(run: Run, model: nn.Module, optimizer: torch.optim.Optimize
     )
 
 
+def lacks_official(run: Run) -> bool:
+    """Returns whether a complete run, which is resumed, lacks its last official file: a full disk had no room for it.
+
+    All ranks call it.
+    """
+    path = official_path(run.folder, run.config.epochs - 1)
+    return run.context.any(run.restored.step == run.steps.total and run.context.is_main and not path.exists())
+
+
 def write_official(
     path: Path, weights: dict[str, torch.Tensor], moments: dict[str, Any], epoch: int, config: Resolved
 ) -> None:

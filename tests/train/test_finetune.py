@@ -266,12 +266,14 @@ def test_a_complete_fine_tuning_resumes_to_one_line_and_is_refused_as_a_beginnin
     blobs, encoder, whole, tmp_path, capsys
 ):
     run = Path(shutil.copytree(whole, tmp_path / "run"))
-    (run / "checkpoint-1.pth").unlink()
+    official = run / "checkpoint-1.pth"
+    official.unlink()
     assert finetune(small(blobs, encoder, run, resume="auto")) == 0
     said = capsys.readouterr().out.splitlines()
     newest = run / "checkpoints" / "step-00000018"
     assert f"complete        2 epochs are done ({newest}); raise --epochs to train on" in said
-    assert said[-1] == f"checkpoint      {newest}"
+    assert said[-1] == f"checkpoint      {official}"
+    assert official.exists()
     for resume in (run, newest):
         with pytest.raises(UserError, match="begins after step 18, and epochs=2 are 18 steps; raise epochs"):
             finetune(small(blobs, encoder, tmp_path / "elsewhere", resume=str(resume)))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import RUN, assert_same_run, command, metrics, small_run
 from ranks import run_ranks, start_ranks
+from safetensors.torch import load_file
 
 from fastmae.api import Run
 from fastmae.checkpoint import save as saving
@@ -323,16 +324,31 @@ def test_going_back_on_purpose_keeps_lines_and_official_files_of_the_later_cours
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_complete_resumes_to_one_line_and_names_only_what_is_there(run, again, finished, capsys):
-    (run / "checkpoint-1.pth").unlink()
-    shutil.rmtree(run / "reconstructions")
+def test_a_run_that_is_complete_resumes_to_one_line_and_writes_an_official_file_that_had_no_room(
+    run, again, finished, capsys
+):
+    for path in (*run.glob("checkpoint-1.*"), run / "reconstructions" / "epoch-0001.png"):
+        path.unlink()
     assert again() == 0
     said = capsys.readouterr().out
     newest = run / "checkpoints" / "step-00000018"
     assert f"complete        2 epochs are done ({newest}); raise --epochs to train on" in said
-    assert said.splitlines()[-1] == f"checkpoint      {newest}"
-    assert "reconstruction" not in said
+    assert said.splitlines()[-1] == f"checkpoint      {run}/checkpoint-1.pth"
+    name = "checkpoint-1.safetensors"
+    assert load_file(run / name).keys() == load_file(finished / name).keys()
+    assert all(map(torch.equal, load_file(run / name).values(), load_file(finished / name).values()))
+    assert (run / "reconstructions" / "epoch-0001.png").exists()
     assert_same_run(run, finished)
+
+
+def test_a_run_that_is_complete_with_fewer_epochs_names_only_what_is_there(run, again, capsys):
+    for path in run.glob("checkpoint-0.*"):
+        path.unlink()
+    shutil.rmtree(run / "reconstructions")
+    assert again(epochs=1) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == f"checkpoint      {run}/checkpoints/step-00000018"
+    assert "reconstruction" not in said
 
 
 @pytest.mark.parametrize("name", ["checkpoint-1.pth", "checkpoints/step-00000018"])

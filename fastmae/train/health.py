@@ -5,11 +5,11 @@ Nothing here knows the training loop.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import math
 import os
 import statistics
-import tempfile
 import threading
 import time
 from collections import deque
@@ -18,6 +18,8 @@ from types import TracebackType
 
 EXIT_HUNG = 1
 HANG_GRACE = 5.0
+LONGEST_STOP = 24 * 3600.0
+"""Seconds for which a process may be stopped: faulthandler's timer, unlike the watchdog, counts them."""
 SPIKE_WINDOW = 200
 SPIKE_LEAST = 50
 SPIKE_THRESHOLD = 8.0
@@ -27,9 +29,10 @@ NORMAL_MAD = 0.6745
 class Watchdog:
     """Ends the process, while entered, when ``beat`` is not called for ``timeout`` seconds, and shows where it hangs.
 
-    The stacks of all threads go to stderr and into ``report``. A thread checks the time of the last beat, so a step
-    costs one assignment (arming faulthandler starts a thread, which takes about 0.2 ms on a CPU). The thread also arms
-    faulthandler, which ends the process if the interpreter itself or the disk of ``report`` is stuck.
+    The stacks of all threads go to stderr and into ``report``. A thread looks for new beats, so a step costs one
+    addition (arming faulthandler starts a thread, which takes about 0.2 ms on a CPU). Only time in which that thread
+    was awake counts: a process that was stopped (SIGSTOP, a suspended job, a frozen container) goes on. The thread also
+    arms faulthandler, which ends the process if the interpreter itself is stuck, ``LONGEST_STOP`` later.
 
     Args:
         timeout: seconds; None or 0 for no watchdog.
@@ -39,12 +42,11 @@ class Watchdog:
 
     def __init__(self, timeout: float | None, report: Path, who: str) -> None:
         self._timeout, self._report, self._who = timeout or 0.0, report, who
-        self._last = 0.0
+        self._beats = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="fastmae-watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self.beat()
         if self._timeout:
             self._thread.start()
         return self
@@ -57,31 +59,42 @@ class Watchdog:
 
     def beat(self) -> None:
         """Tells the watchdog that something was finished."""
-        self._last = time.monotonic()
+        self._beats += 1
 
     def _watch(self) -> None:
-        while True:
-            faulthandler.dump_traceback_later(self._timeout + 2 * HANG_GRACE, exit=True, file=2)
-            if self._over.wait(min(1.0, self._timeout / 4)):
+        tick, beats, silent = min(1.0, self._timeout / 4), self._beats, 0.0
+        while silent <= self._timeout:
+            faulthandler.dump_traceback_later(self._timeout + 2 * HANG_GRACE + LONGEST_STOP, exit=True, file=2)
+            asleep = time.monotonic()
+            if self._over.wait(tick):
                 return
-            if time.monotonic() - self._last > self._timeout:
-                break
+            silent += min(time.monotonic() - asleep, 2 * tick)  # after a longer gap the process had been stopped
+            if self._beats != beats:
+                beats, silent = self._beats, 0.0
         line = (
             f"fastmae: {self._who} finished no step for {self._timeout:g} s (--hang_timeout) and ends with status "
             f"{EXIT_HUNG}; the stacks of its threads follow, and are in {self._report}\n"
         )
-        with tempfile.TemporaryFile() as file:
+        with open(os.memfd_create("stacks"), "r+b") as file:
             faulthandler.dump_traceback(file=file)
             file.seek(0)
             report = line.encode() + file.read()
-        os.write(2, report)  # at once, as other ranks write theirs to the same place
-        try:
-            self._report.write_bytes(report)
-        except OSError as error:
-            os.write(2, f"fastmae: {self._report} cannot be written ({error})\n".encode())
+        # At once, as other ranks write theirs to the same place; in threads, as a disk or a screen may be stuck as well.
+        for write in (self._show, self._keep):
+            threading.Thread(target=write, args=(report,), daemon=True).start()
         # The launcher ends the other ranks as soon as one is gone; until then they report as well.
         if not self._over.wait(HANG_GRACE):
             os._exit(EXIT_HUNG)
+
+    def _show(self, text: bytes) -> None:
+        with contextlib.suppress(OSError):  # stderr is gone
+            os.write(2, text)
+
+    def _keep(self, report: bytes) -> None:
+        try:
+            self._report.write_bytes(report)
+        except OSError as error:
+            self._show(f"fastmae: {self._report} cannot be written ({error})\n".encode())
 
 
 class LossSpikes:

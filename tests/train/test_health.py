@@ -69,7 +69,7 @@ def test_an_interpreter_that_is_stuck_is_ended_too(tmp_path):
         "import re\n"
         "from pathlib import Path\n"
         "from fastmae.train import health\n"
-        "health.HANG_GRACE = 0.5\n"
+        "health.HANG_GRACE, health.LONGEST_STOP = 0.5, 0.0\n"
         "with health.Watchdog(1.0, Path('hang.txt'), 'rank 0'):\n"
         "    re.match('(a|aa)*b', 'a' * 80)\n"
     )
@@ -77,6 +77,26 @@ def test_an_interpreter_that_is_stuck_is_ended_too(tmp_path):
     assert ended.returncode == 1
     assert "Timeout" in ended.stderr
     assert "line 6 in <module>" in ended.stderr
+
+
+def test_time_in_which_the_process_was_stopped_is_not_the_runs(tmp_path):
+    """Stopped for 3 times the time-out, and once more after it was continued; then it hangs, and is ended."""
+    code = (
+        "import os, time\n"
+        "from pathlib import Path\n"
+        "from fastmae.train import health\n"
+        "health.HANG_GRACE = 0.2\n"
+        "with health.Watchdog(0.3, Path('hang.txt'), 'rank 0'):\n"
+        "    for stop in range(2):\n"
+        "        os.system(f'(sleep 1; kill -CONT {os.getpid()}) & kill -STOP {os.getpid()}')\n"
+        "        print('continued', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert ended.stdout.split() == ["continued"] * 2
+    assert ended.returncode == 1
+    assert "rank 0 finished no step for 0.3 s" in (tmp_path / "hang.txt").read_text()
+    assert "in <module>" in ended.stderr
 
 
 def test_a_watchdog_ends_with_the_run_and_none_is_made_for_zero(tmp_path):

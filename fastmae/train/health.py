@@ -77,7 +77,7 @@ class Watchdog:
             faulthandler.dump_traceback(file=file)
             file.seek(0)
             report = line.encode() + file.read()
-        # At once, as other ranks write theirs to the same place; in threads, as a disk or a screen may be stuck as well.
+        # At once, as other ranks write theirs to the same place; in threads, as a disk or a screen may be stuck, too.
         for write in (self._show, self._keep):
             threading.Thread(target=write, args=(report,), daemon=True).start()
         # The launcher ends the other ranks as soon as one is gone; until then they report as well.

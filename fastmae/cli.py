@@ -36,7 +36,15 @@ from fastmae.config import (
 )
 from fastmae.config.load import load_settings, settings_as_words
 from fastmae.errors import UserError
-from fastmae.faults import report, shortage, show_traceback, tell_launcher, threads_reported, wants_traceback
+from fastmae.faults import (
+    report,
+    require_address_space,
+    shortage,
+    show_traceback,
+    tell_launcher,
+    threads_reported,
+    wants_traceback,
+)
 from fastmae.flags import flags_of
 from fastmae.launch import is_first
 from fastmae.messages import messages_on_stderr
@@ -95,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return run_help(words, COMMANDS)
             with messages_on_stderr():
                 config = parse(words)
+                require_address_space()
                 return call(config, command)
         except KeyboardInterrupt:
             return EXIT_INTERRUPT

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import platform
+import resource
 import shlex
 import socket
 import tempfile
@@ -23,6 +24,8 @@ from fastmae.environment import versions
 from fastmae.screen import OutputLostError, complain
 
 EXIT_FAULT = 1
+NEEDED = 2e9
+"""Bytes of address space below which PyTorch and SciPy cannot be loaded. OpenBLAS then tries again without an end."""
 SHOWN = 300
 """Characters of an error's own words in the line."""
 VARIABLES = ("CUDA_", "GOMP_", "KMP_", "LC_", "MKL_", "NCCL_", "OMP_", "PYTORCH_", "TORCH_", "TRITON_", "FASTMAE_")
@@ -78,8 +81,23 @@ def shortage(error: BaseException, config: Any = None) -> str | None:
         lower = [text for name, text in LOWER.items() if hasattr(config, name)] or ["what the command is given"]
         if getattr(config, "cache", None) != "ram":
             lower = [text for text in lower if "--cache" not in text]
+        if isinstance(error, ImportError) or "ulimit -v" in text:  # before there is anything that could be lower
+            return f"too little memory ({_words_of(error)}); raise the limit of the process or of its job"
         return f"memory ran out ({_words_of(error)}); lower {', '.join(lower)}"
     return None
+
+
+def require_address_space() -> None:
+    """Refuses to begin under a limit in which the libraries cannot even be loaded: they would try for ever.
+
+    Raises:
+        MemoryError: naming the limit.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if 0 <= limit < NEEDED:
+        raise MemoryError(
+            f"the limit `ulimit -v` is {limit / 1e9:.1f} GB, and PyTorch needs about {NEEDED / 1e9:.0f} GB"
+        )
 
 
 def show_traceback(error: BaseException) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastmae.commands.shared import choose_workers, make_folder, open_model
+from fastmae.commands.shared import choose_workers, make_folder, open_model, report_stock
 from fastmae.config import AnomalyConfig
 from fastmae.data.sources import open_train, shown, train_and_val
 from fastmae.evaluate.anomaly import are_anomalous, find_anomalies, save_anomalies, summarise, without_class
@@ -35,6 +35,7 @@ def run_anomaly(config: AnomalyConfig) -> int:
         batch_size=config.batch_size,
         num_workers=choose_workers(config),
     )
+    report_stock(normal, test)
     report_skipped(scores.skipped)
     anomalous = are_anomalous(normal, test, scores.indices)
     summary = {"normal": len(normal), "pool": config.pool, **summarise(scores, anomalous)}

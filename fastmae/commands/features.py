@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastmae.commands.shared import choose_workers, make_folder, open_model
+from fastmae.commands.shared import choose_workers, make_folder, open_model, report_stock
 from fastmae.config import FeaturesConfig
 from fastmae.data.sources import open_train, shown, train_and_val
 from fastmae.evaluate.features import check_features_file, extract_features, report_skipped, save_features
@@ -24,6 +24,7 @@ def run_features(config: FeaturesConfig) -> int:
     features = extract_features(
         model, source, pool=config.pool, batch_size=config.batch_size, num_workers=choose_workers(config)
     )
+    report_stock(source)
     report_skipped(features.skipped)
     save_features(output, source, features)
     count, width = features.values.shape

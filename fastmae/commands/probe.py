@@ -19,7 +19,6 @@ def run_probe(config: ProbeConfig) -> int:
     if config.output is not None:
         make_folder(Path(config.output))
     train, val = scored_parts(data_path)
-    report_stock(train, val)
     result = probe_in_detail(
         model,
         train,
@@ -33,6 +32,7 @@ def run_probe(config: ProbeConfig) -> int:
         num_workers=choose_workers(config),
     )
     summary = result.summary()
+    report_stock(train, val)
     report_skipped(result.skipped)
     sizes = f"{summary['train']} train, {summary['test']} test"
     title = f"{config.checkpoint} on {shown(data_path)}: {sizes}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastmae.commands.shared import choose_workers, make_folder, open_model
+from fastmae.commands.shared import choose_workers, make_folder, open_model, report_stock
 from fastmae.config import SearchConfig
 from fastmae.data.sources import Subset, open_train, shown
 from fastmae.evaluate.features import extract_features, report_skipped
@@ -30,6 +30,7 @@ def run_search(config: SearchConfig) -> int:
     report_skipped(features.skipped + query_features.skipped)
     by = engine(features.values.device)
     results = search(queries, query_features, source, features, k=config.k, by=by)
+    report_stock(source, queries)
     save_search(Path(config.output), model, queries, source, results)
     if config.json:
         print(json.dumps({"by": by, "results": results}))

@@ -185,15 +185,17 @@ def _folder_stock(folder: Path, files: Sequence[Path], split: Split) -> Stock:
     """Returns which files of a folder are used, by either part; the val part counts none, as the train part has."""
     if split == "val":
         return Stock()
-    used = {file.name for file in files}
-    with os.scandir(folder) as entries:
-        others = sorted((entry.is_dir(), entry.name) for entry in entries if entry.name not in used)
-    left_out = []
-    for is_folder, unit in ((False, "files"), (True, "folders")):
-        names = [name for is_dir, name in others if is_dir == is_folder and not name.startswith(".")]
-        if names:
-            reason = "beside MNIST's or CIFAR's own files, which are taken; move them to a folder of their own"
-            left_out.append(LeftOut(unit, len(names), reason, tuple(names[:EXAMPLES])))
+    used = {*map(str, files)}
+    below = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
+    others = sorted(os.path.relpath(path, folder) for path in below if path not in used)
+    hidden = [name for name in others if name.startswith(".") or f"{os.sep}." in name]
+    shown = sorted({*others} - {*hidden})
+    beside = "beside MNIST's or CIFAR's own files, which are taken; move them to a folder of their own"
+    left_out = [
+        LeftOut("files", len(names), reason, tuple(names[:EXAMPLES]))
+        for names, reason in ((shown, beside), (hidden, "hidden, as their names begin with a dot"))
+        if names
+    ]
     return Stock({"files": len(used)}, tuple(left_out))
 
 

@@ -143,7 +143,7 @@ def find_layout(listing: Listing) -> Layout:
         elif deeper:
             where = ", ".join(deeper[:EXAMPLES]) + (f" and {len(deeper) - EXAMPLES} more" * (len(deeper) > EXAMPLES))
             several = "each of several folders in it" if len(deeper) > 1 else "a folder in it"
-            problem = f"{several} has parts of its own ({where}); give the path of one, such as "
+            problem = f"{several} has parts of its own ({where}); give their paths, such as "
             raise SettingError("data_path", listing.folder, problem + os.path.join(listing.folder, deeper[0]))
     for part, paths in parts.items():
         if len(paths) > 1:

@@ -387,19 +387,30 @@ def choose_images(listing: Listing, part: str = "", without: Collection[str] = (
     beside = _paths(listing, [part] if part in listing.images else [])
     filled = [top for top, inside in paths.items() if inside]
     if beside or not filled:
-        notes: tuple[str, ...] = ()
+        mixed: tuple[str, ...] = ()
         if filled:
             where = os.path.join(listing.folder, part).rstrip("/")
-            notes = (
-                f"{count_of(len(beside), 'images')} in {where} lie beside {count_of(len(filled), 'folders')} of images "
+            mixed = (
+                f"{where} holds {count_of(len(beside), 'images')} beside {count_of(len(filled), 'folders')} of images "
                 f"({_some(filled)}), so no image has a label; keep either folders of classes or images there",
             )
         every = sorted([*beside, *(path for inside in paths.values() for path in inside)])
-        return Chosen(tuple(every), None, (), notes)
+        return Chosen(tuple(every), None, (), mixed)
     labels = np.repeat(np.arange(len(paths)), [*map(len, paths.values())]).astype(np.int64)
+    notes = [] if len(filled) > 1 else _one_class(listing, os.path.join(part, filled[0]))
     empty = [top for top, inside in paths.items() if not inside]
-    lacking = (f"{count_of(len(empty), 'class folders')} without an image ({_some(empty)})",) if empty else ()
-    return Chosen(tuple(path for inside in paths.values() for path in inside), labels, tuple(paths), lacking)
+    if empty:
+        notes.append(f"{count_of(len(empty), 'class folders')} without an image ({_some(empty)})")
+    return Chosen(tuple(path for inside in paths.values() for path in inside), labels, tuple(paths), tuple(notes))
+
+
+def _one_class(listing: Listing, folder: str) -> list[str]:
+    """Returns a note if the only folder of images in a data set has folders that may be meant as classes."""
+    inside = [name for name, names in listing.images.items() if names and os.path.dirname(name) == folder]
+    if len(inside) < 2:
+        return []
+    path = os.path.join(listing.folder, folder)
+    return [f"all images lie in {path}; if the {len(inside)} folders in it are classes, give its path"]
 
 
 def _paths(listing: Listing, folders: list[str]) -> list[str]:
@@ -424,12 +435,11 @@ def others_left_out(listing: Listing) -> list[LeftOut]:
         for kind in kinds
         for tally in [listing.others[kind]]
     ]
-    for why, reason in (("hidden", "in hidden folders"), ("run", "in run folders of fastmae, which are no data")):
+    for why, reason in (("hidden", "in hidden folders"), ("run", "in run folders of fastmae, which are no data,")):
         counts = {name: _count_files(os.path.join(listing.folder, name)) for name in _skipped(listing, why)}
-        if sum(counts.values()):
-            left_out.append(
-                LeftOut("files", sum(counts.values()), reason, tuple([*filter(counts.get, counts)][:EXAMPLES]))
-            )
+        filled = [name for name, count in counts.items() if count]
+        if filled:
+            left_out.append(LeftOut("files", sum(counts.values()), f"{reason} such as {filled[0]}"))
     twice = _skipped(listing, "twice")
     if twice:
         reason = "linked, and listed already or around the link"

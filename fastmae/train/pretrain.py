@@ -408,7 +408,7 @@ def _probed(flags: PretrainConfig, config: ResolvedConfig) -> Probed:
         if is_asked:
             name = "probe" if config.probe_freq is None else "probe_freq"
             raise SettingError(name, problem=f"{_reason(error, config)}; leave it out") from error
-        return Probed(lines=(_left_out(f"{_reason(error, config)}; --no_probe hides this line"),))
+        return Probed(lines=(_left_out(f"{_reason(error, config)}; --probe False leaves it out"),))
     parts = train, val
     some = None if config.probe_freq is None else (_some_of(train), _some_of(val))
     lines = tuple(f"probe           {item}" for item in val.stock.left_out)

@@ -189,8 +189,14 @@ def test_arrays_and_files_that_are_not_used_are_counted(tmp_path):
     for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte", "train-images-idx3-ubyte.gz", "notes.txt"):
         (tmp_path / "mnist" / name).write_bytes(idx(GRAY))
     (tmp_path / "mnist" / "train-labels-idx1-ubyte").write_bytes(idx(LABELS))
+    (tmp_path / "mnist" / "more" / "x.png").touch()
+    (tmp_path / "mnist" / ".hidden").touch()
     stock = open_train(str(tmp_path / "mnist")).stock
-    assert (stock.used, stock.total("files"), stock.total("folders")) == ({"images": 10, "files": 3}, 5, 1)
+    assert (stock.used, stock.total("files")) == ({"images": 10, "files": 3}, 7)
+    assert [item.examples for item in stock.left_out] == [
+        ("more/x.png", "notes.txt", "train-images-idx3-ubyte.gz"),
+        (".hidden",),
+    ]
     with open(tmp_path / "two.npy", "wb") as file:
         np.save(file, GRAY)
         np.save(file, COLOUR)

@@ -149,6 +149,7 @@ READ = {
     "a png called.jpg": (encoded(photo(), "PNG"), np.asarray(photo())),
     "progressive.jpg": (encoded(photo(), "JPEG", progressive=True), None),
     "gray.jpg": (encoded(photo("L"), "JPEG"), None),
+    "stray bytes between segments.jpg": (JPEG.replace(b"\xff\xdb", b"\0\x11\x22\xff\xdb", 1), None),
     "rotation by exif is not applied.jpg": (encoded(photo(), "JPEG", quality=92, exif=EXIF), None),
     "cmyk.jpg": (CMYK, None),
     "cmyk without a word of adobe.jpg": (without(CMYK, 0xEE), as_pillow(CMYK, 3)),

@@ -129,3 +129,50 @@ def test_alpha_of_a_palette_is_kept_for_4_channels_and_dropped_silently_otherwis
     assert np.array_equal(decode(data, 4)[..., 3], np.asarray(indexed))
     assert np.array_equal(decode(data, 3), np.asarray(indexed.convert("RGB")))
     assert not recwarn.list
+
+
+# --- JPEGs that are not quite as they should be -----------------------------------------------------------------------
+
+
+def with_stray_bytes(data, after):
+    """A JPEG with three bytes of nothing after its segment of some kind."""
+    start = data.index(after)
+    end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    return data[:end] + b"\x00\x11\x22" + data[end:]
+
+
+@pytest.mark.parametrize("after", [b"\xff\xe0", b"\xff\xdb", b"\xff\xc0"])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_stray_bytes_between_the_segments_of_a_jpeg_change_nothing(after, in_chans):
+    data = encoded(picture(), "JPEG", quality=90)
+    stray = with_stray_bytes(data, after)
+    assert abs(decode(stray, in_chans).astype(int) - decode(data, in_chans)).max() <= 2
+    with pytest.raises(BadImageError, match="truncated"):
+        decode(stray[:-300], in_chans)
+
+
+def test_a_jpeg_that_is_damaged_in_its_pixels_is_refused():
+    """Pillow shows what is left of it, gray or shifted."""
+    data = encoded(picture(200, 300), "JPEG", quality=95)
+    middle = len(data) // 2
+    spoilt = data[:middle] + b"\xff\xd0" * 20 + data[middle + 40 :]
+    assert Image.open(io.BytesIO(spoilt)).convert("RGB").size == (300, 200)
+    with pytest.raises(BadImageError, match="Corrupt JPEG data"):
+        decode(spoilt, 3)
+
+
+# --- four channels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "bands"),
+    [
+        (encoded(picture(), "JPEG"), "3 bands"), (encoded(picture(), "PNG"), "3 bands"),
+        (encoded(picture(mode="L"), "PNG"), "1 band"), (encoded(picture(mode="P"), "PNG"), "1 band"),
+        (encoded(picture(mode="I;16"), "PNG"), "1 band"), (encoded(picture(mode="CMYK"), "JPEG"), "CMYK without alpha"),
+        (encoded(picture(mode="CMYK"), "TIFF"), "CMYK without alpha"),
+    ],
+)  # fmt: skip
+def test_no_fourth_band_is_made_up(data, bands):
+    with pytest.raises(BadImageError, match=f"{bands}, in_chans 4 asks for 4; set in_chans to 1 or 3, or give images"):
+        decode(data, 4)

@@ -153,13 +153,13 @@ def test_weights_that_were_never_trained_come_back_too(tmp_path):
     assert all(state["step"] == 0 and not state["exp_avg"].any() for state in restored.state.values())
 
 
-def test_a_flip_of_any_bit_is_caught_and_names_the_file(tmp_path, trained):
+def test_a_flip_of_any_bit_is_caught_and_names_the_file(tmp_path, trained, record_property):
     older = save_checkpoint(tmp_path, 1, training_tensors(*trained), POSITION)
     newest = save_checkpoint(tmp_path, 2, training_tensors(*trained), POSITION)
-    dice = random.Random(os.getpid())
-    for file in sorted(newest.iterdir()):
+    dice, flips, files = random.Random(os.getpid()), soak(5, 2000), sorted(newest.iterdir())
+    for file in files:
         whole = file.read_bytes()
-        for _ in range(soak(5, 2000)):
+        for _ in range(flips):
             data, place = bytearray(whole), dice.randrange(len(whole))
             data[place] ^= 1 << dice.randrange(8)
             file.write_bytes(data)
@@ -168,6 +168,7 @@ def test_a_flip_of_any_bit_is_caught_and_names_the_file(tmp_path, trained):
             assert file.name in found.refused[0]
         file.write_bytes(whole)
     assert find_checkpoint(tmp_path).path == newest
+    record_property("flipped bits", flips * len(files))
 
 
 def test_a_file_that_is_not_in_the_manifest_is_refused(tmp_path, trained):

@@ -57,11 +57,15 @@ def in_a_process(*words):
 
 
 @pytest.mark.parametrize(("decoder", "kinds"), CAMPAIGNS, ids=lambda it: it if isinstance(it, str) else "-".join(it))
-def test_damage_of_any_kind_is_refused_or_read_and_leaves_no_thread_descriptor_or_memory(decoder, kinds):
+def test_damage_of_any_kind_is_refused_or_read_and_leaves_no_thread_descriptor_or_memory(
+    decoder, kinds, record_property
+):
     lines = in_a_process("mutants", decoder, 0, MUTATIONS, *kinds)
     refusals = {line.split()[1][:-1]: int(line.split()[2]) for line in lines if "refusals" in line}
     assert list(refusals) == kinds
     assert all(refusals.values()), "no mutation was refused, so they are too weak to test anything"
+    record_property("mutated files", MUTATIONS * len(kinds))
+    record_property("of them refused in two passes", sum(refusals.values()))
 
 
 @pytest.mark.parametrize(
@@ -72,10 +76,11 @@ def test_damage_of_any_kind_is_refused_or_read_and_leaves_no_thread_descriptor_o
          for decoder, kind in itertools.product(["threads", "dali-cpu"], ["folder", "tar", "parquet"])],
     ),
 )  # fmt: skip
-def test_memory_is_flat_from_the_third_pass_to_the_twentieth(decoder, kind):
+def test_memory_is_flat_from_the_third_pass_to_the_twentieth(decoder, kind, record_property):
     memory = [float(line.split()[0]) for line in in_a_process("passes", decoder, kind, soak(64, 1000), 20)]
     assert len(memory) == 20
     assert abs(memory[-1] / memory[2] - 1) <= 0.05, memory
+    record_property("passes over damaged data", len(memory))
 
 
 # --- odd files, each with its rule ------------------------------------------------------------------------------------

@@ -3,8 +3,11 @@
 The buffers that the C++ writes to, which are no arguments of an op, are in test_cpu.py.
 """
 
+import random
+
 import pytest
 import torch
+from helpers import soak
 
 import fastmae.ops
 from fastmae.ops import cpu
@@ -151,10 +154,10 @@ CASES = {
 def call(op, changes, is_public):
     arguments = {**RIGHT[op], **changes}
     if is_public:
-        (attention if op == "attention" else getattr(fastmae.ops, op))(**arguments)
-    else:  # the C++ extension, which checks for itself
-        own = {"masked_mse": dict(eps=1e-6), "assemble_tokens": dict(dtype=torch.float32)}.get(op, {})
-        getattr(cpu, op)(**{**own, **arguments})
+        return (attention if op == "attention" else getattr(fastmae.ops, op))(**arguments)
+    # The C++ extension, which checks for itself.
+    own = {"masked_mse": dict(eps=1e-6), "assemble_tokens": dict(dtype=torch.float32)}.get(op, {})
+    return getattr(cpu, op)(**{**own, **arguments})
 
 
 def cases():
@@ -180,3 +183,104 @@ def test_the_arguments_that_are_changed_are_right(op):
     call(op, {}, is_public=True)
     if op != "attention":
         call(op, {}, is_public=False)
+
+
+# --- calls at random --------------------------------------------------------------------------------------------------
+
+CALLS = soak(60, 2000)
+"""Random calls of each op, by its public function and in C++."""
+NUMBERS = [-1, 0, 1, 3, 7, 65_537, -(2**31), 2**31, 2**32, 2**63 - 1, -(2**63), 2**64, 1e400, float("nan"), 0.5, True]
+THINGS = [None, "", "a word", b"bytes", [], {}, object(), int, ..., IMAGES.numpy()]
+DTYPES = [torch.uint8, torch.int8, torch.uint16, torch.int32, INT, torch.float16, torch.bfloat16, torch.float32,
+          torch.float64, torch.bool, torch.complex64, torch.quint8, "float32"]  # fmt: skip
+
+
+def hostile(value, dice):
+    """Something else in place of an argument that is right."""
+    if dice.random() < 0.1:
+        return dice.choice(THINGS)
+    if isinstance(value, torch.dtype):
+        return dice.choice(DTYPES)
+    if isinstance(value, tuple):
+        changed = [dice.choice([one, dice.choice(NUMBERS)]) for one in value]
+        return dice.choice([tuple(changed), changed, changed[:1], (*changed, 1), changed[0], ()])
+    if not isinstance(value, torch.Tensor):
+        return dice.choice(NUMBERS)
+    return hostile_tensor(value, dice)
+
+
+def hostile_tensor(value, dice):
+    """A tensor of another dtype, shape, layout or device, or with other values; of no more elements than 4096."""
+    axis = dice.randrange(value.dim())
+    kind = dice.randrange(12)
+    if kind == 0:
+        dtype = dice.choice([one for one in DTYPES if isinstance(one, torch.dtype) and one != torch.quint8])
+        return value.to(dtype)
+    if kind == 1:
+        return value.narrow(axis, 0, dice.randrange(value.shape[axis] + 1))
+    if kind == 2:
+        return torch.cat([value, value], axis)
+    if kind == 3:
+        return dice.choice([value[None], value.flatten(), value.reshape(-1)[0], value.select(axis, 0)])
+    if kind == 4:
+        return value.transpose(axis, dice.randrange(value.dim()))
+    if kind == 5:
+        return value.select(axis, 0).unsqueeze(axis).expand(value.shape)  # a stride of 0
+    if kind == 6:
+        return torch.cat([value, value], axis).unfold(axis, value.shape[axis], 1).select(axis, 0).transpose(axis, -1)
+    if kind == 7:
+        return dice.choice([value.to(META), value.to_sparse(), value.clone().float().requires_grad_()])
+    if kind == 8 and value.dtype == INT:
+        return torch.full_like(value, dice.choice([-1, 2**62, -(2**63), 2**63 - 1]))
+    if kind == 9:
+        return torch.full_like(value, dice.choice([0, 1, 3, 4, 100]))
+    if kind == 10 and value.is_floating_point():
+        return torch.full_like(value, dice.choice([float("inf"), float("nan"), -0.0, 3e38]))
+    return value.flip(axis)
+
+
+def outcome(op, changes, implementation):
+    """What a call returns, or None if it is refused."""
+    try:
+        with using(ops="auto" if implementation == "extension" else implementation):
+            return call(op, changes, implementation != "extension")
+    except (AssertionError, SystemError, MemoryError, RecursionError):
+        raise  # an error of ours, not of the arguments
+    except Exception as error:
+        if not str(error):
+            raise
+        return None
+
+
+def is_extreme(changes):
+    """Whether the order of operations decides what comes out: infinities, and standard deviations of 0."""
+    tensors = [value for value in changes.values() if isinstance(value, torch.Tensor) and value.device != META]
+    std = changes.get("std", STD)
+    return not all(value.to_dense().abs().lt(1e6).all() for value in tensors) or not (std.abs() > 1e-3).all()
+
+
+@pytest.mark.parametrize("implementation", ["auto", "extension"])
+@pytest.mark.parametrize("op", RIGHT)
+def test_hostile_calls_are_refused_or_computed_and_change_no_argument(op, implementation, record_property):
+    """A crash ends the process, which is a failure, too. What each call is depends on its number alone."""
+    if op == "attention" and implementation == "extension":
+        pytest.skip("attention in C++ is called through its op alone")
+    computed = 0
+    for number in range(CALLS):
+        dice = random.Random(f"{op} {number}")
+        names = dice.sample(sorted(RIGHT[op]), dice.randint(1, min(3, len(RIGHT[op]))))
+        changes = {name: hostile(RIGHT[op][name], dice) for name in names}
+        before = {name: value.clone() for name, value in RIGHT[op].items() if isinstance(value, torch.Tensor)}
+        result = outcome(op, changes, implementation)
+        for name, value in before.items():
+            assert torch.equal(RIGHT[op][name], value), f"call {number} changed {name}: {changes}"
+        computed += result is not None
+        if result is not None and implementation == "auto":
+            expected = outcome(op, changes, "reference")
+            assert expected is not None, f"the reference refuses call {number}: {changes}"
+            assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
+            if result.device != META and not is_extreme(changes):
+                torch.testing.assert_close(result, expected, equal_nan=True, rtol=1e-2, atol=1e-2)
+    assert 0 < computed < CALLS, "all were refused, or all were right, so they test little"
+    record_property("hostile calls of ops", CALLS)
+    record_property("of them refused", CALLS - computed)

@@ -88,7 +88,7 @@ def run_with_stops(seen, config, stops, decoders=("threads",)):
 
 
 @pytest.mark.parametrize("stops", INTERRUPTED, ids=str)
-def test_a_scattered_order_goes_on_where_it_was(tars, tmp_path, monkeypatch, stops):
+def test_a_scattered_order_goes_on_where_it_was(tars, tmp_path, monkeypatch, stops, record_property):
     seen = Seen(monkeypatch)
     run_with_stops(seen, small_run(str(tars), tmp_path / "whole", **TINY), [])
     whole, seen.steps = seen.steps, {}
@@ -100,6 +100,7 @@ def test_a_scattered_order_goes_on_where_it_was(tars, tmp_path, monkeypatch, sto
             assert torch.equal(images, images_too)
             assert torch.equal(ids, ids_too)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    record_property("interruptions", len(stops))
 
 
 def test_a_crash_in_any_step_loses_nothing_of_a_scattered_order(tars, tmp_path, monkeypatch):
@@ -121,7 +122,7 @@ def test_a_crash_in_any_step_loses_nothing_of_a_scattered_order(tars, tmp_path, 
 
 
 @pytest.mark.parametrize("stops", INTERRUPTED[1:], ids=str)
-def test_the_decoder_may_change_on_the_way(tars, tmp_path, monkeypatch, stops):
+def test_the_decoder_may_change_on_the_way(tars, tmp_path, monkeypatch, stops, record_property):
     """The masks are the same bits; the images are as near as two decoders are, so crops and flips are the same."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed (the extra `dali`)")
     seen = Seen(monkeypatch)
@@ -135,6 +136,7 @@ def test_the_decoder_may_change_on_the_way(tars, tmp_path, monkeypatch, stops):
             difference = (images.int() - images_too.int()).abs()
             assert difference.float().mean() <= 0.5
             assert difference.max() <= 24
+    record_property("interruptions", len(stops))
 
 
 @pytest.mark.parametrize("accum_iter", [1, 2])

@@ -202,7 +202,7 @@ def is_in(what: str, rank: Rank, run: Path) -> bool:
     "instants", [pytest.param("step", marks=pytest.mark.slow), "save", pytest.param("any time", marks=pytest.mark.slow)]
 )
 def test_killed_at_random_instants_the_run_goes_on_from_an_intact_checkpoint_to_the_same_end(
-    blobs, tmp_path, to_be_killed, instants
+    blobs, tmp_path, to_be_killed, instants, record_property
 ):
     """One rank in the middle of a step; one or all in the middle of a save; all at any time, starting included.
 
@@ -210,8 +210,8 @@ def test_killed_at_random_instants_the_run_goes_on_from_an_intact_checkpoint_to_
     """
     dice, run = random.Random(), tmp_path / "run"
     config = tiny(blobs, 2, run, **{**KILLED, "checkpoint_freq": 1, "keep": 2}, resume="auto")
-    starts = hits = in_saves = 0
-    while hits < soak(1, 20):
+    starts = hits = in_saves = kills = 0
+    while hits < soak(1, 12):
         starts, before = starts + 1, newest_step(run)
         assert starts <= 10 * (hits + 3), "hardly any kill hit what it was meant for"
         ranks = start_ranks(2, config, slow_saves=instants == "save")
@@ -229,6 +229,7 @@ def test_killed_at_random_instants_the_run_goes_on_from_an_intact_checkpoint_to_
         statuses = [rank.finish()[0] for rank in ranks]
         assert None not in statuses, "a rank whose companion is gone must end as well"
         killed = all(victim.process.exitcode == -signal.SIGKILL for victim in victims)
+        kills += sum(victim.process.exitcode == -signal.SIGKILL for victim in victims)
         hits += killed and (instants == "any time" or any(is_in(instants, victim, run) for victim in victims))
         in_saves += killed and any(is_in("save", victim, run) for victim in victims)
         assert newest_step(run) >= before
@@ -241,6 +242,9 @@ def test_killed_at_random_instants_the_run_goes_on_from_an_intact_checkpoint_to_
     run_ranks(2, config)
     assert_same_run(run, to_be_killed)
     assert not list(run.rglob("*partial*"))
+    record_property("kills of a rank or of both", kills)
+    record_property("in the middle of a step, of a save or at any time, as meant", hits)
+    record_property("in the middle of a save", in_saves)
     print(f"{starts} starts, {hits} kills that hit ({instants}), {in_saves} in the middle of a save")
 
 

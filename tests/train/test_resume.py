@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_run, command, final_state, metrics, small_run
+from helpers import assert_same_run, command, final_state, metrics, small_run, soak
 from ranks import Rank, start_ranks
 
 from fastmae.checkpoint.load import load_model
@@ -51,21 +51,28 @@ def wait_for_checkpoint(process: Rank, output_dir: Path, besides: set[str] = fro
         time.sleep(0.01)
 
 
-def test_sigkill_at_random_instants_changes_nothing(blobs, tmp_path, undisturbed):
-    """Killed three times, each time gone on with another number of decoding threads."""
+def test_sigkill_at_random_instants_changes_nothing(blobs, tmp_path, undisturbed, record_property):
+    """Killed three times, each time gone on with another number of decoding threads; begun anew when it is done."""
     output_dir, seen, killed = tmp_path / "run", set(), 0
     dice = random.Random(os.getpid())
-    for workers in (1, 2, 3):
-        process = start(output_dir, blobs, resume="auto", num_workers=workers)
+    for number in range(soak(3, 30)):
+        process = start(output_dir, blobs, resume="auto", num_workers=1 + number % 3)
         wait_for_checkpoint(process, output_dir, seen)
         time.sleep(dice.uniform(0, 0.5))
         process.process.kill()
-        killed += process.finish()[0] == -signal.SIGKILL
+        status, err = process.finish()
+        killed += status == -signal.SIGKILL
         seen = {path.name for path in (output_dir / "checkpoints").glob("step-*")}
+        if status != -signal.SIGKILL:
+            assert status == 0, err
+            assert_same_run(output_dir, undisturbed)
+            shutil.rmtree(output_dir)
+            seen = set()
     assert killed, "every run was done before it could be killed, so nothing was tested"
     status, err = start(output_dir, blobs, resume="auto", num_workers=1).finish()
     assert status == 0, err
     assert_same_run(output_dir, undisturbed)
+    record_property("kills", killed)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -60,6 +60,8 @@ class Made:
     """Rows of tables."""
     images: int = 0
     """Images in arrays."""
+    labels: int = 0
+    """Files of labels beside a file of images."""
     wrong: bool = False
     """Whether it must be refused."""
 
@@ -363,6 +365,7 @@ def _array(made: Made, random: np.random.Generator) -> None:
         np.save(made.path, images)
         if random.random() < 0.3:
             np.save(made.path.with_name("data_labels.npy"), np.arange(made.images) % 3)
+            made.labels = 1
 
 
 def _array_that_is_none(made: Made, random: np.random.Generator) -> None:

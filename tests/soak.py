@@ -34,13 +34,13 @@ START, END = "<!-- soak -->", "<!-- /soak -->"
 # (what is done, its tests), the longest first. Tests of one file share what they prepare, so one process does a file.
 PARTS = (
     ("Processes killed, then resumed", "tests/train/test_parallel.py"),
-    ("Damaged files of a run folder", "tests/train/test_damaged_run.py"),
+    ("Run folders: damaged files, locks, full disks", "tests/train/test_folder.py"),
     ("Interrupted in every step", "tests/train/test_order.py"),
     ("Mutated image files, and memory in passes over damaged data", "tests/data/test_damage.py"),
     ("Random command lines", "tests/test_random_commands.py"),
     ("Bits flipped in checkpoints", "tests/checkpoint/test_checkpoint.py"),
     ("One rank killed, then resumed", "tests/train/test_resume.py"),
-    ("Generated data sets", "tests/data/test_generated.py"),
+    ("Generated data sets, and mutated containers", "tests/data/test_generated.py"),
     ("Hostile calls of ops", "tests/ops/test_wrong_arguments.py"),
 )
 

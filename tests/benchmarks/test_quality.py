@@ -178,7 +178,7 @@ MARGINS = {"knn": 12.0, "linear": 6.0, "loss": 0.05}
 
 @pytest.mark.timeout(3600)
 def test_on_digits_both_are_as_accurate(small_model, tmp_path, capsys):
-    """`make soak` trains them for 60 epochs as the demo does, by which they are worth far more than random weights."""
+    """With FASTMAE_SOAK=1 for 60 epochs as the demo does, by which they are worth far more than random weights."""
     few = ["--epochs", "5", "--warmup_epochs", "1", "--batch_size", "64", "--blr", "1.2e-2"]
     status = main([*WORDS, "--seeds", "0", "1", "2", *soak(few, []), "--output", str(tmp_path)])
     (path,) = tmp_path.glob("quality-digits-mae_vit_tiny_patch4-*.json")

@@ -1,10 +1,14 @@
 """Data sets made from seeds: every file is used or left out with a reason, and every image is usable or named."""
 
 import contextlib
+import gzip
 import shutil
+import struct
 import warnings
 
+import numpy as np
 import pytest
+from damage import mutated
 from generated import LAYOUTS, files_below, make
 from helpers import soak
 
@@ -92,3 +96,64 @@ def named_by_verify(sources):
             else:
                 assert source.name(index) not in found
     return found
+
+
+# --- containers -------------------------------------------------------------------------------------------------------
+
+
+def idx():
+    return struct.pack(">HBBIII", 0, 8, 3, 20, 8, 8) + bytes(range(256)) * 5
+
+
+CONTAINERS = [
+    "data.npy",
+    "data.npz",
+    "train-images-idx3-ubyte",
+    "train-images-idx3-ubyte.gz",
+    "data_batch_1.bin",
+    "data.tar",
+]
+
+
+def container(folder, name):
+    """The bytes of a whole container."""
+    path = folder / name
+    if name == "data.npy":
+        np.save(path, np.zeros((20, 8, 8, 3), np.uint8))
+    elif name == "data.npz":
+        np.savez_compressed(
+            path, train_images=np.arange(5120, dtype=np.uint8).reshape(20, 16, 16), train_labels=np.arange(20)
+        )
+    elif name.startswith("train-images"):
+        path.write_bytes(gzip.compress(idx()) if name.endswith(".gz") else idx())
+    elif name == "data_batch_1.bin":
+        path.write_bytes(bytes(3 * 3073))
+    else:
+        made = make(folder, LAYOUTS.index(next(maker for maker in LAYOUTS if maker.__name__ == "_tar")))
+        return made.path.read_bytes()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_mutated_container_is_refused_in_one_line_or_read(name, tmp_path, record_property):
+    whole, count, refused = container(tmp_path, name), soak(20, 500), 0
+    path = tmp_path / name
+    for number in range(count):
+        path.unlink(missing_ok=True)
+        path.write_bytes(mutated(whole, number))
+        try:
+            source = open_train(str(path))
+            shapes = {np.shape(decode(source.read(index), 3)) for index in range(min(len(source), 30))}
+            assert all(len(shape) == 3 for shape in shapes)
+        except UserError as error:
+            refused += 1
+            if "\n" in str(error):
+                raise
+        except (BadImageError, OSError):
+            refused += 1
+        except BaseException as error:
+            error.add_note(f"mutation {number} of {name}")
+            raise
+    assert refused
+    record_property("mutated containers", count)
+    record_property("of those refused", refused)

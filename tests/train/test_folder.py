@@ -464,9 +464,12 @@ def test_damage_to_a_file_of_a_run_is_one_line_or_tolerated_with_a_line_before_t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
-def test_a_run_with_a_damaged_file_is_refused_or_goes_on_and_is_read_all_the_same(run, blobs, tmp_path, capsys, name):
+def test_a_run_with_a_damaged_file_is_refused_or_goes_on_and_is_read_all_the_same(
+    run, blobs, tmp_path, capsys, name, record_property
+):
     furnish(run)
     model = load_model(run)
+    record_property("damaged files of run folders", len(kinds_of(run / name)))
     for kind in kinds_of(run / name):
         copy, refusal = Path(shutil.copytree(run, tmp_path / kind)), None
         damage(copy / name, kind)

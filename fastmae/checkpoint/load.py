@@ -158,15 +158,25 @@ def read_settings(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def load_classifier(checkpoint: str | Path) -> Classifier:
-    """Returns the classifier of a fine-tuned run, on the CPU, in evaluation mode.
+    """Returns a fine-tuned classifier, on the CPU, in evaluation mode.
 
     Args:
-        checkpoint: a run folder of finetune (its newest intact checkpoint counts), or one of its checkpoints.
+        checkpoint: a run folder of finetune (its newest intact checkpoint counts), one of its checkpoints, or a file of
+            a classifier with the official or transformers' names.
 
     Raises:
         UserError: nothing there, not intact, or not a classifier.
     """
-    return _of_newest(Path(checkpoint), _classifier_of_run).eval()
+    path = Path(checkpoint)
+    if not path.exists() or not holds_file(path):
+        return _of_newest(path, _classifier_of_run).eval()
+    opened = open_checkpoint(path)
+    if not opened.head:
+        raise UserError(f"{path}: is {opened.what}, not a fine-tuned classifier; give another checkpoint")
+    has_pooled_norm = opened.model.fc_norm is not None
+    model = classifier_of(opened.model, opened.head["head.weight"].shape[0], global_pool=has_pooled_norm)
+    model.load_state_dict(opened.head, strict=False)
+    return model.eval()
 
 
 # --- run folders ------------------------------------------------------------------------------------------------------

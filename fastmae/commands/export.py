@@ -13,7 +13,7 @@ from fastmae.screen import say, show_table
 def run_export(config: ExportConfig) -> int:
     """Writes the model and prints what was written; with ``config.check`` also how a program compares."""
     opened = open_checkpoint(config.checkpoint, config)
-    line, comparison = export(config, opened.model, opened.settings, opened.has_decoder, default_workers())
+    line, comparison = export(config, opened, default_workers())
     say(line)
     if config.check is None:
         return 0

@@ -17,32 +17,50 @@ class Encoder(nn.Module):
         model: the model whose weights are copied.
         dtype: the dtype of the weights and of the computation.
         uint8: take images uint8 [N, H, W, C] and normalise them here, instead of normalised float32 [N, C, H, W].
+        head: ``head.weight`` [classes, D] and ``head.bias`` of a classifier with this encoder, which gives logits.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, model: MaskedAutoencoderViT, dtype: torch.dtype, uint8: bool) -> None:
+    def __init__(
+        self,
+        model: MaskedAutoencoderViT,
+        dtype: torch.dtype,
+        uint8: bool,
+        head: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.projection = nn.Conv2d(model.in_chans, model.cls_token.shape[-1], model.patch_size, model.patch_size)
         self.projection.load_state_dict(model.patch_embed.proj.state_dict())
         self.class_token = nn.Parameter((model.cls_token + model.pos_embed[:, :1]).detach())
         self.positions = nn.Parameter(model.pos_embed[:, 1:].detach().clone())
         self.blocks, self.norm = _with_torchs_linear(copy.deepcopy(model.blocks)), copy.deepcopy(model.norm)
+        self.fc_norm, self.head = copy.deepcopy(model.fc_norm), linear_of(head) if head else None
         self.dtype, self.uint8 = dtype, uint8
         self.to(dtype)
         self.register_buffer("mean", model.mean[:, None, None].clone())  # pixels are normalised in float32
         self.register_buffer("std", model.std[:, None, None].clone())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns normalised tokens float32 [N, 1+L, D], class token first."""
+        """Returns normalised tokens float32 [N, 1+L, D], class token first; of a classifier logits [N, classes]."""
         if self.uint8:
             images = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         x = self.projection(images.to(self.dtype)).flatten(2).transpose(1, 2) + self.positions
         x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x).float()
+        x = self.norm(x)
+        if self.head is not None:
+            x = self.head(x[:, 0] if self.fc_norm is None else self.fc_norm(x[:, 1:].mean(dim=1)))
+        return x.float()
+
+
+def linear_of(head: dict[str, torch.Tensor]) -> nn.Linear:
+    """Returns the head of a classifier as a layer."""
+    layer = nn.Linear(head["head.weight"].shape[1], head["head.weight"].shape[0])
+    layer.load_state_dict({name.removeprefix("head."): tensor.float() for name, tensor in head.items()})
+    return layer.requires_grad_(False)
 
 
 def _with_torchs_linear(blocks: nn.ModuleList) -> nn.ModuleList:

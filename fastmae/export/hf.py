@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
@@ -18,7 +20,14 @@ from fastmae.model.mae import MaskedAutoencoderViT
 BICUBIC = 3
 
 
-def save_huggingface(folder: Path, model: MaskedAutoencoderViT, mask_ratio: float, part: Part) -> None:
+def save_huggingface(
+    folder: Path,
+    model: MaskedAutoencoderViT,
+    mask_ratio: float,
+    part: Part,
+    head: dict[str, torch.Tensor] | None = None,
+    class_names: Sequence[str] = (),
+) -> None:
     """Writes the weights, ``config.json`` and the processor that resizes and normalises as the model was trained.
 
     Args:
@@ -26,6 +35,7 @@ def save_huggingface(folder: Path, model: MaskedAutoencoderViT, mask_ratio: floa
         model: for ``full``, a model whose decoder has self-attention.
         mask_ratio: the ratio for ``ViTMAEForPreTraining``, which draws its own masks.
         part: ``full`` for a ``ViTMAEForPreTraining``, ``encoder`` for a ``ViTModel``.
+        head: of a classifier of the class token, for a ``ViTForImageClassification`` with these ``class_names``.
 
     Raises:
         SettingError: transformers has no class for the model, or the file system refused.
@@ -37,8 +47,13 @@ def save_huggingface(folder: Path, model: MaskedAutoencoderViT, mask_ratio: floa
     if part == "full" and (height != width or ph != pw):
         size = f"images of {height}×{width} and patches of {ph}×{pw} pixels"
         raise SettingError("part", part, f"ViTMAE takes only squares, not {size}; {remedy}")
+    if model.fc_norm is not None:
+        problem = "transformers' ViT has no norm after the mean of the tokens, which this classifier has; use --to=timm"
+        raise SettingError("to", "hf", problem)
     weights = {name: tensor.contiguous() for name, tensor in to_huggingface(weights_of(model, part)).items()}
-    if part == "encoder":
+    if head:
+        weights |= {name.replace("head.", "classifier."): tensor.contiguous() for name, tensor in head.items()}
+    elif part == "encoder":
         weights = {name.removeprefix("vit."): tensor for name, tensor in weights.items()}
     processor = {
         "image_processor_type": "ViTImageProcessor",
@@ -51,10 +66,16 @@ def save_huggingface(folder: Path, model: MaskedAutoencoderViT, mask_ratio: floa
         "image_mean": numbers(model.mean),
         "image_std": numbers(model.std),
     }
+    config = _config(model, mask_ratio, part)
+    if head:
+        names = class_names or [str(number) for number in range(head["head.weight"].shape[0])]
+        config["architectures"] = ["ViTForImageClassification"]
+        config["id2label"] = {str(number): name for number, name in enumerate(names)}
+        config["label2id"] = {name: number for number, name in enumerate(names)}
     with written_aside(folder) as aside:
         aside.mkdir()
         (aside / WEIGHTS[0]).write_bytes(safetensors_bytes(weights, {"format": "pt"}))
-        (aside / CONFIG).write_text(json.dumps(_config(model, mask_ratio, part), indent=2) + "\n")
+        (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (aside / PREPROCESSOR).write_text(json.dumps(processor, indent=2) + "\n")
 
 

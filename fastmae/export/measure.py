@@ -15,6 +15,7 @@ from fastmae.errors import SettingError
 from fastmae.evaluate.features import pooled, usable_batches
 from fastmae.evaluate.knn import knn_predictions
 from fastmae.evaluate.linear_probe import logistic_predictions
+from fastmae.export.encoder import linear_of
 from fastmae.model.mae import MaskedAutoencoderViT
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
@@ -42,12 +43,19 @@ def as_taken(model: MaskedAutoencoderViT, images: torch.Tensor, uint8: bool) -> 
 
 
 @torch.no_grad()
-def sample_difference(model: MaskedAutoencoderViT, encode: Encode, uint8: bool) -> tuple[float, float]:
-    """Returns (largest difference from the model's tokens, largest of these tokens) for five images of noise."""
+def sample_difference(
+    model: MaskedAutoencoderViT, encode: Encode, uint8: bool, head: dict[str, torch.Tensor] | None = None
+) -> tuple[float, float]:
+    """Returns (largest difference from the model's tokens, largest of these tokens) for five images of noise.
+
+    With the ``head`` of a classifier, these are its logits.
+    """
     shape = (5, *model.img_size, model.in_chans)
     noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = as_taken(model, noise, uint8)
     truth = model.forward_features(images)
+    if head:
+        truth = linear_of(head)(pooled(truth, "mean" if model.fc_norm else "cls", model.fc_norm))
     return float((encode(images) - truth).abs().max()), float(truth.abs().max())
 
 

@@ -15,7 +15,13 @@ from fastmae.model.mae import MaskedAutoencoderViT
 Part = Literal["encoder", "full"]
 
 
-def export_official(path: Path, model: MaskedAutoencoderViT, settings: dict[str, Any], part: Part) -> None:
+def export_official(
+    path: Path,
+    model: MaskedAutoencoderViT,
+    settings: dict[str, Any],
+    part: Part,
+    head: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Writes ``{'model', 'args'}`` as a .pth, or the weights as a .safetensors with the settings in its metadata.
 
     Args:
@@ -23,11 +29,12 @@ def export_official(path: Path, model: MaskedAutoencoderViT, settings: dict[str,
         model: the model.
         settings: plain numbers, strings and lists, from which fastmae can build the model again.
         part: ``encoder`` or ``full``.
+        head: of a classifier, which is then written instead of an encoder.
 
     Raises:
         UserError: the file system refused.
     """
-    weights = weights_of(model, part)
+    weights = weights_of(model, part) | (head or {})
     with written_aside(path) as aside:
         if path.suffix == ".safetensors":
             metadata = {"format": "pt", "settings": json.dumps(settings)}

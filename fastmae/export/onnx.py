@@ -16,14 +16,16 @@ import torch
 from fastmae.errors import UserError, install_hint
 from fastmae.export.atomic import written_aside
 from fastmae.export.official import numbers
-from fastmae.export.program import encoder_and_images
+from fastmae.export.program import Head, encoder_and_images
 from fastmae.model.mae import MaskedAutoencoderViT
 
 VARIANTS = ("fp32", "fp16", "int8")
 
 
-def save_onnx(path: Path, model: MaskedAutoencoderViT, variant: str, uint8: bool) -> None:
+def save_onnx(path: Path, model: MaskedAutoencoderViT, variant: str, uint8: bool, head: Head = None) -> None:
     """Writes a model with the input ``images`` and the output ``tokens``, both with a free first axis.
+
+    With the ``head`` of a classifier, the output is ``logits`` [N, classes].
 
     The metadata say how images are prepared. Weights of over 2 GB, which an ONNX file cannot hold, are written beside
     it as ``NAME.data``.
@@ -40,7 +42,7 @@ def save_onnx(path: Path, model: MaskedAutoencoderViT, variant: str, uint8: bool
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _needs(package)
-    graph = _graph(model, "fp32" if variant == "int8" else variant, uint8)
+    graph = _graph(model, "fp32" if variant == "int8" else variant, uint8, head)
     form = "uint8 [N, H, W, C]" if uint8 else "float32 [N, C, H, W], normalised with mean and std of pixels in [0, 1]"
     facts = {"images": form, "input_size": model.img_size, "mean": numbers(model.mean), "std": numbers(model.std)}
     graph.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
@@ -61,7 +63,7 @@ def save_onnx(path: Path, model: MaskedAutoencoderViT, variant: str, uint8: bool
 def opened_onnx(path: Path) -> Any:
     """Opens a model in onnxruntime on the CPU, with as many threads as torch has.
 
-    Returns a function from a batch of images to tokens.
+    Returns a function from a batch of images to its only output: tokens, or a classifier's logits.
 
     Raises:
         UserError: onnxruntime is missing.
@@ -70,13 +72,13 @@ def opened_onnx(path: Path) -> Any:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["tokens"], {"images": images.contiguous().numpy()})[0])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
 
 
-def _graph(model: MaskedAutoencoderViT, variant: str, uint8: bool) -> Any:
+def _graph(model: MaskedAutoencoderViT, variant: str, uint8: bool, head: Head) -> Any:
     """Traces the encoder as an ONNX program with a free batch axis."""
-    encoder, images = encoder_and_images(model, variant, uint8)
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["tokens"]}
+    encoder, images = encoder_and_images(model, variant, uint8, head)
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits" if head else "tokens"]}
     free = {"images": {0: "batch"}}
     with _quiet(), torch.no_grad():
         return torch.onnx.export(encoder, (images,), **names, dynamic_shapes=free, verbose=False)

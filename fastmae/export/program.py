@@ -14,7 +14,13 @@ from fastmae.model.mae import MaskedAutoencoderViT
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def encoder_and_images(model: MaskedAutoencoderViT, variant: str, uint8: bool) -> tuple[Encoder, torch.Tensor]:
+Head = dict[str, torch.Tensor] | None
+"""``head.weight`` and ``head.bias`` of a classifier, whose program gives logits; None for an encoder's tokens."""
+
+
+def encoder_and_images(
+    model: MaskedAutoencoderViT, variant: str, uint8: bool, head: Head = None
+) -> tuple[Encoder, torch.Tensor]:
     """Returns the encoder in one of ``DTYPES``, and images of the form that it takes, for tracing.
 
     There are two images, as torch would take a batch of one for a constant.
@@ -22,16 +28,16 @@ def encoder_and_images(model: MaskedAutoencoderViT, variant: str, uint8: bool) -
     images = torch.zeros(2, model.in_chans, *model.img_size)
     if uint8:
         images = images.permute(0, 2, 3, 1).contiguous().to(torch.uint8)
-    return Encoder(model, DTYPES[variant], uint8).eval(), images
+    return Encoder(model, DTYPES[variant], uint8, head).eval(), images
 
 
-def save_program(path: Path, model: MaskedAutoencoderViT, variant: str, uint8: bool) -> None:
-    """Writes a .pt2; ``torch.export.load(path).module()`` takes images and gives tokens.
+def save_program(path: Path, model: MaskedAutoencoderViT, variant: str, uint8: bool, head: Head = None) -> None:
+    """Writes a .pt2; ``torch.export.load(path).module()`` takes images and gives tokens, or a classifier's logits.
 
     Raises:
         UserError: the file system refused.
     """
-    encoder, images = encoder_and_images(model, variant, uint8)
+    encoder, images = encoder_and_images(model, variant, uint8, head)
     shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
     with torch.no_grad():
         program = torch.export.export(encoder, (images,), dynamic_shapes=shapes)

@@ -6,6 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fastmae.checkpoint.load import Opened
 from fastmae.config import ExportConfig
 from fastmae.errors import SettingError
 from fastmae.export.hf import save_huggingface
@@ -17,16 +20,12 @@ from fastmae.export.timm import save_timm
 from fastmae.model.mae import MaskedAutoencoderViT
 
 
-def export(
-    config: ExportConfig, model: MaskedAutoencoderViT, settings: dict[str, Any], has_decoder: bool, num_workers: int
-) -> tuple[str, dict[str, EncoderFigures]]:
+def export(config: ExportConfig, opened: Opened, num_workers: int) -> tuple[str, dict[str, EncoderFigures]]:
     """Exports a model as ``config`` says.
 
     Args:
         config: settings that are already checked.
-        model: a model on the CPU, in evaluation mode.
-        settings: those of its checkpoint: the preset's name as ``model``, and ``mask_ratio`` if it is known.
-        has_decoder: whether the checkpoint holds a decoder; otherwise the model's is a fresh one.
+        opened: a checkpoint, whose model is on the CPU and in evaluation mode.
         num_workers: decoding threads for ``config.check``.
 
     Returns:
@@ -35,24 +34,30 @@ def export(
     Raises:
         UserError: the format cannot hold the model, a package is missing, or the file system refused.
     """
-    path, uint8 = Path(config.output), config.input == "uint8"
-    part: Part = config.part or ("full" if has_decoder and config.to in ("official", "hf") else "encoder")
-    if part == "full" and not has_decoder:
+    path, model = Path(config.output), opened.model
+    head = {} if config.part == "encoder" else opened.head
+    if config.part == "full" and not opened.has_decoder and not head:
         raise SettingError("part", "full", f"{config.checkpoint} holds the encoder alone; leave --part out")
+    is_full = config.part != "encoder" and opened.has_decoder and config.to in ("official", "hf")
+    part: Part = "full" if is_full else "encoder"
+    what = "encoder and decoder" if is_full else "the encoder"
+    if head:
+        what = f"the classifier of {head['head.weight'].shape[0]} classes"
     if config.to in ("onnx", "torch-export"):
-        return _program(config, model, path, uint8, num_workers)
+        return _program(config, model, head, what, num_workers)
     if config.to == "official":
-        export_official(path, model, _described(model, settings), part)
+        export_official(path, model, _described(opened, head), part, head)
     elif config.to == "timm":
-        save_timm(path, model)
+        save_timm(path, model, head)
     else:
-        save_huggingface(path, model, float(settings.get("mask_ratio", 0.75)), part)
-    what = "the encoder" if part == "encoder" else "encoder and decoder"
+        names = opened.settings.get("class_names") or ()
+        save_huggingface(path, model, float(opened.settings.get("mask_ratio", 0.75)), part, head, names)
     return f"{path}: {what}, as {config.to} has it", {}
 
 
-def _described(model: MaskedAutoencoderViT, settings: dict[str, Any]) -> dict[str, Any]:
+def _described(opened: Opened, head: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Returns the settings that build the model again. A run's other settings are dropped, as they name folders."""
+    model, settings = opened.model, opened.settings
     described = {
         "model": settings["model"],
         "input_size": list(model.img_size),
@@ -63,25 +68,29 @@ def _described(model: MaskedAutoencoderViT, settings: dict[str, Any]) -> dict[st
         "decoder_attention": model.decoder_attention,
         "decoder_depth": len(model.decoder_blocks),
     }
-    return described | {key: settings[key] for key in ("mask_ratio",) if key in settings}
+    kept = ("nb_classes", "global_pool", "class_names") if head else ("mask_ratio",)
+    return described | {key: settings[key] for key in kept if key in settings}
 
 
 def _program(
-    config: ExportConfig, model: MaskedAutoencoderViT, path: Path, uint8: bool, num_workers: int
+    config: ExportConfig, model: MaskedAutoencoderViT, head: dict[str, torch.Tensor], what: str, num_workers: int
 ) -> tuple[str, dict[str, EncoderFigures]]:
-    """Writes a program, opens it, and compares its tokens with the model's."""
+    """Writes a program, opens it, and compares its tokens, or a classifier's logits, with the model's."""
+    path, uint8 = Path(config.output), config.input == "uint8"
     save, opened, runtime = {
         "onnx": (save_onnx, opened_onnx, "onnxruntime"),
         "torch-export": (save_program, opened_program, "torch"),
     }[config.to]
+    if head and config.check is not None:
+        raise SettingError("check", problem="compares features; give --part=encoder with it, or leave it out")
     labelled = None if config.check is None else open_labelled(config.check)
-    save(path, model, config.variant, uint8)
+    save(path, model, config.variant, uint8, head)
     encode: Encode = opened(path)
-    difference, largest = sample_difference(model, encode, uint8)
+    difference, largest = sample_difference(model, encode, uint8, head)
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 1e6
     line = (
-        f"{path}: the encoder, {config.variant}, {size:.1f} MB; in {runtime} its tokens differ by at most "
-        f"{difference:.1e} from fastmae's, which go up to {largest:.1f} (5 images of noise)"
+        f"{path}: {what}, {config.variant}, {size:.1f} MB; in {runtime} its {'logits' if head else 'tokens'} differ by "
+        f"at most {difference:.1e} from fastmae's, which go up to {largest:.1f} (5 images of noise)"
     )
     if labelled is None:
         return line, {}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastmae.config.shared import Checkpoint, ReadingConfig, check_reading
-from fastmae.config.values import coerce, need
+from fastmae.config.values import coerce, need, need_utf8
 from fastmae.errors import SettingError
 
 ExportFormat = Literal["official", "timm", "hf", "onnx", "torch-export"]
@@ -48,6 +48,7 @@ def check_export(config: ExportConfig) -> None:
         SettingError: naming the setting, its value and what it must be.
     """
     check_reading(config)
+    need_utf8(config, "output")
     to = f"with --to={config.to}"
     endings = {"onnx": (".onnx",), "torch-export": (".pt2",), "hf": ()}.get(config.to, (".pth", ".safetensors"))
     if endings and not config.output.endswith(endings):

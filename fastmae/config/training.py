@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from fastmae.config.values import need, need_at_least_one, need_seed, need_size
+from fastmae.config.values import need, need_at_least_one, need_seed, need_size, need_utf8
 
 MOST_WORKERS = 4096
 YEAR = 366 * 24 * 3600
@@ -164,6 +164,7 @@ def check_training(config: TrainingConfig) -> None:
     if config.crop_scale is not None:
         low, high = config.crop_scale
         needed(0 < low <= high <= 1, "crop_scale", "two numbers with 0 < smallest ≤ largest ≤ 1")
+    need_utf8(config, "output_dir")
     needed(0 <= config.max_corrupt <= 1, "max_corrupt", "a share between 0 and 1")
     timeout = config.hang_timeout
     needed(timeout is None or 0 <= timeout <= YEAR, "hang_timeout", "0 or more seconds, at most a year")

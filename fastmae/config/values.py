@@ -181,6 +181,21 @@ def need(config: object, holds: bool, name: str, expected: str) -> None:
         raise SettingError(name, getattr(config, name), f"must be {expected}")
 
 
+def need_utf8(config: object, name: str) -> None:
+    """Refuses a path that is no UTF-8 where a library opens it that takes no other names.
+
+    Raises:
+        SettingError: naming the setting.
+    """
+    path = str(getattr(config, name))
+    need(
+        config,
+        path == path.encode(errors="replace").decode(),
+        name,
+        "a path in UTF-8, as not all libraries take others",
+    )
+
+
 def need_at_least_one(config: object, *names: str) -> None:
     """Refuses numbers below 1. A setting that is None, or that the configuration does not have, is right."""
     for name in names:

@@ -19,6 +19,7 @@ from fastmae.errors import SettingError, UserError, install_hint
 from fastmae.files import write_whole
 from fastmae.messages import logger
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.screen import printable
 
 FILE_SUFFIXES = (".npz", ".parquet")
 
@@ -124,6 +125,11 @@ def check_features_file(path: Path) -> None:
             raise SettingError("path", str(path), problem, flag="--output") from error
 
 
+def _in_utf8(text: str) -> str:
+    """Returns a name as Parquet can hold it: bytes that are no UTF-8 are escaped."""
+    return text if text == text.encode(errors="replace").decode() else printable(text)
+
+
 def save_features(path: Path, source: Source, features: Features) -> None:
     """Writes ``features`` float32 [n, D], ``names``, and if there are labels ``labels`` int64 and ``classes``.
 
@@ -145,6 +151,7 @@ def save_features(path: Path, source: Source, features: Features) -> None:
         import pyarrow.parquet
 
         lists = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.reshape(-1)), values.shape[1])
+        columns |= {name: [*map(_in_utf8, texts)] for name, texts in columns.items() if texts.dtype.kind == "U"}
         table = pyarrow.table({**columns, "features": lists})
         pyarrow.parquet.write_table(table, file)
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fastmae.errors import UserError
 from fastmae.files import write_whole
+from fastmae.screen import printable
 
 CELL = 96
 MARGIN = 6
@@ -50,6 +51,7 @@ def grid_picture(
         names: one name per row, drawn to its left.
         captions: one text per image, drawn below it.
     """
+    title, names = printable(title), [printable(name) for name in names]
     height, width = rows[0][0].shape[:2]
     zoom = max(1, round(CELL / max(height, width)))
     cell_width, cell_height = width * zoom + MARGIN, height * zoom + MARGIN + (SMALL_TEXT + MARGIN if captions else 0)
@@ -77,6 +79,7 @@ def grid_picture(
 
 def confusion_picture(tables: Mapping[str, np.ndarray], classes: Sequence[str], title: str) -> Image.Image:
     """Draws confusion matrices side by side, each row shaded by its shares; numbers and names if they are readable."""
+    title, classes = printable(title), [printable(name) for name in classes]
     count = len(classes)
     side = max(1, min(32, MATRIX // count))
     font, small = ImageFont.load_default(TEXT), ImageFont.load_default(SMALL_TEXT)
@@ -139,6 +142,7 @@ def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """Cuts a text to the end that fits: the end of a path says more than its beginning."""
+    text = printable(text)
     while len(text) > 1 and font.getlength(text) > width:
         text = "…" + text[2:]
     return text

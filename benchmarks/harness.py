@@ -38,6 +38,7 @@ from fastmae.errors import UserError
 from fastmae.files import write_text
 from fastmae.model.presets import PRESETS
 from fastmae.ops.attention_table import dtype_name
+from fastmae.screen import open_console
 from fastmae.torch_compat import compile_errors
 
 OURS = "fastmae"
@@ -334,7 +335,7 @@ def _end_of(process: BaseProcess, said: str) -> str:
 
 
 def console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False)
+    return open_console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 
 
 def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:

@@ -50,6 +50,7 @@ from fastmae.data.parquet import ParquetSource
 from fastmae.data.plan import EpochPlan, crop_draws, is_flipped, plan_epoch, random_box
 from fastmae.data.sources import FolderSource, Source, open_train
 from fastmae.errors import UserError
+from fastmae.screen import printable
 from fastmae.train.parallel import choose_device
 
 FILES, SHARD, SEED = 1000, 500, 0
@@ -119,7 +120,7 @@ def bench_loader(config: BenchLoaderConfig, command: Sequence[str]) -> int:
     machine, kilobytes = harness.machine_name(setting.device), sum(map(len, files)) / max(1, len(files)) / 1e3
     screen = harness.console()
     for name, source in setting.sources.items():
-        screen.print(f"{name}: {len(source):,} images {source.location}")
+        screen.print(printable(f"{name}: {len(source):,} images {source.location}"))
     screen.print(
         f"{kilobytes:.0f} KB on average, to {config.input_size}×{config.input_size}, batch {config.batch_size}, "
         f"{setting.num_workers} threads or processes, {machine}, files in the page cache, median of {config.rounds}"

@@ -4,10 +4,15 @@ import errno
 import io
 import os
 import threading
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from fastmae.cli import main
+from fastmae.evaluate.features import Features, save_features
+from fastmae.evaluate.pictures import confusion_picture, grid_picture
 from fastmae.screen import OutputLostError, Stream, complain, open_console, printable, safe_streams, say, show_table
 
 NAMES = {
@@ -62,6 +67,33 @@ def test_every_text_goes_to_a_terminal_of_any_encoding(encoding):
     stream.write("8×8 … 写真 \udcff\n")
     expected = {"ascii": b"8x8 ... \\u5199\\u771f \\xff\n", "latin-1": b"8\xd78 ... \\u5199\\u771f \\xff\n"}
     assert file.getvalue() == expected.get(encoding, "8×8 … 写真 \\xff\n".encode())
+
+
+def test_names_are_drawn_and_kept_whatever_they_are(tmp_path):
+    names, image = list(NAMES), np.zeros((8, 8, 1), np.uint8)
+    picture = grid_picture([[image]] * len(names), names[4], names, [[name] for name in names])
+    plain = grid_picture([[image]] * len(names), printable(names[4]), [*map(printable, names)], [[n] for n in names])
+    assert picture.tobytes() == plain.tobytes()
+    table = np.eye(len(names), dtype=int)
+    assert confusion_picture({"k-NN": table}, names, names[5]).size == (
+        confusion_picture({"k-NN": table}, [*map(printable, names)], printable(names[5])).size
+    )
+    source = SimpleNamespace(labels=None, name=names.__getitem__)
+    features = Features(torch.zeros(9, 2), np.arange(9), ())
+    save_features(tmp_path / "f.npz", source, features)
+    assert np.load(tmp_path / "f.npz")["names"].tolist() == names
+    pytest.importorskip("pyarrow")
+    save_features(tmp_path / "f.parquet", source, features)
+    import pyarrow.parquet
+
+    kept = pyarrow.parquet.read_table(tmp_path / "f.parquet")["names"].to_pylist()
+    assert kept == [name if "\udce9" not in name else "caf\\xe9" for name in names]
+
+
+def test_a_folder_that_safetensors_cannot_write_into_is_refused_at_the_start(refusal):
+    assert "--output_dir caf\\xe9: must be a path in UTF-8" in refusal(["pretrain", "--output_dir", "caf\udce9"])
+    words = ["export", "run", "--to", "onnx", "--output", "caf\udce9.onnx"]
+    assert "--output caf\\xe9.onnx: must be a path in UTF-8" in refusal(words)
 
 
 # --- lost streams -----------------------------------------------------------------------------------------------------

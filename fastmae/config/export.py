@@ -48,13 +48,14 @@ def check_export(config: ExportConfig) -> None:
         SettingError: naming the setting, its value and what it must be.
     """
     check_reading(config)
-    need_utf8(config, "output")
     to = f"with --to={config.to}"
     endings = {"onnx": (".onnx",), "torch-export": (".pt2",), "hf": ()}.get(config.to, (".pth", ".safetensors"))
     if endings and not config.output.endswith(endings):
         raise SettingError("output", config.output, f"must end in {' or '.join(endings)} {to}")
     need(config, config.part != "full" or config.to in ("official", "hf"), "part", f"encoder, or left out, {to}")
     is_program = config.to in ("onnx", "torch-export")
+    if is_program:
+        need_utf8(config, "output")
     for name, default in (("variant", "fp32"), ("input", "float")):
         need(config, is_program or getattr(config, name) == default, name, f"{default}, or left out, {to}")
     if config.check is not None and not is_program:

@@ -192,7 +192,7 @@ def need_utf8(config: object, name: str) -> None:
         config,
         path == path.encode(errors="replace").decode(),
         name,
-        "a path in UTF-8, as not all libraries take others",
+        "a path in UTF-8, as a library that opens it takes no other",
     )
 
 

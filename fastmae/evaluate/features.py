@@ -151,8 +151,8 @@ def save_features(path: Path, source: Source, features: Features) -> None:
         import pyarrow.parquet
 
         lists = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.reshape(-1)), values.shape[1])
-        columns |= {name: [*map(_in_utf8, texts)] for name, texts in columns.items() if texts.dtype.kind == "U"}
-        table = pyarrow.table({**columns, "features": lists})
+        texts = {name: [*map(_in_utf8, text)] for name, text in columns.items() if text.dtype.kind == "U"}
+        table = pyarrow.table({**columns, **texts, "features": lists})
         pyarrow.parquet.write_table(table, file)
 
     try:

@@ -112,7 +112,8 @@ class Listing:
     shards: list[str] = field(default_factory=list)
     """Tar and Parquet files, sorted."""
     others: dict[str, Tally] = field(default_factory=dict)
-    """Other files by suffix ("" for none), and "hidden", "broken" (links to nothing) and "special" ones (pipes …),
+    """Other files by suffix ("" for none), and "hidden", "broken" (links to nothing), "special" ones (pipes …),
+    "run" for those in the folder of a run,
     and "index" for those that fastmae keeps beside shards, which nobody counts."""
     unsound: list[str] = field(default_factory=list)
     """Images by their names that are no files; reading them fails, and a run replaces them as it does damaged ones."""
@@ -288,7 +289,8 @@ class _Scan:
             elif kind == "shard":
                 self.listing.shards.append(path)
             else:
-                self.listing.others.setdefault(kind, Tally()).add(path)
+                tally = "run" if is_run and kind not in (*NO_FILES, "hidden") else kind
+                self.listing.others.setdefault(tally, Tally()).add(path)
                 if kind in NO_FILES and suffix_of(name) in IMAGE_SUFFIXES and not name.startswith("."):
                     images.append(name)
                     self.listing.unsound.append(path)
@@ -414,7 +416,8 @@ def _one_class(listing: Listing, folder: str) -> list[str]:
 
 
 def _paths(listing: Listing, folders: list[str]) -> list[str]:
-    return [os.path.join(listing.folder, folder, name) for folder in folders for name in listing.images[folder]]
+    prefixes = {folder: os.path.join(listing.folder, folder, "") for folder in folders}
+    return [prefix + name for folder, prefix in prefixes.items() for name in listing.images[folder]]
 
 
 def _some(names: Collection[str]) -> str:
@@ -426,6 +429,7 @@ def others_left_out(listing: Listing) -> list[LeftOut]:
     """Returns what of a folder can never be used, by reason: all but image files and shards."""
     kinds = sorted(listing.others.keys() - {"index"}, key=lambda kind: (-listing.others[kind].count, kind))
     reasons = {
+        "run": "no images, as a run of fastmae leaves them",
         "hidden": "hidden, as their names begin with a dot",
         "broken": "links to what is not there; mend or remove them",
         "special": "pipes, devices or sockets; remove them",

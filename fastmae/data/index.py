@@ -105,7 +105,7 @@ def pack_names(names: Sequence[str]) -> np.ndarray:
 
 def unpack_names(column: np.ndarray) -> list[str]:
     """Returns the names in a column; the inverse of ``pack_names``."""
-    return [os.fsdecode(name) for name in column.tobytes().split(b"\0")[:-1]]
+    return os.fsdecode(column.tobytes()).split("\0")[:-1]
 
 
 @dataclass(frozen=True)

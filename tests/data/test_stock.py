@@ -159,8 +159,7 @@ LAYOUTS = {
         [*classes("."), "config.json", "metrics.jsonl", "reconstructions/epoch-0.png"],
         (4, ("cat", "dog"), None),
         [
-            "1 file left out: .json, no image (config.json)",
-            "1 file left out: .jsonl, no image (metrics.jsonl)",
+            "2 files left out: no images, as a run of fastmae leaves them (config.json, metrics.jsonl)",
             "1 file left out: in run folders of fastmae, which are no data, such as reconstructions",
         ],
     ),

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastmae.config import VerifyConfig
 from fastmae.data.loader import default_workers
-from fastmae.data.sources import Source, open_train, open_val, shown
+from fastmae.data.sources import Source, open_train, open_val, shown, unknown_classes
 from fastmae.data.survey import refuse_dark
 from fastmae.data.verify import EXAMPLES, Findings, check, choose_channels, damage_of
 from fastmae.errors import UserError
@@ -46,7 +46,8 @@ def run_verify(config: VerifyConfig) -> int:
         with _Screen(sum(map(len, parts.values()))) as screen:
             for part, source in parts.items():
                 screen.print(f"{part:15} {shown(config.data_path)}: {len(source):,} images {source.location}")
-                for line in source.stock.lines():
+                unknown = unknown_classes(parts["train"], source) if part == "val" else []
+                for line in [*source.stock.lines(), *unknown]:
                     screen.print(f"  {'stock':13} {line}")
                 with contextlib.closing(check(source, in_chans, num_workers)) as chunks:
                     for chunk in chunks:

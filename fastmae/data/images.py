@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from fastmae.data.index import Index, cache_file, is_settled, pack_names, read_index, unpack_names, write_index
-from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of
+from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of, joined
 from fastmae.data.suffixes import IMAGE_STARTS, IMAGE_SUFFIXES, SHARD_SUFFIXES, START_BYTES, suffix_of, why_not
 
 # No image takes more, and a file may say that it has any size.
@@ -27,6 +27,7 @@ WORTH_KEEPING = 10_000
 # It changes whenever other files are listed than before, so that older listings are made anew.
 RULE = 2
 SHOWN_CLASSES = 6
+SHOWN_SUFFIXES = 12
 
 
 @dataclass(frozen=True)
@@ -434,11 +435,13 @@ def others_left_out(listing: Listing) -> list[LeftOut]:
         "broken": "links to what is not there; mend or remove them",
         "special": "pipes, devices or sockets; remove them",
     }
+    suffixes = [kind for kind in kinds if kind not in reasons]
+    reasons |= dict.fromkeys(suffixes[SHOWN_SUFFIXES:], "of other suffixes, none of them of images")
     left_out = [
         LeftOut("files", tally.count, reasons.get(kind) or why_not(kind), tuple(tally.names))
-        for kind in kinds
-        for tally in [listing.others[kind]]
+        for kind, tally in ((kind, listing.others[kind]) for kind in kinds)
     ]
+    left_out = [*joined([Stock(left_out=tuple(left_out))]).left_out]
     for why, reason in (("hidden", "in hidden folders"), ("run", "in run folders of fastmae, which are no data,")):
         counts = {name: _count_files(os.path.join(listing.folder, name)) for name in _skipped(listing, why)}
         filled = [name for name, count in counts.items() if count]

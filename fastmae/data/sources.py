@@ -6,7 +6,8 @@ crops or models. How each kind is stored is in arrays.py, images.py, shards.py a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,6 +100,8 @@ class Concat:
     """Sources one after another, of any kinds."""
 
     parts: tuple[Source, ...]
+    notes: tuple[str, ...] = ()
+    """What to know of the paths that they come from."""
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -123,7 +126,7 @@ class Concat:
             notes = (f"{labelled} of {len(self.parts)} paths have labels, so no image has one; label all",)
         elif labelled and self._mixes_labels:
             notes = ("the labels of some paths are folders and of others numbers, so no image has one",)
-        return joined([*(part.stock for part in self.parts), Stock(notes=notes)])
+        return joined([*(part.stock for part in self.parts), Stock(notes=(*self.notes, *notes))])
 
     @property
     def _mixes_labels(self) -> bool:
@@ -181,13 +184,22 @@ def open_train(data_path: str | Sequence[str]) -> Source:
     Raises:
         UserError: nothing there, nothing usable in it, or a file that is not what its name says.
     """
-    parts = []
-    for path in _paths(data_path):
+    parts, paths = [], _paths(data_path)
+    for path in paths:
         source = _open(path, "train")
         if source is None or len(source) == 0:
             raise SettingError("data_path", path, f"holds no images{_instead(source)}; give data that does")
         parts.append(source)
-    return parts[0] if len(parts) == 1 else Concat(tuple(parts))
+    return parts[0] if len(parts) == 1 else Concat(tuple(parts), tuple(_used_twice(paths)))
+
+
+def _used_twice(paths: Sequence[str]) -> Iterator[str]:
+    """Yields a note for each path that is another one's or lies in another one."""
+    real = [os.path.join(os.path.realpath(os.path.expanduser(path)), "") for path in paths]
+    for number, path in enumerate(real):
+        around = next((other for other in range(len(real)) if other != number and path.startswith(real[other])), None)
+        if around is not None and (path != real[around] or number > around):
+            yield f"{paths[number]} is or lies in {paths[around]}, so images may be used twice; leave one out if so"
 
 
 def open_val(data_path: str | Sequence[str]) -> Source | None:
@@ -223,11 +235,27 @@ def scored_parts(data_path: str | Sequence[str]) -> tuple[Source, Source]:
     train, val = train_and_val(data_path)
     for name, part in (("train", train), ("val", val)):
         if part.labels is None:
-            problem = f"the {name} part has no labels; give class folders, or data with labels"
-            raise SettingError("data_path", shown(data_path), problem)
+            raise SettingError("data_path", shown(data_path), f"the {name} part {without_labels(part)}")
     if len(np.unique(np.asarray(train.labels))) < 2:
         raise SettingError("data_path", shown(data_path), "the train part is all of one class; give at least two")
     return train, with_known_classes(train, val)
+
+
+def without_labels(source: Source) -> str:
+    """Returns that a source has no labels, with the reason where it is known, and what to do."""
+    reasons = [note for note in source.stock.notes if "no image has" in note]
+    return "; ".join(["has no labels", *(reasons or ["give class folders, or arrays with labels"])])
+
+
+def unknown_classes(train: Source, val: Source) -> list[str]:
+    """Returns what to know of classes of the val part that the train part, if it has several, has not."""
+    if train.labels is None or val.labels is None or len(np.unique(train.labels)) < 2:
+        return []
+    try:
+        known = with_known_classes(train, val)
+    except SettingError as error:
+        return [error.problem]
+    return [] if known is val else [str(known.stock.left_out[-1])]
 
 
 def with_known_classes(train: Source, val: Source) -> Source:

@@ -30,7 +30,16 @@ from fastmae.data.augment import BatchAugment, RandAugment, parse_randaugment
 from fastmae.data.loader import Batch, View, default_workers, describe_decoder
 from fastmae.data.plan import central_share
 from fastmae.data.sample import crops_note
-from fastmae.data.sources import Source, Subset, class_names, describe, shown, train_and_val, with_known_classes
+from fastmae.data.sources import (
+    Source,
+    Subset,
+    class_names,
+    describe,
+    shown,
+    train_and_val,
+    with_known_classes,
+    without_labels,
+)
 from fastmae.data.stock import RUN_LINES, joined
 from fastmae.data.survey import take_stock
 from fastmae.errors import SettingError
@@ -174,7 +183,7 @@ def _classes(flags: FinetuneConfig, train: Source, val: Source) -> int:
     assert flags.data_path is not None
     where = shown(flags.data_path)
     if train.labels is None or val.labels is None:
-        raise SettingError("data_path", where, "has no labels; give class folders, or arrays with labels")
+        raise SettingError("data_path", where, without_labels(val if val.labels is None else train))
     names = [{*(class_names(source) or ())} for source in (train, val)]
     if names[0] != names[1]:
         other = min(names[0] ^ names[1])

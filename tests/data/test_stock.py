@@ -323,6 +323,32 @@ def test_numbers_are_matched_too_and_folders_are_no_numbers(tmp_path):
     assert "the labels of some paths are folders and of others numbers, so no image has one" in mixed.stock.notes
 
 
+def test_a_missing_label_is_told_with_its_reason(tmp_path):
+    root = fill(tmp_path, *classes("train"), *classes("val"), "train/preview.png")
+    with pytest.raises(UserError, match=r"the train part has no labels; .*/train holds 1 image beside 2 folders"):
+        scored_parts(str(root))
+    several = open_train([str(root / "val"), str(root / "train")])
+    assert several.labels is None
+    assert "1 of 2 paths have labels, so no image has one; label all" in several.stock.notes
+
+
+def test_paths_that_hold_each_other_are_told(tmp_path):
+    root = fill(tmp_path, *classes("a"), *classes("b"))
+    (note,) = open_train([str(root / "a"), str(root), str(root / "b")]).stock.notes[:1]
+    assert note == f"{root / 'a'} is or lies in {root}, so images may be used twice; leave one out if so"
+    assert sum("twice" in note for note in open_train([str(root), str(root)]).stock.notes) == 1
+    assert not open_train([str(root / "a"), str(root / "b")]).stock.notes
+
+
+def test_rare_suffixes_are_counted_together(tmp_path):
+    fill(tmp_path, "0.png", *(f"x.s{i:02}x" for i in range(30)))
+    _, _, stock = stock_of(tmp_path)
+    assert len(stock.left_out) == 13
+    assert stock.lines()[-1] == (
+        "18 files left out: of other suffixes, none of them of images (x.s12x, x.s13x, x.s14x, …)"
+    )
+
+
 def test_a_held_out_part_counts_no_file_twice(tmp_path):
     root = fill(tmp_path, *classes("."), "a.txt")
     train, val = train_and_val(str(root))
@@ -352,6 +378,7 @@ def test_a_run_verify_and_the_facts_say_the_same(tmp_path, capsys):
     assert "0.0 %" not in out
     assert main(["verify", "--data_path", str(root)]) == 0
     verified = capsys.readouterr().out
+    assert "  stock         no class of the val part (fox) is one of the train part (cat, dog)" in verified
     lines = describe(open_train(str(root))).stock
     assert len(lines) == 2
     for line in lines:

@@ -115,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def status_of(error: BaseException, command: Sequence[str], config: Any) -> int:
     """Shows in one line why a command ended, and returns its exit status."""
     if isinstance(error, UserError):
+        if error.is_said:
+            return EXIT_WRONG_INPUT
         line = error.as_on_the_command_line()
     elif isinstance(error, OutputLostError):
         if error.reader_left:  # it has seen enough, such as `| head`

@@ -27,6 +27,8 @@ class UserError(Exception):
 
     status = 2
     """The exit status of the command that it ends."""
+    is_said = False
+    """Whether another rank shows it, so that this one ends without a word."""
 
     def as_on_the_command_line(self) -> str:
         """The message for somebody who gave flags."""

@@ -73,13 +73,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     name = MANIFEST
     try:
-        with open_file(path / MANIFEST) as file:
-            text = file.read().decode()
-        manifest = json.loads(text)
-        if text != manifest_text({key: value for key, value in manifest.items() if key != "sha256"}):
-            raise BadCheckpointError(f"{MANIFEST} differs from its SHA-256")
-        if not {"settings", "epoch_sums"} <= manifest.keys() or not isinstance(manifest["step"], int):
-            raise BadCheckpointError(f"{MANIFEST} lacks the position or the settings of the run")
+        manifest = _parsed(path)
         files = manifest["files"]
         foreign = {file.name for file in path.glob(TENSORS)} - files.keys()
         if foreign:
@@ -92,6 +86,31 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 raise BadCheckpointError(f"{name} differs from its SHA-256")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadCheckpointError(f"{name} is missing or broken ({error})") from error
+    return manifest
+
+
+def peek(resume: str, run: Path) -> dict[str, Any]:
+    """Returns the manifest of the checkpoint that --resume means, whose other files nobody looked at yet.
+
+    It is that of the newest one of a run folder, and empty where there is none.
+    """
+    path = run if resume == "auto" else Path(resume)
+    for folder in [path, *newest_first(path)] if resume else []:
+        try:
+            return _parsed(folder)
+        except (BadCheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+    return {}
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    with open_file(path / MANIFEST) as file:
+        text = file.read().decode()
+    manifest = json.loads(text)
+    if text != manifest_text({key: value for key, value in manifest.items() if key != "sha256"}):
+        raise BadCheckpointError(f"{MANIFEST} differs from its SHA-256")
+    if not {"settings", "epoch_sums"} <= manifest.keys() or not isinstance(manifest["step"], int):
+        raise BadCheckpointError(f"{MANIFEST} lacks the position or the settings of the run")
     return manifest
 
 

@@ -204,5 +204,6 @@ def on_main(read: Callable[[], T]) -> T:
             outcome[1] = error
     dist.broadcast_object_list(outcome, device=torch.device("cpu"))
     if outcome[1] is not None:
+        outcome[1].is_said = dist.get_rank() > 0
         raise outcome[1]
     return outcome[0]

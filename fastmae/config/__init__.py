@@ -48,6 +48,7 @@ from fastmae.config.export import (
 )
 from fastmae.config.finetune import (
     FIXED_IN_A_FINETUNING,
+    OFFICIAL_FINETUNING_WARMUP,
     FinetuneConfig,
     ResolvedFinetuneConfig,
     check_finetune,
@@ -68,6 +69,7 @@ from fastmae.config.model import (
 )
 from fastmae.config.pretrain import (
     FIXED_IN_A_RUN,
+    OFFICIAL_WARMUP,
     PROBE_LIMIT,
     SMALL_MODEL,
     SMALL_SIDE,
@@ -83,6 +85,9 @@ from fastmae.config.quality import (
     pretraining,
 )
 from fastmae.config.training import (
+    LEFT_OPEN,
+    PER_RANK,
+    TOLD_IF_CHANGED,
     TrainingConfig,
     check_training,
 )

@@ -11,7 +11,7 @@ from fastmae.config.training import TrainingConfig, check_training, default_warm
 from fastmae.config.values import coerce, given, need, need_at_least_one, need_statistics
 from fastmae.facts import DataFacts
 
-WARMUP_EPOCHS = 5.0
+OFFICIAL_FINETUNING_WARMUP = 5.0
 LARGEST_ALPHA = 1e6
 """With a larger one mixup blends every pair in halves."""
 
@@ -195,7 +195,7 @@ def resolve_finetune(
         epochs=epochs,
         lr=given(config.lr, blr * global_batch / 256),
         blr=blr,
-        warmup_epochs=given(config.warmup_epochs, default_warmup(WARMUP_EPOCHS, epochs)),
+        warmup_epochs=given(config.warmup_epochs, default_warmup(OFFICIAL_FINETUNING_WARMUP, epochs)),
         layer_decay=given(config.layer_decay, layer_decay),
         drop_path=given(config.drop_path, drop_path),
         crop_scale=given(config.crop_scale, (0.7, 1.0) if digits else (0.08, 1.0)),

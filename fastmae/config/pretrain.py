@@ -16,7 +16,7 @@ from fastmae.facts import FULL_SHUFFLE, DataFacts, MaskFacts
 SMALL_SIDE = 64
 SMALL_MODEL = "mae_vit_tiny_patch4"
 PROBE_LIMIT = 20_000
-WARMUP_EPOCHS = 40.0
+OFFICIAL_WARMUP = 40.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +209,7 @@ def resolve(
         epochs=epochs,
         lr=given(config.lr, blr * global_batch / 256),
         blr=blr,
-        warmup_epochs=given(config.warmup_epochs, default_warmup(0.0 if digits else WARMUP_EPOCHS, epochs)),
+        warmup_epochs=given(config.warmup_epochs, default_warmup(0.0 if digits else OFFICIAL_WARMUP, epochs)),
         crop_scale=given(config.crop_scale, (0.7, 1.0) if digits else (0.2, 1.0)),
         flip=given(config.flip, in_chans == 3),
         in_chans=in_chans,

@@ -8,6 +8,20 @@ from typing import Literal
 
 from fastmae.config.values import need, need_at_least_one, need_seed, need_size, need_utf8
 
+# A run that goes on has these from its checkpoint where they are left open, whatever the default is by now.
+LEFT_OPEN = (
+    "epochs", "blr", "lr", "warmup_epochs", "layer_decay", "crop_scale", "flip", "grow_epochs", "aa", "reprob", "mixup",
+    "cutmix", "drop_path",
+)  # fmt: skip
+# These may change when a run goes on, and then it says so, as they change what it learns.
+TOLD_IF_CHANGED = (
+    "epochs", "lr", "min_lr", "warmup_epochs", "layer_decay", "weight_decay", "clip_grad", "precision", "residual",
+    "float8", "reduce",
+)  # fmt: skip
+# These may differ from rank to rank: where its data lie, and how it reads them and computes.
+PER_RANK = (
+    "data_path", "masks", "finetune", "log_dir", "device", "num_workers", "pin_mem", "cache", "cache_gb",
+)  # fmt: skip
 MOST_WORKERS = 4096
 YEAR = 366 * 24 * 3600
 

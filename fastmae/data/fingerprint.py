@@ -4,13 +4,14 @@ Ranks compare theirs when a run starts, and a run compares that of its checkpoin
 not part of it, so a data set may be moved as a whole; which files there are, in which order, their sizes, labels and
 classes are. Files are not read. All names are hashed; of image files the sizes of at most ``SIZES`` evenly spaced ones,
 of tars the names and sizes of all members, of Parquet files sizes and rows, and of arrays the dtype, the shape and the
-pixels of at most ``ROWS`` evenly spaced images.
+pixels of at most ``ROWS`` evenly spaced images, or as many as have ``ROW_BYTES`` together.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +26,14 @@ from fastmae.data.shards import TarSource
 from fastmae.data.sources import Concat, Source, Subset
 
 Fingerprint = dict[str, Any]
-"""What JSON can hold: ``length``, the number of images; ``ranges``, at most ``RANGES`` times ``[name, names,
-contents]``, which are the first name of a range of things (files, shards, images) and hashes of all names and of the
-contents that are looked at; and ``labels``, a hash of labels and classes, empty without."""
+"""What JSON can hold: ``kind``, as that of a source; ``length``, the number of images; ``ranges``, at most ``RANGES``
+times ``[name, names, contents]``, which are the first name of a range of things (files, shards, images) and hashes of
+all names and of the contents that are looked at; and ``labels``, a hash of labels and classes, empty without."""
 
 RANGES = 64
 SIZES = 4096
-ROWS = 60
+ROWS = 1024
+ROW_BYTES = 32 << 20
 STAT_THREADS = 16
 DIGITS = 16
 
@@ -47,7 +49,7 @@ def fingerprint(source: Source) -> Fingerprint:
     for start, end in itertools.pairwise(starts):
         held = [contents[number] for number in range(start, end) if number in contents]
         ranges.append([names[start], _hash(["\0".join(names[start:end])]), _hash(held)])
-    return {"length": len(source), "ranges": ranges, "labels": _labels(source)}
+    return {"kind": source.kind, "length": len(source), "ranges": ranges, "labels": _labels(source)}
 
 
 def difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:
@@ -59,7 +61,9 @@ def difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:
     first = _first_difference(now["ranges"], before["ranges"])
     if now["length"] != before["length"]:
         lengths = f"{now['length']:,} images instead of {before['length']:,}"
-        return f"{lengths}, first {first}" if first else lengths
+        return f"{lengths}, first {first}" if first and now["kind"] == before["kind"] == "folder" else lengths
+    if now["kind"] != before["kind"]:
+        return f"images in {now['kind']} form instead of {before['kind']}"
     if first is None and now["labels"] != before["labels"]:
         return "other labels or classes"
     return first
@@ -108,7 +112,8 @@ def _things(source: Source) -> Things:
             sizes = _sizes(source.files)
             return _relative(source.files), {file: f"{size} {groups[file]}" for file, size in sizes.items()}
         case ArraySource():
-            rows = _evenly(len(source), ROWS)
+            size = max(1, math.prod(source.images.shape[1:]) * source.images.dtype.itemsize)
+            rows = _evenly(len(source), min(ROWS, max(RANGES - 1, ROW_BYTES // size)))
             shape = f"{source.images.dtype} {list(source.images.shape[1:])}"
             pixels = [_hash([shape, np.ascontiguousarray(source.read(row)).data]) for row in rows]
             return [f"image {row}" for row in rows], dict(enumerate(pixels))

@@ -77,7 +77,7 @@ from fastmae.train.run import (
     write_official,
 )
 from fastmae.train.schedule import learning_rate_at, plan_steps
-from fastmae.train.settings import describe_backends, resolve_settings
+from fastmae.train.settings import describe_backends, identity, resolve_as_before, resolve_settings
 from fastmae.train.step import MicroBatch, PassGraph, prepare, require_graph, train_step
 
 TOP = 5
@@ -94,16 +94,18 @@ def finetune(config: FinetuneConfig) -> int:
 
 def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSignals) -> int | None:
     """Makes one attempt, from where --resume says to the end or a signal. Returns None after a rollback."""
-    # Settings, data and encoder: from here on nothing is left open.
+    # Settings, data and encoder, the same on every rank: from here on nothing is left open.
     assert flags.data_path is not None
-    train, val = train_and_val(flags.data_path)
-    nb_classes = _classes(flags, train, val)
-    val = with_known_classes(train, val)
-    encoder = _encoder(flags, train, context)
-    config = _resolve(flags, train, encoder, nb_classes, context)
-    precision = _precision(config, context)
-    steps = plan_steps(config, context.size, config.batch_size, "training images")
-    randaugment = parse_randaugment(config.aa, config.seed, config.mean)
+    with parallel.agreeing(context) as same:
+        train, val = train_and_val(flags.data_path)
+        nb_classes = _classes(flags, train, val)
+        val = with_known_classes(train, val)
+        encoder = _encoder(flags, train, context)
+        config, notes = resolve_as_before(flags, lambda flags: _resolve(flags, train, encoder, nb_classes, context))
+        precision = _precision(config, context)
+        steps = plan_steps(config, context.size, config.batch_size, "training images")
+        randaugment = parse_randaugment(config.aa, config.seed, config.mean)
+        same |= identity(config, {"train": train, "val": val}, encoder.model if flags.finetune else None)
 
     # Model, loss and optimiser, the same on every rank.
     model = _classifier(encoder, config).to(context.device)
@@ -115,10 +117,10 @@ def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSi
     graph = PassGraph() if config.cuda_graph else None
 
     # Where to begin.
-    restored, rollbacks = restore_attempt(config, model, optimizer, steps, FIXED_IN_A_FINETUNING)
+    restored, rollbacks = restore_attempt(config, model, optimizer, steps, same, FIXED_IN_A_FINETUNING)
     backends = _backends(config, context, precision, parallelism, model)
-    summary = _summary(config, train, val, model)
-    run = open_run(config, context, stop, steps, restored, rollbacks, summary=summary, backends=backends)
+    summary = [*_summary(config, train, val, model), *notes]
+    run = open_run(config, context, stop, steps, restored, rollbacks, same, summary=summary, backends=backends)
 
     # The loop.
     stream = _stream(run, train, randaugment, model)

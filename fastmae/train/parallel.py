@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import itertools
+import json
 import os
-from collections.abc import Iterable
+import socket
+import time
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,17 +22,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fastmae import torch_compat
-from fastmae.errors import SettingError
+from fastmae import launch, torch_compat
+from fastmae.errors import SettingError, UserError
+from fastmae.messages import logger
 from fastmae.model.sharding import local_part
 from fastmae.model.vit import BLOCKS
+from fastmae.train.settings import disagreement, torch_builds
 
 _TRAININGS = itertools.count()
 
 
 @dataclass(frozen=True)
 class DistContext:
-    """This process among the ranks that torchrun started. Without torchrun it is the only rank."""
+    """This process among the ranks that torchrun or another launcher started. Without one it is the only rank."""
 
     rank: int
     size: int
@@ -51,6 +59,19 @@ class DistContext:
         total = values.clone()
         dist.all_reduce(total)
         return total / self.size
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns what every rank gave, by rank: anything that JSON can hold. It is exchanged over the CPU."""
+        if self.size == 1:
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(text)]))
+        padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
+        padded[: len(text)] = text
+        texts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(texts, padded)
+        return [json.loads(bytes(one[: int(n)].tolist())) for one, n in zip(texts, lengths, strict=True)]
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
@@ -112,31 +133,159 @@ def finiteness_check(parameters: Iterable[torch.Tensor], context: DistContext) -
     return context.mean(torch.stack([local_part(parameter.detach()).sum() for parameter in parameters]).sum())
 
 
-def start(device: str | None) -> DistContext:
-    """Joins the ranks that torchrun announces in the environment."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+def start(device: str | None, patience: float | None = None) -> DistContext:
+    """Joins the ranks that the launcher announces in the environment.
+
+    Args:
+        device: as --device says.
+        patience: seconds after which a rank that does not arrive, or does not answer, is given up. None or 0: half an
+            hour.
+
+    Raises:
+        UserError: what the launcher says cannot be, or the ranks do not find each other.
+    """
+    launched = launch.here()
+    # srun and mpirun may let each task see one GPU alone.
+    sees_one = launched.by != "torchrun" and torch.cuda.is_available() and torch.cuda.device_count() == 1
+    chosen = choose_device(device, 0 if sees_one else launched.local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    rank = int(os.environ.get("RANK", "0"))
-    if size > 1:
-        # Each training has a prefix of its own, as keys of an earlier one in these processes are still in the store.
-        names = dist.PrefixStore(f"training {next(_TRAININGS)}", _store())
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=names, rank=rank, world_size=size)
-    return DistContext(rank, size, chosen)
+    if launched.size > 1:
+        backend, timeout = (
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+            timedelta(seconds=patience or 1800),
+        )
+        try:
+            if launched.rank > 0:
+                _wait_for_first_rank(launched, timeout)
+            # Each training has a prefix of its own, as keys of an earlier one in these processes are still there.
+            names = dist.PrefixStore(f"training {next(_TRAININGS)}", _store(timeout))
+            dist.init_process_group(backend, store=names, rank=launched.rank, world_size=launched.size, timeout=timeout)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise _not_joined(launched, timeout, error) from error
+    return DistContext(launched.rank, launched.size, chosen)
 
 
 @functools.cache
-def _store() -> dist.Store:
+def _store(timeout: timedelta) -> dist.Store:
     """Returns the store in which the ranks find each other. A process has one, as rank 0 cannot open its port twice."""
-    store, _, _ = next(dist.rendezvous("env://"))
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     return store
+
+
+def _wait_for_first_rank(launched: launch.Launch, timeout: timedelta) -> None:
+    """Waits until rank 0 has opened its port. torch would fill the screen while it waits.
+
+    Raises:
+        OSError: it does not, or there is no such machine.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            socket.create_connection((launched.address, launched.port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"timed out: {error}") from error
+        time.sleep(0.1)
+
+
+def _not_joined(launched: launch.Launch, timeout: timedelta, error: Exception) -> UserError:
+    where = f"{launched.address}:{launched.port}"
+    text = " ".join(str(error).split())
+    if "EADDRINUSE" in text or "address already in use" in text.lower():
+        return UserError(f"port {launched.port} is in use on this machine, by another run; export another MASTER_PORT")
+    seconds = f"{timeout.total_seconds():g} s"
+    if isinstance(error, TimeoutError):
+        return UserError(
+            f"rank {launched.rank} found no rank 0 at {where} for {seconds} ({text.removeprefix('timed out: ')}); "
+            "start every rank, with the same MASTER_ADDR and MASTER_PORT"
+        )
+    if "timed out" in text.lower() or "timeout" in text.lower():
+        return UserError(
+            f"rank {launched.rank} waited {seconds} (--hang_timeout) for all {launched.size} ranks to meet at {where}; "
+            "start every rank, with the same MASTER_ADDR and MASTER_PORT"
+        )
+    return UserError(f"rank {launched.rank} of {launched.size} did not find the others at {where} ({text[:200]})")
+
+
+# --- the same run on every rank ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def agreeing(context: DistContext) -> Generator[dict[str, Any]]:
+    """Leaves all ranks together: either all go on, with the same settings and data, or all end, and one says why.
+
+    Yields:
+        A dict that each rank fills with what must be the same, as ``settings.disagreement`` takes it.
+
+    Raises:
+        UserError: a rank failed while this was entered, or ranks differ. The main rank's error says which and how; that
+            of the others ``is_said``.
+    """
+    mine: dict[str, Any] = {}
+    failure: Exception | None = None
+    try:
+        yield mine
+    except Exception as error:
+        failure = error
+    if context.size == 1:
+        if failure is not None:
+            raise failure
+        return
+    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+    answers = _ask(context, {"failure": failure and _as_words(failure), "digest": digest})
+    failures = [(rank, answer["failure"]) for rank, answer in enumerate(answers) if answer["failure"]]
+    if failure is not None and not (context.is_main and isinstance(failure, UserError)):
+        if isinstance(failure, UserError):
+            failure.is_said = True
+        raise failure
+    if failures:
+        rank, (text, command_line) = failures[0]
+        raise failure or _RankError(rank, text, command_line, is_said=not context.is_main)
+    if len({answer["digest"] for answer in answers}) == 1:
+        return
+    everything = _ask(context, mine)
+    problem = disagreement(everything)
+    if problem is not None:
+        problem.is_said = not context.is_main
+        raise problem
+    builds = torch_builds(everything)
+    if builds and context.is_main:
+        logger.warning("%s", builds)
+
+
+class _RankError(UserError):
+    """What ended another rank, in its words."""
+
+    def __init__(self, rank: int, text: str, command_line: str, is_said: bool) -> None:
+        super().__init__(f"rank {rank}: {text}")
+        self._command_line, self.is_said = f"rank {rank}: {command_line}", is_said
+
+    def as_on_the_command_line(self) -> str:
+        return self._command_line
+
+
+def _as_words(failure: Exception) -> tuple[str, str]:
+    if isinstance(failure, UserError):
+        return str(failure), failure.as_on_the_command_line()
+    text = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+    return text, text
+
+
+def _ask(context: DistContext, value: Any) -> list[Any]:
+    """Returns what every rank gives; a UserError if one of them is gone."""
+    try:
+        return context.gather(value)
+    except RuntimeError as error:
+        raise UserError(
+            "another rank ended, or did not answer, before the run began; its own last line says why"
+        ) from error
 
 
 def ranks_here() -> int:
     """Returns the number of ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return launch.read_launch(os.environ).local_size
 
 
 def restart_hazard() -> str | None:

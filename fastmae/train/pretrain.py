@@ -59,7 +59,7 @@ from fastmae.train.run import (
     write_official,
 )
 from fastmae.train.schedule import learning_rate_at, plan_steps
-from fastmae.train.settings import describe_backends, resolve_settings
+from fastmae.train.settings import describe_backends, identity, resolve_as_before, resolve_settings
 from fastmae.train.step import MicroBatch, PassGraph, TrainingLoss, prepare, require_graph, train_step
 
 PICTURE_IMAGES = 8
@@ -81,22 +81,25 @@ def pretrain(config: PretrainConfig) -> int:
 
 def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSignals) -> int | None:
     """Makes one attempt, from where --resume says to the end or a signal. Returns None after a rollback."""
-    # Settings and data: from here on nothing is left open.
-    source = open_train(flags.data_path)
-    facts = describe(source, take_stock(source, flags.in_chans))
-    mask_file = open_masks(flags.masks, flags.mask_ratio)
-    config = resolve_settings(flags, source, facts, context.size, mask_file)
-    probed = _probed(flags, config)
-    precision = _precision(config, context)
-    image_decoder, why_decoder = choose_decoder(config.image_decoder, context.device, source, config.in_chans)
-    if config.cache == "ram":
-        source = cached(source, config.in_chans, memory_budget(config.cache_gb, parallel.ranks_here()), image_decoder)
-    steps = plan_steps(config, context.size, config.batch_size // config.repeated_masks, "images")
+    # Settings and data, the same on every rank: from here on nothing is left open.
+    with parallel.agreeing(context) as same:
+        source = open_train(flags.data_path)
+        facts = describe(source, take_stock(source, flags.in_chans))
+        masks = open_masks(flags.masks, flags.mask_ratio)
+        config, notes = resolve_as_before(flags, lambda f: resolve_settings(f, source, facts, context.size, masks))
+        probed = _probed(flags, config)
+        precision = _precision(config, context)
+        image_decoder, why_decoder = choose_decoder(config.image_decoder, context.device, source, config.in_chans)
+        steps = plan_steps(config, context.size, config.batch_size // config.repeated_masks, "images")
+        same |= identity(config, {"train": source})
+        if config.cache == "ram":
+            budget = memory_budget(config.cache_gb, parallel.ranks_here())
+            source = cached(source, config.in_chans, budget, image_decoder)
     fresh_step = config.start_epoch * steps.per_epoch
 
     # Model, loss and optimiser, the same on every rank.
     model = _model(config, context)
-    masks_of = {size: _masks(config, model, size, mask_file) for size in _sizes(config, model)}
+    masks_of = {size: _masks(config, model, size, masks) for size in _sizes(config, model)}
     model.allow_sizes(tuple(masks_of))
     training_loss = TrainingLoss(model, config.mask_ratio, config.predict_ratio)
     prepare(training_loss, config.checkpointing, config.compile, len(masks_of), config.float8)
@@ -106,13 +109,13 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     graph = PassGraph() if config.cuda_graph else None
 
     # Where to begin.
-    restored, rollbacks = restore_attempt(config, model, optimizer, steps, FIXED_IN_A_RUN, fresh_step)
+    restored, rollbacks = restore_attempt(config, model, optimizer, steps, same, FIXED_IN_A_RUN, fresh_step)
     average = start_average(model, restored.origin) if config.ema is not None else {}
     decoding = describe_decoder(image_decoder, why_decoder)
     backends = describe_backends(context.device, precision, model.attention_shapes(config.mask_ratio), decoding)
     backends |= _more_backends(config, parallelism, source)
-    summary = [*_summary(config, source, facts, model, masks_of), *probed.lines]
-    run = open_run(config, context, stop, steps, restored, rollbacks, summary=summary, backends=backends)
+    summary = [*_summary(config, source, facts, model, masks_of), *probed.lines, *notes]
+    run = open_run(config, context, stop, steps, restored, rollbacks, same, summary=summary, backends=backends)
     if restored.step == 0:
         _probe(run, "before", model, probed)
 

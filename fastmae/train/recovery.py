@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fastmae.checkpoint.manifest import MANIFEST, find_checkpoint
+from fastmae.checkpoint.manifest import MANIFEST, find_checkpoint, peek
 from fastmae.checkpoint.restore import Restored, on_main, restore
 from fastmae.checkpoint.save import checkpoint_size
 from fastmae.config import FinetuneConfig, PretrainConfig, ResolvedConfig, ResolvedFinetuneConfig
@@ -42,12 +43,17 @@ from fastmae.train.folder import ANEW, AUTO, look_back, require_room, take_up_pr
 from fastmae.train.lock import owned
 from fastmae.train.run import Run
 from fastmae.train.schedule import Steps
-from fastmae.train.settings import as_json
+from fastmae.train.settings import as_json, require_same_data
 from fastmae.train.sinks import check_sinks
 
 ROLLBACKS = "rollbacks.json"
 ROLLBACKS_0_1 = "detours.json"  # as version 0.1 called the file; in manifests the key was "detours"
 NAMED_SAMPLES = 8
+FROM_WEIGHTS = (
+    "begin a new run from its weights (fastmae export RUN --to official --output FILE.pth, then --resume=FILE.pth with "
+    "another --output_dir)"
+)
+FINETUNE_FROM_WEIGHTS = "begin a new run from its weights (--finetune=RUN with another --output_dir)"
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 Attempt = Callable[[Config, parallel.DistContext, StopSignals], int | None]
@@ -59,7 +65,7 @@ Attempt = Callable[[Config, parallel.DistContext, StopSignals], int | None]
 def run_attempts(config: Config, attempt: Attempt[Config]) -> int:
     """Joins the ranks and makes attempts until one returns an exit status; None means that another one is due."""
     check_sinks(config.log_dir, config.wandb)
-    context = parallel.start(config.device)
+    context = parallel.start(config.device, config.hang_timeout)
     if context.device.type == "cpu":
         keep_freed_memory()
     try:
@@ -72,8 +78,19 @@ def run_attempts(config: Config, attempt: Attempt[Config]) -> int:
                 while (status := attempt(config, context, stop)) is None:
                     config = dataclasses.replace(config, resume=AUTO)
                 return status
+    except BaseException as error:
+        # What the frames of the attempt hold goes first: DDP may hang when it outlives the process group.
+        _let_go(error)
+        raise
     finally:
         parallel.stop(context)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Frees what the frames hold that an error, and those that led to it, came through."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def restore_attempt(
@@ -81,6 +98,7 @@ def restore_attempt(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     steps: Steps,
+    identity: dict[str, Any],
     fixed: Iterable[str],
     fresh_step: int = 0,
 ) -> tuple[Restored, list[int]]:
@@ -90,6 +108,7 @@ def restore_attempt(
         config: the resolved settings.
         model, optimizer: fresh ones.
         steps: the schedule of the run.
+        identity: what the run is about, of which the data must be those of the checkpoint.
         fixed: the names of the settings that must be those of the checkpoint.
         fresh_step: the step at which a run begins that resumes nothing.
 
@@ -102,6 +121,9 @@ def restore_attempt(
     folder, settings = Path(config.output_dir), as_json(config)
     takes_files = isinstance(model, MaskedAutoencoderViT)
     resume = on_main(lambda: look_back(folder, config.resume, steps, fresh_step, takes_files=takes_files))
+    remedy = FROM_WEIGHTS if takes_files else FINETUNE_FROM_WEIGHTS
+    resumed = str(folder) if resume == AUTO else resume
+    on_main(lambda: require_same_data(resumed, peek(resume, folder), identity, remedy))
     restored = restore(
         resume,
         folder,
@@ -121,7 +143,8 @@ def restore_attempt(
         size = checkpoint_size(model, with_average=getattr(config, "ema", None) is not None)
         on_main(lambda: require_room(folder, size))
     manifest = Path(restored.origin) / MANIFEST if restored.origin else None
-    return restored, read_rollbacks(folder, restored.step, manifest)
+    # Read once, so that no rank has the data of another number of rollbacks.
+    return restored, on_main(lambda: read_rollbacks(folder, restored.step, manifest))
 
 
 # --- rollbacks --------------------------------------------------------------------------------------------------------

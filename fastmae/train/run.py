@@ -58,6 +58,8 @@ class Run(Generic[Resolved]):
     context: parallel.DistContext
     restored: Restored
     """The position from which this process goes on."""
+    identity: dict[str, Any]
+    """The settings, the data and the first weights, as they are compared with those of ranks and checkpoints."""
     rollbacks: list[int]
     """The steps to which the run was rolled back, since when it trains on other data."""
     stop: StopSignals
@@ -83,6 +85,7 @@ def open_run(
     steps: Steps,
     restored: Restored,
     rollbacks: list[int],
+    identity: dict[str, Any],
     *,
     summary: Iterable[str],
     backends: dict[str, str],
@@ -95,6 +98,7 @@ def open_run(
         stop: the signals that end a run.
         steps: the schedule.
         restored, rollbacks: the position from which the run goes on, and the rollbacks before it.
+        identity: what the run is about.
         summary: lines about the data, the model and the batch.
         backends: which implementation of each part is used.
 
@@ -134,6 +138,7 @@ def open_run(
         steps=steps,
         context=context,
         restored=restored,
+        identity=identity,
         rollbacks=rollbacks,
         stop=stop,
         stop_flag=parallel.StopFlag(context),
@@ -318,6 +323,7 @@ def save_run(run: Run, step: int, model: nn.Module, tensors: dict[str, torch.Ten
     """Begins to save a resumable checkpoint after a step. All ranks call it."""
     require_finite_weights(run, model, step)
     position = {"settings": as_json(run.config), "epoch_sums": run.log.epoch_sums, "rollbacks": run.rollbacks}
+    position |= {name: run.identity[name] for name in ("data", "start")}
     run.saver.save(step + 1, tensors, position)
 
 

@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
-from fastmae.config import PretrainConfig, ResolvedConfig, ResolvedFinetuneConfig, resolve
+from fastmae.checkpoint.manifest import peek
+from fastmae.config import (
+    LEFT_OPEN,
+    OFFICIAL_FINETUNING_WARMUP,
+    OFFICIAL_WARMUP,
+    PER_RANK,
+    TOLD_IF_CHANGED,
+    PretrainConfig,
+    ResolvedConfig,
+    ResolvedFinetuneConfig,
+    TrainingConfig,
+    resolve,
+)
 from fastmae.data.decode import FOLDER_CHANNELS
+from fastmae.data.fingerprint import difference, fingerprint
 from fastmae.data.loader import default_workers
 from fastmae.data.masks import MaskFile
 from fastmae.data.sources import Source
 from fastmae.data.statistics import channel_statistics
+from fastmae.environment import versions
 from fastmae.errors import SettingError, UserError
 from fastmae.facts import DataFacts
+from fastmae.messages import logger
 from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.ops.attention import attention_backend
 from fastmae.ops.backends import asked_backends, describe_ops
 from fastmae.ops.linear import describe_linear
 from fastmae.train.precision import Precision
+
+NAMED_RANKS = 4
+NUMBERS = 64
+
+Flags = TypeVar("Flags", bound=TrainingConfig)
+Resolved = TypeVar("Resolved", ResolvedConfig, ResolvedFinetuneConfig)
 
 
 def resolve_settings(
@@ -41,6 +66,67 @@ def resolve_settings(
         mean, std = mean or measured[0], std or measured[1]
     masks = None if mask_file is None else mask_file.facts
     return resolve(config, facts, mean=mean, std=std, ranks=ranks, num_workers=default_workers(), masks=masks)
+
+
+def resolve_as_before(flags: Flags, resolve: Callable[[Flags], Resolved]) -> tuple[Resolved, list[str]]:
+    """Fills in every default with ``resolve``. A run that goes on has from its checkpoint what is left open.
+
+    Returns:
+        The settings, and lines about those that a user may not expect.
+    """
+    config = resolve(flags)
+    before = peek(flags.resume, Path(flags.output_dir)).get("settings", {})
+    kept = _left_open(flags, as_json(config), before)
+    if kept:
+        config = resolve(dataclasses.replace(flags, **kept))
+    now = as_json(config)
+    changed = [name for name in TOLD_IF_CHANGED if name in now and name in before and now[name] != before[name]]
+    lines = []
+    if kept:
+        shown = ", ".join(f"{name} {_shown(value)}" for name, value in kept.items())
+        lines.append(f"as before       {shown} (from the checkpoint, as no flag gives another)")
+    if changed:
+        shown = ", ".join(f"{name} {_shown(now[name])} instead of {_shown(before[name])}" for name in changed)
+        lines.append(f"changed         {shown}, from this step on")
+    return config, lines + _warm_up(flags, config, bool(before))
+
+
+def _left_open(flags: TrainingConfig, now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that nobody gives, and whose default is not what the checkpoint has."""
+    left_open = {name for name in LEFT_OPEN if name in now and getattr(flags, name) is None}
+    if flags.blr is not None:
+        left_open.discard("lr")  # it follows from what is given
+    if getattr(flags, "start_size", None) is None:
+        left_open.discard("grow_epochs")
+    return {
+        name: before[name]
+        for name in LEFT_OPEN
+        if name in left_open and before.get(name) is not None and before[name] != now[name]
+    }
+
+
+def _warm_up(flags: TrainingConfig, config: ResolvedConfig | ResolvedFinetuneConfig, goes_on: bool) -> list[str]:
+    """Returns a line if the warm-up is not what the official script has, or if the learning rate never gets up."""
+    warm_up, epochs = config.warmup_epochs, config.epochs
+    if warm_up >= epochs:
+        return [
+            f"note            the warm-up of {warm_up:g} epochs leaves none of {epochs} at --lr; lower --warmup_epochs"
+        ]
+    pretrains = isinstance(config, ResolvedConfig)
+    official = OFFICIAL_WARMUP if pretrains else OFFICIAL_FINETUNING_WARMUP
+    is_default = flags.warmup_epochs is None and not (pretrains and flags.data_path in ("digits", ("digits",)))
+    if is_default and not goes_on and warm_up < official:
+        return [
+            f"warm-up         shortened to {warm_up:g} of {epochs} epochs, as the official {official:g} are for longer "
+            "runs (--warmup_epochs)"
+        ]
+    return []
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_shown, value))
+    return "empty" if value == "" else "none" if value is None else str(value)
 
 
 def as_json(config: ResolvedConfig | ResolvedFinetuneConfig) -> dict[str, Any]:
@@ -74,3 +160,107 @@ def describe_backends(
     backends["optimizer"] = "fused AdamW"
     backends["decoding"] = decoding
     return backends
+
+
+# --- the same on every rank, and as before ----------------------------------------------------------------------------
+
+
+def identity(
+    config: ResolvedConfig | ResolvedFinetuneConfig, data: dict[str, Source], start: nn.Module | None = None
+) -> dict[str, Any]:
+    """Returns what must be the same on every rank, as ``disagreement`` takes it, in JSON.
+
+    Args:
+        config: the resolved settings.
+        data: the sources by the part of the data: "train", "val".
+        start: the weights that a training begins with, if they were given.
+    """
+    return {
+        "settings": as_json(config),
+        "data": {part: fingerprint(source) for part, source in data.items()},
+        "start": "" if start is None else _hash_of_weights(start),
+        "versions": versions(),
+    }
+
+
+def _hash_of_weights(module: nn.Module) -> str:
+    """Returns a short hash of some numbers of each tensor, evenly spaced."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        numbers = tensor.detach().reshape(-1)
+        numbers = numbers[:: max(1, len(numbers) // NUMBERS)].to("cpu", torch.float64)
+        digest.update(f"{name} {list(tensor.shape)} {numbers.tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def disagreement(ranks: Sequence[Mapping[str, Any]]) -> UserError | None:
+    """Returns what differs between ranks, and which ranks differ; None if they are about the same run.
+
+    Args:
+        ranks: the ``identity`` of each.
+    """
+    first = ranks[0]
+    for name in ("fastmae", "torch"):
+        found = [rank["versions"][name].split("+")[0] for rank in ranks]
+        if len(set(found)) > 1:
+            return UserError(f"{name} is {_by_rank(found)}; install the same version for every rank")
+    for number, rank in enumerate(ranks):
+        for part, data in rank["data"].items():
+            differs = difference(data, first["data"][part])
+            if differs:
+                which = f"rank {number} reads other {part} data than rank 0"
+                return SettingError("data_path", problem=f"{which}: it has {differs}; give every rank the same data")
+    for name, value in first["settings"].items():
+        values = [rank["settings"].get(name) for rank in ranks]
+        if name not in PER_RANK and any(other != value for other in values):
+            shown = _by_rank([_shown(value) for value in values])
+            return SettingError(name, problem=f"is {shown}; start every rank with the same settings")
+    if len({rank.get("start") for rank in ranks}) > 1:
+        which = _by_rank([rank.get("start") or "none" for rank in ranks])
+        return SettingError("finetune", problem=f"holds other weights from rank to rank ({which}); give all the same")
+    return None
+
+
+def torch_builds(ranks: Sequence[Mapping[str, Any]]) -> str | None:
+    """Returns a line if ranks have builds of torch that differ in more than nothing; None otherwise."""
+    found = [rank["versions"]["torch"] for rank in ranks]
+    return f"torch is {_by_rank(found)}: results may depend on the build" if len(set(found)) > 1 else None
+
+
+def _by_rank(values: Sequence[str]) -> str:
+    """Returns ``1 on rank 0 and 2 on ranks 1, 2 and 3``; of many ranks the first ones and their number."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    words = []
+    for value, which in ranks.items():
+        shown = [str(rank) for rank in which[:NAMED_RANKS]]
+        more = len(which) - len(shown)
+        listed = f"{', '.join(shown)} and {more} more" if more else " and ".join([", ".join(shown[:-1]), shown[-1]])
+        words.append(f"{value} on rank{'s' if len(which) > 1 else ''} {listed.removeprefix(' and ')}")
+    more = len(words) - NAMED_RANKS
+    return f"{', '.join(words[:NAMED_RANKS])} and {more} others" if more > 0 else " and ".join(words)
+
+
+def require_same_data(resume: str, manifest: Mapping[str, Any], now: Mapping[str, Any], remedy: str) -> None:
+    """Refuses to go on with other data than a checkpoint was made with, and says what cannot be compared.
+
+    Args:
+        resume: what is resumed, for people.
+        manifest: that of the checkpoint; empty if there is none.
+        now: the ``identity`` of this start.
+        remedy: how a run begins from weights.
+
+    Raises:
+        SettingError: naming the first file that differs.
+    """
+    for part, before in manifest.get("data", {}).items():
+        differs = difference(now["data"][part], before) if part in now["data"] else None
+        if differs:
+            problem = f"was made with other {part} data: --data_path now has {differs}; give the same data, or {remedy}"
+            raise SettingError("resume", resume, problem)
+    if manifest and "data" not in manifest:
+        logger.warning("%s does not say which data it was made with (version 0.1), so they are not compared", resume)
+    if manifest.get("start", now["start"]) != now["start"]:
+        text = "--finetune holds other weights than %s began with; they are not used, as the run goes on with its own"
+        logger.warning(text, resume)

@@ -93,7 +93,10 @@ def test_arrays_are_told_by_their_pixels_shape_and_labels(tmp_path):
     before = saved(images, np.zeros(90, np.int64))
     other = images.copy()
     other[45] += 1
-    assert difference(saved(other, np.zeros(90, np.int64)), before) == "other contents or sizes of image 45"
+    assert (
+        difference(saved(other, np.zeros(90, np.int64)), before) == "other contents or sizes from image 45 to image 46"
+    )
+    assert difference(saved(images[:80], np.zeros(80, np.int64)), before) == "80 images instead of 90"
     assert difference(saved(images, np.arange(90)), before) == "other labels or classes"
     assert difference(saved(images), before) == "other labels or classes"
     wide = images.reshape(90, 4, 16)

@@ -94,8 +94,14 @@ def peek(resume: str, run: Path) -> dict[str, Any]:
 
     It is that of the newest one of a run folder, and empty where there is none.
     """
+    if not resume:
+        return {}
     path = run if resume == "auto" else Path(resume)
-    for folder in [path, *newest_first(path)] if resume else []:
+    try:
+        folders = [path, *newest_first(path)]
+    except BadCheckpointError:
+        folders = [path]
+    for folder in folders:
         try:
             return _parsed(folder)
         except (BadCheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

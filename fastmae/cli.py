@@ -35,6 +35,7 @@ from fastmae.config import (
     VerifyConfig,
 )
 from fastmae.config.load import load_settings, settings_as_words
+from fastmae.environment import malformed_variables
 from fastmae.errors import UserError
 from fastmae.faults import (
     report,
@@ -47,7 +48,7 @@ from fastmae.faults import (
 )
 from fastmae.flags import flags_of
 from fastmae.launch import is_first
-from fastmae.messages import messages_on_stderr
+from fastmae.messages import logger, messages_on_stderr
 from fastmae.screen import OutputLostError, complain, hold_standard_files, safe_streams
 from fastmae.signals import remembered
 
@@ -103,13 +104,30 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return run_help(words, COMMANDS)
             with messages_on_stderr():
                 config = parse(words)
-                require_address_space()
+                require_place_and_memory()
                 return call(config, command)
         except KeyboardInterrupt:
             return EXIT_INTERRUPT
         except (Exception, SystemExit) as error:  # no library may end a run in its own way
             tell_launcher(error)
             return status_of(error, command, config)
+
+
+def require_place_and_memory() -> None:
+    """Refuses what no library can be loaded in, and warns of environment variables that none of them can read.
+
+    Raises:
+        UserError: the current folder was deleted.
+        MemoryError: the process may not have enough memory.
+    """
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the current folder is not there any more; change into another one (cd)") from None
+    require_address_space()
+    if is_first():
+        for line in malformed_variables():
+            logger.warning("%s", line)
 
 
 def status_of(error: BaseException, command: Sequence[str], config: Any) -> int:

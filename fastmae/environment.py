@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from typing import Any
 
 PACKAGES = (
@@ -26,6 +27,22 @@ PACKAGES = (
     "wandb",
     "xformers",
 )
+
+
+# Variables that libraries pass over in silence where they cannot read them: pattern, and what then happens.
+NUMBERS = (r"\s*\d+\s*(,\s*\d+\s*)*", "is no number of threads, so libraries take all cores")
+DEVICES = (r"|-1|none|void|NoDevFiles|((\d+|(GPU|MIG)-[\w/-]+)(,|$))+", "names no GPUs, so none is seen")
+VARIABLES = {"OMP_NUM_THREADS": NUMBERS, "MKL_NUM_THREADS": NUMBERS, "CUDA_VISIBLE_DEVICES": DEVICES}
+
+
+def malformed_variables() -> list[str]:
+    """Returns a line about each environment variable that libraries cannot read."""
+    values = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    return [
+        f"{name}={value}: {VARIABLES[name][1]}; correct or unset it"
+        for name, value in values.items()
+        if re.fullmatch(VARIABLES[name][0], value, re.IGNORECASE) is None
+    ]
 
 
 def versions() -> dict[str, str]:

@@ -41,7 +41,8 @@ ALLOWED = {
     | {"evaluate", "export", "train", "benchmarks"},
     "flags": set(),
     "argv": {"errors", "flags", "config"},
-    "cli": LEAVES - {"facts", "files", "philox", "torch_compat"}
+    "cli": {"environment"}
+    | LEAVES - {"facts", "files", "philox", "torch_compat"}
     | {"faults", "launch", "flags", "argv", "config", "commands", "train"},
     "api": {"errors", "files", "messages", "config", "model", "data", "checkpoint", "evaluate", "train"},
     "__init__": {"errors", "ops", "model", "checkpoint", "api"},

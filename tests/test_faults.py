@@ -10,6 +10,7 @@ import pytest
 
 from fastmae.cli import main
 from fastmae.commands import info as info_command
+from fastmae.environment import malformed_variables
 from fastmae.errors import UserError
 from fastmae.faults import require_address_space, shortage
 from fastmae.train import pretrain as pretraining
@@ -139,6 +140,40 @@ def test_a_machine_that_lacks_something_is_no_fault_and_the_line_names_the_remed
     assert (status, err.count("\n")) == (1, 1)
     assert words in err
     assert "fault of fastmae" not in err
+
+
+def test_a_folder_that_was_deleted_is_a_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == (
+        "fastmae: the current folder is not there any more; change into another one (cd)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("OMP_NUM_THREADS", "abc", "is no number of threads"),
+        ("OMP_NUM_THREADS", "-2", "is no number of threads"),
+        ("OMP_NUM_THREADS", "4", ""),
+        ("OMP_NUM_THREADS", "4,2", ""),
+        ("CUDA_VISIBLE_DEVICES", "zz", "names no GPUs"),
+        ("CUDA_VISIBLE_DEVICES", "0;1", "names no GPUs"),
+        ("CUDA_VISIBLE_DEVICES", "0,1", ""),
+        ("CUDA_VISIBLE_DEVICES", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6,MIG-GPU-89/1/0", ""),
+        ("CUDA_VISIBLE_DEVICES", "", ""),
+        ("CUDA_VISIBLE_DEVICES", "-1", ""),
+    ],
+)
+def test_a_variable_that_libraries_cannot_read_is_a_line(monkeypatch, name, value, words):
+    for other in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    lines = malformed_variables()
+    assert len(lines) == bool(words)
+    assert all(line.startswith(f"{name}={value}: {words}") for line in lines)
 
 
 def test_only_settings_that_the_command_has_are_to_be_lowered():

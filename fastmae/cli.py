@@ -125,7 +125,7 @@ def require_place_and_memory() -> None:
     except OSError:
         raise UserError("the current folder is not there any more; change into another one (cd)") from None
     require_address_space()
-    if is_first():
+    if is_first(os.environ):
         for line in malformed_variables():
             logger.warning("%s", line)
 

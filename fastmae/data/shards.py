@@ -47,6 +47,8 @@ MAX_LABEL_BYTES = 32
 # How far behind a tar's end one looks for another tar.
 LOOKED_BEHIND = 16 << 20
 OPEN_SHARDS = 256
+# A brace pattern stands for no more names.
+MAX_NAMES = 1_000_000
 INDEX_THREADS = 8
 # Why members are left out. A shard has no more reasons than ``MAX_REASONS``, whatever suffixes there are in it.
 HIDDEN = "hidden files, such as macOS adds"
@@ -607,18 +609,23 @@ def expand_braces(pattern: str) -> list[str]:
     Raises:
         SettingError: the pattern stands for more than a million names.
     """
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if match is None:
-        return [pattern]
-    first, last, words = match.groups()
-    if words is None:
-        low, high = int(first), int(last)
-        if abs(high - low) >= 1_000_000:
+    parts: list[Sequence[str]] = []
+    count, end = 1, 0
+    for match in re.finditer(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern):
+        first, last, words = match.groups()
+        choices: Sequence[str]
+        if words is None:
+            low, high = int(first), int(last)
+            count *= abs(high - low) + 1
+        else:
+            choices = words.split(",")
+            count *= len(choices)
+        if count > MAX_NAMES:
             raise SettingError("data_path", pattern, "more than a million names; check the numbers")
-        width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
-        step = 1 if high >= low else -1
-        choices = [f"{number:0{width}d}" for number in range(low, high + step, step)]
-    else:
-        choices = words.split(",")
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [head + choice + rest for choice in choices for rest in expand_braces(tail)]
+        if words is None:
+            width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+            step = 1 if high >= low else -1
+            choices = [f"{number:0{width}d}" for number in range(low, high + step, step)]
+        parts += [[pattern[end : match.start()]], choices]
+        end = match.end()
+    return ["".join(words) for words in itertools.product(*parts, [pattern[end:]])]

@@ -165,6 +165,8 @@ def _read(path: Path) -> dict[str, Any]:
     if parse is None:
         raise UserError(f"{path}: not a file of settings; give a .yaml, .toml or .json file, or a run folder")
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: no regular file; give a file of settings")
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise UserError(f"{path}: has {size} bytes, and settings have at most {MAX_BYTES}; give another file")

@@ -6,15 +6,18 @@ The list of a large folder is kept in an index file. Nothing here decodes an ima
 from __future__ import annotations
 
 import bisect
+import io
 import json
 import os
 import stat
+import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from fastmae.data.index import Index, cache_file, is_settled, pack_names, read_index, unpack_names, write_index
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of, joined
@@ -22,6 +25,12 @@ from fastmae.data.suffixes import IMAGE_STARTS, IMAGE_SUFFIXES, SHARD_SUFFIXES, 
 
 # No image takes more, and a file may say that it has any size.
 MAX_FILE_BYTES = 2 << 30
+# Larger files are looked at before they are read.
+LARGE_FILE = 64 << 20
+LOOKED_AT = 1 << 20
+SINGLE_IMAGES = ("JPEG", "PNG", "BMP", "PPM", "JPEG2000")
+MAX_BYTES_A_PIXEL = 16
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Fewer files are listed faster than an index of them is found and checked.
 WORTH_KEEPING = 10_000
 # It changes whenever other files are listed than before, so that older listings are made anew.
@@ -74,10 +83,32 @@ class FolderSource:
                 raise OSError("not a file")
             if status.st_size > MAX_FILE_BYTES:
                 raise OSError(f"{status.st_size} bytes, over the limit of {MAX_FILE_BYTES}")
+            if status.st_size > LARGE_FILE:
+                refuse_no_image(file.read(LOOKED_AT), status.st_size)
+                file.seek(0)
             return file.read()
 
     def name(self, index: int) -> str:
         return self.paths[index]
+
+
+def refuse_no_image(start: bytes, size: int) -> None:
+    """Refuses a large file by its first bytes, before all of it is read: no image, or far longer than its pixels are.
+
+    Raises:
+        OSError: it is refused.
+    """
+    if start.startswith(TIFF_STARTS):  # whose header may lie at the end
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(start)) as image:
+                pixels, is_single = image.width * image.height, image.format in SINGLE_IMAGES
+    except Exception as error:  # whatever Pillow raises for what is damaged
+        raise OSError(f"{size} bytes that do not begin as an image does") from error
+    if is_single and size > LARGE_FILE + MAX_BYTES_A_PIXEL * pixels:
+        raise OSError(f"{size} bytes, far more than its {pixels} pixels can take")
 
 
 def _open_at_once(path: str, flags: int) -> int:

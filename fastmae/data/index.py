@@ -21,8 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from fastmae.data.openfile import OpenFile
+
 FORMAT = "fastmae index 1"
-MAX_HEADER = 1 << 28
+MAX_HEADER = 1 << 20
+MAX_BYTES = 1 << 32
 # A change within one tick of a file system's clock (up to 2 s on FAT) leaves no trace in a modification time.
 CLOCK_TICK = 2.0
 
@@ -49,8 +52,11 @@ def is_settled(modified_ns: Iterable[int]) -> bool:
 def read_index(path: Path) -> Index | None:
     """Reads an index; None if there is no file, or if anything in it is not as it was written."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+        opened = OpenFile(path)
+        size = opened.size
+        if size > MAX_BYTES:
+            return None
+        with open(os.dup(opened.descriptor), "rb") as file:
             header = json.loads(file.readline(MAX_HEADER))
             if header["format"] != FORMAT:
                 return None
@@ -60,7 +66,7 @@ def read_index(path: Path) -> Index | None:
             if any(n < 0 for _, _, n in shapes) or sum(dtype.itemsize * n for _, dtype, n in shapes) != remaining:
                 return None
             body = file.read(remaining)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, MemoryError):
         return None
     if len(body) != remaining or zlib.crc32(body) != header.get("crc32"):
         return None

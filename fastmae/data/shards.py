@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmae.data.images import MAX_FILE_BYTES
+from fastmae.data.images import LARGE_FILE, LOOKED_AT, MAX_FILE_BYTES, refuse_no_image
 from fastmae.data.index import (
     Index,
     Names,
@@ -131,6 +131,8 @@ class TarSource:
         shard, size = self._open(int(self.shard[index])), int(self.size[index])
         if size > MAX_FILE_BYTES:
             raise OSError(f"{size} bytes, over the limit of {MAX_FILE_BYTES}")
+        if size > LARGE_FILE:
+            refuse_no_image(shard.read(LOOKED_AT, int(self.offset[index])), size)
         data = shard.read(size, int(self.offset[index]))
         if len(data) != size:
             raise OSError(f"{shard.path} has become shorter since it was indexed")

@@ -595,6 +595,21 @@ def test_a_damaged_or_foreign_index_is_made_anew(tmp_path, counted, case):
     assert len(counted) == 2  # mended
 
 
+def test_an_index_that_is_a_pipe_or_of_any_size_is_made_anew(tmp_path, counted):
+    path = write_tar(tmp_path / "x.tar", numbered(3))
+    age(path)
+    open_train(str(path))
+    (kept,) = tmp_path.glob(".fastmae-*.index")
+    kept.unlink()
+    os.mkfifo(kept)
+    assert len(open_train(str(path))) == 3
+    assert kept.is_file()
+    os.truncate(kept, 1 << 40)
+    assert len(open_train(str(path))) == 3
+    assert kept.stat().st_size < 10_000
+    assert len(counted) == 3
+
+
 def test_an_index_that_cannot_be_written_is_not_an_error(tmp_path):
     (tmp_path / "file").touch()
     assert not write_index(tmp_path / "file" / "x.index", Index(None, {}))

@@ -1,14 +1,17 @@
 """Every kind of data is found by itself, read right, and refused in one line when it is broken."""
 
 import gzip
+import io
 import os
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from fastmae.data import arrays
+from fastmae.data import arrays, images, shards
 from fastmae.data.arrays import FileRows, array_source
 from fastmae.data.plan import Shards
 from fastmae.data.sources import ArraySource, Concat, describe, open_train, open_val, train_and_val
@@ -239,6 +242,30 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
     path = {"x_labels.npy": "x.npy", "x-labels-idx1-ubyte": "x-images-idx3-ubyte"}.get(name, name)
     with pytest.raises(UserError, match=r"a pipe or a device|no regular file"):
         open_train(str(tmp_path / path))
+
+
+def test_a_large_file_is_looked_at_before_it_is_read(tmp_path, monkeypatch):
+    for module in (images, shards):
+        monkeypatch.setattr(module, "LARGE_FILE", 2 << 20)
+    image = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(image, "JPEG")
+    for name, start, words in (
+        ("zeros", b"", "do not begin as an image does"),
+        ("marker", b"\xff\xd8\xff\xe0", "do not begin as an image does"),
+        ("image", image.getvalue(), "far more than its 1200 pixels can take"),
+    ):
+        (tmp_path / name).mkdir()
+        with open(tmp_path / name / "x.jpg", "wb") as file:
+            file.write(start)
+            file.truncate(images.LARGE_FILE + images.MAX_BYTES_A_PIXEL * 1200 + 1)
+        with pytest.raises(OSError, match=words):
+            open_train(str(tmp_path / name)).read(0)
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            archive.add(tmp_path / name / "x.jpg", "x.jpg")
+        with pytest.raises(OSError, match=words):
+            open_train(str(tmp_path / f"{name}.tar")).read(0)
+        os.truncate(tmp_path / name / "x.jpg", images.LARGE_FILE)
+        assert len(open_train(str(tmp_path / name)).read(0)) == images.LARGE_FILE
 
 
 def test_what_would_not_fit_into_memory_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):

@@ -54,6 +54,8 @@ class Made:
     """Names of images that can be used for sure: of files their paths, of members ``TAR:MEMBER``."""
     broken: set[str] = field(default_factory=set)
     """Names of what looks like an image and is none."""
+    no_files: set[str] = field(default_factory=set)
+    """Of those, what is no file at all: pipes, and links that lead nowhere."""
     members: int = 0
     """Files in tars."""
     rows: int = 0
@@ -72,6 +74,7 @@ def make(folder: Path, seed: int) -> Made:
     made = Made(folder / "data", maker.__name__.strip("_").replace("_", " "))
     made.path.mkdir()
     maker(made, np.random.default_rng(seed))
+    made.broken |= made.no_files
     return made
 
 
@@ -146,10 +149,10 @@ def damage(made: Made, path: Path, data: bytes, kind: str) -> None:
         (path / "inside.txt").write_text("a folder with the name of an image")
     elif kind == "pipe":
         os.mkfifo(path)
-        made.broken.add(str(path))
+        made.no_files.add(str(path))
     elif kind == "dangling":
         path.symlink_to("nowhere")
-        made.broken.add(str(path))
+        made.no_files.add(str(path))
     else:
         path.write_bytes({"empty": b"", "cut": data[: len(data) // 3], "zeros": bytes(64), "text": b"<html>"}[kind])
         if kind in ("empty", "zeros", "text"):  # a cut image may still have all its pixels
@@ -233,7 +236,7 @@ def _links(made: Made, random: np.random.Generator) -> None:
     (made.path / "cat" / "linked").symlink_to(disk / "one")
     (made.path / "dog" / "round").symlink_to("../dog")
     (made.path / "dog" / "itself.jpg").symlink_to("itself.jpg")
-    made.broken.add(str(made.path / "dog" / "itself.jpg"))
+    made.no_files.add(str(made.path / "dog" / "itself.jpg"))
 
 
 def _hidden(made: Made, random: np.random.Generator) -> None:

@@ -13,6 +13,7 @@ from generated import LAYOUTS, files_below, make
 from helpers import soak
 
 from fastmae.data.decode import BadImageError, decode
+from fastmae.data.images import FolderSource
 from fastmae.data.sources import open_train, open_val
 from fastmae.data.stock import joined
 from fastmae.data.verify import check
@@ -72,8 +73,9 @@ def look_through(made):
         assert len(train) == made.images
     names = [source.name(index) for source in sources for index in range(len(source))]
     assert len(names) == len(set(names)), "an image is used twice"
-    left = [item.count for item in stock.left_out]
-    assert all(count > 0 for count in left)
+    if all(isinstance(source, FolderSource) for source in sources):
+        assert stock.used["files"] == len(set(names) - made.no_files)
+    assert all(item.count > 0 and item.reason for item in stock.left_out)
     unusable = named_by_verify(sources)
     assert not unusable & made.sound, f"cannot be used although it is an image: {unusable & made.sound}"
     assert not set(names) - unusable & made.broken

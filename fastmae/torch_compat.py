@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -228,7 +229,8 @@ def load_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     _silence_single_process_warning()
     reader = checkpoint.HuggingFaceStorageReader(str(folder))
     try:
-        checkpoint.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        with _without_its_traceback():
+            checkpoint.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise ShardError(str(error).splitlines()[-1]) from error
 
@@ -275,6 +277,24 @@ def copier_to_cpu() -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tenso
         return staged
 
     return copied
+
+
+@contextmanager
+def _without_its_traceback() -> Generator[None]:
+    """Keeps torch from logging a traceback where files are gone; the error that follows says so in a line.
+
+    Seen in torch 2.11 to 2.13. If torch logs it elsewhere, it is shown again.
+    """
+
+    def is_another(record: logging.LogRecord) -> bool:
+        return record.module != "state_dict_loader"
+
+    root = logging.getLogger()
+    root.addFilter(is_another)
+    try:
+        yield
+    finally:
+        root.removeFilter(is_another)
 
 
 def _silence_single_process_warning() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import soak
 
+from fastmae import torch_compat
 from fastmae.checkpoint import load, manifest
 from fastmae.checkpoint import save as saving
 from fastmae.checkpoint.load import load_model
@@ -312,13 +313,19 @@ def test_a_reader_of_a_live_run_takes_the_newer_checkpoint_when_the_one_that_it_
     assert opened == [f"step-{step:08d}" for step in (1, 2, 3, 4)]
 
 
-def test_a_reader_says_that_a_checkpoint_was_deleted_under_its_hands(tmp_path, trained, monkeypatch):
+@pytest.mark.parametrize("moment", ["read_manifest", "stored_tensors", "load_shards"])
+def test_a_reader_says_in_one_line_that_a_checkpoint_was_deleted_under_its_hands(
+    tmp_path, trained, monkeypatch, caplog, moment
+):
     path = save_checkpoint(tmp_path, 1, training_tensors(*trained), POSITION)
+    module = load if moment == "read_manifest" else torch_compat
+    real = getattr(module, moment)
 
     def deleted(path, *words):
         shutil.rmtree(path)
-        return load_checkpoint(path, *words)
+        return real(path, *words)
 
-    monkeypatch.setattr(load, "load_checkpoint", deleted)
+    monkeypatch.setattr(module, moment, deleted)
     with pytest.raises(UserError, match="step-00000001: was deleted while it was read, as training goes on"):
         load_model(path)
+    assert not [record for record in caplog.records if record.name == "root"], "a traceback would be shown"

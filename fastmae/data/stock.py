@@ -52,10 +52,13 @@ class Stock:
         Args:
             most: the number of lines from which on the last says how many more there are; None for all of them.
         """
-        lines = [*map(str, self.left_out), *self.notes]
-        if most is None or len(lines) <= most:
-            return lines
-        return [*lines[: most - 1], f"and {len(lines) - most + 1} more; `fastmae verify` shows them"]
+        left_out, notes = [*map(str, self.left_out)], [*self.notes]
+        more = 0 if most is None else len(left_out) + len(notes) - most
+        if most is None or more <= 0:
+            return [*left_out, *notes]
+        # Notes stay, as far as they fit, because suffixes are what there are most of.
+        shown = [*left_out[: max(1, most - 1 - len(notes))], *notes][: most - 1]
+        return [*shown, f"and {more + 1} more; `fastmae verify` shows them"]
 
 
 def joined(stocks: Iterable[Stock]) -> Stock:

@@ -363,7 +363,7 @@ def test_counts_and_lines_are_short():
     assert [count_of(1, unit) for unit in ("files", "classes", "images")] == ["1 file", "1 class", "1 image"]
     stock = Stock({"files": 1}, tuple(LeftOut("files", 1, f"reason {i}") for i in range(9)), ("a note",))
     assert len(stock.lines()) == 10
-    assert stock.lines(8) == [*stock.lines()[:7], "and 3 more; `fastmae verify` shows them"]
+    assert stock.lines(8) == [*stock.lines()[:6], "a note", "and 3 more; `fastmae verify` shows them"]
     assert stock.lines(10) == stock.lines()
 
 

@@ -71,8 +71,8 @@ class Header:
 
     @property
     def kind(self) -> str:
-        """Format, colours and depth, for people: "PNG gray, 16 bits"; 8 bits and fewer go without saying."""
-        return f"{self.format} {self.colours}" + (f", {self.bits} bits" if self.bits > 8 else "")
+        """Format, depth and colours, for people: "PNG 16-bit gray"; 8 bits and fewer go without saying."""
+        return f"{self.format} {f'{self.bits}-bit ' * (self.bits > 8)}{self.colours}"
 
     @property
     def is_gray(self) -> bool:

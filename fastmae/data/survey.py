@@ -152,12 +152,12 @@ class Survey:
         if self.turned[0]:
             notes.append(f"{count_of(self.turned[0], 'images')} {TURNED}{bracket}, first {self.turned[1]}")
         if in_chans == 3 and self.images:
-            gray = "gray: made 3 equal channels of, normalised and mirrored as colour photos are by default"
-            advice = "in_chans 1 is for gray data, whose mean and std are then measured, and which are not mirrored"
+            become = "become 3 equal channels, normalised and mirrored like colour photos"
+            advice = "in_chans 1 takes one, measures its mean and std, and mirrors nothing"
             if self.gray == self.images:
-                notes.append(f"all images{bracket} are {gray}; {advice}")
+                notes.append(f"all images{bracket} are gray and {become}; {advice}")
             elif self.gray_pixels == self.measured > 0:
-                notes.append(f"all images{bracket} are stored in colour but hold {gray}; {advice}")
+                notes.append(f"all images{bracket} are stored in colour and hold gray: they {become}; {advice}")
         return notes
 
 

@@ -295,7 +295,7 @@ def test_depths_of_jpeg_2000_and_avif():
     wide = RNG.integers(0, 65536, (16, 16), dtype=np.uint16)
     gray = saved(wide, "JPEG2000")
     assert np.array_equal(decode(gray, 1)[..., 0], wide >> 8)
-    assert read_header(gray).kind == "JPEG2000 gray, 16 bits"
+    assert read_header(gray).kind == "JPEG2000 16-bit gray"
     colour = bytearray(saved(COLOUR, "JPEG2000"))
     assert read_header(bytes(colour)).kind == "JPEG2000 colour"
     at = colour.index(b"\xff\x4f\xff\x51") + 42
@@ -388,7 +388,7 @@ def test_a_header_that_cannot_be_read_is_unknown():
         (saved(Image.fromarray(COLOUR).convert("P"), "GIF"), "GIF palette", 1),
         (saved(COLOUR, "WEBP"), "WEBP colour", 3), (saved(COLOUR, "BMP"), "BMP colour", 3),
         (tiff(COLOUR, photometric="rgb"), "TIFF colour", 3), (tiff(COLOUR[..., 0]), "TIFF gray", 1),
-        (tiff(COLOUR.astype(np.uint16), photometric="rgb"), "TIFF colour, 16 bits", 3),
+        (tiff(COLOUR.astype(np.uint16), photometric="rgb"), "TIFF 16-bit colour", 3),
         (tiff(RNG.integers(0, 9, (9, 8, 4), np.uint8), photometric="rgb", extrasamples=["unspecified"]),
          "TIFF colour and 1 more band", 4),
     ],

@@ -20,7 +20,6 @@ _STARTS = {
     b"II+\0": ("<", True), b"MM\0+": (">", True),
 }  # fmt: skip
 _TYPES = {1: "B", 2: "s", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 18: "Q"}
-MAX_PAGES = 1_000_000
 
 SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL, DESCRIPTION = 254, 256, 257, 258, 259, 262, 266, 270
 ORIENTATION, SAMPLES, PLANAR, INK_SET, EXTRA, FORMAT, SUBSAMPLING, DEPTH = 274, 277, 284, 332, 338, 339, 530, 32997
@@ -40,6 +39,8 @@ _REDUCED_OR_MASK = 1 | 4
 _Directory = dict[int, tuple[tuple[Any, ...], int, str]]
 """By tag: its values, the offset of the first of them, and its struct format."""
 
+_MOST_VALUES = 4096
+"""How many values of a tag are read: no more are needed of any that is wanted."""
 _STACK = re.compile(rb'^ImageJ=[\s\S]*\nimages=(\d{1,7})\b|^\{"shape": \[(\d{1,7}), \d+, \d+\].*"truncated": true')
 """How ImageJ and tifffile say in the tag ImageDescription that images follow the first."""
 
@@ -89,7 +90,7 @@ def read_tags(data: bytes) -> Tags:
         ValueError: there are none, or they make no sense.
     """
     try:
-        first, _ = _directory(data, _first_directory(data))
+        first, _, _ = _directory(data, _first_directory(data))
     except (struct.error, KeyError) as error:
         raise ValueError(f"its TIFF tags cannot be read ({error})") from error
     values = {tag: value for tag, (value, _, _) in first.items()}
@@ -207,20 +208,23 @@ def _first_directory(data: bytes) -> int:
 
 
 def _directories(data: bytes) -> Iterator[_Directory]:
-    """Yields the tags of each page, as far as they can be read, and none twice."""
-    seen: set[int] = set()
+    """Yields the tags of each page, as far as they can be read. Pages that overlap, or point at each other, end it."""
+    unread, seen = len(data), {0}
     try:
         offset = _first_directory(data)
-        while offset and offset not in seen and len(seen) < MAX_PAGES:
+        while offset not in seen:
             seen.add(offset)
-            page, offset = _directory(data, offset)
+            page, offset, size = _directory(data, offset)
+            unread -= size
+            if unread < 0:
+                return
             yield page
     except (struct.error, KeyError, ValueError):
         return
 
 
-def _directory(data: bytes, offset: int) -> tuple[_Directory, int]:
-    """Returns the wanted tags of a page as (values, offset of the first value, its format), and where the next page is.
+def _directory(data: bytes, offset: int) -> tuple[_Directory, int, int]:
+    """Returns the wanted tags of a page, where the next page is (0 for none), and how many bytes the tags take.
 
     Raises:
         struct.error: the file ends before.
@@ -241,9 +245,10 @@ def _directory(data: bytes, offset: int) -> tuple[_Directory, int]:
             raise ValueError(f"its TIFF tags cannot be read (tag {tag} has {count} values)")
         if struct.calcsize(form) * count > inline:
             (at,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, at)
-        found[tag] = (struct.unpack_from(f"{order}{count}{form}", data, at), at, order + form)
+        first = f"{order}{min(count, _MOST_VALUES)}{form}"
+        found[tag] = (struct.unpack_from(first, data, at), at, order + form)
     (following,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, start + entries * size)
-    return found, int(following)
+    return found, int(following), entries * size + inline
 
 
 def stored_bits(tags: Tags) -> int:

@@ -251,7 +251,7 @@ def _choose_val(listing: Listing, layout: Layout, train: Found) -> tuple[Found |
         found = _found(listing, folder, None)
         if not found:
             notes.append(f"{folder} holds no image, so it is no part to evaluate on")
-        elif is_labelled and found.images.paths and found.images.labels is None:
+        elif is_labelled and found.images.paths and _is_plain(found.images, train.images):
             labelled = layout.train or "the other folders"
             refused[folder] = f"in {folder}, which has no labels as {labelled} has, so nothing is measured on it"
             notes += found.images.notes
@@ -263,6 +263,14 @@ def _choose_val(listing: Listing, layout: Layout, train: Found) -> tuple[Found |
     if val is None and layout.evaluate:
         notes.append("no part to evaluate on, so where accuracy is measured, a fifth of the images is held out for it")
     return val, refused, tuple(notes)
+
+
+def _is_plain(images: Chosen, train: Chosen) -> bool:
+    """Tells whether images have no labels beside labelled ones: no folders, or one alone that is none of theirs."""
+    if images.labels is None:
+        return True
+    classes = [images.classes[label] for label in np.unique(images.labels)]
+    return len(classes) == 1 and classes[0] not in train.classes
 
 
 def _unused(listing: Listing, layout: Layout, parts: list[Found], refused: dict[str, str]) -> list[LeftOut]:

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from fastmae.data.index import Index, cache_file, is_settled, pack_names, read_index, unpack_names, write_index
+from fastmae.data.parts import read_part
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of, joined
 from fastmae.data.suffixes import IMAGE_STARTS, IMAGE_SUFFIXES, SHARD_SUFFIXES, START_BYTES, suffix_of, why_not
 
@@ -240,23 +241,43 @@ def scan_folder(folder: Path) -> tuple[Listing, dict[str, int]]:
     """Lists a folder without an index. Returns modification times too, in ns, by folder; -1 for an unreadable one.
 
     Links to folders are followed once all that is no link is listed, in the order of their names, so that what is found
-    depends on no order of the file system's. A folder that a link leads to is listed once, and one around the link is
-    not listed.
+    depends on no order of the file system's; links with the name of a part come first. A folder that a link leads to is
+    listed once, and one around the link is not listed.
     """
     scan = _Scan(str(folder))
-    waiting, links = [""], list[str]()
+    waiting, links = ["", *reversed(_linked_parts(str(folder)))], list[str]()
+    first = {*waiting[1:]}
     while waiting or links:
-        is_linked = not waiting
-        if is_linked:
+        is_link = not waiting
+        if is_link:
             links.sort(reverse=True)
         inside = waiting.pop() if waiting else links.pop()
-        if scan.is_new(inside, is_linked):
-            for name, is_link in scan.enter(inside):
-                (links if is_link else waiting).append(name)
+        if scan.is_new(inside, is_link or inside in first):
+            for name, leads_elsewhere in scan.enter(inside):
+                if name not in first:
+                    (links if leads_elsewhere else waiting).append(name)
     listing = scan.listing
     listing.images = dict(sorted(listing.images.items()))
     listing.shards.sort()
     return listing, scan.modified
+
+
+def _linked_parts(folder: str) -> list[str]:
+    """Returns the links directly inside with the name of a part, which are meant more than the folders they lead to.
+
+    The one to train on comes first. A link to a folder that lies beside it is none of them.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_symlink() and _is_folder(entry)]
+    except OSError:
+        return []
+    root, parts = os.path.realpath(folder), []
+    for name in names:
+        said = read_part(name)
+        if said is not None and not said[1] and os.path.dirname(os.path.realpath(os.path.join(folder, name))) != root:
+            parts.append((said[0] != "train", name))
+    return [name for _, name in sorted(parts)]
 
 
 class _Scan:
@@ -280,9 +301,10 @@ class _Scan:
         key, is_linked = (status.st_dev, status.st_ino), is_link or os.path.dirname(inside) in self._linked
         if is_linked:
             self._linked.add(inside)
-            if key in self._seen or (is_link and _is_around(path)):
-                self.listing.skipped[inside] = "twice"
-                return False
+        # Outside of what is linked a folder has been seen only if a part leads to it.
+        if key in self._seen or (is_link and _is_around(path)):
+            self.listing.skipped[inside] = "twice"
+            return False
         self._seen.add(key)
         self.modified[inside] = status.st_mtime_ns
         return True
@@ -431,20 +453,24 @@ def choose_images(listing: Listing, part: str = "", without: Collection[str] = (
         every = sorted([*beside, *(path for inside in paths.values() for path in inside)])
         return Chosen(tuple(every), None, (), mixed)
     labels = np.repeat(np.arange(len(paths)), [*map(len, paths.values())]).astype(np.int64)
-    notes = [] if len(filled) > 1 else _one_class(listing, os.path.join(part, filled[0]))
+    folders_in = [_folders_in(listing, os.path.join(part, top), folders[top]) for top in filled]
+    notes = []
+    if len(filled) == 1 and len(folders_in[0]) > 1:
+        path = os.path.join(listing.folder, part, filled[0])
+        notes = [f"all images lie in {path}; if the {len(folders_in[0])} folders in it are classes, give its path"]
+    elif len(folders_in[0]) > 1 and all(inside == folders_in[0] for inside in folders_in):
+        same = f"the folders {_some(filled)} have the same folders in them ({_some(folders_in[0])})"
+        path = os.path.join(listing.folder, part, filled[0])
+        notes = [f"{same}; if these are the classes, give the path of one of the former, such as {path}"]
     empty = [top for top, inside in paths.items() if not inside]
     if empty:
         notes.append(f"{count_of(len(empty), 'class folders')} without an image ({_some(empty)})")
     return Chosen(tuple(path for inside in paths.values() for path in inside), labels, tuple(paths), tuple(notes))
 
 
-def _one_class(listing: Listing, folder: str) -> list[str]:
-    """Returns a note if the only folder of images in a data set has folders that may be meant as classes."""
-    inside = [name for name, names in listing.images.items() if names and os.path.dirname(name) == folder]
-    if len(inside) < 2:
-        return []
-    path = os.path.join(listing.folder, folder)
-    return [f"all images lie in {path}; if the {len(inside)} folders in it are classes, give its path"]
+def _folders_in(listing: Listing, top: str, below: list[str]) -> list[str]:
+    """Returns the names of the folders directly inside ``top`` that hold images directly."""
+    return sorted(os.path.basename(name) for name in below if listing.images[name] and os.path.dirname(name) == top)
 
 
 def _paths(listing: Listing, folders: list[str]) -> list[str]:

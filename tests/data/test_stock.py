@@ -150,6 +150,20 @@ LAYOUTS = {
         (5, (), None),
         ["{root}/train holds 1 image beside 2 folders of images (cat, dog), so no image has a label"],
     ),
+    "a lone folder in val": (
+        [*classes("train"), "val/images/0.png", "val/annotations.txt"],
+        (4, ("cat", "dog"), None),
+        [
+            "1 file left out: .txt, no image (val/annotations.txt)",
+            "1 file left out: in val, which has no labels as train has",
+            "no part to evaluate on, so where accuracy is measured",
+        ],
+    ),
+    "folds": (
+        [*classes("a"), *classes("b")],
+        (8, ("a", "b"), None),
+        ["the folders a, b have the same folders in them (cat, dog); if these are the classes, give the path of one"],
+    ),
     "a run folder": (
         [*classes("."), "out/config.json", "out/metrics.jsonl", "out/reconstructions/epoch-0.png"],
         (4, ("cat", "dog"), None),
@@ -275,6 +289,19 @@ def test_links_are_followed_and_broken_ones_counted(tmp_path):
     ]
 
 
+def test_a_part_that_is_a_link_is_meant_more_than_where_it_leads(tmp_path):
+    root = fill(tmp_path, *classes("versions/v1"), *classes("versions/v2", "fox"))
+    (root / "train").symlink_to(root / "versions" / "v1")
+    (root / "Val").symlink_to(root / "train")
+    train, val, stock = stock_of(root)
+    assert (len(train), train.part, val) == (4, "train", None)
+    assert stock.lines() == [
+        "2 files left out: images outside of train; to use them, give their own path "
+        "(versions/v2/fox/0.png, versions/v2/fox/1.png)",
+        "2 folders left out: linked, and listed already or around the link (Val, versions/v1)",
+    ]
+
+
 def test_a_kept_listing_has_the_same_stock(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(images, "WORTH_KEEPING", 5)
@@ -333,7 +360,7 @@ def test_a_missing_label_is_told_with_its_reason(tmp_path):
 
 
 def test_paths_that_hold_each_other_are_told(tmp_path):
-    root = fill(tmp_path, *classes("a"), *classes("b"))
+    root = fill(tmp_path, *classes("a", "cat"), *classes("b"))
     (note,) = open_train([str(root / "a"), str(root), str(root / "b")]).stock.notes[:1]
     assert note == f"{root / 'a'} is or lies in {root}, so images may be used twice; leave one out if so"
     assert sum("twice" in note for note in open_train([str(root), str(root)]).stock.notes) == 1
@@ -369,16 +396,19 @@ def test_counts_and_lines_are_short():
 
 def test_a_run_verify_and_the_facts_say_the_same(tmp_path, capsys):
     """A default probe of a part that it cannot measure is skipped; one that was asked for is refused at the start."""
-    root = fill(tmp_path / "set", *classes("train", count=4), *classes("val", "fox"), "notes.txt", "a.dcm")
+    root = fill(tmp_path / "set", *classes("train", count=4), *classes("val", "fox", "owl"), "notes.txt", "a.dcm")
     flags = dict(batch_size=4, epochs=1, warmup_epochs=0.0, model="mae_vit_tiny_patch4", input_size=(8,), num_workers=1)
     assert pretrain(small_run(str(root), tmp_path / "run", **{**flags, "probe": None})) == 0
     out = capsys.readouterr().out
     assert not (tmp_path / "run" / "probe.json").exists()
-    assert f"probe           no accuracy is measured: {root}: no class of the val part (fox) is one of the train" in out
+    assert (
+        f"probe           no accuracy is measured: {root}: no class of the val part (fox, owl) is one of the train"
+        in out
+    )
     assert "0.0 %" not in out
     assert main(["verify", "--data_path", str(root)]) == 0
     verified = capsys.readouterr().out
-    assert "  stock         no class of the val part (fox) is one of the train part (cat, dog)" in verified
+    assert "  stock         no class of the val part (fox, owl) is one of the train part (cat, dog)" in verified
     lines = describe(open_train(str(root))).stock
     assert len(lines) == 2
     for line in lines:

@@ -427,6 +427,10 @@ def _reason(error: UserError, config: ResolvedConfig) -> str:
     return f"{shown(config.data_path)}: {error.problem}" if isinstance(error, SettingError) else str(error)
 
 
+def _in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def _left_out(reason: str) -> str:
     return f"probe           no accuracy is measured: {reason}"
 
@@ -452,7 +456,7 @@ def _probe(run: Run[ResolvedConfig], when: str, model: MaskedAutoencoderViT, pro
     except Exception as error:
         if probed.is_asked:
             raise
-        run.say(_left_out(" ".join(f"{type(error).__name__}: {error}".split())))
+        run.say(_left_out(_in_a_line(error)))
         return {}
     return results
 
@@ -460,7 +464,8 @@ def _probe(run: Run[ResolvedConfig], when: str, model: MaskedAutoencoderViT, pro
 def _probe_epoch(run: Run[ResolvedConfig], step: int, model: MaskedAutoencoderViT, probed: Probed) -> dict[str, float]:
     """Measures the accuracies after a step if --probe_freq says so, and returns them; otherwise an empty dict.
 
-    They are added to probe.json, from which those of later epochs are dropped. All ranks call it.
+    They are added to probe.json, from which those of later epochs are dropped. All ranks call it. What goes wrong in
+    the middle of a run is said in a line, and the training goes on.
     """
     epochs = (step + 1) // run.steps.per_epoch
     if probed.some is None or not run.steps.ends_epoch(step) or epochs % (run.config.probe_freq or 1):
@@ -469,12 +474,16 @@ def _probe_epoch(run: Run[ResolvedConfig], step: int, model: MaskedAutoencoderVi
     whole = _whole_model(run, model)
     if whole is None:
         return {}
-    results, _ = read_probes(run.folder)
-    with torch.compiler.set_stance("force_eager"):
-        accuracies = probe(whole, *probed.some, num_workers=run.config.num_workers)
-    earlier = {number: values for number, values in results.get("epochs", {}).items() if int(number) < epochs}
-    results["epochs"] = earlier | {str(epochs): accuracies}
-    write_text(run.folder / "probe.json", json.dumps(results, indent=1))
+    try:
+        results, _ = read_probes(run.folder)
+        with torch.compiler.set_stance("force_eager"):
+            accuracies = probe(whole, *probed.some, num_workers=run.config.num_workers)
+        earlier = {number: values for number, values in results.get("epochs", {}).items() if int(number) < epochs}
+        results["epochs"] = earlier | {str(epochs): accuracies}
+        write_text(run.folder / "probe.json", json.dumps(results, indent=1))
+    except Exception as error:
+        run.say(_left_out(f"after epoch {epochs}, {_in_a_line(error)}"))
+        return {}
     knn, linear = accuracies["knn"], accuracies["linear"]
     run.say(f"probe           after epoch {epochs}: k-NN {knn:.1f} %, linear probe {linear:.1f} %")
     return {"knn": knn, "linear": linear}

@@ -434,5 +434,7 @@ def test_an_unlabelled_test_folder_does_not_end_a_run(tmp_path, capsys, monkeypa
     monkeypatch.setattr("fastmae.train.pretrain.probe", breaks)
     assert pretrain(small_run(str(root), tmp_path / "next", **{**flags, "probe": None})) == 0
     assert "no accuracy is measured: RuntimeError: out of memory" in capsys.readouterr().out
+    assert pretrain(small_run(str(root), tmp_path / "often", **flags, probe_freq=1)) == 0
+    assert "no accuracy is measured: after epoch 1, RuntimeError: out of memory" in capsys.readouterr().out
     with pytest.raises(RuntimeError):
         pretrain(small_run(str(root), tmp_path / "asked", **{**flags, "probe": True}))

@@ -286,8 +286,9 @@ class _Scan:
     def __init__(self, folder: str) -> None:
         self.listing = Listing(folder)
         self.modified: dict[str, int] = {}
-        self._seen: set[tuple[int, int]] = set()
         self._linked: set[str] = set()
+        self._keys: dict[bool, set[tuple[int, int]]] = {False: set(), True: set()}
+        """Device and inode of the folders that are listed, by whether a link leads to them."""
 
     def is_new(self, inside: str, is_link: bool) -> bool:
         """Tells whether a folder is to be listed; notes its time, and if it is not new, that it is skipped."""
@@ -301,11 +302,12 @@ class _Scan:
         key, is_linked = (status.st_dev, status.st_ino), is_link or os.path.dirname(inside) in self._linked
         if is_linked:
             self._linked.add(inside)
-        # Outside of what is linked a folder has been seen only if a part leads to it.
-        if key in self._seen or (is_link and _is_around(path)):
+        # Unless a part is a link to it, what no link leads to is listed, even if file systems number two folders alike.
+        is_known = key in self._keys[True] or (is_linked and key in self._keys[False])
+        if is_known or (is_link and _is_around(path)):
             self.listing.skipped[inside] = "twice"
             return False
-        self._seen.add(key)
+        self._keys[is_linked].add(key)
         self.modified[inside] = status.st_mtime_ns
         return True
 

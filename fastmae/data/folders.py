@@ -22,7 +22,7 @@ from fastmae.data.images import (
 from fastmae.data.parquet import ParquetSource, open_parquet
 from fastmae.data.parts import Part, parts_among, shard_part
 from fastmae.data.shards import TarSource, open_shards, refuse_compressed
-from fastmae.data.stock import EXAMPLES, LeftOut, Stock, joined
+from fastmae.data.stock import EXAMPLES, LeftOut, Stock, within
 from fastmae.errors import SettingError, UserError
 
 _MEANT = {"train": "to train on", "val": "to validate on", "test": "to test on"}
@@ -89,16 +89,18 @@ def _files(found: Found, listing: Listing) -> int:
 
 def _open(listing: Listing, found: Found, stock: Stock) -> FolderSource | TarSource | ParquetSource:
     if found.shards:
-        source = open_files([Path(listing.folder, name) for name in found.shards])
-        inside = {unit: count for unit, count in source.stock.used.items() if unit != "files"}
-        return replace(source, stock=joined((stock, replace(source.stock, used=inside))))
+        return open_files([Path(listing.folder, name) for name in found.shards], stock)
     damage = tuple((folder, "may not be listed, so its images are missed") for folder in sorted(listing.unreadable))
     images = found.images
     return FolderSource(images.paths, images.labels, images.classes, part=found.folder, taken=stock, damage=damage)
 
 
-def open_files(paths: list[Path]) -> TarSource | ParquetSource:
+def open_files(paths: list[Path], folder: Stock | None = None) -> TarSource | ParquetSource:
     """Opens tar or Parquet files as one source.
+
+    Args:
+        paths: the files.
+        folder: the stock of the folder that they were found in.
 
     Raises:
         UserError: some are of one kind and some of the other, or one cannot be read.
@@ -106,7 +108,10 @@ def open_files(paths: list[Path]) -> TarSource | ParquetSource:
     suffixes = {path.suffix.lower() for path in paths}
     if len(suffixes) > 1:
         raise UserError(f"{paths[0].parent}: holds both .tar and .parquet files; name those of one kind by a pattern")
-    return open_shards(paths) if suffixes == {".tar"} else open_parquet(paths)
+    if suffixes != {".tar"}:
+        return open_parquet(paths, folder)
+    source = open_shards(paths)
+    return replace(source, stock=within(source.stock, folder))
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

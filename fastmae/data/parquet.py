@@ -24,7 +24,7 @@ import numpy as np
 from fastmae.data.memory import readable
 from fastmae.data.openfile import OpenFile
 from fastmae.data.plan import Shards
-from fastmae.data.stock import EXAMPLES, LeftOut, Stock
+from fastmae.data.stock import EXAMPLES, LeftOut, Stock, within
 from fastmae.errors import UserError, install_hint
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
@@ -140,11 +140,15 @@ class Recent:
         return result.result()
 
 
-def open_parquet(paths: Sequence[Path]) -> ParquetSource:
+def open_parquet(paths: Sequence[Path], folder: Stock | None = None) -> ParquetSource:
     """Opens Parquet files as one source, in the order given, and reads only their footers and labels.
 
     The image column is a struct of `bytes` and `path` or a column of bytes, found by its name or by being the only one.
     Labels are the integers of a column `label` or the like, if every row has one.
+
+    Args:
+        paths: the files.
+        folder: the stock of the folder that they were found in.
 
     Raises:
         UserError: pyarrow is not installed, there is no such column, or it holds paths instead of images.
@@ -183,7 +187,7 @@ def open_parquet(paths: Sequence[Path]) -> ParquetSource:
         labels=labels,
         metadata=metadata,
         stamps=stamps,
-        stock=_stock_of(metadata, [group for _, group in groups], column, problem),
+        stock=within(_stock_of(metadata, [group for _, group in groups], column, problem), folder),
     )
     if len(source) and _holds_only_paths(source):
         raise UserError(f"{paths[0]}: column {column!r} holds paths without the images; embed them, then write it anew")

@@ -78,6 +78,14 @@ def joined(stocks: Iterable[Stock]) -> Stock:
     return Stock(used, tuple(left_out.values()), tuple(notes))
 
 
+def within(inside: Stock, folder: Stock | None) -> Stock:
+    """Returns the stock of what is inside some files of a folder, with that of the folder, which counts its files."""
+    if folder is None:
+        return inside
+    units = {unit: count for unit, count in inside.used.items() if unit != "files"}
+    return joined((folder, Stock(units, inside.left_out, inside.notes)))
+
+
 def count_of(count: int, unit: str) -> str:
     """Returns "1 file", "2,000 files": a number and its unit, which is given in the plural."""
     singular = unit.removesuffix("es") if unit.endswith("sses") else unit.removesuffix("s")

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from fastmae import torch_compat
 from fastmae.checkpoint import save as saving
+from fastmae.cli import main
 from fastmae.config import PretrainConfig
 from fastmae.messages import messages_on_stderr
 from fastmae.train import pretrain as pretrain_module
@@ -90,6 +91,13 @@ def run_script(file: Path, *words: str) -> int:
     """Runs a script as ``python FILE WORDS`` does; a work for ``start_ranks``."""
     sys.argv = [str(file), *words]
     runpy.run_path(str(file), run_name="__main__")
+    return 0
+
+
+def command_of_each(*rows: tuple[list[str], ...]) -> int:
+    """Runs commands one after another, each with words of its own for every rank, and prints their exit statuses."""
+    for row in rows:
+        print(main(row[int(os.environ["RANK"])]))
     return 0
 
 

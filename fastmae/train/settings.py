@@ -74,12 +74,12 @@ def resolve_as_before(flags: Flags, resolve: Callable[[Flags], Resolved]) -> tup
     Returns:
         The settings, and lines about those that a user may not expect.
     """
-    config = resolve(flags)
     before = peek(flags.resume, Path(flags.output_dir)).get("settings", {})
-    kept = _left_open(flags, as_json(config), before)
-    if kept:
-        config = resolve(dataclasses.replace(flags, **kept))
-    now = as_json(config)
+    by_default = resolve(flags)
+    kept = _left_open(flags, as_json(by_default), before)
+    config = resolve(dataclasses.replace(flags, **kept)) if kept else by_default
+    now, fresh = as_json(config), as_json(by_default)
+    kept = {name: value for name, value in kept.items() if value != fresh[name]}
     changed = [name for name in TOLD_IF_CHANGED if name in now and name in before and now[name] != before[name]]
     lines = []
     if kept:
@@ -92,17 +92,13 @@ def resolve_as_before(flags: Flags, resolve: Callable[[Flags], Resolved]) -> tup
 
 
 def _left_open(flags: TrainingConfig, now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that nobody gives, and whose default is not what the checkpoint has."""
+    """Returns the settings that nobody gives, as the checkpoint has them."""
     left_open = {name for name in LEFT_OPEN if name in now and getattr(flags, name) is None}
     if flags.blr is not None:
         left_open.discard("lr")  # it follows from what is given
     if getattr(flags, "start_size", None) is None:
         left_open.discard("grow_epochs")
-    return {
-        name: before[name]
-        for name in LEFT_OPEN
-        if name in left_open and before.get(name) is not None and before[name] != now[name]
-    }
+    return {name: before[name] for name in LEFT_OPEN if name in left_open and before.get(name) is not None}
 
 
 def _warm_up(flags: TrainingConfig, config: ResolvedConfig | ResolvedFinetuneConfig, goes_on: bool) -> list[str]:

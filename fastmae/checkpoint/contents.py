@@ -111,7 +111,7 @@ def understand(content: Any) -> Contents:
         (sorted([*others, *outside]), "beside the encoder, not used"),
     ):
         if names:
-            notes.append(f"{len(names)} tensors {why}: {listed(names)}")
+            notes.append(f"{len(names)} tensors {why}: {listed(names, 3)}")
     container = content if isinstance(content, Mapping) else {}
     return Contents(
         kind="autoencoder" if "decoder_pred.weight" in weights else "classifier" if head else "encoder",
@@ -143,10 +143,10 @@ def foreign_parts(names: Iterable[str]) -> str:
     return ", ".join(part for pattern, part in _FOREIGN_PARTS.items() if re.search(pattern, joined))
 
 
-def listed(names: list[str]) -> str:
+def listed(names: list[str], shown: int = SHOWN_KEYS) -> str:
     """The first of some names, and how many more there are."""
-    more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
-    return ", ".join(names[:SHOWN_KEYS]) + more
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 # --- finding the encoder ----------------------------------------------------------------------------------------------
@@ -253,6 +253,10 @@ def _what_it_is(tensors: dict[str, torch.Tensor], content: Any) -> str:
         r"(^| )(\w+\.)*decoder_pred\.": "a decoder without its encoder",
     }
     family = next((f"is {kind}: " for pattern, kind in families.items() if re.search(pattern, named)), "")
+    if "pytorch-lightning_version" in container:
+        family = family or "is a Lightning checkpoint of another model: "
+    if isinstance(content, torch.Tensor):
+        return f"is a single tensor; {why}"
     count = f"{len(tensors)} tensors such as {', '.join(list(tensors)[:3])}"
     return f"{family}has no patch_embed.proj.weight among {count}; {why}"
 

@@ -277,7 +277,7 @@ def _unsaid(file: OfficialFile, given: ReadingConfig, model: MaskedAutoencoderVi
         "norm_pix_loss": str(model.norm_pix_loss),
     }
     values = ", ".join(f"{name} {taken[name]}" for name in unsaid)
-    return [f"does not say {', '.join(unsaid)}; taken: {values}; give what its training had if it was another"]
+    return [f"does not say {', '.join(unsaid)}; taken: {values}; give them if its training had others"]
 
 
 def _resize(path: Path, opened: Opened, size: tuple[int, int]) -> None:

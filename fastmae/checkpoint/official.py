@@ -272,6 +272,9 @@ def load_into(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
         its, ours = (f"{height}×{width}" for height, width in (size, model.img_size))
         problem = f"{file.path} is of images of {its} pixels, not {ours}; give --input_size={size[0]} {size[1]}"
         raise SettingError("resume", str(file.path), problem)
+    if model.has_other_sizes and not all(read_table(t, name, model.grid_size).is_fixed for name, t in tables.items()):
+        problem = f"{file.path} has positions that were learnt, which growing crops cannot take; leave --start_size out"
+        raise SettingError("resume", str(file.path), problem)
     load_weights(model, dataclasses.replace(file, model={**file.model, **tables}))
     own = {"norm_pix_loss": model.norm_pix_loss, "mean": model.mean.tolist(), "std": model.std.tolist()}
     differing = [

@@ -218,6 +218,11 @@ class MaskedAutoencoderViT(nn.Module):
             encoder, decoder = (sincos_positions(width, grid, self.grid_size)[None].to(device) for width in widths)
             self._other_sizes[size] = encoder, decoder
 
+    @property
+    def has_other_sizes(self) -> bool:
+        """Whether ``allow_sizes`` let it take images of other sizes."""
+        return bool(self._other_sizes)
+
     def set_positions(self, size: tuple[int, int], pos_embed: torch.Tensor, decoder_pos_embed: torch.Tensor) -> None:
         """Makes this a model of images of another (height, width), with the positions [1, 1+L, width] of their patches.
 

@@ -11,7 +11,7 @@ import io
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -95,7 +95,7 @@ def read_header(data: bytes) -> Header:
         header = _pillow_header(data, image)
         with contextlib.suppress(Exception):  # damaged EXIF does not make an image unusable
             turned = image.getexif().get(ORIENTATION, 1)
-            header = Header(**{**vars(header), "orientation": turned if isinstance(turned, int) else 1})
+            header = replace(header, orientation=turned if isinstance(turned, int) else 1)
     return header
 
 

@@ -80,8 +80,7 @@ class Survey:
         self.kinds[header.kind] += 1
         self.used["pages"] += 1
         self._leave_out("pages", header.pages - 1, PAGES, name)
-        beside = header.unspecified + header.alpha
-        unused = beside if in_chans < 4 else beside - (header.bands == 4)
+        unused = header.unspecified + header.alpha if in_chans < 4 else 0  # of 4 none is used without all its bands
         self.used["bands"] += header.bands - unused
         if unused:
             reason = ALPHA if header.alpha else FOURTH if header.bands == 4 else SECOND
@@ -93,7 +92,8 @@ class Survey:
             depth.images += 1
             if pixels is not None:
                 depth.measured += 1
-                depth.low, depth.high = min(depth.low, int(pixels.min())), max(depth.high, int(pixels.max()))
+                shown = pixels[..., :3]  # without alpha
+                depth.low, depth.high = min(depth.low, int(shown.min())), max(depth.high, int(shown.max()))
         self.gray += header.is_gray
         if pixels is not None:
             self.measured += 1

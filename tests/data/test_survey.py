@@ -103,8 +103,8 @@ def test_bands_that_are_not_used_are_counted(tmp_path, capsys, pixels, options, 
 
 
 def test_a_fourth_band_that_is_used_is_not_left_out(tmp_path):
-    file = tiff(colour(4), photometric="rgb", extrasamples=["unspecified"])
-    assert take_stock(folder(tmp_path / "x", [file]), 4).left_out == ()
+    files = [tiff(colour(4), photometric="rgb", extrasamples=["unspecified"]), png(colour(4)), png(colour(2))]
+    assert take_stock(folder(tmp_path / "x", files), 4).left_out == ()
 
 
 def test_pages_that_are_not_used_are_counted(tmp_path, capsys):

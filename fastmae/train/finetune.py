@@ -105,7 +105,7 @@ def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSi
         precision = _precision(config, context)
         steps = plan_steps(config, context.size, config.batch_size, "training images")
         randaugment = parse_randaugment(config.aa, config.seed, config.mean)
-        same |= identity(config, {"train": train, "val": val}, encoder.model if flags.finetune else None)
+        same |= identity(flags, config, {"train": train, "val": val}, encoder.model if flags.finetune else None)
 
     # Model, loss and optimiser, the same on every rank.
     model = _classifier(encoder, config).to(context.device)

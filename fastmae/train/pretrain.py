@@ -91,7 +91,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
         precision = _precision(config, context)
         image_decoder, why_decoder = choose_decoder(config.image_decoder, context.device, source, config.in_chans)
         steps = plan_steps(config, context.size, config.batch_size // config.repeated_masks, "images")
-        same |= identity(config, {"train": source})
+        same |= identity(flags, config, {"train": source})
         if config.cache == "ram":
             budget = memory_budget(config.cache_gb, parallel.ranks_here())
             source = cached(source, config.in_chans, budget, image_decoder)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +42,7 @@ from fastmae.ops.backends import asked_backends, describe_ops
 from fastmae.ops.linear import describe_linear
 from fastmae.train.precision import Precision
 
+KINDS = ("given", "settings")
 NAMED_RANKS = 4
 NUMBERS = 64
 
@@ -125,7 +127,7 @@ def _shown(value: Any) -> str:
     return "empty" if value == "" else "none" if value is None else str(value)
 
 
-def as_json(config: ResolvedConfig | ResolvedFinetuneConfig) -> dict[str, Any]:
+def as_json(config: TrainingConfig) -> dict[str, Any]:
     """Returns the settings as they are after a round trip through JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
@@ -162,16 +164,21 @@ def describe_backends(
 
 
 def identity(
-    config: ResolvedConfig | ResolvedFinetuneConfig, data: dict[str, Source], start: nn.Module | None = None
+    flags: TrainingConfig,
+    config: ResolvedConfig | ResolvedFinetuneConfig,
+    data: dict[str, Source],
+    start: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Returns what must be the same on every rank, as ``disagreement`` takes it, in JSON.
 
     Args:
+        flags: the settings that were given.
         config: the resolved settings.
         data: the sources by the part of the data: "train", "val".
         start: the weights that a training begins with, if they were given.
     """
     return {
+        "given": as_json(flags),
         "settings": as_json(config),
         "data": {part: fingerprint(source) for part, source in data.items()},
         "start": "" if start is None else _hash_of_weights(start),
@@ -206,15 +213,21 @@ def disagreement(ranks: Sequence[Mapping[str, Any]]) -> UserError | None:
             if differs:
                 which = f"rank {number} reads other {part} data than rank 0"
                 return SettingError("data_path", problem=f"{which}: it has {differs}; give every rank the same data")
-    for name, value in first["settings"].items():
-        values = [rank["settings"].get(name) for rank in ranks]
-        if name not in PER_RANK and any(other != value for other in values):
-            shown = _by_rank([_shown(value) for value in values])
-            return SettingError(name, problem=f"is {shown}; start every rank with the same settings")
+    differing = {kind: [one for one in map(partial(_differing, ranks, kind), first[kind]) if one] for kind in KINDS}
+    if differing["settings"]:
+        name, values = (differing["given"] or differing["settings"])[0]  # others follow from what was given
+        shown = _by_rank([_shown(value) for value in values])
+        return SettingError(name, problem=f"is {shown}; start every rank with the same settings")
     if len({rank.get("start") for rank in ranks}) > 1:
         which = _by_rank([rank.get("start") or "none" for rank in ranks])
         return SettingError("finetune", problem=f"holds other weights from rank to rank ({which}); give all the same")
     return None
+
+
+def _differing(ranks: Sequence[Mapping[str, Any]], kind: str, name: str) -> tuple[str, list[Any]] | None:
+    """Returns a setting with its values by rank, if they differ and may not."""
+    values = [rank[kind].get(name) for rank in ranks]
+    return (name, values) if name not in PER_RANK and any(value != values[0] for value in values) else None
 
 
 def torch_builds(ranks: Sequence[Mapping[str, Any]]) -> str | None:

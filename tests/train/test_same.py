@@ -41,7 +41,8 @@ def resolved(flags: PretrainConfig | FinetuneConfig) -> ResolvedConfig | Resolve
 
 def rank(config_class=PretrainConfig, **changes) -> dict:
     data = {"train": {"kind": "folder", "length": 2, "ranges": [["a", "1", "2"], ["b", "3", "4"]], "labels": "x"}}
-    same = {"settings": as_json(resolved(config_class(data_path="photos"))), "data": data, "start": "s"}
+    flags = config_class(data_path="photos")
+    same = {"given": as_json(flags), "settings": as_json(resolved(flags)), "data": data, "start": "s"}
     return json.loads(json.dumps({**same, "versions": {"fastmae": "0.2", "torch": "2.13.0+cpu"}, **changes}))
 
 
@@ -61,6 +62,13 @@ def test_any_setting_that_differs_between_ranks_is_named_with_its_values(config_
             line = error.as_on_the_command_line()
             assert line.startswith(f"--{name}: is "), line
             assert " on ranks 0 and 2 and another on rank 1; start every rank with the same settings" in line
+    spelled_out = rank(config_class)
+    spelled_out["given"]["epochs"] = config.epochs
+    assert disagreement([rank(config_class), spelled_out]) is None
+    derived, given = rank(config_class), rank(config_class)
+    given["given"]["batch_size"] = given["settings"]["batch_size"] = 32
+    given["settings"]["aaa"] = given["settings"]["crop_scale"] = 7
+    assert disagreement([derived, given]).as_on_the_command_line().startswith("--batch_size: is 64 on rank 0 and 32 on")
 
 
 def test_data_versions_and_first_weights_that_differ_are_named():

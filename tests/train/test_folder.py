@@ -503,14 +503,14 @@ def test_a_run_in_python_tells_of_its_steps_whatever_happened_to_the_log(run, fi
     assert "metrics.jsonl: 3 of its lines are damaged and passed over" in capsys.readouterr().err
 
 
-def test_accuracies_after_a_training_that_goes_on_are_not_those_after_it(run, again, capsys):
+def test_accuracies_after_a_training_that_goes_on_are_not_those_after_it(tmp_path, capsys):
     probe = {"knn": 12.5, "linear": 23.5}
-    (run / "probe.json").write_text(json.dumps({"before": probe, "after": probe}))
-    assert again(epochs=3, probe=True) == 0
-    assert json.loads((run / "superseded-probe.json").read_text()) == {"before": probe, "after": probe}
-    now = json.loads((run / "probe.json").read_text())
-    assert now["before"] == probe
-    assert now["after"] != probe
+    (tmp_path / "probe.json").write_text(json.dumps({"before": probe, "after": probe}))
+    take_up_probes(tmp_path, goes_on=False)
+    assert json.loads((tmp_path / "probe.json").read_text()) == {"before": probe, "after": probe}
+    take_up_probes(tmp_path, goes_on=True)
+    assert json.loads((tmp_path / "superseded-probe.json").read_text()) == {"before": probe, "after": probe}
+    assert json.loads((tmp_path / "probe.json").read_text()) == {"before": probe}
     assert "has the accuracies after a training that now goes on" in capsys.readouterr().err
 
 

@@ -13,7 +13,9 @@ import torch
 from fastmae.cli import main
 from fastmae.evaluate.features import Features, save_features
 from fastmae.evaluate.pictures import confusion_picture, grid_picture
+from fastmae.messages import logger
 from fastmae.screen import OutputLostError, Stream, complain, open_console, printable, safe_streams, say, show_table
+from fastmae.train.metrics import Screen
 
 NAMES = {
     "cat[old]": "cat[old]",
@@ -171,6 +173,20 @@ def test_the_end_of_python_has_nothing_left_to_write(monkeypatch):
         full.flush()
 
 
+def test_lines_and_warnings_that_a_lost_screen_did_not_take_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdout", Failing(errno.EPIPE, takes=1))
+    monkeypatch.setattr("sys.stderr", Failing(errno.EPIPE, takes=1))
+    with safe_streams(must_show=False):
+        unseen = tmp_path / "unseen.txt"
+        with Screen(total_steps=9, epochs=1, images_per_step=1, start_step=0, shows=True, unseen=unseen) as screen:
+            screen.say("shown")
+            logger.warning("shown, too")
+            assert not unseen.exists()
+            screen.say("one\ntwo")
+            logger.warning("a disk is full")
+    assert unseen.read_text() == "one\\ntwo\na disk is full\n"
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +197,9 @@ def test_a_run_goes_on_to_its_end_without_a_screen(blobs, tmp_path, monkeypatch)
     assert main(["pretrain", "--data_path", blobs, "--output_dir", str(tmp_path / "run"), *words]) == 0
     assert (tmp_path / "run" / "checkpoint-0.pth").exists()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    unseen = (tmp_path / "run" / "unseen.txt").read_text().splitlines()
+    assert any(line.startswith("masks  ") for line in unseen)
+    assert any(line.startswith("checkpoint  ") for line in unseen)
 
 
 def test_a_result_that_cannot_be_shown_is_an_error_unless_its_reader_has_seen_enough(monkeypatch, capsys):

@@ -5,9 +5,12 @@ Losses are collected in a buffer on the device and read every few steps, so that
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -257,13 +260,36 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class _UnseenWarnings(logging.Handler):
+    """Keeps the warnings that stderr did not take; it stands behind the handler that shows them."""
+
+    def __init__(self, keep: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._keep = keep
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not getattr(sys.stderr, "shown", True):
+            self._keep(record.getMessage())
+
+
 class Screen:
     """Shows progress on the main rank: a bar on a terminal, otherwise a line now and then.
 
-    A screen that is lost is none of the run's business: ``screen.Stream`` is silent from then on.
+    A screen that is lost is none of the run's business: ``screen.Stream`` is silent from then on. Lines and warnings
+    that it did not take are kept in the file ``unseen``, if one is given.
     """
 
-    def __init__(self, *, total_steps: int, epochs: int, images_per_step: int, start_step: int, shows: bool) -> None:
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        epochs: int,
+        images_per_step: int,
+        start_step: int,
+        shows: bool,
+        unseen: Path | None = None,
+    ) -> None:
+        self._unseen, self._warnings = unseen, _UnseenWarnings(self._keep)
         self.console = open_console(quiet=not shows, soft_wrap=True)
         self._epochs, self._total, self._images_per_step = epochs, total_steps, images_per_step
         self._start_step = start_step
@@ -290,17 +316,26 @@ class Screen:
 
     def __enter__(self) -> Screen:
         self._started = time.perf_counter()
+        logger.addHandler(self._warnings)
         self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bar.stop()
+        logger.removeHandler(self._warnings)
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar if there is one, and logs it."""
         self.console.print(printable(line))
+        if not getattr(self.console.file, "shown", True):
+            self._keep(line)
         if not self.console.quiet:
             logger.info("%s", line)
+
+    def _keep(self, line: str) -> None:
+        if self._unseen is not None:
+            with contextlib.suppress(OSError), open(self._unseen, "a", encoding="utf-8") as file:
+                file.write(f"{printable(line)}\n")
 
     def update(self, step: int, epoch: int, latest: dict[str, Any]) -> None:
         """Shows the step, counted from 1, and the newest numbers that were read.

@@ -113,6 +113,7 @@ def open_run(
         images_per_step=config.global_batch,
         start_step=restored.step,
         shows=context.is_main,
+        unseen=folder / "unseen.txt",
     )
     sinks = []
     if context.is_main:

@@ -137,8 +137,8 @@ def status_of(error: BaseException, command: Sequence[str], config: Any) -> int:
             return EXIT_WRONG_INPUT
         line = error.as_on_the_command_line()
     elif isinstance(error, OutputLostError):
-        if error.reader_left:  # it has seen enough, such as `| head`
-            return 0
+        if error.reader_left:  # it has seen enough, such as `| head`; but 0 of verify means that all is usable
+            return EXIT_OUTPUT_LOST if command[1:2] == ["verify"] else 0
         complain(f"{error}, so what was printed is lost; make room, or print into another place")
         return EXIT_OUTPUT_LOST
     elif isinstance(error, OSError) and error.filename is not None and shortage(error) is None:

@@ -210,3 +210,9 @@ def test_a_result_that_cannot_be_shown_is_an_error_unless_its_reader_has_seen_en
             err = capsys.readouterr().err
             assert err.startswith("fastmae: stdout takes no more (") == bool(status)
             assert err.count("\n") == status
+
+
+def test_verify_does_not_call_usable_what_it_has_not_checked(blobs, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout", Failing(errno.EPIPE, takes=1))
+    assert main(["verify", "--data_path", blobs]) == 1
+    assert capsys.readouterr().err == ""

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,6 +136,16 @@ def average_gradients_in_bf16(model: nn.parallel.DistributedDataParallel) -> Non
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
     model.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+
+
+def wait_long_for_ranks(limit: timedelta) -> None:
+    """Lets every later exchange of all ranks wait for so long: torch's clock also runs while a process is stopped.
+
+    Seen in torch 2.11 to 2.13. Without the function the time-out stays that of ``init_process_group``.
+    """
+    set_timeout = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
+    if set_timeout is not None:
+        set_timeout(limit)
 
 
 def restarts_on_an_old_store() -> bool:

@@ -5,10 +5,12 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastmae import torch_compat
 
@@ -199,6 +201,15 @@ def test_more_recompilations_are_allowed_and_never_fewer(monkeypatch):
 def test_buffers_stay_local_under_either_name_of_the_option(monkeypatch, known, option):
     monkeypatch.setattr(torch_compat.inspect, "signature", lambda _: type("", (), {"parameters": known}))
     assert torch_compat.keep_buffers_local() == option
+
+
+def test_ranks_wait_long_for_each_other_where_torch_lets_them(monkeypatch):
+    seen = []
+    monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", seen.append)
+    torch_compat.wait_long_for_ranks(timedelta(days=2))
+    assert seen == [timedelta(days=2)]
+    monkeypatch.delattr(dist.distributed_c10d, "_set_pg_timeout")
+    torch_compat.wait_long_for_ranks(timedelta(days=2))
 
 
 def test_without_a_history_of_memory_it_is_said(monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -44,6 +45,9 @@ from fastmae.train.schedule import Steps
 from fastmae.train.settings import as_json
 from fastmae.train.sinks import open_sinks
 from fastmae.train.step import StepResult
+
+LONGEST_EXCHANGE = timedelta(days=2)
+"""How long ranks wait for each other beside the watchdog, which ends a run that hangs and not one that was stopped."""
 
 Resolved = TypeVar("Resolved", ResolvedConfig, ResolvedFinetuneConfig)
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastmae import torch_compat
 from fastmae.checkpoint.manifest import BadCheckpointError, newest_first, set_aside_newer
 from fastmae.checkpoint.official import write_training_file, write_weights_file
 from fastmae.checkpoint.restore import Restored, on_main
@@ -217,6 +218,8 @@ def training(run: Run, precision: Precision) -> Generator[Callable[[], None]]:
     if not context.is_main:
         resume()
     on_main(resume)
+    if context.size > 1 and run.config.hang_timeout:
+        torch_compat.wait_long_for_ranks(LONGEST_EXCHANGE)
     profiling = profiled(run.folder, run.config.profile, context.rank, context.device, run.say)
     with run.screen, run.saver, run.watchdog, profiling as profile_step, precision.products():
         yield profile_step

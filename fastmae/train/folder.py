@@ -82,6 +82,8 @@ def look_back(folder: Path, resume: str, steps: Steps, fresh_step: int, *, takes
         return resume
     if resume == AUTO and not has_checkpoints:
         _require_beginning(folder, names, steps, fresh_step, takes_files)
+        for path in set_aside_official(folder, 0):  # of a run of 0.1 that was rolled back to where it began
+            logger.warning("%s: kept from the run that begins again, under this name", path)
     return resume
 
 

@@ -241,6 +241,17 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_and_keep
     assert_same_run(run, finished)
 
 
+def test_official_files_of_a_rolled_back_run_of_0_1_are_kept_where_it_begins_again(run, again, finished, capsys):
+    """0.1 had no saved.json, and a run that it rolled back to step 0 has official files without a checkpoint."""
+    shutil.rmtree(run / "checkpoints")
+    for name in ("saved.json", "metrics.jsonl", "log.txt"):
+        (run / name).unlink()
+    (run / "rollbacks.json").write_text("[]")
+    assert again() == 0
+    assert f"{run}/superseded-checkpoint-0.pth: kept from the run that begins again" in capsys.readouterr().err
+    assert (run / "superseded-checkpoint-0.pth").read_bytes() == (finished / "checkpoint-0.pth").read_bytes()
+
+
 def test_a_log_that_begins_later_than_the_run_would_is_of_another_beginning(run, again, capsys):
     for path in list(run.iterdir()):
         if path.name != "metrics.jsonl":

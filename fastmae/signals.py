@@ -55,7 +55,7 @@ class StopSignals:
             return
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+        self.received = self.received or signal.Signals(number).name
 
 
 @contextmanager

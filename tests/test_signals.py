@@ -13,13 +13,22 @@ from fastmae.signals import EXIT_INTERRUPTED, SIGNALS, StopSignals, remembered
 from fastmae.train import recovery
 
 
+@pytest.fixture(autouse=True)
+def _signals_as_in_a_terminal():
+    """What runs in the background has SIGINT ignored, and under nohup SIGHUP."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_is_remembered_and_later_ones_change_nothing(number):
     before = [signal.getsignal(number) for number in SIGNALS]
     with StopSignals() as stop:
         for sent in (number, signal.SIGTERM, signal.SIGHUP):
-            os.kill(os.getpid(), sent)
-        assert stop.received in {signal.Signals(number).name, "SIGHUP"}
+            signal.raise_signal(sent)  # to this thread, so that it is handled at once
+        assert stop.received == signal.Signals(number).name
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
@@ -28,7 +37,7 @@ def test_an_ignored_signal_stays_ignored():
         before = signal.signal(number, signal.SIG_IGN)
         try:
             with StopSignals() as stop:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
                 assert stop.received is None
         finally:
             signal.signal(number, before)
@@ -50,7 +59,7 @@ def test_a_forked_child_takes_signals_as_if_there_were_no_run():
 
 def test_a_signal_before_the_run_begins_stops_it_at_its_beginning(blobs, tmp_path, monkeypatch, capsys):
     def checked(*settings):
-        os.kill(os.getpid(), signal.SIGTERM)  # before anything of the run listens
+        signal.raise_signal(signal.SIGTERM)  # before anything of the run listens
 
     monkeypatch.setattr(recovery, "check_sinks", checked)
     words = ["--data_path", blobs, "--output_dir", str(tmp_path / "run"), "--device", "cpu"]
@@ -64,7 +73,7 @@ def test_a_signal_before_the_run_begins_stops_it_at_its_beginning(blobs, tmp_pat
 
 def test_what_was_remembered_is_known_to_the_run():
     with remembered(), remembered():
-        os.kill(os.getpid(), signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
         with StopSignals() as stop:
             assert stop.received == "SIGHUP"
     with StopSignals() as stop:

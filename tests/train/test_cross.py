@@ -112,7 +112,7 @@ def test_a_file_with_another_decoder_is_refused_with_the_remedy(blobs, finished,
         (dict(masks="m.npy"), "must be left out with masking='file'"),
         (dict(mask_ratio=0.2), "must be above 0 and at most mask_ratio=0.2"),
         (dict(predict_ratio=0.0), "must be above 0"),
-        (dict(predict_ratio=float("nan")), "must be above 0"),
+        (dict(predict_ratio=float("nan")), "must be a finite number"),
     ],
 )
 def test_what_cannot_be_predicted_is_refused_before_anything_loads(changes, words):

@@ -121,11 +121,14 @@ def test_stopped_in_any_epoch_or_between_two_sizes_it_goes_on_as_if_nothing_had_
 
 def test_growth_is_part_of_what_a_run_is_and_more_epochs_do_not_move_it(blobs, grown, tmp_path, monkeypatch, capsys):
     run = stopped_after(33, grown, tmp_path / "run")
-    for changes, named in ((dict(epochs=6), "grow_epochs 3, not 4"), (dict(start_size=(12,)), r"start_size \[8, 8\]")):
+    for changes, named in (
+        (dict(epochs=6, grow_epochs=4), "grow_epochs 3, not 4"),
+        (dict(start_size=(12,)), r"start_size \[8, 8\]"),
+    ):
         with pytest.raises(UserError, match=f"was made with {named}"):
             pretrain(small_run(blobs, run, **{**GROWING, **changes}, resume="auto"))
     seen = sizes_of(monkeypatch)
-    assert pretrain(small_run(blobs, run, **GROWING, epochs=6, grow_epochs=3, resume="auto")) == 0
+    assert pretrain(small_run(blobs, run, **GROWING, epochs=6, resume="auto")) == 0
     assert seen == [(16, 16)] * (54 - 33)
     assert "8×8 for 2, then 12×12 for 1, then 16×16 for 3 epochs" in capsys.readouterr().out
 

@@ -123,7 +123,7 @@ def _compare(
     """Raises BadCheckpointError unless a checkpoint holds ``expected``."""
     model = PRESETS[config.model]().to(device)
     optimizer = make_optimizer(model, 1e-4, 0.05)
-    load_checkpoint(path, read_manifest(path), model, optimizer)
+    load_checkpoint(path, model, optimizer)
     for name, tensor in training_tensors(model, optimizer).items():
         if not torch.equal(tensor, expected[name]):
             raise BadCheckpointError(f"has another {name} than the model had when it was saved")

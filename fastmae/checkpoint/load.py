@@ -228,7 +228,7 @@ def _opened_run(path: Path, manifest: dict[str, Any], given: ReadingConfig) -> O
     chosen = {name: getattr(given, name) for name in ("norm_pix_loss", "mean", "std")}
     check_channels(path, settings["in_chans"], given)
     model = _fresh({**settings, **{name: value for name, value in chosen.items() if value is not None}})
-    load_checkpoint(path, manifest, model)
+    load_checkpoint(path, model)
     return Opened(model, settings, True)
 
 
@@ -245,7 +245,7 @@ def _classifier_of_run(path: Path, manifest: dict[str, Any]) -> Classifier:
         raise BadCheckpointError("is of a masked autoencoder, not of a fine-tuned classifier")
     model = classifier_of(_fresh(settings), settings["nb_classes"], global_pool=settings["global_pool"])
     tune(model, settings["tune"], settings["lora_rank"])
-    load_checkpoint(path, manifest, model)
+    load_checkpoint(path, model)
     return model
 
 

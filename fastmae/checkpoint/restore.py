@@ -34,25 +34,12 @@ from fastmae.model.sharding import laid_out_like
 T = TypeVar("T")
 
 
-def load_checkpoint(
-    path: Path,
-    manifest: dict[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    fixed: dict[str, Any] | None = None,
-) -> None:
-    """Restores weights (and AdamW's moments) in place; ``manifest`` is what ``read_manifest`` returned.
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Restores weights (and AdamW's moments) in place.
 
     Raises:
-        BadCheckpointError: made with settings other than ``fixed``, or of another architecture.
+        BadCheckpointError: unreadable, or of another architecture.
     """
-    settings = {**UNLESS_SAVED, **manifest["settings"]}
-    for key, value in (fixed or {}).items():
-        saved = settings.get(key)
-        if saved != value:
-            raise BadCheckpointError(
-                f"was made with {key} {saved}, not {value}; use the same settings, or start in another --output_dir"
-            )
     if optimizer is None:
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     else:
@@ -126,12 +113,22 @@ def restore(
     newest = on_main(lambda: _look(resume, path))
     if newest.path is None:
         return fresh
+    on_main(lambda: _require_settings(str(newest.path), newest.manifest["settings"], fixed))
     try:
-        load_checkpoint(newest.path, newest.manifest, model, optimizer, fixed)
+        load_checkpoint(newest.path, model, optimizer)
     except BadCheckpointError as error:
         deleted = "was deleted while it was read, as training goes on there; run the command again"
         raise SettingError("resume", str(newest.path), str(error) if newest.path.exists() else deleted) from error
     return Restored(int(newest.manifest["step"]), newest.manifest["epoch_sums"], str(newest.path))
+
+
+def _require_settings(path: str, saved: dict[str, Any], fixed: dict[str, Any]) -> None:
+    """Refuses a checkpoint that was made with settings other than ``fixed``."""
+    saved = {**UNLESS_SAVED, **saved}
+    for name, value in fixed.items():
+        if saved.get(name) != value:
+            problem = f"was made with {name} {saved.get(name)}, not {value}"
+            raise SettingError("resume", path, f"{problem}; use the same settings, or start in another --output_dir")
 
 
 def _look(resume: str, path: Path) -> NewestCheckpoint:

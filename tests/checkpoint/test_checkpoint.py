@@ -68,7 +68,7 @@ def test_what_is_saved_comes_back(tmp_path, trained):
     other = build_model(ModelSpec.from_json(SETTINGS))
     restored = make_optimizer(other, 1e-3, 0.05)
     manifest = read_manifest(path)
-    load_checkpoint(path, manifest, other, restored)
+    load_checkpoint(path, other, restored)
     assert manifest["step"] == 7
     assert manifest["epoch_sums"] == POSITION["epoch_sums"]
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
@@ -150,7 +150,7 @@ def test_weights_that_were_never_trained_come_back_too(tmp_path):
     model = build_model(ModelSpec.from_json(SETTINGS))
     path = save_checkpoint(tmp_path, 1, training_tensors(model, make_optimizer(model, 1e-3, 0.05)), POSITION)
     restored = make_optimizer(model, 1e-3, 0.05)
-    load_checkpoint(path, read_manifest(path), model, restored)
+    load_checkpoint(path, model, restored)
     assert all(state["step"] == 0 and not state["exp_avg"].any() for state in restored.state.values())
 
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastmae.config import VerifyConfig
 from fastmae.data.loader import default_workers
 from fastmae.data.sources import Source, open_train, open_val, shown, unknown_classes
+from fastmae.data.stock import count_of
 from fastmae.data.survey import refuse_dark
 from fastmae.data.verify import EXAMPLES, Findings, check, choose_channels, damage_of
 from fastmae.errors import UserError
@@ -45,7 +46,9 @@ def run_verify(config: VerifyConfig) -> int:
             write({"part": part, "index": None, "name": name, "reason": reason})
         with _Screen(sum(map(len, parts.values()))) as screen:
             for part, source in parts.items():
-                screen.print(f"{part:15} {shown(config.data_path)}: {len(source):,} images {source.location}")
+                screen.print(
+                    f"{part:15} {shown(config.data_path)}: {count_of(len(source), 'images')} {source.location}"
+                )
                 unknown = unknown_classes(parts["train"], source) if part == "val" else []
                 for line in [*source.stock.lines(), *unknown]:
                     screen.print(f"  {'stock':13} {line}")
@@ -157,7 +160,8 @@ def _report(
     """Prints how many images are usable and what is not, and returns the exit status."""
     images = sum(part.images for part in findings.values())
     unusable = sum(part.unusable for part in findings.values())
-    line = f"{images - unusable:,} of {images:,} images are usable" if unusable else f"all {images:,} images are usable"
+    whole = "the image is usable" if images == 1 else f"all {images:,} images are usable"
+    line = f"{images - unusable:,} of {count_of(images, 'images')} are usable" if unusable else whole
     if unusable:
         line += f"; {unusable:,} {'is' if unusable == 1 else 'are'} not"
     if damage:

@@ -22,6 +22,7 @@ from fastmae.data.plan import mask_draws
 from fastmae.data.sample import crops_note
 from fastmae.data.sizes import Size, describe_sizes, growing_sizes, size_in
 from fastmae.data.sources import Source, Subset, describe, evenly_spaced, open_train, scored_parts, shown
+from fastmae.data.stock import count_of
 from fastmae.data.survey import take_stock
 from fastmae.environment import peak_flops
 from fastmae.errors import SettingError, UserError
@@ -292,7 +293,7 @@ def _summary(
     labels = "labelled" if facts.labelled else "without labels"
     note = crops_note(source, config.input_size)
     lines = [
-        f"data            {shown(config.data_path)}: {facts.length:,} images {facts.location}, {labels}",
+        f"data            {shown(config.data_path)}: {count_of(facts.length, 'images')} {facts.location}, {labels}",
         *(f"data            {line}" for line in facts.stock),
         *([f"data            {note}"] if note else []),
         f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}",

@@ -259,6 +259,12 @@ def test_the_warm_up_is_shorter_than_the_run(facts, epochs, warmup):
     assert resolved(facts, epochs=epochs, warmup_epochs=60.0).warmup_epochs == 60
 
 
+def test_the_learning_rate_falls():
+    assert resolved(FOLDER, lr=1e-4, min_lr=1e-4).min_lr == 1e-4
+    with pytest.raises(SettingError, match=r"^min_lr=1\.0: must be at most the learning rate, which is 0\.0001 here"):
+        resolved(FOLDER, lr=1e-4, min_lr=1.0)
+
+
 def test_a_run_does_not_start_behind_its_end():
     with pytest.raises(SettingError, match=r"^start_epoch=60: must be below the 60 of epochs"):
         resolved(DIGITS, start_epoch=60)

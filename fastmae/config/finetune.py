@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import partial
 
-from fastmae.config.training import TrainingConfig, check_training, default_warmup
+from fastmae.config.training import TrainingConfig, check_rates, check_training, default_warmup
 from fastmae.config.values import coerce, given, need, need_at_least_one, need_statistics
 from fastmae.facts import DataFacts
 
@@ -212,7 +212,9 @@ def resolve_finetune(
         dataset_length=facts.length,
         order=facts.order,
     )
-    return ResolvedFinetuneConfig(**{**dataclasses.asdict(config), **chosen})
+    resolved = ResolvedFinetuneConfig(**{**dataclasses.asdict(config), **chosen})
+    check_rates(resolved)
+    return resolved
 
 
 def check_finetune(config: FinetuneConfig) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 from fastmae.config.masking import Masking, MaskingConfig, check_masking, chosen_masking
-from fastmae.config.training import TrainingConfig, check_training, default_warmup
+from fastmae.config.training import TrainingConfig, check_rates, check_training, default_warmup
 from fastmae.config.values import coerce, given, need, need_at_least_one, need_size, need_statistics
 from fastmae.facts import FULL_SHUFFLE, DataFacts, MaskFacts
 
@@ -222,7 +222,9 @@ def resolve(
         order=facts.order,
         given_masks="" if masks is None else masks.description,
     )
-    return ResolvedConfig(**{**dataclasses.asdict(config), **chosen})
+    resolved = ResolvedConfig(**{**dataclasses.asdict(config), **chosen})
+    check_rates(resolved)
+    return resolved
 
 
 def check_pretrain(config: PretrainConfig) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Literal
 
 from fastmae.config.values import need, need_at_least_one, need_seed, need_size, need_utf8
+from fastmae.errors import SettingError
 
 # A run that goes on has these from its checkpoint where they are left open, whatever the default is by now.
 LEFT_OPEN = (
@@ -151,6 +152,17 @@ def default_warmup(official: float, epochs: int) -> float:
     a tenth of the run, as the learning rate would never get up otherwise. An ``official`` 0 is a tenth as well.
     """
     return official if 0 < official < epochs else epochs / 10
+
+
+def check_rates(config: TrainingConfig) -> None:
+    """Refuses a smallest learning rate above that of the run, which would rise in the end instead of falling.
+
+    Raises:
+        SettingError: naming both.
+    """
+    if config.lr is not None and config.min_lr > config.lr:
+        problem = f"must be at most the learning rate, which is {config.lr:.3g} here (--lr, or --blr for 256 images)"
+        raise SettingError("min_lr", config.min_lr, problem)
 
 
 def check_training(config: TrainingConfig) -> None:

@@ -144,8 +144,10 @@ def holds_file(path: Path) -> bool:
     """Whether ``read_official`` is for this path: a file, or a folder as transformers writes it.
 
     Raises:
-        UserError: a folder of transformers whose weights are in several files.
+        UserError: a folder of transformers whose weights are in several files, or neither a file nor a folder.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: a pipe or a device; give a run folder, one of its checkpoints, or a file")
     pieces = sorted(path.glob("*.index.json")) if (path / CONFIG).is_file() else []
     if pieces and weights_file(path) is None:
         raise UserError(

@@ -1,6 +1,7 @@
 """Files of other trainers: what is understood gives the same bits, the rest is left out with a line or refused."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -177,6 +178,15 @@ def test_a_folder_of_transformers_in_pieces_is_named(tmp_path, encoder):
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(UserError, match=r"in pieces \(model.safetensors.index.json\)"):
         load_model(tmp_path)
+
+
+def test_a_pipe_is_named_and_not_waited_for(tmp_path, model):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: a pipe or a device; give a run folder"):
+        load_model(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: a pipe or a device; give a run folder"):
+        optimizer = make_optimizer(model, 1e-3, 0.05)
+        restore(str(tmp_path / "pipe"), tmp_path, model, optimizer, fixed={}, fresh_step=0, steps_per_epoch=1)
 
 
 def test_objects_and_programs_are_named(tmp_path, saved):

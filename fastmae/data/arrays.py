@@ -230,7 +230,9 @@ def _layout(dtype: np.dtype, shape: tuple[int, ...], origin: str) -> _Layout:
         raise UserError(f"images must be uint8, {origin} holds {dtype}; {_to_uint8(dtype)}")
     has = f"images must have shape [N, H, W] or [N, H, W, C], {origin} has {list(shape)}"
     if len(shape) == 2:
-        raise UserError(f"{has}, which is one image; save array[None]")
+        side = math.isqrt(shape[1])
+        rows = f", or if its rows are images save array.reshape(-1, {side}, {side})" if side**2 == shape[1] else ""
+        raise UserError(f"{has}, which is one image; save array[None]{rows}")
     if len(shape) not in (3, 4) or (shape[0] and min(shape[1:]) < 1):
         raise UserError(f"{has}; save it in one of these")
     if len(shape) == 3:
@@ -239,10 +241,17 @@ def _layout(dtype: np.dtype, shape: tuple[int, ...], origin: str) -> _Layout:
             raise UserError(f"{has}, which is one image [H, W, C]; save array[None]")
         note = f"{origin} has shape {list(shape)} and is read as {n} gray images of {height} × {width}; if it is one"
         note += " image [C, H, W], save array.transpose(1, 2, 0)[None]"
-        return _Layout((*shape, 1), notes=(note,) if n in (3, FEW) else ())
+        last = (
+            f"{origin} has shape {list(shape)} and is read as {n} gray images of {height} × {width}; if the images are "
+        )
+        last += "along its last axis, as MATLAB has them, save array.transpose(2, 0, 1)"
+        notes = (note,) if n in (3, FEW) else (last,) if n == height != width else ()
+        return _Layout((*shape, 1), notes=notes)
     n, second, third, last = shape
     if last <= FEW or not n:
         return _Layout(shape)
+    if third <= FEW < second and (n == second or third == 3):
+        raise UserError(f"{has}, which is [H, W, C, N], as MATLAB has it; save array.transpose(3, 0, 1, 2)")
     is_square = third == last
     if second <= FEW < third and (is_square or last >= MANY):
         plain = f"{n:,} images of {third} × {last} × {second}"

@@ -184,8 +184,8 @@ def test_a_pipe_is_named_and_not_waited_for(tmp_path, model):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="pipe: a pipe or a device; give a run folder"):
         load_model(tmp_path / "pipe")
+    optimizer = make_optimizer(model, 1e-3, 0.05)
     with pytest.raises(UserError, match="pipe: a pipe or a device; give a run folder"):
-        optimizer = make_optimizer(model, 1e-3, 0.05)
         restore(str(tmp_path / "pipe"), tmp_path, model, optimizer, fixed={}, fresh_step=0, steps_per_epoch=1)
 
 

@@ -98,8 +98,9 @@ SHAPES = {
     (40, 3, 32, 32): (32, 32, 3), (40, 1, 28, 28): (28, 28, 1), (40, 4, 20, 24): (20, 24, 4), (9, 3, 8, 8): (8, 8, 3),
     (9, 8, 8, 3): (8, 8, 3), (9, 3, 32, 3): (3, 32, 3), (9, 11, 11, 100): (11, 11, 100), (1, 6, 5): (6, 5, 1),
     (9, 1, 128, 6): (1, 128, 6), (2, 1, 1, 1): (1, 1, 1), (9, 3, 3): (3, 3, 1), (3, 6, 5): (6, 5, 1),
+    (28, 28, 50): (28, 50, 1),
 }  # fmt: skip
-TOLD = {(40, 3, 32, 32), (40, 1, 28, 28), (40, 4, 20, 24), (9, 3, 8, 8), (9, 1, 128, 6), (3, 6, 5)}
+TOLD = {(40, 3, 32, 32), (40, 1, 28, 28), (40, 4, 20, 24), (9, 3, 8, 8), (9, 1, 128, 6), (3, 6, 5), (28, 28, 50)}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -126,6 +127,9 @@ REFUSED = {
     ),
     "a gray image": (np.zeros((64, 48), np.uint8), r"\[64, 48\], which is one image; save array\[None\]"),
     "twelve bands first": (np.zeros((9, 12, 64, 64), np.uint8), r"save array.transpose\(0, 2, 3, 1\)"),
+    "images in the last axis": (np.zeros((32, 32, 3, 50), np.uint8), r"\[H, W, C, N\].*array.transpose\(3, 0, 1, 2\)"),
+    "gray ones in it": (np.zeros((28, 28, 1, 50), np.uint8), r"\[H, W, C, N\].*array.transpose\(3, 0, 1, 2\)"),
+    "flat images": (np.zeros((50, 784), np.uint8), r"or if its rows are images save array.reshape\(-1, 28, 28\)"),
     "five axes": (np.zeros((2, 3, 4, 8, 8), np.uint8), r"\[2, 3, 4, 8, 8\]; save it in one of these"),
     "no pixels": (np.zeros((9, 0, 8, 3), np.uint8), r"has \[9, 0, 8, 3\]"),
     "one axis": (np.zeros(9, np.uint8), r"has \[9\]"),

@@ -241,11 +241,11 @@ def _layout(dtype: np.dtype, shape: tuple[int, ...], origin: str) -> _Layout:
             raise UserError(f"{has}, which is one image [H, W, C]; save array[None]")
         note = f"{origin} has shape {list(shape)} and is read as {n} gray images of {height} × {width}; if it is one"
         note += " image [C, H, W], save array.transpose(1, 2, 0)[None]"
-        last = (
-            f"{origin} has shape {list(shape)} and is read as {n} gray images of {height} × {width}; if the images are "
+        along_last = (
+            f"{origin} has shape {list(shape)} and is read as {n} gray images of {height} × {width}; if the images "
+            "are along its last axis, as MATLAB has them, save array.transpose(2, 0, 1)"
         )
-        last += "along its last axis, as MATLAB has them, save array.transpose(2, 0, 1)"
-        notes = (note,) if n in (3, FEW) else (last,) if n == height != width else ()
+        notes = (note,) if n in (3, FEW) else (along_last,) if n == height != width else ()
         return _Layout((*shape, 1), notes=notes)
     n, second, third, last = shape
     if last <= FEW or not n:

@@ -41,6 +41,7 @@ PARTS = (
     ("Bits flipped in checkpoints", "tests/checkpoint/test_checkpoint.py"),
     ("One rank killed, then resumed", "tests/train/test_resume.py"),
     ("Generated data sets, and mutated containers", "tests/data/test_generated.py"),
+    ("Damaged headers and footers of containers", "tests/data/test_damaged_containers.py"),
     ("Hostile calls of ops", "tests/ops/test_wrong_arguments.py"),
 )
 

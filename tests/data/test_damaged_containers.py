@@ -108,7 +108,7 @@ def look_through(path, data):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_damaged_container_is_one_line_or_told(tmp_path, name, monkeypatch):
+def test_a_damaged_container_is_one_line_or_told(tmp_path, name, monkeypatch, record_property):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     whole = WHOLE[name]()
     (tmp_path / "x.npy").write_bytes(WHOLE["x.npy"]())
@@ -123,6 +123,8 @@ def test_a_damaged_container_is_one_line_or_told(tmp_path, name, monkeypatch):
                 error.add_note(f"mutation {seed} of {name}")
                 raise
     assert outcomes["refused"]
+    record_property("containers with damaged headers and footers", MUTATIONS)
+    record_property("refused among these", outcomes["refused"])
 
 
 def test_damaged_masks_are_one_line_or_masks(tmp_path):

@@ -19,7 +19,7 @@ from fastmae.data.stock import joined
 from fastmae.data.verify import check
 from fastmae.errors import UserError
 
-ROUNDS = soak(1, 20)
+ROUNDS = soak(1, 100)
 """How many data sets of each layout."""
 
 

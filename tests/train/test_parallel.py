@@ -211,7 +211,7 @@ def test_killed_at_random_instants_the_run_goes_on_from_an_intact_checkpoint_to_
     dice, run = random.Random(), tmp_path / "run"
     config = tiny(blobs, 2, run, **{**KILLED, "checkpoint_freq": 1, "keep": 2}, resume="auto")
     starts = hits = in_saves = kills = 0
-    while hits < soak(1, 12):
+    while hits < soak(1, 20):
         starts, before = starts + 1, newest_step(run)
         assert starts <= 10 * (hits + 3), "hardly any kill hit what it was meant for"
         ranks = start_ranks(2, config, slow_saves=instants == "save")

@@ -55,7 +55,7 @@ def test_sigkill_at_random_instants_changes_nothing(blobs, tmp_path, undisturbed
     """Killed three times, each time gone on with another number of decoding threads; begun anew when it is done."""
     output_dir, seen, killed = tmp_path / "run", set(), 0
     dice = random.Random(os.getpid())
-    for number in range(soak(3, 30)):
+    for number in range(soak(3, 60)):
         process = start(output_dir, blobs, resume="auto", num_workers=1 + number % 3)
         wait_for_checkpoint(process, output_dir, seen)
         time.sleep(dice.uniform(0, 0.5))

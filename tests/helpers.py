@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.numpy import load_file
 
 from fastmae.config import PretrainConfig
+from fastmae.train.metrics import StepLog
 
 # 72 images: 9 steps an epoch.
 RUN: dict[str, Any] = {
@@ -24,6 +26,23 @@ RUN: dict[str, Any] = {
     "probe": False,
     "device": "cpu",
 }
+
+
+def step_log(run: Path, said: list[str], **changes: Any) -> StepLog:
+    """A log of one rank that shows its lines in ``said``."""
+    settings: dict[str, Any] = dict(
+        device=torch.device("cpu"),
+        log_freq=4,
+        rank=0,
+        ranks=1,
+        mean_over_ranks=torch.clone,
+        num_workers=1,
+        spike_score=lambda loss: None,
+        sinks=[],
+        say=said.append,
+        early_steps=(),
+    )
+    return StepLog(run, **{**settings, **changes})
 
 
 def small_run(data_path: str, output_dir: Path, **changes: Any) -> PretrainConfig:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import RUN, assert_same_run, command, metrics, small_run
+from helpers import RUN, assert_same_run, command, metrics, small_run, step_log
 from ranks import run_ranks, start_ranks
 from safetensors.torch import load_file
 
@@ -30,7 +30,6 @@ from fastmae.train import folder as folders
 from fastmae.train import lock as locks
 from fastmae.train.folder import look_back, set_aside_official, take_up_probes
 from fastmae.train.lock import owned
-from fastmae.train.metrics import StepLog
 from fastmae.train.pretrain import pretrain
 from fastmae.train.recovery import read_rollbacks
 from fastmae.train.schedule import Steps
@@ -65,21 +64,6 @@ def again(blobs, run) -> Callable[..., int]:
 def everything(folder: Path) -> dict[str, bytes]:
     """The content of every file below a folder, by its path there."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def step_log(run: Path, said: list[str]) -> StepLog:
-    return StepLog(
-        run,
-        device=torch.device("cpu"),
-        log_freq=4,
-        rank=0,
-        ranks=1,
-        mean_over_ranks=torch.clone,
-        num_workers=1,
-        spike_score=lambda loss: None,
-        sinks=[],
-        say=said.append,
-    )
 
 
 # --- whose it is ------------------------------------------------------------------------------------------------------

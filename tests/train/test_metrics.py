@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import metrics, small_run
+from helpers import metrics, small_run, step_log
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,22 +23,6 @@ from fastmae.ops.random_masking import random_masking
 from fastmae.train.metrics import Screen, StepLog
 from fastmae.train.pretrain import pretrain
 from fastmae.train.sinks import Sink
-
-
-def step_log(run: Path, said: list[str], **changes) -> StepLog:
-    settings = dict(
-        device=torch.device("cpu"),
-        log_freq=4,
-        rank=0,
-        ranks=1,
-        mean_over_ranks=torch.clone,
-        num_workers=1,
-        spike_score=lambda loss: None,
-        sinks=[],
-        say=said.append,
-        early_steps=(),
-    )
-    return StepLog(run, **{**settings, **changes})
 
 
 def result(loss: float, skipped: bool = False, grad_norm: float = 1.0) -> SimpleNamespace:

@@ -12,7 +12,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +31,8 @@ EXAMPLES = 20
 CHUNK = 16
 # Tasks per thread that are running, waiting or complete but not yet counted.
 AHEAD = 4
+# Seconds after which a wait for a task looks for a signal.
+SIGNAL_TICK = 0.1
 SMALL_SIDE = 32
 SMALL = f"under {SMALL_SIDE} pixels on a side"
 ONE_COLOUR = "of one colour"
@@ -118,10 +120,17 @@ def check(source: Source, in_chans: int, num_workers: int) -> Generator[Findings
                 ahead.append(pool.submit(_check_chunk, source, indices, in_chans, stop))
             if not ahead:
                 return
-            yield ahead.popleft().result()
+            yield _result(ahead.popleft())
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(future: Future[Findings]) -> Findings:
+    """Waits for a result, and looks up now and then: a signal that comes just before a wait does not end it."""
+    while not wait([future], timeout=SIGNAL_TICK).done:
+        pass
+    return future.result()
 
 
 def _check_chunk(source: Source, indices: Sequence[int], in_chans: int, stop: threading.Event) -> Findings:

@@ -1,5 +1,6 @@
 """Verify says of every image what the loader would make of it, names the rest, and reads the data once, in order."""
 
+import _thread
 import io
 import json
 import os
@@ -391,7 +392,15 @@ def test_wrong_input_is_one_line_and_status_2(case, tmp_path, refusal):
     assert expected in line
 
 
-def test_an_interrupt_ends_it_soon_with_no_thread_left(tmp_path, monkeypatch, capsys):
+# The second stands for a signal that arrives between the decision to wait and the wait, which it does not end.
+INTERRUPTS = {
+    "while it waits": lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT),
+    "just before it waits": _thread.interrupt_main,
+}
+
+
+@pytest.mark.parametrize("case", INTERRUPTS)
+def test_an_interrupt_ends_it_soon_with_no_thread_left(case, tmp_path, monkeypatch, capsys):
     np.save(tmp_path / "x.npy", np.zeros((3000, 4, 4), np.uint8))
     reads, later = [], []
     original = ArraySource.read
@@ -399,7 +408,7 @@ def test_an_interrupt_ends_it_soon_with_no_thread_left(tmp_path, monkeypatch, ca
     def read(self, index):
         if later or (len(reads) > 2 * CHUNK and index % CHUNK == 0):
             if not later:
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                INTERRUPTS[case]()
             later.append(index)
             threading.Event().wait(0.2)
         reads.append(index)

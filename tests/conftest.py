@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,11 @@ from fastmae.messages import messages_on_stderr
 
 
 def pytest_configure() -> None:
-    """Lets SIGINT interrupt, as tests expect: a shell ignores it for commands that it starts in the background."""
+    """Lets no run measure what is fastest, here or in a process that a test starts: results would depend on it.
+
+    SIGINT interrupts, as tests expect; a shell ignores it for commands that it starts in the background.
+    """
+    os.environ["FASTMAE_AUTOTUNE"] = "off"
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -275,13 +275,14 @@ def test_values_of_every_kind():
     assert config.data_path == ("a", "b")
 
 
-def test_spellings_of_earlier_versions():
+def test_other_spellings_of_a_flag():
     for old, new in OLD.items():
         assert parse(old.split()) == parse(new.split()), old
 
 
 OLD = {
     "pretrain --ops native --attention native": "pretrain --ops cpu --attention cpu",
+    "pretrain --tune off": "pretrain --autotune off",
     "pretrain --decoder pool": "pretrain --image_decoder threads",
     "pretrain --decoder=pool": "pretrain --image-decoder threads",
     "bench step --peers published timm": "bench step --baselines official timm",

@@ -227,7 +227,8 @@ def check_finetune(config: FinetuneConfig) -> None:
     need_statistics(config)
     needed = partial(need, config)
     tunes = re.fullmatch(r"full|linear|lora|last-[1-9]\d*", config.tune) is not None
-    needed(tunes, "tune", "full, linear, lora or last-K, such as last-2")
+    about = "; --autotune measures what is fastest" if config.tune in ("auto", "off") else ""
+    needed(tunes, "tune", f"full, linear, lora or last-K, such as last-2{about}")
     need_at_least_one(config, "test_freq", "lora_rank")
     needed(config.nb_classes is None or config.nb_classes >= 2, "nb_classes", "at least 2")
     for name in ("mixup", "cutmix"):

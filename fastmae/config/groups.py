@@ -21,8 +21,8 @@ GROUPS = {
         "clip_grad", "smoothing", "ema", "seed",
     ),
     "speed and memory": (
-        "device", "precision", "residual", "checkpointing", "compile", "num_workers", "image_decoder", "cache",
-        "cache_gb", "pin_mem",
+        "device", "precision", "residual", "checkpointing", "compile", "autotune", "num_workers", "image_decoder",
+        "cache", "cache_gb", "pin_mem",
     ),
     "saving and resuming": (
         "output_dir", "resume", "save_freq", "checkpoint_freq", "keep", "keep_every", "async_save",

@@ -18,8 +18,8 @@ from fastmae.errors import SettingError
 
 T = TypeVar("T")
 
-# What version 0.1 called some settings, and some of their values.
-OLD_NAMES = {"decoder": "image_decoder", "decoders": "image_decoders", "peers": "baselines"}
+# What version 0.1 called some settings, and some of their values; and --tune where it is not finetune's.
+OLD_NAMES = {"decoder": "image_decoder", "decoders": "image_decoders", "peers": "baselines", "tune": "autotune"}
 OLD_VALUES = {
     "image_decoder": {"pool": "threads"},
     "image_decoders": {"pool": "threads"},

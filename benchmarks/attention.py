@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmae.benchmarks.cases import Function, Measured, as_json, attention_case, known_shapes, measure
 from fastmae.benchmarks.harness import (
@@ -38,7 +39,9 @@ from fastmae.ops.backends import ATTENTION, using
 from fastmae.train.parallel import choose_device
 from fastmae.train.precision import choose_precision
 
-BACKENDS = tuple(name for name in ATTENTION if name != "auto")
+# torch's attention takes one of its kernels by itself; two of them are timed by their own names as well.
+OF_TORCH = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+BACKENDS = tuple(dict.fromkeys([*(name for name in ATTENTION if name != "auto"), *OF_TORCH]))
 CPU_BATCH, GPU_BATCH = 8, 256
 
 Shape = tuple[int, int, int]
@@ -94,6 +97,9 @@ def through(backend: str) -> Function:
     """Attention by a backend; its gradient takes the same way."""
 
     def call(packed: torch.Tensor) -> torch.Tensor:
+        if backend not in ATTENTION:
+            with sdpa_kernel(OF_TORCH[backend]), using(attention="sdpa"):
+                return attention(packed)
         with using(attention=backend):
             return attention(packed)
 
@@ -103,7 +109,7 @@ def through(backend: str) -> Function:
 def winner(one: Measured, shape: Shape, N: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """An entry of the table."""
     S, heads, head_dim = shape
-    medians = {name: quartiles(seconds)[1] for name, seconds in one.seconds.items()}
+    medians = {name: quartiles(seconds)[1] for name, seconds in one.seconds.items() if name in ATTENTION}
     return {
         "device": torch.cuda.get_device_name(device),
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),

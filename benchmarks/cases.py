@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastmae.benchmarks.harness import Samples, Stopwatch, input_sets_for, interleave
+from fastmae.benchmarks.harness import Samples, Stopwatch, input_sets_for, interleave, sdpa_kernel
 from fastmae.errors import UserError
 from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.model.presets import PRESETS
@@ -113,6 +113,8 @@ class Case:
     sizes: str
     backend: str
     """What runs ours."""
+    sdpa: str = ""
+    """Of attention: the kernel that torch's takes."""
     draw: Callable[[torch.Generator], Inputs]
     ours: Function
     eager: Function
@@ -300,7 +302,7 @@ def attention_case(
     matrix = N * S * H * D * dtype.itemsize
     return Case(
         op="attention", backward=backward, model=model, sizes=f"N {N}, S {S}, {H} heads of {D}", backend=backend,
-        draw=draw, ours=attention, eager=attention_reference,
+        sdpa=sdpa_kernel(shape, N, dtype, device), draw=draw, ours=attention, eager=attention_reference,
         # queries, keys and values read, the output written; backward: the same three read again, for they cannot wait
         # on the chip until the output's gradient arrives, that gradient read, three gradients written
         moved=(4 + 7 * backward) * matrix,
@@ -417,6 +419,7 @@ def as_json(measured: Measured) -> dict[str, Any]:
         "model": case.model,
         "sizes": case.sizes,
         "backend": case.backend,
+        "sdpa": case.sdpa,
         "bytes": case.moved,
         "flops": case.flops,
         "input_sets": measured.input_sets,

@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console, RenderableType
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
@@ -63,10 +64,14 @@ class Stopwatch:
     graph: bool = False  # on a GPU: calls are replayed from a CUDA graph, so that Python's launches are not timed
 
 
-def take_turns(samplers: Mapping[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
-    """A sample of each implementation per round, in turns."""
+def take_turns(
+    samplers: Mapping[Key, Callable[[], float]], rounds: int, enough: Callable[[], bool] = lambda: False
+) -> dict[Key, list[float]]:
+    """A sample of each implementation per round, in turns. Once it is ``enough``, there is no further round."""
     samples: dict[Key, list[float]] = {name: [] for name in samplers}
-    for _ in range(rounds):
+    for number in range(rounds):
+        if number > 0 and enough():
+            break
         for name, sample in samplers.items():
             samples[name].append(sample())
     return samples
@@ -197,7 +202,8 @@ def measure_ceilings(
     watch = Stopwatch(device=device, rounds=rounds)
     copied = copied or max(8 * cache_bytes(device), 256 << 20)
     side = side or (8192 if device.type == "cuda" else 2048)
-    source = torch.randint(0, 256, (copied,), dtype=torch.uint8, device=device)
+    random = torch.randint(0, 256, (min(copied, 16 << 20),), dtype=torch.uint8, device=device)
+    source = random.repeat(-(-copied // len(random)))[:copied]  # drawing as many numbers takes seconds on a CPU
     target = torch.empty_like(source)
     copying = min(interleave({"copy": lambda _: target.copy_(source)}, watch)["copy"])
 
@@ -208,6 +214,19 @@ def measure_ceilings(
     return Ceilings(
         2 * copied / copying, {dtype_name(dtype): product(dtype) for dtype in (torch.float32, torch.bfloat16)}
     )
+
+
+def sdpa_kernel(shape: tuple[int, int, int], N: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The kernel that torch's attention takes for N sequences of (S, heads, head_dim), as a training step calls it:
+    ``flash``, ``cudnn``, ``efficient`` or ``math``. On one GPU they are up to twice as fast as each other."""
+    packed = torch.empty(N, shape[0], 3, *shape[1:], dtype=dtype, device=device, requires_grad=True)
+    q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
+    node = F.scaled_dot_product_attention(q, k, v).grad_fn
+    while node is not None:  # the kernel's own gradient may lie behind those of views
+        if found := re.search(r"ScaledDotProduct(\w+?)Attention(ForCpu)?Backward", node.name()):
+            return found[1].removeprefix("Fused").lower()
+        node = node.next_functions[0][0] if node.next_functions else None
+    return "math"
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -251,6 +270,20 @@ def in_own_process(begin: Callable[..., tuple[Any, Ask]], *given: object) -> Gen
     Raises:
         GoneError: it refused with one of ``refusals()``, or died; the function raises this as well.
     """
+    with beginning_in_own_process(begin, *given) as begun:
+        yield begun(None)
+
+
+@contextmanager
+def beginning_in_own_process(
+    begin: Callable[..., tuple[Any, Ask]], *given: object
+) -> Generator[Callable[[float | None], tuple[Any, Ask]]]:
+    """As ``in_own_process``, but does not wait: the function that it gives does, for so many seconds at most, so that
+    several processes can begin at once.
+
+    Raises:
+        GoneError: by that function: as ``in_own_process``, or it was still beginning then.
+    """
     _CONTEXT.set_forkserver_preload([__name__, begin.__module__])
     ours, theirs = _CONTEXT.Pipe()
     with ours, tempfile.NamedTemporaryFile("r", prefix="fastmae-bench-", errors="replace") as notices:
@@ -274,8 +307,14 @@ def in_own_process(begin: Callable[..., tuple[Any, Ask]], *given: object) -> Gen
                 ours.send(request)
             return received()
 
+        def begun(seconds: float | None) -> tuple[Any, Ask]:
+            if seconds is not None and not ours.poll(max(seconds, 0.0)):
+                process.kill()
+                raise GoneError("no time was left to start it")
+            return received(), ask
+
         try:
-            yield received(), ask
+            yield begun
             ours.close()
             process.join(GRACE)
         finally:
@@ -373,13 +412,23 @@ def machine_name(device: torch.device) -> str:
 
 
 def processor() -> str:
-    """The maker's name of this machine's processor, as lscpu shows it, such as ``AMD EPYC 9R14``."""
+    """The maker's name of this machine's processor, such as ``AMD EPYC 9R14``.
+
+    Hypervisors hide names, and instructions that double the speed: a name without a number gets the model's number, as
+    in ``Intel Xeon model 207``, and one that can compute with tiles of bfloat16 gets ``AMX``.
+    """
+    facts: dict[str, str] = {}
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                words = line.partition(":")[2].split("@")[0]
-                return " ".join(re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|\d+-Core\b", " ", words).split())
-    return platform.machine()
+            name, _, value = line.partition(":")
+            facts.setdefault(name.strip(), value.strip())
+    shown = facts.get("model name", platform.machine()).split("@")[0]
+    words = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|\d+-Core\b", " ", shown).split()
+    if "model" in facts and not any(character.isdigit() for word in words for character in word):
+        words += ["model", facts["model"]]
+    if "amx_bf16" in facts.get("flags", "").split():
+        words.append("AMX")
+    return " ".join(words)
 
 
 def _slug(name: str) -> str:

@@ -107,7 +107,7 @@ def speed_table(title: str, measured: Iterable[Measured], ceilings: Ceilings, ba
             low, median, high = quartiles(samples)
             made.add_row(
                 names.pop(0) if names else "",
-                f"{name} ({case.backend})" if name == OURS else name,
+                _shown(name, case),
                 f"{1e3 * median:.3f}",
                 f"{1e3 * low:.3f} – {1e3 * high:.3f}",
                 f"{case.moved / median / 1e9:.3g}",
@@ -119,6 +119,13 @@ def speed_table(title: str, measured: Iterable[Measured], ceilings: Ceilings, ba
             made.add_row(name)
         made.add_section()
     return made
+
+
+def _shown(name: str, case: Case) -> str:
+    """An implementation with what it consists of: fastmae's backend, and the kernel behind torch's attention."""
+    if name == OURS:
+        return f"{name} ({case.backend}, {case.sdpa})" if case.backend == "sdpa" else f"{name} ({case.backend})"
+    return f"{name} ({case.sdpa})" if name == "sdpa" else name
 
 
 def untimed(measured: Iterable[Measured]) -> list[str]:

@@ -141,14 +141,16 @@ def test_attention_times_what_runs_and_names_what_does_not(tmp_path, capsys):
     words = ["--shapes", "13x4x32", "5x2x16", "--output", str(tmp_path)]
     assert main([*ATTENTION, *words]) == 0
     out = capsys.readouterr().out
-    assert "sdpa" in out
+    assert "sdpa (flash)" in out
     assert "xformers cannot run" in out
     assert "triton cannot run" in out
     (path,) = tmp_path.glob("attention-*.json")
     cases = json.loads(path.read_text())["cases"]
     assert [case["sizes"] for case in cases] == ["N 2, S 13, 4 heads of 32", "N 2, S 5, 2 heads of 16"]
-    assert all(case["seconds"].keys() == {"sdpa", "cpu"} for case in cases)
-    assert all(case["skipped"].keys() == {"xformers", "triton"} for case in cases)
+    assert all(case["seconds"].keys() >= {"sdpa", "cpu", "flash"} for case in cases)
+    assert all(case["skipped"].keys() >= {"xformers", "triton", "cudnn"} for case in cases)
+    assert [case["sdpa"] for case in cases] == ["flash", "flash"]
+    assert "cudnn cannot run" in out
 
 
 def test_a_wrong_attention_is_named_and_not_timed(capsys, monkeypatch):

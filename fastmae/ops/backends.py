@@ -12,6 +12,9 @@ from typing import Any
 import torch
 
 from fastmae import _C
+from fastmae.ops.attention_table import dtype_name
+from fastmae.ops.choices import CANDIDATES, TORCHS_OWN, Bands, Choices, at_size, attention_of_0_1
+from fastmae.torch_compat import constant_when_compiled
 
 OPS = ("auto", "triton", "cpu", "reference")
 ATTENTION = ("auto", "sdpa", "xformers", "triton", "cpu")
@@ -30,6 +33,8 @@ class Backends:
     """``triton`` (a CUDA device), ``cpu`` (C++ on a CPU), ``reference`` (the PyTorch that defines the ops)."""
     attention: str = "auto"
     """``sdpa`` (torch chooses), ``xformers``, ``triton``, ``cpu`` (C++ on a CPU)."""
+    choices: Choices = TORCHS_OWN
+    """What ``auto`` takes on a CPU for each product, attention and other call: torch's own, unless it was measured."""
     check_ids: bool = False
     """For debugging: check patch numbers on a GPU too, which waits for the GPU. On a CPU they are always checked."""
 
@@ -65,6 +70,32 @@ def using(**changes: Any) -> Iterator[None]:
         yield
     finally:
         set_backends(before)
+
+
+def op_choice(op: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    """Returns which candidate computes a call on a CPU, as fastmae/ops/choices.py describes calls.
+
+    A program that is exported and the reference's ops have torch's own. To torch.compile the choice is a constant, but
+    the first number of the shape, or the first two of attention, may be unknown to it.
+    """
+    if not choices_hold():
+        return CANDIDATES[op][0]
+    if op == "attention":
+        if asked_backends().choices.rules == "0.1":
+            return attention_of_0_1(shape[0], dtype_name(dtype))
+        return at_size(_bands(op, shape[2:], dtype), shape[0] * shape[1])
+    return at_size(_bands(op, shape[1:], dtype), shape[0])
+
+
+def choices_hold() -> bool:
+    """Tells whether anything but torch's own may be taken on a CPU."""
+    backends = asked_backends()
+    return backends.choices.rules != "torch" and backends.ops != "reference" and not torch.compiler.is_exporting()
+
+
+@constant_when_compiled
+def _bands(op: str, rest: tuple[int, ...], dtype: torch.dtype) -> Bands[str]:
+    return asked_backends().choices.bands(op, rest, dtype_name(dtype))
 
 
 def triton_runs_on(device: torch.device) -> bool:

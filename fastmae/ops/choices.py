@@ -1,0 +1,247 @@
+"""Which implementation computes a call on a CPU: torch's own, by the rules of version 0.1, or what was fastest here.
+
+``Choices`` is plain data, kept in checkpoints and in a cache; fastmae/ops/tuning.py measures one. A process has one,
+``asked_backends().choices``, to which the ops go for each call. Nothing here computes or measures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from fastmae import _C
+
+# The candidates of each op, torch's own first. A call is described by a shape: (rows, inner, outer) of the product of a
+# linear layer, [rows, inner]·[inner, outer] in the forward pass; (S, T, Dh) of attention, S keys, T queries; (rows,
+# width) of the others. ``onednn-copy`` is oneDNN with our transposed copy. ``float32``: a product of bfloat16 numbers
+# that is computed in float32.
+CANDIDATES: dict[str, tuple[str, ...]] = {
+    "linear_forward": ("torch", "onednn", "float32"),
+    "linear_input": ("torch", "onednn", "float32"),
+    "linear_weight": ("torch", "onednn", "onednn-copy", "float32"),
+    "attention": ("sdpa", "sdpa-float32", "cpu", "cpu-dot"),
+    "add_layer_norm": ("torch", "cpu"),
+    "gelu": ("torch", "cpu"),
+}
+LINEAR = ("linear_forward", "linear_input", "linear_weight")
+NUMBERS = {op: 3 if op in (*LINEAR, "attention") else 2 for op in CANDIDATES}  # of a shape
+DTYPES = ("float32", "bfloat16")
+RULES = ("torch", "0.1", "measured")
+MOST_ENTRIES = 10_000
+Value = TypeVar("Value")
+Bands = tuple[tuple[int, Value], ...]
+"""(the largest size, what is taken up to it), from small to large; the last one has no end, whatever it says."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was taken for the calls of one shape."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    """``float32`` or ``bfloat16``, of the products."""
+    taken: str
+    """One of ``CANDIDATES[op]``."""
+    speedup: float | None = None
+    """How many times as fast it was as torch's own; None if it was not measured."""
+
+    def __post_init__(self) -> None:
+        if self.op not in CANDIDATES:
+            raise ValueError(f"unknown op {self.op!r:.50}; one of {', '.join(CANDIDATES)}")
+        shape, count = self.shape, NUMBERS[self.op]
+        if not isinstance(shape, tuple) or len(shape) != count or not all(map(_is_size, shape)):
+            raise ValueError(f"{self.op}: the shape must be {count} positive integers, got {shape!r:.50}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"{self.op}: the dtype must be {' or '.join(DTYPES)}, got {self.dtype!r:.50}")
+        if self.taken not in CANDIDATES[self.op]:
+            raise ValueError(f"{self.op}: must be one of {', '.join(CANDIDATES[self.op])}, got {self.taken!r:.50}")
+        speedup = self.speedup
+        if speedup is not None and not (type(speedup) in (int, float) and math.isfinite(speedup) and speedup > 0):
+            raise ValueError(f"{self.op}: the speed-up must be a positive number, got {speedup!r:.50}")
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether torch's own was taken."""
+        return self.taken == CANDIDATES[self.op][0]
+
+    @property
+    def size(self) -> int:
+        """How large the call is among those that are alike: its rows; of attention, keys times queries."""
+        return self.shape[0] * self.shape[1] if self.op == "attention" else self.shape[0]
+
+    @property
+    def rest(self) -> tuple[int, ...]:
+        """What calls that are alike share: the widths."""
+        return self.shape[2:] if self.op == "attention" else self.shape[1:]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is taken for every call: torch's own, unless it says otherwise.
+
+    Raises:
+        ValueError: entries without ``measured``, or two of one call.
+    """
+
+    rules: str = "torch"
+    """``torch``: always torch's own. ``0.1``: as version 0.1 decided. ``measured``: as ``entries`` say."""
+    entries: tuple[Choice, ...] = ()
+    processor: str = ""
+    """Where it was measured."""
+    bf16_speedup: float | None = field(default=None, compare=False)
+    """How many times as fast a step would be in bfloat16 as in float32, as predicted; None if nobody looked."""
+
+    def __post_init__(self) -> None:
+        if self.rules not in RULES:
+            raise ValueError(f"rules must be one of {', '.join(RULES)}, got {self.rules!r:.50}")
+        if self.entries and self.rules != "measured":
+            raise ValueError(f"the rules {self.rules!r} take no entries, got {len(self.entries)}")
+        if len(self.entries) > MOST_ENTRIES:
+            raise ValueError(f"at most {MOST_ENTRIES} entries, got {len(self.entries)}")
+        if len({(entry.op, entry.shape, entry.dtype) for entry in self.entries}) < len(self.entries):
+            raise ValueError("two entries for one call")
+
+    @classmethod
+    def always(cls, dtype: str = "float32", **taken: str) -> Choices:
+        """Takes the given candidate of each op for every shape; torch's own for ops that are not given."""
+        return cls("measured", tuple(Choice(op, (1,) * NUMBERS[op], dtype, name) for op, name in taken.items()))
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns it as what JSON has: objects, lists, texts and numbers."""
+        return asdict(self) | {"entries": [asdict(entry) | {"shape": list(entry.shape)} for entry in self.entries]}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Choices:
+        """Reads what ``as_json`` wrote.
+
+        Raises:
+            ValueError: it is something else; the message is one line.
+        """
+        values = _exactly(data, "choices", ("rules", "entries", "processor", "bf16_speedup"))
+        if not isinstance(values["entries"], list) or len(values["entries"]) > MOST_ENTRIES:
+            raise ValueError(f"choices: entries must be a list of at most {MOST_ENTRIES}")
+        if not isinstance(values["processor"], str) or len(values["processor"]) > 1000:
+            raise ValueError("choices: processor must be a short text")
+        speedup = values["bf16_speedup"]
+        if speedup is not None and not (type(speedup) in (int, float) and math.isfinite(speedup) and speedup > 0):
+            raise ValueError("choices: bf16_speedup must be a positive number or null")
+        return cls(**values | {"entries": tuple(map(_choice_from_json, values["entries"]))})
+
+    # --- what is taken ------------------------------------------------------------------------------------------------
+
+    def taken(self, op: str, shape: tuple[int, ...], dtype: str) -> str:
+        """Returns the candidate for a call: as measured at its shape, or else at the nearest one.
+
+        That is the one of the nearest size among those of the same widths, or else of the nearest widths.
+        """
+        call = Choice(op, shape, dtype, CANDIDATES[op][0])
+        if op == "attention" and self.rules == "0.1":
+            return attention_of_0_1(shape[0], dtype)
+        return at_size(self.bands(op, call.rest, dtype), call.size)
+
+    def bands(self, op: str, rest: tuple[int, ...], dtype: str) -> Bands[str]:
+        """Returns what is taken for calls of these widths, by their ``size``."""
+        key = op, rest, dtype
+        if key not in self._known:
+            self._known[key] = self._bands(op, rest, dtype)
+        return self._known[key]
+
+    def linear_bands(self, inner: int, outer: int, dtype: str) -> Bands[tuple[str, str, str]]:
+        """Returns what is taken for the three products of a linear layer, in the order of ``LINEAR``, by the rows."""
+        key = "linear", (inner, outer), dtype
+        if key not in self._known:
+            each = [self.bands(op, (inner, outer), dtype) for op in LINEAR]
+            limits = sorted({limit for bands in each for limit, _ in bands})
+            self._known[key] = tuple((limit, tuple(at_size(bands, limit) for bands in each)) for limit in limits)
+        return self._known[key]
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, tuple[int, ...], str], Any]:
+        """What ``bands`` was asked before: every call of a step asks."""
+        return {}
+
+    def _bands(self, op: str, rest: tuple[int, ...], dtype: str) -> Bands[str]:
+        if self.rules == "0.1":
+            return _bands_of_0_1(op, rest, dtype)
+        alike = [entry for entry in self.entries if (entry.op, entry.dtype) == (op, dtype)]
+        if not alike:
+            return ((ENDLESS, CANDIDATES[op][0]),)
+        nearest = min({entry.rest for entry in alike}, key=lambda widths: (_distance(widths, rest), widths))
+        of_size = dict(sorted((entry.size, entry.taken) for entry in alike if entry.rest == nearest))
+        sizes = list(of_size)
+        limits = [math.isqrt(a * b) for a, b in pairwise(sizes)]  # as near to a as to b, as a ratio
+        return tuple(zip([*limits, ENDLESS], of_size.values(), strict=True))
+
+
+ENDLESS = 2**62
+TORCHS_OWN = Choices()
+OF_0_1 = Choices("0.1")
+
+
+def at_size(bands: Bands[Value], size: int) -> Value:
+    """Returns what is taken at a size. torch.compile may trace it with a size that it does not know."""
+    for limit, value in bands[:-1]:
+        if size <= limit:
+            return value
+    return bands[-1][1]
+
+
+def _is_size(number: Any) -> bool:
+    return type(number) is int and 0 < number < 2**31
+
+
+def _distance(widths: Iterable[int], others: Iterable[int]) -> float:
+    return sum(abs(math.log(a / b)) for a, b in zip(widths, others, strict=True))
+
+
+# --- version 0.1 ------------------------------------------------------------------------------------------------------
+# Constants that were measured on one processor (Zen 4). They live on for the sake of runs that began with them.
+SMALLEST = 1 << 27  # multiply-adds of a product from which oneDNN computes it
+LEAST_SUMMED = 256  # with fewer numbers to add up for each result, a product stays with torch
+CPU_TOKENS = 1024  # up to so many keys, attention is computed in C++
+WIDE_VECTORS = _C.instruction_sets()[-1] != "baseline"  # but not with vectors of 16 bytes
+
+
+def _bands_of_0_1(op: str, rest: tuple[int, ...], dtype: str) -> Bands[str]:
+    """As version 0.1 decided: oneDNN for large products in float32, with our copy for the gradient of a weight."""
+    torchs = CANDIDATES[op][0]
+    if op not in LINEAR or dtype != "float32":
+        return ((ENDLESS, torchs),)
+    inner, outer = rest
+    summed = {"linear_forward": inner, "linear_input": outer, "linear_weight": ENDLESS}[op]
+    first = -(-SMALLEST // (inner * outer))  # the fewest rows
+    if op == "linear_weight":
+        first = max(first, LEAST_SUMMED)
+    if summed < LEAST_SUMMED:
+        return ((ENDLESS, torchs),)
+    return (first - 1, torchs), (ENDLESS, "onednn-copy" if op == "linear_weight" else "onednn")
+
+
+def attention_of_0_1(S: int, dtype: str) -> str:
+    """As version 0.1 decided: C++ for short sequences in float32."""
+    return "cpu" if dtype == "float32" and S <= CPU_TOKENS and WIDE_VECTORS else "sdpa"
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def _exactly(data: Any, what: str, names: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(data, dict) or set(data) != set(names):
+        found = ", ".join(map(str, data)) if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"{what}: must have {', '.join(names)}, got {found:.200}")
+    return dict(data)
+
+
+def _choice_from_json(data: Any) -> Choice:
+    values = _exactly(data, "an entry of choices", ("op", "shape", "dtype", "taken", "speedup"))
+    for name in ("op", "dtype", "taken"):
+        if not isinstance(values[name], str):
+            raise ValueError(f"an entry of choices: {name} must be a text, got {values[name]!r:.50}")
+    if not isinstance(values["shape"], list):
+        raise ValueError(f"an entry of choices: shape must be a list, got {values['shape']!r:.50}")
+    return Choice(**values | {"shape": tuple(values["shape"])})

@@ -11,6 +11,9 @@ Each implementation has a process of its own, as in a shared heap the memory of 
 that dies, for want of memory for instance, is skipped. Ranks must reach each other, so each rank of torchrun holds all
 implementations; malloc is set as for pretraining only if no baseline is among them.
 
+What the machine can do (a copy, large products) is measured in another process beforehand; a step's useful operations
+are shown as a share of that rate, which a busy machine lowers too, and on a GPU of the data sheet's (MFU).
+
 The images lie ready on the device, for baselines as their loaders leave them, float32 and normalised; our step
 normalises. The parts of a step are differences between calls that go further and further, so communication is what
 other ranks add to a step. FSDP communicates in every part; its whole step is compared with that of fastmae by itself.
@@ -19,10 +22,11 @@ other ranks add to a step. FSDP communicates in every part; its whole step is co
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -40,6 +44,8 @@ from fastmae.errors import UserError
 from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.presets import PRESETS
+from fastmae.ops.attention import attention_backend
+from fastmae.ops.backends import using
 from fastmae.ops.random_masking import random_masking
 from fastmae.train import parallel
 from fastmae.train.allocator import keep_freed_memory
@@ -50,10 +56,20 @@ from fastmae.train.step import PassGraph, TrainingLoss, prepare, require_graph, 
 
 MASK_RATIO = 0.75
 LR, WEIGHT_DECAY = 1e-4, 0.05
+# Which of the measured rates a step of a precision is a share of; TF32's is not measured.
+CEILING_OF = {"fp32": "float32", "bf16": "bfloat16", "tf32": "tf32"}
 LOSS_TOLERANCE = {"fp32": 1e-5, "tf32": 1e-2, "bf16": 2e-2, "float8": 5e-2}
 STEPS_COMPARED = 2
-# On a GPU a sample is a window of so many steps with one synchronisation: as in training, Python runs ahead of it.
-GPU_WINDOW = 10
+# On a GPU a sample is a window of at least so many steps and about so many seconds, with one synchronisation: as in
+# training, Python runs ahead of it, and clocks are those of lasting work.
+GPU_WINDOW, GPU_SECONDS = 10, 1.0
+# Implementations that start, and compile, at once. On a CPU they would take each other's cores and memory.
+GPU_AT_ONCE = 4
+# Share of a limit of time after which no implementation starts any more.
+STARTING = 0.6
+# Steps of a CPU that take so long need no round that warms up: those whose losses are compared were enough.
+LONG = 1.0
+CEILING_ROUNDS = 7
 # What an implementation can be asked to measure: the seconds of a call that goes so far, or bytes.
 FORWARD, BACKWARD, ALONE, STEP = "forward", "forward and backward", "a rank's step by itself", "step"
 PEAK = "the peak of memory"
@@ -64,6 +80,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "tf32": {"precision": "tf32"},
     "checkpointing-selective": {"checkpointing": "selective"},
     "checkpointing-full": {"checkpointing": "full"},
+    "compile-off": {"compile": "off"},
     "compile-block": {"compile": "block"},
     "compile-model": {"compile": "model"},
     "float8": {"precision": "bf16", "compile": "block", "float8": True},
@@ -74,6 +91,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "hsdp": {"parallel": "hsdp"},
     "reduce-bf16": {"reduce": "bf16"},
     "cross": {"decoder_attention": "cross"},
+    "sdpa": {"attention": "sdpa"},
+    "cudnn": {"attention": "cudnn"},
+    "flash": {"attention": "flash"},
+    "xformers": {"attention": "xformers"},
+    "triton": {"attention": "triton"},
+    "cpp": {"attention": "cpu"},
+    "reference-ops": {"ops": "reference"},
+    "untuned": {"autotune": "off"},
 }
 """The flags of pretrain that each switch sets."""
 
@@ -100,6 +125,9 @@ class Implementation:
     tolerance: float  # of its losses, relative to ours
     flops: int  # operations that the loss of an image needs
     graph: PassGraph | None = None
+    backends: dict[str, Any] = field(default_factory=dict)
+    """What it asks the ops for, as arguments of ``using``."""
+    chosen: dict[str, str] = field(default_factory=dict)
 
     @property
     def requests(self) -> list[str]:
@@ -120,10 +148,11 @@ class Implementation:
 
     def go(self, request: str) -> torch.Tensor:
         """Does so much of a step and returns the loss, detached."""
-        if request == STEP:
-            return self.train(self, True)
-        with without_sync(self.loss_of, is_last=False):
-            return self.train(self, False) if request == ALONE else self.passes(backward=request == BACKWARD)
+        with using(**self.backends):
+            if request == STEP:
+                return self.train(self, True)
+            with without_sync(self.loss_of, is_last=False):
+                return self.train(self, False) if request == ALONE else self.passes(backward=request == BACKWARD)
 
 
 @dataclass(frozen=True)
@@ -134,6 +163,27 @@ class Facts:
     requests: list[str]
     tolerance: float
     flops: int
+    precision: str
+    chosen: dict[str, str]
+    """What our step chose by itself: how it compiles, attention by shape, what was measured for it."""
+    seconds: float
+    """That the last of the first steps took, on the host's clock."""
+
+
+class _Clock:
+    """How much is left of the seconds that a benchmark may take; None: there is no limit."""
+
+    def __init__(self, limit: float | None) -> None:
+        self._begin, self._limit = time.perf_counter(), limit
+
+    def left(self, share: float) -> float | None:
+        """Returns the seconds until this share of the limit has passed, 0 afterwards."""
+        if self._limit is None:
+            return None
+        return max(0.0, self._begin + share * self._limit - time.perf_counter())
+
+    def late(self, share: float) -> bool:
+        return self.left(share) == 0.0
 
 
 Runner = tuple[Facts, Callable[[str], float]]
@@ -153,7 +203,9 @@ def bench_step(config: BenchStepConfig, command: Sequence[str]) -> int:
         stack.callback(parallel.stop, context)
         with torch.device("meta"):  # only its sizes are asked for
             _fresh_model(config)
-        runners, skipped = _start_all(config, context, stack)
+        ceilings, kernels = _ceilings(config, context)
+        clock = _Clock(config.time_limit)
+        runners, skipped = _start_all(config, context, stack, clock)
         _require_ours(skipped)
         losses = {name: facts.losses for name, (facts, _) in runners.items()}
         for name, (facts, _) in runners.items():
@@ -163,7 +215,10 @@ def bench_step(config: BenchStepConfig, command: Sequence[str]) -> int:
         requests = {name: facts.requests for name, (facts, _) in runners.items()}
         keys = [(name, part) for name in runners for part in [*parts, STEP] if part in requests[name]]
         samplers = {key: partial(_answer, runners, *key, skipped) for key in keys}
-        samples = harness.take_turns(samplers, config.rounds + 1)  # the first round warms up
+        slowest = max(facts.seconds for facts, _ in runners.values())
+        warm_up = not context.any(context.device.type == "cuda" or slowest > LONG)
+        samples = harness.take_turns(samplers, config.rounds + warm_up, lambda: context.any(clock.late(1.0)))
+        warm_up = warm_up and len(samples[OURS, STEP]) > 1
         # Memory comes last, as the profiler that it needs on a CPU is not part of training.
         peaks = {name: _answer(runners, name, PEAK, skipped) for name in runners if PEAK in requests[name]}
         _require_ours(skipped)
@@ -171,11 +226,15 @@ def bench_step(config: BenchStepConfig, command: Sequence[str]) -> int:
         times: dict[str, Samples] = {part: {} for part in [*parts, STEP]}
         for name, part in keys:
             if name in names:
-                times[part][name] = _largest(samples[name, part][1:], context)
+                times[part][name] = _largest(samples[name, part][warm_up:], context)
         memory = {name: _largest([peaks[name]], context)[0] for name in names if name in peaks}
     if context.is_main:
         measured = {
             "ranks": context.size,
+            "ceilings": None if ceilings is None else asdict(ceilings),
+            "sdpa": kernels,
+            "precisions": {name: runners[name][0].precision for name in names},
+            "chosen": {name: runners[name][0].chosen for name in names if runners[name][0].chosen},
             "losses": {name: losses[name] for name in names},
             "skipped": skipped,
             "useful_flops": {name: 3 * context.size * config.batch_size * runners[name][0].flops for name in names},
@@ -193,6 +252,7 @@ def _report(config: BenchStepConfig, command: Sequence[str], device: torch.devic
     ranks = f"{measured['ranks']} ranks, " if measured["ranks"] > 1 else ""
     what = f"{config.model}, {size}{ranks}batch {config.batch_size}, {precision}, {machine}, median of {config.rounds}"
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    products = measured["ceilings"]["matmul_flops"] if measured["ceilings"] else {}
     rows = []
     for name, seconds in measured["seconds"].items():
         median = harness.quartiles(seconds)[1]
@@ -203,12 +263,14 @@ def _report(config: BenchStepConfig, command: Sequence[str], device: torch.devic
                 f"{measured['ranks'] * config.batch_size / median:.2f}",
                 f"{harness.speed_up(measured['seconds'], OURS, name):.2f}",
                 f"{flops / 1e12:.3g}",
-                "–" if peak is None else f"{flops / (measured['ranks'] * peak):.1%}",
+                _share(flops, products.get(CEILING_OF[measured["precisions"][name]])),
+                _share(flops, peak and measured["ranks"] * peak),
                 "–" if memory is None else f"{memory / 2**20:.0f} MiB",
             )
         )
-    columns = ("step", "images/s", f"speed-up of {OURS} over it", "useful TFLOP/s", "MFU", "memory")
-    shown = [harness.table(what, columns, rows)]
+    columns = ("step", "images/s", f"speed-up of {OURS}", "useful TFLOP/s", "of the measured rate", "MFU", "memory")
+    shown: list[Any] = [harness.table(what, columns, rows)]
+    shown += [f"{name}: {text}" for name, text in _explained(measured).items()]
     if phases := measured["phases"]:
         names = dict.fromkeys(name for part in phases.values() for name in part)
         rows = [
@@ -217,28 +279,90 @@ def _report(config: BenchStepConfig, command: Sequence[str], device: torch.devic
         shown.append(harness.table("where a step's time goes: ms, median and quartiles", ("step", *phases), rows))
     size = f"-s{config.input_size}" if config.input_size else ""
     ranks = f"-r{measured['ranks']}" if measured["ranks"] > 1 else ""
-    file = f"step-{config.model}{size}-{machine}{ranks}-n{config.batch_size}-{precision}"
+    others = "".join(f"-{name}" for name in config.baselines) or "-alone"
+    others = "" if config.baselines == BenchStepConfig.baselines else others
+    file = f"step-{config.model}{size}-{machine}{ranks}-n{config.batch_size}-{precision}{others}"
     harness.report(shown, file, command=command, settings=config, measured=measured)
 
 
+def _share(flops: float, rate: float | None) -> str:
+    return "–" if rate is None else f"{flops / rate:.1%}"
+
+
+def _explained(measured: dict[str, Any]) -> dict[str, str]:
+    """Returns what is said below the table: what the rates are, and what was chosen."""
+    lines = {}
+    if measured["ceilings"]:
+        lines["measured rates"] = harness.describe_ceilings(harness.Ceilings(**measured["ceilings"]))
+    if measured["sdpa"]:
+        lines["torch's attention"] = ", ".join(f"{kernel} ({shape})" for shape, kernel in measured["sdpa"].items())
+    for name, chosen in measured["chosen"].items():
+        if chosen != measured["chosen"][OURS] or name == OURS:
+            lines[name] = "; ".join(f"{what} {text}" for what, text in chosen.items())
+    return lines
+
+
+def _attention_shapes(model: MaskedAutoencoderViT) -> list[tuple[int, int, int]]:
+    """Returns (S, heads, head_dim) of the encoder and of the decoder in a step."""
+    shapes = []
+    for tokens, block in (
+        (model.num_visible(MASK_RATIO), model.blocks[0]),
+        (model.num_patches, model.decoder_blocks[0]),
+    ):
+        attention: Any = block.attn
+        shapes.append((tokens + 1, attention.num_heads, attention.proj.in_features // attention.num_heads))
+    return shapes
+
+
+def _ceilings(config: BenchStepConfig, context: parallel.DistContext) -> tuple[harness.Ceilings | None, dict[str, str]]:
+    """Returns what the machine can do, and the kernel that torch's attention takes for each shape of the model."""
+    if not config.ceilings or context.size > 1:
+        return None, {}
+    with harness.in_own_process(_measure_ceilings, config, context) as (found, _):
+        return found
+
+
+def _measure_ceilings(config: BenchStepConfig, context: parallel.DistContext) -> tuple[Any, Callable[[Any], None]]:
+    with torch.device("meta"):
+        model = _fresh_model(config)
+    dtype = choose_precision(config.precision, context.device).autocast or torch.float32
+    kernels = {
+        "x".join(map(str, shape)): harness.sdpa_kernel(shape, config.batch_size, dtype, context.device)
+        for shape in _attention_shapes(model)
+    }
+    return (harness.measure_ceilings(context.device, rounds=CEILING_ROUNDS), kernels), lambda _: None
+
+
 def _start_all(
-    config: BenchStepConfig, context: parallel.DistContext, processes: ExitStack
+    config: BenchStepConfig, context: parallel.DistContext, processes: ExitStack, clock: _Clock
 ) -> tuple[dict[str, Runner], dict[str, str]]:
     """Returns those that can run on every rank, and why others cannot."""
-    runners, skipped = {}, {}
-    for name in dict.fromkeys([OURS, *config.baselines, *config.switches]):
-        why = ""
-        try:
+    runners: dict[str, Runner] = {}
+    skipped: dict[str, str] = {}
+    names = list(dict.fromkeys([OURS, *config.baselines, *config.switches]))
+    at_once = GPU_AT_ONCE if context.device.type == "cuda" and context.size == 1 else 1
+    for first in range(0, len(names), at_once):
+        group = names[first : first + at_once]
+        if context.any(first > 0 and clock.late(STARTING)):
+            skipped |= dict.fromkeys(group, "no time was left to start it")
+            continue
+        begun: dict[str, Callable[[float | None], Runner]] = {}
+        for name in group:
             if context.size > 1:
-                runner = _start(name, config, context)
+                begun[name] = lambda _, name=name: _start(name, config, context)  # type: ignore[misc]
             else:
-                runner = processes.enter_context(harness.in_own_process(_start, name, config, context))
-        except harness.refusals() as error:
-            why = harness.reason(error)
-        if context.any(bool(why)):
-            skipped[name] = why or "another rank cannot"
-        else:
-            runners[name] = runner
+                beginning = harness.beginning_in_own_process(_start, name, config, context)
+                begun[name] = processes.enter_context(beginning)
+        for name, wait in begun.items():
+            why = ""
+            try:
+                runner = wait(None if name == OURS else clock.left(STARTING))
+            except harness.refusals() as error:
+                why = harness.reason(error)
+            if context.any(bool(why)):
+                skipped[name] = why or "another rank cannot"
+            else:
+                runners[name] = runner
     return runners, skipped
 
 
@@ -258,10 +382,16 @@ def _start(name: str, config: BenchStepConfig, context: parallel.DistContext) ->
         for switch in [] if name == OURS else name.split("+"):
             flags |= CHANGES[switch]
         one = ours(config.model, PretrainConfig(**flags), inputs, context)
-    losses = [context.mean(one.go(STEP)).item() for _ in range(STEPS_COMPARED)]
+    losses = []
+    for _ in range(STEPS_COMPARED):
+        begin = time.perf_counter()
+        losses.append(context.mean(one.go(STEP)).item())
+    seconds = time.perf_counter() - begin
+    is_gpu = context.device.type == "cuda"
+    gives_back = is_gpu and context.size == 1
 
-    steps = GPU_WINDOW if context.device.type == "cuda" else 1
-    gives_back = context.device.type == "cuda" and context.size == 1
+    def per_step(request: str, steps: int) -> float:
+        return harness.elapsed(lambda: one.go(request), steps, context.device) / steps
 
     def ask(request: str) -> float:
         if request == PEAK:
@@ -269,13 +399,17 @@ def _start(name: str, config: BenchStepConfig, context: parallel.DistContext) ->
             answer = harness.peak_bytes(lambda: one.go(STEP), context.device)
         else:
             context.any(False)  # ranks begin together
-            for _ in range(2 if gives_back else 1):  # the first fetches the memory that was given back
-                answer = harness.elapsed(lambda: one.go(request), steps, context.device) / steps
+            answer = per_step(request, GPU_WINDOW if is_gpu else 1)
+            if is_gpu:  # that window fetched the memory that was given back, and says how many steps are long enough
+                steps = context.mean(torch.tensor(GPU_SECONDS / answer, device=context.device)).item()
+                answer = per_step(request, max(GPU_WINDOW, math.ceil(steps)))
         if gives_back:
             torch.cuda.empty_cache()  # for the next in turn
         return answer
 
-    return Facts(losses, one.requests, one.tolerance, one.flops), ask
+    if gives_back:
+        torch.cuda.empty_cache()  # for those that start at the same time
+    return Facts(losses, one.requests, one.tolerance, one.flops, one.precision.name, one.chosen, seconds), ask
 
 
 def _prepare_process(name: str, config: BenchStepConfig, context: parallel.DistContext) -> None:
@@ -341,7 +475,28 @@ def ours(name: str, flags: PretrainConfig, inputs: Inputs, context: parallel.Dis
         return result.loss
 
     batch = (inputs.images, inputs.ids_shuffle)
-    return Implementation(loss_of, batch, optimizer, precision, train, tolerance, flops, graph)
+    backends = {"ops": flags.ops, "attention": flags.attention}
+    chosen = {"compile": flags.compile, "attention": _chosen_attention(model, precision, device, backends)}
+    return Implementation(loss_of, batch, optimizer, precision, train, tolerance, flops, graph, backends, chosen)
+
+
+def _chosen_attention(
+    model: MaskedAutoencoderViT, precision: Precision, device: torch.device, backends: dict[str, Any]
+) -> str:
+    """Returns what computes attention for each shape.
+
+    Raises:
+        UserError: what was asked for cannot run.
+    """
+    found = []
+    with using(**backends):
+        for S, heads, head_dim in _attention_shapes(model):
+            try:
+                name, _ = attention_backend(device, precision.autocast or torch.float32, S, head_dim)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            found.append(f"{name} ({S}x{heads}x{head_dim})")
+    return ", ".join(found)
 
 
 def _parallelism(flags: PretrainConfig, context: parallel.DistContext) -> parallel.Parallelism:

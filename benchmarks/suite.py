@@ -153,13 +153,13 @@ def parts_of(config: BenchAllConfig, batches: Sequence[int], device: torch.devic
     loader: dict[str, Any] = {"batch_size": max(N, BenchLoaderConfig.batch_size), **alike}
     loader["input_size"] = shapes.grid[0] * shapes.patch[0]
     step: dict[str, Any] = {"model": config.model, "precision": precision, **alike}
-    beside: dict[str, Any] = {"baselines": config.baselines, "switches": config.switches}
-    curve: dict[str, Any] = {**step, "baselines": (), "switches": config.switches}
+    beside: dict[str, Any] = {"baselines": config.baselines, "switches": config.switches, "ceilings": False}
+    curve: dict[str, Any] = {**step, **beside, "baselines": ()}
     with_baselines = curve | {"baselines": tuple(name for name in ON_CURVES if name in config.baselines)}
     if config.quick:
         ops["sample_ms"] = QUICK_SAMPLE_MS
         loader |= {"kinds": ("folder",), "files": max(QUICK_FILES, 2 * N), "image_decoders": ("threads",)}
-        curve = with_baselines = {**step, "baselines": ()}
+        curve = with_baselines = {**curve, "switches": ()}
     compiled: Any = next((switch.removeprefix("compile-") for switch in config.switches if "compile-" in switch), "off")
     sides = config.input_sizes or tuple(round(factor * shapes.grid[0]) * shapes.patch[0] for factor in SIZES)
     cores = len(os.sched_getaffinity(0))

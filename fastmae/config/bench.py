@@ -23,7 +23,8 @@ BenchOp = Literal[
 BENCH_OPS: tuple[BenchOp, ...] = get_args(BenchOp)
 BENCH_SWITCHES = (
     "bf16", "bf16-residual", "tf32", "checkpointing-selective", "checkpointing-full", "compile-block", "compile-model",
-    "float8", "cuda-graph", "clip-grad", "ema", "fsdp", "hsdp", "reduce-bf16", "cross",
+    "compile-off", "float8", "cuda-graph", "clip-grad", "ema", "fsdp", "hsdp", "reduce-bf16", "cross", "sdpa", "cudnn",
+    "flash", "xformers", "triton", "cpp", "reference-ops", "untuned",
 )  # fmt: skip
 BenchBaseline = Literal["official", "strong", "strong-compiled", "transformers", "transformers-compiled", "timm"]
 BenchPart = Literal[
@@ -100,13 +101,22 @@ class BenchStepConfig:
     through torch.compile, which takes minutes on a CPU. `--baselines` without a name times none."""
     switches: tuple[str, ...] = ()
     """Time our step with each of these as well: bf16, bf16-residual, tf32, checkpointing-selective, checkpointing-full,
-    compile-block, compile-model, float8, cuda-graph, clip-grad, ema, fsdp, hsdp, reduce-bf16, cross, or several of them
-    joined by +, such as compile-block+bf16-residual. fsdp, hsdp and reduce-bf16 need several ranks. Compiling takes
-    minutes on a CPU."""
+    compile-off, compile-block, compile-model, float8, cuda-graph, clip-grad, ema, fsdp, hsdp, reduce-bf16, cross;
+    attention by sdpa, cudnn, flash, xformers, triton or cpp; reference-ops, untuned; or several of them joined by +,
+    such as compile-block+bf16-residual+triton. fsdp, hsdp and reduce-bf16 need several ranks. Compiling takes minutes
+    on a CPU."""
     phases: bool = False
     """Say where the time goes: forward, backward, optimiser, and communication where there are several ranks."""
+    autotune: Literal["auto", "off"] | None = None
+    """On a CPU: measure what is fastest for our step beforehand, as a run does by default, or leave all to torch."""
+    ceilings: bool = True
+    """Measure what the machine can do first: a copy and large matrix products, of whose rates a step reaches a
+    share."""
     rounds: int = 7
     """Samples of each implementation; implementations take turns."""
+    time_limit: int | None = None
+    """Seconds after which no further round begins, and after six tenths of which no implementation starts any more.
+    What was measured until then is reported. Default: no limit."""
     output: Samples = None
 
     def __post_init__(self) -> None:
@@ -244,7 +254,7 @@ def check_bench(
     """
     need_at_least_one(
         config, "batch_size", "rounds", "batches", "files", "input_size", "num_workers", "steps",
-        "batch_sizes", "input_sizes", "ranks",
+        "batch_sizes", "input_sizes", "ranks", "time_limit",
     )  # fmt: skip
     sample_ms = getattr(config, "sample_ms", 0.0)
     if sample_ms < 0:

@@ -1,6 +1,7 @@
 """``fastmae bench step``: what it leaves, what it refuses to time, and what it counts."""
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,9 +19,10 @@ from fastmae.cli import main
 from fastmae.config import BenchStepConfig
 
 WORDS = ["bench", "step", "--model", "mae_vit_tiny_patch4", "--batch_size", "2", "--rounds", "2", "--device", "cpu"]
+WORDS += ["--no-ceilings"]
 
 
-def result_in(folder, name="step-mae_vit_tiny_patch4-*-n2-fp32.json"):
+def result_in(folder, name="step-mae_vit_tiny_patch4-*-n2-fp32*.json"):
     (path,) = folder.glob(name)
     return json.loads(path.read_text())
 
@@ -31,11 +33,11 @@ def in_this_process(monkeypatch):
     told = []
 
     @contextmanager
-    def here(begin, name, config, context):
-        monkeypatch.setattr(step, "keep_freed_memory", lambda: told.append(name))
-        yield begin(name, config, context)
+    def here(begin, *given):
+        monkeypatch.setattr(step, "keep_freed_memory", lambda: told.append(given[0]))
+        yield lambda seconds: begin(*given)
 
-    monkeypatch.setattr(harness, "in_own_process", here)
+    monkeypatch.setattr(harness, "beginning_in_own_process", here)
     return told
 
 
@@ -44,18 +46,19 @@ def dies(monkeypatch):
     """Given a name, has the process of that implementation killed after its first steps."""
 
     def die(victim):
-        right = harness.in_own_process
+        right = harness.beginning_in_own_process
 
         @contextmanager
         def short_lived(begin, name, *given):
             before = set(multiprocessing.active_children())
-            with right(begin, name, *given) as runner:
+            with right(begin, name, *given) as begun:
+                runner = begun(None)
                 (process,) = set(multiprocessing.active_children()) - before
                 if name == victim:
                     os.kill(process.pid, signal.SIGKILL)
-                yield runner
+                yield lambda seconds: runner
 
-        monkeypatch.setattr(harness, "in_own_process", short_lived)
+        monkeypatch.setattr(harness, "beginning_in_own_process", short_lived)
 
     return die
 
@@ -72,12 +75,13 @@ def two_ranks(tmp_path_factory):
         switches=("fsdp", "hsdp", "reduce-bf16"),
         phases=True,
         rounds=2,
+        ceilings=False,
         output=str(folder),
     )
     run_ranks(2, partial(step.bench_step, config, []))
     one = dataclasses.replace(config, batch_size=4, baselines=("strong",), switches=(), phases=False)
     assert step.bench_step(one, []) == 0
-    return result_in(folder, "*-r2-n2-fp32.json"), result_in(folder, "*-n4-fp32.json")
+    return result_in(folder, "*-r2-n2-fp32-*.json"), result_in(folder, "*-n4-fp32-*.json")
 
 
 def test_every_switch_is_timed_beside_the_baselines_and_who_cannot_run_is_named(tmp_path, capsys):
@@ -170,6 +174,40 @@ def test_communication_is_what_a_step_takes_longer_than_that_of_ranks_by_themsel
         np.testing.assert_allclose(sum(np.array(part[name]) for part in phases.values()), seconds[name])
     by_itself = np.array(seconds["fastmae"]) - phases["communication"]["fastmae"]
     np.testing.assert_allclose(phases["communication"]["fsdp"], np.array(seconds["fsdp"]) - by_itself)
+
+
+def test_a_step_is_shown_as_a_share_of_the_rate_that_was_measured_for_its_precision(
+    monkeypatch, tmp_path, capsys, in_this_process
+):
+    rates = harness.Ceilings(1e9, {"float32": 4e9, "bfloat16": 1e9})
+    monkeypatch.setattr(harness, "measure_ceilings", lambda device, rounds: rates)
+    words = ["--ceilings", "--baselines", "strong", "--switches", "bf16", "reference-ops+sdpa+untuned"]
+    assert main([*WORDS, *words, "--output", str(tmp_path)]) == 0
+    result, out = result_in(tmp_path), capsys.readouterr().out
+    assert result["ceilings"] == {"copy_bytes": 1e9, "matmul_flops": {"float32": 4e9, "bfloat16": 1e9}}
+    assert result["precisions"] == {
+        "fastmae": "fp32", "strong": "fp32", "bf16": "bf16", "reference-ops+sdpa+untuned": "fp32"
+    }  # fmt: skip
+    assert result["sdpa"] == {"13x4x32": "flash", "50x3x32": "flash"}
+    assert "sdpa (13x4x32), sdpa (50x3x32)" in result["chosen"]["reference-ops+sdpa+untuned"]["attention"]
+    for name, rate in (("fastmae", 4e9), ("bf16", 1e9)):
+        median = harness.quartiles(result["seconds"][name])[1]
+        (row,) = [line for line in out.splitlines() if line.startswith(f"│ {name} ")]
+        assert f" {result['useful_flops'][name] / median / rate:.1%} " in row
+    assert "measured rates: copies 1 GB/s" in out
+    assert "torch's attention: flash (13x4x32), flash (50x3x32)" in out
+
+
+def test_where_the_time_is_over_what_was_measured_is_kept(monkeypatch, tmp_path, capsys, in_this_process):
+    monkeypatch.setattr(step.time, "perf_counter", partial(next, itertools.count(0, 10)))
+    monkeypatch.setattr(step, "LONG", 1e9)  # the first round warms up
+    words = ["--baselines", "strong", "--switches", "ema", "--rounds", "9", "--time_limit", "100"]
+    assert main([*WORDS, *words, "--output", str(tmp_path)]) == 0
+    result = result_in(tmp_path)
+    assert result["skipped"] == {"ema": "no time was left to start it"}
+    assert result["seconds"].keys() == {"fastmae", "strong"}
+    assert 1 <= len(result["seconds"]["fastmae"]) == len(result["seconds"]["strong"]) < 9
+    assert "ema cannot run: no time was left to start it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong_from", [1, 2])

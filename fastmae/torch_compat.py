@@ -58,6 +58,29 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def product_in_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Multiplies matrices of bfloat16: float32. On a GPU the result is not rounded to bfloat16 before.
+
+    The argument ``out_dtype`` was seen in torch 2.11 to 2.13, for GPUs alone. Without it the product is cast.
+    """
+    if a.device.type == "cuda" and "dtype" in torch.ops.aten.mm.overloads():
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copies tensors in place, each cast to the dtype of its target; on a GPU in a few launches for all of them.
+
+    Seen in torch 2.11 to 2.13, where FSDP uses it. Without it they are copied one by one.
+    """
+    foreach_copy = getattr(torch, "_foreach_copy_", None)
+    if foreach_copy is not None and targets:
+        foreach_copy(targets, sources)
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
 # --- the compiler -----------------------------------------------------------------------------------------------------
 
 

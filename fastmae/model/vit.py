@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from fastmae.ops.attention import attention
 from fastmae.ops.linear import Linear, linear
+from fastmae.ops.linear_bf16 import Copies
 from fastmae.torch_compat import aten_ops
 
 NormLayer = Callable[[int], nn.Module]
@@ -68,17 +69,24 @@ def sincos_positions(dim: int, grid_size: tuple[int, int], full_grid: tuple[int,
     return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table]).float()
 
 
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody has put hooks on a module itself."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a layer is one of its kind and no more, so that its weights can be used without calling it.
 
     It is not if it is wrapped (adapters), parametrised, or somebody has put hooks on it.
     """
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) is kind and not hooks
+    return type(layer) is kind and not has_hooks(layer)
 
 
 class PatchEmbed(nn.Module):
     """A linear map from a patch's P numbers to D. Its weight has the official shape, [D, C, ph, pw]."""
+
+    copies: Copies | None = None
+    """bfloat16 copies of its weight and bias, while ``WeightCopies`` lends them."""
 
     def __init__(self, patch_size: tuple[int, int], in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -90,10 +98,14 @@ class PatchEmbed(nn.Module):
         if not is_plain(self.proj, nn.Conv2d):
             images = patches.flatten(0, 1).unflatten(1, self.patch_shape).permute(0, 3, 1, 2)
             return self.proj(images).flatten(1).unflatten(0, patches.shape[:2])
-        weight = self.proj.weight
-        # For one channel permuting would move nothing, and give the gradient strides that DDP warns about.
-        rows = weight.flatten(1) if weight.shape[1] == 1 else weight.permute(0, 2, 3, 1).flatten(1)
-        return linear(patches, rows, self.proj.bias)
+        copies = self.copies and (_in_order_of_patches(self.copies[0]), self.copies[1])
+        return linear(patches, _in_order_of_patches(self.proj.weight), self.proj.bias, copies)
+
+
+def _in_order_of_patches(weight: torch.Tensor) -> torch.Tensor:
+    """Turns a convolution's weight [D, C, ph, pw] into a matrix [D, P], P in (row, column, channel) order."""
+    # For one channel permuting would move nothing, and give the gradient strides that DDP warns about.
+    return weight.flatten(1) if weight.shape[1] == 1 else weight.permute(0, 2, 3, 1).flatten(1)
 
 
 class Attention(nn.Module):
@@ -116,9 +128,8 @@ class Attention(nn.Module):
         if start == 0 or not is_plain(self.qkv, Linear):
             out = attention(self.qkv(x).view(N, S, 3, self.num_heads, -1))[:, start:]
         else:
-            weight, bias = self.qkv.weight, self.qkv.bias
-            queries = linear(x[:, start:], weight[:D], bias[:D]).view(N, S - start, self.num_heads, -1)
-            out = attention(linear(x, weight[D:], bias[D:]).view(N, S, 2, self.num_heads, -1), queries)
+            queries = self.qkv.some(x[:, start:], slice(0, D)).view(N, S - start, self.num_heads, -1)
+            out = attention(self.qkv.some(x, slice(D, 3 * D)).view(N, S, 2, self.num_heads, -1), queries)
         return self.proj(out.reshape(N, S - start, D))
 
 

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastmae.ops import cpu
 from fastmae.ops.backends import ops_backend
+from fastmae.ops.linear_bf16 import Copies, linear_bf16, takes_copies
 from fastmae.torch_compat import has_onednn_linear, onednn_linear
 
 ONEDNN = has_onednn_linear()
@@ -34,21 +35,37 @@ LEAST_SUMMED = 256
 class Linear(nn.Linear):
     """``nn.Linear`` that computes with ``linear``."""
 
+    copies: Copies | None = None
+    """bfloat16 copies of its weight and bias, while ``model.weight_copies`` lends them."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.copies)
+
+    def some(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Computes some of the outputs: those of these rows of the weight."""
+        weight, bias = self.weight[rows], None if self.bias is None else self.bias[rows]
+        if self.copies is None:
+            return linear(x, weight, bias)
+        weight_copy, bias_copy = self.copies
+        return linear(x, weight, bias, (weight_copy[rows], None if bias_copy is None else bias_copy[rows]))
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, copies: Copies | None = None
+) -> torch.Tensor:
     """Computes a linear map of the last axis.
 
     Args:
         x: floating [..., I], any strides.
         weight: [O, I], any strides.
         bias: [O] or None.
+        copies: copies of ``weight`` and ``bias``, with which bfloat16 autocast has nothing to cast.
 
     Returns:
         [..., O] in the dtype of ``x``, or of autocast inside its region. Equivalent to ``F.linear``.
     """
+    if copies is not None and takes_copies(x):
+        return linear_bf16(x, weight, bias, copies)
     if _uses_onednn(x, weight):
         return _linear(x, weight, bias)
     return F.linear(x, weight, bias)

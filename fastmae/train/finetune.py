@@ -52,6 +52,7 @@ from fastmae.model.classifier import (
     stochastic_depth_mask,
     tune,
 )
+from fastmae.model.weight_copies import WeightCopies
 from fastmae.signals import StopSignals
 from fastmae.train import parallel
 from fastmae.train.batches import BatchStream
@@ -115,6 +116,7 @@ def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSi
     loss_of = parallel.parallelize(classification_loss, context, parallelism)
     optimizer = make_finetuning_optimizer(model, len(model.blocks), config.lr, config.weight_decay, config.layer_decay)
     graph = PassGraph() if config.cuda_graph else None
+    bf16 = WeightCopies(model) if precision.autocast == torch.bfloat16 else None
 
     # Where to begin.
     restored, rollbacks = restore_attempt(config, model, optimizer, steps, same, FIXED_IN_A_FINETUNING)
@@ -130,7 +132,7 @@ def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSi
             lr = learning_rate_at(step, config, steps)
             autocast = precision.context(context.device)
             result = train_step(
-                loss_of, optimizer, inputs, config.accum_iter, lr, autocast, config.clip_grad, context.mean, graph
+                loss_of, optimizer, inputs, config.accum_iter, lr, autocast, config.clip_grad, context.mean, graph, bf16
             )
             record_step(run, step, result, lr)
             profile_step()

@@ -34,6 +34,7 @@ from fastmae.model.build import build_model
 from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.sharding import in_one_piece, is_sharded
+from fastmae.model.weight_copies import WeightCopies
 from fastmae.signals import StopSignals
 from fastmae.train import parallel
 from fastmae.train.average import Average, in_checkpoint, start_average, update_average
@@ -108,6 +109,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     loss_of = parallel.parallelize(training_loss, context, parallelism)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     graph = PassGraph() if config.cuda_graph else None
+    bf16 = WeightCopies(model) if precision.autocast == torch.bfloat16 else None
 
     # Where to begin.
     restored, rollbacks = restore_attempt(config, model, optimizer, steps, same, FIXED_IN_A_RUN, fresh_step)
@@ -129,7 +131,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
             lr = learning_rate_at(step, config, steps)
             autocast = precision.context(context.device)
             result = train_step(
-                loss_of, optimizer, inputs, config.accum_iter, lr, autocast, config.clip_grad, context.mean, graph
+                loss_of, optimizer, inputs, config.accum_iter, lr, autocast, config.clip_grad, context.mean, graph, bf16
             )
             if config.ema is not None:
                 update_average(average, model, config.ema, result.skipped)

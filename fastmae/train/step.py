@@ -22,6 +22,7 @@ from fastmae import torch_compat
 from fastmae.errors import SettingError, install_hint
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.vit import BLOCKS, Checkpointing
+from fastmae.model.weight_copies import WeightCopies
 
 SHAPES_PER_SIZE = 4
 """The number of token shapes that blocks get for one image size, and one to spare."""
@@ -219,6 +220,7 @@ def train_step(
     clip_grad: float | None = None,
     mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
     graph: PassGraph | None = None,
+    copies: WeightCopies | None = None,
 ) -> StepResult:
     """Takes one step with the mean gradient of the micro-batches, unless it or a loss is not finite.
 
@@ -233,6 +235,8 @@ def train_step(
         clip_grad: the largest norm of the gradient; a larger gradient is scaled down to it. None allows any norm.
         mean_over_ranks: returns the mean of a tensor that every rank has on its device.
         graph: executes the forward and backward passes; the same one in every step of a run.
+        copies: the bfloat16 copies of the model's weights, for an ``autocast`` in bfloat16. They are written here, once
+            for all micro-batches. Without them every product casts its weight.
 
     Raises:
         UserError: torch.compile failed.
@@ -241,11 +245,14 @@ def train_step(
         group["lr"] = lr * group.get("lr_scale", 1.0)
     optimizer.zero_grad(set_to_none=graph is None)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if copies is not None:
+        copies.write()
 
     def run(*micro_batch: torch.Tensor) -> torch.Tensor:
-        with autocast:
-            loss = loss_of(*micro_batch) / accum_iter
-        loss.backward()
+        with nullcontext() if copies is None else copies.in_use():
+            with autocast:
+                loss = loss_of(*micro_batch) / accum_iter
+            loss.backward()  # what is computed again needs the copies, too
         return loss.detach()
 
     total = None

@@ -13,15 +13,15 @@ if not keep_freed_memory():
 
 def faults_of_a_step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    activations = [torch.ones(16 << 20, dtype=torch.uint8) for _ in range(16)]
+    activations = [torch.ones(size << 20, dtype=torch.uint8) for size in (16, 16, 16, 16, 50, 50, 100)]
     del activations
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-for _ in range(4):
+for _ in range(9):
     faults_of_a_step()
 print(faults_of_a_step())
 """
-PAGES = 16 * (16 << 20) // 4096
+PAGES = (4 * 16 + 2 * 50 + 100 << 20) // 4096
 
 
 def test_a_step_finds_the_memory_of_the_one_before():

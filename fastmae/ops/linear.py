@@ -1,12 +1,11 @@
-"""linear: x·Wᵀ + b, in float32 on a CPU by oneDNN instead of torch's own choice.
+"""linear: x·Wᵀ + b; on a CPU each of its three products is computed by whatever was fastest, torch's own by default.
 
 torch multiplies float32 matrices with MKL (or the BLAS that it was built with), and uses oneDNN, which it contains too,
-for other dtypes only. oneDNN uses the widest vectors of processors of every maker. Both compute in float32; they differ
-in the order of additions.
+for other dtypes only. Both compute in float32; they differ in the order of additions, and which is faster depends on
+the processor and on the shape. So it is measured (fastmae/ops/tuning.py), and ``linear`` goes by the process's choice.
 
-How a call is decided, from outside to inside: ``linear`` asks ``_uses_onednn`` whether this is a large float32 product
-on a CPU. If it is, the custom op ``fastmae::linear`` runs, which has a backward of its own, as torch has no gradient
-for oneDNN's product. In both directions ``_product`` still leaves short sums to torch.
+Where all three products are torch's, ``F.linear`` is called. Otherwise the custom op ``fastmae::linear`` runs, which
+has a backward of its own, as torch has no gradient for oneDNN's product.
 """
 
 from __future__ import annotations
@@ -20,16 +19,15 @@ from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
 from fastmae.ops import cpu
-from fastmae.ops.backends import ops_backend
+from fastmae.ops.attention_table import dtype_name
+from fastmae.ops.backends import asked_backends, choices_hold
+from fastmae.ops.choices import CANDIDATES, LINEAR, Bands, at_size
 from fastmae.ops.linear_bf16 import Copies, linear_bf16, takes_copies
-from fastmae.torch_compat import has_onednn_linear, onednn_linear
+from fastmae.torch_compat import constant_when_compiled, has_onednn_linear, onednn_linear
 
 ONEDNN = has_onednn_linear()
-# The two limits were measured on one processor (Zen 4). They decide only who computes a product, not what it is.
-# Products of fewer multiply-adds stay with torch: the overhead of a custom op costs more than oneDNN saves.
-SMALLEST = 1 << 27
-# Products that add up fewer numbers for each result stay with torch, which was faster.
-LEAST_SUMMED = 256
+TORCHS = ("torch", "torch", "torch")
+"""Torch's own for the forward product, the gradient of the input and the gradient of the weight."""
 
 
 class Linear(nn.Linear):
@@ -66,55 +64,82 @@ def linear(
     """
     if copies is not None and takes_copies(x):
         return linear_bf16(x, weight, bias, copies)
-    if _uses_onednn(x, weight):
-        return _linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+    if not choices_hold() or not _is_float32_on_cpu(x, weight):
+        return F.linear(x, weight, bias)
+    # A look at the sizes would fix the batch size of a program that is exported, whose choices do not hold.
+    chosen = linear_choice(math.prod(x.shape[:-1]), weight.shape[1], weight.shape[0], x.dtype)
+    return F.linear(x, weight, bias) if chosen == TORCHS else _linear(x, weight, bias, *chosen)
 
 
-def describe_linear(device: torch.device, dtype: torch.dtype) -> str:
-    """Describes which library multiplies matrices of this kind."""
-    if device.type != "cpu":
-        return "torch"
-    if dtype != torch.float32:
-        return "oneDNN, torch's own choice"
-    return "oneDNN" if ONEDNN and ops_backend(device) == "cpu" else "torch"
-
-
-def _uses_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Tells whether oneDNN computes this product. An exported program has torch's ops alone."""
+def _is_float32_on_cpu(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Tells whether this is a product of float32 matrices, not empty, on a CPU, which is to stay in float32."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.ndim > 1
+        and x.numel() > 0
+        and weight.numel() > 0
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_exporting()
-        and ONEDNN
-        and ops_backend(x.device) == "cpu"
-        and x.numel() * weight.shape[0]
-        >= SMALLEST  # last, as a look at the sizes would fix the batch size of a program that is exported
     )
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Computes x·Wᵀ + b by the faster of torch and oneDNN."""
-    if x.shape[-1] < LEAST_SUMMED:
-        return F.linear(x, weight, bias)
-    return onednn_linear(x, weight, bias)
+def linear_choice(rows: int, inner: int, outer: int, dtype: torch.dtype) -> tuple[str, str, str]:
+    """Returns who computes the forward product, the gradient of the input and that of the weight on a CPU.
+
+    They are candidates of ``LINEAR`` in fastmae/ops/choices.py. torch.compile may call it with rows that are unknown.
+    """
+    if not choices_hold() or (asked_backends().choices.rules == "0.1" and not ONEDNN):
+        return TORCHS
+    return at_size(_bands(inner, outer, dtype), rows)
+
+
+@constant_when_compiled
+def _bands(inner: int, outer: int, dtype: torch.dtype) -> Bands[tuple[str, str, str]]:
+    return asked_backends().choices.linear_bands(inner, outer, dtype_name(dtype))
+
+
+def linear_candidates(op: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """Returns who can compute this product (one of ``LINEAR``) here, torch's own first."""
+    if dtype != torch.float32 or not ONEDNN:
+        return ("torch",)
+    return tuple(name for name in CANDIDATES[op] if name != "float32")
+
+
+def describe_linear(device: torch.device, dtype: torch.dtype) -> str:
+    """Describes who multiplies matrices of this kind."""
+    choices = asked_backends().choices
+    if device.type != "cpu" or not choices_hold():
+        return "torch"
+    if choices.rules == "0.1":
+        return "oneDNN for large products, as in version 0.1" if ONEDNN and dtype == torch.float32 else "torch"
+    name = dtype_name(dtype)
+    products = [entry for entry in choices.entries if entry.op in LINEAR and entry.dtype == name]
+    others = sum(not entry.is_torchs for entry in products)
+    return f"torch but for {others} of {len(products)} products, as measured" if others else "torch"
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, by: str) -> torch.Tensor:
+    """Computes x·Wᵀ + b by ``torch`` or ``onednn``."""
+    return onednn_linear(x, weight, bias) if by == "onednn" else F.linear(x, weight, bias)
 
 
 @torch.library.custom_op("fastmae::linear", mutates_args=())
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return _product(x, weight, bias)
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, forward_by: str, input_by: str, weight_by: str
+) -> torch.Tensor:
+    return _product(x, weight, bias, forward_by)
 
 
 @_linear.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, forward_by: str, input_by: str, weight_by: str
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.custom_op("fastmae::linear_backward", mutates_args=())
 def _linear_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: list[bool]
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: list[bool], input_by: str, weight_by: str
 ) -> list[torch.Tensor]:
     """Computes the gradients of x, weight and bias for which ``needs`` is true, in this order.
 
@@ -123,45 +148,50 @@ def _linear_backward(
     rows = grad.flatten(0, -2)  # [R, O]; the weight's gradient adds up over the R rows
     gradients, column_sums = [], None
     if needs[0]:
-        gradients.append(_product(grad, weight.T))
+        gradients.append(_product(grad, weight.T, None, input_by))
     if needs[1]:
         inputs = x.flatten(0, -2)
-        if len(rows) < LEAST_SUMMED:
-            gradients.append(rows.T @ inputs)
-        else:
+        if weight_by == "onednn-copy":
             # oneDNN needs its first factor without gaps, so it is transposed by a copy, which also adds up the gradient
             # of the bias. The second factor may have any strides: oneDNN copies it in any case.
             transposed, column_sums = cpu.transpose_and_sum(rows)
             gradients.append(onednn_linear(transposed, inputs.T, None))
+        elif weight_by == "onednn":
+            gradients.append(onednn_linear(rows.T, inputs.T, None))  # torch copies the first factor
+        else:
+            gradients.append(rows.T @ inputs)
     if needs[2]:
         gradients.append(rows.sum(0) if column_sums is None else column_sums)
     return gradients
 
 
 @_linear_backward.register_fake
-def _(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: list[bool]) -> list[torch.Tensor]:
+def _(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: list[bool], input_by: str, weight_by: str
+) -> list[torch.Tensor]:
     shapes = (x.shape, weight.shape, weight.shape[:1])
     return [grad.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
+    ctx.backward_by = inputs[4:]
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad)
-    gradients = iter(_linear_backward(grad, *ctx.saved_tensors, needs))
-    return tuple(next(gradients) if needed else None for needed in needs)
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = iter(_linear_backward(grad, *ctx.saved_tensors, needs, *ctx.backward_by))
+    return (*(next(gradients) if needed else None for needed in needs), None, None, None)
 
 
 _linear.register_autograd(_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.fastmae.linear)
-def _flops(x: torch.Size, weight: torch.Size, bias: torch.Size | None, **_: Any) -> int:
+def _flops(x: torch.Size, weight: torch.Size, bias: torch.Size | None, *_: str, **__: Any) -> int:
     return 2 * math.prod(x) * weight[0]
 
 
 @register_flop_formula(torch.ops.fastmae.linear_backward)
-def _flops_backward(grad: torch.Size, x: torch.Size, weight: torch.Size, needs: list[bool], **_: Any) -> int:
+def _flops_backward(grad: torch.Size, x: torch.Size, weight: torch.Size, needs: list[bool], *_: str, **__: Any) -> int:
     return 2 * math.prod(x) * weight[0] * (needs[0] + needs[1])

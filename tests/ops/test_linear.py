@@ -6,19 +6,39 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmae.ops.backends import using
-from fastmae.ops.linear import Linear, linear
+from fastmae.ops.choices import OF_0_1, TORCHS_OWN, Choice, Choices
+from fastmae.ops.cpu import transpose_and_sum
+from fastmae.ops.linear import Linear, describe_linear, linear, linear_candidates, linear_choice
+from fastmae.torch_compat import onednn_linear
+
+OURS = dict(linear_forward="onednn", linear_input="onednn", linear_weight="onednn-copy")
+TAKEN = {
+    "oneDNN": OURS,
+    "oneDNN without our copy": OURS | {"linear_weight": "onednn"},
+    "forward alone": {"linear_forward": "onednn"},
+    "input's gradient alone": {"linear_input": "onednn"},
+    "weight's gradient alone": {"linear_weight": "onednn-copy"},
+}
+
+BY_ROWS = Choices(
+    "measured",
+    (
+        Choice("linear_forward", (7, 24, 40), "float32", "onednn"),
+        Choice("linear_forward", (70, 24, 40), "float32", "torch"),
+    ),
+)
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_too_small(monkeypatch):
-    monkeypatch.setattr("fastmae.ops.linear.SMALLEST", 0)
-    monkeypatch.setattr("fastmae.ops.linear.LEAST_SUMMED", 1)
+def _onednn_was_faster():
+    with using(choices=Choices.always(**OURS)):
+        yield
 
 
-@pytest.fixture(params=[1, 10**6], ids=["many summed", "few summed"])
-def who_multiplies(request, monkeypatch):
-    """oneDNN, and torch where oneDNN would add up too few numbers."""
-    monkeypatch.setattr("fastmae.ops.linear.LEAST_SUMMED", request.param)
+@pytest.fixture(params=TAKEN)
+def who_multiplies(request):
+    with using(choices=Choices.always(**TAKEN[request.param])):
+        yield
 
 
 CASES = {
@@ -95,11 +115,69 @@ def test_onednn_computes_float32_alone_and_nothing_that_torch_was_asked_for():
     assert not is_ours(x[0, 0], weight, bias)
 
 
-def test_small_products_stay_with_torch(monkeypatch):
-    monkeypatch.setattr("fastmae.ops.linear.SMALLEST", 3 * 7 * 24 * 40)
-    x, weight, bias = draw((3, 7, 24), (40, 24), True)
-    assert "linear" in type(linear(x, weight, bias).grad_fn).__name__.lower()
-    assert "linear" not in type(linear(x[:2], weight, bias).grad_fn).__name__.lower()
+def test_torchs_own_is_torchs_function_alone(monkeypatch):
+    monkeypatch.setattr("fastmae.ops.linear._linear", None)
+    arguments = draw((3, 7, 24), (40, 24), True)
+    for choices in (TORCHS_OWN, OF_0_1, Choices.always(attention="cpu"), Choices.always("bfloat16", **OURS)):
+        with using(choices=choices):
+            for ours, torchs in zip(results(linear, arguments), results(F.linear, arguments), strict=True):
+                assert torch.equal(ours, torchs)
+
+
+def test_each_shape_has_its_own_choice():
+    x, weight, bias = draw((10, 7, 24), (40, 24), True)
+    with using(choices=BY_ROWS):
+        assert linear_choice(7, 24, 40, torch.float32) == ("onednn", "torch", "torch")
+        assert linear_choice(70, 24, 40, torch.float32) == ("torch", "torch", "torch")
+        assert "linear" in type(linear(x[:1], weight, bias).grad_fn).__name__.lower()
+        assert "linear" not in type(linear(x, weight, bias).grad_fn).__name__.lower()
+
+
+def onednn_of_0_1(x, weight, bias, grad):
+    """What version 0.1 computed for a large product: the output and the gradients of x, weight and bias."""
+    rows = grad.flatten(0, -2)
+    grad_weight = onednn_linear(rows.T.contiguous(), x.flatten(0, -2).T, None)
+    grad_x = onednn_linear(grad, weight.T, None)
+    return onednn_linear(x, weight, bias), grad_x, grad_weight, transpose_and_sum(rows)[1]
+
+
+@pytest.mark.parametrize("rows", [(2, 520), (2, 500)], ids=["2**27 and more", "fewer"])
+def test_version_0_1_computed_large_products_by_onednn(rows):
+    x, weight, bias = draw((*rows, 512), (256, 512), True)
+    with using(choices=OF_0_1):
+        ours = results(linear, [x, weight, bias])
+    grad = torch.randn(*rows, 256, generator=torch.Generator().manual_seed(1))
+    if rows[0] * rows[1] * 512 * 256 < 2**27:
+        theirs = results(F.linear, [x, weight, bias])
+    else:
+        with torch.no_grad():
+            theirs = onednn_of_0_1(x, weight, bias, grad)
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_version_0_1_had_torchs_products_where_onednn_is_missing(monkeypatch):
+    monkeypatch.setattr("fastmae.ops.linear.ONEDNN", False)
+    with using(choices=OF_0_1):
+        assert linear_choice(4096, 768, 768, torch.float32) == ("torch", "torch", "torch")
+        assert describe_linear(torch.device("cpu"), torch.float32) == "torch"
+
+
+def test_candidates_are_what_can_run_here(monkeypatch):
+    assert linear_candidates("linear_forward", torch.float32) == ("torch", "onednn")
+    assert linear_candidates("linear_weight", torch.float32) == ("torch", "onednn", "onednn-copy")
+    monkeypatch.setattr("fastmae.ops.linear.ONEDNN", False)
+    assert linear_candidates("linear_weight", torch.float32) == ("torch",)
+
+
+def test_it_is_said_who_multiplies():
+    cpu = torch.device("cpu")
+    assert describe_linear(cpu, torch.float32) == "torch but for 3 of 3 products, as measured"
+    assert describe_linear(cpu, torch.bfloat16) == "torch"
+    assert describe_linear(torch.device("cuda"), torch.float32) == "torch"
+    with using(choices=OF_0_1):
+        assert describe_linear(cpu, torch.float32) == "oneDNN for large products, as in version 0.1"
+    with using(choices=TORCHS_OWN):
+        assert describe_linear(cpu, torch.float32) == "torch"
 
 
 def test_only_the_gradients_that_are_needed_are_computed():
@@ -115,7 +193,7 @@ def test_only_the_gradients_that_are_needed_are_computed():
 
 def test_the_op_is_one_to_torch():
     arguments = draw((3, 7, 24), (40, 24), True)
-    torch.library.opcheck(torch.ops.fastmae.linear.default, arguments)
+    torch.library.opcheck(torch.ops.fastmae.linear.default, (*arguments, *OURS.values()))
 
 
 def test_it_compiles_into_one_graph():
@@ -123,6 +201,15 @@ def test_it_compiles_into_one_graph():
     compiled = torch.compile(lambda *a: F.gelu(linear(*a)), fullgraph=True, backend="aot_eager")
     expected = results(lambda *a: F.gelu(linear(*a)), arguments)
     assert all(torch.allclose(a, b) for a, b in zip(results(compiled, arguments), expected, strict=True))
+
+
+def test_it_compiles_for_a_batch_size_that_is_unknown():
+    layer = Linear(24, 40)
+    with using(choices=BY_ROWS):
+        compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
+        for rows in (7, 9, 70, 200):
+            x = torch.randn(rows, 24, generator=torch.Generator().manual_seed(rows))
+            assert torch.equal(compiled(x), layer(x))
 
 
 def test_an_exported_program_has_torch_ops_alone():

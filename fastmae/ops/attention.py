@@ -1,8 +1,8 @@
 """attention: softmax(q·kᵀ/√Dh)·v for short sequences, directly from the packed projection, in one of four ways.
 
-``attention_backend`` chooses one: what fastmae/ops/backends.py asks for; with ``auto``, C++ on a CPU if it can do the
-shape, and on a GPU the winner of a table of measurements (attention_table.py). torch's own attention, ``sdpa``, is
-called directly. The others are one custom op, ``fastmae::attention``, with a backward of its own.
+``attention_backend`` chooses one: what fastmae/ops/backends.py asks for; with ``auto``, the process's choice on a CPU,
+and on a GPU the winner of a table of measurements (attention_table.py). torch's own attention, ``sdpa``, is called
+directly. The others are one custom op, ``fastmae::attention``, with a backward of its own.
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from fastmae import _C
 from fastmae.errors import install_hint
 from fastmae.ops import cpu
 from fastmae.ops.attention_table import DTYPES, dtype_name, measurements
-from fastmae.ops.backends import asked_backends, ops_backend, triton_runs_on
+from fastmae.ops.backends import asked_backends, op_choice, triton_runs_on
 from fastmae.torch_compat import constant_when_compiled
 
 TRITON_TOKENS = 320
 TRITON_HEAD_DIMS = (32, 64, 80)
-CPU_TOKENS = 1024  # C++ was measured, and was faster, up to this many tokens
-WIDE_VECTORS = _C.instruction_sets()[-1] != "baseline"  # with vectors of 16 bytes, C++ was half as fast as torch
 
 NEAREST = 1.25  # a measurement at S tokens holds for sequences up to so many times longer or shorter
 NOT_MEASURED = "not measured on this device: fastmae bench attention --write"
@@ -53,7 +50,8 @@ def attention(packed: torch.Tensor, queries: torch.Tensor | None = None) -> torc
         packed = packed.to(torch.get_autocast_dtype(device))
         queries = None if queries is None else queries.to(packed.dtype)
     _check(packed, queries)
-    name, _ = attention_backend(packed.device, packed.dtype, packed.shape[1], packed.shape[4])
+    S, T = packed.shape[1], packed.shape[1] if queries is None else queries.shape[1]
+    name, _ = attention_backend(packed.device, packed.dtype, S, packed.shape[4], T)
     if name == "sdpa":
         q, k, v = (x.transpose(1, 2) for x in _unpack(packed, queries))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -94,12 +92,15 @@ def _check(packed: torch.Tensor, queries: torch.Tensor | None) -> None:
 # --- the choice of a backend ------------------------------------------------------------------------------------------
 
 
-def attention_backend(device: torch.device, dtype: torch.dtype, S: int, head_dim: int) -> tuple[str, str]:
+def attention_backend(
+    device: torch.device, dtype: torch.dtype, S: int, head_dim: int, T: int | None = None
+) -> tuple[str, str]:
     """Chooses (``sdpa``, ``xformers``, ``triton`` or ``cpu``; why) for S tokens with heads of ``head_dim`` numbers.
 
     On a GPU ``auto`` takes the winner of the nearest measurement, if one lies within a factor of 1.25 of S; the user's
-    table goes before the shipped one. On a CPU it is ``cpu`` in float32, unless the ops are the reference's. float64
-    is always ``sdpa``, as the kernels of all ops leave it to torch, and so is a program that is exported.
+    table goes before the shipped one. On a CPU it takes what the process's choice says for S keys and T queries, by
+    default as many; that is ``sdpa`` unless it was measured, or if the ops are the reference's. float64 is always
+    ``sdpa``, as the kernels of all ops leave it to torch, and so is a program that is exported.
 
     Raises:
         ValueError: what was asked for cannot run here, or a table is damaged.
@@ -116,9 +117,10 @@ def attention_backend(device: torch.device, dtype: torch.dtype, S: int, head_dim
         return asked, "asked for"
     if device.type == "cuda":
         return _fastest_measured(device, dtype, S, head_dim)
-    can_run_cpp = _unmet_requirement("cpu", device, dtype, S, head_dim) is None
-    if can_run_cpp and S <= CPU_TOKENS and WIDE_VECTORS and ops_backend(device) == "cpu":
-        return "cpu", "C++, on a CPU"
+    if device.type == "cpu":
+        name = op_choice("attention", (S, S if T is None else T, head_dim), dtype)
+        if name != "sdpa" and _unmet_requirement(name, device, dtype, S, head_dim) is None:
+            return name, "as in version 0.1" if asked_backends().choices.rules == "0.1" else "measured to be faster"
     return "sdpa", f"torch's own on {device.type}"
 
 

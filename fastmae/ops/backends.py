@@ -13,7 +13,7 @@ import torch
 
 from fastmae import _C
 from fastmae.ops.attention_table import dtype_name
-from fastmae.ops.choices import CANDIDATES, TORCHS_OWN, Bands, Choices, at_size, attention_of_0_1
+from fastmae.ops.choices import CANDIDATES, TORCHS_OWN, Choices, Table, at_shape, taken_by_0_1
 from fastmae.torch_compat import constant_when_compiled
 
 OPS = ("auto", "triton", "cpu", "reference")
@@ -75,16 +75,14 @@ def using(**changes: Any) -> Iterator[None]:
 def op_choice(op: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
     """Returns which candidate computes a call on a CPU, as fastmae/ops/choices.py describes calls.
 
-    A program that is exported and the reference's ops have torch's own. To torch.compile the choice is a constant, but
-    the first number of the shape, or the first two of attention, may be unknown to it.
+    A program that is exported and the reference's ops have torch's own. A compiled function keeps the choice of when it
+    was compiled.
     """
     if not choices_hold():
         return CANDIDATES[op][0]
-    if op == "attention":
-        if asked_backends().choices.rules == "0.1":
-            return attention_of_0_1(shape[0], dtype_name(dtype))
-        return at_size(_bands(op, shape[2:], dtype), shape[0] * shape[1])
-    return at_size(_bands(op, shape[1:], dtype), shape[0])
+    if asked_backends().choices.rules == "0.1":
+        return taken_by_0_1(op, shape, dtype_name(dtype))
+    return at_shape(_table(op, dtype), op, shape)
 
 
 def choices_hold() -> bool:
@@ -94,8 +92,8 @@ def choices_hold() -> bool:
 
 
 @constant_when_compiled
-def _bands(op: str, rest: tuple[int, ...], dtype: torch.dtype) -> Bands[str]:
-    return asked_backends().choices.bands(op, rest, dtype_name(dtype))
+def _table(op: str, dtype: torch.dtype) -> Table:
+    return asked_backends().choices.table(op, dtype_name(dtype))
 
 
 def triton_runs_on(device: torch.device) -> bool:

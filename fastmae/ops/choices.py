@@ -7,11 +7,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 from fastmae import _C
 
@@ -32,9 +31,9 @@ NUMBERS = {op: 3 if op in (*LINEAR, "attention") else 2 for op in CANDIDATES}  #
 DTYPES = ("float32", "bfloat16")
 RULES = ("torch", "0.1", "measured")
 MOST_ENTRIES = 10_000
-Value = TypeVar("Value")
-Bands = tuple[tuple[int, Value], ...]
-"""(the largest size, what is taken up to it), from small to large; the last one has no end, whatever it says."""
+Table = tuple[tuple[tuple[int, ...], tuple[tuple[int, str], ...]], ...]
+"""For each of the widths that were measured: (up to which size, what is taken), from small to large. Above the last
+size, the last one is taken."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +67,6 @@ class Choice:
     def is_torchs(self) -> bool:
         """Whether torch's own was taken."""
         return self.taken == CANDIDATES[self.op][0]
-
-    @property
-    def size(self) -> int:
-        """How large the call is among those that are alike: its rows; of attention, keys times queries."""
-        return self.shape[0] * self.shape[1] if self.op == "attention" else self.shape[0]
-
-    @property
-    def rest(self) -> tuple[int, ...]:
-        """What calls that are alike share: the widths."""
-        return self.shape[2:] if self.op == "attention" else self.shape[1:]
 
 
 @dataclass(frozen=True)
@@ -139,64 +128,72 @@ class Choices:
 
         That is the one of the nearest size among those of the same widths, or else of the nearest widths.
         """
-        call = Choice(op, shape, dtype, CANDIDATES[op][0])
-        if op == "attention" and self.rules == "0.1":
-            return attention_of_0_1(shape[0], dtype)
-        return at_size(self.bands(op, call.rest, dtype), call.size)
+        if self.rules == "0.1":
+            return taken_by_0_1(op, shape, dtype)
+        return at_shape(self.table(op, dtype), op, shape)
 
-    def bands(self, op: str, rest: tuple[int, ...], dtype: str) -> Bands[str]:
-        """Returns what is taken for calls of these widths, by their ``size``."""
-        key = op, rest, dtype
-        if key not in self._known:
-            self._known[key] = self._bands(op, rest, dtype)
-        return self._known[key]
-
-    def linear_bands(self, inner: int, outer: int, dtype: str) -> Bands[tuple[str, str, str]]:
-        """Returns what is taken for the three products of a linear layer, in the order of ``LINEAR``, by the rows."""
-        key = "linear", (inner, outer), dtype
-        if key not in self._known:
-            each = [self.bands(op, (inner, outer), dtype) for op in LINEAR]
-            limits = sorted({limit for bands in each for limit, _ in bands})
-            self._known[key] = tuple((limit, tuple(at_size(bands, limit) for bands in each)) for limit in limits)
-        return self._known[key]
+    def table(self, op: str, dtype: str) -> Table:
+        """Returns what is taken for the calls of an op."""
+        if (op, dtype) not in self._tables:
+            self._tables[op, dtype] = self._table(op, dtype)
+        return self._tables[op, dtype]
 
     @cached_property
-    def _known(self) -> dict[tuple[str, tuple[int, ...], str], Any]:
-        """What ``bands`` was asked before: every call of a step asks."""
+    def _tables(self) -> dict[tuple[str, str], Table]:
+        """The tables that were asked for: every call of a step asks."""
         return {}
 
-    def _bands(self, op: str, rest: tuple[int, ...], dtype: str) -> Bands[str]:
-        if self.rules == "0.1":
-            return _bands_of_0_1(op, rest, dtype)
-        alike = [entry for entry in self.entries if (entry.op, entry.dtype) == (op, dtype)]
-        if not alike:
-            return ((ENDLESS, CANDIDATES[op][0]),)
-        nearest = min({entry.rest for entry in alike}, key=lambda widths: (_distance(widths, rest), widths))
-        of_size = dict(sorted((entry.size, entry.taken) for entry in alike if entry.rest == nearest))
-        sizes = list(of_size)
-        limits = [math.isqrt(a * b) for a, b in pairwise(sizes)]  # as near to a as to b, as a ratio
-        return tuple(zip([*limits, ENDLESS], of_size.values(), strict=True))
+    def _table(self, op: str, dtype: str) -> Table:
+        of_widths: dict[tuple[int, ...], dict[int, str]] = {}
+        for entry in sorted(self.entries, key=lambda entry: entry.shape):
+            if (entry.op, entry.dtype) == (op, dtype):
+                size, widths = _size_and_widths(op, entry.shape)
+                of_widths.setdefault(widths, {})[size] = entry.taken
+        return tuple((widths, _bands(of_size)) for widths, of_size in of_widths.items())
 
 
-ENDLESS = 2**62
 TORCHS_OWN = Choices()
 OF_0_1 = Choices("0.1")
 
 
-def at_size(bands: Bands[Value], size: int) -> Value:
-    """Returns what is taken at a size. torch.compile may trace it with a size that it does not know."""
-    for limit, value in bands[:-1]:
+def _bands(of_size: dict[int, str]) -> tuple[tuple[int, str], ...]:
+    """Returns (up to which size, what is taken): up to the one that is as near to a size as to the next, as a ratio."""
+    sizes = sorted(of_size)
+    limits = [math.isqrt(size * larger) for size, larger in pairwise(sizes)] + sizes[-1:]
+    return tuple((limit, of_size[size]) for limit, size in zip(limits, sizes, strict=True))
+
+
+def at_shape(table: Table, op: str, shape: tuple[int, ...]) -> str:
+    """Returns what is taken at a shape; torch's own if the table is empty.
+
+    torch.compile traces it, perhaps with numbers that it does not know, so it is loops over comparisons of integers.
+    """
+    if not table:
+        return CANDIDATES[op][0]
+    size, widths = _size_and_widths(op, shape)
+    bands, least = table[0][1], -1
+    for known, known_bands in table:
+        if known[0] == widths[0] and known[-1] == widths[-1]:
+            bands = known_bands
+            break
+        distance = sum([max(a, b) * 1024 // min(a, b) for a, b in zip(known, widths, strict=True)])
+        if least < 0 or distance < least:
+            bands, least = known_bands, distance
+    for limit, taken in bands:
         if size <= limit:
-            return value
+            return taken
     return bands[-1][1]
+
+
+def _size_and_widths(op: str, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Returns how large a call is among those that are alike (its rows; of attention, S·T), and what these share."""
+    if op == "attention":
+        return shape[0] * shape[1], shape[2:]
+    return shape[0], shape[1:]
 
 
 def _is_size(number: Any) -> bool:
     return type(number) is int and 0 < number < 2**31
-
-
-def _distance(widths: Iterable[int], others: Iterable[int]) -> float:
-    return sum(abs(math.log(a / b)) for a, b in zip(widths, others, strict=True))
 
 
 # --- version 0.1 ------------------------------------------------------------------------------------------------------
@@ -207,24 +204,16 @@ CPU_TOKENS = 1024  # up to so many keys, attention is computed in C++
 WIDE_VECTORS = _C.instruction_sets()[-1] != "baseline"  # but not with vectors of 16 bytes
 
 
-def _bands_of_0_1(op: str, rest: tuple[int, ...], dtype: str) -> Bands[str]:
-    """As version 0.1 decided: oneDNN for large products in float32, with our copy for the gradient of a weight."""
-    torchs = CANDIDATES[op][0]
-    if op not in LINEAR or dtype != "float32":
-        return ((ENDLESS, torchs),)
-    inner, outer = rest
-    summed = {"linear_forward": inner, "linear_input": outer, "linear_weight": ENDLESS}[op]
-    first = -(-SMALLEST // (inner * outer))  # the fewest rows
-    if op == "linear_weight":
-        first = max(first, LEAST_SUMMED)
-    if summed < LEAST_SUMMED:
-        return ((ENDLESS, torchs),)
-    return (first - 1, torchs), (ENDLESS, "onednn-copy" if op == "linear_weight" else "onednn")
-
-
-def attention_of_0_1(S: int, dtype: str) -> str:
-    """As version 0.1 decided: C++ for short sequences in float32."""
-    return "cpu" if dtype == "float32" and S <= CPU_TOKENS and WIDE_VECTORS else "sdpa"
+def taken_by_0_1(op: str, shape: tuple[int, ...], dtype: str) -> str:
+    """Returns what version 0.1 took: in float32 oneDNN for large products, C++ for attention to short sequences."""
+    if dtype == "float32" and op == "attention" and shape[0] <= CPU_TOKENS and WIDE_VECTORS:
+        return "cpu"
+    if dtype == "float32" and op in LINEAR:
+        rows, inner, outer = shape
+        summed = {"linear_forward": inner, "linear_input": outer, "linear_weight": rows}[op]
+        if rows * inner * outer >= SMALLEST and summed >= LEAST_SUMMED:
+            return "onednn-copy" if op == "linear_weight" else "onednn"
+    return CANDIDATES[op][0]
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

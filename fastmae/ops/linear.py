@@ -20,10 +20,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastmae.ops import cpu
 from fastmae.ops.attention_table import dtype_name
-from fastmae.ops.backends import asked_backends, choices_hold
-from fastmae.ops.choices import CANDIDATES, LINEAR, Bands, at_size
+from fastmae.ops.backends import asked_backends, choices_hold, op_choice
+from fastmae.ops.choices import CANDIDATES, LINEAR
 from fastmae.ops.linear_bf16 import Copies, linear_bf16, takes_copies
-from fastmae.torch_compat import constant_when_compiled, has_onednn_linear, onednn_linear
+from fastmae.torch_compat import has_onednn_linear, onednn_linear
 
 ONEDNN = has_onednn_linear()
 TORCHS = ("torch", "torch", "torch")
@@ -88,14 +88,11 @@ def linear_choice(rows: int, inner: int, outer: int, dtype: torch.dtype) -> tupl
 
     They are candidates of ``LINEAR`` in fastmae/ops/choices.py. torch.compile may call it with rows that are unknown.
     """
-    if not choices_hold() or (asked_backends().choices.rules == "0.1" and not ONEDNN):
+    if asked_backends().choices.rules == "0.1" and not ONEDNN:
         return TORCHS
-    return at_size(_bands(inner, outer, dtype), rows)
-
-
-@constant_when_compiled
-def _bands(inner: int, outer: int, dtype: torch.dtype) -> Bands[tuple[str, str, str]]:
-    return asked_backends().choices.linear_bands(inner, outer, dtype_name(dtype))
+    shape = rows, inner, outer
+    forward, of_input, of_weight = LINEAR
+    return op_choice(forward, shape, dtype), op_choice(of_input, shape, dtype), op_choice(of_weight, shape, dtype)
 
 
 def linear_candidates(op: str, dtype: torch.dtype) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from fastmae.model.vit import Attention
 from fastmae.ops.attention import NOT_MEASURED, attention, attention_backend, attention_reference
 from fastmae.ops.attention_table import SHIPPED_TABLE, read_table, user_table, write_table
 from fastmae.ops.backends import using
+from fastmae.ops.choices import OF_0_1, Choices
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GPU, OTHER = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
@@ -110,6 +111,13 @@ def test_the_module_is_what_it_was():
 CPP = [{"D": 32}, {"T": 3, "D": 64}, {"S": 50, "T": 1, "D": 80}, {"S": 5, "T": 40, "D": 16}]
 
 
+@pytest.fixture
+def in_cpp():
+    """As if C++ had been measured to be faster for all shapes."""
+    with using(choices=Choices.always(attention="cpu")):
+        yield
+
+
 def runs_in_cpp(*arguments):
     return "fastmae_attention" in type(attention(*arguments).grad_fn).__name__
 
@@ -130,13 +138,13 @@ def assert_as_good_as_torch(*arguments):
 
 
 @pytest.mark.parametrize("shape", CPP)
-def test_cpp_is_as_good_as_torch(shape):
+def test_cpp_is_as_good_as_torch(in_cpp, shape):
     arguments = cpp_sample(**shape)
     assert runs_in_cpp(*arguments)
     assert_as_good_as_torch(*arguments)
 
 
-def test_cpp_takes_any_strides():
+def test_cpp_takes_any_strides(in_cpp):
     packed, queries = cpp_sample(S=9, T=6, D=32)
     for packed_view in (
         packed.transpose(0, 1).contiguous().transpose(0, 1),
@@ -150,7 +158,7 @@ def test_cpp_takes_any_strides():
     assert_as_good_as_torch(whole[:, :, 1:], whole[:, 4:, 0])
 
 
-def test_a_gradient_that_was_expanded_comes_through_cpp():
+def test_a_gradient_that_was_expanded_comes_through_cpp(in_cpp):
     (packed,) = cpp_sample(D=32)
     (got,) = torch.autograd.grad(attention(packed).sum(), packed)
     (expected,) = torch.autograd.grad(attention_reference(packed).sum(), packed)
@@ -158,7 +166,7 @@ def test_a_gradient_that_was_expanded_comes_through_cpp():
 
 
 @pytest.mark.parametrize("shape", CPP[:2])
-def test_cpp_compiles_as_one_graph(shape):
+def test_cpp_compiles_as_one_graph(in_cpp, shape):
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     arguments = cpp_sample(**shape)
     for one, other in zip(gradients(compiled, arguments), gradients(attention, arguments), strict=True):
@@ -174,7 +182,7 @@ def test_cpp_is_one_op_to_torch(shape):
     torch.library.opcheck(torch.ops.fastmae.attention_backward.default, (*arguments, "cpu"))
 
 
-def test_its_products_are_counted():
+def test_its_products_are_counted(in_cpp):
     for shape, product in (({"D": 32}, 2 * 2 * 3 * 7 * 7 * 32), ({"T": 5, "D": 32}, 2 * 2 * 3 * 5 * 7 * 32)):
         arguments = cpp_sample(**shape)
         with FlopCounterMode(display=False) as counter:
@@ -320,28 +328,39 @@ def test_what_needs_no_table(h100):
         assert chosen() == ("sdpa", "asked for")
 
 
+def test_on_a_cpu_it_is_torchs_own_by_default():
+    assert chosen(50, 64, torch.float32, CPU) == ("sdpa", "torch's own on cpu")
+
+
 @pytest.mark.parametrize(
     ("S", "head_dim", "dtype", "name"),
     [
         (50, 64, torch.float32, "cpu"),
         (1, 16, torch.float32, "cpu"),
         (1024, 128, torch.float32, "cpu"),
-        (1025, 64, torch.float32, "sdpa"),
         (50, 24, torch.float32, "sdpa"),
         (50, 144, torch.float32, "sdpa"),
         (50, 64, torch.bfloat16, "sdpa"),
         (50, 64, torch.float64, "sdpa"),
     ],
 )
-def test_cpp_runs_on_a_cpu_where_it_can(S, head_dim, dtype, name):
+def test_what_was_measured_runs_on_a_cpu_where_it_can(in_cpp, S, head_dim, dtype, name):
     assert chosen(S, head_dim, dtype, CPU)[0] == name
     with using(ops="reference"):
         assert chosen(S, head_dim, dtype, CPU)[0] == "sdpa"
     with using(attention="sdpa"):
         assert chosen(S, head_dim, dtype, CPU)[0] == "sdpa"
+    with using(choices=OF_0_1):
+        assert chosen(S, head_dim, dtype, CPU)[0] == name  # if vectors are wide
 
 
-def test_cpp_does_what_it_was_asked_for_alone():
+def test_version_0_1_left_long_sequences_to_torch():
+    with using(choices=OF_0_1):
+        assert chosen(1024, 64, torch.float32, CPU) == ("cpu", "as in version 0.1")
+        assert chosen(1025, 64, torch.float32, CPU)[0] == "sdpa"
+
+
+def test_cpp_does_what_it_was_asked_for_alone(in_cpp):
     arguments = cpp_sample(D=32)
     assert runs_in_cpp(*arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):

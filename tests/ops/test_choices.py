@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastmae.ops.backends import op_choice, using
-from fastmae.ops.choices import CANDIDATES, LINEAR, OF_0_1, TORCHS_OWN, Choice, Choices, at_size
+from fastmae.ops.choices import CANDIDATES, LINEAR, OF_0_1, TORCHS_OWN, Choice, Choices
 
 MEASURED = Choices(
     "measured",
@@ -59,13 +59,6 @@ def test_each_dtype_is_measured_by_itself():
     assert MEASURED.taken("linear_forward", (1600, 768, 2304), "bfloat16") == "torch"
 
 
-def test_the_three_products_of_a_layer_are_found_together():
-    bands = MEASURED.linear_bands(768, 2304, "float32")
-    for rows in (1, 400, 800, 801, 5000):
-        each = tuple(MEASURED.taken(op, (rows, 768, 2304), "float32") for op in LINEAR)
-        assert at_size(bands, rows) == each
-
-
 def test_without_a_choice_it_is_torchs_own():
     for op, candidates in CANDIDATES.items():
         shape = (4000, 3072, 768)[: 3 if op in LINEAR or op == "attention" else 2]
@@ -90,7 +83,6 @@ def test_version_0_1_decided_by_constants():
     assert linear(4096, 768, 255) == ("onednn", "torch", "onednn-copy")
     assert linear(255, 1024, 1024) == ("onednn", "onednn", "torch")
     assert linear(1024, 512, 256, "bfloat16") == ("torch", "torch", "torch")
-    assert at_size(OF_0_1.linear_bands(512, 256, "float32"), 1024) == ("onednn", "onednn", "onednn-copy")
     assert OF_0_1.taken("gelu", (4096, 3072), "float32") == "torch"
 
 
@@ -169,12 +161,14 @@ def test_anything_else_is_refused_in_a_line(damaged):
     assert len(str(error.value)) < 400
 
 
-def test_it_compiles_into_one_graph_with_rows_that_are_unknown():
+def test_it_compiles_into_one_graph_with_sizes_that_are_unknown():
     def double(x):
-        taken = op_choice("linear_forward", (x.shape[0], 768, 2304), x.dtype)
+        taken = op_choice("linear_forward", (x.shape[0], x.shape[1], 2304), x.dtype)
         return x * 2 if taken == "onednn" else x * 3
 
-    with using(choices=MEASURED):
-        compiled = torch.compile(double, fullgraph=True, backend="eager", dynamic=True)
-        for rows in (3, 2000, 5, 900):
-            assert torch.equal(compiled(torch.ones(rows, 1)), double(torch.ones(rows, 1)))
+    for choices in (MEASURED, OF_0_1, TORCHS_OWN):
+        with using(choices=choices):
+            compiled = torch.compile(double, fullgraph=True, backend="eager", dynamic=True)
+            for shape in ((3, 768), (2000, 768), (3, 768), (900, 768), (900, 500)):
+                assert torch.equal(compiled(torch.ones(shape)), double(torch.ones(shape)))
+        torch.compiler.reset()

@@ -65,15 +65,17 @@ class Stopwatch:
 
 
 def take_turns(
-    samplers: Mapping[Key, Callable[[], float]], rounds: int, enough: Callable[[], bool] = lambda: False
+    samplers: Mapping[Key, Callable[[], float]], rounds: int, enough: Callable[[float], bool] = lambda seconds: False
 ) -> dict[Key, list[float]]:
-    """A sample of each implementation per round, in turns. Once it is ``enough``, there is no further round."""
+    """A sample of each implementation per round, in turns. There is no further round once ``enough`` says so, of the
+    seconds that the last one took."""
     samples: dict[Key, list[float]] = {name: [] for name in samplers}
-    for number in range(rounds):
-        if number > 0 and enough():
-            break
+    for _ in range(rounds):
+        begin = time.monotonic()
         for name, sample in samplers.items():
             samples[name].append(sample())
+        if enough(time.monotonic() - begin):
+            break
     return samples
 
 

@@ -174,13 +174,13 @@ class _Clock:
     """How much is left of the seconds that a benchmark may take; None: there is no limit."""
 
     def __init__(self, limit: float | None) -> None:
-        self._begin, self._limit = time.perf_counter(), limit
+        self._begin, self._limit = time.monotonic(), limit
 
     def left(self, share: float) -> float | None:
         """Returns the seconds until this share of the limit has passed, 0 afterwards."""
         if self._limit is None:
             return None
-        return max(0.0, self._begin + share * self._limit - time.perf_counter())
+        return max(0.0, self._begin + share * self._limit - time.monotonic())
 
     def late(self, share: float) -> bool:
         return self.left(share) == 0.0
@@ -203,8 +203,8 @@ def bench_step(config: BenchStepConfig, command: Sequence[str]) -> int:
         stack.callback(parallel.stop, context)
         with torch.device("meta"):  # only its sizes are asked for
             _fresh_model(config)
-        ceilings, kernels = _ceilings(config, context)
         clock = _Clock(config.time_limit)
+        ceilings, kernels = _ceilings(config, context)
         runners, skipped = _start_all(config, context, stack, clock)
         _require_ours(skipped)
         losses = {name: facts.losses for name, (facts, _) in runners.items()}
@@ -217,7 +217,14 @@ def bench_step(config: BenchStepConfig, command: Sequence[str]) -> int:
         samplers = {key: partial(_answer, runners, *key, skipped) for key in keys}
         slowest = max(facts.seconds for facts, _ in runners.values())
         warm_up = not context.any(context.device.type == "cuda" or slowest > LONG)
-        samples = harness.take_turns(samplers, config.rounds + warm_up, lambda: context.any(clock.late(1.0)))
+        # After the rounds memory is measured, which takes a step of each once more, but for a GPU's ten.
+        still_needed = 1 if context.device.type == "cuda" else 2
+
+        def enough(last_round: float) -> bool:
+            left = clock.left(1.0)
+            return context.any(left is not None and left < still_needed * last_round)
+
+        samples = harness.take_turns(samplers, config.rounds + warm_up, enough)
         warm_up = warm_up and len(samples[OURS, STEP]) > 1
         # Memory comes last, as the profiler that it needs on a CPU is not part of training.
         peaks = {name: _answer(runners, name, PEAK, skipped) for name in runners if PEAK in requests[name]}

@@ -115,8 +115,8 @@ class BenchStepConfig:
     rounds: int = 7
     """Samples of each implementation; implementations take turns."""
     time_limit: int | None = None
-    """Seconds after which no further round begins, and after six tenths of which no implementation starts any more.
-    What was measured until then is reported. Default: no limit."""
+    """Seconds: no round begins that would end later, and no implementation starts after six tenths of them. What was
+    measured is reported. Default: no limit."""
     output: Samples = None
 
     def __post_init__(self) -> None:

@@ -106,6 +106,28 @@ def allow_recompilations(count: int) -> None:
         config.recompile_limit = max(config.recompile_limit, count)
 
 
+def keep_blocks_whole(whole: bool) -> None:
+    """Says whether torch.compile leaves a graph whole inside DistributedDataParallel, or cuts it at the buckets.
+
+    A cut lets gradients travel while others are computed, and costs what would be fused across it. Blocks that are
+    compiled one by one need no cuts: their gradients travel between them. Seen in torch 2.11 to 2.13. Without the
+    setting torch cuts.
+    """
+    from torch._dynamo import config
+
+    if hasattr(config, "optimize_ddp"):
+        config.optimize_ddp = not whole
+
+
+def without_compiling(module: nn.Module) -> None:
+    """Undoes ``module.compile()``.
+
+    Seen in torch 2.11 to 2.13. Without the name the module stays compiled.
+    """
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        module._compiled_call_impl = None
+
+
 def compile_errors() -> tuple[type[Exception], ...]:
     """The exceptions by which torch.compile says that it cannot compile.
 

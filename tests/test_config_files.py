@@ -185,7 +185,7 @@ def test_flags_override_the_file(tmp_path):
     )
     assert parse(["pretrain", "--parallel", "hsdp", "--config", str(path)]) == PretrainConfig(
         epochs=3, probe=False, async_save=False, input_size=(16, 12), wandb="--odd", hang_timeout=None, shard_size=2,
-        parallel="hsdp",
+        parallel="hsdp", compile="off",
     )  # fmt: skip
     flags = [
         "--epochs",

@@ -6,8 +6,9 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
-from fastmae.config.training import TrainingConfig, check_rates, check_training, default_warmup
+from fastmae.config.training import TrainingConfig, check_rates, check_training, chosen_compile, default_warmup
 from fastmae.config.values import coerce, given, need, need_at_least_one, need_statistics
 from fastmae.facts import DataFacts
 
@@ -121,6 +122,7 @@ class ResolvedFinetuneConfig(FinetuneConfig):
     model: str
     input_size: tuple[int, int]
     nb_classes: int
+    compile: Literal["off", "block", "model"]
     epochs: int
     lr: float
     blr: float
@@ -170,6 +172,7 @@ def resolve_finetune(
     class_names: tuple[str, ...] = (),
     ranks: int,
     num_workers: int,
+    on_gpu: bool = False,
 ) -> ResolvedFinetuneConfig:
     """Fills in what was left open, from the data (``facts``, ``nb_classes``), the encoder (``model``, the ``width`` of
     its tokens, ``img_size``, ``mean``, ``std``) and the machine."""
@@ -205,6 +208,7 @@ def resolve_finetune(
         mixup=given(config.mixup, 0.0 if digits else 0.8),
         cutmix=given(config.cutmix, 0.0 if digits else 1.0),
         num_workers=given(config.num_workers, num_workers),
+        compile=chosen_compile(config, epochs * facts.length // global_batch, on_gpu),
         in_chans=len(mean),
         mean=mean,
         std=std,

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 from fastmae.config.masking import Masking, MaskingConfig, check_masking, chosen_masking
-from fastmae.config.training import TrainingConfig, check_rates, check_training, default_warmup
+from fastmae.config.training import TrainingConfig, check_rates, check_training, chosen_compile, default_warmup
 from fastmae.config.values import coerce, given, need, need_at_least_one, need_size, need_statistics
 from fastmae.facts import FULL_SHUFFLE, DataFacts, MaskFacts
 
@@ -130,6 +130,7 @@ class ResolvedConfig(PretrainConfig):
     """None without growth; then grow_epochs is 0."""
     grow_epochs: int
     masking: Masking
+    compile: Literal["off", "block", "model"]
     epochs: int
     lr: float
     blr: float
@@ -176,6 +177,7 @@ def resolve(
     ranks: int,
     num_workers: int,
     masks: MaskFacts | None = None,
+    on_gpu: bool = False,
 ) -> ResolvedConfig:
     """Fills in what was left open, from the data (``facts``, its ``mean`` and ``std``), --masks and the machine.
 
@@ -199,6 +201,7 @@ def resolve(
     start_size = config.start_size
     blr = given(config.blr, 3e-3 if digits else 1e-3)
     global_batch = config.batch_size * config.accum_iter * ranks
+    steps = epochs * facts.length * config.repeated_masks // global_batch  # or a few less
     chosen = dict(
         model=model,
         input_size=(input_size[0], input_size[-1]),
@@ -216,6 +219,7 @@ def resolve(
         mean=given(config.mean, mean),
         std=given(config.std, std),
         num_workers=given(config.num_workers, num_workers),
+        compile=chosen_compile(config, steps, on_gpu, needs_compiling=config.float8),
         probe=given(config.probe, facts.labelled and facts.length <= PROBE_LIMIT),
         global_batch=global_batch,
         dataset_length=facts.length,

@@ -12,7 +12,7 @@ from fastmae.errors import SettingError
 # A run that goes on has these from its checkpoint where they are left open, whatever the default is by now.
 LEFT_OPEN = (
     "epochs", "blr", "lr", "warmup_epochs", "layer_decay", "crop_scale", "flip", "grow_epochs", "aa", "reprob", "mixup",
-    "cutmix", "drop_path",
+    "cutmix", "drop_path", "compile",
 )  # fmt: skip
 # These may change when a run goes on, and then it says so, as they change what it learns.
 TOLD_IF_CHANGED = (
@@ -24,6 +24,9 @@ PER_RANK = (
     "data_path", "masks", "finetune", "log_dir", "device", "num_workers", "pin_mem", "cache", "cache_gb",
 )  # fmt: skip
 MOST_WORKERS = 4096
+COMPILED_STEPS = 2000
+"""A run of fewer steps is not compiled by default. Compiling takes about half a minute on a GPU, and a compiled step
+saves 10 to 15 ms of ViT-B or ViT-L (predicted)."""
 YEAR = 366 * 24 * 3600
 
 
@@ -83,9 +86,10 @@ class TrainingConfig:
     checkpointing: Literal["none", "selective", "full"] = "none"
     """What the blocks compute a second time in the backward pass to save memory: nothing; everything but matrix
     products and attention (selective); everything (full). The results are the same bits."""
-    compile: Literal["off", "block", "model"] = "off"
+    compile: Literal["auto", "off", "block", "model"] = "auto"
     """Use torch.compile for each block, or for the whole loss. The first step then takes minutes. A CPU needs a C++
-    compiler."""
+    compiler. auto is block on a GPU if the run has at least 2,000 steps, and off where that fails; on a CPU it is off.
+    A run that goes on keeps what it had."""
     num_workers: int | None = None
     """Threads per rank that decode images. Default: the number of cores that this process may use, at most 10."""
     pin_mem: bool = True
@@ -156,6 +160,15 @@ def default_warmup(official: float, epochs: int) -> float:
     a tenth of the run, as the learning rate would never get up otherwise. An ``official`` 0 is a tenth as well.
     """
     return official if 0 < official < epochs else epochs / 10
+
+
+def chosen_compile(
+    config: TrainingConfig, steps: int, on_gpu: bool, needs_compiling: bool = False
+) -> Literal["off", "block", "model"]:
+    """Returns what --compile means for a run of so many steps. Nowhere was the whole model measured to be better."""
+    if config.compile != "auto":
+        return config.compile
+    return "block" if needs_compiling or (on_gpu and steps >= COMPILED_STEPS) else "off"
 
 
 def check_rates(config: TrainingConfig) -> None:

@@ -56,6 +56,7 @@ from fastmae.model.weight_copies import WeightCopies
 from fastmae.signals import StopSignals
 from fastmae.train import parallel
 from fastmae.train.batches import BatchStream
+from fastmae.train.compiling import prepare_as_chosen
 from fastmae.train.optim import make_finetuning_optimizer
 from fastmae.train.precision import Precision, choose_precision
 from fastmae.train.recovery import data_seed, restore_attempt, roll_back, run_attempts
@@ -79,7 +80,7 @@ from fastmae.train.run import (
 )
 from fastmae.train.schedule import learning_rate_at, plan_steps
 from fastmae.train.settings import describe_backends, identity, resolve_as_before, resolve_settings
-from fastmae.train.step import MicroBatch, PassGraph, prepare, require_graph, train_step
+from fastmae.train.step import MicroBatch, PassGraph, require_graph, train_step
 
 TOP = 5
 
@@ -111,7 +112,7 @@ def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSi
     # Model, loss and optimiser, the same on every rank.
     model = _classifier(encoder, config).to(context.device)
     classification_loss = ClassificationLoss(model)
-    prepare(classification_loss, config.checkpointing, config.compile)
+    config, compiling = _prepare(flags, config, classification_loss, precision, context)
     parallelism = parallel.choose_parallelism(config.parallel, config.reduce, config.shard_size, context)
     loss_of = parallel.parallelize(classification_loss, context, parallelism)
     optimizer = make_finetuning_optimizer(model, len(model.blocks), config.lr, config.weight_decay, config.layer_decay)
@@ -120,7 +121,7 @@ def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSi
 
     # Where to begin.
     restored, rollbacks = restore_attempt(config, model, optimizer, steps, same, FIXED_IN_A_FINETUNING)
-    backends = _backends(config, context, precision, parallelism, model)
+    backends = _backends(config, context, precision, parallelism, model, compiling)
     summary = [*_summary(config, train, val, model), *notes]
     run = open_run(config, context, stop, steps, restored, rollbacks, same, summary=summary, backends=backends)
 
@@ -253,6 +254,7 @@ def _resolve(
         class_names=class_names(train) or (),
         ranks=context.size,
         num_workers=default_workers(),
+        on_gpu=context.device.type == "cuda",
     )
     if config.batch_size % 2 and (config.mixup or config.cutmix):
         raise SettingError("batch_size", config.batch_size, "must be even with --mixup or --cutmix, which mix pairs")
@@ -279,15 +281,36 @@ def _backends(
     precision: Precision,
     parallelism: parallel.Parallelism,
     model: Classifier,
+    compiling: str,
 ) -> dict[str, str]:
     """Returns which implementation of each part is used."""
     shapes = {"encoder": (model.num_patches + 1, model.head_dim)}
     decoding = describe_decoder("threads", "the one that augments")
     backends = describe_backends(context.device, precision, shapes, decoding)
-    backends["parallel"] = f"{parallelism.kind} ({parallelism.reason})"
+    backends |= {"compile": compiling, "parallel": f"{parallelism.kind} ({parallelism.reason})"}
     if config.cuda_graph:
         backends["cuda_graph"] = "forward and backward pass (asked for)"
     return backends
+
+
+def _prepare(
+    flags: FinetuneConfig,
+    config: ResolvedFinetuneConfig,
+    loss_of: ClassificationLoss,
+    precision: Precision,
+    context: parallel.DistContext,
+) -> tuple[ResolvedFinetuneConfig, str]:
+    """Applies --checkpointing and --compile. Returns the settings with the mode that works here, and why."""
+
+    def inputs() -> MicroBatch:
+        images, depth = config.batch_size, len(loss_of.model.blocks)
+        shape = images, config.in_chans, *config.input_size
+        targets = torch.full((images, config.nb_classes), 1 / config.nb_classes, device=context.device)
+        pixels = torch.zeros(shape, device=context.device)
+        branches = torch.ones(depth, 2, images, device=context.device)
+        return (pixels, targets, branches) if config.drop_path else (pixels, targets)
+
+    return prepare_as_chosen(loss_of, flags.compile, config, inputs, precision, context.gather)
 
 
 def _classifier(encoder: Opened, config: ResolvedFinetuneConfig) -> Classifier:

@@ -39,6 +39,7 @@ from fastmae.signals import StopSignals
 from fastmae.train import parallel
 from fastmae.train.average import Average, in_checkpoint, start_average, update_average
 from fastmae.train.batches import BatchStream
+from fastmae.train.compiling import prepare_as_chosen
 from fastmae.train.folder import read_probes
 from fastmae.train.optim import make_optimizer
 from fastmae.train.precision import Precision, choose_precision, require_float8
@@ -62,7 +63,7 @@ from fastmae.train.run import (
 )
 from fastmae.train.schedule import learning_rate_at, plan_steps
 from fastmae.train.settings import describe_backends, identity, resolve_as_before, resolve_settings
-from fastmae.train.step import MicroBatch, PassGraph, TrainingLoss, prepare, require_graph, train_step
+from fastmae.train.step import MicroBatch, PassGraph, TrainingLoss, require_graph, train_step
 
 PICTURE_IMAGES = 8
 PROBE_RUN = 100
@@ -88,7 +89,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
         source = open_train(flags.data_path)
         facts = describe(source, take_stock(source, flags.in_chans))
         masks = open_masks(flags.masks, flags.mask_ratio)
-        config, notes = resolve_as_before(flags, lambda f: resolve_settings(f, source, facts, context.size, masks))
+        config, notes = resolve_as_before(flags, lambda flags: _resolve(flags, source, facts, masks, context))
         probed = _probed(flags, config)
         precision = _precision(config, context)
         image_decoder, why_decoder = choose_decoder(config.image_decoder, context.device, source, config.in_chans)
@@ -104,7 +105,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     masks_of = {size: _masks(config, model, size, masks) for size in _sizes(config, model)}
     model.allow_sizes(tuple(masks_of))
     training_loss = TrainingLoss(model, config.mask_ratio, config.predict_ratio)
-    prepare(training_loss, config.checkpointing, config.compile, len(masks_of), config.float8)
+    config, compiling = _prepare(flags, config, training_loss, masks_of, precision, context)
     parallelism = parallel.choose_parallelism(config.parallel, config.reduce, config.shard_size, context)
     loss_of = parallel.parallelize(training_loss, context, parallelism)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
@@ -116,7 +117,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     average = start_average(model, restored.origin) if config.ema is not None else {}
     decoding = describe_decoder(image_decoder, why_decoder)
     backends = describe_backends(context.device, precision, model.attention_shapes(config.mask_ratio), decoding)
-    backends |= _more_backends(config, parallelism, source)
+    backends |= _more_backends(config, compiling, parallelism, source)
     summary = [*_summary(config, source, facts, model, masks_of), *probed.lines, *notes]
     run = open_run(config, context, stop, steps, restored, rollbacks, same, summary=summary, backends=backends)
     if restored.step == 0:
@@ -165,6 +166,13 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
+def _resolve(
+    flags: PretrainConfig, source: Source, facts: DataFacts, masks: MaskFile | None, context: parallel.DistContext
+) -> ResolvedConfig:
+    """Fills in every default from the data, the masks and the machine."""
+    return resolve_settings(flags, source, facts, context.size, masks, on_gpu=context.device.type == "cuda")
+
+
 def _precision(config: ResolvedConfig, context: parallel.DistContext) -> Precision:
     """Returns the number format of the run.
 
@@ -181,9 +189,11 @@ def _precision(config: ResolvedConfig, context: parallel.DistContext) -> Precisi
     return precision
 
 
-def _more_backends(config: ResolvedConfig, parallelism: parallel.Parallelism, source: Source) -> dict[str, str]:
-    """Returns the further choices by name: how ranks share the weights, and what was asked for."""
-    backends = {"parallel": f"{parallelism.kind} ({parallelism.reason})"}
+def _more_backends(
+    config: ResolvedConfig, compiling: str, parallelism: parallel.Parallelism, source: Source
+) -> dict[str, str]:
+    """Returns the further choices by name: what is compiled, how ranks share the weights, and what was asked for."""
+    backends = {"compile": compiling, "parallel": f"{parallelism.kind} ({parallelism.reason})"}
     if config.float8:
         backends["float8"] = f"products of the blocks (torchao {version('torchao')})"
     if config.cuda_graph:
@@ -207,6 +217,24 @@ def _model(config: ResolvedConfig, context: parallel.DistContext) -> MaskedAutoe
         raise SettingError(name, ratio, f"{error}; choose another ratio or --input_size") from error
     model.autocast_residual = config.residual == "bf16"
     return model.to(context.device)
+
+
+def _prepare(
+    flags: PretrainConfig,
+    config: ResolvedConfig,
+    training_loss: TrainingLoss,
+    masks_of: dict[Size, Masks],
+    precision: Precision,
+    context: parallel.DistContext,
+) -> tuple[ResolvedConfig, str]:
+    """Applies --float8, --checkpointing and --compile. Returns the settings with the mode that works here, and why."""
+
+    def inputs() -> MicroBatch:
+        size, masks = next(iter(masks_of.items()))
+        images = torch.zeros(config.batch_size, *size, config.in_chans, dtype=torch.uint8, device=context.device)
+        return images, shuffled_ids(torch.arange(config.batch_size), masks, context.device)
+
+    return prepare_as_chosen(training_loss, flags.compile, config, inputs, precision, context.gather, len(masks_of))
 
 
 def _sizes(config: ResolvedConfig, model: MaskedAutoencoderViT) -> tuple[Size, ...]:

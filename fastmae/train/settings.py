@@ -51,7 +51,12 @@ Resolved = TypeVar("Resolved", ResolvedConfig, ResolvedFinetuneConfig)
 
 
 def resolve_settings(
-    config: PretrainConfig, source: Source, facts: DataFacts, ranks: int, mask_file: MaskFile | None
+    config: PretrainConfig,
+    source: Source,
+    facts: DataFacts,
+    ranks: int,
+    mask_file: MaskFile | None,
+    on_gpu: bool = False,
 ) -> ResolvedConfig:
     """Fills in every default of a pretraining from its data, its masks and the machine.
 
@@ -67,7 +72,8 @@ def resolve_settings(
         measured = (IMAGENET_MEAN, IMAGENET_STD) if is_like_imagenet else channel_statistics(source, in_chans)
         mean, std = mean or measured[0], std or measured[1]
     masks = None if mask_file is None else mask_file.facts
-    return resolve(config, facts, mean=mean, std=std, ranks=ranks, num_workers=default_workers(), masks=masks)
+    workers = default_workers()
+    return resolve(config, facts, mean=mean, std=std, ranks=ranks, num_workers=workers, masks=masks, on_gpu=on_gpu)
 
 
 def resolve_as_before(flags: Flags, resolve: Callable[[Flags], Resolved]) -> tuple[Resolved, list[str]]:
@@ -95,7 +101,7 @@ def resolve_as_before(flags: Flags, resolve: Callable[[Flags], Resolved]) -> tup
 
 def _left_open(flags: TrainingConfig, now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that nobody gives, as the checkpoint has them."""
-    left_open = {name for name in LEFT_OPEN if name in now and getattr(flags, name) is None}
+    left_open = {name for name in LEFT_OPEN if name in now and getattr(flags, name) in (None, "auto")}
     if flags.blr is not None:
         left_open.discard("lr")  # it follows from what is given
     if getattr(flags, "start_size", None) is None:

@@ -24,6 +24,7 @@ from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.vit import BLOCKS, Checkpointing
 from fastmae.model.weight_copies import WeightCopies
 
+LONGEST_REASON = 200
 SHAPES_PER_SIZE = 4
 """The number of token shapes that blocks get for one image size, and one to spare."""
 
@@ -66,12 +67,19 @@ def prepare(
     # Blocks share code, which is compiled once for the encoder, once for the decoder and once for its last block, for
     # each of the ``sizes`` of images. torch gives up after 8 compilations of the same code unless the limit is raised.
     if compiling != "off":
-        torch_compat.allow_recompilations(SHAPES_PER_SIZE * sizes)
+        torch_compat.allow_recompilations(SHAPES_PER_SIZE * (sizes + 1))
+        torch_compat.keep_blocks_whole(compiling == "block")
     if compiling == "block":
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False)
     elif compiling == "model":
         loss_of.compile(fullgraph=True, dynamic=False)
+
+
+def without_compiling(loss_of: nn.Module) -> None:
+    """Undoes the --compile of ``prepare``, in place."""
+    for part in loss_of.modules():
+        torch_compat.without_compiling(part)
 
 
 def in_float8(model: MaskedAutoencoderViT, emulate: bool = False) -> None:
@@ -274,15 +282,20 @@ def train_step(
     return StepResult(total, norm, skipped)
 
 
+def in_a_line(error: Exception) -> str:
+    """Returns what the first line of an error says, and the second if the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    shown = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
+    return shown if len(shown) <= LONGEST_REASON else f"{shown[:LONGEST_REASON]} …"
+
+
 @contextmanager
 def _compile_errors_in_one_line() -> Generator[None]:
     try:
         yield
     except torch_compat.compile_errors() as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        why = lines[0] if lines else type(error).__name__
         problem = (
-            f"torch.compile failed ({why}); on a CPU it needs a C++ compiler while the run starts: install one (g++), "
-            "or use --compile=off"
+            f"torch.compile failed ({in_a_line(error)}); on a CPU it needs a C++ compiler while the run starts: "
+            "install one (g++), or use --compile=off"
         )
         raise SettingError("compile", problem=problem) from error

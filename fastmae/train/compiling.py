@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +17,14 @@ from torch import nn
 
 from fastmae.config import ResolvedConfig, ResolvedFinetuneConfig
 from fastmae.messages import logger
+from fastmae.model.weight_copies import WeightCopies
 from fastmae.train.precision import Precision
 from fastmae.train.step import MicroBatch, in_a_line, prepare, without_compiling
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+TRIED_ON = ("cuda",)
+"""Where compiling is tried first. On a CPU a run is compiled only as asked for, or as it began, and what is compiled
+depends on measurements that are made later."""
 
 Resolved = TypeVar("Resolved", ResolvedConfig, ResolvedFinetuneConfig)
 
@@ -56,9 +60,9 @@ def prepare_as_chosen(
         keep_compiled_code()
     prepare(loss_of, config.checkpointing, config.compile, sizes, float8)
     problem = None
-    if asked == "auto" and config.compile != "off" and not float8:
+    if asked == "auto" and config.compile != "off" and not float8 and device.type in TRIED_ON:
         with precision.products():
-            problem = why_it_fails(loss_of, inputs(), precision.context(device), gather)
+            problem = why_it_fails(loss_of, inputs(), precision, gather)
         if problem is not None:
             config = dataclasses.replace(config, compile="off")
     return config, _described(asked, config.compile, device.type == "cuda", problem)
@@ -85,7 +89,7 @@ def keep_compiled_code() -> None:
 
 
 def why_it_fails(
-    loss_of: nn.Module, inputs: MicroBatch, autocast: AbstractContextManager, gather: Callable[[Any], list[Any]]
+    loss_of: nn.Module, inputs: MicroBatch, precision: Precision, gather: Callable[[Any], list[Any]]
 ) -> str | None:
     """Tries a forward and a backward pass, which compiles them, before the module is wrapped for several ranks.
 
@@ -95,21 +99,23 @@ def why_it_fails(
     Args:
         loss_of: the module as ``step.prepare`` left it.
         inputs: a micro-batch of the shapes that the run has; its values do not matter.
-        autocast: the region of the forward pass.
+        precision: the number format of the run.
         gather: returns what every rank gives, by rank.
 
     Returns:
         Why it fails, in one line; None if it works on every rank.
     """
-    devices = [inputs[0].device] if inputs[0].device.type == "cuda" else []
+    device = inputs[0].device
+    devices = [device] if device.type == "cuda" else []
     problem = None
     with torch.random.fork_rng(devices):
         try:
-            with autocast:
-                loss = loss_of(*inputs)
-            loss.backward()
+            with _weights_as_in_a_step(loss_of, precision):
+                with precision.context(device):
+                    loss = loss_of(*inputs)
+                loss.backward()
             if devices:
-                torch.cuda.synchronize(devices[0])
+                torch.cuda.synchronize(device)
         except Exception as error:  # the compiler, its tools and the code that it made fail in many ways
             problem = in_a_line(error)
     loss_of.zero_grad(set_to_none=True)
@@ -120,6 +126,15 @@ def why_it_fails(
     without_compiling(loss_of)
     where = "" if len(problems) == 1 else f" on rank {failing[0]}"
     return f"torch.compile failed{where}: {problems[failing[0]]}"
+
+
+def _weights_as_in_a_step(loss_of: nn.Module, precision: Precision) -> AbstractContextManager:
+    """Lends layers copies of their weights if the steps of the run do, as other code is compiled without them."""
+    if precision.autocast != torch.bfloat16:
+        return nullcontext()
+    copies = WeightCopies(loss_of)
+    copies.write()
+    return copies.in_use()
 
 
 def _described(asked: str, mode: str, on_gpu: bool, problem: str | None) -> str:

@@ -11,15 +11,19 @@ import pytest
 import torch
 from helpers import metrics, small_run
 from ranks import run_script, start_ranks
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastmae
 from fastmae.config import FinetuneConfig, PretrainConfig, resolve, resolve_finetune, training
 from fastmae.errors import SettingError
 from fastmae.facts import DataFacts
-from fastmae.train import settings
+from fastmae.model.weight_copies import WeightCopies
+from fastmae.train import compiling, settings
 from fastmae.train.compiling import CACHE, keep_compiled_code, why_it_fails
+from fastmae.train.optim import make_optimizer
+from fastmae.train.precision import Precision
 from fastmae.train.pretrain import pretrain
-from fastmae.train.step import TrainingLoss, prepare
+from fastmae.train.step import TrainingLoss, prepare, train_step
 
 PHOTOS = DataFacts(kind="folder", channels=3, size=None, labelled=True, length=64_000)
 MACHINE = dict(mean=(0.5,) * 3, std=(0.2,) * 3, ranks=1, num_workers=3)
@@ -58,6 +62,7 @@ def test_a_run_that_goes_on_keeps_its_mode(monkeypatch, before, asked, mode):
 def as_on_a_gpu(monkeypatch, tmp_path):
     """Short runs on this CPU are compiled by default, as long ones on a GPU are."""
     monkeypatch.setattr(training, "COMPILED_STEPS", 0)
+    monkeypatch.setattr(compiling, "TRIED_ON", ("cpu",))
     choose = training.chosen_compile
     for module in (sys.modules["fastmae.config.pretrain"], sys.modules["fastmae.config.finetune"]):
         monkeypatch.setattr(module, "chosen_compile", lambda config, steps, *_, **rest: choose(config, steps, True))
@@ -130,14 +135,14 @@ def test_trying_leaves_no_trace(monkeypatch):
     before = {name: value.clone() for name, value in loss_of.state_dict().items()}
     prepare(loss_of, "none", "block")
     draws = torch.get_rng_state()
-    autocast = torch.autocast("cpu", enabled=False)
+    fp32 = Precision("fp32", "", None)
 
     def compiled() -> list[bool]:
         return [part._compiled_call_impl is not None for part in (*loss_of.model.blocks, *loss_of.model.decoder_blocks)]
 
-    assert why_it_fails(loss_of, small_batch(), autocast, lambda one: [one]) is None
+    assert why_it_fails(loss_of, small_batch(), fp32, lambda one: [one]) is None
     assert all(compiled())
-    problem = why_it_fails(loss_of, small_batch(), autocast, lambda one: [one, None, "no ptxas"])
+    problem = why_it_fails(loss_of, small_batch(), fp32, lambda one: [one, None, "no ptxas"])
     assert problem == "torch.compile failed on rank 2: no ptxas"
     assert not any(compiled())
     assert torch.equal(torch.get_rng_state(), draws)
@@ -209,6 +214,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastmae.train import parallel
 from fastmae.train.compiling import why_it_fails
 from fastmae.train.optim import make_optimizer
+from fastmae.train.precision import Precision
 from fastmae.train.step import TrainingLoss, prepare, train_step
 kind, compiling, checkpointing, failing = sys.argv[1:]
 context = parallel.start("cpu")
@@ -230,7 +236,7 @@ loss_of = TrainingLoss(model, 0.75)
 prepare(loss_of, checkpointing, compiling)
 autocast = torch.autocast("cpu", enabled=False)
 if int(failing) >= 0:
-    print(why_it_fails(loss_of, (images[mine], ids[mine]), autocast, context.gather))
+    print(why_it_fails(loss_of, (images[mine], ids[mine]), Precision("fp32", "", None), context.gather))
 choice = parallel.choose_parallelism(kind, "fp32", None, context)
 if kind == "ddp" and context.size > 1:  # buckets below the size of a block, as those of ViT-L are
     ddp = parallel.DistributedDataParallel
@@ -280,3 +286,18 @@ def test_one_rank_that_cannot_compile_decides_for_all(tmp_path):
         assert lines[0].startswith("torch.compile failed on rank 1: ")
         assert "there is no ptxas" in lines[0]
         assert losses(lines) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_trying_in_bf16_compiles_what_the_steps_use(monkeypatch):
+    """Steps lend the layers copies of their weights, with which other code is compiled than without."""
+    counter = CompileCounterWithBackend("aot_eager")
+    with_backend(monkeypatch, counter)
+    torch.compiler.reset()
+    loss_of, bf16 = small_loss(), Precision("bf16", "", torch.bfloat16)
+    prepare(loss_of, "none", "block")
+    assert why_it_fails(loss_of, small_batch(), bf16, lambda one: [one]) is None
+    graphs = counter.frame_count
+    autocast, optimizer = bf16.context(torch.device("cpu")), make_optimizer(loss_of, 1e-3, 0.05)
+    train_step(loss_of, optimizer, [small_batch()], 1, 1e-3, autocast, copies=WeightCopies(loss_of))
+    assert counter.frame_count == graphs == 3
+    torch.compiler.reset()

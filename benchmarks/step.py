@@ -39,6 +39,7 @@ from fastmae.benchmarks import harness
 from fastmae.benchmarks.baselines.loss import BaselineLoss
 from fastmae.benchmarks.harness import OURS, GoneError, Samples, milliseconds
 from fastmae.config import BenchStepConfig, PretrainConfig, check_bench
+from fastmae.config.training import COMPILED_STEPS, chosen_compile
 from fastmae.environment import peak_flops
 from fastmae.errors import UserError
 from fastmae.model.flops import flops_per_image
@@ -465,7 +466,8 @@ def ours(name: str, flags: PretrainConfig, inputs: Inputs, context: parallel.Dis
         model = PRESETS[name](img_size=model.img_size, decoder_attention="cross").to(device)
     model.autocast_residual = flags.residual == "bf16"
     loss_alone = TrainingLoss(model, MASK_RATIO)
-    prepare(loss_alone, flags.checkpointing, flags.compile, float8=flags.float8)
+    compiling = chosen_compile(flags, COMPILED_STEPS, device.type == "cuda", flags.float8)  # as in a long run
+    prepare(loss_alone, flags.checkpointing, compiling, float8=flags.float8)
     flops = flops_per_image(model, MASK_RATIO)
     loss_of = parallel.parallelize(loss_alone, context, _parallelism(flags, context))
     optimizer = make_optimizer(model, LR, WEIGHT_DECAY)
@@ -483,7 +485,7 @@ def ours(name: str, flags: PretrainConfig, inputs: Inputs, context: parallel.Dis
 
     batch = (inputs.images, inputs.ids_shuffle)
     backends = {"ops": flags.ops, "attention": flags.attention}
-    chosen = {"compile": flags.compile, "attention": _chosen_attention(model, precision, device, backends)}
+    chosen = {"compile": compiling, "attention": _chosen_attention(model, precision, device, backends)}
     return Implementation(loss_of, batch, optimizer, precision, train, tolerance, flops, graph, backends, chosen)
 
 

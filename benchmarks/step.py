@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -45,6 +45,7 @@ from fastmae.errors import UserError
 from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.presets import PRESETS
+from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops.attention import attention_backend
 from fastmae.ops.backends import using
 from fastmae.ops.random_masking import random_masking
@@ -126,6 +127,7 @@ class Implementation:
     tolerance: float  # of its losses, relative to ours
     flops: int  # operations that the loss of an image needs
     graph: PassGraph | None = None
+    copies: WeightCopies | None = None
     backends: dict[str, Any] = field(default_factory=dict)
     """What it asks the ops for, as arguments of ``using``."""
     chosen: dict[str, str] = field(default_factory=dict)
@@ -140,7 +142,9 @@ class Implementation:
     def passes(self, backward: bool) -> torch.Tensor:
         """Drops gradients, does the forward pass, and the backward pass if asked to; returns the loss, detached."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self.precision.products():
+        if self.copies is not None:
+            self.copies.write()
+        with self.precision.products(), nullcontext() if self.copies is None else self.copies.in_use():
             with self.precision.context(self.batch[0].device):
                 loss = self.loss_of(*self.batch)
             if backward:
@@ -473,12 +477,13 @@ def ours(name: str, flags: PretrainConfig, inputs: Inputs, context: parallel.Dis
     optimizer = make_optimizer(model, LR, WEIGHT_DECAY)
     average = {} if flags.ema is None else start_average(model, None)
     graph = PassGraph() if flags.cuda_graph else None
+    bf16 = WeightCopies(model) if precision.autocast == torch.bfloat16 else None
 
     def train(one: Implementation, together: bool) -> torch.Tensor:
         mean = context.mean if together else torch.clone
         with precision.products():
             autocast = precision.context(device)
-            result = train_step(loss_of, optimizer, [one.batch], 1, LR, autocast, flags.clip_grad, mean, graph)
+            result = train_step(loss_of, optimizer, [one.batch], 1, LR, autocast, flags.clip_grad, mean, graph, bf16)
         if flags.ema is not None:
             update_average(average, model, flags.ema, result.skipped)
         return result.loss
@@ -486,7 +491,7 @@ def ours(name: str, flags: PretrainConfig, inputs: Inputs, context: parallel.Dis
     batch = (inputs.images, inputs.ids_shuffle)
     backends = {"ops": flags.ops, "attention": flags.attention}
     chosen = {"compile": compiling, "attention": _chosen_attention(model, precision, device, backends)}
-    return Implementation(loss_of, batch, optimizer, precision, train, tolerance, flops, graph, backends, chosen)
+    return Implementation(loss_of, batch, optimizer, precision, train, tolerance, flops, graph, bf16, backends, chosen)
 
 
 def _chosen_attention(

@@ -1,4 +1,4 @@
-"""The five operations of a masked autoencoder, one file each; attention and linear maps are beside them.
+"""The five operations of a masked autoencoder, one file each; what any transformer needs is beside them.
 
 Shapes: N images of H×W×C pixels; patches of ph×pw pixels on a gh×gw grid; L = gh·gw patches, of which K are visible and
 M = L−K masked; P = ph·pw·C numbers per patch in (row, column, channel) order; tokens of width D.

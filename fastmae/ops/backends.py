@@ -131,3 +131,19 @@ def ops_backend(device: torch.device, *dtypes: torch.dtype) -> str:
     if asked == "cpu" and device.type != "cpu":
         raise ValueError(f"ops 'cpu' needs a CPU, got {device.type}; choose auto or triton")
     return "reference" if torch.float64 in dtypes else asked
+
+
+def uses_fused(op: str, x: torch.Tensor) -> bool:
+    """Tells whether a model computes with ``op``, ``add_layer_norm`` or ``gelu``, or with torch's own operations.
+
+    On a GPU with Triton: with the op, which moves fewer bytes than eager or compiled operations do (docs/kernels.md).
+    On a CPU: with torch's own. An exported program has torch's own, and so has float64, whatever was chosen.
+    """
+    return not torch.compiler.is_exporting() and _fused_backend(op, x.device, x.dtype) != "reference"
+
+
+@constant_when_compiled
+def _fused_backend(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Returns the implementation of ``op`` that a model uses. ``reference`` stands for torch's own operations."""
+    backend = ops_backend(device, dtype)
+    return "reference" if backend == "cpu" else backend

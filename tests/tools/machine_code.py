@@ -22,7 +22,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastmae.kernels import assemble_tokens, attention, gather_patches, masked_mse, random_masking, scatter_patches
+from fastmae.kernels import (
+    add_layer_norm,
+    assemble_tokens,
+    attention,
+    gather_patches,
+    gelu,
+    masked_mse,
+    random_masking,
+    scatter_patches,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHITECTURES = (80, 90, 100)
@@ -37,6 +46,8 @@ ATTENTION = [
     (197, 197, 32), (147, 197, 32), (257, 257, 32), (192, 257, 32),
     (197, 197, 64), (257, 257, 80), (320, 320, 64),
 ]  # fmt: skip
+# Widths of tokens of the published models and the small ones, and of ViT-B's decoder.
+NORMS = (192, 512, 768, 1024, 1280)
 START, END = "<!-- table -->", "<!-- /table -->"
 
 
@@ -75,6 +86,11 @@ def cases() -> Iterator[Case]:
     for width in (96, 512):
         for dtype, pointer in TYPES.items():
             yield from _tokens(width, f"D={width} {dtype}", pointer)
+    for stream in TYPES:
+        for width in NORMS:
+            yield from _norms(width, stream)
+    for dtype in TYPES:
+        yield from _gelu(4 * 768, dtype)
     for T, S, D in ATTENTION:
         yield from _attention(T, S, D)
 
@@ -146,6 +162,52 @@ def _tokens(width: int, name: str, pointer: str) -> Iterator[Case]:
         wide_loads=True,
         wide_stores=True,
     )
+
+
+def _norms(width: int, stream: str) -> Iterator[Case]:
+    """With bfloat16 branches, as under autocast."""
+    forward = {"p_x": TYPES[stream], "p_branch": "*bf16", "p_weight": "*fp32", "p_bias": "*fp32"}
+    forward |= {"p_stream": TYPES[stream], "p_normed": "*bf16", "p_mean": "*fp32", "p_rstd": "*fp32", "R": "i32"}
+    forward |= {"T": "i32", "x_stride_n": "i32", "branch_stride_n": "i32"}
+    blocks = add_layer_norm.block_sizes(width)
+    warps = blocks.pop("num_warps")
+    yield Case(
+        f"add_layer_norm D={width} {stream}",
+        add_layer_norm.add_layer_norm_kernel,
+        forward | {"x_stride_t": "i32", "branch_stride_t": "i32"},
+        {**blocks, "EPS": 1e-6},
+        warps,
+        wide_loads=True,
+        wide_stores=True,
+    )
+    backward = {"p_grad_stream": TYPES[stream], "p_grad_normed": "*bf16", "p_stream": TYPES[stream]}
+    backward |= {"p_weight": "*fp32", "p_mean": "*fp32", "p_rstd": "*fp32", "p_grad_x": TYPES[stream]}
+    backward |= {"p_grad_branch": "*bf16", "p_sums": "*fp32", "R": "i32", "rows": "i32"}
+    blocks = add_layer_norm.backward_block_sizes(width)
+    warps = blocks.pop("num_warps")
+    yield Case(
+        f"add_layer_norm backward D={width} {stream}",
+        add_layer_norm.add_layer_norm_backward_kernel,
+        backward,
+        {**blocks, "HAS_STREAM": True, "TWO": stream == "fp32"},
+        warps,
+        wide_loads=True,
+        wide_stores=True,
+    )
+
+
+def _gelu(width: int, dtype: str) -> Iterator[Case]:
+    constants = {**gelu.block_sizes(width), "HAS_BIAS": True}
+    forward = {"p_h": TYPES[dtype], "p_bias": "*fp32", "p_out": TYPES[dtype], "R": "i32"}
+    backward = {"p_grad": TYPES[dtype], "p_h": TYPES[dtype], "p_bias": "*fp32", "p_grad_h": TYPES[dtype]}
+    backward |= {"p_sums": "*fp32", "R": "i32", "rows": "i32"}
+    for direction, kernel, signature in (
+        ("", gelu.gelu_kernel, forward),
+        (" backward", gelu.gelu_backward_kernel, backward),
+    ):
+        yield Case(
+            f"gelu{direction} {dtype}", kernel, signature, constants, gelu.NUM_WARPS, wide_loads=True, wide_stores=True
+        )
 
 
 def _attention(T: int, S: int, D: int) -> Iterator[Case]:

@@ -18,7 +18,20 @@ from torch import nn
 
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import check_images
-from fastmae.model.vit import Block, NormLayer, PatchEmbed, checkpointed, patch_grid
+from fastmae.model.vit import (
+    Block,
+    NormLayer,
+    PatchEmbed,
+    Tokens,
+    add_norm,
+    added,
+    as_sum,
+    autocast_dtype,
+    block_output,
+    call_block,
+    normed,
+    patch_grid,
+)
 from fastmae.ops.gather_patches import gather_patches
 from fastmae.ops.linear import Linear, linear
 from fastmae.philox import STREAM_DROP_PATH, uniforms_numpy
@@ -48,16 +61,18 @@ class LoraLinear(Linear):
 class ClassifierBlock(Block):
     """A block with stochastic depth: in training, each sample may skip either branch (Huang et al. 2016)."""
 
-    def forward(self, x: torch.Tensor, depth_mask: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: Tokens, depth_mask: torch.Tensor | None = None) -> Tokens:  # type: ignore[override]
         """Maps tokens [N, S, D] to [N, S, D]; ``depth_mask`` [2, N] multiplies the branches, None means all ones."""
-        if depth_mask is None:
-            return checkpointed(self._output, x, 0, keeps=self.checkpointing)
-        return checkpointed(self._masked_output, x, depth_mask, keeps=self.checkpointing)
+        return block_output(self, x, depth_mask)
 
-    def _masked_output(self, x: torch.Tensor, depth_mask: torch.Tensor) -> torch.Tensor:
+    def branches(  # type: ignore[override]
+        self, x: torch.Tensor, normed: torch.Tensor, depth_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if depth_mask is None:
+            return super().branches(x, normed, 0)
         depth_mask = depth_mask.to(x.dtype)[:, :, None, None]
-        x = x + depth_mask[0] * self.attn(self.norm1(x))
-        return x + depth_mask[1] * self.mlp(self.norm2(x))
+        x, normed = add_norm(x, depth_mask[0] * self.attn(normed), self.norm2)
+        return x, depth_mask[1] * self.mlp(normed)
 
 
 class Classifier(nn.Module):
@@ -123,10 +138,10 @@ class Classifier(nn.Module):
             images: uint8 [N, H, W, C], or float [N, C, H, W], normalised.
             depth_mask: [depth, 2, N] from ``stochastic_depth_mask``; None means that no branch is skipped.
         """
-        x = self._embed(images)
+        x = as_sum(self._embed(images))
         for number, block in enumerate(self.blocks):
-            x = block(x, None if depth_mask is None else depth_mask[number])
-        return self.head(self.fc_norm(x[:, 1:].mean(dim=1)) if self.global_pool else self.norm(x)[:, 0])
+            x = call_block(block, x, None if depth_mask is None else depth_mask[number], kind=ClassifierBlock)
+        return self.head(self.fc_norm(added(x)[:, 1:].mean(dim=1)) if self.global_pool else normed(x, self.norm)[:, 0])
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
         """Makes tokens [N, 1+L, D] with their positions, class token first."""
@@ -137,8 +152,7 @@ class Classifier(nn.Module):
             raise ValueError(f"images must have {expected}, got shape {list(images.shape)}")
         check_images(self, images)
         mean, std = (self.mean, self.std) if is_uint8 else (self._zeros, self._ones)
-        device = images.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.weight.dtype
+        dtype = autocast_dtype(images.device) or self.head.weight.dtype
         ids = torch.arange(self.num_patches, device=images.device, dtype=torch.int32).expand(len(images), -1)
         x = self.patch_embed(gather_patches(pixels, ids, self.patch_size, mean, std, dtype))
         return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastmae.model.mae import DecoderAttention, MaskedAutoencoderViT
-from fastmae.model.vit import CrossBlock, NormLayer
+from fastmae.model.vit import CrossBlock, NormLayer, as_sum, call_block, normed
 
 
 class CrossMAE(MaskedAutoencoderViT):
@@ -78,7 +78,7 @@ class CrossMAE(MaskedAutoencoderViT):
 
         ``ids_shuffle`` may end early, as no patch's prediction depends on another's.
         """
-        x = self._residual(self.mask_token + pos_embed[0, 1:][ids_shuffle[:, start - 1 :].long()])
+        x = as_sum(self._residual(self.mask_token + pos_embed[0, 1:][ids_shuffle[:, start - 1 :].long()]))
         for block, read in zip(self.decoder_blocks, latent, strict=True):
-            x = block(x, read)
-        return self.decoder_pred(self.decoder_norm(x))
+            x = call_block(block, x, read, kind=CrossBlock)
+        return self.decoder_pred(normed(x, self.decoder_norm))

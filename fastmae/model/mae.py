@@ -15,7 +15,17 @@ import torch
 from torch import nn
 
 from fastmae.model.pixels import check_images
-from fastmae.model.vit import Block, NormLayer, PatchEmbed, patch_grid, sincos_positions
+from fastmae.model.vit import (
+    Block,
+    NormLayer,
+    PatchEmbed,
+    as_sum,
+    autocast_dtype,
+    call_block,
+    normed,
+    patch_grid,
+    sincos_positions,
+)
 from fastmae.ops.assemble_tokens import assemble_tokens
 from fastmae.ops.gather_patches import gather_patches
 from fastmae.ops.linear import Linear
@@ -29,11 +39,6 @@ OFFICIAL_STEPS = ("forward", "forward_encoder", "forward_decoder", "forward_loss
 
 Size = int | tuple[int, int]
 DecoderAttention = Literal["self", "cross"]
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    """Returns the dtype of matrix products inside an autocast region; None outside of one."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _pair(size: Size) -> tuple[int, int]:
@@ -279,10 +284,10 @@ class MaskedAutoencoderViT(nn.Module):
 
     def _encode(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Runs the encoder on the patches ``ids`` [N, K] alone: tokens [N, 1+K, D], class token first."""
-        x = self._embed(images, ids)
+        x = as_sum(self._embed(images, ids))
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+            x = call_block(block, x, kind=Block)
+        return normed(x, self.norm)
 
     def _latent(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Returns what the decoder reads of the patches ``ids`` [N, K]: the tokens of ``_encode``."""
@@ -291,7 +296,7 @@ class MaskedAutoencoderViT(nn.Module):
     def _embed(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Makes the input of the encoder's first block: tokens [N, 1+K, D] with their positions, class token first."""
         pixels, mean, std = self._pixels(images)
-        dtype = _autocast_dtype(images.device.type) or self.patch_embed.proj.weight.dtype
+        dtype = autocast_dtype(images.device) or self.patch_embed.proj.weight.dtype
         x = self.patch_embed(gather_patches(pixels, ids, self.patch_size, mean, std, dtype))
         pos_embed, _ = self._positions(images)
         x = x + pos_embed[0, 1:][ids.long()]
@@ -300,7 +305,7 @@ class MaskedAutoencoderViT(nn.Module):
 
     def _residual(self, x: torch.Tensor) -> torch.Tensor:
         """Casts tokens to the dtype that they have between blocks. Blocks keep it: autocast's products have it too."""
-        dtype = _autocast_dtype(x.device.type) if self.autocast_residual else None
+        dtype = autocast_dtype(x.device) if self.autocast_residual else None
         return x if dtype is None else x.to(dtype)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
@@ -350,11 +355,11 @@ class MaskedAutoencoderViT(nn.Module):
             x = assemble_tokens(x, self.mask_token[0, 0], torch.zeros_like(pos_embed[0]), ids_shuffle) + positions
         else:
             x = assemble_tokens(x, self.mask_token[0, 0], pos_embed[0], ids_shuffle)
-        x = self._residual(x)
+        x = as_sum(self._residual(x))
         for block in self.decoder_blocks[:-1]:
-            x = block(x)
-        x = self.decoder_blocks[-1](x, start)
-        return self.decoder_pred(self.decoder_norm(x))
+            x = call_block(block, x, kind=Block)
+        x = call_block(self.decoder_blocks[-1], x, start, kind=Block)
+        return self.decoder_pred(normed(x, self.decoder_norm))
 
     # --- losses -----------------------------------------------------------------------------------------------------
 

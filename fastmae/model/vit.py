@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from fastmae.ops.add_layer_norm import add_layer_norm
 from fastmae.ops.attention import attention
+from fastmae.ops.backends import uses_fused
+from fastmae.ops.gelu import gelu
 from fastmae.ops.linear import Linear, linear
 from fastmae.ops.linear_bf16 import Copies
 from fastmae.torch_compat import aten_ops
@@ -80,6 +83,11 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     It is not if it is wrapped (adapters), parametrised, or somebody has put hooks on it.
     """
     return type(layer) is kind and not has_hooks(layer)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Returns the dtype of matrix products inside an autocast region; None outside of one."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 class PatchEmbed(nn.Module):
@@ -162,7 +170,68 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        if not uses_fused("gelu", x, autocast_dtype(x.device) or x.dtype):
+            return self.fc2(F.gelu(self.fc1(x)))
+        if not is_plain(self.fc1, Linear):
+            return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(gelu(linear(x, self.fc1.weight, None), self.fc1.bias))
+
+
+class Sum(NamedTuple):
+    """Tokens [N, S, D] as two summands, which the next LayerNorm adds in its own pass.
+
+    Blocks that are called one after another pass them on, so that the addition at the end of a block and the first norm
+    of the next block read and write the tokens once. A block that is called with tokens returns tokens.
+    """
+
+    stream: torch.Tensor
+    branch: torch.Tensor
+
+
+Tokens = torch.Tensor | Sum
+
+
+def as_sum(x: torch.Tensor) -> Tokens:
+    """Prepares tokens for ``call_block``: where additions need no pass of their own, the branch is zero at first.
+
+    So all blocks of a stack get the same kind of input, and are compiled once.
+    """
+    dtype = autocast_dtype(x.device) or x.dtype
+    if not uses_fused("add_layer_norm", x, dtype):
+        return x
+    branch = x.new_zeros(x.shape, dtype=dtype)
+    if not torch.compiler.is_compiling():  # to be like the other blocks' branches; the gradient is written anyway
+        branch.requires_grad_(x.requires_grad)
+    return Sum(x, branch)
+
+
+def call_block(block: nn.Module, x: Tokens, *inputs: Any, kind: type[nn.Module]) -> Tokens:
+    """Calls a block with a sum if it is plainly of its ``kind``; any other gets tokens, and returns them.
+
+    If a block keeps nothing but its input for the backward pass, that input is tokens, which are one tensor.
+    """
+    plain = is_plain(block, kind) and "forward" not in vars(block) and block.checkpointing != "full"
+    return block(x if plain else added(x), *inputs)
+
+
+def added(x: Tokens) -> torch.Tensor:
+    """Returns tokens as one tensor."""
+    return x.stream + x.branch if isinstance(x, Sum) else x
+
+
+def normed(x: Tokens, norm: nn.Module) -> torch.Tensor:
+    """Returns the norm of tokens."""
+    return add_norm(*x, norm)[1] if isinstance(x, Sum) else norm(x)
+
+
+def add_norm(x: torch.Tensor, branch: torch.Tensor, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the tokens x + branch and their norm, in one pass if it is a plain LayerNorm and there is such an op."""
+    plain = isinstance(norm, nn.LayerNorm) and is_plain(norm, nn.LayerNorm) and norm.bias is not None
+    if plain and uses_fused("add_layer_norm", branch, branch.dtype):
+        dtype = autocast_dtype(x.device) or x.dtype
+        return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype)  # type: ignore[arg-type]
+    x = x + branch
+    return x, norm(x)
 
 
 class Block(nn.Module):
@@ -181,13 +250,17 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """Computes the block's output [N, S − start, D] for the tokens from ``start`` on, for tokens [N, S, D]."""
-        return checkpointed(self._output, x, start, keeps=self.checkpointing)
+    def forward(self, x: Tokens, start: int = 0) -> Tokens:
+        """Computes the block's output [N, S − start, D] for the tokens from ``start`` on, for tokens [N, S, D].
 
-    def _output(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        x = x[:, start:] + self.attn(self.norm1(x), start)
-        return x + self.mlp(self.norm2(x))
+        The output of a ``Sum`` is a ``Sum``.
+        """
+        return block_output(self, x, start)
+
+    def branches(self, x: torch.Tensor, normed: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the attention to tokens whose norm is ``normed``; returns the sum, and what the MLP adds to it."""
+        x, normed = add_norm(x[:, start:], self.attn(normed, start), self.norm2)
+        return x, self.mlp(normed)
 
 
 class CrossBlock(nn.Module):
@@ -206,22 +279,39 @@ class CrossBlock(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-        """Computes the block's output [N, T, D] for tokens [N, T, D] that attend to ``read`` [N, S, read_dim]."""
-        return checkpointed(self._output, x, read, keeps=self.checkpointing)
+    def forward(self, x: Tokens, read: torch.Tensor) -> Tokens:
+        """Computes the block's output [N, T, D] for tokens [N, T, D] that attend to ``read`` [N, S, read_dim].
 
-    def _output(self, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x), self.norm_kv(read))
-        return x + self.mlp(self.norm2(x))
+        The output of a ``Sum`` is a ``Sum``.
+        """
+        return block_output(self, x, read)
+
+    def branches(self, x: torch.Tensor, normed: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the attention to tokens whose norm is ``normed``; returns the sum, and what the MLP adds to it."""
+        x, normed = add_norm(x, self.attn(normed, self.norm_kv(read)), self.norm2)
+        return x, self.mlp(normed)
 
 
 # The units of checkpointing, compilation and sharding.
 BLOCKS = (Block, CrossBlock)
 
 
-def checkpointed(
-    output: Callable[..., torch.Tensor], *inputs: torch.Tensor | int, keeps: Checkpointing
-) -> torch.Tensor:
+def block_output(block: Any, x: Tokens, *inputs: Any) -> Tokens:
+    """Computes the output of a block with the parts ``norm1`` and ``branches``, of the kind of ``x``."""
+
+    def of_sum(stream: torch.Tensor, branch: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return block.branches(*add_norm(stream, branch, block.norm1), *inputs)
+
+    def of_tokens(x: torch.Tensor, *inputs: Any) -> torch.Tensor:
+        x, branch = block.branches(x, block.norm1(x), *inputs)
+        return x + branch
+
+    if isinstance(x, Sum):
+        return Sum(*checkpointed(of_sum, *x, *inputs, keeps=block.checkpointing))
+    return checkpointed(of_tokens, x, *inputs, keeps=block.checkpointing)
+
+
+def checkpointed(output: Callable[..., Any], *inputs: torch.Tensor | int, keeps: Checkpointing) -> Any:
     """Computes ``output(*inputs)``; ``keeps`` says how much of it is kept for the backward pass."""
     if keeps == "none":
         return output(*inputs)

@@ -133,17 +133,21 @@ def ops_backend(device: torch.device, *dtypes: torch.dtype) -> str:
     return "reference" if torch.float64 in dtypes else asked
 
 
-def uses_fused(op: str, x: torch.Tensor) -> bool:
+def uses_fused(op: str, x: torch.Tensor, dtype: torch.dtype) -> bool:
     """Tells whether a model computes with ``op``, ``add_layer_norm`` or ``gelu``, or with torch's own operations.
 
-    On a GPU with Triton: with the op, which moves fewer bytes than eager or compiled operations do (docs/kernels.md).
-    On a CPU: with torch's own. An exported program has torch's own, and so has float64, whatever was chosen.
+    ``x`` has the shape and the device, ``dtype`` is that of the branch or of what GELU is applied to. On a GPU with
+    Triton it is the op, which moves fewer bytes than eager or compiled operations do (docs/kernels.md); on a CPU what
+    was chosen, torch's own by default. An exported program has torch's own, and so has float64.
     """
-    return not torch.compiler.is_exporting() and _fused_backend(op, x.device, x.dtype) != "reference"
+    if torch.compiler.is_exporting():
+        return False
+    backend = _backend_of_models(x.device, dtype)
+    if backend == "cpu":
+        return op_choice(op, (x.numel() // x.shape[-1], x.shape[-1]), dtype) == "cpu"
+    return backend == "triton"
 
 
 @constant_when_compiled
-def _fused_backend(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Returns the implementation of ``op`` that a model uses. ``reference`` stands for torch's own operations."""
-    backend = ops_backend(device, dtype)
-    return "reference" if backend == "cpu" else backend
+def _backend_of_models(device: torch.device, dtype: torch.dtype) -> str:
+    return ops_backend(device, dtype)

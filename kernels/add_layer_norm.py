@@ -2,7 +2,7 @@
 
 Rows lie in registers whole, so each number is read once. Backward, a program goes through a run of rows, writes the
 gradient of the sum in one or two dtypes, and adds up those of the weight and the bias. torch adds up the sums of the
-programs afterwards, so no atomics are needed and the gradients are the same in every run.
+programs afterwards, so no atomics are needed and the gradients are the same in every run on a kind of GPU.
 
 Lower bound, bytes per row and channel with a stream and a branch of s and b bytes and bfloat16 beside them: s + b read,
 s + 2 written; backward 2·s + 2 read, s + b written (b only if the dtypes differ). A bfloat16 stream: 8 and 8. A float32
@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from fastmae.kernels.multiprocessors import multiprocessors
+
 FORWARD_TILE = 4096  # numbers that a program holds at once
 BACKWARD_TILE = 2048  # of which there are five: stream, two gradients, two sums
-BACKWARD_ROWS = 4  # more of narrow rows spill registers where the sums are put together
-NARROW = 2048  # rows up to this are one or more for 4 warps; wider ones get more warps, so that registers suffice
-PROGRAMS = 512  # of the backward pass: about four for each multiprocessor of a large GPU
+PROGRAMS = 3  # of the backward pass for each multiprocessor: as many as registers allow at once
 
 
 @triton.jit
@@ -106,14 +106,13 @@ def add_layer_norm_backward_kernel(
 def block_sizes(width: int) -> dict[str, int]:
     """Returns the tile of the forward pass, BR whole rows of BD ≥ D numbers, and the number of warps for it."""
     block = max(128, triton.next_power_of_2(width))
-    warps = 4 if block <= NARROW else block // 512
-    return {"D": width, "BR": max(1, FORWARD_TILE // block), "BD": block, "num_warps": warps}
+    return {"D": width, "BR": max(1, FORWARD_TILE // block), "BD": block, "num_warps": max(4, block // 512)}
 
 
 def backward_block_sizes(width: int) -> dict[str, int]:
-    """Returns the tile of the backward pass, in the same way."""
-    blocks = block_sizes(width)
-    return {**blocks, "BR": min(BACKWARD_ROWS, max(1, BACKWARD_TILE // blocks["BD"]))}
+    """Returns the tile of the backward pass, in the same way: 8 numbers a thread, as there are five tiles."""
+    block = max(128, triton.next_power_of_2(width))
+    return {"D": width, "BR": max(1, BACKWARD_TILE // block), "BD": block, "num_warps": max(8, block // 256)}
 
 
 def add_layer_norm_triton(
@@ -154,7 +153,7 @@ def add_layer_norm_backward_triton(
     if not stream.numel():
         return [*gradients, torch.zeros(2, D, dtype=torch.float32, device=stream.device)]
     blocks = backward_block_sizes(D)
-    rows = triton.cdiv(triton.cdiv(R, PROGRAMS), blocks["BR"]) * blocks["BR"]
+    rows = triton.cdiv(R, PROGRAMS * multiprocessors(stream.device) * blocks["BR"]) * blocks["BR"]
     programs = triton.cdiv(R, rows)
     sums = torch.empty(programs, 2, D, dtype=torch.float32, device=stream.device)
     grad_normed = grad_normed.contiguous()

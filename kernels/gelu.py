@@ -6,7 +6,7 @@ fitted for this kernel to the relative error of Φ(−|x|) on 0 … 14: 3·10⁻
 1 + erf cancels. So both take about 20 operations per number, few enough to hide behind the memory.
 
 Backward, a program goes through a run of rows for some columns, and adds up the gradient of the bias. torch adds up the
-sums of the programs afterwards, so no atomics are needed and the gradient is the same in every run.
+sums of the programs afterwards, so no atomics are needed and the gradient is the same in every run on a kind of GPU.
 
 Lower bound, bytes per number in bfloat16: 2 read and 2 written; backward 4 read and 2 written. Definition:
 fastmae/ops/gelu.py.
@@ -16,9 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
+from fastmae.kernels.multiprocessors import multiprocessors
+
 TILE = 2048  # numbers that a program holds at once: 16 per thread
 NUM_WARPS = 4
-PROGRAMS = 1024  # of the backward pass: about eight for each multiprocessor of a large GPU
+PROGRAMS = 6  # of the backward pass for each multiprocessor: as many as registers allow at once
 
 
 @triton.jit
@@ -120,7 +122,8 @@ def gelu_backward_triton(grad: torch.Tensor, h: torch.Tensor, bias: torch.Tensor
         return [grad_h] if bias is None else [grad_h, torch.zeros(F, dtype=torch.float32, device=h.device)]
     R, blocks = h.numel() // F, block_sizes(F)
     columns = triton.cdiv(F, blocks["BF"])
-    rows = triton.cdiv(triton.cdiv(R, triton.cdiv(PROGRAMS, columns)), blocks["BR"]) * blocks["BR"]
+    runs = max(1, PROGRAMS * multiprocessors(h.device) // columns)
+    rows = triton.cdiv(R, runs * blocks["BR"]) * blocks["BR"]
     programs = triton.cdiv(R, rows)
     # Without a bias nothing is written there.
     sums = grad_h if bias is None else torch.empty(programs, F, dtype=torch.float32, device=h.device)

@@ -11,12 +11,12 @@ namespace fastmae {
 namespace {
 
 // Head h of image n of [N, tokens, heads, D].
-float* floats(const Array& array, std::int64_t n, std::int64_t h) {
-  return reinterpret_cast<float*>(array.at(n) + h * array.strides[2]);
-}
+void* head_of(const Array& array, std::int64_t n, std::int64_t h) { return array.at(n) + h * array.strides[2]; }
+
+float* floats(const Array& lse, std::int64_t n, std::int64_t h) { return reinterpret_cast<float*>(lse.at(n, h)); }
 
 // The distance of two tokens, in numbers.
-std::int64_t row(const Array& array) { return array.strides[1] / static_cast<std::int64_t>(sizeof(float)); }
+std::int64_t row(const Array& array) { return array.strides[1] / size_of(array.dtype); }
 
 // The memory of one thread, aligned to a cache line.
 class Scratch {
@@ -44,9 +44,9 @@ struct Parts {
     v.data += (queries ? 1 : 2) * H * packed.strides[2];
   }
 
-  template <class Number>
-  AttentionHead<Number> head(std::int64_t n, std::int64_t h) const {
-    return {floats(q, n, h), floats(k, n, h), floats(v, n, h), row(q), row(k), row(v)};
+  template <class Void>
+  AttentionHead<Void> head(std::int64_t n, std::int64_t h) const {
+    return {head_of(q, n, h), head_of(k, n, h), head_of(v, n, h), row(q), row(k), row(v)};
   }
 
   AttentionShape shape() const {
@@ -55,41 +55,42 @@ struct Parts {
   }
 
   std::int64_t bytes_of_a_head() const {
-    return (q.shape[1] + 2 * k.shape[1]) * q.shape[3] * size_of(DType::kFloat32);
+    return (q.shape[1] + 2 * k.shape[1]) * q.shape[3] * size_of(q.dtype);
   }
 };
 
 }  // namespace
 
-void attention(const Array& packed, const Array* queries, int threads, const Array& out, const Array& lse) {
+void attention(const Array& packed, const Array* queries, bool dots, int threads, const Array& out,
+               const Array& lse) {
   const std::int64_t H = out.shape[2];
   const Parts parts(packed, queries, H);
   const AttentionShape shape = parts.shape();
-  const AttentionKernels& loops = attention_kernels();
+  const AttentionKernels& loops = attention_kernels(packed.dtype, dots);
   const std::int64_t bytes = parts.bytes_of_a_head();
   parallel_for_beside_torch(out.shape[0] * H, bytes, threads, [&](std::int64_t first, std::int64_t last) {
     const Scratch scratch(loops.room(shape, false));
     for (std::int64_t i = first; i < last; ++i) {
       const std::int64_t n = i / H, h = i % H;
-      loops.forward(parts.head<const float>(n, h), shape, floats(out, n, h), row(out),
-                    reinterpret_cast<float*>(lse.at(n, h)), scratch.get());
+      loops.forward(parts.head<const void>(n, h), shape, head_of(out, n, h), row(out), floats(lse, n, h),
+                    scratch.get());
     }
   });
 }
 
-void attention_backward(const Array& grad, const Array& packed, const Array* queries, const Array& lse, int threads,
-                        const Array& grad_packed, const Array* grad_queries) {
+void attention_backward(const Array& grad, const Array& packed, const Array* queries, const Array& lse, bool dots,
+                        int threads, const Array& grad_packed, const Array* grad_queries) {
   const std::int64_t H = grad.shape[2];
   const Parts parts(packed, queries, H), gradients(grad_packed, grad_queries, H);
   const AttentionShape shape = parts.shape();
-  const AttentionKernels& loops = attention_kernels();
+  const AttentionKernels& loops = attention_kernels(packed.dtype, dots);
   const std::int64_t bytes = 2 * parts.bytes_of_a_head();
   parallel_for_beside_torch(grad.shape[0] * H, bytes, threads, [&](std::int64_t first, std::int64_t last) {
     const Scratch scratch(loops.room(shape, true));
     for (std::int64_t i = first; i < last; ++i) {
       const std::int64_t n = i / H, h = i % H;
-      loops.backward(parts.head<const float>(n, h), shape, floats(grad, n, h), row(grad),
-                     reinterpret_cast<const float*>(lse.at(n, h)), gradients.head<float>(n, h), scratch.get());
+      loops.backward(parts.head<const void>(n, h), shape, head_of(grad, n, h), row(grad), floats(lse, n, h),
+                     gradients.head<void>(n, h), scratch.get());
     }
   });
 }

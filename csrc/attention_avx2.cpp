@@ -20,5 +20,6 @@ inline Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }
 #include "attention_loops.h"
 
 namespace fastmae {
-extern const AttentionKernels kAttentionAvx2 = attention_table();
+extern const AttentionLoops kAttentionAvx2 = {attention_kernels_of<float, Numbers>(),
+                                               attention_kernels_of<Bfloat, Numbers>()};
 }

@@ -20,5 +20,6 @@ inline Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }
 #include "attention_loops.h"
 
 namespace fastmae {
-extern const AttentionKernels kAttentionAvx512 = attention_table();
+extern const AttentionLoops kAttentionAvx512 = {attention_kernels_of<float, Numbers>(),
+                                               attention_kernels_of<Bfloat, Numbers>()};
 }

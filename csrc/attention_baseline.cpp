@@ -18,5 +18,6 @@ inline Float larger(Float a, Float b) { return a > b ? a : b; }
 #include "attention_loops.h"
 
 namespace fastmae {
-extern const AttentionKernels kAttentionBaseline = attention_table();
+extern const AttentionLoops kAttentionBaseline = {attention_kernels_of<float, Numbers>(),
+                                               attention_kernels_of<Bfloat, Numbers>()};
 }

@@ -134,25 +134,25 @@ std::optional<Array> view(const char* name, const Optional& array) {
 
 const Array* pointer(const std::optional<Array>& array) { return array ? &*array : nullptr; }
 
-void attention(const py::array& packed, const Optional& queries, std::int64_t threads, const py::array& out,
-               const py::array& lse) {
+void attention(const py::array& packed, const Optional& queries, bool dots, std::int64_t threads,
+               const py::array& out, const py::array& lse) {
   const Array in = view("packed", packed), result = view("out", out), logs = view("lse", lse);
   const std::optional<Array> asking = view("queries", queries);
   const int workers = fastmae::check_threads(threads);
-  fastmae::check_attention(in, pointer(asking), result, logs);
+  fastmae::check_attention(in, pointer(asking), dots, result, logs);
   const py::gil_scoped_release release;
-  fastmae::attention(in, pointer(asking), workers, result, logs);
+  fastmae::attention(in, pointer(asking), dots, workers, result, logs);
 }
 
 void attention_backward(const py::array& grad, const py::array& packed, const Optional& queries, const py::array& lse,
-                        std::int64_t threads, const py::array& grad_packed, const Optional& grad_queries) {
+                        bool dots, std::int64_t threads, const py::array& grad_packed, const Optional& grad_queries) {
   const Array of_out = view("grad", grad), in = view("packed", packed), logs = view("lse", lse);
   const Array result = view("grad_packed", grad_packed);
   const std::optional<Array> asking = view("queries", queries), of_asking = view("grad_queries", grad_queries);
   const int workers = fastmae::check_threads(threads);
-  fastmae::check_attention_backward(of_out, in, pointer(asking), logs, result, pointer(of_asking));
+  fastmae::check_attention_backward(of_out, in, pointer(asking), logs, dots, result, pointer(of_asking));
   const py::gil_scoped_release release;
-  fastmae::attention_backward(of_out, in, pointer(asking), logs, workers, result, pointer(of_asking));
+  fastmae::attention_backward(of_out, in, pointer(asking), logs, dots, workers, result, pointer(of_asking));
 }
 
 }  // namespace
@@ -179,11 +179,12 @@ PYBIND11_MODULE(_C, m) {
         "patches [N, M, P], ids [N, M], mean and std [C] -> images [N, H, W, C]");
   m.def("transpose_and_sum", &transpose_and_sum, arg("matrix"), arg("threads"), arg("transposed"), arg("sums"),
         "matrix float32 [R, C] -> transposed float32 [C, R], sums of the columns float32 [C]");
-  m.def("attention", &attention, arg("packed"), arg("queries"), arg("threads"), arg("out"), arg("lse"),
-        "float32 packed [N, S, 3H, D], or [N, S, 2H, D] with queries [N, T, H, D] -> out [N, T, H, D], lse [N, H, T]");
+  m.def("attention", &attention, arg("packed"), arg("queries"), arg("dots"), arg("threads"), arg("out"), arg("lse"),
+        "packed [N, S, 3H, D], or [N, S, 2H, D] with queries [N, T, H, D] -> out [N, T, H, D], lse float32 [N, H, T]");
   m.def("attention_backward", &attention_backward, arg("grad"), arg("packed"), arg("queries"), arg("lse"),
-        arg("threads"), arg("grad_packed"), arg("grad_queries"),
-        "float32 grad [N, T, H, D] -> the gradients of what attention was given");
+        arg("dots"), arg("threads"), arg("grad_packed"), arg("grad_queries"),
+        "grad [N, T, H, D] -> the gradients of what attention was given");
+  m.def("attention_dots", &fastmae::attention_dots, "Whether attention can take dots, which needs AVX512-BF16.");
   m.def("instruction_sets", &fastmae::instruction_sets, "Names of those that run here, the best one last.");
   m.def("instruction_set", [] { return fastmae::kernels().name; }, "The name of the one in use.");
   m.def("set_instruction_set", &fastmae::set_instruction_set, arg("name"), "Uses another one from now on.");

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "instruction_set.h"
+
 namespace fastmae {
 namespace {
 
@@ -165,9 +167,9 @@ Grid check_images(const Array& images, Pair patch_size, const Array& mean, const
   return grid;
 }
 
-// A head's numbers lie one after another.
-void check_heads(const Array& array, const char* axes) {
-  check_dtype(array, {DType::kFloat32});
+// A head's numbers lie one after another, and are those of packed.
+void check_heads(const Array& array, DType dtype, const char* axes) {
+  check_dtype(array, {dtype});
   check_axes(array, 4, axes);
   if (array.shape[3] > 1 && array.strides[3] != size_of(array.dtype) && elements_of(array) > 0)
     refuse(std::string(array.name) + " must have no gaps on its last axis, got strides of " +
@@ -175,21 +177,24 @@ void check_heads(const Array& array, const char* axes) {
 }
 
 // `like` is [N, T, H, D]: the output or its gradient.
-void check_attended(const Array& packed, const Array* queries, const Array& lse, const Array& like) {
-  check_heads(like, "[N, T, H, D]");
+void check_attended(const Array& packed, const Array* queries, const Array& lse, const Array& like, bool dots) {
+  check_dtype(packed, {DType::kFloat32, DType::kBfloat16});
+  if (dots && packed.dtype != DType::kBfloat16) refuse("dots are for bfloat16, got packed of float32");
+  if (dots && !attention_dots()) refuse("dots need a processor with AVX512-BF16, and its instruction set in use");
+  check_heads(like, packed.dtype, "[N, T, H, D]");
   const std::int64_t N = like.shape[0], T = like.shape[1], H = like.shape[2], D = like.shape[3];
   if (T < 1 || H < 1) refuse(std::string(like.name) + " must have a token and a head, got shape " + shape_of(like));
   if (D < 16 || D % 16 || D > kMaxHead)
     refuse(std::string(like.name) + " must have heads of a multiple of 16 numbers up to " + std::to_string(kMaxHead) +
            ", got shape " + shape_of(like));
   if (queries) {
-    check_heads(*queries, "[N, T, H, D]");
+    check_heads(*queries, packed.dtype, "[N, T, H, D]");
     check_shape(*queries, {N, T, H, D}, "[N, T, H, D]");
-    check_heads(packed, "[N, S, 2·H, D]");
+    check_heads(packed, packed.dtype, "[N, S, 2·H, D]");
     check_shape(packed, {N, packed.shape[1], 2 * H, D}, "[N, S, 2·H, D]");
     if (packed.shape[1] < 1) refuse("packed must have a token, got shape " + shape_of(packed));
   } else {
-    check_heads(packed, "[N, T, 3·H, D]");
+    check_heads(packed, packed.dtype, "[N, T, 3·H, D]");
     check_shape(packed, {N, T, 3 * H, D}, "[N, T, 3·H, D]");
   }
   check_dtype(lse, {DType::kFloat32});
@@ -324,23 +329,23 @@ void check_transpose_and_sum(const Array& matrix, const Array& transposed, const
   check_output(sums, {&matrix});
 }
 
-void check_attention(const Array& packed, const Array* queries, const Array& out, const Array& lse) {
-  check_attended(packed, queries, lse, out);
+void check_attention(const Array& packed, const Array* queries, bool dots, const Array& out, const Array& lse) {
+  check_attended(packed, queries, lse, out, dots);
   const Array& asking = queries ? *queries : packed;
   check_output(out, {&packed, &asking, &lse});
   check_output(lse, {&packed, &asking});
 }
 
 void check_attention_backward(const Array& grad, const Array& packed, const Array* queries, const Array& lse,
-                              const Array& grad_packed, const Array* grad_queries) {
-  check_attended(packed, queries, lse, grad);
+                              bool dots, const Array& grad_packed, const Array* grad_queries) {
+  check_attended(packed, queries, lse, grad, dots);
   if (!queries != !grad_queries) refuse("grad_queries must come with queries, and only with them");
   const Array& asking = queries ? *queries : packed;
-  check_dtype(grad_packed, {DType::kFloat32});
+  check_dtype(grad_packed, {packed.dtype});
   check_shape(grad_packed, {packed.shape[0], packed.shape[1], packed.shape[2], packed.shape[3]}, "of packed");
   check_output(grad_packed, {&grad, &packed, &asking, &lse});
   if (!grad_queries) return;
-  check_dtype(*grad_queries, {DType::kFloat32});
+  check_dtype(*grad_queries, {packed.dtype});
   check_shape(*grad_queries, {asking.shape[0], asking.shape[1], asking.shape[2], asking.shape[3]}, "of queries");
   check_output(*grad_queries, {&grad, &packed, &asking, &lse, &grad_packed});
 }

@@ -36,8 +36,8 @@ Checked check_masked_mse(const Array& pred, const Array& images, const Array& id
 Checked check_scatter_patches(const Array& patches, const Array& ids, Pair grid_size, Pair patch_size,
                               const Array& mean, const Array& std, const Array& images);
 void check_transpose_and_sum(const Array& matrix, const Array& transposed, const Array& sums);
-void check_attention(const Array& packed, const Array* queries, const Array& out, const Array& lse);
+void check_attention(const Array& packed, const Array* queries, bool dots, const Array& out, const Array& lse);
 void check_attention_backward(const Array& grad, const Array& packed, const Array* queries, const Array& lse,
-                              const Array& grad_packed, const Array* grad_queries);
+                              bool dots, const Array& grad_packed, const Array* grad_queries);
 
 }  // namespace fastmae

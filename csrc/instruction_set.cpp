@@ -11,22 +11,32 @@
 namespace fastmae {
 
 extern const Kernels kBaseline;
-extern const AttentionKernels kAttentionBaseline;
+extern const AttentionLoops kAttentionBaseline;
 #ifdef FASTMAE_X86_64
 extern const Kernels kAvx2, kAvx512;
-extern const AttentionKernels kAttentionAvx2, kAttentionAvx512;
+extern const AttentionLoops kAttentionAvx2, kAttentionAvx512;
+extern const AttentionKernels kAttentionAvx512Bf16;
 #endif
 
 namespace {
 
 struct Loops {
   const Kernels* ops;
-  const AttentionKernels* attention;
+  const AttentionLoops* attention;
+  const AttentionKernels* dots;  // attention of bfloat16 by dot products, or null
 };
 
-const Loops kBaselineLoops = {&kBaseline, &kAttentionBaseline};
+const Loops kBaselineLoops = {&kBaseline, &kAttentionBaseline, nullptr};
 #ifdef FASTMAE_X86_64
-const Loops kAvx2Loops = {&kAvx2, &kAttentionAvx2}, kAvx512Loops = {&kAvx512, &kAttentionAvx512};
+const Loops kAvx2Loops = {&kAvx2, &kAttentionAvx2, nullptr};
+const Loops kAvx512Loops = {&kAvx512, &kAttentionAvx512, nullptr};
+const Loops kAvx512LoopsWithDots = {&kAvx512, &kAttentionAvx512, &kAttentionAvx512Bf16};
+
+// Not every compiler knows AVX512-BF16 in the builtin that the others are asked of.
+bool has_bf16_dots() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
 #endif
 
 std::vector<const Loops*> find_supported() {
@@ -40,7 +50,7 @@ std::vector<const Loops*> find_supported() {
     found.push_back(&kAvx2Loops);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      found.push_back(&kAvx512Loops);
+      found.push_back(has_bf16_dots() ? &kAvx512LoopsWithDots : &kAvx512Loops);
   }
 #endif
   return found;
@@ -60,7 +70,13 @@ std::atomic<const Loops*>& chosen() {
 
 const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed)->ops; }
 
-const AttentionKernels& attention_kernels() { return *chosen().load(std::memory_order_relaxed)->attention; }
+const AttentionKernels& attention_kernels(DType dtype, bool dots) {
+  const Loops& loops = *chosen().load(std::memory_order_relaxed);
+  if (dots && loops.dots) return *loops.dots;
+  return dtype == DType::kBfloat16 ? loops.attention->bfloat16 : loops.attention->float32;
+}
+
+bool attention_dots() { return chosen().load(std::memory_order_relaxed)->dots; }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;

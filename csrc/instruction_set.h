@@ -10,7 +10,12 @@ namespace fastmae {
 
 // The loops in use: the best ones, until set_instruction_set is called.
 const Kernels& kernels();
-const AttentionKernels& attention_kernels();
+
+// For float32 or bfloat16; dots only if attention_dots().
+const AttentionKernels& attention_kernels(DType dtype, bool dots);
+
+// Whether the loops in use can multiply bfloat16 by the processor's dot products (AVX512-BF16).
+bool attention_dots();
 
 // Names of the instruction sets that this processor has and this build knows, the best one last.
 std::vector<std::string> instruction_sets();

@@ -59,10 +59,10 @@ struct Kernels {
 };
 
 // Queries [T, D], keys and values [S, D] of one head of one image, or their gradients. Rows lie so many numbers apart;
-// the numbers of a row have no gaps.
-template <class Number>
+// the numbers of a row have no gaps. Their type is that of the loops that take it.
+template <class Void>
 struct AttentionHead {
-  Number *q, *k, *v;
+  Void *q, *k, *v;
   std::int64_t q_row, k_row, v_row;
 };
 
@@ -72,18 +72,24 @@ struct AttentionShape {
   float scale;
 };
 
-// Attention of one head, with fused multiply-adds if the instruction set has them, so here it does change the bits.
+// Attention of one head of one type of numbers, with fused multiply-adds if the instruction set has them, so here it
+// does change the bits.
 struct AttentionKernels {
   // How many float32 numbers of memory the other two need, aligned for vectors of any instruction set.
   std::int64_t (*room)(AttentionShape shape, bool backward);
 
-  // out [T, D], and the logarithms of the sums of the exponentials of its scores, lse [T].
-  void (*forward)(AttentionHead<const float> head, AttentionShape shape, float* out, std::int64_t out_row, float* lse,
+  // out [T, D], and the logarithms of the sums of the exponentials of its scores, lse [T], in a unit of its own.
+  void (*forward)(AttentionHead<const void> head, AttentionShape shape, void* out, std::int64_t out_row, float* lse,
                   float* room);
 
   // grad [T, D] is the gradient of out; lse is the one that forward wrote.
-  void (*backward)(AttentionHead<const float> head, AttentionShape shape, const float* grad, std::int64_t grad_row,
-                   const float* lse, AttentionHead<float> gradients, float* room);
+  void (*backward)(AttentionHead<const void> head, AttentionShape shape, const void* grad, std::int64_t grad_row,
+                   const float* lse, AttentionHead<void> gradients, float* room);
+};
+
+// What an instruction set has for each type of numbers.
+struct AttentionLoops {
+  AttentionKernels float32, bfloat16;
 };
 
 }  // namespace fastmae

@@ -31,12 +31,13 @@ void scatter_patches(const Array& patches, const Ids& ids, const Grid& grid, con
 // matrix float32 [R, C] → transposed float32 [C, R], sums of the columns float32 [C].
 void transpose_and_sum(const Array& matrix, int threads, const Array& transposed, const Array& sums);
 
-// packed [N, S, 3·H, D], or queries [N, T, H, D] and packed [N, S, 2·H, D] → out [N, T, H, D], lse [N, H, T]. All are
-// float32. The one op whose bits depend on the instruction set.
-void attention(const Array& packed, const Array* queries, int threads, const Array& out, const Array& lse);
+// packed [N, S, 3·H, D], or queries [N, T, H, D] and packed [N, S, 2·H, D] → out [N, T, H, D], lse float32 [N, H, T]. All
+// others are float32, or all are bfloat16; dots multiplies bfloat16 by the processor's dot products. The one op whose
+// bits depend on the instruction set.
+void attention(const Array& packed, const Array* queries, bool dots, int threads, const Array& out, const Array& lse);
 
 // grad [N, T, H, D], and the inputs and outputs of attention → the gradients of packed and of queries.
-void attention_backward(const Array& grad, const Array& packed, const Array* queries, const Array& lse, int threads,
-                        const Array& grad_packed, const Array* grad_queries);
+void attention_backward(const Array& grad, const Array& packed, const Array* queries, const Array& lse, bool dots,
+                        int threads, const Array& grad_packed, const Array* grad_queries);
 
 }  // namespace fastmae

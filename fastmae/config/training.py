@@ -97,10 +97,11 @@ class TrainingConfig:
     ops: Literal["auto", "triton", "cpu", "reference"] = "auto"
     """Which code masks, gathers and assembles patches and computes the loss: Triton kernels for a GPU, C++ for a CPU
     (cpu), or the plain PyTorch that defines the results (reference). auto is the code made for the device."""
-    attention: Literal["auto", "sdpa", "xformers", "triton", "cpu"] = "auto"
-    """Which code computes attention. sdpa is PyTorch's own choice; cpu is C++ for float32 on a CPU; xformers and triton
-    are for a GPU (experimental: they have not run on a GPU yet). auto is, on a CPU in float32, cpu where it can; on a
-    GPU what the table of `fastmae bench attention --write` says is fastest; otherwise sdpa."""
+    attention: Literal["auto", "sdpa", "xformers", "triton", "sdpa-float32", "cpu", "cpu-dot"] = "auto"
+    """Which code computes attention. sdpa is PyTorch's own choice; xformers and triton are for a GPU (experimental:
+    they have not run on a GPU yet). For a CPU: cpu is C++ for float32 and bf16, cpu-dot the same with the processor's
+    dot products of bf16 (AVX512-BF16), sdpa-float32 PyTorch's own in float32 for bf16. auto is, on a CPU in float32,
+    cpu where it can; on a GPU what the table of `fastmae bench attention --write` says is fastest; otherwise sdpa."""
     autotune: Literal["auto", "off"] | None = None
     """Which code computes matrix products and attention on a CPU: what is fastest in a measurement of some seconds,
     which is kept for the next run (auto), or always PyTorch's own (off). Default: auto; a run that goes on keeps what

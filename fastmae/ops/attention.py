@@ -1,8 +1,9 @@
-"""attention: softmax(q·kᵀ/√Dh)·v for short sequences, directly from the packed projection, in one of four ways.
+"""attention: softmax(q·kᵀ/√Dh)·v for short sequences, directly from the packed projection, in one of six ways.
 
 ``attention_backend`` chooses one: what fastmae/ops/backends.py asks for; with ``auto``, the process's choice on a CPU,
-and on a GPU the winner of a table of measurements (attention_table.py). torch's own attention, ``sdpa``, is called
-directly. The others are one custom op, ``fastmae::attention``, with a backward of its own.
+and on a GPU the winner of a table of measurements (attention_table.py). torch's own attention is called directly, in
+the dtype that it gets (``sdpa``) or in float32 (``sdpa-float32``: torch's backward pass in bfloat16 is slow on CPUs).
+The others are one custom op, ``fastmae::attention``, with a backward of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from fastmae import _C
 from fastmae.errors import install_hint
 from fastmae.ops import cpu
 from fastmae.ops.attention_table import DTYPES, dtype_name, measurements
@@ -24,7 +26,14 @@ from fastmae.torch_compat import constant_when_compiled
 
 TRITON_TOKENS = 320
 TRITON_HEAD_DIMS = (32, 64, 80)
+# What the ways for CPUs alone compute in another way than torch does.
+CPU_DTYPES = {
+    "sdpa-float32": (torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16),
+    "cpu-dot": (torch.bfloat16,),
+}
 
+CPU = torch.device("cpu")
 NEAREST = 1.25  # a measurement at S tokens holds for sequences up to so many times longer or shorter
 NOT_MEASURED = "not measured on this device: fastmae bench attention --write"
 
@@ -53,9 +62,17 @@ def attention(packed: torch.Tensor, queries: torch.Tensor | None = None) -> torc
     S, T = packed.shape[1], packed.shape[1] if queries is None else queries.shape[1]
     name, _ = attention_backend(packed.device, packed.dtype, S, packed.shape[4], T)
     if name == "sdpa":
-        q, k, v = (x.transpose(1, 2) for x in _unpack(packed, queries))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return _sdpa(*_unpack(packed, queries))
+    if name == "sdpa-float32":
+        with torch.autocast(device, enabled=False):
+            return _sdpa(*(x.float() for x in _unpack(packed, queries))).to(packed.dtype)
     return _attention(packed, queries, name)[0]
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Computes it by torch's own function, which has the heads before the tokens."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def attention_reference(packed: torch.Tensor, queries: torch.Tensor | None = None) -> torch.Tensor:
@@ -95,7 +112,7 @@ def _check(packed: torch.Tensor, queries: torch.Tensor | None) -> None:
 def attention_backend(
     device: torch.device, dtype: torch.dtype, S: int, head_dim: int, T: int | None = None
 ) -> tuple[str, str]:
-    """Chooses (``sdpa``, ``xformers``, ``triton`` or ``cpu``; why) for S tokens with heads of ``head_dim`` numbers.
+    """Chooses (a name of ``Backends.attention``; why) for S tokens with heads of ``head_dim`` numbers.
 
     On a GPU ``auto`` takes the winner of the nearest measurement, if one lies within a factor of 1.25 of S; the user's
     table goes before the shipped one. On a CPU it takes what the process's choice says for S keys and T queries, by
@@ -143,11 +160,15 @@ def _unmet_requirement(name: str, device: torch.device, dtype: torch.dtype, S: i
     """Returns what a backend needs and does not get ("float32, got bfloat16"); None if it can run."""
     if name == "sdpa":
         return None
-    if name == "cpu":
+    if name in CPU_DTYPES:
         if device.type != "cpu":
             return f"a CPU, got {device.type}"
-        if dtype != torch.float32:
-            return f"float32, got {dtype_name(dtype)}"
+        if dtype not in CPU_DTYPES[name]:
+            return f"{' or '.join(map(dtype_name, CPU_DTYPES[name]))}, got {dtype_name(dtype)}"
+        if name == "cpu-dot" and not _has_dots():
+            return "a processor with AVX512-BF16, got one without"
+        if name == "sdpa-float32":
+            return None
         if head_dim % 16 or head_dim > 128:
             return f"heads of a multiple of 16 numbers up to 128, got {head_dim}"
         return None
@@ -164,6 +185,21 @@ def _unmet_requirement(name: str, device: torch.device, dtype: torch.dtype, S: i
     if name == "xformers" and (head_dim % 8 or head_dim > 256):
         return f"heads of a multiple of 8 numbers up to 256, got {head_dim}"
     return None
+
+
+def cpu_candidates(dtype: torch.dtype, S: int, T: int, head_dim: int) -> tuple[str, ...]:
+    """Returns the ways that can compute attention of T queries to S tokens on this CPU, torch's own first.
+
+    Which of them is the fastest depends on the processor, the dtype and the shape: it has to be measured.
+    """
+    others = (name for name in CPU_DTYPES if _unmet_requirement(name, CPU, dtype, max(S, T), head_dim) is None)
+    return "sdpa", *others
+
+
+@constant_when_compiled
+def _has_dots() -> bool:
+    """Tells whether the processor has dot products of bfloat16; a constant to torch.compile, which cannot trace C++."""
+    return _C.attention_dots()
 
 
 @constant_when_compiled
@@ -183,8 +219,8 @@ def _attention(packed: torch.Tensor, queries: torch.Tensor | None, backend: str)
 
     The backward pass of the same backend computes the softmax again from the log-sum-exp.
     """
-    if backend == "cpu":
-        return cpu.attention(*_for_cpp(packed, queries))
+    if backend.startswith("cpu"):
+        return cpu.attention(*_for_cpp(packed, queries), dots=backend == "cpu-dot")
     q, k, v = (_dense_heads(x) for x in _unpack(packed, queries))
     if backend == "triton":
         from fastmae.kernels.attention import attention_forward_triton
@@ -215,8 +251,9 @@ def _attention_backward(
     An op cannot return None in place of a tensor, so the list has one or two entries.
     """
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in _present(packed, queries)]
-    if backend == "cpu":
-        cpu.attention_backward(_dense_heads(grad), *_for_cpp(packed, queries), lse, *_for_cpp(*gradients))
+    if backend.startswith("cpu"):
+        dots = backend == "cpu-dot"
+        cpu.attention_backward(_dense_heads(grad), *_for_cpp(packed, queries), lse, *_for_cpp(*gradients), dots=dots)
         return gradients
     q, k, v = (_dense_heads(x) for x in _unpack(packed, queries))
     # Views of the gradients, so that what is written to them lands in the packed layout.

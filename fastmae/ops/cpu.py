@@ -132,16 +132,21 @@ def transpose_and_sum(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return transposed, sums
 
 
-def attention(packed: torch.Tensor, queries: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns out [N, T, H, D] and lse [N, H, T] for packed float32 [N, S, 3·H, D].
+def attention(
+    packed: torch.Tensor, queries: torch.Tensor | None, dots: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns out [N, T, H, D] and lse float32 [N, H, T] for packed [N, S, 3·H, D], float32 or bfloat16.
 
-    With queries [N, T, H, D], packed is [N, S, 2·H, D]. This is the only op whose bits depend on the instruction set.
+    With queries [N, T, H, D], packed is [N, S, 2·H, D]. Products are computed in float32; with ``dots``, those of
+    bfloat16 by the processor's dot products, which need ``_C.attention_dots()``. This is the only op whose bits depend
+    on the instruction set.
     """
     N, T, H, D = (*packed.shape[:2], packed.shape[2] // 3, packed.shape[3]) if queries is None else queries.shape
-    out, lse = _empty(torch.float32, N, T, H, D), _empty(torch.float32, N, H, T)
+    out, lse = _empty(packed.dtype, N, T, H, D), _empty(torch.float32, N, H, T)
     _C.attention(
         _array(packed),
         None if queries is None else _array(queries),
+        dots,
         torch.get_num_threads(),
         _array(out),
         _array(lse),
@@ -156,6 +161,7 @@ def attention_backward(
     lse: torch.Tensor,
     grad_packed: torch.Tensor,
     grad_queries: torch.Tensor | None,
+    dots: bool = False,
 ) -> None:
     """Writes the gradients of ``attention`` into contiguous tensors of the shapes of its arguments."""
     _C.attention_backward(
@@ -163,6 +169,7 @@ def attention_backward(
         _array(packed),
         None if queries is None else _array(queries),
         _array(lse),
+        dots,
         torch.get_num_threads(),
         _array(grad_packed),
         None if grad_queries is None else _array(grad_queries),

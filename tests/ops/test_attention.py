@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastmae import _C
 from fastmae.model.vit import Attention
-from fastmae.ops.attention import NOT_MEASURED, attention, attention_backend, attention_reference
+from fastmae.ops.attention import NOT_MEASURED, attention, attention_backend, attention_reference, cpu_candidates
 from fastmae.ops.attention_table import SHIPPED_TABLE, read_table, user_table, write_table
 from fastmae.ops.backends import using
 from fastmae.ops.choices import OF_0_1, Choices
@@ -118,12 +119,16 @@ def in_cpp():
         yield
 
 
+# Every way for CPUs with every dtype that it takes, where this processor has it.
+WAYS = [(name, dtype) for dtype in (torch.float32, torch.bfloat16) for name in cpu_candidates(dtype, 50, 50, 64)[1:]]
+
+
 def runs_in_cpp(*arguments):
     return "fastmae_attention" in type(attention(*arguments).grad_fn).__name__
 
 
-def cpp_sample(**shape):
-    return [x.requires_grad_() for x in sample(**shape, dtype=torch.float32)]
+def cpp_sample(dtype=torch.float32, **shape):
+    return [x.requires_grad_() for x in sample(**shape, dtype=dtype)]
 
 
 def assert_as_good_as_torch(*arguments):
@@ -132,9 +137,12 @@ def assert_as_good_as_torch(*arguments):
     with using(attention="sdpa"):
         torchs = gradients(attention, arguments)
     for got, other, truth in zip(gradients(attention, arguments), torchs, truths, strict=True):
-        assert got.dtype == torch.float32
+        assert got.dtype == arguments[0].dtype
         error, torch_error = ((x.double() - truth).norm() for x in (got, other))
-        assert error <= 2 * torch_error + 8 * torch.finfo(torch.float32).eps * truth.norm()
+        if got.dtype == torch.float32:
+            assert error <= 2 * torch_error + 8 * torch.finfo(torch.float32).eps * truth.norm()
+        else:
+            assert error <= torch_error + 0.05 * torch.finfo(torch.bfloat16).eps * truth.norm()
 
 
 @pytest.mark.parametrize("shape", CPP)
@@ -142,6 +150,37 @@ def test_cpp_is_as_good_as_torch(in_cpp, shape):
     arguments = cpp_sample(**shape)
     assert runs_in_cpp(*arguments)
     assert_as_good_as_torch(*arguments)
+
+
+@pytest.mark.parametrize("shape", [{"S": 50, "D": 64}, {"S": 13, "T": 5, "D": 32}])
+@pytest.mark.parametrize(("name", "dtype"), WAYS)
+def test_every_way_for_a_cpu_is_as_good_as_torch(name, dtype, shape):
+    arguments = cpp_sample(dtype, **shape)
+    with using(attention=name):
+        assert runs_in_cpp(*arguments) == name.startswith("cpu")
+        got = gradients(attention, arguments)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            in_autocast = gradients(attention, [x.detach().float() for x in arguments])
+        assert_as_good_as_torch(*arguments)
+    assert torch.equal(in_autocast[0], got[0])
+
+
+@pytest.mark.parametrize("name", [name for name, dtype in WAYS if dtype == torch.bfloat16])
+def test_every_way_for_a_cpu_compiles_as_one_graph_in_bfloat16(name):
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    arguments = cpp_sample(torch.bfloat16, S=9, T=4, D=32)
+    with using(attention=name):
+        for one, other in zip(gradients(compiled, arguments), gradients(attention, arguments), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_candidates_are_the_ways_that_can_run():
+    dots = ("cpu-dot",) * _C.attention_dots()
+    assert cpu_candidates(torch.float32, 50, 50, 64) == ("sdpa", "cpu")
+    assert cpu_candidates(torch.bfloat16, 197, 147, 32) == ("sdpa", "sdpa-float32", "cpu", *dots)
+    assert cpu_candidates(torch.bfloat16, 50, 50, 24) == ("sdpa", "sdpa-float32")
+    assert cpu_candidates(torch.float16, 50, 50, 64) == ("sdpa", "sdpa-float32")
+    assert cpu_candidates(torch.float64, 50, 50, 64) == ("sdpa",)
 
 
 def test_cpp_takes_any_strides(in_cpp):
@@ -174,12 +213,13 @@ def test_cpp_compiles_as_one_graph(in_cpp, shape):
 
 
 @pytest.mark.parametrize("shape", CPP[:2])
-def test_cpp_is_one_op_to_torch(shape):
-    packed, queries = (*cpp_sample(**shape), None)[:2]
-    torch.library.opcheck(torch.ops.fastmae.attention.default, (packed, queries, "cpu"))
-    out, lse = torch.ops.fastmae.attention(packed.detach(), queries if queries is None else queries.detach(), "cpu")
+@pytest.mark.parametrize(("name", "dtype"), [way for way in WAYS if way[0].startswith("cpu")])
+def test_cpp_is_one_op_to_torch(shape, name, dtype):
+    packed, queries = (*cpp_sample(dtype, **shape), None)[:2]
+    torch.library.opcheck(torch.ops.fastmae.attention.default, (packed, queries, name))
+    out, lse = torch.ops.fastmae.attention(packed.detach(), queries if queries is None else queries.detach(), name)
     arguments = (torch.randn_like(out), packed.detach(), None if queries is None else queries.detach(), out, lse)
-    torch.library.opcheck(torch.ops.fastmae.attention_backward.default, (*arguments, "cpu"))
+    torch.library.opcheck(torch.ops.fastmae.attention_backward.default, (*arguments, name))
 
 
 def test_its_products_are_counted(in_cpp):
@@ -446,9 +486,19 @@ def test_limits_of_the_backends(name, S, head_dim, dtype, words, monkeypatch):
     [
         (24, torch.float32, "needs heads of a multiple of 16 numbers up to 128, got 24"),
         (144, torch.float32, "needs heads of a multiple of 16 numbers up to 128, got 144"),
-        (32, torch.bfloat16, "needs float32, got bfloat16"),
+        (32, torch.float16, "needs float32 or bfloat16, got float16"),
     ],
 )
 def test_limits_of_cpp(head_dim, dtype, words):
     with using(attention="cpu"), pytest.raises(ValueError, match=f"attention 'cpu' {words}; choose auto or sdpa"):
         chosen(50, head_dim, dtype, CPU)
+
+
+def test_dot_products_and_float32_are_for_what_can_use_them(monkeypatch):
+    with using(attention="sdpa-float32"), pytest.raises(ValueError, match="needs bfloat16 or float16, got float32"):
+        chosen(50, 64, torch.float32, CPU)
+    with using(attention="sdpa-float32"), pytest.raises(ValueError, match="'sdpa-float32' needs a CPU, got cuda"):
+        chosen(50, 64, torch.bfloat16, CUDA)
+    monkeypatch.setattr(_C, "attention_dots", lambda: False)
+    with using(attention="cpu-dot"), pytest.raises(ValueError, match="needs a processor with AVX512-BF16, got one"):
+        chosen(50, 64, torch.bfloat16, CPU)

@@ -64,6 +64,21 @@ def loops(request):
     _C.set_instruction_set(before)
 
 
+# (instruction set, dtype, whether by dot products) of attention.
+NUMBERS = [(name, dtype, False) for name in SETS for dtype in (torch.float32, torch.bfloat16)]
+NUMBERS += [(SETS[-1], torch.bfloat16, True)] if _C.attention_dots() else []
+
+
+@pytest.fixture(params=NUMBERS, ids=lambda it: f"{it[0]}-{str(it[1])[6:]}{'-dots' * it[2]}")
+def numbers(request):
+    """(dtype, dots), with the instruction set in use."""
+    name, dtype, dots = request.param
+    before = _C.instruction_set()
+    _C.set_instruction_set(name)
+    yield dtype, dots
+    _C.set_instruction_set(before)
+
+
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Fresh results are NaN, or 77 where they are integers, so that an element which is never written shows."""
@@ -239,50 +254,72 @@ def test_mse_of_one_number_per_patch_has_no_variance(loops):
     torch.testing.assert_close(loss, masked_mse_reference(pred, images, ids, (1, 1), mean, std, False))
 
 
-def draw_attention(N, S, H, D, T, scale=1.0):
+def draw_attention(N, S, H, D, T, dtype=torch.float32, scale=1.0):
     """packed [N, S, 3·H, D], None; or packed [N, S, 2·H, D], queries [N, T, H, D]. And the output's gradient."""
     generator = torch.Generator().manual_seed(S + D)
     packed = torch.randn(N, S, (3 if T is None else 2) * H, D, generator=generator) * scale
-    queries = None if T is None else torch.randn(N, T, H, D, generator=generator) * scale
-    return packed, queries, torch.randn(N, T or S, H, D, generator=generator)
+    queries = None if T is None else (torch.randn(N, T, H, D, generator=generator) * scale).to(dtype)
+    return packed.to(dtype), queries, torch.randn(N, T or S, H, D, generator=generator).to(dtype)
 
 
-def attention_results(packed, queries, grad):
+def attention_results(packed, queries, grad, dots=False):
     """The output and the gradients of what is there."""
-    out, lse = cpu.attention(packed, queries)
-    gradients = [None if x is None else torch.empty(x.shape) for x in (packed, queries)]
-    cpu.attention_backward(grad, packed, queries, lse, *gradients)
+    out, lse = cpu.attention(packed, queries, dots)
+    gradients = [None if x is None else torch.empty(x.shape, dtype=x.dtype) for x in (packed, queries)]
+    cpu.attention_backward(grad, packed, queries, lse, *gradients, dots)
     return [x for x in (out, *gradients) if x is not None]
 
 
 def attention_in(dtype, packed, queries, grad):
-    """The same by the definition."""
+    """The same by the definition; in bfloat16 by torch's own function, which is more exact than the definition."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in (packed, queries) if x is not None]
-    out = attention_reference(leaves[0].unflatten(2, (-1, grad.shape[2])), *leaves[1:])
+    unpacked = leaves[0].unflatten(2, (-1, grad.shape[2]))
+    if dtype == torch.bfloat16:
+        q, k, v = (x.transpose(1, 2) for x in (*leaves[1:], *unpacked.unbind(2)))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    else:
+        out = attention_reference(unpacked, *leaves[1:])
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
 
-def assert_attention_as_good_as_torch(*arguments):
-    results = attention_results(*arguments)
+def assert_attention_as_good_as_torch(packed, queries, grad, dots=False):
+    arguments = packed, queries, grad
+    results = attention_results(*arguments, dots)
     for got, same_dtype, truth in zip(
-        results, attention_in(torch.float32, *arguments), attention_in(torch.float64, *arguments), strict=True
+        results, attention_in(packed.dtype, *arguments), attention_in(torch.float64, *arguments), strict=True
     ):
         assert got.shape == truth.shape
+        assert got.dtype == packed.dtype
         assert not got.isnan().any(), "an element was not written"
         error, torch_error = ((x.double() - truth).norm() for x in (got, same_dtype))
-        # Other sums and another exponential: within a few roundings of what torch makes of it.
-        assert error <= 2 * torch_error + ROUNDINGS * truth.norm()
+        if packed.dtype == torch.bfloat16:
+            assert error <= torch_error + 0.05 * torch.finfo(torch.bfloat16).eps * truth.norm()
+        else:
+            # Other sums and another exponential: within a few roundings of what torch makes of it.
+            assert error <= 2 * torch_error + ROUNDINGS * truth.norm()
 
 
 @pytest.mark.parametrize("shape", ATTENTIONS)
-def test_attention(loops, shape):
-    assert_attention_as_good_as_torch(*draw_attention(*shape))
+def test_attention(numbers, shape):
+    dtype, dots = numbers
+    assert_attention_as_good_as_torch(*draw_attention(*shape, dtype), dots)
+
+
+def test_attention_of_bfloat16_is_that_of_float32_rounded(loops):
+    packed, queries, grad = draw_attention(2, 67, 2, 48, 33, torch.bfloat16)
+    for got, wanted in zip(
+        attention_results(packed, queries, grad),
+        attention_results(packed.float(), queries.float(), grad.float()),
+        strict=True,
+    ):
+        assert torch.equal(got, wanted.bfloat16())
 
 
 @pytest.mark.parametrize("T", [None, 9])
-def test_strides_do_not_matter_to_attention_between_heads(loops, T):
-    packed, queries, grad = draw_attention(2, 7, 3, 16, T)
-    wanted = attention_results(packed, queries, grad)
+def test_strides_do_not_matter_to_attention_between_heads(numbers, T):
+    dtype, dots = numbers
+    packed, queries, grad = draw_attention(2, 7, 3, 16, T, dtype)
+    wanted = attention_results(packed, queries, grad, dots)
 
     def turned(x):
         return x if x is None else x.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
@@ -291,7 +328,7 @@ def test_strides_do_not_matter_to_attention_between_heads(loops, T):
         return x if x is None else torch.nn.functional.pad(x, (3, 5, 1, 1))[:, :, 1:-1, 3:-5]
 
     for laid in (turned, gaps):
-        got = attention_results(laid(packed), laid(queries), laid(grad))
+        got = attention_results(laid(packed), laid(queries), laid(grad), dots)
         assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
 
 
@@ -307,36 +344,39 @@ def test_the_exponential_is_that_of_float64(loops):
     assert got[-3:].tolist() == [0, 0, 0]
 
 
-def test_large_scores_do_not_overflow(loops):
-    packed, queries, grad = draw_attention(1, 50, 2, 32, 20, scale=45.0)
+def test_large_scores_do_not_overflow(numbers):
+    dtype, dots = numbers
+    packed, queries, grad = draw_attention(1, 50, 2, 32, 20, dtype, scale=45.0)
     scores = attention_reference(packed.unflatten(2, (2, 2)), queries * 1e-9)
     assert (queries.flatten(1).abs().amax() * packed.abs().amax() * 32**0.5 > 1e4).all()
     assert scores.isfinite().all()
-    assert_attention_as_good_as_torch(packed, queries, grad)
+    assert_attention_as_good_as_torch(packed, queries, grad, dots)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", range(4))
-def test_what_is_not_finite_comes_through_as_in_torch(loops, where, bad):
+def test_what_is_not_finite_comes_through_as_in_torch(numbers, where, bad):
     """In a query, a key, a value, or the gradient; in one head of one image only."""
-    packed, _, grad = draw_attention(2, 19, 2, 16, None)
+    dtype, dots = numbers
+    packed, _, grad = draw_attention(2, 19, 2, 16, None, dtype)
     if where < 3:
         packed[1, 5, 2 * where + 1, 3] = bad
     else:
         grad[1, 5, 1, 3] = bad
     wanted = attention_in(torch.float32, packed, None, grad)
-    for got, one in zip(attention_results(packed, None, grad), wanted, strict=True):
+    for got, one in zip(attention_results(packed, None, grad, dots), wanted, strict=True):
         assert torch.equal(got.isfinite(), one.isfinite())
 
 
 @pytest.mark.parametrize("T", [None, 70])
-def test_the_bits_of_attention_do_not_depend_on_threads(loops, threads, T):
-    arguments = draw_attention(8, 50, 4, 32, T)
+def test_the_bits_of_attention_do_not_depend_on_threads(numbers, threads, T):
+    dtype, dots = numbers
+    arguments = draw_attention(8, 50, 4, 32, T, dtype)
     threads(1)
-    wanted = attention_results(*arguments)
-    for count in (1, 2, 5):
+    wanted = attention_results(*arguments, dots)
+    for count in (1, 2, 3, 5):
         threads(count)
-        assert all(torch.equal(a, b) for a, b in zip(attention_results(*arguments), wanted, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(attention_results(*arguments, dots), wanted, strict=True))
 
 
 @pytest.mark.parametrize("dtype", PIXELS)
@@ -439,6 +479,17 @@ def test_no_images_give_empty_results(loops):
     cpu.attention_backward(out, torch.zeros(0, 5, 6, 16), None, lse, torch.zeros(0, 5, 6, 16), None)
     with pytest.raises(ValueError, match="pred must have elements"):
         cpu.masked_mse(patches, images, ids, (4, 4), mean, std, True, EPS)
+
+
+def test_dots_without_them_are_refused():
+    packed = torch.zeros(1, 5, 6, 16, dtype=torch.bfloat16)
+    before = _C.instruction_set()
+    _C.set_instruction_set("baseline")
+    try:
+        with pytest.raises(ValueError, match="dots need a processor with AVX512-BF16"):
+            cpu.attention(packed, None, dots=True)
+    finally:
+        _C.set_instruction_set(before)
 
 
 # Threads and instruction sets
@@ -569,12 +620,14 @@ def _wrong():
     asking, logs = np.zeros((2, 3, 2, 16), np.float32), np.zeros((2, 2, 3), np.float32)
     attended = asking.copy()
 
-    def attend(packed=pairs, queries=asking, out=attended, lse=logs):
-        return lambda: _C.attention(packed, queries, 1, out, lse)
+    def attend(packed=pairs, queries=asking, out=attended, lse=logs, dots=False):
+        return lambda: _C.attention(packed, queries, dots, 1, out, lse)
 
-    def attend_back(grad=attended, packed=pairs, queries=asking, lse=logs, **gradients):
+    def attend_back(grad=attended, packed=pairs, queries=asking, lse=logs, dots=False, **gradients):
         gradients = {"grad_packed": pairs.copy(), "grad_queries": asking.copy(), **gradients}
-        return lambda: _C.attention_backward(grad, packed, queries, lse, 1, **gradients)
+        return lambda: _C.attention_backward(grad, packed, queries, lse, dots, 1, **gradients)
+
+    bits = pairs.astype(np.uint16), asking.astype(np.uint16)
 
     return {
         "transposed halves": ("matrix must be float32, got float16", transpose(np.zeros((4, 12), np.float16))),
@@ -583,7 +636,22 @@ def _wrong():
         "sums of rows": (r"sums must have shape \[C\] = \[12\], got \[4\]", transpose(sums=room[96:100])),
         "transposed in place": ("transposed must not overlap matrix", transpose(room[40:88].reshape(4, 12))),
         "summed in place": ("sums must not overlap matrix", transpose(sums=room[4:16])),
-        "halves attended": ("packed must be float32, got float16", attend(pairs.astype(np.float16))),
+        "halves attended": (
+            r"packed must be float32, bfloat16 \(as uint16\), got float16",
+            attend(pairs.astype(np.float16)),
+        ),
+        "dots of float32": ("dots are for bfloat16, got packed of float32", attend(dots=True)),
+        "gradients by dots of float32": ("dots are for bfloat16", attend_back(dots=True)),
+        "queries of another dtype": (
+            r"queries must be bfloat16 \(as uint16\), got float32",
+            attend(bits[0], out=bits[1]),
+        ),
+        "out of another dtype": (r"out must be bfloat16 \(as uint16\), got float32", attend(*bits)),
+        "lse in bfloat16": ("lse must be float32, got bfloat16", attend(*bits, bits[1].copy(), logs.astype(np.uint16))),
+        "gradient in float32": (
+            r"grad_packed must be bfloat16 \(as uint16\), got float32",
+            attend_back(bits[1], bits[0], bits[1].copy(), grad_packed=pairs.copy()),
+        ),
         "packed as five": ("packed must have at most 4 axes", attend(pairs[None])),
         "three heads of two": (r"packed must have shape \[N, S, 2·H, D\] = \[2, 5, 4, 16\]", attend(triples)),
         "two of three": (r"packed must have shape \[N, T, 3·H, D\] = \[2, 3, 6, 16\]", attend(queries=None)),

@@ -520,7 +520,9 @@ def _parallelism(flags: PretrainConfig, context: parallel.DistContext) -> parall
         raise UserError(f"{context.size} ranks are no copies of several ranks each; use 4, 6, 8 …")
     # Copies are a machine's; of a single machine, halves.
     size = context.size // 2 if context.size == parallel.ranks_here() else None
-    return parallel.choose_parallelism(flags.parallel, flags.reduce, size, context)
+    return parallel.choose_parallelism(
+        flags.parallel, flags.reduce, size, context, choose_precision(flags.precision, context.device)
+    )
 
 
 def theirs(name: str, precision_name: str, inputs: Inputs, context: parallel.DistContext) -> Implementation:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -181,6 +182,35 @@ def average_gradients_in_bf16(model: nn.parallel.DistributedDataParallel) -> Non
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
     model.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+
+
+def send_in_bf16(weight: torch.Tensor) -> None:
+    """Lets FSDP2 exchange the pieces of a weight in bfloat16. What arrives is made float32 again, and so are gradients.
+
+    It is called after ``fully_shard``, before the first forward pass. One format for all parameters of a block, which
+    is ``MixedPrecisionPolicy.param_dtype``, would round those of its norms too. Seen in torch 2.13, where FSDP2 looks
+    for functions of these two names at the piece that a rank holds. If they get other names, pieces travel in float32.
+    """
+    assert isinstance(weight, DTensor)
+    piece: Any = weight._local_tensor
+    rows = -(-weight.shape[0] // weight.device_mesh.size(weight.device_mesh.ndim - 1))  # of the largest piece
+
+    def before(mesh: Any, outer_size: Any, outer_stride: Any, module: Any, policy: Any) -> tuple[Any, None]:
+        rounded = piece.to(torch.bfloat16)
+        if len(piece) < rows:
+            rounded = torch.cat([rounded, rounded.new_zeros(rows - len(piece), *weight.shape[1:])])
+        return (rounded,), None
+
+    def after(
+        arrived: tuple[torch.Tensor, ...], _: None, dtype: torch.dtype, *, out: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
+        if out is None:
+            whole = arrived[0].to(dtype)
+            return whole, (whole,)
+        out.data.copy_(arrived[0][: len(out)])  # nothing that a backward pass must know of
+        return None
+
+    piece.fsdp_pre_all_gather, piece.fsdp_post_all_gather = before, after
 
 
 def wait_long_for_ranks(limit: timedelta) -> None:

@@ -113,7 +113,7 @@ def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSi
     model = _classifier(encoder, config).to(context.device)
     classification_loss = ClassificationLoss(model)
     config, compiling = _prepare(flags, config, classification_loss, precision, context)
-    parallelism = parallel.choose_parallelism(config.parallel, config.reduce, config.shard_size, context)
+    parallelism = parallel.choose_parallelism(config.parallel, config.reduce, config.shard_size, context, precision)
     loss_of = parallel.parallelize(classification_loss, context, parallelism)
     optimizer = make_finetuning_optimizer(model, len(model.blocks), config.lr, config.weight_decay, config.layer_decay)
     graph = PassGraph() if config.cuda_graph else None

@@ -106,7 +106,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     model.allow_sizes(tuple(masks_of))
     training_loss = TrainingLoss(model, config.mask_ratio, config.predict_ratio)
     config, compiling = _prepare(flags, config, training_loss, masks_of, precision, context)
-    parallelism = parallel.choose_parallelism(config.parallel, config.reduce, config.shard_size, context)
+    parallelism = parallel.choose_parallelism(config.parallel, config.reduce, config.shard_size, context, precision)
     loss_of = parallel.parallelize(training_loss, context, parallelism)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     graph = PassGraph() if config.cuda_graph else None

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same_run, command, environment, metrics, small_run, soak
-from ranks import MOMENT, Rank, run_ranks, start_ranks
+from ranks import MOMENT, Rank, run_ranks, run_script, start_ranks
 
 from fastmae.checkpoint.load import load_model
 from fastmae.checkpoint.manifest import find_checkpoint, read_manifest
@@ -24,6 +25,7 @@ from fastmae.config import PretrainConfig
 from fastmae.errors import UserError
 from fastmae.train.average import start_average
 from fastmae.train.parallel import DistContext, choose_parallelism
+from fastmae.train.precision import Precision
 from fastmae.train.pretrain import pretrain
 
 # 9 steps of 8 images.
@@ -162,6 +164,11 @@ def test_the_published_file_resumes_in_pieces(runs):
 def test_copies_must_come_out_even():
     context = DistContext(0, 4, torch.device("cpu"))
     assert choose_parallelism("hsdp", "fp32", 2, context).reason == "2 copies of 2 ranks each, gradients in fp32"
+    bf16 = Precision("bf16", "asked for", torch.bfloat16)
+    in_bf16 = "gradients in fp32, weights of products in bf16"
+    assert choose_parallelism("hsdp", "fp32", 2, context, bf16).reason == f"2 copies of 2 ranks each, {in_bf16}"
+    assert choose_parallelism("fsdp", "fp32", None, context, bf16).reason == f"4 ranks, {in_bf16}"
+    assert choose_parallelism("ddp", "fp32", None, context, bf16).gather == torch.float32
     with pytest.raises(UserError, match=r"^shard_size=3: must divide the 4 ranks"):
         choose_parallelism("hsdp", "fp32", 3, context)
 
@@ -276,3 +283,94 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(blobs, tmp_path):
     step = metrics(tmp_path / "run")[-1][0]
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").is_dir()
     assert process.returncode != 0, "a rank that stops early must not look finished"
+
+
+# --- weights that travel in bf16 --------------------------------------------------------------------------------------
+
+GATHERING = """
+import sys, torch, fastmae
+import torch.distributed as dist
+from torch import nn
+from fastmae.model.weight_copies import WeightCopies
+from fastmae.train import parallel
+from fastmae.train.optim import make_optimizer
+from fastmae.train.precision import Precision
+from fastmae.train.step import TrainingLoss, prepare, train_step
+kind, precision, gather, compiling = sys.argv[1:]
+context = parallel.start("cpu")
+precision = Precision(precision, "", torch.bfloat16 if precision == "bf16" else None)
+sent = []
+
+def counted(send):
+    def send_counted(output_tensor, *args, **rest):
+        sent.append(output_tensor.nbytes)
+        return send(output_tensor, *args, **rest)
+    return send_counted
+
+for name in ("all_gather_single", "all_gather_into_tensor"):  # of torch 2.13 and 2.11
+    if hasattr(dist, name):
+        setattr(dist, name, counted(getattr(dist, name)))
+compile_anything = torch.compile
+torch.compile = lambda *args, **rest: compile_anything(*args, **rest, backend="aot_eager")
+torch.manual_seed(0)
+sizes = dict(embed_dim=36, num_heads=3, depth=2, decoder_embed_dim=28, decoder_num_heads=2, decoder_depth=2)
+model = fastmae.mae_vit_tiny_patch4(img_size=16, **sizes)
+images = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8)
+ids = fastmae.ops.random_masking(torch.arange(8), 0, 16)
+mine = slice(context.rank * 8 // context.size, (context.rank + 1) * 8 // context.size)
+loss_of = TrainingLoss(model, 0.75)
+prepare(loss_of, "selective", compiling)
+choice = parallel.choose_parallelism(kind, "fp32", None, context, precision if gather == "bf16" else None)
+products = [part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+others = sum(p.numel() for p in model.parameters()) - sum(products)
+loss_of = parallel.parallelize(loss_of, context, choice)
+optimizer = make_optimizer(model, 1e-3, 0.05)
+for step in range(4):
+    micro = [(images[mine], ids[mine]), (images[mine] // 2, ids[mine])]
+    autocast = precision.context(context.device)
+    copies = WeightCopies(model) if precision.autocast else None
+    result = train_step(loss_of, optimizer, micro, 2, 1e-3, autocast, 0.5, context.mean, copies=copies)
+    print("seen", context.mean(result.loss).item(), result.grad_norm.item())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+print("sent", sum(sent), "products", sum(products), "others", others)
+parallel.stop(context)
+"""
+
+
+def gathered(file: Path, *words: str) -> tuple[list[float], int, int, int]:
+    """Losses and norms of four steps, the bytes that one rank received, and how many numbers weights have."""
+    file.write_text(GATHERING)
+    started = start_ranks(2, partial(run_script, file, *words))
+    ended = [rank.finish() for rank in started]
+    assert [status for status, _ in ended] == [0, 0], ended
+    lines = [line.split() for line in started[0].said().splitlines()]
+    (last,) = [line for line in lines if line[0] == "sent"]
+    seen = [float(word) for line in lines if line[0] == "seen" for word in line[1:]]
+    return seen, int(last[1]), int(last[3]), int(last[5])
+
+
+@pytest.mark.slow
+def test_weights_that_travel_in_bf16_change_no_bit(tmp_path):
+    """As autocast rounds them anyway, and norms, biases and positions travel as they are: half the bytes."""
+    file = tmp_path / "ranks.py"
+    rounded, bytes_rounded, products, others = gathered(file, "fsdp", "bf16", "bf16", "off")
+    whole, bytes_whole, _, _ = gathered(file, "fsdp", "bf16", "fp32", "off")
+    assert rounded == whole
+    assert others > 0
+    assert 0.5 < bytes_rounded / bytes_whole < (0.5 * products + others) / (products + others) + 0.02
+    copies, _, _, _ = gathered(file, "ddp", "bf16", "bf16", "off")
+    assert rounded == pytest.approx(copies, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_weights_that_travel_in_bf16_compile_too(tmp_path):
+    """And a run in fp32 gathers what it did before."""
+    file = tmp_path / "ranks.py"
+    eager, _, _, _ = gathered(file, "fsdp", "bf16", "bf16", "off")
+    compiled, _, _, _ = gathered(file, "fsdp", "bf16", "bf16", "block")
+    assert compiled == pytest.approx(eager, rel=1e-3)
+    fp32, bytes_fp32, _, _ = gathered(file, "fsdp", "fp32", "bf16", "off")
+    _, bytes_whole, _, _ = gathered(file, "fsdp", "bf16", "fp32", "off")
+    copies, _, _, _ = gathered(file, "ddp", "fp32", "fp32", "off")
+    assert bytes_fp32 == bytes_whole
+    assert fp32 == pytest.approx(copies, rel=1e-5)

@@ -1,6 +1,7 @@
 """Prints the steps that were measured as one Markdown table, from the files that ``fastmae bench step`` left.
 
     python -m fastmae.benchmarks.step_table benchmarks/results/step-*.json
+    python -m fastmae.benchmarks.step_table --predicted results/step-*h200*.json    # beside benchmarks/predictions.json
 
 Files of the same machine, model, batch and precision become one row, as baselines may have been timed one by one to
 keep each measurement short. A ratio is that of the file in which both took turns.
@@ -21,12 +22,39 @@ Result = dict[str, Any]
 MISSING = "–"
 
 
-def main(paths: Sequence[str]) -> int:
+PREDICTIONS = Path(__file__).parent / "predictions.json"
+
+
+def main(words: Sequence[str]) -> int:
+    paths = [word for word in words if word != "--predicted"]
     if not paths:
-        print("usage: python -m fastmae.benchmarks.step_table FILE…", file=sys.stderr)
+        print("usage: python -m fastmae.benchmarks.step_table [--predicted] FILE…", file=sys.stderr)
         return 2
-    print(step_table([json.loads(Path(path).read_text()) for path in paths]))
+    results = [json.loads(Path(path).read_text()) for path in paths]
+    print(step_table(results))
+    if "--predicted" in words:
+        print("\n" + beside_predictions(results, json.loads(PREDICTIONS.read_text())["steps"]))
     return 0
+
+
+def beside_predictions(results: Iterable[Result], predictions: Sequence[dict[str, Any]]) -> str:
+    """Returns a table of the predicted and the measured images per second, in the order of the predictions."""
+    measured: dict[tuple[Any, ...], float] = {}
+    for result in results:
+        settings = result["settings"]
+        for name, seconds in result["seconds"].items():
+            images = result.get("ranks", 1) * settings["batch_size"]
+            measured[settings["model"], settings["batch_size"], _precision(result), name] = (
+                images / quartiles(seconds)[1]
+            )
+    head = ["model", "batch", "precision", "step", "predicted images/s", "measured", "measured / predicted"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for one in predictions:
+        key = one["model"], one["batch_size"], one["precision"], one["step"]
+        found, expected = measured.get(key), one["images_per_second"]
+        numbers = [MISSING, MISSING] if found is None else [f"{found:.0f}", f"{found / expected:.2f}"]
+        lines.append("| " + " | ".join([*map(str, key), f"{expected:.0f}", *numbers]) + " |")
+    return "\n".join(lines)
 
 
 def step_table(results: Iterable[Result]) -> str:

@@ -82,10 +82,10 @@ fastmae=("$python" -m fastmae)
 json=(--output "$work/results")
 # What differs between the whole and a dry run: models, images per batch, samples, processes of the tests.
 B=mae_vit_base_patch16 L=mae_vit_large_patch16 H=mae_vit_huge_patch14
-n=256 n_huge=128 n_small=64 n_large=1024 rounds=5 op_rounds=7 workers=8 files=2048 window=16
+n=256 n_huge=128 n_small=64 n_large=1024 rounds=5 op_rounds=7 workers=8 files=2048 window=16 fed=$B ops=("$B" "$H")
 if [ -n "$quick" ]; then
   B=mae_vit_tiny_patch16 L=mae_vit_tiny_patch16 H=mae_vit_tiny_patch4
-  n=16 n_huge=16 n_small=16 n_large=32 rounds=2 op_rounds=2 workers=2 files=64 window=2
+  n=16 n_huge=16 n_small=16 n_large=32 rounds=2 op_rounds=2 workers=1 files=32 window=2 fed=$H ops=("$H")
 fi
 on_gpu() { [ "$device" != cpu ]; }
 steps() { "${fastmae[@]}" bench step --device "$device" "$@"; }
@@ -95,7 +95,7 @@ half() { on_gpu && echo bf16 || echo fp32; }
 warm_up() {
   for model_batch in "$B $n" "$L $n" "$H $n_huge"; do
     read -r model batch <<<"$model_batch"
-    timeout 33 "${fastmae[@]}" bench step --model "$model" --batch_size "$batch" --baselines strong-compiled \
+    timeout 33 "${fastmae[@]}" bench step --device "$device" --model "$model" --batch_size "$batch" --baselines strong-compiled \
       --precision bf16 --switches compile-block+bf16-residual --rounds 1 --no-ceilings
   done
 }
@@ -138,7 +138,7 @@ case $part in
     "${fastmae[@]}" bench attention --device "$device" --models "$B" "$L" "$H" --batch_size "$n" --rounds "$op_rounds" \
       --sample_ms 5 "${table[@]}" "${json[@]}"; exit ;;
   kernels)
-    "${fastmae[@]}" bench kernels --device "$device" --models "$B" "$H" --batch_size "$n" --no-compile \
+    "${fastmae[@]}" bench kernels --device "$device" --models "${ops[@]}" --batch_size "$n" --no-compile \
       --rounds "$op_rounds" --sample_ms 5 "${json[@]}"; exit ;;
   steps-base)
     switches=(compile-off clip-grad); on_gpu && switches=(compile-off compile-block+bf16-residual compile-block+sdpa compile-model+bf16-residual float8)
@@ -173,7 +173,7 @@ case $part in
       tee "$work/ncu.txt"; exit "${PIPESTATUS[0]}" ;;
   end-to-end)
     compile=off; on_gpu && compile=block
-    "${fastmae[@]}" bench end-to-end --device "$device" --model "$B" --files "$files" --steps "$window" --rounds 3 \
+    "${fastmae[@]}" bench end-to-end --device "$device" --model "$fed" --files "$files" --steps "$window" --rounds 3 \
       --compile "$compile" --batch_size "$n" --num_workers "$((workers * 2))" "${json[@]}"; exit ;;
   *) echo "gpu_campaign.sh: there is no part $part" >&2; exit 2 ;;
 esac

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -39,7 +40,8 @@ def main(words: Sequence[str]) -> int:
     model = PRESETS[flags.model]()
     images = torch.randint(0, 256, (flags.batch_size, *model.img_size, model.in_chans), dtype=torch.uint8)
     ids = random_masking(torch.arange(flags.batch_size), 0, model.num_patches)
-    config = PretrainConfig(precision=precision, compile=flags.compile)
+    asked: dict[str, Any] = {"precision": precision, "compile": flags.compile}
+    config = PretrainConfig(**asked)
     one = ours(flags.model, config, Inputs(images.to(device), ids.to(device), model), DistContext(0, 1, device))
     is_gpu = device.type == "cuda"
     for _ in range(WARM_UP if is_gpu else 1):

@@ -10,7 +10,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -34,7 +33,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from fastmae.environment import hardware, versions
+from fastmae.environment import hardware, processor, versions
 from fastmae.errors import UserError
 from fastmae.files import write_text
 from fastmae.model.presets import PRESETS
@@ -411,26 +410,6 @@ def machine_name(device: torch.device) -> str:
     if device.type == "cuda":
         return _slug(torch.cuda.get_device_name(device))
     return f"{device.type}{hardware()['cores']}-{_slug(processor())}"
-
-
-def processor() -> str:
-    """The maker's name of this machine's processor, such as ``AMD EPYC 9R14``.
-
-    Hypervisors hide names, and instructions that double the speed: a name without a number gets the model's number, as
-    in ``Intel Xeon model 207``, and one that can compute with tiles of bfloat16 gets ``AMX``.
-    """
-    facts: dict[str, str] = {}
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            facts.setdefault(name.strip(), value.strip())
-    shown = facts.get("model name", platform.machine()).split("@")[0]
-    words = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|\d+-Core\b", " ", shown).split()
-    if "model" in facts and not any(character.isdigit() for word in words for character in word):
-        words += ["model", facts["model"]]
-    if "amx_bf16" in facts.get("flags", "").split():
-        words.append("AMX")
-    return " ".join(words)
 
 
 def _slug(name: str) -> str:

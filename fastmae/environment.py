@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
 import re
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 PACKAGES = (
@@ -68,6 +71,39 @@ def hardware() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpus": gpus,
     }
+
+
+def processor() -> str:
+    """The maker's name of this machine's processor, such as ``AMD EPYC 9R14``.
+
+    Hypervisors hide names, and instructions that double the speed: a name without a number gets the model's number, as
+    in ``Intel Xeon model 207``, and one that can compute with tiles of bfloat16 gets ``AMX``.
+    """
+    facts = _processor_facts()
+    shown = facts.get("model name", platform.machine()).split("@")[0]
+    words = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|\d+-Core\b", " ", shown).split()
+    if "model" in facts and not any(character.isdigit() for word in words for character in word):
+        words += ["model", facts["model"]]
+    if "amx_bf16" in facts.get("flags", "").split():
+        words.append("AMX")
+    return " ".join(words)
+
+
+def processor_details() -> str:
+    """A short hash of what tells this processor from others: its family, model, stepping and instructions."""
+    facts = _processor_facts()
+    names = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features")
+    return hashlib.sha256("\n".join(facts.get(name, "") for name in names).encode()).hexdigest()[:16]
+
+
+def _processor_facts() -> dict[str, str]:
+    """What the system says of its first processor, by its own names; nothing if it does not say."""
+    facts: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            facts.setdefault(name.strip(), value.strip())
+    return facts
 
 
 # Peaks of dense bf16 matrix products in TFLOP/s, from the vendor's data sheets, by words of the device's name. NVL

@@ -26,7 +26,7 @@ ALLOWED = {
     "config": LEAVES | {"launch"},
     "_C": set(),
     "kernels": LEAVES,
-    "ops": LEAVES | {"_C", "kernels"},
+    "ops": LEAVES | {"_C", "environment", "kernels"},
     "model": LEAVES | {"config", "ops"},
     "data": LEAVES | {"config", "ops"},
     "checkpoint": LEAVES | {"config", "model"},

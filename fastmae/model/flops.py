@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastmae.model.sizes import Sizes, sizes_of
 
 if TYPE_CHECKING:
+    from fastmae.model.classifier import Classifier
     from fastmae.model.mae import MaskedAutoencoderViT
 
 
@@ -62,6 +63,17 @@ def products_of(
         products += _blocks("decoder, last", 1, *decoder, L + 1, M)
     products.append(Product("prediction", M, P, E, 1))
     return tuple(product for product in products if product.count)
+
+
+def classifier_products(model: Classifier) -> tuple[Product, ...]:
+    """Returns the matrix products of an image's forward pass through a classifier."""
+    block: Any = model.blocks[0]
+    L, D = model.num_patches, model.cls_token.shape[2]
+    P = model.patch_size[0] * model.patch_size[1] * model.in_chans
+    sizes = (D, D, block.mlp.fc1.out_features, block.attn.num_heads)
+    blocks = _blocks("encoder", len(model.blocks), *sizes, L + 1, L + 1)
+    head = Product("head", 1, model.head.out_features, D, 1)
+    return (Product("patch embedding", L, D, P, 1), *blocks, head)
 
 
 def _blocks(

@@ -228,6 +228,11 @@ class MaskedAutoencoderViT(nn.Module):
         """Whether ``allow_sizes`` let it take images of other sizes."""
         return bool(self._other_sizes)
 
+    @property
+    def other_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The (height, width) beside ``img_size`` that ``allow_sizes`` let it take."""
+        return tuple(self._other_sizes)
+
     def set_positions(self, size: tuple[int, int], pos_embed: torch.Tensor, decoder_pos_embed: torch.Tensor) -> None:
         """Makes this a model of images of another (height, width), with the positions [1, 1+L, width] of their patches.
 

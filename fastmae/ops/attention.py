@@ -128,7 +128,7 @@ def attention_backend(
     if torch.compiler.is_exporting():
         return "sdpa", "an exported program knows torch's ops alone"
     if asked != "auto":
-        unmet = _unmet_requirement(asked, device, dtype, S, head_dim)
+        unmet = unmet_requirement(asked, device, dtype, S, head_dim)
         if unmet is not None:
             raise ValueError(f"attention '{asked}' needs {unmet}; choose auto or sdpa")
         return asked, "asked for"
@@ -136,7 +136,7 @@ def attention_backend(
         return _fastest_measured(device, dtype, S, head_dim)
     if device.type == "cpu":
         name = op_choice("attention", (S, S if T is None else T, head_dim), dtype)
-        if name != "sdpa" and _unmet_requirement(name, device, dtype, S, head_dim) is None:
+        if name != "sdpa" and unmet_requirement(name, device, dtype, S, head_dim) is None:
             return name, "as in version 0.1" if asked_backends().choices.rules == "0.1" else "measured to be faster"
     return "sdpa", f"torch's own on {device.type}"
 
@@ -149,14 +149,14 @@ def _fastest_measured(device: torch.device, dtype: torch.dtype, S: int, head_dim
         ]
         distance, tokens, name, where = min(same_head, default=(math.inf, 0, "", ""))
         if distance <= NEAREST:
-            unmet = _unmet_requirement(name, device, dtype, S, head_dim)
+            unmet = unmet_requirement(name, device, dtype, S, head_dim)
             if unmet is not None:
                 return "sdpa", f"{name} was faster at {tokens} tokens ({where}), but it needs {unmet}"
             return name, f"fastest at {tokens} tokens ({where})"
     return "sdpa", NOT_MEASURED
 
 
-def _unmet_requirement(name: str, device: torch.device, dtype: torch.dtype, S: int, head_dim: int) -> str | None:
+def unmet_requirement(name: str, device: torch.device, dtype: torch.dtype, S: int, head_dim: int) -> str | None:
     """Returns what a backend needs and does not get ("float32, got bfloat16"); None if it can run."""
     if name == "sdpa":
         return None
@@ -192,7 +192,7 @@ def cpu_candidates(dtype: torch.dtype, S: int, T: int, head_dim: int) -> tuple[s
 
     Which of them is the fastest depends on the processor, the dtype and the shape: it has to be measured.
     """
-    others = (name for name in CPU_DTYPES if _unmet_requirement(name, CPU, dtype, max(S, T), head_dim) is None)
+    others = (name for name in CPU_DTYPES if unmet_requirement(name, CPU, dtype, max(S, T), head_dim) is None)
     return "sdpa", *others
 
 

@@ -98,7 +98,7 @@ class Choices:
     @classmethod
     def always(cls, dtype: str = "float32", **taken: str) -> Choices:
         """Takes the given candidate of each op for every shape; torch's own for ops that are not given."""
-        return cls("measured", tuple(Choice(op, (1,) * NUMBERS[op], dtype, name) for op, name in taken.items()))
+        return cls("measured", tuple(Choice(op, (16,) * NUMBERS[op], dtype, name) for op, name in taken.items()))
 
     def as_json(self) -> dict[str, Any]:
         """Returns it as what JSON has: objects, lists, texts and numbers."""

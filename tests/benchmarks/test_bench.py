@@ -162,7 +162,7 @@ def test_a_wrong_attention_is_named_and_not_timed(capsys, monkeypatch):
         return right(packed) * (1.001 if asked_backends().attention == "triton" else 1)
 
     monkeypatch.setattr(attention, "attention", crooked)
-    monkeypatch.setattr("fastmae.ops.attention._unmet_requirement", lambda *_: None)
+    monkeypatch.setattr("fastmae.ops.attention.unmet_requirement", lambda *_: None)
     monkeypatch.setattr("fastmae.ops.attention._attention", lambda packed, *_: [attention_reference(packed)])
     assert main([*ATTENTION, "--shapes", "13x4x32"]) == 1
     assert "triton wrong: off by 1.0e-03, allowed 1e-05" in capsys.readouterr().out

@@ -1,17 +1,10 @@
 // assemble_tokens for the CPU: visible tokens and mask tokens with their positions, and the gradient of both.
 // Equivalent to fastmae/ops/assemble_tokens.py, which has the definition.
-#include <algorithm>
-
-#include "instruction_set.h"
 #include "ops.h"
-#include "parallel.h"
+#include "rows.h"
 
 namespace fastmae {
 namespace {
-
-// So many rows are added up in float32 before their sum is added to a float64. The number is fixed and threads take
-// whole groups, so the result does not depend on the number of threads.
-constexpr std::int64_t kRowsOfAGroup = 32;
 
 // Rows [rows, D] as float32 without gaps: in their own memory if they have this form, otherwise copied.
 class FloatRows {
@@ -77,21 +70,15 @@ void assemble_tokens_backward(const Array& grad, int threads, const Array& grad_
   });
 
   const std::int64_t masked = grad.shape[1] - visible_tokens, rows = N * masked;
-  const std::int64_t groups = (rows + kRowsOfAGroup - 1) / kRowsOfAGroup;
-  std::vector<float> sums(static_cast<std::size_t>(groups * D));
-  parallel_for(groups, kRowsOfAGroup * D * size_of(grad.dtype), threads, [&](std::int64_t first, std::int64_t last) {
+  GroupSums sums(rows, D);
+  parallel_for(sums.groups, kRowsOfAGroup * D * size_of(grad.dtype), threads, [&](std::int64_t first, std::int64_t last) {
     PackedRow packed(grad, 2);
     for (std::int64_t i = first * kRowsOfAGroup; i < std::min(last * kRowsOfAGroup, rows); ++i) {
       const char* row = grad.at(i / masked, visible_tokens + i % masked);
-      loops.accumulate(packed.of(row), grad.dtype, D, sums.data() + i / kRowsOfAGroup * D);
+      loops.accumulate(packed.of(row), grad.dtype, D, sums.of_row(i));
     }
   });
-  std::vector<double> totals(static_cast<std::size_t>(D));
-  for (std::int64_t group = 0; group < groups; ++group)
-    for (std::int64_t d = 0; d < D; ++d)
-      totals[static_cast<std::size_t>(d)] += sums[static_cast<std::size_t>(group * D + d)];
-  float* out = reinterpret_cast<float*>(grad_mask_token.data);
-  for (std::int64_t d = 0; d < D; ++d) out[d] = static_cast<float>(totals[static_cast<std::size_t>(d)]);
+  sums.total(parallel_for, threads, reinterpret_cast<float*>(grad_mask_token.data));
 }
 
 }  // namespace fastmae

@@ -1,6 +1,7 @@
 // The checks of all ops: types, shapes, strides, ranges of ids, and that no output lies on an input.
 #include "checks.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -89,16 +90,45 @@ void check_contiguous(const Array& array) {
   }
 }
 
-// An output must not overlap an input or another output, and must have no gaps.
+// An output must not overlap an input or another output, and must have no gaps. Null stands for one that is not there.
 void check_output(const Array& output, std::initializer_list<const Array*> others) {
   if (!output.writeable) refuse(std::string(output.name) + " must be writeable, got a read-only array");
   check_contiguous(output);
   const auto [first, last] = extent(output);
   for (const Array* other : others) {
+    if (!other) continue;
     const auto [other_first, other_last] = extent(*other);
     if (first < other_last && other_first < last)
       refuse(std::string(output.name) + " must not overlap " + other->name);
   }
+}
+
+void check_shape_of(const Array& array, const Array& like) {
+  if (array.ndim != like.ndim || !std::equal(like.shape.begin(), like.shape.begin() + like.ndim, array.shape.begin()))
+    refuse(std::string(array.name) + " must have the shape of " + like.name + ", " + shape_of(like) + ", got " +
+           shape_of(array));
+}
+
+// Rows of numbers along the last axis.
+void check_rows(const Array& array) {
+  check_floating(array);
+  if (array.ndim < 1 || array.shape[array.ndim - 1] < 1)
+    refuse(std::string(array.name) + " must have a number in each row, got shape " + shape_of(array));
+}
+
+// A number for each column of the rows.
+void check_columns(const Array& array, const Array& rows) {
+  check_floating(array);
+  check_shape(array, {rows.shape[rows.ndim - 1]}, "of a row");
+}
+
+// A float32 for each row.
+void check_statistics(const Array& array, const Array& rows) {
+  check_dtype(array, {DType::kFloat32});
+  if (array.ndim != rows.ndim - 1 ||
+      !std::equal(array.shape.begin(), array.shape.begin() + array.ndim, rows.shape.begin()))
+    refuse(std::string(array.name) + " must have a number for each row of " + rows.name + " " + shape_of(rows) +
+           ", got shape " + shape_of(array));
 }
 
 Ids check_ids(const Array& ids, std::int64_t rows, std::int64_t limit) {
@@ -327,6 +357,77 @@ void check_transpose_and_sum(const Array& matrix, const Array& transposed, const
   check_shape(sums, {matrix.shape[1]}, "[C]");
   check_output(transposed, {&matrix, &sums});
   check_output(sums, {&matrix});
+}
+
+void check_gelu(const Array& h, const Array* bias, const Array& out) {
+  check_rows(h);
+  if (bias) check_columns(*bias, h);
+  check_dtype(out, {h.dtype});
+  check_shape_of(out, h);
+  check_output(out, {&h, bias});
+}
+
+void check_gelu_backward(const Array& grad, const Array& h, const Array* bias, const Array& grad_h,
+                         const Array* grad_bias) {
+  check_rows(h);
+  if (bias) check_columns(*bias, h);
+  check_dtype(grad, {h.dtype});
+  check_shape_of(grad, h);
+  check_dtype(grad_h, {h.dtype});
+  check_shape_of(grad_h, h);
+  check_output(grad_h, {&grad, &h, bias});
+  if (!bias != !grad_bias) refuse("grad_bias must come with bias, and only with it");
+  if (!grad_bias) return;
+  check_dtype(*grad_bias, {DType::kFloat32});
+  check_shape(*grad_bias, {h.shape[h.ndim - 1]}, "[F]");
+  check_output(*grad_bias, {&grad, &h, bias, &grad_h});
+}
+
+void check_add_layer_norm(const Array& x, const Array& branch, const Array& weight, const Array& bias, double eps,
+                          const Array& stream, const Array& normed, const Array& mean, const Array& rstd) {
+  check_rows(x);
+  check_floating(branch);
+  check_shape_of(branch, x);
+  check_columns(weight, x);
+  check_columns(bias, x);
+  if (!(eps >= 0)) refuse("eps must be at least 0, got " + std::to_string(eps));
+  check_dtype(stream, {x.dtype});
+  check_shape_of(stream, x);
+  check_floating(normed);
+  check_shape_of(normed, x);
+  check_statistics(mean, x);
+  check_statistics(rstd, x);
+  check_output(stream, {&x, &branch, &weight, &bias, &normed, &mean, &rstd});
+  check_output(normed, {&x, &branch, &weight, &bias, &mean, &rstd});
+  check_output(mean, {&x, &branch, &weight, &bias, &rstd});
+  check_output(rstd, {&x, &branch, &weight, &bias});
+}
+
+void check_add_layer_norm_backward(const Array* grad_stream, const Array& grad_normed, const Array& stream,
+                                   const Array& weight, const Array& mean, const Array& rstd, const Array& grad_x,
+                                   const Array* grad_branch, const Array& grad_affine) {
+  check_rows(stream);
+  if (grad_stream) {
+    check_dtype(*grad_stream, {stream.dtype});
+    check_shape_of(*grad_stream, stream);
+  }
+  check_floating(grad_normed);
+  check_shape_of(grad_normed, stream);
+  check_columns(weight, stream);
+  check_statistics(mean, stream);
+  check_contiguous(mean);
+  check_statistics(rstd, stream);
+  check_contiguous(rstd);
+  check_dtype(grad_x, {stream.dtype});
+  check_shape_of(grad_x, stream);
+  check_output(grad_x, {grad_stream, &grad_normed, &stream, &weight, &mean, &rstd, grad_branch, &grad_affine});
+  check_dtype(grad_affine, {DType::kFloat32});
+  check_shape(grad_affine, {2, stream.shape[stream.ndim - 1]}, "[2, D]");
+  check_output(grad_affine, {grad_stream, &grad_normed, &stream, &weight, &mean, &rstd, grad_branch});
+  if (!grad_branch) return;
+  check_floating(*grad_branch);
+  check_shape_of(*grad_branch, stream);
+  check_output(*grad_branch, {grad_stream, &grad_normed, &stream, &weight, &mean, &rstd});
 }
 
 void check_attention(const Array& packed, const Array* queries, bool dots, const Array& out, const Array& lse) {

@@ -36,6 +36,14 @@ Checked check_masked_mse(const Array& pred, const Array& images, const Array& id
 Checked check_scatter_patches(const Array& patches, const Array& ids, Pair grid_size, Pair patch_size,
                               const Array& mean, const Array& std, const Array& images);
 void check_transpose_and_sum(const Array& matrix, const Array& transposed, const Array& sums);
+void check_gelu(const Array& h, const Array* bias, const Array& out);
+void check_gelu_backward(const Array& grad, const Array& h, const Array* bias, const Array& grad_h,
+                         const Array* grad_bias);
+void check_add_layer_norm(const Array& x, const Array& branch, const Array& weight, const Array& bias, double eps,
+                          const Array& stream, const Array& normed, const Array& mean, const Array& rstd);
+void check_add_layer_norm_backward(const Array* grad_stream, const Array& grad_normed, const Array& stream,
+                                   const Array& weight, const Array& mean, const Array& rstd, const Array& grad_x,
+                                   const Array* grad_branch, const Array& grad_affine);
 void check_attention(const Array& packed, const Array* queries, bool dots, const Array& out, const Array& lse);
 void check_attention_backward(const Array& grad, const Array& packed, const Array* queries, const Array& lse,
                               bool dots, const Array& grad_packed, const Array* grad_queries);

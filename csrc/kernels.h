@@ -24,6 +24,17 @@ struct PixelRows {
   std::int64_t rows, columns;
 };
 
+// The mean of a row, and one over its standard deviation.
+struct RowStatistics {
+  float mean, rstd;
+};
+
+// What LayerNorm multiplies by and adds, a number a column.
+struct Affine {
+  const float* weight;
+  const float* bias;
+};
+
 // Whole vectors of every instruction set fit into it: the target buffer of patch_error is padded to a multiple of it.
 constexpr std::int64_t kLaneBlock = 32;
 
@@ -53,6 +64,29 @@ struct Kernels {
 
   // sum += row.
   void (*accumulate)(const void* row, DType row_dtype, std::int64_t count, float* sum);
+
+  // out = GELU(in + bias), of in's type; bias may be null.
+  void (*gelu)(const void* in, DType dtype, const float* bias, std::int64_t count, void* out);
+
+  // out = the gradient of in, from grad, that of GELU(in + bias); all three have the same type. Before it is rounded it
+  // is added to bias_sum, which may be null.
+  void (*gelu_backward)(const void* grad, const void* in, DType dtype, const float* bias, std::int64_t count, void* out,
+                        float* bias_sum);
+
+  // stream = x + branch, of x's type, and normed = (stream - mean) * rstd * weight + bias. Returns the mean and
+  // rstd = 1 / sqrt(variance + eps) of the rounded stream. `room` has room for count numbers, rounded up to a multiple
+  // of kLaneBlock.
+  RowStatistics (*add_layer_norm)(const void* x, DType x_dtype, const void* branch, DType branch_dtype, Affine affine,
+                                  double eps, std::int64_t count, void* stream, void* normed, DType normed_dtype,
+                                  float* room);
+
+  // grad_x = grad_stream, which may be null, plus the gradient that comes through the norm; it has the stream's type.
+  // Adds the gradients of weight and bias to the sums, and leaves grad_x in `room`, before it is rounded. `room` has
+  // twice as much room as above.
+  void (*add_layer_norm_backward)(const void* grad_stream, const void* grad_normed, DType normed_dtype,
+                                  const void* stream, DType stream_dtype, const float* weight,
+                                  RowStatistics statistics, std::int64_t count, void* grad_x, float* weight_sum,
+                                  float* bias_sum, float* room);
 
   // out = in, rounded to nearest even.
   void (*convert)(const void* in, DType in_dtype, std::int64_t count, void* out, DType out_dtype);

@@ -31,6 +31,23 @@ void scatter_patches(const Array& patches, const Ids& ids, const Grid& grid, con
 // matrix float32 [R, C] → transposed float32 [C, R], sums of the columns float32 [C].
 void transpose_and_sum(const Array& matrix, int threads, const Array& transposed, const Array& sums);
 
+// h [..., F], bias [F] or null → out [..., F] of h's type.
+void gelu(const Array& h, const Array* bias, int threads, const Array& out);
+
+// grad, h [..., F], bias [F] or null → grad_h [..., F]; with a bias, grad_bias float32 [F].
+void gelu_backward(const Array& grad, const Array& h, const Array* bias, int threads, const Array& grad_h,
+                   const Array* grad_bias);
+
+// x, branch [..., D], weight and bias [D] → stream [..., D] of x's type, normed [..., D], mean and rstd float32 [...].
+void add_layer_norm(const Array& x, const Array& branch, const Array& weight, const Array& bias, double eps,
+                    int threads, const Array& stream, const Array& normed, const Array& mean, const Array& rstd);
+
+// grad_stream or null, grad_normed, stream [..., D], weight [D], mean and rstd [...] → grad_x [..., D] of the stream's
+// type, the same as grad_branch in another type or null, grad_affine float32 [2, D]: of weight, then of bias.
+void add_layer_norm_backward(const Array* grad_stream, const Array& grad_normed, const Array& stream,
+                             const Array& weight, const Array& mean, const Array& rstd, int threads,
+                             const Array& grad_x, const Array* grad_branch, const Array& grad_affine);
+
 // packed [N, S, 3·H, D], or queries [N, T, H, D] and packed [N, S, 2·H, D] → out [N, T, H, D], lse float32 [N, H, T]. All
 // others are float32, or all are bfloat16; dots multiplies bfloat16 by the processor's dot products. The one op whose
 // bits depend on the instruction set.

@@ -54,6 +54,34 @@ def scatter_patches(
     images: _Array,
 ) -> None: ...
 def transpose_and_sum(matrix: _Array, threads: int, transposed: _Array, sums: _Array) -> None: ...
+def gelu(h: _Array, bias: _Array | None, threads: int, out: _Array) -> None: ...
+def gelu_backward(
+    grad: _Array, h: _Array, bias: _Array | None, threads: int, grad_h: _Array, grad_bias: _Array | None
+) -> None: ...
+def add_layer_norm(
+    x: _Array,
+    branch: _Array,
+    weight: _Array,
+    bias: _Array,
+    eps: float,
+    threads: int,
+    stream: _Array,
+    normed: _Array,
+    mean: _Array,
+    rstd: _Array,
+) -> None: ...
+def add_layer_norm_backward(
+    grad_stream: _Array | None,
+    grad_normed: _Array,
+    stream: _Array,
+    weight: _Array,
+    mean: _Array,
+    rstd: _Array,
+    threads: int,
+    grad_x: _Array,
+    grad_branch: _Array | None,
+    grad_affine: _Array,
+) -> None: ...
 def attention_dots() -> bool: ...
 def attention(packed: _Array, queries: _Array | None, dots: bool, threads: int, out: _Array, lse: _Array) -> None: ...
 def attention_backward(

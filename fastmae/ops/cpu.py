@@ -132,6 +132,78 @@ def transpose_and_sum(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return transposed, sums
 
 
+def gelu(h: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Returns GELU(h + bias) in h's dtype, exact, for h [..., F] and bias [F] or None. The sum is not rounded."""
+    out = _empty(h.dtype, *h.shape)
+    _C.gelu(*_rows(h), None if bias is None else _array_of_weights(bias), torch.get_num_threads(), *_rows(out))
+    return out
+
+
+def gelu_backward(grad: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None) -> list[torch.Tensor]:
+    """Returns the gradients of h [..., F], in its dtype, and of bias, float32 [F], if there is one."""
+    grad_h = _empty(h.dtype, *h.shape)
+    grad_bias = None if bias is None else _empty(torch.float32, *h.shape[-1:])
+    _C.gelu_backward(
+        *_rows(grad, h),
+        None if bias is None else _array_of_weights(bias),
+        torch.get_num_threads(),
+        *_rows(grad_h),
+        None if grad_bias is None else _array(grad_bias),
+    )
+    return [grad_h] if grad_bias is None else [grad_h, grad_bias]
+
+
+def add_layer_norm(
+    x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Adds x [..., D] and branch [..., D], and normalises the rows of the sum.
+
+    Returns:
+        stream [..., D] = x + branch in x's dtype; normed [..., D] in ``dtype`` = LayerNorm(stream) with weight and
+        bias [D]; mean and rstd, float32 [...], of the rows of the rounded stream.
+    """
+    stream, normed = _empty(x.dtype, *x.shape), _empty(dtype, *x.shape)
+    mean, rstd = _empty(torch.float32, *x.shape[:-1]), _empty(torch.float32, *x.shape[:-1])
+    _C.add_layer_norm(
+        *_rows(x, branch),
+        _array_of_weights(weight),
+        _array_of_weights(bias),
+        eps,
+        torch.get_num_threads(),
+        *_rows(stream, normed),
+        *_rows(mean, rstd, axes=3),
+    )
+    return stream, normed, mean, rstd
+
+
+def add_layer_norm_backward(
+    grad_stream: torch.Tensor | None,
+    grad_normed: torch.Tensor,
+    stream: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    branch_dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """Returns the gradients of x [..., D] in the dtype of stream, of branch if its dtype is another, and of the affine.
+
+    The last is float32 [2, D]: of weight, then of bias. ``grad_stream`` may be None: then nobody else used the stream.
+    """
+    grad_x, grad_affine = _empty(stream.dtype, *stream.shape), _empty(torch.float32, 2, *stream.shape[-1:])
+    grad_branch = None if branch_dtype == stream.dtype else _empty(branch_dtype, *stream.shape)
+    _C.add_layer_norm_backward(
+        None if grad_stream is None else _rows(grad_stream)[0],
+        *_rows(grad_normed, stream),
+        _array_of_weights(weight),
+        *_rows(mean, rstd, axes=3),
+        torch.get_num_threads(),
+        *_rows(grad_x),
+        None if grad_branch is None else _rows(grad_branch)[0],
+        _array(grad_affine),
+    )
+    return [grad_x, grad_affine] if grad_branch is None else [grad_x, grad_branch, grad_affine]
+
+
 def attention(
     packed: torch.Tensor, queries: torch.Tensor | None, dots: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,6 +258,11 @@ def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     if tensor.dtype == torch.uint16:
         raise ValueError("tensors of dtype uint16 are not supported, got one")
     return _bits(tensor).numpy()
+
+
+def _rows(*tensors: torch.Tensor, axes: int = 4) -> list[npt.NDArray[Any]]:
+    """Returns arrays of at most ``axes`` axes, which the extension takes: the first axes are made one."""
+    return [_array(tensor if tensor.ndim <= axes else tensor.flatten(0, tensor.ndim - axes)) for tensor in tensors]
 
 
 def _array_of_weights(tensor: torch.Tensor) -> npt.NDArray[Any]:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -254,6 +255,99 @@ def test_mse_of_one_number_per_patch_has_no_variance(loops):
     torch.testing.assert_close(loss, masked_mse_reference(pred, images, ids, (1, 1), mean, std, False))
 
 
+# Rows of the fused ops: published widths, a short one, an odd one, one number; one row, a few, more than a group.
+ROWS = [(2, 50, 96), (1, 70, 257), (3, 1, 33), (5, 7), (4, 1), (1, 1, 1, 40)]
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", ROWS)
+def test_gelu(loops, shape, dtype, biased):
+    generator = torch.Generator().manual_seed(4)
+    h, grad = ((3 * torch.randn(*shape, generator=generator)).to(dtype) for _ in range(2))
+    bias = torch.randn(shape[-1], generator=generator) if biased else None
+
+    def torch_in(arithmetic):
+        leaves = [x.to(arithmetic).requires_grad_() for x in (h, bias) if x is not None]
+        out = F.gelu(sum(leaves))
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(arithmetic))
+
+    (truth, *truths), (same, *sames) = torch_in(torch.float64), torch_in(torch.float32)
+    for layout in (lambda x: x, relaid):
+        assert_as_close(cpu.gelu(layout(h), bias), same.to(dtype), truth)
+        grad_h, *grad_bias = cpu.gelu_backward(layout(grad), layout(h), bias)
+        assert_as_close(grad_h, sames[0].to(dtype), truths[0], grad.abs().max().item())
+        assert len(grad_bias) == biased
+        if biased:
+            assert_as_close(grad_bias[0], sames[1], truths[1], truths[0].abs().flatten(0, -2).sum(0))
+
+
+def test_gelu_at_every_size(loops):
+    """From the smallest number to infinity; where 1 + erf has no digits left, ours still has."""
+    x = torch.cat([torch.linspace(-15, 15, 30001), torch.logspace(-44, 38, 500), -torch.logspace(-44, 38, 500)])
+    got, truth = cpu.gelu(x, None), F.gelu(x.double())
+    tail = x.double() * 0.5 * torch.special.erfc(-x.double() / 2**0.5)
+    assert ((got.double() - tail).abs() <= 3e-7 * tail.abs().clamp(min=0.1)).all()
+    kept = (x > -9) & (x.abs() > 1e-30)
+    assert ((got.double() - tail).abs() <= 1e-5 * tail.abs())[kept].all()
+    assert (got[x < -14.0] == 0).all()
+    assert torch.equal(got[x > 6], x[x > 6])
+    ones = torch.ones_like(x)
+    leaf = x.double().requires_grad_()
+    (slope,) = torch.autograd.grad(F.gelu(leaf).sum(), leaf)
+    torch.testing.assert_close(cpu.gelu_backward(ones, x, None)[0].double(), slope, rtol=0, atol=3e-7)
+    special = torch.tensor([float("inf"), -float("inf"), float("nan"), -0.0])
+    torch.testing.assert_close(cpu.gelu(special, None), special * torch.tensor([1, 0, 0, 0.5]), equal_nan=True)
+    assert truth.isfinite().all()
+
+
+@pytest.mark.parametrize("with_stream", [True, False])
+@pytest.mark.parametrize(("x_dtype", "dtype"), [(torch.float32, other) for other in FLOATS] + [(torch.bfloat16,) * 2])
+@pytest.mark.parametrize("shape", ROWS)
+def test_add_layer_norm(loops, shape, x_dtype, dtype, with_stream):
+    generator = torch.Generator().manual_seed(5)
+    x, branch, grad_stream, grad = (torch.randn(*shape, generator=generator) for _ in range(4))
+    # A mean far from 0 shows whether the variance is the mean square less the square of the mean.
+    x, branch, grad_stream, grad = (x + 30).to(x_dtype), branch.to(dtype), grad_stream.to(x_dtype), grad.to(dtype)
+    weight, bias = (torch.randn(shape[-1:], generator=generator) for _ in range(2))
+    added = (x.double() + branch.double(), (x.float() + branch.float()).to(x_dtype))
+
+    def torch_in(arithmetic):
+        leaves = [y.to(arithmetic).requires_grad_() for y in (added[1], weight, bias)]
+        out = F.layer_norm(leaves[0], shape[-1:], *leaves[1:], eps=EPS)
+        dx, *affine = torch.autograd.grad(out, leaves, grad.to(arithmetic))
+        return out.detach(), dx + grad_stream.to(arithmetic) * with_stream, torch.stack(affine)
+
+    (truth, *truths), (same, *sames) = torch_in(torch.float64), torch_in(torch.float32)
+    # What is lost is that of the numbers that go in: some 35 beside their standard deviation.
+    rstd_true = 1 / (added[1].double().var(-1, correction=0, keepdim=True) + EPS).sqrt()
+    unit = 35 * rstd_true * (1 + weight.abs())
+    for layout in (lambda y: y, relaid):
+        stream, normed, mean, rstd = cpu.add_layer_norm(layout(x), layout(branch), weight, bias, EPS, dtype)
+        assert_as_close(stream, added[1], added[0])
+        assert torch.equal(stream, added[1])
+        assert_as_close(normed, same.to(dtype), truth, unit)
+        past = layout(grad_stream) if with_stream else None
+        results = cpu.add_layer_norm_backward(past, layout(grad), layout(stream), weight, mean, rstd, dtype)
+        slope = (grad.double() * weight).abs().amax(-1, keepdim=True) * rstd_true
+        assert_as_close(results[0], sames[0].to(x_dtype), truths[0], slope * (1 + unit.amax(-1, keepdim=True)))
+        if dtype != x_dtype:
+            assert_as_close(results[1], sames[0].to(dtype), truths[0], slope * (1 + unit.amax(-1, keepdim=True)))
+        sizes = (grad.double().abs() * (1 + 35 * rstd_true)).flatten(0, -2).sum(0)
+        assert_as_close(results[-1], sames[1], truths[1], sizes)
+        assert len(results) == 2 + (dtype != x_dtype)
+
+
+def test_fused_ops_take_weights_of_any_dtype_and_slices(loops):
+    x = torch.randn(3, 9, 40)
+    for dtype in FLOATS:
+        weight, bias = torch.randn(2, 40).to(dtype)
+        assert torch.equal(cpu.gelu(x, bias), cpu.gelu(x, bias.float()))
+        one = cpu.add_layer_norm(x[:, 4:], x[:, :5], relaid(weight), bias, EPS, torch.float32)
+        other = cpu.add_layer_norm(x[:, 4:].clone(), x[:, :5].clone(), weight.float(), bias.float(), EPS, torch.float32)
+        assert all(map(torch.equal, one, other))
+
+
 def draw_attention(N, S, H, D, T, dtype=torch.float32, scale=1.0):
     """packed [N, S, 3·H, D], None; or packed [N, S, 2·H, D], queries [N, T, H, D]. And the output's gradient."""
     generator = torch.Generator().manual_seed(S + D)
@@ -472,6 +566,13 @@ def test_no_images_give_empty_results(loops):
     grad_visible, grad_mask_token = cpu.assemble_tokens_backward(tokens, 3, torch.float32)
     assert grad_visible.shape == (0, 3, 8)
     assert grad_mask_token.tolist() == [0] * 8
+    nothing, row = torch.zeros(0, 3, 8), torch.ones(8)
+    assert cpu.gelu(nothing, row).shape == (0, 3, 8)
+    assert [x.tolist() for x in cpu.gelu_backward(nothing, nothing, row)] == [[], [0] * 8]
+    stream, normed, *statistics = cpu.add_layer_norm(nothing, nothing, row, row, EPS, torch.float32)
+    assert stream.shape == normed.shape == (0, 3, 8)
+    gradients = cpu.add_layer_norm_backward(None, normed, stream, row, *statistics, torch.float32)
+    assert [x.tolist() for x in gradients] == [[], [[0] * 8] * 2]
     patches = torch.zeros(0, 4, 48)
     assert cpu.scatter_patches(patches, ids, (2, 2), (4, 4), mean, std, torch.uint8).shape == (0, 8, 8, 3)
     out, lse = cpu.attention(torch.zeros(0, 5, 6, 16), None)
@@ -510,6 +611,10 @@ def all_results(dtype):
         *cpu.masked_mse(pred, images, ids[:, 49:], (8, 8), mean, std, True, EPS),
         cpu.scatter_patches(pred, ids[:, 49:], (14, 14), (8, 8), mean, std, torch.uint8),
         *cpu.transpose_and_sum(pred.flatten(0, 1).float()),
+        cpu.gelu(pred, mean.new_ones(192)),
+        *cpu.gelu_backward(pred, pred.flip(1), mean.new_ones(192)),
+        *(normed := cpu.add_layer_norm(grad, grad.flip(1), mask_token, pos_embed[0], EPS, dtype)),
+        *cpu.add_layer_norm_backward(grad, normed[1], normed[0], mask_token, *normed[2:], torch.bfloat16),
     ]
 
 
@@ -629,7 +734,80 @@ def _wrong():
 
     bits = pairs.astype(np.uint16), asking.astype(np.uint16)
 
+    rows, column = np.zeros((2, 5, 8), np.float32), np.zeros(8, np.float32)
+    results, numbers = [rows.copy() for _ in range(2)], [np.zeros((2, 5), np.float32) for _ in range(2)]
+
+    def activate(h=rows, bias=column, out=results[0]):
+        return lambda: _C.gelu(h, bias, 1, out)
+
+    slopes, total = rows.copy(), column.copy()
+
+    def activate_back(grad=slopes, h=rows, bias=column, grad_h=results[0], grad_bias=total):
+        return lambda: _C.gelu_backward(grad, h, bias, 1, grad_h, grad_bias)
+
+    def norm(x=rows, branch=rows, weight=column, bias=column, eps=EPS, outs=(*results, *numbers)):
+        return lambda: _C.add_layer_norm(x, branch, weight, bias, eps, 1, *outs)
+
+    def norm_back(past=None, grad=rows, stream=rows, weight=column, statistics=numbers, outs=None):
+        outs = outs or (results[0], None, np.zeros((2, 8), np.float32))
+        return lambda: _C.add_layer_norm_backward(past, grad, stream, weight, *statistics, 1, *outs)
+
     return {
+        "h of float64": ("h must be .* got float64", activate(h=rows.astype(float))),
+        "h of no axes": (r"h must have a number in each row, got shape \[\]", activate(h=np.zeros((), np.float32))),
+        "h of empty rows": ("h must have a number in each row", activate(h=rows[..., :0])),
+        "short bias": (r"bias must have shape of a row = \[8\], got \[7\]", activate(bias=column[1:])),
+        "bias of ints": ("bias must be .* got int32", activate(bias=column.astype(np.int32))),
+        "short out": (r"out must have the shape of h, \[2, 5, 8\], got \[2, 4, 8\]", activate(out=results[0][:, 1:])),
+        "flat out": ("out must have the shape of h", activate(out=results[0].reshape(10, 8))),
+        "out of halves": ("out must be float32, got float16", activate(out=results[0].astype(np.float16))),
+        "out in place": ("out must not overlap h", activate(out=rows)),
+        "out on bias": ("out must not overlap bias", activate(h=rows[0, :1], bias=column, out=column[None])),
+        "grad in other": ("grad must be float32, got float16", activate_back(grad=rows.astype(np.float16))),
+        "short grad": ("grad must have the shape of h", activate_back(grad=rows[1:])),
+        "grad_h on grad": ("grad_h must not overlap grad", activate_back(grad=results[0])),
+        "no bias's gradient": ("grad_bias must come with bias", activate_back(grad_bias=None)),
+        "gradient of no bias": ("grad_bias must come with bias", activate_back(bias=None)),
+        "bias's gradient in place": ("grad_bias must not overlap bias", activate_back(grad_bias=column)),
+        "x of ints": ("x must be .* got int64", norm(x=rows.astype(np.int64))),
+        "short branch": ("branch must have the shape of x", norm(branch=rows[:1])),
+        "short weight": ("weight must have shape of a row", norm(weight=column[1:])),
+        "two axes of bias": ("bias must have shape of a row", norm(bias=rows[0, :1])),
+        "eps below 0": ("eps must be at least 0, got -1", norm(eps=-1.0)),
+        "eps of NaN": ("eps must be at least 0, got nan", norm(eps=float("nan"))),
+        "stream of halves": (
+            "stream must be float32, got float16",
+            norm(outs=(results[0].astype(np.float16), results[1], *numbers)),
+        ),
+        "normed on stream": ("stream must not overlap normed", norm(outs=(results[0], results[0], *numbers))),
+        "mean on rstd": ("mean must not overlap rstd", norm(outs=(*results, numbers[0], numbers[0]))),
+        "normed in place": ("normed must not overlap x", norm(outs=(results[0], rows, *numbers))),
+        "mean of columns": ("mean must have a number for each row of x", norm(outs=(*results, column, numbers[1]))),
+        "rstd of rows": ("rstd must be float32", norm(outs=(*results, numbers[0], numbers[1].astype(np.float16)))),
+        "past of halves": ("grad_stream must be float32, got float16", norm_back(past=rows.astype(np.float16))),
+        "short past": ("grad_stream must have the shape of stream", norm_back(past=rows[:1])),
+        "grad of float64": ("grad_normed must be .* got float64", norm_back(grad=rows.astype(float))),
+        "short statistics": (
+            "mean must have a number for each row of stream",
+            norm_back(statistics=(numbers[0][:1], numbers[1])),
+        ),
+        "gaps in statistics": ("rstd must be contiguous", norm_back(statistics=(numbers[0], rows[..., 0]))),
+        "grad_x in place": (
+            "grad_x must not overlap grad_normed",
+            norm_back(outs=(rows, None, np.zeros((2, 8), np.float32))),
+        ),
+        "grad_x twice": (
+            "grad_x must not overlap grad_branch",
+            norm_back(outs=(results[0], results[0], np.zeros((2, 8), np.float32))),
+        ),
+        "one sum for two": (
+            r"grad_affine must have shape \[2, D\] = \[2, 8\]",
+            norm_back(outs=(results[0], None, column)),
+        ),
+        "sums on weight": (
+            "grad_affine must not overlap weight",
+            norm_back(weight=results[1][0, 0], outs=(results[0], None, results[1][0, :2])),
+        ),
         "transposed halves": ("matrix must be float32, got float16", transpose(np.zeros((4, 12), np.float16))),
         "transposed vector": (r"matrix must have shape \[R, C\], got \[48\]", transpose(room[:48])),
         "not transposed": (r"transposed must have shape \[C, R\] = \[12, 4\]", transpose(transposed=out[0])),

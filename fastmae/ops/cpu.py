@@ -135,7 +135,7 @@ def transpose_and_sum(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 def gelu(h: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Returns GELU(h + bias) in h's dtype, exact, for h [..., F] and bias [F] or None. The sum is not rounded."""
     out = _empty(h.dtype, *h.shape)
-    _C.gelu(*_rows(h), None if bias is None else _array_of_weights(bias), torch.get_num_threads(), *_rows(out))
+    _C.gelu(_rows(h), None if bias is None else _array_of_weights(bias), torch.get_num_threads(), _rows(out))
     return out
 
 
@@ -144,10 +144,11 @@ def gelu_backward(grad: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None
     grad_h = _empty(h.dtype, *h.shape)
     grad_bias = None if bias is None else _empty(torch.float32, *h.shape[-1:])
     _C.gelu_backward(
-        *_rows(grad, h),
+        _rows(grad),
+        _rows(h),
         None if bias is None else _array_of_weights(bias),
         torch.get_num_threads(),
-        *_rows(grad_h),
+        _rows(grad_h),
         None if grad_bias is None else _array(grad_bias),
     )
     return [grad_h] if grad_bias is None else [grad_h, grad_bias]
@@ -165,13 +166,16 @@ def add_layer_norm(
     stream, normed = _empty(x.dtype, *x.shape), _empty(dtype, *x.shape)
     mean, rstd = _empty(torch.float32, *x.shape[:-1]), _empty(torch.float32, *x.shape[:-1])
     _C.add_layer_norm(
-        *_rows(x, branch),
+        _rows(x),
+        _rows(branch),
         _array_of_weights(weight),
         _array_of_weights(bias),
         eps,
         torch.get_num_threads(),
-        *_rows(stream, normed),
-        *_rows(mean, rstd, axes=3),
+        _rows(stream),
+        _rows(normed),
+        _rows(mean, 3),
+        _rows(rstd, 3),
     )
     return stream, normed, mean, rstd
 
@@ -192,13 +196,15 @@ def add_layer_norm_backward(
     grad_x, grad_affine = _empty(stream.dtype, *stream.shape), _empty(torch.float32, 2, *stream.shape[-1:])
     grad_branch = None if branch_dtype == stream.dtype else _empty(branch_dtype, *stream.shape)
     _C.add_layer_norm_backward(
-        None if grad_stream is None else _rows(grad_stream)[0],
-        *_rows(grad_normed, stream),
+        None if grad_stream is None else _rows(grad_stream),
+        _rows(grad_normed),
+        _rows(stream),
         _array_of_weights(weight),
-        *_rows(mean, rstd, axes=3),
+        _rows(mean, 3),
+        _rows(rstd, 3),
         torch.get_num_threads(),
-        *_rows(grad_x),
-        None if grad_branch is None else _rows(grad_branch)[0],
+        _rows(grad_x),
+        None if grad_branch is None else _rows(grad_branch),
         _array(grad_affine),
     )
     return [grad_x, grad_affine] if grad_branch is None else [grad_x, grad_branch, grad_affine]
@@ -260,9 +266,9 @@ def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return _bits(tensor).numpy()
 
 
-def _rows(*tensors: torch.Tensor, axes: int = 4) -> list[npt.NDArray[Any]]:
-    """Returns arrays of at most ``axes`` axes, which the extension takes: the first axes are made one."""
-    return [_array(tensor if tensor.ndim <= axes else tensor.flatten(0, tensor.ndim - axes)) for tensor in tensors]
+def _rows(tensor: torch.Tensor, axes: int = 4) -> npt.NDArray[Any]:
+    """Returns an array of at most ``axes`` axes, which is what the extension takes: the first ones are made one."""
+    return _array(tensor if tensor.ndim <= axes else tensor.flatten(0, tensor.ndim - axes))
 
 
 def _array_of_weights(tensor: torch.Tensor) -> npt.NDArray[Any]:

@@ -14,7 +14,7 @@ TIMM := build/timm
 .PHONY: demo test test-all test-timm test-native soak check docs clean
 
 demo: $(VENV)/.installed
-	$(BIN)/fastmae pretrain --data_path digits --output_dir $(DEMO) --resume auto
+	$(BIN)/fastmae pretrain --data_path digits --output_dir $(DEMO) --resume auto --tune off
 
 # Tests are small and many, so processes with one thread each; a GPU is for one of them at a time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(if $(GPU),1,auto) --maxprocesses 8 --dist worksteal

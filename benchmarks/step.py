@@ -100,7 +100,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "triton": {"attention": "triton"},
     "cpp": {"attention": "cpu"},
     "reference-ops": {"ops": "reference"},
-    "untuned": {"autotune": "off"},
+    "untuned": {"tune": "off"},
 }
 """The flags of pretrain that each switch sets."""
 

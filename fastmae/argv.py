@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fastmae.config.values import OLD_NAMES, OLD_VALUES
+from fastmae.config.values import OLD_NAMES, OLD_VALUES, meant
 from fastmae.errors import UserError
 from fastmae.flags import REQUIRED, Flag
 
@@ -113,6 +113,7 @@ def normalise(words: Sequence[str], flags: Sequence[Flag], command: str) -> tupl
                 raise UserError(f"{one.spelling}: no such flag{_meant(one.name, by_name)}")
             positionals += rest
             continue
+        name = meant(name, " ".join(one.values), by_name)
         flag = by_name[name]
         seen.add(name)
         values, rest = _values_of(flag, one, has_positionals=any(f.metavar for f in flags))

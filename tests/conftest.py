@@ -19,7 +19,7 @@ def pytest_configure() -> None:
 
     SIGINT interrupts, as tests expect; a shell ignores it for commands that it starts in the background.
     """
-    os.environ["FASTMAE_AUTOTUNE"] = "off"
+    os.environ["FASTMAE_TUNE"] = "off"
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -81,7 +81,7 @@ def test_python_dash_m_works(tmp_path):
     done = run([sys.executable, "-m", "fastmae", "info", "--json"])
     assert done.returncode == 0, done.stderr
     info = json.loads(done.stdout)
-    assert info.keys() == {"versions", "hardware", "backends"}
+    assert info.keys() == {"versions", "hardware", "backends", "choices"}
     assert "C++" in info["backends"]["ops"]
 
 
@@ -282,7 +282,10 @@ def test_other_spellings_of_a_flag():
 
 OLD = {
     "pretrain --ops native --attention native": "pretrain --ops cpu --attention cpu",
-    "pretrain --tune off": "pretrain --autotune off",
+    "pretrain --autotune off": "pretrain --tune off",
+    "bench step --autotune off": "bench step --tune off",
+    "finetune --tune auto": "finetune --autotune auto",
+    "finetune --tune=off --tune lora": "finetune --tune lora --autotune off",
     "pretrain --decoder pool": "pretrain --image_decoder threads",
     "pretrain --decoder=pool": "pretrain --image-decoder threads",
     "bench step --peers published timm": "bench step --baselines official timm",

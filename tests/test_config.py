@@ -74,11 +74,17 @@ def test_what_is_given_stays():
     assert resolved(FOLDER, input_size=(192, 320)).input_size == (192, 320)
 
 
+def test_finetunes_tune_is_read_as_autotune_by_its_value():
+    assert FinetuneConfig(tune="off") == FinetuneConfig(autotune="off")
+    with pytest.raises(UserError, match=r"^tune='off': must be left out with autotune='auto'$"):
+        FinetuneConfig(tune="off", autotune="auto")
+
+
 def test_nothing_is_left_open():
     left = {name for name, value in dataclasses.asdict(resolved(CIFAR)).items() if value is None}
     assert left == {
         "start_size", "decoder_depth", "predict_ratio", "clip_grad", "ema", "device", "shard_size", "cache_gb",
-        "checkpoint_freq", "keep_every", "log_dir", "wandb", "profile", "probe_freq", "autotune",
+        "checkpoint_freq", "keep_every", "log_dir", "wandb", "profile", "probe_freq", "tune",
     }  # fmt: skip
 
 
@@ -187,9 +193,6 @@ def test_values_are_brought_to_their_types(given, value):
          "--device ['a\\nb']: must be a text, or None"),
         ("finetune", dict(tune="a\nb"), "tune='a\\nb': must be full, linear, lora or last-K, such as last-2",
          "--tune a b: must be full, linear, lora or last-K, such as last-2"),
-        ("finetune", dict(tune="off"),
-         "tune='off': must be full, linear, lora or last-K, such as last-2; autotune measures what is fastest",
-         "--tune off: must be full, linear, lora or last-K, such as last-2; --autotune measures what is fastest"),
     ],
     ids=str,
 )  # fmt: skip

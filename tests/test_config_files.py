@@ -62,10 +62,19 @@ def test_every_setting_comes_back_from_a_file(config, suffix, tmp_path):
     for _ in range(20):
         types = field_types(config)
         settings = {name: other_value(name, annotation, generator) for name, annotation in types.items()}
+        if config is FinetuneConfig and settings["tune"] == "off":
+            settings["tune"] = "lora"  # off would be another setting's
         loaded = load_settings(written(tmp_path / f"a{suffix}", settings), config)
         expected = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
         assert loaded == expected
         assert {type(v) for v in loaded.values()} == {type(v) for v in expected.values()}
+
+
+def test_what_tune_means_in_finetune_is_told_by_its_value(tmp_path):
+    path = written(tmp_path / "a.yaml", {"tune": "lora"})
+    assert make_config(FinetuneConfig, {"tune": "off"}, path) == FinetuneConfig(tune="lora", autotune="off")
+    assert load_settings(written(tmp_path / "b.yaml", {"tune": "auto"}), FinetuneConfig) == {"autotune": "auto"}
+    assert load_settings(path.with_name("b.yaml"), PretrainConfig) == {"tune": "auto"}
 
 
 def test_yaml_reads_as_one_expects(tmp_path):

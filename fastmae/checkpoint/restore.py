@@ -72,6 +72,8 @@ class Restored:
     """The running averages of an epoch that was broken off."""
     origin: str | None
     """What was read, if anything."""
+    manifest: dict[str, Any] | None = None
+    """Of the checkpoint that was read; None if nothing was, or a file of weights."""
 
 
 def restore(
@@ -119,7 +121,7 @@ def restore(
     except BadCheckpointError as error:
         deleted = "was deleted while it was read, as training goes on there; run the command again"
         raise SettingError("resume", str(newest.path), str(error) if newest.path.exists() else deleted) from error
-    return Restored(int(newest.manifest["step"]), newest.manifest["epoch_sums"], str(newest.path))
+    return Restored(int(newest.manifest["step"]), newest.manifest["epoch_sums"], str(newest.path), newest.manifest)
 
 
 def _require_settings(path: str, saved: dict[str, Any], fixed: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from fastmae.config import InfoConfig
 from fastmae.data.loader import choose_decoder, describe_decoder
 from fastmae.environment import hardware, versions
 from fastmae.screen import show_table
+from fastmae.train.choosing import known_here
 from fastmae.train.parallel import choose_device
 from fastmae.train.precision import choose_precision
 from fastmae.train.settings import describe_backends
@@ -19,7 +20,7 @@ def run_info(config: InfoConfig) -> int:
     shapes = {"encoder": (50, 64), "decoder": (197, 32)}  # of ViT-B/16 and ViT-L/16 with three quarters masked
     decoding = describe_decoder(*choose_decoder("auto", device, None, in_chans=3))
     backends = describe_backends(device, choose_precision("auto", device), shapes, decoding)
-    sections = {"versions": versions(), "hardware": hardware(), "backends": backends}
+    sections = {"versions": versions(), "hardware": hardware(), "backends": backends, "choices": known_here()}
     if config.json:
         print(json.dumps(sections))
         return 0

@@ -107,7 +107,7 @@ class BenchStepConfig:
     on a CPU."""
     phases: bool = False
     """Say where the time goes: forward, backward, optimiser, and communication where there are several ranks."""
-    autotune: Literal["auto", "off"] | None = None
+    tune: Literal["auto", "off"] | None = None
     """On a CPU: measure what is fastest for our step beforehand, as a run does by default, or leave all to torch."""
     ceilings: bool = True
     """Measure what the machine can do first: a copy and large matrix products, of whose rates a step reaches a

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 from fastmae.config.training import TrainingConfig, check_rates, check_training, chosen_compile, default_warmup
-from fastmae.config.values import coerce, given, need, need_at_least_one, need_statistics
+from fastmae.config.values import coerce, given, meant, need, need_at_least_one, need_statistics
 from fastmae.facts import DataFacts
 
 OFFICIAL_FINETUNING_WARMUP = 5.0
@@ -101,6 +101,13 @@ class FinetuneConfig(TrainingConfig):
     """The number from which everything random follows: the head, the order of the images, crops and every
     augmentation."""
 
+    # Speed and memory.
+    autotune: Literal["auto", "off"] | None = None
+    """Which code computes matrix products and attention on a CPU: what is fastest in a measurement of some seconds,
+    which is kept for the next run (auto), or always PyTorch's own (off). Default: auto; a run that goes on keeps what
+    it has, and with this flag it chooses anew. On a GPU nothing is measured. `--tune auto`
+    and `--tune off` mean this, too."""
+
     # Saving, resuming, logging.
     resume: str = ""
     """`auto` continues from the newest intact checkpoint in output_dir, or starts if no run is there. `anew` starts and
@@ -111,6 +118,10 @@ class FinetuneConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         coerce(self)
+        if meant("tune", self.tune, ("autotune",)) == "autotune":
+            need(self, self.autotune in (None, self.tune), "tune", f"left out with --autotune={self.autotune}")
+            object.__setattr__(self, "autotune", self.tune)
+            object.__setattr__(self, "tune", "full")
         check_finetune(self)
 
 
@@ -231,8 +242,7 @@ def check_finetune(config: FinetuneConfig) -> None:
     need_statistics(config)
     needed = partial(need, config)
     tunes = re.fullmatch(r"full|linear|lora|last-[1-9]\d*", config.tune) is not None
-    about = "; --autotune measures what is fastest" if config.tune in ("auto", "off") else ""
-    needed(tunes, "tune", f"full, linear, lora or last-K, such as last-2{about}")
+    needed(tunes, "tune", "full, linear, lora or last-K, such as last-2")
     need_at_least_one(config, "test_freq", "lora_rank")
     needed(config.nb_classes is None or config.nb_classes >= 2, "nb_classes", "at least 2")
     for name in ("mixup", "cutmix"):

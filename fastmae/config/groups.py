@@ -13,16 +13,16 @@ GROUPS = {
     ),
     "model and masks": (
         "finetune", "model", "input_size", "start_size", "grow_epochs", "mask_ratio", "masking", "masks",
-        "norm_pix_loss", "decoder_attention", "decoder_depth", "predict_ratio", "nb_classes", "tune", "lora_rank",
-        "global_pool", "cls_token", "drop_path",
+        "norm_pix_loss", "decoder_attention", "decoder_depth", "predict_ratio", "nb_classes", "global_pool",
+        "cls_token", "drop_path",
     ),
     "optimisation": (
         "batch_size", "accum_iter", "epochs", "blr", "lr", "min_lr", "warmup_epochs", "layer_decay", "weight_decay",
         "clip_grad", "smoothing", "ema", "seed",
     ),
     "speed and memory": (
-        "device", "precision", "residual", "checkpointing", "compile", "autotune", "num_workers", "image_decoder",
-        "cache", "cache_gb", "pin_mem",
+        "device", "precision", "residual", "checkpointing", "compile", "tune", "lora_rank", "autotune", "num_workers",
+        "image_decoder", "cache", "cache_gb", "pin_mem",
     ),
     "saving and resuming": (
         "output_dir", "resume", "save_freq", "checkpoint_freq", "keep", "keep_every", "async_save",

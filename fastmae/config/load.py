@@ -14,7 +14,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -24,7 +24,7 @@ import yaml
 from fastmae.config.finetune import FinetuneConfig, ResolvedFinetuneConfig
 from fastmae.config.groups import GROUPS
 from fastmae.config.pretrain import PretrainConfig, ResolvedConfig
-from fastmae.config.values import OLD_NAMES, check_type, field_types
+from fastmae.config.values import OLD_NAMES, check_type, field_types, meant
 from fastmae.errors import SettingError, UserError
 from fastmae.launch import is_first
 
@@ -96,7 +96,7 @@ def current_settings(settings: Mapping[str, Any], config_class: type, besides: I
         if given_name in besides:
             continue
         name = str(given_name).replace("-", "_")
-        name = name if name in known else OLD_NAMES.get(name, name)
+        name = meant(name if name in known else OLD_NAMES.get(name, name), value, known)
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.6)
             hint = f"did you mean --{near[0]}?" if near else "leave it out"
@@ -121,8 +121,8 @@ def as_given(settings: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def settings_as_yaml(config: ResolvedConfig | ResolvedFinetuneConfig) -> str:
-    """The settings of a run as the text of its config.yaml, in the groups of the help."""
+def settings_as_yaml(config: ResolvedConfig | ResolvedFinetuneConfig, remarks: Sequence[str] = ()) -> str:
+    """The settings of a run as the text of its config.yaml, in the groups of the help, with remarks for people."""
     config_class = PretrainConfig if isinstance(config, PretrainConfig) else FinetuneConfig
     settings, known = as_given(dataclasses.asdict(config)), field_types(config_class)
     lines = [
@@ -131,6 +131,7 @@ def settings_as_yaml(config: ResolvedConfig | ResolvedFinetuneConfig) -> str:
     ]
     for title, names in GROUPS.items():
         lines += ["", f"# {title}", dump_yaml({name: settings[name] for name in names if name in known}).rstrip()]
+    lines += ["", *(f"# {remark}" for remark in remarks)] if remarks else []
     return "\n".join(lines) + "\n"
 
 

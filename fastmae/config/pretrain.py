@@ -94,6 +94,10 @@ class PretrainConfig(TrainingConfig, MaskingConfig):
     """The number from which everything random follows: weights, the order of the images, crops, flips and masks."""
 
     # Speed and memory.
+    tune: Literal["auto", "off"] | None = None
+    """Which code computes matrix products and attention on a CPU: what is fastest in a measurement of some seconds,
+    which is kept for the next run (auto), or always PyTorch's own (off). Default: auto; a run that goes on keeps what
+    it has, and with this flag it chooses anew. On a GPU nothing is measured."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """With --precision bf16, the format of the tokens between blocks. bf16 halves their memory; every block rounds
     them."""

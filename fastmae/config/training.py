@@ -100,12 +100,9 @@ class TrainingConfig:
     attention: Literal["auto", "sdpa", "xformers", "triton", "sdpa-float32", "cpu", "cpu-dot"] = "auto"
     """Which code computes attention. sdpa is PyTorch's own choice; xformers and triton are for a GPU (experimental:
     they have not run on a GPU yet). For a CPU: cpu is C++ for float32 and bf16, cpu-dot the same with the processor's
-    dot products of bf16 (AVX512-BF16), sdpa-float32 PyTorch's own in float32 for bf16. auto is, on a CPU in float32,
-    cpu where it can; on a GPU what the table of `fastmae bench attention --write` says is fastest; otherwise sdpa."""
-    autotune: Literal["auto", "off"] | None = None
-    """Which code computes matrix products and attention on a CPU: what is fastest in a measurement of some seconds,
-    which is kept for the next run (auto), or always PyTorch's own (off). Default: auto; a run that goes on keeps what
-    it has, and with this flag it chooses anew. On a GPU nothing is measured."""
+    dot products of bf16 (AVX512-BF16), sdpa-float32 PyTorch's own in float32 for bf16. auto is, on a CPU, what was
+    measured to be fastest when the run began; on a GPU what the table of `fastmae bench attention --write` says is
+    fastest; otherwise sdpa."""
     cuda_graph: bool = False
     """Run the forward and the backward pass as one CUDA graph, without Python between its kernels. For one rank on a
     GPU (experimental: it has not run on a GPU yet)."""

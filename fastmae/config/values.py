@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import types
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -18,8 +19,8 @@ from fastmae.errors import SettingError
 
 T = TypeVar("T")
 
-# What version 0.1 called some settings, and some of their values; and --tune where it is not finetune's.
-OLD_NAMES = {"decoder": "image_decoder", "decoders": "image_decoders", "peers": "baselines", "tune": "autotune"}
+# What version 0.1 called some settings, and some of their values; and what a setting is called in another command.
+OLD_NAMES = {"decoder": "image_decoder", "decoders": "image_decoders", "peers": "baselines", "autotune": "tune"}
 OLD_VALUES = {
     "image_decoder": {"pool": "threads"},
     "image_decoders": {"pool": "threads"},
@@ -27,6 +28,9 @@ OLD_VALUES = {
     "ops": {"native": "cpu"},
     "attention": {"native": "cpu"},
 }
+
+# Where a command has both settings, the value tells which one is meant.
+BY_VALUE = {("tune", "auto"): "autotune", ("tune", "off"): "autotune"}
 
 _NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", Path: "a path"}
 _MANY = {int: "whole numbers", float: "numbers", bool: "values of True or False", str: "texts", Path: "paths"}
@@ -69,6 +73,12 @@ def check_type(name: str, value: Any, annotation: Any) -> Any:
         return _fit(value, annotation)
     except _WrongTypeError:
         raise SettingError(name, value, f"must be {_beyond(value) or describe(annotation)}") from None
+
+
+def meant(name: str, value: Any, known: Container[str]) -> str:
+    """Returns which of the ``known`` settings a value is for: with auto or off, finetune's ``tune`` is ``autotune``."""
+    other = BY_VALUE.get((name, value), name) if isinstance(value, str) else name
+    return other if other in known else name
 
 
 @functools.cache

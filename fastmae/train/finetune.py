@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from fastmae.checkpoint.load import Opened, open_checkpoint, own_data, read_settings
 from fastmae.checkpoint.official import report
+from fastmae.checkpoint.restore import Restored
 from fastmae.checkpoint.save import training_tensors
 from fastmae.config import (
     FIXED_IN_A_FINETUNING,
@@ -44,6 +45,7 @@ from fastmae.data.stock import RUN_LINES, joined
 from fastmae.data.survey import take_stock
 from fastmae.errors import SettingError
 from fastmae.model.build import build_model
+from fastmae.model.calls import calls_of
 from fastmae.model.classifier import (
     ClassificationLoss,
     Classifier,
@@ -53,9 +55,12 @@ from fastmae.model.classifier import (
     tune,
 )
 from fastmae.model.weight_copies import WeightCopies
+from fastmae.ops.choices import Choices
+from fastmae.ops.tuning import measured
 from fastmae.signals import StopSignals
 from fastmae.train import parallel
 from fastmae.train.batches import BatchStream
+from fastmae.train.choosing import choose
 from fastmae.train.compiling import prepare_as_chosen
 from fastmae.train.optim import make_finetuning_optimizer
 from fastmae.train.precision import Precision, choose_precision
@@ -121,7 +126,8 @@ def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSi
 
     # Where to begin.
     restored, rollbacks = restore_attempt(config, model, optimizer, steps, same, FIXED_IN_A_FINETUNING)
-    backends = _backends(config, context, precision, parallelism, model, compiling)
+    chosen = _choose(model, config, context, precision, restored)
+    backends = _backends(config, context, precision, parallelism, model, compiling, chosen)
     summary = [*_summary(config, train, val, model), *notes]
     run = open_run(config, context, stop, steps, restored, rollbacks, same, summary=summary, backends=backends)
 
@@ -275,6 +281,21 @@ def _precision(config: ResolvedFinetuneConfig, context: parallel.DistContext) ->
     return precision
 
 
+def _choose(
+    model: Classifier,
+    config: ResolvedFinetuneConfig,
+    context: parallel.DistContext,
+    precision: Precision,
+    restored: Restored,
+) -> str:
+    """Sets what computes the calls of a step on a CPU. Returns what that is, and why, in lines."""
+
+    def measure(anew: bool) -> Choices:
+        return measured(calls_of(model, config.batch_size), precision.autocast or torch.float32, anew=anew)
+
+    return choose(config.autotune, context.device, precision, restored, measure, context.any)
+
+
 def _backends(
     config: ResolvedFinetuneConfig,
     context: parallel.DistContext,
@@ -282,12 +303,14 @@ def _backends(
     parallelism: parallel.Parallelism,
     model: Classifier,
     compiling: str,
+    chosen: str,
 ) -> dict[str, str]:
     """Returns which implementation of each part is used."""
     shapes = {"encoder": (model.num_patches + 1, model.head_dim)}
     decoding = describe_decoder("threads", "the one that augments")
     backends = describe_backends(context.device, precision, shapes, decoding)
-    backends |= {"compile": compiling, "parallel": f"{parallelism.kind} ({parallelism.reason})"}
+    backends |= {"choice": chosen, "compile": compiling}
+    backends["parallel"] = f"{parallelism.kind} ({parallelism.reason})"
     if config.cuda_graph:
         backends["cuda_graph"] = "forward and backward pass (asked for)"
     return backends

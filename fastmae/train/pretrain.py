@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastmae.checkpoint.restore import Restored
 from fastmae.checkpoint.save import training_tensors
 from fastmae.config import FIXED_IN_A_RUN, PROBE_LIMIT, PretrainConfig, ResolvedConfig
 from fastmae.config.model import ModelSpec
@@ -31,14 +32,18 @@ from fastmae.evaluate.reconstruct import caption, fixed_images, reconstruct, sav
 from fastmae.facts import DataFacts
 from fastmae.files import write_text
 from fastmae.model.build import build_model
+from fastmae.model.calls import calls_of
 from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.sharding import in_one_piece, is_sharded
 from fastmae.model.weight_copies import WeightCopies
+from fastmae.ops.choices import Choices
+from fastmae.ops.tuning import measured
 from fastmae.signals import StopSignals
 from fastmae.train import parallel
 from fastmae.train.average import Average, in_checkpoint, start_average, update_average
 from fastmae.train.batches import BatchStream
+from fastmae.train.choosing import choose
 from fastmae.train.compiling import prepare_as_chosen
 from fastmae.train.folder import read_probes
 from fastmae.train.optim import make_optimizer
@@ -115,9 +120,10 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     # Where to begin.
     restored, rollbacks = restore_attempt(config, model, optimizer, steps, same, FIXED_IN_A_RUN, fresh_step)
     average = start_average(model, restored.origin) if config.ema is not None else {}
+    chosen = _choose(model, config, context, precision, restored)
     decoding = describe_decoder(image_decoder, why_decoder)
     backends = describe_backends(context.device, precision, model.attention_shapes(config.mask_ratio), decoding)
-    backends |= _more_backends(config, compiling, parallelism, source)
+    backends |= _more_backends(config, chosen, compiling, parallelism, source)
     summary = [*_summary(config, source, facts, model, masks_of), *probed.lines, *notes]
     run = open_run(config, context, stop, steps, restored, rollbacks, same, summary=summary, backends=backends)
     if restored.step == 0:
@@ -189,11 +195,28 @@ def _precision(config: ResolvedConfig, context: parallel.DistContext) -> Precisi
     return precision
 
 
+def _choose(
+    model: MaskedAutoencoderViT,
+    config: ResolvedConfig,
+    context: parallel.DistContext,
+    precision: Precision,
+    restored: Restored,
+) -> str:
+    """Sets what computes the calls of a step on a CPU. Returns what that is, and why, in lines."""
+
+    def measure(anew: bool) -> Choices:
+        calls = calls_of(model, config.batch_size, config.mask_ratio, config.predict_ratio)
+        return measured(calls, precision.autocast or torch.float32, anew=anew)
+
+    return choose(config.tune, context.device, precision, restored, measure, context.any)
+
+
 def _more_backends(
-    config: ResolvedConfig, compiling: str, parallelism: parallel.Parallelism, source: Source
+    config: ResolvedConfig, chosen: str, compiling: str, parallelism: parallel.Parallelism, source: Source
 ) -> dict[str, str]:
-    """Returns the further choices by name: what is compiled, how ranks share the weights, and what was asked for."""
-    backends = {"compile": compiling, "parallel": f"{parallelism.kind} ({parallelism.reason})"}
+    """Returns the further choices by name: what computes, what is compiled, what ranks share, what was asked for."""
+    backends = {"choice": chosen, "compile": compiling}
+    backends |= {"parallel": f"{parallelism.kind} ({parallelism.reason})"}
     if config.float8:
         backends["float8"] = f"products of the blocks (torchao {version('torchao')})"
     if config.cuda_graph:

@@ -35,6 +35,7 @@ from fastmae.messages import logger
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.sharding import local_part
 from fastmae.ops.backends import using
+from fastmae.ops.choices import TORCHS_OWN
 from fastmae.signals import EXIT_INTERRUPTED, StopSignals
 from fastmae.train import parallel
 from fastmae.train.allocator import keep_freed_memory
@@ -69,7 +70,7 @@ def run_attempts(config: Config, attempt: Attempt[Config]) -> int:
     if context.device.type == "cpu":
         keep_freed_memory()
     try:
-        with using(ops=config.ops, attention=config.attention), StopSignals() as stop:
+        with using(ops=config.ops, attention=config.attention, choices=TORCHS_OWN), StopSignals() as stop:
             if context.any(stop.received is not None):
                 text = "stopped by %s before the run began; nothing was changed: run the same command again"
                 logger.warning(text, stop.received or "a signal to another rank")

@@ -37,6 +37,7 @@ from fastmae.messages import logger
 from fastmae.model.sharding import in_one_piece
 from fastmae.signals import EXIT_INTERRUPTED, StopSignals
 from fastmae.train import parallel
+from fastmae.train.choosing import in_manifest
 from fastmae.train.folder import ANEW, AUTO, set_aside_official
 from fastmae.train.health import LossSpikes, Watchdog
 from fastmae.train.metrics import Screen, StepLog
@@ -176,7 +177,8 @@ def _write_beginning(folder: Path, config: Resolved, context: parallel.DistConte
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.json", json.dumps(as_json(config), indent=1))
-        write_text(folder / "config.yaml", settings_as_yaml(config))
+        chosen = [f"choice: {line}" for line in backends.get("choice", "").splitlines()]
+        write_text(folder / "config.yaml", settings_as_yaml(config, chosen))
         JsonLines(folder / "environment.jsonl").add([start])
     except OSError as error:
         raise SettingError("output_dir", str(folder), f"cannot be written ({error}); name another") from error
@@ -187,7 +189,8 @@ def _announce(run: Run, summary: Iterable[str], backends: dict[str, str]) -> Non
     for line in summary:
         run.say(line)
     for name, choice in backends.items():
-        run.say(f"{name:15} {choice}")
+        for line in choice.splitlines():
+            run.say(f"{name:15} {line}")
     if run.restored.origin is not None and run.restored.step < run.steps.total:
         run.say(f"resumed         {run.restored.origin}, after step {run.restored.step}")
     elif run.restored.origin is not None:
@@ -331,7 +334,7 @@ def save_run(run: Run, step: int, model: nn.Module, tensors: dict[str, torch.Ten
     """Begins to save a resumable checkpoint after a step. All ranks call it."""
     require_finite_weights(run, model, step)
     position = {"settings": as_json(run.config), "epoch_sums": run.log.epoch_sums, "rollbacks": run.rollbacks}
-    position |= {name: run.identity[name] for name in ("data", "start")}
+    position |= {name: run.identity[name] for name in ("data", "start")} | in_manifest()
     run.saver.save(step + 1, tensors, position)
 
 

@@ -40,8 +40,9 @@ from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.ops.attention import attention_backend
 from fastmae.ops.backends import asked_backends, describe_ops
 from fastmae.ops.linear import describe_linear
-from fastmae.train.precision import Precision
+from fastmae.train.precision import Precision, choose_precision
 
+WORTH_SAYING = 1.05
 KINDS = ("given", "settings")
 NAMED_RANKS = 4
 NUMBERS = 64
@@ -153,6 +154,9 @@ def describe_backends(
         UserError: a backend that was asked for cannot run there.
     """
     backends = {"device": str(device), "precision": f"{precision.name} ({precision.reason})"}
+    faster = asked_backends().choices.bf16_speedup or 1.0
+    if device.type == "cpu" and precision == choose_precision("auto", device) and faster > WORTH_SAYING:
+        backends["precision"] += f"; bf16 would be {faster:.1f} times as fast here"
     try:
         backends["ops"] = describe_ops(device)
         dtype = precision.autocast or torch.float32

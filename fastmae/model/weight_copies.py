@@ -18,7 +18,7 @@ from torch import nn
 from fastmae.model.classifier import LoraLinear
 from fastmae.model.sharding import is_sharded
 from fastmae.model.vit import PatchEmbed, has_hooks
-from fastmae.ops.linear import Linear
+from fastmae.ops.linear import Linear, reads_copies
 from fastmae.ops.linear_bf16 import Copies
 from fastmae.torch_compat import copy_all
 
@@ -87,6 +87,8 @@ def _room(weights: Weights, copies: Copies | None) -> Copies | None:
     """Returns memory for the copies of a layer: that of before, if it fits. None if the layer has none."""
     weight, bias = weights
     if weight is None or not all(p is None or (type(p) is nn.Parameter and p.dtype == torch.float32) for p in weights):
+        return None
+    if not reads_copies(weight.device):
         return None
     weight_copy, bias_copy = copies or (None, None)
     return _like(weight, weight_copy), None if bias is None else _like(bias, bias_copy)

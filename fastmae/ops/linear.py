@@ -22,12 +22,10 @@ from fastmae.ops import cpu
 from fastmae.ops.attention_table import dtype_name
 from fastmae.ops.backends import asked_backends, choices_hold, op_choice
 from fastmae.ops.choices import CANDIDATES, LINEAR
-from fastmae.ops.linear_bf16 import Copies, linear_bf16, takes_copies
+from fastmae.ops.linear_bf16 import TORCHS, Copies, is_bf16, linear_bf16
 from fastmae.torch_compat import has_onednn_linear, onednn_linear
 
 ONEDNN = has_onednn_linear()
-TORCHS = ("torch", "torch", "torch")
-"""Torch's own for the forward product, the gradient of the input and the gradient of the weight."""
 
 
 class Linear(nn.Linear):
@@ -62,25 +60,35 @@ def linear(
     Returns:
         [..., O] in the dtype of ``x``, or of autocast inside its region. Equivalent to ``F.linear``.
     """
-    if copies is not None and takes_copies(x):
-        return linear_bf16(x, weight, bias, copies)
-    if not choices_hold() or not _is_float32_on_cpu(x, weight):
-        return F.linear(x, weight, bias)
-    # A look at the sizes would fix the batch size of a program that is exported, whose choices do not hold.
-    chosen = linear_choice(math.prod(x.shape[:-1]), weight.shape[1], weight.shape[0], x.dtype)
+    dtype, chosen = _dtype_to_choose_for(x, weight), TORCHS
+    if dtype is not None:
+        # A look at the sizes would fix the batch size of a program that is exported, whose choices do not hold.
+        chosen = linear_choice(math.prod(x.shape[:-1]), weight.shape[1], weight.shape[0], dtype)
+    if is_bf16(x) and (copies is not None or chosen != TORCHS):
+        return linear_bf16(x, weight, bias, copies, chosen)
     return F.linear(x, weight, bias) if chosen == TORCHS else _linear(x, weight, bias, *chosen)
 
 
-def _is_float32_on_cpu(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Tells whether this is a product of float32 matrices, not empty, on a CPU, which is to stay in float32."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.ndim > 1
-        and x.numel() > 0
-        and weight.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
-    )
+def _dtype_to_choose_for(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype | None:
+    """Returns the dtype of a product of matrices, not empty, for which there is a choice; None if there is none."""
+    if not choices_hold() or x.device.type != "cpu" or x.ndim < 2 or x.numel() == 0 or weight.numel() == 0:
+        return None
+    if is_bf16(x) and x.dtype in (torch.float32, torch.bfloat16) and weight.dtype == torch.float32:
+        return torch.bfloat16
+    is_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return torch.float32 if is_float32 else None
+
+
+def reads_copies(device: torch.device) -> bool:
+    """Tells whether bfloat16 copies of weights are read: not where all products are computed in float32."""
+    if device.type != "cpu" or not choices_hold():
+        return True
+    taken = {
+        entry.taken
+        for entry in asked_backends().choices.entries
+        if entry.op in LINEAR[:2] and entry.dtype == "bfloat16"
+    }
+    return taken != {"float32"}
 
 
 def linear_choice(rows: int, inner: int, outer: int, dtype: torch.dtype) -> tuple[str, str, str]:
@@ -97,6 +105,8 @@ def linear_choice(rows: int, inner: int, outer: int, dtype: torch.dtype) -> tupl
 
 def linear_candidates(op: str, dtype: torch.dtype) -> tuple[str, ...]:
     """Returns who can compute this product (one of ``LINEAR``) here, torch's own first."""
+    if dtype == torch.bfloat16:
+        return ("torch", "float32")
     if dtype != torch.float32 or not ONEDNN:
         return ("torch",)
     return tuple(name for name in CANDIDATES[op] if name != "float32")

@@ -1,12 +1,16 @@
-"""linear_bf16: x·Wᵀ + b in bfloat16 with copies of W and b that were made beforehand; their gradients are float32.
+"""linear_bf16: x·Wᵀ + b in a region of bfloat16 autocast, without a cast of W at every use.
 
 Autocast casts a weight at every use, and casts its gradient back. With copies (``model.weight_copies``) nothing is cast
 forward, and on a GPU the weight's gradient leaves its product in float32, without having been rounded to bfloat16. On a
 CPU, whose products have the dtype of their factors, the bits are those of autocast.
+
+On a CPU without fast bfloat16 products each of the three products may also be computed in float32 (``float32`` in
+fastmae/ops/choices.py). It reads W itself and needs no copy; activations and their gradients stay bfloat16.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,27 +21,39 @@ from fastmae.torch_compat import product_in_float32
 
 Copies = tuple[torch.Tensor, torch.Tensor | None]
 """bfloat16 copies of a weight and of its bias. They are constants to autograd."""
+TORCHS = ("torch", "torch", "torch")
+"""Torch's own for the forward product, the gradient of the input and the gradient of the weight."""
 
 
-def takes_copies(x: torch.Tensor) -> bool:
-    """Returns whether products with x are bfloat16 here, so that copies can stand in for weights."""
+def is_bf16(x: torch.Tensor) -> bool:
+    """Tells whether autocast makes products with x [..., I] bfloat16 here."""
     device = x.device.type
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16 and x.ndim > 1
 
 
-def linear_bf16(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, copies: Copies) -> torch.Tensor:
-    """Computes a linear map of the last axis as bfloat16 autocast does, with copies in place of casts.
+def linear_bf16(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    copies: Copies | None = None,
+    by: tuple[str, str, str] = TORCHS,
+) -> torch.Tensor:
+    """Computes a linear map of the last axis.
 
     Args:
         x: floating [..., I], at least two axes; it is cast to bfloat16 once.
-        weight: float32 [O, I], which gets a gradient and is not read.
-        bias: float32 [O] or None, the same.
-        copies: bfloat16 copies of ``weight`` and ``bias``, which must not change until the backward pass is over.
+        weight: float32 [O, I].
+        bias: float32 [O] or None.
+        copies: copies of ``weight`` and ``bias``, which must not change until the backward pass is over. Without them
+            the weight is cast here, once for forward and backward.
+        by: ``torch`` (in bfloat16) or ``float32``, for the forward product and the gradients of x and of the weight.
 
     Returns:
-        bfloat16 [..., O].
+        bfloat16 [..., O]. The gradients of ``weight`` and ``bias`` are float32.
     """
-    return _LinearBf16.apply(x.to(torch.bfloat16), weight, bias, *copies)
+    wide = x if by[0] == "float32" else None  # as it comes: what is float32 already is not rounded first
+    with torch.autocast(x.device.type, enabled=False):
+        return _LinearBf16.apply(x.to(torch.bfloat16), wide, weight, bias, *(copies or (None, None)), by)
 
 
 class _LinearBf16(torch.autograd.Function):
@@ -47,25 +63,50 @@ class _LinearBf16(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
+        wide: torch.Tensor | None,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        weight_copy: torch.Tensor,
+        weight_copy: torch.Tensor | None,
         bias_copy: torch.Tensor | None,
+        by: tuple[str, str, str],
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight_copy)
+        forward_by, input_by, _ = ctx.by = by
+        if weight_copy is None and not forward_by == input_by == "float32":
+            weight_copy, bias_copy = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        ctx.save_for_backward(x, weight if input_by == "float32" else weight_copy)
+        if wide is not None:
+            return F.linear(wide.float(), weight, bias).to(x.dtype)
+        assert weight_copy is not None
         return F.linear(x, weight_copy, bias_copy)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight_copy = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)  # [R, O]
-        # The first and the second product, and the sum, are those of torch's own backward pass of a linear map.
-        of_x = (rows @ weight_copy).view(x.shape) if needs_x else None
-        of_weight = product_in_float32(rows.T, x.flatten(0, -2)) if needs_weight else None
-        of_bias = _sum_in_float32(rows) if needs_bias else None
-        return of_x, of_weight, of_bias, None, None
+        x, weight = ctx.saved_tensors
+        # torch.compile traces the backward pass in the autocast region of the forward pass.
+        with torch.autocast(grad.device.type, enabled=False):
+            of_x, of_weight, of_bias = _gradients(grad, x, weight, ctx.needs_input_grad, ctx.by[1], ctx.by[2])
+        return of_x, None, of_weight, of_bias, None, None, None
+
+
+def _gradients(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: Sequence[bool], input_by: str, weight_by: str
+) -> tuple[torch.Tensor | None, ...]:
+    """Returns the gradients of x, of the weight and of the bias, None for those that are not needed."""
+    needs_x, _, needs_weight, needs_bias, *_ = needs
+    of_x = of_weight = of_bias = None
+    rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)  # [R, O], [R, I]
+    is_wide = (needs_x and input_by == "float32") or (needs_weight and weight_by == "float32")
+    wide = rows.float() if is_wide else rows
+    # In bfloat16 both products, and the sum, are those of torch's own backward pass of a linear map.
+    if needs_x:
+        product = (wide @ weight).to(x.dtype) if input_by == "float32" else rows @ weight
+        of_x = product.view(x.shape)
+    if needs_weight:
+        of_weight = wide.T @ inputs.float() if weight_by == "float32" else product_in_float32(rows.T, inputs)
+    if needs_bias:
+        of_bias = _sum_in_float32(wide)
+    return of_x, of_weight, of_bias
 
 
 def _sum_in_float32(rows: torch.Tensor) -> torch.Tensor:

@@ -53,11 +53,20 @@ CONSTANTS: dict[str, Constant] = {
     "pointwise_off_backward": _assumed(150, "the same, backward, eager"),
     "pointwise_block_forward": _assumed(44, "fused by --compile block"),
     "pointwise_block_backward": _assumed(90, "fused by --compile block"),
+    # The same with the kernels of add_layer_norm and gelu, compiled or not, and with a bfloat16 residual.
+    "pointwise_fused_forward": Constant(40, "counted", "add and LayerNorm twice 12, bias and GELU 16"),
+    "pointwise_fused_backward": Constant(66, "counted", "add and LayerNorm twice 16, GELU 24, bias gradients 10"),
+    "pointwise_fused_bf16_forward": Constant(32, "counted", "add and LayerNorm twice 8, bias and GELU 16"),
+    "pointwise_fused_bf16_backward": Constant(50, "counted", "add and LayerNorm twice 8, GELU 24, bias gradients 10"),
     "pointwise_reached": _assumed(0.85, "share of a copy's rate that pointwise kernels and the optimiser reach"),
     "patches": Constant(9, "counted", "bytes per number of decoder tokens and of predicted patches; 3 per visible one"),
-    "optimiser": Constant(44, "counted", "bytes per weight: AdamW 28, norm 4, casts to bf16 6, of gradients 6"),
+    "optimiser": Constant(32, "counted", "bytes per weight and step: AdamW 28, norm 4"),
+    "casts": Constant(12, "counted", "bytes per weight and micro-step: to bf16 6, of gradients 6"),
+    "copies": Constant(6, "counted", "bytes per weight and step: bf16 copies; products write float32 gradients"),
     "launches_off": Constant(66, "counted", "kernels per block, forward 21 (traced) and backward 45, eager"),
     "launches_block": _assumed(35, "kernels per block under --compile block"),
+    "launches_fused_off": _assumed(32, "kernels per block with add_layer_norm and gelu, eager"),
+    "launches_fused_block": _assumed(26, "kernels per block with add_layer_norm and gelu under --compile block"),
     "launch": _assumed(8e-6, "seconds of Python and PyTorch per kernel"),
     "links_reached": _assumed(0.8, "share of a link's data sheet that collectives reach"),
     "local_hop": _assumed(3.4e-6, "seconds per hop within a machine, as NCCL itself assumes for NVLink"),
@@ -185,11 +194,12 @@ def estimate(config: EstimateConfig, measure_cpu: Callable[[int], Machine]) -> E
     rates = _Rates(config, machine)
     N, L = config.batch_size, sizes.num_patches
     K, D, E = int(L * (1 - config.mask_ratio)), sizes.width, sizes.decoder_width
-    # (how many blocks, tokens that they read, tokens that they give, width of a token)
+    # (how many blocks, tokens that they read, tokens that they give, width of a token, of a head)
+    of_decoder = E // sizes.decoder_heads
     blocks = [
-        (sizes.depth, N * (K + 1), N * (K + 1), D),
-        (sizes.decoder_depth - 1, N * (L + 1), N * (L + 1), E),
-        (1, N * (L + 1), N * (L - K), E),
+        (sizes.depth, N * (K + 1), N * (K + 1), D, D // sizes.heads),
+        (sizes.decoder_depth - 1, N * (L + 1), N * (L + 1), E, of_decoder),
+        (1, N * (L + 1), N * (L - K), E, of_decoder),
     ]
     products = products_of(sizes, config.mask_ratio)
     forward, backward = _passes(config, rates, products, blocks)
@@ -198,12 +208,17 @@ def estimate(config: EstimateConfig, measure_cpu: Callable[[int], Machine]) -> E
     forward["pointwise"] += rates["patches"] / 9 * N * ends / copying
     again = {"none": (), "selective": ("pointwise",), "full": tuple(forward)}[config.checkpointing]
     classes = {name: config.accum_iter * (forward[name] * (1 + (name in again)) + backward[name]) for name in forward}
-    classes["optimiser"] = sizes.parameters * rates["optimiser"] / copying
+    moved = rates["optimiser"]
+    if config.gpu != "cpu":
+        moved += rates["copies"] if config.fused else config.accum_iter * rates["casts"]
+    classes["optimiser"] = sizes.parameters * moved / copying
     sent, exposed = _communication(config, rates, sizes, sum(backward.values()))
     classes["communication"] = exposed
     count = sizes.depth + sizes.decoder_depth
-    host = config.accum_iter * count * rates[f"launches_{config.compile}"] * rates["launch"]
-    host = 0.0 if config.gpu == "cpu" else host  # its launches are part of its products' rate
+    host = 0.0
+    if config.gpu != "cpu":  # whose launches are part of its products' rate
+        launches = f"launches_{'fused_' if config.fused else ''}{_compiled(config)}"
+        host = config.accum_iter * count * rates[launches] * rates["launch"]
     host += 2 * (config.gpus - 1) * rates["stop_hop"] if config.gpus > 1 else 0.0
     images = config.gpus * config.accum_iter * N
     nodes = 1 if config.gpu == "cpu" else math.ceil(config.gpus / config.gpus_per_node)
@@ -251,12 +266,32 @@ def _checked_sizes(config: EstimateConfig) -> Sizes:
     images = config.batch_size * config.accum_iter * config.gpus
     if config.images < images:
         raise UserError(f"--images {config.images:g}: fewer than the {images} of a step")
-    if config.gpu == "cpu" and (config.compile != "off" or config.attention != "sdpa"):
-        raise UserError("--gpu cpu: takes neither --compile block nor --attention triton; leave them out")
+    if config.gpu == "cpu" and (config.compile == "block" or config.attention == "triton" or config.residual == "bf16"):
+        raise UserError("--gpu cpu: takes none of --compile block, --attention triton, --residual bf16; leave them out")
+    if config.residual == "bf16" and not config.fused:
+        raise UserError("--residual bf16: is counted for the fused kernels alone; leave out --no-fused")
     return sizes
 
 
-Blocks = list[tuple[int, int, int, int]]
+def _compiled(config: EstimateConfig) -> str:
+    """Returns ``block`` or ``off``, as a long run with this --compile is."""
+    return {"auto": "off" if config.gpu == "cpu" else "block"}.get(config.compile, config.compile)
+
+
+def _pointwise(config: EstimateConfig) -> str:
+    """Returns the beginning of the names of the constants for what is neither a product nor attention."""
+    if config.fused and config.gpu != "cpu":
+        return f"pointwise_fused{'_bf16' if config.residual == 'bf16' else ''}"
+    return f"pointwise_{_compiled(config)}"
+
+
+def _attention(config: EstimateConfig, tokens: int, head_dim: int) -> str:
+    """Returns the name of the share that attention reaches. ``auto`` is as without a table of measurements."""
+    triton = tokens <= 320 and head_dim in (32, 64) if config.attention == "auto" else config.attention == "triton"
+    return f"attention_triton_{'short' if tokens <= 64 else 'long'}" if triton else "attention_sdpa"
+
+
+Blocks = list[tuple[int, int, int, int, int]]
 Seconds = dict[str, float]
 
 
@@ -278,14 +313,13 @@ def _passes(
             seconds = N * product.flops / peak / rates["attention_cpu"]
             forward["attention"] += seconds
             backward["attention"] += 2.5 * seconds
-    for count, read, given, width in blocks:
+    for count, read, given, width, head_dim in blocks:
         numbers = count * (read + given) / 2 * width
-        pointwise = f"pointwise_{config.compile}"
+        pointwise = _pointwise(config)
         forward["pointwise"] += numbers * rates[f"{pointwise}_forward"] / copy / rates["pointwise_reached"]
         backward["pointwise"] += numbers * rates[f"{pointwise}_backward"] / copy / rates["pointwise_reached"]
         if config.gpu != "cpu":
-            length = "_short" if read <= 64 * N else "_long"
-            share = rates[f"attention_{config.attention}{length if config.attention == 'triton' else ''}"]
+            share = rates[_attention(config, read // N, head_dim)]
             forward["attention"] += numbers * rates["attention_forward"] / copy / share
             backward["attention"] += numbers * rates["attention_backward"] / copy / share
     return forward, backward
@@ -314,10 +348,10 @@ def _communication(config: EstimateConfig, rates: _Rates, sizes: Sizes, backward
 
 def _memory(config: EstimateConfig, rates: _Rates, sizes: Sizes, blocks: Blocks) -> dict[str, float]:
     """Bytes by what they hold; activations are those between blocks and of the block at work."""
-    numbers = [count * read * width for count, read, _, width in blocks]
+    numbers = [count * read * width for count, read, _, width, _ in blocks]
     kept = rates[f"kept_{config.checkpointing}"] * sum(numbers)
     if config.checkpointing != "none":
-        kept += rates["kept_none"] * max(read * width for _, read, _, width in blocks)
+        kept += rates["kept_none"] * max(read * width for _, read, _, width, _ in blocks)
     P = sizes.parameters
     weights = (WEIGHT + rates["weight_copies"]) * P
     return {"weights": weights, "gradients": WEIGHT * P, "moments": 2 * WEIGHT * P, "activations": kept}

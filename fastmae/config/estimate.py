@@ -35,10 +35,15 @@ class EstimateConfig:
     """Side of the crops in pixels. Default: the model's."""
     mask_ratio: float = 0.75
     """Share of the patches that is masked."""
-    compile: Literal["off", "block"] = "off"
+    compile: Literal["auto", "off", "block"] = "auto"
+    """As for pretrain; auto is block on a GPU."""
+    attention: Literal["auto", "sdpa", "triton"] = "auto"
+    """As for pretrain; auto is triton on a GPU where the kernel is predicted to be faster."""
+    residual: Literal["fp32", "bf16"] = "fp32"
     """As for pretrain."""
-    attention: Literal["sdpa", "triton"] = "sdpa"
-    """As for pretrain; on a CPU it is that of C++."""
+    fused: bool = True
+    """Count with the kernels add_layer_norm and gelu and with bf16 copies of weights, as pretrain has them on a GPU, or
+    without them, as version 0.1."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """As for pretrain."""
     cores: int = 112

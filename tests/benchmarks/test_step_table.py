@@ -64,3 +64,30 @@ def test_rows_are_in_order_and_what_was_not_measured_is_a_dash():
 def test_without_files_the_usage_is_shown(capsys):
     assert step_table.main([]) == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_predictions_stand_beside_what_was_measured(tmp_path, capsys):
+    measured = result(batch=256, precision="bf16", model="mae_vit_base_patch16", fastmae=[0.05], strong=[0.1])
+    file = tmp_path / "step.json"
+    file.write_text(json.dumps(measured))
+    assert step_table.main(["--predicted", str(file)]) == 0
+    _, _, *rows = cells(capsys.readouterr().out.split("\n\n")[1])
+    predictions = json.loads(step_table.PREDICTIONS.read_text())["steps"]
+    assert len(rows) == len(predictions) > 10
+    (found,) = [row for row in rows if row[5] != "–"]
+    (expected,) = [
+        one["images_per_second"]
+        for one in predictions
+        if [one["model"], str(one["batch_size"]), one["step"]] == [found[0], found[1], found[3]]
+    ]
+    assert found[:4] == ["mae_vit_base_patch16", "256", "bf16", "fastmae"]
+    assert found[5:] == ["5120", f"{5120 / expected:.2f}"]
+
+
+def test_predictions_are_of_steps_that_the_campaign_takes():
+    script = (step_table.PREDICTIONS.parent / "gpu_campaign.sh").read_text()
+    for one in json.loads(step_table.PREDICTIONS.read_text())["steps"]:
+        assert one["step"] == "fastmae" or one["step"] in script
+        assert one["model"] in script
+        assert one["images_per_second"] > 0
+        assert one["source"]

@@ -22,6 +22,7 @@ other ranks add to a step. FSDP communicates in every part; its whole step is co
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -42,16 +43,20 @@ from fastmae.config import BenchStepConfig, PretrainConfig, check_bench
 from fastmae.config.training import COMPILED_STEPS, chosen_compile
 from fastmae.environment import peak_flops
 from fastmae.errors import UserError
+from fastmae.model.calls import calls_of
 from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.presets import PRESETS
 from fastmae.model.weight_copies import WeightCopies
+from fastmae.ops import tuning
 from fastmae.ops.attention import attention_backend
 from fastmae.ops.backends import using
+from fastmae.ops.choices import TORCHS_OWN, Choices
 from fastmae.ops.random_masking import random_masking
 from fastmae.train import parallel
 from fastmae.train.allocator import keep_freed_memory
 from fastmae.train.average import start_average, update_average
+from fastmae.train.choosing import VARIABLE
 from fastmae.train.optim import BETAS, make_optimizer, parameter_groups
 from fastmae.train.precision import Precision, choose_precision, require_float8
 from fastmae.train.step import PassGraph, TrainingLoss, prepare, require_graph, train_step, without_sync
@@ -130,7 +135,7 @@ class Implementation:
     copies: WeightCopies | None = None
     backends: dict[str, Any] = field(default_factory=dict)
     """What it asks the ops for, as arguments of ``using``."""
-    chosen: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, Any] = field(default_factory=dict)
 
     @property
     def requests(self) -> list[str]:
@@ -169,7 +174,7 @@ class Facts:
     tolerance: float
     flops: int
     precision: str
-    chosen: dict[str, str]
+    chosen: dict[str, Any]
     """What our step chose by itself: how it compiles, attention by shape, what was measured for it."""
     seconds: float
     """That the last of the first steps took, on the host's clock."""
@@ -310,7 +315,7 @@ def _explained(measured: dict[str, Any]) -> dict[str, str]:
         lines["torch's attention"] = ", ".join(f"{kernel} ({shape})" for shape, kernel in measured["sdpa"].items())
     for name, chosen in measured["chosen"].items():
         if chosen != measured["chosen"][OURS] or name == OURS:
-            lines[name] = "; ".join(f"{what} {text}" for what, text in chosen.items())
+            lines[name] = "; ".join(f"{what} {text}" for what, text in chosen.items() if what != "choices")
     return lines
 
 
@@ -390,7 +395,7 @@ def _start(name: str, config: BenchStepConfig, context: parallel.DistContext) ->
     if name in config.baselines:
         one = theirs(name, precision, inputs, context)
     else:
-        flags: dict[str, Any] = {"precision": precision}
+        flags: dict[str, Any] = {"precision": precision, "tune": config.tune}
         for switch in [] if name == OURS else name.split("+"):
             flags |= CHANGES[switch]
         one = ours(config.model, PretrainConfig(**flags), inputs, context)
@@ -489,9 +494,25 @@ def ours(name: str, flags: PretrainConfig, inputs: Inputs, context: parallel.Dis
         return result.loss
 
     batch = (inputs.images, inputs.ids_shuffle)
-    backends = {"ops": flags.ops, "attention": flags.attention}
-    chosen = {"compile": compiling, "attention": _chosen_attention(model, precision, device, backends)}
+    choices = _choices(flags.tune, model, len(inputs.images), precision, context)
+    backends = {"ops": flags.ops, "attention": flags.attention, "choices": choices}
+    chosen: dict[str, Any] = {"compile": compiling, "attention": _chosen_attention(model, precision, device, backends)}
+    if device.type == "cpu":
+        described = tuning.describe(choices, precision.autocast or torch.float32)
+        chosen |= {"tune": "; ".join(described), "choices": choices.as_json()}
     return Implementation(loss_of, batch, optimizer, precision, train, tolerance, flops, graph, bf16, backends, chosen)
+
+
+def _choices(
+    tune: str | None, model: MaskedAutoencoderViT, N: int, precision: Precision, context: parallel.DistContext
+) -> Choices:
+    """Returns what computes products and attention, as a new run with this --tune chooses it by measuring."""
+    if context.device.type != "cpu" or (tune or os.environ.get(VARIABLE) or "auto") == "off":
+        return TORCHS_OWN
+    found: Any = None
+    if context.is_main:  # all ranks take its choice
+        found = tuning.measured(calls_of(model, N, MASK_RATIO), precision.autocast or torch.float32).as_json()
+    return Choices.from_json(context.gather(found)[0])
 
 
 def _chosen_attention(

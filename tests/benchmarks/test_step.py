@@ -17,6 +17,8 @@ from ranks import run_ranks
 from fastmae.benchmarks import harness, step
 from fastmae.cli import main
 from fastmae.config import BenchStepConfig
+from fastmae.ops import tuning
+from fastmae.ops.choices import Choices
 
 WORDS = ["bench", "step", "--model", "mae_vit_tiny_patch4", "--batch_size", "2", "--rounds", "2", "--device", "cpu"]
 WORDS += ["--no-ceilings"]
@@ -196,6 +198,20 @@ def test_a_step_is_shown_as_a_share_of_the_rate_that_was_measured_for_its_precis
         assert f" {result['useful_flops'][name] / median / rate:.1%} " in row
     assert "measured rates: copies 1 GB/s" in out
     assert "torch's attention: flash (13x4x32), flash (50x3x32)" in out
+
+
+def test_our_step_has_what_was_measured_to_be_fastest_unless_it_is_told_not_to(
+    monkeypatch, tmp_path, capsys, in_this_process
+):
+    found = Choices.always(attention="cpu")
+    monkeypatch.setattr(step.tuning, "measured", lambda calls, dtype: found)
+    words = ["--tune", "auto", "--baselines", "--switches", "untuned"]
+    assert main([*WORDS, *words, "--output", str(tmp_path)]) == 0
+    chosen = result_in(tmp_path)["chosen"]
+    assert chosen["fastmae"]["choices"] == json.loads(json.dumps(found.as_json()))
+    assert chosen["fastmae"]["attention"] == "cpu (13x4x32), cpu (50x3x32)"
+    assert chosen["untuned"]["attention"] == "sdpa (13x4x32), sdpa (50x3x32)"
+    assert f"tune {'; '.join(tuning.describe(found))}" in capsys.readouterr().out
 
 
 def test_where_the_time_is_over_what_was_measured_is_kept(monkeypatch, tmp_path, capsys, in_this_process):

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmae.benchmarks.cases import Function, Measured, as_json, attention_case, known_shapes, measure
 from fastmae.benchmarks.harness import (
@@ -34,14 +33,12 @@ from fastmae.config import BenchAttentionConfig, check_bench
 from fastmae.environment import versions
 from fastmae.errors import UserError
 from fastmae.ops.attention import attention
-from fastmae.ops.attention_table import dtype_name, user_table, write_table
+from fastmae.ops.attention_table import TAKEN_BY_AUTO, dtype_name, user_table, write_table
 from fastmae.ops.backends import ATTENTION, using
 from fastmae.train.parallel import choose_device
 from fastmae.train.precision import choose_precision
 
-# torch's attention takes one of its kernels by itself; two of them are timed by their own names as well.
-OF_TORCH = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-BACKENDS = tuple(dict.fromkeys([*(name for name in ATTENTION if name != "auto"), *OF_TORCH]))
+BACKENDS = tuple(name for name in ATTENTION if name != "auto")
 CPU_BATCH, GPU_BATCH = 8, 256
 
 Shape = tuple[int, int, int]
@@ -97,9 +94,6 @@ def through(backend: str) -> Function:
     """Attention by a backend; its gradient takes the same way."""
 
     def call(packed: torch.Tensor) -> torch.Tensor:
-        if backend not in ATTENTION:
-            with sdpa_kernel(OF_TORCH[backend]), using(attention="sdpa"):
-                return attention(packed)
         with using(attention=backend):
             return attention(packed)
 
@@ -109,14 +103,14 @@ def through(backend: str) -> Function:
 def winner(one: Measured, shape: Shape, N: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """An entry of the table."""
     S, heads, head_dim = shape
-    medians = {name: quartiles(seconds)[1] for name, seconds in one.seconds.items() if name in ATTENTION}
+    medians = {name: quartiles(seconds)[1] for name, seconds in one.seconds.items()}
     return {
         "device": torch.cuda.get_device_name(device),
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
         "dtype": dtype_name(dtype),
         "S": S,
         "head_dim": head_dim,
-        "backend": min(medians, key=medians.__getitem__),
+        "backend": min((name for name in medians if name in TAKEN_BY_AUTO), key=medians.__getitem__),
         "heads": heads,
         "batch_size": N,
         "median_ms": {name: round(1e3 * seconds, 4) for name, seconds in medians.items()},

@@ -102,8 +102,9 @@ class PretrainConfig(TrainingConfig, MaskingConfig):
     """With --precision bf16, the format of the tokens between blocks. bf16 halves their memory; every block rounds
     them."""
     float8: bool = False
-    """Compute matrix products of the blocks in float8 (torchao, the extra `float8`), on a GPU of compute capability 8.9
-    or higher, together with --precision bf16 and --compile (experimental: it has not run on a GPU yet)."""
+    """Compute matrix products of the encoder's blocks in float8 (torchao, the extra `float8`), on a GPU of compute
+    capability 8.9 or higher, together with --precision bf16 and --compile (experimental: it has not run on a GPU
+    yet)."""
 
     # Saving, resuming, logging.
     resume: str = ""

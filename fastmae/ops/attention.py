@@ -1,8 +1,9 @@
-"""attention: softmax(q·kᵀ/√Dh)·v for short sequences, directly from the packed projection, in one of six ways.
+"""attention: softmax(q·kᵀ/√Dh)·v for short sequences, directly from the packed projection, in one of eight ways.
 
 ``attention_backend`` chooses one: what fastmae/ops/backends.py asks for; with ``auto``, the process's choice on a CPU,
-and on a GPU the winner of a table of measurements (attention_table.py). torch's own attention is called directly, in
-the dtype that it gets (``sdpa``) or in float32 (``sdpa-float32``: torch's backward pass in bfloat16 is slow on CPUs).
+and on a GPU the winner of a table of measurements (attention_table.py) or of a prediction. torch's own attention is
+called directly, with the kernel that torch takes (``sdpa``) or one of its kernels (``cudnn``, ``flash``), in the dtype
+that it gets or in float32 (``sdpa-float32``: torch's backward pass in bfloat16 is slow on CPUs).
 The others are one custom op, ``fastmae::attention``, with a backward of its own.
 """
 
@@ -15,17 +16,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
 from fastmae import _C
 from fastmae.errors import install_hint
 from fastmae.ops import cpu
-from fastmae.ops.attention_table import DTYPES, dtype_name, measurements
+from fastmae.ops.attention_table import DTYPES, TAKEN_BY_AUTO, dtype_name, measurements
 from fastmae.ops.backends import asked_backends, op_choice, triton_runs_on
 from fastmae.torch_compat import constant_when_compiled
 
 TRITON_TOKENS = 320
 TRITON_HEAD_DIMS = (32, 64, 80)
+# Where Triton is predicted to be faster than torch (benchmarks/LOG.md); for heads of 80 numbers it is not.
+PREDICTED_ON = ((8, 0), (9, 0), (10, 0))
+PREDICTED_HEAD_DIMS = (32, 64)
+OF_TORCH = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+OF_TORCH_HEAD_DIMS = {"cudnn": 128, "flash": 256}
 # What the ways for CPUs alone compute in another way than torch does.
 CPU_DTYPES = {
     "sdpa-float32": (torch.bfloat16, torch.float16),
@@ -63,6 +70,9 @@ def attention(packed: torch.Tensor, queries: torch.Tensor | None = None) -> torc
     name, _ = attention_backend(packed.device, packed.dtype, S, packed.shape[4], T)
     if name == "sdpa":
         return _sdpa(*_unpack(packed, queries))
+    if name in OF_TORCH:
+        with sdpa_kernel(OF_TORCH[name]):
+            return _sdpa(*_unpack(packed, queries))
     if name == "sdpa-float32":
         with torch.autocast(device, enabled=False):
             return _sdpa(*(x.float() for x in _unpack(packed, queries))).to(packed.dtype)
@@ -115,9 +125,10 @@ def attention_backend(
     """Chooses (a name of ``Backends.attention``; why) for S tokens with heads of ``head_dim`` numbers.
 
     On a GPU ``auto`` takes the winner of the nearest measurement, if one lies within a factor of 1.25 of S; the user's
-    table goes before the shipped one. On a CPU it takes what the process's choice says for S keys and T queries, by
-    default as many; that is ``sdpa`` unless it was measured, or if the ops are the reference's. float64 is always
-    ``sdpa``, as the kernels of all ops leave it to torch, and so is a program that is exported.
+    table goes before the shipped one, and a prediction comes last. On a CPU it takes what the process's choice says for
+    S keys and T queries, by default as many; that is ``sdpa`` unless it was measured, or if the ops are the
+    reference's. float64 is always ``sdpa``, as the kernels of all ops leave it to torch, and so is a program that is
+    exported.
 
     Raises:
         ValueError: what was asked for cannot run here, or a table is damaged.
@@ -133,7 +144,7 @@ def attention_backend(
             raise ValueError(f"attention '{asked}' needs {unmet}; choose auto or sdpa")
         return asked, "asked for"
     if device.type == "cuda":
-        return _fastest_measured(device, dtype, S, head_dim)
+        return _fastest_on_gpu(device, dtype, S, head_dim)
     if device.type == "cpu":
         name = op_choice("attention", (S, S if T is None else T, head_dim), dtype)
         if name != "sdpa" and unmet_requirement(name, device, dtype, S, head_dim) is None:
@@ -141,11 +152,14 @@ def attention_backend(
     return "sdpa", f"torch's own on {device.type}"
 
 
-def _fastest_measured(device: torch.device, dtype: torch.dtype, S: int, head_dim: int) -> tuple[str, str]:
-    """Chooses the winner of the nearest measurement on this GPU; ``sdpa`` if none is near, or the winner cannot run."""
+def _fastest_on_gpu(device: torch.device, dtype: torch.dtype, S: int, head_dim: int) -> tuple[str, str]:
+    """Chooses the winner of the nearest measurement on this GPU, ``sdpa`` if that cannot run; and if none is near,
+    what is predicted."""
     for table in measurements(device, dtype):
         same_head = [
-            (max(S / tokens, tokens / S), tokens, name, where) for tokens, D, name, where in table if head_dim == D
+            (max(S / tokens, tokens / S), tokens, name, where)
+            for tokens, D, name, where in table
+            if head_dim == D and name in TAKEN_BY_AUTO
         ]
         distance, tokens, name, where = min(same_head, default=(math.inf, 0, "", ""))
         if distance <= NEAREST:
@@ -153,6 +167,9 @@ def _fastest_measured(device: torch.device, dtype: torch.dtype, S: int, head_dim
             if unmet is not None:
                 return "sdpa", f"{name} was faster at {tokens} tokens ({where}), but it needs {unmet}"
             return name, f"fastest at {tokens} tokens ({where})"
+    is_predicted = head_dim in PREDICTED_HEAD_DIMS and _capability(device) in PREDICTED_ON
+    if is_predicted and _unmet_requirement("triton", device, dtype, S, head_dim) is None:
+        return "triton", f"predicted, {NOT_MEASURED}"
     return "sdpa", NOT_MEASURED
 
 
@@ -172,6 +189,8 @@ def unmet_requirement(name: str, device: torch.device, dtype: torch.dtype, S: in
         if head_dim % 16 or head_dim > 128:
             return f"heads of a multiple of 16 numbers up to 128, got {head_dim}"
         return None
+    if name in OF_TORCH:
+        return _unmet_by_torch(name, device, dtype, head_dim)
     if not _is_installed(name, device):
         package = "Triton" if name == "triton" else f"xformers ({install_hint('cuda')})"
         return f"{package} and a CUDA device, got {device.type}"
@@ -184,6 +203,21 @@ def unmet_requirement(name: str, device: torch.device, dtype: torch.dtype, S: in
         return f"heads of {', '.join(map(str, TRITON_HEAD_DIMS))} numbers, got {head_dim}"
     if name == "xformers" and (head_dim % 8 or head_dim > 256):
         return f"heads of a multiple of 8 numbers up to 256, got {head_dim}"
+    return None
+
+
+def _unmet_by_torch(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The same for one of torch's own kernels."""
+    if name == "flash" and device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"a CUDA device, got {device.type}"
+    if _capability(device) < (8, 0):
+        return f"a GPU of compute capability 8.0 or higher, got {'.'.join(map(str, _capability(device)))}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"bfloat16 or float16, got {dtype_name(dtype)}"
+    if head_dim % 8 or head_dim > OF_TORCH_HEAD_DIMS[name]:
+        return f"heads of a multiple of 8 numbers up to {OF_TORCH_HEAD_DIMS[name]}, got {head_dim}"
     return None
 
 
@@ -200,6 +234,12 @@ def cpu_candidates(dtype: torch.dtype, S: int, T: int, head_dim: int) -> tuple[s
 def _has_dots() -> bool:
     """Tells whether the processor has dot products of bfloat16; a constant to torch.compile, which cannot trace C++."""
     return _C.attention_dots()
+
+
+@constant_when_compiled
+def _capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU; a constant to torch.compile."""
+    return torch.cuda.get_device_capability(device)
 
 
 @constant_when_compiled

@@ -21,6 +21,8 @@ SHIPPED_TABLE = Path(__file__).with_name("attention_table.json")
 TABLE_BYTES = 1 << 20
 Measurement = tuple[int, int, str, str]
 """(tokens, head_dim, the fastest backend, where it was measured)."""
+TAKEN_BY_AUTO = ("sdpa", "triton", "cudnn", "flash")
+"""What --attention auto takes if it is the fastest; what else a table names is passed over."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -95,7 +97,7 @@ def write_table(path: Path, entries: Iterable[dict[str, Any]]) -> None:
 
 
 KEY = ("device", "capability", "dtype", "head_dim", "S")
-ALLOWED = {"dtype": tuple(map(dtype_name, DTYPES)), "backend": ("sdpa", "xformers", "triton")}
+ALLOWED = {"dtype": tuple(map(dtype_name, DTYPES)), "backend": (*TAKEN_BY_AUTO, "xformers")}
 
 
 def _check_entry(entry: object) -> None:

@@ -1,6 +1,6 @@
 """The number format of a step: float32, float32 with TF32 products, or bfloat16 autocast over float32 weights.
 
-With bfloat16 the products of the blocks may be float8 (``step.in_float8``).
+With bfloat16 the products of the encoder's blocks may be float8 (``step.in_float8``).
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ def _more_backends(
     backends = {"choice": chosen, "compile": compiling}
     backends |= {"parallel": f"{parallelism.kind} ({parallelism.reason})"}
     if config.float8:
-        backends["float8"] = f"products of the blocks (torchao {version('torchao')})"
+        backends["float8"] = f"products of the encoder's blocks (torchao {version('torchao')})"
     if config.cuda_graph:
         backends["cuda_graph"] = "forward and backward pass (asked for)"
     if isinstance(source, CachedSource):

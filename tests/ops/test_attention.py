@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmae import _C
@@ -20,6 +22,7 @@ from fastmae.ops.backends import using
 from fastmae.ops.choices import OF_0_1, Choices
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+PREDICTED = f"predicted, {NOT_MEASURED}"
 GPU, OTHER = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
 
 
@@ -319,7 +322,7 @@ def chosen(S=50, head_dim=64, dtype=torch.bfloat16, device=CUDA):
 def test_the_shipped_table_is_whole(h100):
     read_table(SHIPPED_TABLE)
     if not read_table(SHIPPED_TABLE):
-        assert chosen() == ("sdpa", NOT_MEASURED)
+        assert chosen() == ("triton", PREDICTED)
 
 
 def test_the_nearest_measurement_decides(h100):
@@ -327,9 +330,9 @@ def test_the_nearest_measurement_decides(h100):
     assert chosen(50) == ("triton", f"fastest at 50 tokens ({GPU}, {h100})")
     assert chosen(42)[0] == "sdpa"
     assert chosen(62)[0] == "triton"
-    assert chosen(64) == ("sdpa", NOT_MEASURED)
+    assert chosen(64) == ("triton", PREDICTED)
     assert chosen(50, 32) == ("sdpa", f"fastest at 50 tokens ({GPU}, {h100})")
-    assert chosen(dtype=torch.float16) == ("sdpa", NOT_MEASURED)
+    assert chosen(dtype=torch.float16) == ("triton", PREDICTED)
 
 
 def test_a_gpu_of_the_same_name_goes_before_one_of_the_same_capability(h100):
@@ -351,12 +354,56 @@ def test_the_users_table_goes_before_the_shipped_one(h100, monkeypatch, tmp_path
     assert chosen(197) == ("triton", f"fastest at 197 tokens ({GPU}, {shipped})")
 
 
-def test_a_winner_that_is_not_installed_is_not_taken_and_the_reason_is_given(h100, monkeypatch):
-    write_table(h100, [entry(50, "xformers")])
+def test_a_winner_that_cannot_run_is_not_taken_and_the_reason_is_given(h100, monkeypatch):
+    write_table(h100, [entry(50, "triton")])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    name, reason = chosen(50)
-    assert name == "sdpa"
-    assert "pip install 'fastmae[cuda]'" in reason
+    assert chosen(50) == (
+        "sdpa",
+        f"triton was faster at 50 tokens ({GPU}, {h100}), but it needs Triton and a CUDA device, got cuda",
+    )
+
+
+def test_torchs_kernels_can_win_and_xformers_is_passed_over(h100):
+    write_table(h100, [entry(50, "cudnn"), entry(197, "flash"), entry(50, "xformers", head_dim=32)])
+    assert chosen(50)[0] == "cudnn"
+    assert chosen(197)[0] == "flash"
+    assert chosen(50, 32) == ("triton", PREDICTED)
+    with using(attention="xformers"), pytest.raises(ValueError, match=r"fastmae\[cuda\]"):
+        chosen(50)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_without_a_measurement_triton_is_taken_where_it_is_predicted_to_win(h100, monkeypatch, capability):
+    """Elsewhere it is torch's own: heads of 80 numbers, long sequences, float32, other GPUs."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for S, head_dim in ((1, 32), (50, 64), (197, 32), (320, 64)):
+        assert chosen(S, head_dim) == ("triton", PREDICTED)
+    for S, head_dim in ((65, 80), (321, 64), (50, 16)):
+        assert chosen(S, head_dim) == ("sdpa", NOT_MEASURED)
+    assert chosen(dtype=torch.float32) == ("sdpa", NOT_MEASURED)
+    for other in ((7, 5), (8, 6), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, other=other: other)
+        assert chosen() == ("sdpa", NOT_MEASURED)
+
+
+def test_one_of_torchs_kernels_is_torchs_attention(monkeypatch):
+    """By name, eager and compiled. cuDNN's is for GPUs alone."""
+    packed, grad = torch.randn(2, 9, 3, 2, 16, requires_grad=True), torch.randn(2, 9, 2, 16)
+    expected = attention(packed)
+    with using(attention="flash"):
+        compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+        for function in (attention, compiled):
+            got = function(packed)
+            assert torch.equal(got, expected)
+            torch.testing.assert_close(
+                torch.autograd.grad(got, packed, grad)[0], torch.autograd.grad(attention(packed), packed, grad)[0]
+            )
+    taken = []
+    monkeypatch.setattr("fastmae.ops.attention.sdpa_kernel", lambda kernel: taken.append(kernel) or nullcontext())
+    monkeypatch.setattr("fastmae.ops.attention._unmet_requirement", lambda *_: None)
+    with using(attention="cudnn"):
+        attention(packed)
+    assert taken == [SDPBackend.CUDNN_ATTENTION]
 
 
 def test_what_needs_no_table(h100):
@@ -416,7 +463,7 @@ def test_writing_merges_entries_and_keeps_their_notes(h100):
     write_table(h100, [entry(197, "sdpa")])
     assert read_table(h100) == [entry(50, milliseconds={"sdpa": 1.5}), entry(197, "sdpa")]
     before = h100.read_bytes()
-    with pytest.raises(ValueError, match="backend must be sdpa or xformers or triton"):
+    with pytest.raises(ValueError, match="backend must be sdpa or triton or cudnn or flash or xformers"):
         write_table(h100, [entry(13), entry(50, "fast")])
     assert h100.read_bytes() == before
     assert [path.name for path in h100.parent.iterdir()] == [h100.name]
@@ -433,7 +480,7 @@ def test_writing_merges_entries_and_keeps_their_notes(h100):
         (json.dumps({"entries": [entry(S=True)]}).encode(), "S must be a positive integer"),
         (json.dumps({"entries": [entry(head_dim=0)]}).encode(), "head_dim must be a positive integer"),
         (json.dumps({"entries": [entry(dtype="bf16")]}).encode(), "dtype must be float64 or"),
-        (json.dumps({"entries": [entry(backend="flash")]}).encode(), "backend must be"),
+        (json.dumps({"entries": [entry(backend="fast")]}).encode(), "backend must be"),
         (b"[" * 100_000, "is no table"),
         (b" " * ((1 << 20) + 1), "more than 1048576 bytes"),
     ],
@@ -457,7 +504,7 @@ def test_a_table_that_is_a_folder_is_named(h100):
 # --- what it cannot do ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["triton", "xformers"])
+@pytest.mark.parametrize("name", ["triton", "xformers", "cudnn"])
 def test_what_was_asked_for_and_cannot_run_is_refused(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with using(attention=name), pytest.raises(ValueError, match=rf"attention '{name}' .*cpu; choose auto or sdpa"):
@@ -473,9 +520,12 @@ def test_what_was_asked_for_and_cannot_run_is_refused(name, monkeypatch):
         ("xformers", 50, 64, torch.float32, "bfloat16 or float16, got float32"),
         ("xformers", 50, 12, torch.float16, "multiple of 8 numbers up to 256, got 12"),
         ("cpu", 50, 64, torch.float32, "needs a CPU, got cuda; choose auto or sdpa"),
+        ("cudnn", 50, 64, torch.float32, "bfloat16 or float16, got float32"),
+        ("cudnn", 50, 136, torch.bfloat16, "multiple of 8 numbers up to 128, got 136"),
+        ("flash", 50, 20, torch.float16, "multiple of 8 numbers up to 256, got 20"),
     ],
 )
-def test_limits_of_the_backends(name, S, head_dim, dtype, words, monkeypatch):
+def test_limits_of_the_backends(name, S, head_dim, dtype, words, monkeypatch, h100):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with using(attention=name), pytest.raises(ValueError, match=words):
         chosen(S, head_dim, dtype)

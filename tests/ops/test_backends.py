@@ -56,7 +56,7 @@ def test_an_op_does_not_fall_back_silently():
         gather_patches(images, ids, (4, 4), torch.zeros(1), torch.ones(1), torch.float32)
 
 
-@pytest.mark.parametrize("wrong", [{"ops": "cuda"}, {"attention": "flash"}])
+@pytest.mark.parametrize("wrong", [{"ops": "cuda"}, {"attention": "fast"}])
 def test_unknown_names_are_refused(wrong):
     with pytest.raises(ValueError, match="must be one of auto"):
         Backends(**wrong)

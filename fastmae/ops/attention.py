@@ -168,7 +168,7 @@ def _fastest_on_gpu(device: torch.device, dtype: torch.dtype, S: int, head_dim: 
                 return "sdpa", f"{name} was faster at {tokens} tokens ({where}), but it needs {unmet}"
             return name, f"fastest at {tokens} tokens ({where})"
     is_predicted = head_dim in PREDICTED_HEAD_DIMS and _capability(device) in PREDICTED_ON
-    if is_predicted and _unmet_requirement("triton", device, dtype, S, head_dim) is None:
+    if is_predicted and unmet_requirement("triton", device, dtype, S, head_dim) is None:
         return "triton", f"predicted, {NOT_MEASURED}"
     return "sdpa", NOT_MEASURED
 

@@ -400,7 +400,7 @@ def test_one_of_torchs_kernels_is_torchs_attention(monkeypatch):
             )
     taken = []
     monkeypatch.setattr("fastmae.ops.attention.sdpa_kernel", lambda kernel: taken.append(kernel) or nullcontext())
-    monkeypatch.setattr("fastmae.ops.attention._unmet_requirement", lambda *_: None)
+    monkeypatch.setattr("fastmae.ops.attention.unmet_requirement", lambda *_: None)
     with using(attention="cudnn"):
         attention(packed)
     assert taken == [SDPBackend.CUDNN_ATTENTION]

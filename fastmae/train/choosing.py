@@ -64,7 +64,8 @@ def choose(
         error = SettingError("tune", problem=f"rank 0 chose {missing}; give --tune=off")
         error.is_said = missing is None
         raise error
-    return "\n".join([why, *describe(choices, precision.autocast or torch.float32)])
+    figures = describe(choices, precision.autocast or torch.float32) if choices.rules == "measured" else []
+    return "\n".join([why, *figures])
 
 
 def in_manifest() -> dict[str, Any]:

@@ -24,8 +24,9 @@ from fastmae.train import finetune as finetune_module
 from fastmae.train import pretrain as pretrain_module
 from fastmae.train.choosing import choose
 from fastmae.train.finetune import finetune
-from fastmae.train.precision import Precision
+from fastmae.train.precision import Precision, choose_precision
 from fastmae.train.pretrain import pretrain
+from fastmae.train.settings import describe_backends
 
 EPOCH = dict(epochs=1, checkpoint_freq=3, keep=9)  # 9 steps
 SHORT = dict(**EPOCH, warmup_epochs=0.5)
@@ -354,3 +355,16 @@ def test_a_measurement_that_fails_on_rank_0_ends_all_ranks_in_one_line(blobs, tm
     said = "".join(stderr for _, stderr in ended)
     assert [status for status, _ in ended] == [2, 2], ended
     assert said.count("nothing could be measured") == 1
+
+
+@pytest.mark.parametrize(
+    ("speedup", "said"), [(1.62, "; bf16 would be 1.6 times as fast here"), (1.02, ""), (None, "")]
+)
+def test_a_run_says_by_how_much_bf16_would_be_faster(speedup, said):
+    cpu = torch.device("cpu")
+    with using(choices=replace(HERE, bf16_speedup=speedup)):
+        by_default = describe_backends(cpu, choose_precision("auto", cpu), {}, "threads")
+        assert by_default["precision"] == f"fp32 (exact and reproducible on a CPU){said}"
+        for asked in ("fp32", "bf16"):
+            told = describe_backends(cpu, choose_precision(asked, cpu), {}, "threads")
+            assert told["precision"] == f"{asked} (asked for)"

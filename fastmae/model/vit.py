@@ -170,7 +170,7 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not uses_fused("gelu", x, autocast_dtype(x.device) or x.dtype):
+        if not uses_fused("gelu", x, autocast_dtype(x.device) or x.dtype, self.fc1.out_features):
             return self.fc2(F.gelu(self.fc1(x)))
         if not is_plain(self.fc1, Linear):
             return self.fc2(gelu(self.fc1(x)))

@@ -135,18 +135,19 @@ def ops_backend(device: torch.device, *dtypes: torch.dtype) -> str:
     return "reference" if torch.float64 in dtypes else asked
 
 
-def uses_fused(op: str, x: torch.Tensor, dtype: torch.dtype) -> bool:
+def uses_fused(op: str, x: torch.Tensor, dtype: torch.dtype, width: int | None = None) -> bool:
     """Tells whether a model computes with ``op``, ``add_layer_norm`` or ``gelu``, or with torch's own operations.
 
-    ``x`` has the shape and the device, ``dtype`` is that of the branch or of what GELU is applied to. On a GPU with
-    Triton it is the op, which moves fewer bytes than eager or compiled operations do (docs/kernels.md); on a CPU what
-    was chosen, torch's own by default. An exported program has torch's own, and so has float64.
+    ``x`` has the shape (but for the ``width``, if that is another) and the device, ``dtype`` is that of the branch or
+    of what GELU is applied to. On a GPU with Triton it is the op, which moves fewer bytes than eager or compiled
+    operations do (docs/kernels.md); on a CPU what was chosen, torch's own by default. An exported program has torch's
+    own, and so has float64.
     """
     if torch.compiler.is_exporting():
         return False
     backend = _backend_of_models(x.device, dtype)
     if backend == "cpu":
-        return op_choice(op, (x.numel() // x.shape[-1], x.shape[-1]), dtype) == "cpu"
+        return op_choice(op, (x.numel() // x.shape[-1], width or x.shape[-1]), dtype) == "cpu"
     return backend == "triton"
 
 

@@ -23,16 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastmae.environment import processor, processor_details
 from fastmae.files import open_file, write_text
+from fastmae.ops.add_layer_norm import add_layer_norm
 from fastmae.ops.attention import attention, cpu_candidates, unmet_requirement
 from fastmae.ops.attention_table import dtype_name
 from fastmae.ops.backends import using
 from fastmae.ops.choices import CANDIDATES, LINEAR, Choice, Choices
+from fastmae.ops.gelu import gelu
 from fastmae.ops.linear import linear, linear_candidates
 
 MOST_ROWS = 1024  # of a product that is timed: its rate hardly grows beyond
+MOST_TOKENS = 4096  # of a norm or GELU that is timed: beyond the caches
 LEAST_SECONDS = 2.0  # to measure in, if three steps take less
 STEPS = 3
 LOOK_AT_BF16 = 0.15  # of that time, at the end, for a look at bfloat16 in a float32 run
@@ -68,7 +72,7 @@ class Call:
             return self.count * 3.0 * math.prod(self.shape)
         if self.op == "attention":  # 2 and 5 products, which reach half the rate
             return self.count * 14.0 * self.images * self.heads * math.prod(self.shape)
-        return self.count * 100.0 * math.prod(self.shape)  # bound by memory: some passes, forward and backward
+        return self.count * 400.0 * math.prod(self.shape)  # bound by memory: some passes, forward and backward
 
 
 @dataclass
@@ -301,8 +305,48 @@ def _attention_parts(call: Call, dtype: torch.dtype) -> Parts:
     yield "attention", images / call.images, runs
 
 
+def _gelu_parts(call: Call, dtype: torch.dtype) -> Parts:
+    rows, width = min(call.shape[0], MOST_TOKENS), call.shape[1]
+    h, bias = _numbers(rows, width, dtype=dtype).requires_grad_(), _numbers(width).requires_grad_()
+    grad = _numbers(rows, width, dtype=dtype)
+
+    def torchs() -> object:  # its product adds the bias, and sums up the gradient
+        (gradient,) = torch.autograd.grad(F.gelu(h), h, grad)
+        return gradient.sum(0)
+
+    def ours() -> object:
+        return torch.autograd.grad(gelu(h, bias), (h, bias), grad)
+
+    yield "gelu", rows / call.shape[0], {"torch": torchs, "cpu": ours}
+
+
+def _add_layer_norm_parts(call: Call, dtype: torch.dtype) -> Parts:
+    rows, width = min(call.shape[0], MOST_TOKENS), call.shape[1]
+    x, branch = _numbers(rows, width).requires_grad_(), _numbers(rows, width, dtype=dtype).requires_grad_()
+    weight, bias = _numbers(width).requires_grad_(), _numbers(width).requires_grad_()
+    grads = [_numbers(rows, width), _numbers(rows, width, dtype=dtype)]
+
+    def run(outputs: Callable[[], Sequence[torch.Tensor]]) -> object:
+        return torch.autograd.grad(outputs(), (x, branch, weight, bias), grads)
+
+    def torchs() -> tuple[torch.Tensor, torch.Tensor]:  # the product after it casts the norm
+        stream = x + branch
+        return stream, F.layer_norm(stream, (width,), weight, bias).to(dtype)
+
+    runs: dict[str, Run] = {
+        "torch": partial(run, torchs),
+        "cpu": partial(run, lambda: add_layer_norm(x, branch, weight, bias, 1e-5, dtype)),
+    }
+    yield "add_layer_norm", rows / call.shape[0], runs
+
+
 Parts = Iterator[tuple[str, float, dict[str, Run]]]
-PARTS: dict[str, Callable[[Call, torch.dtype], Parts]] = {"linear": _linear_parts, "attention": _attention_parts}
+PARTS: dict[str, Callable[[Call, torch.dtype], Parts]] = {
+    "linear": _linear_parts,
+    "attention": _attention_parts,
+    "gelu": _gelu_parts,
+    "add_layer_norm": _add_layer_norm_parts,
+}
 
 
 def _parts(call: Call, dtype: torch.dtype) -> Parts:

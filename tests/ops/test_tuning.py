@@ -138,12 +138,14 @@ def test_real_calls_are_measured_and_nothing_else_changes(dtype):
         Call("linear", (20, 32, 48)),
         Call("attention", (9, 9, 16), images=3, heads=2),
         Call("attention", (9, 5, 16), images=3, heads=2),
+        Call("gelu", (50, 96)),
+        Call("add_layer_norm", (5000, 48)),
     ]
-    choices = measure(calls, dtype)
+    choices = measure(calls, dtype, seconds=60)
     assert asked_backends() == before
     assert torch.equal(torch.random.get_rng_state(), drawn)
     found = {(entry.op, entry.shape): entry.speedup for entry in choices.entries}
-    assert len(found) == 2 + 3 + 2  # the first input gets no gradient
+    assert len(found) == 2 + 3 + 2 + 2  # the first input gets no gradient
     assert all(found.values())
     assert Choices.from_json(json.loads(json.dumps(choices.as_json()))) == choices
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastmae import ops
-    from fastmae.api import Run, extract_features, finetune, pretrain
+    from fastmae.api import Run, extract_features, finetune, pretrain, tune
     from fastmae.checkpoint.load import load_model
     from fastmae.errors import UserError
     from fastmae.model.mae import MaskedAutoencoderViT
@@ -46,6 +46,7 @@ __all__ = [
     "mae_vit_tiny_patch16",
     "ops",
     "pretrain",
+    "tune",
 ]
 
 _HOME = {
@@ -56,6 +57,7 @@ _HOME = {
     "finetune": "fastmae.api",
     "load_model": "fastmae.checkpoint.load",
     "pretrain": "fastmae.api",
+    "tune": "fastmae.api",
 }
 
 

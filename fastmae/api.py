@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fastmae.evaluate.features import Features
     from fastmae.model.classifier import Classifier
     from fastmae.model.mae import MaskedAutoencoderViT
+    from fastmae.ops.choices import Choices
 
 DataPath = str | PathLike[str] | Sequence[str | PathLike[str]]
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
@@ -181,3 +182,59 @@ def extract_features(
         source = open_train(paths) if split == "train" else train_and_val(paths)[1]
     workers = num_workers or default_workers()
     return features.extract_features(encoder, source, pool=pool, batch_size=batch_size, num_workers=workers)
+
+
+def tune(
+    model: MaskedAutoencoderViT | Classifier,
+    batch_size: int,
+    *,
+    mask_ratio: float = 0.75,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    anew: bool = False,
+) -> Choices:
+    """Measures which implementation is fastest on this CPU for a training step, as a run does, and uses it from now on.
+
+    It takes two seconds or about three steps, and a moment where this machine has measured the same before. Without it,
+    matrix products and attention on a CPU are PyTorch's own. Call it before ``torch.compile``: a compiled function
+    keeps the choice of when it was compiled.
+
+    Args:
+        model: what is trained, on the CPU: a masked autoencoder, or the classifier that fine-tunes one.
+        batch_size: images of a forward pass.
+        mask_ratio: as in ``training_loss``; a classifier has none.
+        precision: of the step: ``"bf16"`` is that of ``torch.autocast("cpu", torch.bfloat16)``.
+        anew: measure in any case, and not take what was measured before.
+
+    Returns:
+        The choice that now holds in this process. Its ``entries`` say for each shape what is taken, and how many times
+        as fast it was as PyTorch's own.
+
+    Raises:
+        UserError: a wrong argument.
+    """
+    import torch
+
+    from fastmae.model.calls import calls_of
+    from fastmae.model.classifier import Classifier
+    from fastmae.model.mae import MaskedAutoencoderViT
+    from fastmae.ops.backends import asked_backends, set_backends
+    from fastmae.ops.tuning import measured
+
+    if not isinstance(model, MaskedAutoencoderViT | Classifier):
+        raise SettingError("model", type(model).__name__, "must be a masked autoencoder or a classifier of fastmae")
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        raise SettingError("model", problem=f"is on {device}; choices are measured for the CPU alone")
+    if type(batch_size) is not int or batch_size < 1:
+        raise SettingError("batch_size", batch_size, "must be an integer of at least 1")
+    if precision not in ("fp32", "bf16"):
+        raise SettingError("precision", precision, "must be fp32 or bf16")
+    if isinstance(model, MaskedAutoencoderViT):
+        try:
+            model.num_visible(mask_ratio)
+        except (TypeError, ValueError) as error:
+            raise SettingError("mask_ratio", mask_ratio, str(error)) from error
+    calls = calls_of(model, batch_size, mask_ratio)
+    choices = measured(calls, torch.bfloat16 if precision == "bf16" else torch.float32, anew=anew)
+    set_backends(dataclasses.replace(asked_backends(), choices=choices))
+    return choices

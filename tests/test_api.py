@@ -13,6 +13,9 @@ import fastmae
 from fastmae.checkpoint.load import load_classifier
 from fastmae.config import PretrainConfig
 from fastmae.evaluate.features import extract_features
+from fastmae.model.classifier import classifier_of
+from fastmae.ops.backends import asked_backends, set_backends
+from fastmae.ops.choices import Choices
 from fastmae.train.pretrain import pretrain
 
 SETTINGS = dict(model="mae_vit_tiny_patch4", input_size=16, epochs=1, batch_size=64, probe=False, warmup_epochs=0)
@@ -146,3 +149,46 @@ def test_the_names_that_version_0_1_showed_stay():
     assert load_model is fastmae.load_model
     assert callable(pretrain)
     assert callable(extract_features)
+
+
+@pytest.fixture
+def tiny():
+    return fastmae.mae_vit_tiny_patch4(img_size=8)
+
+
+def test_tune_measures_and_sets_the_choice_of_the_process(tiny, monkeypatch, tmp_path):
+    found, asked = Choices.always(linear_weight="onednn-copy"), []
+    monkeypatch.setattr("fastmae.ops.tuning.measure", lambda *of: asked.append(of) or found)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = asked_backends()
+    try:
+        assert fastmae.tune(tiny, 7) == asked_backends().choices == found
+        fastmae.tune(classifier_of(tiny, 3), 7, precision="bf16")
+    finally:
+        set_backends(before)
+    (calls, dtype), (classifier_calls, classifier_dtype) = asked
+    assert (dtype, classifier_dtype) == (torch.float32, torch.bfloat16)
+    assert (7 * 2, 128, 3 * 128) in {call.shape for call in calls}  # the class token and one visible patch of four
+    assert (7 * 5, 128, 3 * 128) in {call.shape for call in classifier_calls}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"model": torch.nn.Linear(2, 2)}, r"model='Linear': must be a masked autoencoder or a classifier of fastmae"),
+        ({"batch_size": 0}, "batch_size=0: must be an integer of at least 1"),
+        ({"batch_size": 2.5}, "batch_size=2.5: must be an integer of at least 1"),
+        ({"mask_ratio": 1.0}, "mask_ratio=1.0: .*at least one must be visible"),
+        ({"mask_ratio": "most"}, "mask_ratio='most': "),
+        ({"precision": "fp16"}, "precision='fp16': must be fp32 or bf16"),
+    ],
+)
+def test_tune_names_a_wrong_argument_in_one_line(tiny, wrong, line):
+    with pytest.raises(fastmae.UserError, match=line) as caught:
+        fastmae.tune(**{"model": tiny, "batch_size": 4} | wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_tune_refuses_a_model_that_is_not_on_the_cpu(tiny):
+    with pytest.raises(fastmae.UserError, match="model: is on meta; choices are measured for the CPU alone"):
+        fastmae.tune(tiny.to("meta"), 4)

@@ -44,7 +44,7 @@ ALLOWED = {
     "cli": {"environment"}
     | LEAVES - {"facts", "files", "philox", "torch_compat"}
     | {"faults", "launch", "flags", "argv", "config", "commands", "train"},
-    "api": {"errors", "files", "messages", "config", "model", "data", "checkpoint", "evaluate", "train"},
+    "api": {"errors", "files", "messages", "config", "ops", "model", "data", "checkpoint", "evaluate", "train"},
     "__init__": {"errors", "ops", "model", "checkpoint", "api"},
     "__main__": {"cli", "signals"},
 }

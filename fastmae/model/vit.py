@@ -174,7 +174,7 @@ class Mlp(nn.Module):
             return self.fc2(F.gelu(self.fc1(x)))
         if not is_plain(self.fc1, Linear):
             return self.fc2(gelu(self.fc1(x)))
-        return self.fc2(gelu(linear(x, self.fc1.weight, None), self.fc1.bias))
+        return self.fc2(gelu(self.fc1.without_bias(x), self.fc1.bias))
 
 
 class Sum(NamedTuple):

@@ -37,6 +37,10 @@ class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias, self.copies)
 
+    def without_bias(self, x: torch.Tensor) -> torch.Tensor:
+        """Computes the product alone, for those who add the bias themselves."""
+        return linear(x, self.weight, None, self.copies and (self.copies[0], None))
+
     def some(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
         """Computes some of the outputs: those of these rows of the weight."""
         weight, bias = self.weight[rows], None if self.bias is None else self.bias[rows]

@@ -31,6 +31,11 @@ def test_machine_code(name, sm):
         assert re.search(r"\bLDG\.E\.(64|128)\b", code.sass), "narrow loads"
     if case.wide_stores:
         assert re.search(r"\bSTG\.E\.(64|128)\b", code.sass), "narrow stores"
+    if case.least is not None:
+        assert not re.search(r"\bSTG\.E\.U16\b|\bATOM|\bRED\b", code.sass), "narrow or atomic stores"
+        # No number is read or written twice, and all by 8 or 16 bytes but the few statistics of rows.
+        for moved, least, weights in zip(code.moved(case.num_warps), case.least, case.weights, strict=True):
+            assert least <= moved <= least + weights
     if case.tensor_cores:
         assert re.search(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", code.sass), "no tensor cores"
 

@@ -46,8 +46,8 @@ ATTENTION = [
     (197, 197, 32), (147, 197, 32), (257, 257, 32), (192, 257, 32),
     (197, 197, 64), (257, 257, 80), (320, 320, 64),
 ]  # fmt: skip
-# Widths of tokens of the published models and the small ones, and of ViT-B's decoder.
-NORMS = (192, 512, 768, 1024, 1280)
+# (width of a token, dtype between blocks): the smallest and the largest model, and ViT-B with its decoder.
+NORMS = [(192, "bf16"), (512, "fp32"), (768, "fp32"), (1280, "bf16")]
 START, END = "<!-- table -->", "<!-- /table -->"
 
 
@@ -64,6 +64,10 @@ class Case:
     wide_loads: bool = False
     wide_stores: bool = False
     tensor_cores: bool = False
+    least: tuple[int, int] | None = None
+    """The fewest bytes of tokens that a program can read and write for one tile: see ``moved``."""
+    weights: tuple[int, int] = (0, 0)
+    """Bytes of weights that it reads and of sums that it writes besides, not for each tile."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,14 @@ class MachineCode:
     local: int
     sass: str
 
+    def moved(self, num_warps: int) -> tuple[int, int]:
+        """Bytes that a program reads and writes with accesses of 8 or 16 bytes, each executed once: one tile."""
+        sums = []
+        for access in ("LDG", "STG"):
+            found = re.findall(rf"\b{access}\.E(?:\.\w+)*?\.(64|128)\b", self.sass)
+            sums.append(32 * num_warps * sum(int(bits) // 8 for bits in found))
+        return sums[0], sums[1]
+
 
 def cases() -> Iterator[Case]:
     """Every kernel × the shapes and types of training."""
@@ -86,9 +98,8 @@ def cases() -> Iterator[Case]:
     for width in (96, 512):
         for dtype, pointer in TYPES.items():
             yield from _tokens(width, f"D={width} {dtype}", pointer)
-    for stream in TYPES:
-        for width in NORMS:
-            yield from _norms(width, stream)
+    for width, stream in NORMS:
+        yield from _norms(width, stream)
     for dtype in TYPES:
         yield from _gelu(4 * 768, dtype)
     for T, S, D in ATTENTION:
@@ -169,8 +180,10 @@ def _norms(width: int, stream: str) -> Iterator[Case]:
     forward = {"p_x": TYPES[stream], "p_branch": "*bf16", "p_weight": "*fp32", "p_bias": "*fp32"}
     forward |= {"p_stream": TYPES[stream], "p_normed": "*bf16", "p_mean": "*fp32", "p_rstd": "*fp32", "R": "i32"}
     forward |= {"T": "i32", "x_stride_n": "i32", "branch_stride_n": "i32"}
+    size = 4 if stream == "fp32" else 2
     blocks = add_layer_norm.block_sizes(width)
     warps = blocks.pop("num_warps")
+    tile, affine = blocks["BR"] * blocks["BD"], 4 * blocks["BD"]
     yield Case(
         f"add_layer_norm D={width} {stream}",
         add_layer_norm.add_layer_norm_kernel,
@@ -179,12 +192,15 @@ def _norms(width: int, stream: str) -> Iterator[Case]:
         warps,
         wide_loads=True,
         wide_stores=True,
+        least=(tile * (size + 2), tile * (size + 2)),
+        weights=(2 * affine, 0),
     )
     backward = {"p_grad_stream": TYPES[stream], "p_grad_normed": "*bf16", "p_stream": TYPES[stream]}
     backward |= {"p_weight": "*fp32", "p_mean": "*fp32", "p_rstd": "*fp32", "p_grad_x": TYPES[stream]}
     backward |= {"p_grad_branch": "*bf16", "p_sums": "*fp32", "R": "i32", "rows": "i32"}
     blocks = add_layer_norm.backward_block_sizes(width)
     warps = blocks.pop("num_warps")
+    tile, two = blocks["BR"] * blocks["BD"], 2 if stream == "fp32" else 0
     yield Case(
         f"add_layer_norm backward D={width} {stream}",
         add_layer_norm.add_layer_norm_backward_kernel,
@@ -193,21 +209,38 @@ def _norms(width: int, stream: str) -> Iterator[Case]:
         warps,
         wide_loads=True,
         wide_stores=True,
+        least=(tile * (2 * size + 2), tile * (size + two)),
+        weights=(affine, 2 * affine),
     )
 
 
 def _gelu(width: int, dtype: str) -> Iterator[Case]:
-    constants = {**gelu.block_sizes(width), "HAS_BIAS": True}
-    forward = {"p_h": TYPES[dtype], "p_bias": "*fp32", "p_out": TYPES[dtype], "R": "i32"}
-    backward = {"p_grad": TYPES[dtype], "p_h": TYPES[dtype], "p_bias": "*fp32", "p_grad_h": TYPES[dtype]}
-    backward |= {"p_sums": "*fp32", "R": "i32", "rows": "i32"}
-    for direction, kernel, signature in (
-        ("", gelu.gelu_kernel, forward),
-        (" backward", gelu.gelu_backward_kernel, backward),
-    ):
-        yield Case(
-            f"gelu{direction} {dtype}", kernel, signature, constants, gelu.NUM_WARPS, wide_loads=True, wide_stores=True
-        )
+    constants, pointer = {**gelu.block_sizes(width), "HAS_BIAS": True}, TYPES[dtype]
+    forward = {"p_h": pointer, "p_bias": "*fp32", "p_out": pointer, "R": "i32"}
+    backward = {"p_grad": pointer, "p_h": pointer, "p_bias": "*fp32", "p_grad_h": pointer, "p_sums": "*fp32"}
+    tile = (4 if dtype == "fp32" else 2) * constants["BR"] * constants["BF"]
+    bias = 4 * constants["BF"]
+    wide = dict(wide_loads=True, wide_stores=True)
+    yield Case(
+        f"gelu {dtype}",
+        gelu.gelu_kernel,
+        forward,
+        constants,
+        gelu.NUM_WARPS,
+        **wide,
+        least=(tile, tile),
+        weights=(bias, 0),
+    )
+    yield Case(
+        f"gelu backward {dtype}",
+        gelu.gelu_backward_kernel,
+        backward | {"R": "i32", "rows": "i32"},
+        constants,
+        gelu.NUM_WARPS,
+        **wide,
+        least=(2 * tile, tile),
+        weights=(bias, bias),
+    )
 
 
 def _attention(T: int, S: int, D: int) -> Iterator[Case]:

@@ -1,0 +1,167 @@
+"""add_layer_norm and gelu as torch ops: definition, gradients, opcheck, compilation; on a CPU, by every implementation.
+
+What the kernels compute is in tests/kernels and test_cpu.py.
+"""
+
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastmae.ops import backends
+from fastmae.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
+from fastmae.ops.backends import using
+from fastmae.ops.gelu import gelu, gelu_reference
+
+
+def drawn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def sample(dtype=torch.float32, branch_dtype=None, D=24):
+    """Tokens from the second on, a branch, weight and bias."""
+    x, branch = drawn(2, 5, D, dtype=dtype)[:, 1:], drawn(2, 4, D, dtype=branch_dtype or dtype, seed=1)
+    weights = torch.float64 if dtype == torch.float64 else torch.float32
+    return [
+        tensor.requires_grad_()
+        for tensor in (x, branch, drawn(D, dtype=weights, seed=2), drawn(D, dtype=weights, seed=3))
+    ]
+
+
+def test_a_sum_and_its_norm_by_hand():
+    x, branch, weight, bias = sample(torch.float64)
+    stream, normed = add_layer_norm(x, branch, weight, bias, 0.5)
+    for n in range(2):
+        for t in range(4):
+            row = x[n, t] + branch[n, t]
+            assert torch.equal(stream[n, t], row)
+            centred = row - row.sum() / 24
+            expected = centred / (centred.square().sum() / 24 + 0.5).sqrt() * weight + bias
+            torch.testing.assert_close(normed[n, t], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("uses", [("stream", "normed"), ("stream",), ("normed",)])
+def test_gradients_of_the_norm_are_those_of_finite_differences(uses):
+    def chosen(*tensors):
+        outputs = dict(zip(("stream", "normed"), add_layer_norm(*tensors, 1e-2), strict=True))
+        return tuple(outputs[name] for name in uses)
+
+    assert torch.autograd.gradcheck(chosen, sample(torch.float64, D=5))
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_gradients_of_gelu_are_those_of_finite_differences(has_bias):
+    h, bias = drawn(2, 3, 5, dtype=torch.float64).requires_grad_(), drawn(5, dtype=torch.float64).requires_grad_()
+    torch.testing.assert_close(gelu(h, bias), h.add(bias) * torch.special.ndtr(h + bias), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(gelu, (h, bias) if has_bias else (h,))
+
+
+@pytest.mark.parametrize("ops", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("dtype", "branch_dtype", "normed"),
+    [
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_dtypes_are_those_that_were_promised(dtype, branch_dtype, normed, ops):
+    tensors = sample(dtype, branch_dtype)
+    with using(ops=ops):
+        outputs = add_layer_norm(*tensors, 1e-6, normed)
+        gradients = torch.autograd.grad(outputs, tensors, [torch.ones_like(tensor) for tensor in outputs])
+        out = gelu(tensors[1], tensors[3])
+        gelu_gradients = torch.autograd.grad(out.sum(), (tensors[1], tensors[3]))
+    assert [tensor.dtype for tensor in outputs] == [dtype, normed]
+    assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in tensors]
+    assert (out.dtype, [gradient.dtype for gradient in gelu_gradients]) == (branch_dtype, [branch_dtype, torch.float32])
+    references = add_layer_norm_reference(*tensors, 1e-6, normed)
+    expected = torch.autograd.grad(references, tensors, [torch.ones_like(tensor) for tensor in references])
+    rtol, atol = (1e-2, 2e-2) if normed == torch.bfloat16 else (2e-5, 1e-5)
+    got, right = [*outputs, *gradients, out], [*references, *expected, gelu_reference(*tensors[1::2])]
+    for one, other in zip(got, right, strict=True):
+        torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("ops", ["auto", pytest.param("reference", marks=pytest.mark.slow)])
+def test_they_are_well_behaved_torch_ops(ops):
+    named = torch.ops.fastmae
+    tensors = sample(torch.float32, torch.bfloat16)
+    with using(ops=ops):
+        torch.library.opcheck(named.add_layer_norm.default, (*tensors, 1e-6, torch.bfloat16))
+        stream, normed, mean, rstd = (t.detach() for t in named.add_layer_norm(*tensors, 1e-6, torch.bfloat16))
+        for grad_stream, branch_dtype in ((None, torch.bfloat16), (torch.ones_like(stream), torch.float32)):
+            arguments = grad_stream, normed, stream, tensors[2].detach(), mean, rstd, branch_dtype
+            torch.library.opcheck(named.add_layer_norm_backward.default, arguments)
+    for bias in (None, tensors[3]):
+        with using(ops=ops):
+            torch.library.opcheck(named.gelu.default, (tensors[0], bias))
+            torch.library.opcheck(
+                named.gelu_backward.default, (normed, stream, None if bias is None else bias.detach())
+            )
+
+
+def test_they_compile_to_one_graph_under_autocast():
+    tensors = sample(torch.float32, torch.bfloat16)
+    matrix = drawn(24, 24, seed=4)
+
+    def run(x, branch, weight, bias):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            stream, normed = add_layer_norm(x, branch, weight, bias, 1e-6, torch.bfloat16)
+            return (stream + gelu(F.linear(normed, matrix), bias)).square().sum()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(function(*tensors), tensors) for function in (run, compiled)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_models_take_them_on_a_gpu_and_torchs_own_on_a_cpu_unless_they_were_faster():
+    x, on_a_gpu = torch.ones(4, 8), types.SimpleNamespace(device=torch.device("cuda"))
+    for op in ("add_layer_norm", "gelu"):
+        assert not backends.uses_fused(op, x, torch.float32)
+        with using(choices=backends.Choices.always("float32", **{op: "cpu"})):
+            assert backends.uses_fused(op, x, torch.float32)
+            assert not backends.uses_fused(op, x, torch.bfloat16)
+            assert not backends.uses_fused(op, x, torch.float64)
+            with using(ops="reference"):
+                assert not backends.uses_fused(op, x, torch.float32)
+        assert backends.uses_fused(op, on_a_gpu, torch.bfloat16)
+        with using(ops="reference"):
+            assert not backends.uses_fused(op, on_a_gpu, torch.bfloat16)
+
+
+X, BRANCH, W, B = (tensor.detach() for tensor in sample())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((X.long(), BRANCH, W, B), "x must be floating point"),
+        ((X, BRANCH.long(), W, B), "branch must be floating point"),
+        ((X[0, 0, 0], BRANCH, W, B), r"x must have shape \[\.\.\., D\]"),
+        ((X[..., :0], BRANCH[..., :0], W[:0], B[:0]), "with D ≥ 1"),
+        ((X, BRANCH[:1], W, B), r"branch must have the shape of x, \[2, 4, 24\], got \[1, 4, 24\]"),
+        ((X, BRANCH, W[:3], B), r"weight must have shape \[24\], got \[3\]"),
+        ((X, BRANCH, W, B[None]), r"bias must have shape \[24\], got \[1, 24\]"),
+        ((X, BRANCH.to("meta"), W, B), "branch must be on the device of x"),
+    ],
+)
+def test_wrong_arguments_of_the_norm_are_named(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        add_layer_norm(*arguments, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((X.long(),), "h must be floating point"),
+        ((X[0, 0, 0],), r"h must have shape \[\.\.\., F\], got \[\]"),
+        ((X, W.long()), "bias must be floating point"),
+        ((X, W[:3]), r"bias must have shape \[24\], got \[3\]"),
+        ((X, W.to("meta")), "bias must be on the device of h"),
+    ],
+)
+def test_wrong_arguments_of_gelu_are_named(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        gelu(*arguments)

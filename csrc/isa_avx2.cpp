@@ -1,4 +1,4 @@
-// The inner loops (loops.h) for x86-64 processors with AVX2 and F16C. The file is compiled with these flags, so nothing
+// The inner loops (loops.h) for x86-64 processors with AVX2, FMA and F16C. The file is compiled with these flags, so nothing
 // here may be called before instruction_set.cpp has asked the processor.
 #include <immintrin.h>
 
@@ -19,6 +19,9 @@ inline Word first_numbers() { return Word{0, 1, 2, 3}; }
 inline Word multiply_low_halves(Word a, Word b) {
   return reinterpret_cast<Word>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
 }
+
+// a · b + c, rounded once.
+inline Float multiply_add(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 
 inline Float as_float(Bits x) { return reinterpret_cast<Float>(x); }
 inline Bits as_bits(Float x) { return reinterpret_cast<Bits>(x); }

@@ -20,6 +20,9 @@ inline Word multiply_low_halves(Word a, Word b) {
   return reinterpret_cast<Word>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 }
 
+// a · b + c, rounded once.
+inline Float multiply_add(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+
 inline Float as_float(Bits x) { return reinterpret_cast<Float>(x); }
 inline Bits as_bits(Float x) { return reinterpret_cast<Bits>(x); }
 inline Double low_half(Float x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }

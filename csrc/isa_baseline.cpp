@@ -17,6 +17,9 @@ inline Word broadcast(std::uint64_t x) { return Word{x, x}; }
 inline Word first_numbers() { return Word{0, 1}; }
 inline Word multiply_low_halves(Word a, Word b) { return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu); }
 
+// a · b + c, rounded twice: not every processor can do it at once.
+inline Float multiply_add(Float a, Float b, Float c) { return a * b + c; }
+
 inline Float as_float(Bits x) { return reinterpret_cast<Float>(x); }
 inline Bits as_bits(Float x) { return reinterpret_cast<Bits>(x); }
 inline Double low_half(Float x) { return Double{x[0], x[1]}; }

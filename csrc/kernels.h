@@ -39,7 +39,7 @@ struct Affine {
 constexpr std::int64_t kLaneBlock = 32;
 
 // All float arithmetic is separate float32 additions and multiplications in a fixed order: an instruction set changes
-// the speed of a result, not its bits.
+// the speed of a result, not its bits. Only GELU is fused multiply-adds, where the processor has them.
 struct Kernels {
   const char* name;
 

@@ -279,19 +279,23 @@ inline void for_each_part(std::int64_t count, Body body) {
   if (i < count) body(i, count - i);
 }
 
+// a · b + c for a constant c.
+inline Float multiply_add(Float a, Float b, float c) { return multiply_add(a, b, broadcast(c)); }
+
 // e^x with a relative error of 1e-7 for x from -87 to 0; 0 below. NaN stays NaN.
 inline Float exponential(Float x) {
   // Adding 1.5·2^23 leaves no bits for a fraction: the whole number is in the low bits.
-  const Float shifted = x * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f;
+  const Float shifted = multiply_add(x, broadcast(1.44269504f), 12582912.0f), whole = shifted - 12582912.0f;
   // ln 2 is split in two parts, the first short enough for an exact product. |r| ≤ ln 2 / 2.
-  const Float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Float r = multiply_add(whole, broadcast(-0.693359375f), x);
+  r = multiply_add(whole, broadcast(2.12194440e-4f), r);
   // (e^r - 1 - r) / r² as a polynomial fitted at Chebyshev's points; its error is 1e-8 of e^r.
-  Float y = r * 0x1.6d444ep-10f + 0x1.120c68p-7f;
-  y = y * r + 0x1.5554e8p-5f;
-  y = y * r + 0x1.5554dcp-3f;
-  y = y * r + 0.5f;
-  y = y * r + 1.0f;
-  y = y * r + 1.0f;
+  Float y = multiply_add(r, broadcast(0x1.6d444ep-10f), 0x1.120c68p-7f);
+  y = multiply_add(y, r, 0x1.5554e8p-5f);
+  y = multiply_add(y, r, 0x1.5554dcp-3f);
+  y = multiply_add(y, r, 0.5f);
+  y = multiply_add(y, r, 1.0f);
+  y = multiply_add(y, r, 1.0f);
   const Bits exponent = (as_bits(shifted) << 23) + 0x3F800000;
   return x < broadcast(-87.0f) ? broadcast(0.0f) : y * as_float(exponent);
 }
@@ -307,15 +311,15 @@ inline Normal normal(Float x) {
   Float a = as_float(as_bits(x) & 0x7FFFFFFF);
   a = a > broadcast(14.0f) ? broadcast(14.0f) : a;
   const Float s = a / (a + 3.0f);
-  Float y = s * 0x1.c24b74p-6f - 0x1.816cf2p-4f;
-  y = y * s + 0x1.5e8beap-4f;
-  y = y * s + 0x1.f2804ap-8f;
-  y = y * s + 0x1.02544ep-4f;
-  y = y * s - 0x1.45b9c4p-3f;
-  y = y * s - 0x1.25cd46p-2f;
-  y = y * s + 0x1.0d9b3ep+0f;
-  y = y * s - 0x1.326336p+0f;
-  y = y * s + 0.5f;
+  Float y = multiply_add(s, broadcast(0x1.c24b74p-6f), -0x1.816cf2p-4f);
+  y = multiply_add(y, s, 0x1.5e8beap-4f);
+  y = multiply_add(y, s, 0x1.f2804ap-8f);
+  y = multiply_add(y, s, 0x1.02544ep-4f);
+  y = multiply_add(y, s, -0x1.45b9c4p-3f);
+  y = multiply_add(y, s, -0x1.25cd46p-2f);
+  y = multiply_add(y, s, 0x1.0d9b3ep+0f);
+  y = multiply_add(y, s, -0x1.326336p+0f);
+  y = multiply_add(y, s, 0.5f);
   const Float e = exponential((a * -0.5f) * a), tail = e * y;
   return {x < broadcast(0.0f) ? tail : 1.0f - tail, e};
 }
@@ -340,7 +344,8 @@ void gelu_backward(const void* grad, const void* in, DType dtype, const float* b
       Float x = load(from + i, n);
       if (bias) x = x + load(bias + i, n);
       const Normal at_x = normal(x);
-      const Float gradient = load(slope + i, n) * (at_x.below + x * (at_x.exponential * 0.3989422804f));
+      const Float gradient = 
+          load(slope + i, n) * multiply_add(x, at_x.exponential * 0.3989422804f, at_x.below);
       store(to + i, gradient, n);
       if (bias_sum) store(bias_sum + i, load(bias_sum + i, n) + gradient, n);
     });

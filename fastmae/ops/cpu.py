@@ -216,7 +216,7 @@ def attention(
     """Returns out [N, T, H, D] and lse float32 [N, H, T] for packed [N, S, 3·H, D], float32 or bfloat16.
 
     With queries [N, T, H, D], packed is [N, S, 2·H, D]. Products are computed in float32; with ``dots``, those of
-    bfloat16 by the processor's dot products, which need ``_C.attention_dots()``. This is the only op whose bits depend
+    bfloat16 by the processor's dot products, which need ``_C.attention_dots()``. Its bits, as those of ``gelu``, depend
     on the instruction set.
     """
     N, T, H, D = (*packed.shape[:2], packed.shape[2] // 3, packed.shape[3]) if queries is None else queries.shape

@@ -611,11 +611,21 @@ def all_results(dtype):
         *cpu.masked_mse(pred, images, ids[:, 49:], (8, 8), mean, std, True, EPS),
         cpu.scatter_patches(pred, ids[:, 49:], (14, 14), (8, 8), mean, std, torch.uint8),
         *cpu.transpose_and_sum(pred.flatten(0, 1).float()),
-        cpu.gelu(pred, mean.new_ones(192)),
-        *cpu.gelu_backward(pred, pred.flip(1), mean.new_ones(192)),
         *(normed := cpu.add_layer_norm(grad, grad.flip(1), mask_token, pos_embed[0], EPS, dtype)),
         *cpu.add_layer_norm_backward(grad, normed[1], normed[0], mask_token, *normed[2:], torch.bfloat16),
     ]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bits_of_gelu_do_not_depend_on_threads(loops, threads, dtype):
+    """They do on whether the processor has fused multiply-adds."""
+    h, grad = torch.randn(2, 5, 147, 192, generator=torch.Generator().manual_seed(3)).to(dtype)
+    bias = torch.ones(192)
+    threads(1)
+    wanted = [cpu.gelu(h, bias), *cpu.gelu_backward(grad, h, bias)]
+    for count in (2, 5):
+        threads(count)
+        assert all(map(torch.equal, [cpu.gelu(h, bias), *cpu.gelu_backward(grad, h, bias)], wanted)), count
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -170,11 +170,12 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not uses_fused("gelu", x, autocast_dtype(x.device) or x.dtype, self.fc1.out_features):
-            return self.fc2(F.gelu(self.fc1(x)))
         if not is_plain(self.fc1, Linear):
-            return self.fc2(gelu(self.fc1(x)))
-        return self.fc2(gelu(self.fc1.without_bias(x), self.fc1.bias))
+            h = self.fc1(x)
+            return self.fc2(gelu(h) if uses_fused("gelu", h, h.dtype) else F.gelu(h))
+        if uses_fused("gelu", x, autocast_dtype(x.device) or x.dtype, self.fc1.out_features):
+            return self.fc2(gelu(self.fc1.without_bias(x), self.fc1.bias))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Sum(NamedTuple):

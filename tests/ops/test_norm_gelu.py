@@ -98,7 +98,7 @@ def test_they_are_well_behaved_torch_ops(ops):
         with using(ops=ops):
             torch.library.opcheck(named.gelu.default, (tensors[0], bias))
             torch.library.opcheck(
-                named.gelu_backward.default, (normed, stream, None if bias is None else bias.detach())
+                named.gelu_backward.default, (normed, tensors[1].detach(), None if bias is None else bias.detach())
             )
 
 

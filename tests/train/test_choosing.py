@@ -26,6 +26,7 @@ from fastmae.train.choosing import choose
 from fastmae.train.finetune import finetune
 from fastmae.train.precision import Precision, choose_precision
 from fastmae.train.pretrain import pretrain
+from fastmae.train.recovery import run_attempts
 from fastmae.train.settings import describe_backends
 
 EPOCH = dict(epochs=1, checkpoint_freq=3, keep=9)  # 9 steps
@@ -222,6 +223,21 @@ def test_a_new_run_takes_what_is_known_and_keeps_it_after_a_rollback(monkeypatch
             assert (asked_backends().choices, asked) == (HERE, [False])
 
 
+def test_the_next_attempt_in_a_process_keeps_the_choice(blobs, tmp_path):
+    used = []
+
+    def attempt(config, context, stop):
+        choose(
+            config.tune, context.device, FP32, Restored(0, None, None), lambda anew: [HERE, MEASURED][len(used)], bool
+        )
+        used.append(asked_backends().choices)
+        return None if len(used) < 3 else 0
+
+    with using(choices=OF_0_1):  # which a run does not know
+        assert run_attempts(small_run(blobs, tmp_path, tune="auto"), attempt) == 0
+    assert used == [HERE] * 3
+
+
 def test_a_file_of_weights_begins_a_new_run(monkeypatch):
     with using(choices=TORCHS_OWN):
         choose(
@@ -329,8 +345,9 @@ class Disagreeing:
 
 
 @pytest.mark.slow
-def test_all_ranks_compute_with_what_rank_0_measured(blobs, tmp_path):
-    run_ranks(2, Disagreeing(small_run(blobs, tmp_path, **SHORT | dict(batch_size=4), tune="auto")))
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_all_ranks_compute_with_what_rank_0_measured(blobs, tmp_path, parallel):
+    run_ranks(2, Disagreeing(small_run(blobs, tmp_path, **SHORT, batch_size=4, tune="auto", parallel=parallel)))
     assert saved(tmp_path, 9) == HERE
 
 

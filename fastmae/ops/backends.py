@@ -82,6 +82,8 @@ def op_choice(op: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
     """
     if not choices_hold():
         return CANDIDATES[op][0]
+    if not torch.compiler.is_compiling():
+        return asked_backends().choices.taken(op, shape, dtype_name(dtype))
     if asked_backends().choices.rules == "0.1":
         return taken_by_0_1(op, shape, dtype_name(dtype))
     return at_shape(_table(op, dtype), op, shape)

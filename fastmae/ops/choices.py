@@ -128,9 +128,24 @@ class Choices:
 
         That is the one of the nearest size among those of the same widths, or else of the nearest widths.
         """
-        if self.rules == "0.1":
-            return taken_by_0_1(op, shape, dtype)
-        return at_shape(self.table(op, dtype), op, shape)
+        key = op, shape, dtype
+        if key not in self._known:
+            by_0_1 = self.rules == "0.1"
+            self._known[key] = taken_by_0_1(op, shape, dtype) if by_0_1 else at_shape(self.table(op, dtype), op, shape)
+        return self._known[key]
+
+    def of_layer(self, shape: tuple[int, int, int], dtype: str) -> tuple[str, str, str]:
+        """Returns the candidates for the three products of a linear layer, in the order of ``LINEAR``."""
+        key = "layer", shape, dtype
+        if key not in self._known:
+            forward, of_input, of_weight = (self.taken(op, shape, dtype) for op in LINEAR)
+            self._known[key] = forward, of_input, of_weight
+        return self._known[key]
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, tuple[int, ...], str], Any]:
+        """What was asked before: every call of a step asks."""
+        return {}
 
     def table(self, op: str, dtype: str) -> Table:
         """Returns what is taken for the calls of an op."""

@@ -103,6 +103,8 @@ def linear_choice(rows: int, inner: int, outer: int, dtype: torch.dtype) -> tupl
     if asked_backends().choices.rules == "0.1" and not ONEDNN:
         return TORCHS
     shape = rows, inner, outer
+    if choices_hold() and not torch.compiler.is_compiling():
+        return asked_backends().choices.of_layer(shape, dtype_name(dtype))
     forward, of_input, of_weight = LINEAR
     return op_choice(forward, shape, dtype), op_choice(of_input, shape, dtype), op_choice(of_weight, shape, dtype)
 

@@ -86,15 +86,13 @@ def test_version_0_1_decided_by_constants():
     assert OF_0_1.taken("gelu", (4096, 3072), "float32") == "torch"
 
 
-def test_version_0_1_took_cpp_for_short_sequences(monkeypatch):
-    monkeypatch.setattr("fastmae.ops.choices.WIDE_VECTORS", True)
-    with using(choices=OF_0_1):
-        assert op_choice("attention", (1024, 2000, 64), torch.float32) == "cpu"
-        assert op_choice("attention", (1025, 1, 64), torch.float32) == "sdpa"
-        assert op_choice("attention", (50, 50, 64), torch.bfloat16) == "sdpa"
-        monkeypatch.setattr("fastmae.ops.choices.WIDE_VECTORS", False)
-        assert op_choice("attention", (50, 50, 64), torch.float32) == "sdpa"
-    assert OF_0_1.taken("attention", (50, 50, 64), "float32") == "sdpa"
+def test_version_0_1_took_cpp_for_short_sequences_where_vectors_are_wide(monkeypatch):
+    for wide, name in ((True, "cpu"), (False, "sdpa")):
+        monkeypatch.setattr("fastmae.ops.choices.WIDE_VECTORS", wide)
+        with using(choices=Choices("0.1")):
+            assert op_choice("attention", (1024, 2000, 64), torch.float32) == name
+            assert op_choice("attention", (1025, 1, 64), torch.float32) == "sdpa"
+            assert op_choice("attention", (50, 50, 64), torch.bfloat16) == "sdpa"
 
 
 @pytest.mark.parametrize("choices", [MEASURED, TORCHS_OWN, OF_0_1, Choices.always("bfloat16", attention="cpu-dot")])

@@ -160,7 +160,10 @@ def parts_of(config: BenchAllConfig, batches: Sequence[int], device: torch.devic
         ops["sample_ms"] = QUICK_SAMPLE_MS
         loader |= {"kinds": ("folder",), "files": max(QUICK_FILES, 2 * N), "image_decoders": ("threads",)}
         curve = with_baselines = {**curve, "switches": ()}
-    compiled: Any = next((switch.removeprefix("compile-") for switch in config.switches if "compile-" in switch), "off")
+    named = (
+        switch.removeprefix("compile-") for switch in config.switches if switch in ("compile-block", "compile-model")
+    )
+    compiled: Any = next(named, "auto")
     sides = config.input_sizes or tuple(round(factor * shapes.grid[0]) * shapes.patch[0] for factor in SIZES)
     cores = len(os.sched_getaffinity(0))
     most = torch.cuda.device_count() if on_gpu else min(cores, 2)

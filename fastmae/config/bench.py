@@ -173,8 +173,8 @@ class BenchEndToEndConfig:
     """What decodes plain JPEGs in our pipeline."""
     device: Device = None
     precision: BenchPrecision = "auto"
-    compile: Literal["off", "block", "model"] = "off"
-    """torch.compile of our step, as for pretrain."""
+    compile: Literal["auto", "off", "block", "model"] = "auto"
+    """torch.compile of our step, as for pretrain: by default as a long run has it."""
     rounds: Rounds = 7
     output: Samples = None
 

@@ -96,6 +96,16 @@ def constant_when_compiled(function: F) -> F:
     return function
 
 
+@constant_when_compiled
+def is_exporting() -> bool:
+    """Tells whether a program is being exported, and not just compiled.
+
+    Inside torch.compile, torch 2.11's own function says yes in either case, so that compiled code would have taken
+    torch's operations in place of ours. Called for itself, as here, it is right in torch 2.11 to 2.13.
+    """
+    return torch.compiler.is_exporting()
+
+
 def allow_recompilations(count: int) -> None:
     """Lets torch.compile compile one piece of code for up to ``count`` shapes, before which it would give up.
 

@@ -24,7 +24,7 @@ from fastmae.errors import install_hint
 from fastmae.ops import cpu
 from fastmae.ops.attention_table import DTYPES, TAKEN_BY_AUTO, dtype_name, measurements
 from fastmae.ops.backends import asked_backends, op_choice, triton_runs_on
-from fastmae.torch_compat import constant_when_compiled
+from fastmae.torch_compat import constant_when_compiled, is_exporting
 
 TRITON_TOKENS = 320
 TRITON_HEAD_DIMS = (32, 64, 80)
@@ -136,7 +136,7 @@ def attention_backend(
     asked = asked_backends().attention
     if dtype == torch.float64:
         return "sdpa", "float64 is for torch alone"
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "sdpa", "an exported program knows torch's ops alone"
     if asked != "auto":
         unmet = unmet_requirement(asked, device, dtype, S, head_dim)

@@ -14,7 +14,7 @@ import torch
 from fastmae import _C
 from fastmae.ops.attention_table import dtype_name
 from fastmae.ops.choices import CANDIDATES, TORCHS_OWN, Choices, Table, at_shape, taken_by_0_1
-from fastmae.torch_compat import constant_when_compiled
+from fastmae.torch_compat import constant_when_compiled, is_exporting
 
 OPS = ("auto", "triton", "cpu", "reference")
 ATTENTION = ("auto", "sdpa", "cudnn", "flash", "xformers", "triton", "sdpa-float32", "cpu", "cpu-dot")
@@ -92,7 +92,7 @@ def op_choice(op: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
 def choices_hold() -> bool:
     """Tells whether anything but torch's own may be taken on a CPU."""
     backends = asked_backends()
-    return backends.choices.rules != "torch" and backends.ops != "reference" and not torch.compiler.is_exporting()
+    return backends.choices.rules != "torch" and backends.ops != "reference" and not is_exporting()
 
 
 @constant_when_compiled
@@ -145,7 +145,7 @@ def uses_fused(op: str, x: torch.Tensor, dtype: torch.dtype, width: int | None =
     operations do (docs/kernels.md); on a CPU what was chosen, torch's own by default. An exported program has torch's
     own, and so has float64.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return False
     backend = _backend_of_models(x.device, dtype)
     if backend == "cpu":

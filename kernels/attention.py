@@ -5,7 +5,7 @@ Forward: each program goes over all keys for a tile of queries of one head, with
 Longer sequences take two sweeps, each of which writes its sums once: dq for one tile of queries at a time, then dk and
 dv for one tile of keys at a time. So there are no atomics, and gradients have the same bits in every run. Maxima, sums
 and accumulators are float32. All tiles of the inner loop are full and unmasked but the last, which is as small as
-possible: 197 keys take the tensor cores' time of 208.
+possible: 197 keys take the tensor cores' time of 208. So do 197 queries forward, for heads of 32 numbers.
 
 Lower bound per head, for T queries and S keys of D numbers of e bytes:
     forward   e·D·(2T + 2S) bytes, 4·T·S·D floating-point operations in 2 matrix products, T·S exponentials
@@ -57,24 +57,11 @@ def _attend(b_q, b_acc, b_max, b_sum, p_k, p_v, first, S, kv_stride_s,
 
 
 @triton.jit
-def attention_forward_kernel(
-    p_q,  # floating [N, T, H, D], any strides, 1 for the last
-    p_k,  # like q, [N, S, H, D]
-    p_v,  # like k, of the same strides
-    p_out,  # like q, contiguous
-    p_lse,  # float32 [N, H, T]: log2 of the sum of exponentials of a row
-    q_stride_n, q_stride_s, q_stride_h,
-    kv_stride_n, kv_stride_s, kv_stride_h,
-    T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, LAST_K: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    TILES = tl.cdiv(T, BQ)
-    first_q = tl.program_id(0) % TILES * BQ
-    head = (tl.program_id(0) // TILES).to(tl.int64)
-    n, h = head // H, head % H
-    p_k += n * kv_stride_n + h * kv_stride_h
-    p_v += n * kv_stride_n + h * kv_stride_h
-    b_q = _load(p_q + n * q_stride_n + h * q_stride_h, first_q, q_stride_s, T, D, BQ, BD, False)  # [BQ, BD]
+def _output_tile(p_q, p_k, p_v, p_out, p_lse, first_q, q_stride_s, kv_stride_s, out_stride_s, T, S: tl.constexpr,
+                 D: tl.constexpr, SCALE: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, LAST_K: tl.constexpr,
+                 BD: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Computes the output of BQ queries of one head; FULL: all of them exist."""
+    b_q = _load(p_q, first_q, q_stride_s, T, D, BQ, BD, FULL)  # [BQ, BD]
     b_acc = tl.zeros([BQ, BD], dtype=tl.float32)
     b_max = tl.full([BQ], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BQ], dtype=tl.float32)
@@ -86,9 +73,42 @@ def attention_forward_kernel(
         b_acc, b_max, b_sum = _attend(
             b_q, b_acc, b_max, b_sum, p_k, p_v, S // BK * BK, S, kv_stride_s, D, SCALE, LAST_K, BD, False, PRECISION
         )
-    _store(p_out + (n * T * H + h) * D, b_acc / b_sum[:, None], first_q, H * D, T, D, BQ, BD)
+    _store(p_out, b_acc / b_sum[:, None], first_q, out_stride_s, T, D, BQ, BD)
     q = first_q + tl.arange(0, BQ)
-    tl.store(p_lse + head * T + q, b_max + tl.log2(b_sum), mask=q < T)
+    tl.store(p_lse + q, b_max + tl.log2(b_sum), mask=q < T)
+
+
+@triton.jit
+def attention_forward_kernel(
+    p_q,  # floating [N, T, H, D], any strides, 1 for the last
+    p_k,  # like q, [N, S, H, D]
+    p_v,  # like k, of the same strides
+    p_out,  # like q, contiguous
+    p_lse,  # float32 [N, H, T]: log2 of the sum of exponentials of a row
+    q_stride_n, q_stride_s, q_stride_h,
+    kv_stride_n, kv_stride_s, kv_stride_h,
+    T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, TAIL_Q: tl.constexpr, LAST_K: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    TILES: tl.constexpr = (T + BQ - 1) // BQ
+    tile = tl.program_id(0) % TILES
+    head = (tl.program_id(0) // TILES).to(tl.int64)
+    n, h = head // H, head % H
+    p_q += n * q_stride_n + h * q_stride_h
+    p_k += n * kv_stride_n + h * kv_stride_h
+    p_v += n * kv_stride_n + h * kv_stride_h
+    p_out += (n * T * H + h) * D
+    p_lse += head * T
+    if TAIL_Q == 0 or TAIL_Q == BQ:
+        _output_tile(p_q, p_k, p_v, p_out, p_lse, tile * BQ, q_stride_s, kv_stride_s, H * D, T, S, D, SCALE, BQ, BK,
+                     LAST_K, BD, TAIL_Q == 0, PRECISION)  # fmt: skip
+    elif tile < T // BQ:
+        _output_tile(p_q, p_k, p_v, p_out, p_lse, tile * BQ, q_stride_s, kv_stride_s, H * D, T, S, D, SCALE, BQ, BK,
+                     LAST_K, BD, True, PRECISION)  # fmt: skip
+    else:
+        _output_tile(p_q, p_k, p_v, p_out, p_lse, T // BQ * BQ, q_stride_s, kv_stride_s, H * D, T, S, D, SCALE, TAIL_Q,
+                     BK, LAST_K, BD, False, PRECISION)  # fmt: skip
 
 
 @triton.jit
@@ -235,7 +255,9 @@ def tile_sizes(T: int, S: int, D: int) -> tuple[dict[str, int], dict[str, int]]:
     queries = min(64, max(16, triton.next_power_of_2(T)))
     keys = min(32 if wide else 64, max(16, triton.next_power_of_2(S)))
     whole = {"BQ": queries, "BK": keys, "num_warps": 8 if wide else 4, **common}
-    forward = {**whole, "LAST_K": _last_tile(S, keys)}
+    tail = _last_tile(T, queries)
+    # For wider heads, or with larger ones, a second kind of tile would take registers, and so programs side by side.
+    forward = {**whole, "TAIL_Q": tail if tail <= 16 and D <= 32 else queries, "LAST_K": _last_tile(S, keys)}
     if max(T, S) <= min(queries, keys):
         return forward, whole
     # A warp group of Hopper multiplies 64 rows at once.

@@ -4,10 +4,12 @@ What the kernels compute is in tests/kernels and test_cpu.py.
 """
 
 import types
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tools import step_kernels
 
 from fastmae.ops import backends
 from fastmae.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
@@ -165,3 +167,8 @@ def test_wrong_arguments_of_the_norm_are_named(arguments, words):
 def test_wrong_arguments_of_gelu_are_named(arguments, words):
     with pytest.raises(ValueError, match=words):
         gelu(*arguments)
+
+
+def test_the_docs_say_what_a_block_launches_and_moves():
+    table = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    assert step_kernels.table() in table

@@ -368,7 +368,12 @@ def copier_to_cpu() -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tenso
     stager = DefaultStager(options)
 
     def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        staged = stager.stage(tensors)
+        nonlocal stager
+        try:
+            staged = stager.stage(tensors)
+        except KeyError:  # torch 2.11 empties its stager after each use; later versions keep it, with its memory
+            stager = DefaultStager(options)
+            staged = stager.stage(tensors)
         assert isinstance(staged, dict)
         return staged
 

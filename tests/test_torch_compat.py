@@ -219,3 +219,23 @@ def test_without_a_history_of_memory_it_is_said(monkeypatch, tmp_path):
     torch_compat.record_memory_history(None)
     with pytest.raises(RuntimeError, match="records no history of memory"):
         torch_compat.write_memory_snapshot(tmp_path / "memory.pickle")
+
+
+def test_tensors_are_copied_again_where_torch_empties_its_stager_after_each_use(monkeypatch):
+    """As torch 2.11 does, with which a second checkpoint of a run failed."""
+    from torch.distributed.checkpoint import staging
+
+    class Once:
+        def __init__(self, options):
+            self.used = False
+
+        def stage(self, tensors):
+            if self.used:
+                raise KeyError(type)
+            self.used = True
+            return {name: tensor.clone() for name, tensor in tensors.items()}
+
+    monkeypatch.setattr(staging, "DefaultStager", Once)
+    copied = torch_compat.copier_to_cpu()
+    for value in (1.0, 2.0):
+        assert copied({"a": torch.tensor(value)})["a"] == value

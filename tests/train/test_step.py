@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 import fastmae
 from fastmae.checkpoint.load import load_model
 from fastmae.errors import UserError
+from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops.backends import using
 from fastmae.train import pretrain as pretrain_module
 from fastmae.train import step as step_part
@@ -473,9 +474,13 @@ def float_batch(seed, size=N, value=None):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_replayed_passes_are_the_steps_without_them(monkeypatch, bf16):
-    """Losses are looked at when all is done, as the log does; one step is not finite, and shapes change twice."""
+    """Losses are looked at when all is done, as the log does; one step is not finite, and shapes change twice.
+
+    In bfloat16 replays read copies of the weights, which must stay at their addresses and be written before each step.
+    """
     plain, replayed = Trainer(), Trainer()
     replays, graph = Replays(monkeypatch, replayed), PassGraph()
+    copies = WeightCopies(replayed.loss_of) if bf16 else None
     steps = [
         [float_batch(0), float_batch(1)],
         [float_batch(2), float_batch(3)],
@@ -486,7 +491,7 @@ def test_replayed_passes_are_the_steps_without_them(monkeypatch, bf16):
         [float_batch(10), float_batch(11)],
     ]
     assert_same_steps(
-        [replayed.step_with(micro, bf16, clip_grad=0.5, graph=graph) for micro in steps],
+        [replayed.step_with(micro, bf16, clip_grad=0.5, graph=graph, copies=copies) for micro in steps],
         [plain.step_with(micro, bf16, clip_grad=0.5) for micro in steps],
         skipped=[0, 0, 1, 0, 0, 0, 0],
     )

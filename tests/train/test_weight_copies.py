@@ -240,6 +240,22 @@ def test_a_weight_of_another_shape_or_dtype_gets_another_copy_or_none():
     assert layer not in lent(copies)
 
 
+def test_copies_stay_where_they_are():
+    """A CUDA graph reads them at the addresses of its capture; hooks for a while change nothing of that."""
+    trainer, addresses = Trainer(with_copies=True), []
+    for has_hooks in (False, True, False):
+        hook = trainer.model.blocks[1].register_forward_pre_hook(grow) if has_hooks else None
+        trainer.step()
+        if hook is not None:
+            hook.remove()
+        addresses.append([copy.data_ptr() for pair in trainer.copies._copies for copy in pair])
+    assert addresses[0] == addresses[1] == addresses[2]
+    weight = trainer.model.blocks[1].mlp.fc1.weight
+    trainer.copies.write()
+    with trainer.copies.in_use():
+        assert torch.equal(trainer.model.blocks[1].mlp.fc1.copies[0], weight.bfloat16())
+
+
 def test_a_step_that_is_skipped_changes_no_copy():
     ours, plain = Trainer(with_copies=True), Trainer(with_copies=False)
     images, ids = batch()

@@ -7,7 +7,9 @@ import importlib.metadata
 import os
 import platform
 import re
+import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,41 @@ def _processor_facts() -> dict[str, str]:
             name, _, value = line.partition(":")
             facts.setdefault(name.strip(), value.strip())
     return facts
+
+
+@dataclass(frozen=True)
+class CoreTimes:
+    """Seconds since some moment: by the clock, of the cores at work for anybody, and for this process."""
+
+    clock: float
+    at_work: float
+    own: float
+    cores: int
+    """The number of cores that this process may use; no others are counted."""
+
+
+def core_times() -> CoreTimes | None:
+    """Reads how much the cores of this process have worked so far; None if the system does not say (Linux does)."""
+    try:
+        cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        of_cores = [[int(ticks) for ticks in row[1:9]] for row in rows if row and row[0] in cores]
+        # Of user, nice, system, idle, iowait, irq, softirq and steal, the fourth and fifth are rest.
+        ticks = sum(sum(row) - row[3] - row[4] for row in of_cores)
+        return CoreTimes(time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), len(of_cores))
+    except (OSError, AttributeError, ValueError, IndexError):
+        return None
+
+
+def used_by_others(before: CoreTimes | None, after: CoreTimes | None) -> float | None:
+    """Returns the share of the cores that other programs used in between, from 0 to 1; None if it is not known."""
+    if before is None or after is None or before.cores != after.cores or after.cores == 0:
+        return None
+    elapsed = after.clock - before.clock
+    if elapsed < 0.5:  # the system counts hundredths of a second
+        return None
+    others = (after.at_work - before.at_work) - (after.own - before.own)
+    return round(min(1.0, max(0.0, others / elapsed / after.cores)), 3)
 
 
 # Peaks of dense bf16 matrix products in TFLOP/s, from the vendor's data sheets, by words of the device's name. NVL

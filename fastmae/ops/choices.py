@@ -84,6 +84,8 @@ class Choices:
     """Where it was measured."""
     bf16_speedup: float | None = field(default=None, compare=False)
     """How many times as fast a step would be in bfloat16 as in float32, as predicted; None if nobody looked."""
+    used_by_others: float | None = field(default=None, compare=False)
+    """The share of the cores that other programs used while it was measured, from 0 to 1; None if it is not known."""
 
     def __post_init__(self) -> None:
         if self.rules not in RULES:
@@ -111,7 +113,7 @@ class Choices:
         Raises:
             ValueError: it is something else; the message is one line.
         """
-        values = _exactly(data, "choices", ("rules", "entries", "processor", "bf16_speedup"))
+        values = _exactly(data, "choices", ("rules", "entries", "processor", "bf16_speedup", "used_by_others"))
         if not isinstance(values["entries"], list) or len(values["entries"]) > MOST_ENTRIES:
             raise ValueError(f"choices: entries must be a list of at most {MOST_ENTRIES}")
         if not isinstance(values["processor"], str) or len(values["processor"]) > 1000:
@@ -119,6 +121,9 @@ class Choices:
         speedup = values["bf16_speedup"]
         if speedup is not None and not (type(speedup) in (int, float) and math.isfinite(speedup) and speedup > 0):
             raise ValueError("choices: bf16_speedup must be a positive number or null")
+        share = values["used_by_others"]
+        if share is not None and not (type(share) in (int, float) and 0 <= share <= 1):
+            raise ValueError("choices: used_by_others must be a number from 0 to 1, or null")
         return cls(**values | {"entries": tuple(map(_choice_from_json, values["entries"]))})
 
     # --- what is taken ------------------------------------------------------------------------------------------------

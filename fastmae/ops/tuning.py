@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastmae.environment import processor, processor_details
+from fastmae.environment import core_times, processor, processor_details, used_by_others
 from fastmae.files import open_file, write_text
 from fastmae.ops.add_layer_norm import add_layer_norm
 from fastmae.ops.attention import attention, cpu_candidates, unmet_requirement
@@ -45,6 +45,7 @@ LEAST_ROUNDS = 3
 SHORTEST = 1e-3  # seconds that are timed at once: shorter calls are repeated
 TIE = 1.02  # a candidate that is not at least so many times as fast as torch's own is not taken
 OTHER_WORK = 1.25  # a step's time, as times that of its products and attention: norms, GELU, the optimiser
+DISTURBED = 0.1  # from this share of the cores on, other programs spoil a measurement
 CACHE_BYTES = 1 << 20
 
 Run = Callable[[], object]
@@ -136,20 +137,21 @@ def measure(
     allowed = math.inf if seconds is None else seconds  # until a step's time can be estimated from the first call
     look = LOOK_AT_BF16 if dtype == torch.float32 else 0.0
     clock = _Clock(now, allowed * (1 - look))
+    before = core_times()
     entries: dict[tuple[str, tuple[int, ...]], Choice] = {}
     measured: list[_Times] = []
     with torch.enable_grad():
         for call in calls:
             times = _measure_call(call, dtype, clock)
-            if allowed == math.inf and times:
-                allowed = max(LEAST_SECONDS, STEPS * _step_seconds(calls, call, times))
-                clock.allowed = allowed * (1 - look)
             measured += times
+            if seconds is None and measured:  # each time, as other programs may have slowed down the first call
+                allowed = min(allowed, max(LEAST_SECONDS, STEPS * _step_seconds(calls, measured)))
+                clock.allowed = allowed * (1 - look)
             for found in _entries(call, dtype, times):
                 entries.setdefault((found.op, found.shape), found)
         clock.allowed = allowed
         bf16 = _bf16_speedup(measured, clock) if look else None
-    return Choices("measured", tuple(entries.values()), processor(), bf16)
+    return Choices("measured", tuple(entries.values()), processor(), bf16, used_by_others(before, core_times()))
 
 
 def _measure_call(call: Call, dtype: torch.dtype, clock: _Clock) -> list[_Times]:
@@ -237,10 +239,11 @@ def _ops_of(call: Call) -> tuple[str, ...]:
     return (call.op,) if call.op in PARTS else ()
 
 
-def _step_seconds(calls: Sequence[Call], call: Call, times: list[_Times]) -> float:
-    """Estimates what a step takes from one of its calls."""
-    of_call = sum(next(iter(part.seconds.values())) / part.share for part in times) * call.count
-    return OTHER_WORK * of_call * sum(one.operations for one in calls) / call.operations
+def _step_seconds(calls: Sequence[Call], measured: list[_Times]) -> float:
+    """Estimates what a step takes from those of its calls that were measured."""
+    of_these = sum(next(iter(part.seconds.values())) / part.share * part.call.count for part in measured)
+    operations = sum(call.operations for call in {part.call for part in measured})
+    return OTHER_WORK * of_these * sum(call.operations for call in calls) / operations
 
 
 # --- the calls --------------------------------------------------------------------------------------------------------
@@ -434,7 +437,7 @@ WORDS = {
 
 
 def describe(choices: Choices, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Describes what was chosen for products of a dtype, in at most four lines."""
+    """Describes what was chosen for products of a dtype, in at most five lines."""
     if choices.rules == "torch":
         return ["PyTorch's own products and attention, not measured"]
     if choices.rules == "0.1":
@@ -446,7 +449,15 @@ def describe(choices: Choices, dtype: torch.dtype = torch.float32) -> list[str]:
         own = [entry for entry in entries if entry.op == op]
         if own and (op == "attention" or any(not entry.is_torchs for entry in own)):
             lines.append(f"{WORDS[op]}: {_taken_in_words(own)}")
+    if is_disturbed(choices):
+        share = round(100 * (choices.used_by_others or 0))
+        lines.append(f"doubtful: other programs used {share} % of the cores meanwhile; a new run measures again")
     return lines or ["nothing was measured in this precision: PyTorch's own"]
+
+
+def is_disturbed(choices: Choices) -> bool:
+    """Whether other programs were at work on the same cores while it was measured."""
+    return choices.used_by_others is not None and choices.used_by_others >= DISTURBED
 
 
 def _taken_in_words(entries: list[Choice]) -> str:
@@ -472,7 +483,8 @@ def _taken_in_words(entries: list[Choice]) -> str:
 def measured(calls: Sequence[Call], dtype: torch.dtype = torch.float32, *, anew: bool = False) -> Choices:
     """Returns the choices for these calls that this machine's cache holds, or measures them and writes them there.
 
-    A cache that cannot be read or written means only that it is measured again.
+    A cache that cannot be read or written means only that it is measured again. What was measured while other programs
+    used the cores is not written.
 
     Args:
         calls, dtype: as in ``measure``.
@@ -484,6 +496,8 @@ def measured(calls: Sequence[Call], dtype: torch.dtype = torch.float32, *, anew:
     if found is not None:
         return found
     choices = measure(calls, dtype)
+    if is_disturbed(choices):
+        return choices
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"key": key, "choices": choices.as_json()}) + "\n")

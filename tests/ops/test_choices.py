@@ -24,6 +24,7 @@ MEASURED = Choices(
     ),
     processor="Some Processor",
     bf16_speedup=1.75,
+    used_by_others=0.02,
 )
 
 
@@ -131,6 +132,8 @@ def change(path, value):
         change(["processor"], "x" * 1001),
         change(["bf16_speedup"], "2"),
         change(["bf16_speedup"], float("nan")),
+        change(["used_by_others"], 1.1),
+        change(["used_by_others"], True),
         change(["entries"], {}),
         change(["entries"], [MEASURED.as_json()["entries"][0]] * 2),
         change(["entries"], [MEASURED.as_json()["entries"][0]] * 10_001),

@@ -1,12 +1,15 @@
 """Measuring on a CPU: what is taken, what happens when the time is over, and a cache that is never in the way."""
 
+import dataclasses
 import json
 import os
+import time
 from functools import partial
 
 import pytest
 import torch
 
+from fastmae.environment import CoreTimes, core_times, used_by_others
 from fastmae.model.calls import calls_of
 from fastmae.model.flops import flops_per_image
 from fastmae.model.presets import PRESETS
@@ -120,6 +123,36 @@ def test_it_takes_three_steps_or_two_seconds(monkeypatch):
     assert 1.9 < took < 2.1
     took, step = time_of(0.1)
     assert 2.5 * step < took < 3.1 * step
+
+
+def test_a_first_call_that_was_disturbed_does_not_make_it_last_longer(monkeypatch):
+    slow = 50
+    machine = Machine(monkeypatch, lambda op, call, _: 0.001 * (slow if call.shape[0] == 500 else 1))
+    measure(
+        [Call("linear", (500, 768, 768)), *(Call("linear", (499, 768, 8 * n)) for n in range(1, 90))], now=machine.now
+    )
+    first = slow * 0.001 * 3 * 2 * (tuning.ROUNDS + 2)
+    assert machine.time < first + 2
+
+
+def test_the_share_that_other_programs_had_is_of_this_process_s_cores():
+    before = CoreTimes(clock=10.0, at_work=100.0, own=5.0, cores=2)
+    assert used_by_others(before, CoreTimes(12.0, 103.0, 7.0, 2)) == 0.25  # one of three seconds, in two on two cores
+    assert used_by_others(before, CoreTimes(12.0, 101.9, 7.0, 2)) == 0.0  # ticks are rounded
+    assert used_by_others(before, CoreTimes(10.1, 100.2, 5.0, 2)) is None  # too short to tell
+    assert used_by_others(before, CoreTimes(12.0, 103.0, 7.0, 1)) is None
+    assert used_by_others(None, before) is None
+
+
+def test_the_system_counts_the_work_of_this_process():
+    before = core_times()
+    if before is None:
+        pytest.skip("this system does not say")
+    while time.process_time() < before.own + 0.1:
+        sum(range(1000))
+    after = core_times()
+    assert after.at_work - before.at_work >= 0.05
+    assert after.cores == len(os.sched_getaffinity(0))
 
 
 def test_how_much_faster_bfloat16_would_be_is_predicted(monkeypatch):
@@ -275,6 +308,19 @@ def test_it_is_measured_once(cache):
     measured([LARGE], anew=True)
     assert len(measurements) == 2
     assert len(list(folder.iterdir())) == 1
+
+
+def test_what_other_programs_disturbed_is_told_and_not_kept(cache, monkeypatch):
+    folder, measurements = cache
+    disturbed = dataclasses.replace(FOUND, used_by_others=0.43)
+    monkeypatch.setattr(tuning, "measure", lambda calls, dtype: measurements.append(dtype) or disturbed)
+    assert measured([LARGE]) == measured([LARGE]) == disturbed
+    assert len(measurements) == 2
+    assert not folder.exists()
+    assert describe(disturbed)[-1] == (
+        "doubtful: other programs used 43 % of the cores meanwhile; a new run measures again"
+    )
+    assert describe(dataclasses.replace(FOUND, used_by_others=0.04)) == describe(FOUND)
 
 
 @pytest.mark.parametrize(

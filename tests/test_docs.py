@@ -59,8 +59,11 @@ def words_of(line: str) -> Iterator[list[str]]:
 
 
 def shell_commands(blocks: list[str]) -> list[list[str]]:
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [words for line in lines for words in words_of(line)]
+    """The variables of a loop have their first value."""
+    text = "\n".join(blocks).replace("\\\n", " ")
+    for name, value in re.findall(r"\bfor (\w+) in (\S+)", text):
+        text = re.sub(rf"\${name}\b", value, text)
+    return [words for line in text.splitlines() for words in words_of(line)]
 
 
 def inline_commands(text: str) -> list[list[str]]:

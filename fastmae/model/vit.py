@@ -15,6 +15,7 @@ from fastmae.ops.add_layer_norm import add_layer_norm
 from fastmae.ops.attention import attention
 from fastmae.ops.backends import uses_fused
 from fastmae.ops.gelu import gelu
+from fastmae.ops.gelu_linear import gelu_linear, keeps_less
 from fastmae.ops.linear import Linear, linear
 from fastmae.ops.linear_bf16 import Copies
 from fastmae.torch_compat import aten_ops
@@ -170,12 +171,17 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None
         if not is_plain(self.fc1, Linear):
             h = self.fc1(x)
-            return self.fc2(gelu(h) if uses_fused("gelu", h, h.dtype) else F.gelu(h))
-        if uses_fused("gelu", x, autocast_dtype(x.device) or x.dtype, self.fc1.out_features):
-            return self.fc2(gelu(self.fc1.without_bias(x), self.fc1.bias))
-        return self.fc2(F.gelu(self.fc1(x)))
+            fused = uses_fused("gelu", h, h.dtype)
+        elif fused := uses_fused("gelu", x, autocast_dtype(x.device) or x.dtype, self.fc1.out_features):
+            h, bias = self.fc1.without_bias(x), self.fc1.bias
+        else:
+            h = self.fc1(x)
+        if is_plain(self.fc2, Linear) and keeps_less(h, self.fc2.weight):
+            return gelu_linear(h, bias, self.fc2.weight, self.fc2.bias, self.fc2.copies, fused)
+        return self.fc2(gelu(h, bias) if fused else F.gelu(h))
 
 
 class Sum(NamedTuple):

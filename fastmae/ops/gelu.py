@@ -38,6 +38,14 @@ def gelu(h: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return _gelu(h, bias)
 
 
+def gelu_backward(
+    grad: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns the gradients of h [..., F] and of bias [F], each in its dtype, from that of ``gelu(h, bias)``."""
+    gradients = _gelu_backward(grad, h, bias)
+    return gradients[0], None if bias is None else gradients[1].to(bias.dtype)
+
+
 def gelu_reference(h: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Defines the op in PyTorch."""
     return F.gelu(_argument(h, bias)).to(h.dtype)
@@ -97,9 +105,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    h, bias = ctx.saved_tensors
-    gradients = _gelu_backward(grad, h, bias)
-    return gradients[0], None if bias is None else gradients[1].to(bias.dtype)
+    return gelu_backward(grad, *ctx.saved_tensors)
 
 
 _gelu.register_autograd(_backward, setup_context=_save)

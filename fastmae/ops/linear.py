@@ -11,6 +11,7 @@ has a backward of its own, as torch has no gradient for oneDNN's product.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,13 +65,19 @@ def linear(
     Returns:
         [..., O] in the dtype of ``x``, or of autocast inside its region. Equivalent to ``F.linear``.
     """
-    dtype, chosen = _dtype_to_choose_for(x, weight), TORCHS
-    if dtype is not None:
-        # A look at the sizes would fix the batch size of a program that is exported, whose choices do not hold.
-        chosen = linear_choice(math.prod(x.shape[:-1]), weight.shape[1], weight.shape[0], dtype)
+    chosen = choice_for(x, weight)
     if is_bf16(x) and (copies is not None or chosen != TORCHS):
         return linear_bf16(x, weight, bias, copies, chosen)
     return F.linear(x, weight, bias) if chosen == TORCHS else _linear(x, weight, bias, *chosen)
+
+
+def choice_for(x: torch.Tensor, weight: torch.Tensor) -> tuple[str, str, str]:
+    """Returns who computes the products of ``linear(x, weight, …)``, as ``linear_choice`` does, or else torch."""
+    dtype = _dtype_to_choose_for(x, weight)
+    if dtype is None:
+        return TORCHS
+    # A look at the sizes would fix the batch size of a program that is exported, whose choices do not hold.
+    return linear_choice(math.prod(x.shape[:-1]), weight.shape[1], weight.shape[0], dtype)
 
 
 def _dtype_to_choose_for(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype | None:
@@ -136,6 +143,16 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, b
     return onednn_linear(x, weight, bias) if by == "onednn" else F.linear(x, weight, bias)
 
 
+def linear_gradients(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: Sequence[bool], input_by: str, weight_by: str
+) -> tuple[torch.Tensor | None, ...]:
+    """Returns the gradients of x, of the weight and of the bias, None for those that are not needed."""
+    # What is torch's is left to torch's operations, which need no op of ours and work under torch.func.
+    compute = _gradients if (input_by, weight_by) == TORCHS[1:] else _linear_backward
+    gradients = iter(compute(grad, x, weight, list(needs), input_by, weight_by))
+    return tuple(next(gradients) if needed else None for needed in needs)
+
+
 @torch.library.custom_op("fastmae::linear", mutates_args=())
 def _linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, forward_by: str, input_by: str, weight_by: str
@@ -150,8 +167,7 @@ def _(
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("fastmae::linear_backward", mutates_args=())
-def _linear_backward(
+def _gradients(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: list[bool], input_by: str, weight_by: str
 ) -> list[torch.Tensor]:
     """Computes the gradients of x, weight and bias for which ``needs`` is true, in this order.
@@ -178,6 +194,9 @@ def _linear_backward(
     return gradients
 
 
+_linear_backward = torch.library.custom_op("fastmae::linear_backward", mutates_args=())(_gradients)
+
+
 @_linear_backward.register_fake
 def _(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: list[bool], input_by: str, weight_by: str
@@ -192,9 +211,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    gradients = iter(_linear_backward(grad, *ctx.saved_tensors, needs, *ctx.backward_by))
-    return (*(next(gradients) if needed else None for needed in needs), None, None, None)
+    needs = ctx.needs_input_grad[:3]
+    return (*linear_gradients(grad, *ctx.saved_tensors, needs, *ctx.backward_by), None, None, None)
 
 
 _linear.register_autograd(_backward, setup_context=_save)

@@ -85,22 +85,27 @@ class _LinearBf16(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         # torch.compile traces the backward pass in the autocast region of the forward pass.
         with torch.autocast(grad.device.type, enabled=False):
-            of_x, of_weight, of_bias = _gradients(grad, x, weight, ctx.needs_input_grad, ctx.by[1], ctx.by[2])
+            needs_x, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+            needs = needs_x, needs_weight, needs_bias
+            of_x, of_weight, of_bias = linear_bf16_gradients(grad, x, weight, needs, ctx.by[1], ctx.by[2])
         return of_x, None, of_weight, of_bias, None, None, None
 
 
-def _gradients(
+def linear_bf16_gradients(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: Sequence[bool], input_by: str, weight_by: str
 ) -> tuple[torch.Tensor | None, ...]:
-    """Returns the gradients of x, of the weight and of the bias, None for those that are not needed."""
-    needs_x, _, needs_weight, needs_bias, *_ = needs
+    """Returns the gradients of x, of the weight and of the bias, None for those that are not needed.
+
+    ``x`` is bfloat16 [..., I]; ``weight`` is [O, I], float32 or bfloat16. To be called outside of autocast.
+    """
+    needs_x, needs_weight, needs_bias = needs
     of_x = of_weight = of_bias = None
     rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)  # [R, O], [R, I]
     is_wide = (needs_x and input_by == "float32") or (needs_weight and weight_by == "float32")
     wide = rows.float() if is_wide else rows
     # In bfloat16 both products, and the sum, are those of torch's own backward pass of a linear map.
     if needs_x:
-        product = (wide @ weight).to(x.dtype) if input_by == "float32" else rows @ weight
+        product = (wide @ weight).to(x.dtype) if input_by == "float32" else rows @ weight.to(rows.dtype)
         of_x = product.view(x.shape)
     if needs_weight:
         of_weight = wide.T @ inputs.float() if weight_by == "float32" else product_in_float32(rows.T, inputs)

@@ -1,0 +1,162 @@
+"""gelu_linear: the bits of GELU and of the linear map after it, with less kept for the backward pass."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastmae.model.vit as vit
+from fastmae.model.vit import Block, Mlp
+from fastmae.model.weight_copies import WeightCopies
+from fastmae.ops.backends import using
+from fastmae.ops.choices import LINEAR, Choices
+from fastmae.ops.gelu_linear import gelu_linear, keeps_less
+from fastmae.ops.linear import ONEDNN
+
+D = 16
+ONEDNN_ONLY = pytest.mark.skipif(not ONEDNN, reason="this torch has no product by oneDNN")
+CHOICES = [
+    pytest.param("float32", {}, id="torch"),
+    pytest.param("float32", {"gelu": "cpu"}, id="gelu"),
+    pytest.param("float32", dict.fromkeys(LINEAR, "onednn"), id="onednn", marks=ONEDNN_ONLY),
+    pytest.param("float32", {"linear_weight": "onednn-copy"}, id="onednn-copy", marks=ONEDNN_ONLY),
+    pytest.param("bfloat16", {}, id="bfloat16"),
+    pytest.param("bfloat16", {"gelu": "cpu"}, id="bfloat16-gelu"),
+    pytest.param("bfloat16", dict.fromkeys(LINEAR, "float32"), id="bfloat16-wide"),
+    pytest.param("bfloat16", {"linear_input": "float32"}, id="bfloat16-wide-input"),
+]
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """Computes GELU and the linear map apart, as elsewhere."""
+    return lambda: monkeypatch.setattr(vit, "keeps_less", lambda *_: False)
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fresh(kind=Mlp):
+    torch.manual_seed(0)
+    return Mlp(D, 4 * D) if kind is Mlp else Block(D, 2, 4, nn.LayerNorm)
+
+
+def results(model, x, bf16, with_copies=False):
+    """The output and all gradients."""
+    copies = WeightCopies(model)
+    if with_copies:
+        copies.write()
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    with copies.in_use():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = model(x)
+        return [out.detach(), *torch.autograd.grad(out, leaves, drawn(*out.shape, seed=1).to(out.dtype))]
+
+
+def assert_equal(ones, others):
+    for one, other in zip(ones, others, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+def kept(model, x, bf16=False):
+    """The numbers of each piece of memory that autograd keeps, largest first."""
+    pieces = {}
+
+    def noted(tensor):
+        pieces[tensor.untyped_storage().data_ptr()] = tensor.numel(), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = model(x)
+        del out
+    return sorted((numel for numel, _ in pieces.values()), reverse=True)
+
+
+@pytest.mark.parametrize("with_copies", [False, True])
+@pytest.mark.parametrize(("dtype", "taken"), CHOICES)
+def test_bits_are_those_of_the_two_apart(dtype, taken, with_copies, apart):
+    model, x, bf16 = fresh(), drawn(3, 7, D).requires_grad_(), dtype == "bfloat16"
+    with using(choices=Choices.always(dtype, **taken)):
+        together = results(model, x, bf16, with_copies)
+        apart()
+        assert_equal(together, results(model, x, bf16, with_copies))
+
+
+@pytest.mark.parametrize(
+    "frozen", [["fc1"], ["fc2.bias"], ["fc1.bias"], ["fc1.weight", "fc1.bias", "fc2.bias"]], ids=str
+)
+@pytest.mark.parametrize("taken", [{}, {"gelu": "cpu"}], ids=["torch", "cpu"])
+def test_only_gradients_that_are_needed_are_computed(frozen, taken, apart):
+    model, x = fresh(), drawn(3, 7, D).requires_grad_()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(tuple(frozen)))
+    with using(choices=Choices.always(**taken)):
+        together = results(model, x, False)
+        apart()
+        assert_equal(together, results(model, x, False))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("taken", [{}, {"gelu": "cpu"}], ids=["torch", "cpu"])
+def test_a_block_keeps_one_piece_of_the_hidden_width(taken, bf16, apart):
+    block, x, hidden = fresh(Block), drawn(8, 20, D).requires_grad_(), 8 * 20 * 4 * D
+    with using(choices=Choices.always("bfloat16" if bf16 else "float32", **taken)):
+        assert kept(block, x, bf16).count(hidden) == 1
+        apart()
+        assert kept(block, x, bf16).count(hidden) == 2
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_checkpointing_computes_the_same(checkpointing, apart):
+    block, x = fresh(Block), drawn(2, 5, D).requires_grad_()
+    expected = results(block, x, False)
+    block.checkpointing = checkpointing
+    assert_equal(results(block, x, False), expected)
+    apart()
+    assert_equal(results(block, x, False), expected)
+
+
+def test_it_is_for_what_it_computes_and_keeps_less_of():
+    h, weight = drawn(3, 4), nn.Parameter(drawn(2, 4))
+    assert keeps_less(h, weight)
+    assert not keeps_less(h.double(), nn.Parameter(weight.double()))
+    assert not keeps_less(h.bfloat16(), weight)
+    assert not keeps_less(h, weight.detach())  # the linear map keeps no input for a frozen weight
+    assert not keeps_less(h[:0], weight)
+    with torch.no_grad():
+        assert not keeps_less(h, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert keeps_less(h.bfloat16(), weight)
+        assert not keeps_less(h, weight)
+    with torch.autocast("cpu", torch.float16):
+        assert not keeps_less(h.half(), weight)
+
+
+def test_a_weight_that_changed_before_the_backward_pass_is_refused():
+    model = fresh()
+    out = model(drawn(2, 3, D))
+    with torch.no_grad():
+        model.fc2.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_compiled_mlp_is_one_graph_with_the_same_gradients():
+    model, x = fresh(), drawn(2, 3, D).requires_grad_()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = results(model, x, False)
+    out = compiled(x)
+    gradients = torch.autograd.grad(out, [x, *model.parameters()], drawn(*out.shape, seed=1))
+    assert_equal([out.detach(), *gradients], expected)
+
+
+def test_functions_of_torch_func_take_it():
+    h, weight, grad = drawn(3, 5, 4), drawn(2, 4).requires_grad_(), torch.func.grad
+
+    def loss(weight, h):
+        return gelu_linear(h, None, weight, None).square().sum()
+
+    each = torch.stack([grad(loss)(weight, rows) for rows in h])
+    torch.testing.assert_close(torch.func.vmap(grad(loss), (None, 0))(weight, h), each)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from fastmae.ops.backends import asked_backends
 from fastmae.ops.gelu import gelu, gelu_backward
 from fastmae.ops.linear import choice_for, linear, linear_gradients
 from fastmae.ops.linear_bf16 import Copies, is_bf16, linear_bf16_gradients
@@ -24,8 +25,10 @@ def keeps_less(h: torch.Tensor, weight: torch.Tensor) -> bool:
 
     It does on a CPU, for plain float32 weights with a gradient, in float32 or under bfloat16 autocast. On a GPU the
     pass that writes GELU(h) again would cost time where memory is seldom short, and activation checkpointing saves
-    more of it.
+    more of it. With ``--ops reference`` the two are apart, to compare.
     """
+    if asked_backends().ops == "reference":
+        return False
     if torch.compiler.is_compiling() or h.device.type != "cpu" or not torch.is_grad_enabled():
         return False
     if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.requires_grad or h.ndim < 2 or h.numel() == 0:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fastmae.model.vit as vit
-from fastmae.model.vit import Block, Mlp
+from fastmae.model.vit import Block, Mlp, set_checkpointing
 from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops.backends import using
 from fastmae.ops.choices import LINEAR, Choices
@@ -109,12 +109,14 @@ def test_a_block_keeps_one_piece_of_the_hidden_width(taken, bf16, apart):
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
-def test_checkpointing_computes_the_same(checkpointing, apart):
+def test_a_block_that_is_computed_again_has_the_two_apart(checkpointing, monkeypatch):
+    """Otherwise GELU would be computed a third time, and with ``full`` the last product for nobody."""
     block, x = fresh(Block), drawn(2, 5, D).requires_grad_()
     expected = results(block, x, False)
     block.checkpointing = checkpointing
     assert_equal(results(block, x, False), expected)
-    apart()
+    set_checkpointing(block, checkpointing)
+    monkeypatch.setattr(vit, "gelu_linear", None)
     assert_equal(results(block, x, False), expected)
 
 
@@ -125,6 +127,8 @@ def test_it_is_for_what_it_computes_and_keeps_less_of():
     assert not keeps_less(h.bfloat16(), weight)
     assert not keeps_less(h, weight.detach())  # the linear map keeps no input for a frozen weight
     assert not keeps_less(h[:0], weight)
+    with using(ops="reference"):
+        assert not keeps_less(h, weight)
     with torch.no_grad():
         assert not keeps_less(h, weight)
     with torch.autocast("cpu", torch.bfloat16):

@@ -211,8 +211,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:3]
-    return (*linear_gradients(grad, *ctx.saved_tensors, needs, *ctx.backward_by), None, None, None)
+    (x, weight), (input_by, weight_by) = ctx.saved_tensors, ctx.backward_by
+    gradients = linear_gradients(grad, x, weight, ctx.needs_input_grad[:3], input_by, weight_by)
+    return (*gradients, None, None, None)
 
 
 _linear.register_autograd(_backward, setup_context=_save)

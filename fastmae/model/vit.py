@@ -165,8 +165,8 @@ class CrossAttention(nn.Module):
 class Mlp(nn.Module):
     """Two linear maps with an exact (erf) GELU between them."""
 
-    is_recomputed = False
-    """Whether its block computes it again for the backward pass, and keeps nothing of it."""
+    computes_gelu_again = False
+    """Whether the backward pass computes GELU again, instead of keeping it, where that is possible (``keeps_less``)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class Mlp(nn.Module):
             h, bias = self.fc1.without_bias(x), self.fc1.bias
         else:
             h = self.fc1(x)
-        if not self.is_recomputed and is_plain(self.fc2, Linear) and keeps_less(h, self.fc2.weight):
+        if self.computes_gelu_again and is_plain(self.fc2, Linear) and keeps_less(h, self.fc2.weight):
             return gelu_linear(h, bias, self.fc2.weight, self.fc2.bias, self.fc2.copies, fused)
         return self.fc2(gelu(h, bias) if fused else F.gelu(h))
 
@@ -304,14 +304,6 @@ class CrossBlock(nn.Module):
 
 # The units of checkpointing, compilation and sharding.
 BLOCKS = (Block, CrossBlock)
-
-
-def set_checkpointing(block: Any, checkpointing: Checkpointing) -> None:
-    """Says what a block keeps for the backward pass."""
-    block.checkpointing = checkpointing
-    for part in block.modules():
-        if isinstance(part, Mlp):
-            part.is_recomputed = checkpointing != "none"
 
 
 def block_output(block: Any, x: Tokens, *inputs: Any) -> Tokens:

@@ -21,7 +21,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from fastmae import torch_compat
 from fastmae.errors import SettingError, install_hint
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.vit import BLOCKS, Checkpointing, set_checkpointing
+from fastmae.model.vit import BLOCKS, Checkpointing, Mlp
 from fastmae.model.weight_copies import WeightCopies
 
 LONGEST_REASON = 200
@@ -63,7 +63,12 @@ def prepare(
         in_float8(loss_of.model)
     blocks = [part for part in loss_of.modules() if isinstance(part, BLOCKS)]
     for block in blocks:
-        set_checkpointing(block, checkpointing)
+        block.checkpointing = checkpointing
+    if isinstance(loss_of, TrainingLoss):
+        # What the encoder keeps is kept longest. Computing all of the decoder's again, too, would cost 1 % more.
+        for part in loss_of.model.blocks.modules():
+            if isinstance(part, Mlp):
+                part.computes_gelu_again = checkpointing == "none"
     # Blocks share code, which is compiled once for the encoder, once for the decoder and once for its last block, for
     # each of the ``sizes`` of images. torch gives up after 8 compilations of the same code unless the limit is raised.
     if compiling != "off":

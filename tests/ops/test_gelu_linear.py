@@ -5,12 +5,15 @@ import torch
 from torch import nn
 
 import fastmae.model.vit as vit
-from fastmae.model.vit import Block, Mlp, set_checkpointing
+from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.vit import Block, Mlp
 from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops.backends import using
 from fastmae.ops.choices import LINEAR, Choices
 from fastmae.ops.gelu_linear import gelu_linear, keeps_less
 from fastmae.ops.linear import ONEDNN
+from fastmae.ops.random_masking import random_masking
+from fastmae.train.step import TrainingLoss, prepare
 
 D = 16
 ONEDNN_ONLY = pytest.mark.skipif(not ONEDNN, reason="this torch has no product by oneDNN")
@@ -38,7 +41,11 @@ def drawn(*shape, seed=0):
 
 def fresh(kind=Mlp):
     torch.manual_seed(0)
-    return Mlp(D, 4 * D) if kind is Mlp else Block(D, 2, 4, nn.LayerNorm)
+    model = Mlp(D, 4 * D) if kind is Mlp else Block(D, 2, 4, nn.LayerNorm)
+    for part in model.modules():
+        if isinstance(part, Mlp):
+            part.computes_gelu_again = True
+    return model
 
 
 def results(model, x, bf16, with_copies=False):
@@ -108,16 +115,32 @@ def test_a_block_keeps_one_piece_of_the_hidden_width(taken, bf16, apart):
         assert kept(block, x, bf16).count(hidden) == 2
 
 
-@pytest.mark.parametrize("checkpointing", ["selective", "full"])
-def test_a_block_that_is_computed_again_has_the_two_apart(checkpointing, monkeypatch):
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_pretraining_takes_it_in_the_encoder_unless_blocks_are_computed_again(checkpointing):
     """Otherwise GELU would be computed a third time, and with ``full`` the last product for nobody."""
-    block, x = fresh(Block), drawn(2, 5, D).requires_grad_()
-    expected = results(block, x, False)
-    block.checkpointing = checkpointing
-    assert_equal(results(block, x, False), expected)
-    set_checkpointing(block, checkpointing)
-    monkeypatch.setattr(vit, "gelu_linear", None)
-    assert_equal(results(block, x, False), expected)
+    model = MaskedAutoencoderViT(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2, decoder_embed_dim=16)
+    prepare(TrainingLoss(model, 0.75), checkpointing, "off")
+    assert [block.mlp.computes_gelu_again for block in model.blocks] == 3 * [checkpointing == "none"]
+    assert not any(block.mlp.computes_gelu_again for block in model.decoder_blocks)
+
+
+def test_a_step_has_the_same_bits_and_keeps_less():
+    images = torch.randint(0, 256, (4, 16, 16, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    patches = random_masking(torch.arange(4), 0, 16)
+    torch.manual_seed(0)
+    model = MaskedAutoencoderViT(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2, decoder_embed_dim=16)
+
+    def loss_and_gradients():
+        loss = model.training_loss(images, patches)
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    hidden = 4 * 5 * 4 * 32  # images, tokens, width
+    expected, before = loss_and_gradients(), kept(lambda _: model.training_loss(images, patches), None)
+    prepare(TrainingLoss(model, 0.75), "none", "off")
+    assert_equal(loss_and_gradients(), expected)
+    after = kept(lambda _: model.training_loss(images, patches), None)
+    assert before.count(hidden) - after.count(hidden) == 3
 
 
 def test_it_is_for_what_it_computes_and_keeps_less_of():

@@ -29,11 +29,11 @@ def check_images(model: nn.Module, images: torch.Tensor) -> None:
         return
     if images.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    model._has_checked_images = True  # type: ignore[assignment]
     with contextlib.suppress(RuntimeError, NotImplementedError):  # of tensors without values: fake, meta, under vmap
         pixels = images.detach()
         low, high = (end.item() for end in pixels.aminmax())
         is_whole = bool((pixels == pixels.round()).all())
+        model._has_checked_images = True  # type: ignore[assignment]
         if max(-low, high) > FAR_FROM_ZERO or (low >= 0 and (high > LARGE or (is_whole and high > 1))):
             warnings.warn(
                 f"float images are taken as they are, and these, from {low:g} to {high:g}, do not look normalised; "

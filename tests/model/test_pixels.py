@@ -7,6 +7,7 @@ import torch
 
 from fastmae.model.classifier import classifier_of
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.pixels import check_images
 
 
 def small_model(in_chans=3):
@@ -76,3 +77,10 @@ def test_a_traced_model_has_no_look_in_its_graph():
         compiled(images, ids)
     assert len(graphs) == 1
     assert "aminmax" not in graphs[0].code
+
+
+def test_images_without_values_do_not_count_as_the_first():
+    model = small_model()
+    check_images(model, torch.empty(2, 3, 8, 8, device="meta"))
+    with pytest.warns(UserWarning, match="do not look normalised"):
+        check_images(model, torch.full((2, 3, 8, 8), 255.0))

@@ -105,6 +105,7 @@ class ArraySource:
     others: Stock = field(default_factory=Stock)
     """What else lies there, and what to know of the images."""
     shards = None
+    classes = ()
 
     @property
     def location(self) -> str:

@@ -78,6 +78,10 @@ class CachedSource:
         return self.source.labels
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        return self.source.classes
+
+    @property
     def cached_bytes(self) -> int:
         """The memory that the cached images take, never more than ``budget``."""
         return self._images.bytes

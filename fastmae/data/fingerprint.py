@@ -21,6 +21,7 @@ import numpy as np
 
 from fastmae.data.arrays import ArraySource
 from fastmae.data.images import FolderSource
+from fastmae.data.index import Names
 from fastmae.data.parquet import ParquetSource
 from fastmae.data.shards import TarSource
 from fastmae.data.sources import Concat, Source, Subset
@@ -37,7 +38,7 @@ ROW_BYTES = 32 << 20
 STAT_THREADS = 16
 DIGITS = 16
 
-Things = tuple[list[str], dict[int, str]]
+Things = tuple[Sequence[str], dict[int, str]]
 """The names of all files, shards or images of a source, in order; and by their numbers what some of them hold."""
 
 
@@ -48,7 +49,7 @@ def fingerprint(source: Source) -> Fingerprint:
     ranges = []
     for start, end in itertools.pairwise(starts):
         held = [contents[number] for number in range(start, end) if number in contents]
-        ranges.append([names[start], _hash(["\0".join(names[start:end])]), _hash(held)])
+        ranges.append([names[start], _hash([_joined(names, start, end)]), _hash(held)])
     return {"kind": source.kind, "length": len(source), "ranges": ranges, "labels": _labels(source)}
 
 
@@ -90,13 +91,13 @@ def _first_difference(now: Sequence[Sequence[str]], before: Sequence[Sequence[st
 def _things(source: Source) -> Things:
     match source:
         case Concat():
-            names: list[str] = []
+            joined: list[str] = []
             contents: dict[int, str] = {}
             for number, part in enumerate(source.parts, 1):
                 inside, held = _things(part)
-                contents |= {len(names) + index: text for index, text in held.items()}
-                names += [f"path {number}: {name}" for name in inside]
-            return names, contents
+                contents |= {len(joined) + index: text for index, text in held.items()}
+                joined += (f"path {number}: {name}" for name in inside)
+            return joined, contents
         case Subset():
             names, contents = _things(source.source)
             chosen = _hash([np.ascontiguousarray(source.indices, "<i8").data])
@@ -125,16 +126,24 @@ def _labels(source: Source) -> str:
     if source.labels is None:
         return ""
     parts = source.parts if isinstance(source, Concat) else (source,)
-    whole = [part.source if isinstance(part, Subset) else part for part in parts]
-    classes = [name for part in whole if isinstance(part, FolderSource) for name in part.classes]
+    classes = [name for part in parts for name in part.classes]
     return _hash([np.ascontiguousarray(source.labels, "<i8").data, *classes])
 
 
-def _relative(paths: Sequence[str]) -> list[str]:
+def _relative(paths: Sequence[str]) -> Sequence[str]:
     """Returns paths without the folder that all of them lie in."""
     # By characters, as a path may begin with "./" or hold "//"; then cut behind the last whole folder.
     inside = os.path.commonprefix([min(paths), max(paths)]).rfind("/") + 1 if paths else 0  # noqa: RUF071
+    if isinstance(paths, Names):
+        return paths.without(inside)
     return [path[inside:] for path in paths]
+
+
+def _joined(names: Sequence[str], start: int, end: int) -> str | memoryview:
+    """Returns names with zeros between them."""
+    if isinstance(names, Names) and not names.prefix:
+        return names.packed(start, end)[:-1].data
+    return "\0".join(names[start:end])
 
 
 def _sizes(paths: Sequence[str]) -> dict[int, str]:

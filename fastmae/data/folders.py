@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -298,7 +298,7 @@ def _unused(listing: Listing, layout: Layout, parts: list[Found], refused: dict[
     unused: dict[str, tuple[str, ...]] = {}
     counts: Counter[str] = Counter()
     unsound = set(listing.unsound)
-    things = [
+    things: list[tuple[str, Sequence[str], bool]] = [
         (folder, [name for name in names if os.path.join(folder, name) not in unsound] if unsound else names, False)
         for folder, names in listing.images.items()
     ]

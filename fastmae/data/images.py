@@ -11,7 +11,7 @@ import json
 import os
 import stat
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,18 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from fastmae.data.index import Index, cache_file, is_settled, pack_names, read_index, unpack_names, write_index
+from fastmae.data.index import (
+    Index,
+    Names,
+    cache_file,
+    is_settled,
+    join_names,
+    names_of,
+    pack_names,
+    read_index,
+    unpack_names,
+    write_index,
+)
 from fastmae.data.parts import read_part
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of, joined
 from fastmae.data.suffixes import IMAGE_STARTS, IMAGE_SUFFIXES, SHARD_SUFFIXES, START_BYTES, suffix_of, why_not
@@ -44,10 +55,12 @@ SHOWN_SUFFIXES = 12
 class FolderSource:
     """Image files, one per sample."""
 
-    paths: tuple[str, ...]
+    paths: Sequence[str]
+    """Of each image; ``Names`` where there are many."""
     labels: np.ndarray | None
-    """int64 [length], numbers of ``classes``, or None."""
+    """int64 [length], or None."""
     classes: tuple[str, ...]
+    """The names of the classes that the labels number, if they have names."""
     kind: str = "folder"
     part: str = ""
     """The folder of a part of the data set, as it is called below the data path."""
@@ -140,7 +153,7 @@ class Listing:
     """The files below a folder. Names of folders and files in it are relative to it; "" is the folder itself."""
 
     folder: str
-    images: dict[str, list[str]] = field(default_factory=dict)
+    images: dict[str, Names] = field(default_factory=dict)
     """For every folder that was listed, the sorted names of the image files directly inside."""
     shards: list[str] = field(default_factory=list)
     """Tar and Parquet files, sorted."""
@@ -183,7 +196,7 @@ def list_images(folder: Path) -> Listing:
             "folders": pack_names([*listing.images]),
             "modified": np.array([modified[name] for name in listing.images], np.int64),
             "counts": np.array([*map(len, listing.images.values())], np.int64),
-            "names": pack_names([name for names in listing.images.values() for name in names]),
+            "names": join_names(("", names) for names in listing.images.values()),
             "shards": pack_names(listing.shards),
             "skipped": pack_names([*listing.skipped]),
             "others": np.frombuffer(text.encode(errors="surrogatepass"), np.uint8),
@@ -205,9 +218,8 @@ def _listing_of(folder: Path, index: Index) -> Listing | None:
         return None
     if not all(_stays_inside(columns[name]) for name in ("folders", "names", "shards", "skipped")):
         return None
-    folders, names, shards, skipped = (
-        unpack_names(columns[name]) for name in ("folders", "names", "shards", "skipped")
-    )
+    folders, shards, skipped = (unpack_names(columns[name]) for name in ("folders", "shards", "skipped"))
+    names = names_of(columns["names"])
     modified, counts = columns["modified"], columns["counts"]
     if b"/" in columns["names"].tobytes() or not len(folders) == len(modified) == len(counts):
         return None
@@ -225,7 +237,8 @@ def _listing_of(folder: Path, index: Index) -> Listing | None:
     except (OSError, ValueError, TypeError, AttributeError):
         return None
     ends = np.cumsum(counts).tolist()
-    images = {name: names[end - count : end] for name, end, count in zip(folders, ends, counts.tolist(), strict=True)}
+    images = {name: names_of(names.packed(end - count, end))
+              for name, end, count in zip(folders, ends, counts.tolist(), strict=True)}  # fmt: skip
     return Listing(str(folder), images, shards, tallies, skipped=why)
 
 
@@ -313,7 +326,7 @@ class _Scan:
 
     def _miss(self, inside: str) -> None:
         self.modified[inside] = -1  # such a listing is not kept
-        self.listing.images[inside] = []
+        self.listing.images[inside] = names_of(pack_names([]))
         self.listing.unreadable.append(os.path.join(self.listing.folder, inside))
 
     def enter(self, inside: str) -> Iterator[tuple[str, bool]]:
@@ -350,8 +363,7 @@ class _Scan:
                 if kind in NO_FILES and suffix_of(name) in IMAGE_SUFFIXES and not name.startswith("."):
                     images.append(name)
                     self.listing.unsound.append(path)
-        images.sort()
-        self.listing.images[inside] = images
+        self.listing.images[inside] = names_of(pack_names(sorted(images)))
 
 
 NO_FILES = ("broken", "special")
@@ -418,7 +430,7 @@ def begins_as_an_image(path: str) -> bool:
 class Chosen:
     """Image files that are used together, and their classes."""
 
-    paths: tuple[str, ...]
+    paths: Names
     labels: np.ndarray | None
     """int64 [length], numbers of ``classes``; None where there are no class folders."""
     classes: tuple[str, ...]
@@ -441,20 +453,20 @@ def choose_images(listing: Listing, part: str = "", without: Collection[str] = (
             top = name[len(prefix) :].partition("/")[0]
             if top not in without:
                 folders.setdefault(top, []).append(name)
-    paths = {top: sorted(_paths(listing, inside)) for top, inside in sorted(folders.items())}
-    beside = _paths(listing, [part] if part in listing.images else [])
-    filled = [top for top, inside in paths.items() if inside]
+    counts = {top: sum(len(listing.images[name]) for name in inside) for top, inside in sorted(folders.items())}
+    beside = len(listing.images.get(part, ()))
+    filled = [top for top, count in counts.items() if count]
     if beside or not filled:
         mixed: tuple[str, ...] = ()
         if filled:
             where = os.path.join(listing.folder, part).rstrip("/")
             mixed = (
-                f"{where} holds {count_of(len(beside), 'images')} beside {count_of(len(filled), 'folders')} of images "
+                f"{where} holds {count_of(beside, 'images')} beside {count_of(len(filled), 'folders')} of images "
                 f"({_some(filled)}), so no image has a label; keep either folders of classes or images there",
             )
-        every = sorted([*beside, *(path for inside in paths.values() for path in inside)])
-        return Chosen(tuple(every), None, (), mixed)
-    labels = np.repeat(np.arange(len(paths)), [*map(len, paths.values())]).astype(np.int64)
+        every = [name for top in filled for name in folders[top]] + ([part] if part in listing.images else [])
+        return Chosen(_paths(listing, [every]), None, (), mixed)
+    labels = np.repeat(np.arange(len(counts)), [*counts.values()]).astype(np.int64)
     folders_in = [_folders_in(listing, os.path.join(part, top), folders[top]) for top in filled]
     notes = []
     if len(filled) == 1 and len(folders_in[0]) > 1:
@@ -464,10 +476,10 @@ def choose_images(listing: Listing, part: str = "", without: Collection[str] = (
         same = f"the folders {_some(filled)} have the same folders in them ({_some(folders_in[0])})"
         path = os.path.join(listing.folder, part, filled[0])
         notes = [f"{same}; if these are the classes, give the path of one of the former, such as {path}"]
-    empty = [top for top, inside in paths.items() if not inside]
+    empty = [top for top, count in counts.items() if not count]
     if empty:
         notes.append(f"{count_of(len(empty), 'class folders')} without an image ({_some(empty)})")
-    return Chosen(tuple(path for inside in paths.values() for path in inside), labels, tuple(paths), tuple(notes))
+    return Chosen(_paths(listing, [folders[top] for top in counts]), labels, tuple(counts), tuple(notes))
 
 
 def _folders_in(listing: Listing, top: str, below: list[str]) -> list[str]:
@@ -475,9 +487,14 @@ def _folders_in(listing: Listing, top: str, below: list[str]) -> list[str]:
     return sorted(os.path.basename(name) for name in below if listing.images[name] and os.path.dirname(name) == top)
 
 
-def _paths(listing: Listing, folders: list[str]) -> list[str]:
-    prefixes = {folder: os.path.join(listing.folder, folder, "") for folder in folders}
-    return [prefix + name for folder, prefix in prefixes.items() for name in listing.images[folder]]
+def _paths(listing: Listing, groups: Iterable[list[str]]) -> Names:
+    """Returns the paths of the images in groups of folders: one group after another, sorted within each."""
+    columns = []
+    for group in groups:
+        filled = [folder for folder in group if listing.images[folder]]
+        column = join_names((os.path.join(folder, ""), listing.images[folder]) for folder in filled)
+        columns.append(column if len(filled) < 2 else pack_names(sorted(unpack_names(column))))
+    return names_of(np.concatenate([np.zeros(0, np.uint8), *columns]), os.path.join(listing.folder, ""))
 
 
 def _some(names: Collection[str]) -> str:

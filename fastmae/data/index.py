@@ -14,10 +14,10 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -104,7 +104,7 @@ def write_index(path: Path, index: Index) -> bool:
     return True
 
 
-def pack_names(names: Sequence[str]) -> np.ndarray:
+def pack_names(names: Iterable[str]) -> np.ndarray:
     """Packs file names, which hold no zero byte, into one column uint8 in which each ends with a zero."""
     return np.frombuffer(b"".join(os.fsencode(name) + b"\0" for name in names), np.uint8)
 
@@ -114,22 +114,69 @@ def unpack_names(column: np.ndarray) -> list[str]:
     return os.fsdecode(column.tobytes()).split("\0")[:-1]
 
 
-@dataclass(frozen=True)
-class Names:
-    """File names that stay packed in one column, because few of them are ever needed."""
+@dataclass(frozen=True, eq=False)
+class Names(Sequence[str]):
+    """Names that stay packed in one column: a million of them take as many bytes as they have, and 8 MB."""
 
     column: np.ndarray
+    """uint8 [bytes]: as ``pack_names`` returns it."""
     ends: np.ndarray
     """int64 [length]: where in ``column`` each name's zero is."""
+    prefix: str = ""
+    """What each name begins with besides."""
 
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, index: int) -> str:
-        start = 0 if index == 0 else int(self.ends[index - 1]) + 1
-        return os.fsdecode(self.column[start : self.ends[index]].tobytes())
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]  # an IndexError ends a loop over them
+        start = 0 if number == 0 else int(self.ends[number - 1]) + 1
+        return self.prefix + os.fsdecode(self.column[start : self.ends[number]].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _UNPACKED):
+            for name in unpack_names(self.packed(start, min(start + _UNPACKED, len(self)))):
+                yield self.prefix + name
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def without(self, count: int) -> Names:
+        """Returns the names without their first characters, which all of them share."""
+        if count <= len(self.prefix):
+            return Names(self.column, self.ends, self.prefix[count:])
+        before, column = b"\0" + os.fsencode(self[0][len(self.prefix) : count]), b"\0" + self.column.tobytes()
+        return names_of(np.frombuffer(column.replace(before, b"\0")[1:], np.uint8))
+
+    def packed(self, start: int, end: int) -> np.ndarray:
+        """Returns the part of the column with the names from ``start`` to before ``end``, without the prefix."""
+        first = 0 if start == 0 else int(self.ends[start - 1]) + 1
+        return self.column[first : int(self.ends[end - 1]) + 1 if end > start else first]
 
 
-def names_of(column: np.ndarray) -> Names:
+_UNPACKED = 65_536
+"""How many names are unpacked at a time where all are gone through."""
+
+
+def names_of(column: np.ndarray, prefix: str = "") -> Names:
     """Returns ``Names`` over a column of ``pack_names``."""
-    return Names(column, np.flatnonzero(column == 0))
+    return Names(column, np.flatnonzero(column == 0), prefix)
+
+
+def join_names(folders: Iterable[tuple[str, Names]]) -> np.ndarray:
+    """Returns the column of the names in folders: of ("a/", names) each name with "a/" before it."""
+    chunks = []
+    for folder, names in folders:
+        before, inside = os.fsencode(folder + names.prefix), names.packed(0, len(names)).tobytes()
+        chunks.append(before + inside[:-1].replace(b"\0", b"\0" + before) + b"\0" if inside else b"")
+    return np.frombuffer(b"".join(chunks), np.uint8)

@@ -60,6 +60,7 @@ class ParquetSource:
     """(size, modification time in ns) of each file when it was opened."""
     stock: Stock
     """The rows and columns of the files. Only rows that are known to hold no image are left out."""
+    classes: tuple[str, ...] = ()
     kind: str = "folder"
     _group: Callable[[int], Any] = field(init=False, repr=False, compare=False)
 

@@ -99,6 +99,7 @@ class TarSource:
     """(tar file, what is wrong) of each that ends too early or is damaged inside."""
     stock: Stock
     """The members of the tar files: images, labels and folders are used. Behind damage nobody knows what there is."""
+    classes: tuple[str, ...] = ()
     kind: str = "folder"
     _open: Callable[[int], OpenFile] = field(init=False, repr=False, compare=False)
 

@@ -49,6 +49,10 @@ class Source(Protocol):
     def labels(self) -> np.ndarray | None:
         """int64 [length], or None."""
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes that the labels number; empty where they are numbers alone, or there are none."""
+
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> bytes | np.ndarray:
@@ -84,6 +88,10 @@ class Subset:
     @property
     def labels(self) -> np.ndarray | None:
         return None if self.source.labels is None else self.source.labels[self.indices]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.source.classes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -125,27 +133,31 @@ class Concat:
         if 0 < labelled < len(self.parts):
             notes = (f"{labelled} of {len(self.parts)} paths have labels, so no image has one; label all",)
         elif labelled and self._mixes_labels:
-            notes = ("the labels of some paths are folders and of others numbers, so no image has one",)
+            notes = ("the labels of some paths are names and of others numbers, so no image has one",)
         return joined([*(part.stock for part in self.parts), Stock(notes=(*self.notes, *notes))])
 
     @property
     def _mixes_labels(self) -> bool:
-        return len({class_names(part) is None for part in self.parts}) > 1
+        return len({bool(part.classes) for part in self.parts}) > 1
 
     @cached_property
     def labels(self) -> np.ndarray | None:
-        """Labels, if all parts have them: class folders are numbered anew by name, other labels stay as they are."""
+        """Labels, if all parts have them: classes with names are numbered anew by name, numbers stay as they are."""
         every = [part.labels for part in self.parts]
         present = [labels for labels in every if labels is not None]
         if len(present) < len(every) or self._mixes_labels:
             return None
-        folders = [part for part in self.parts if isinstance(part, FolderSource)]
-        if len(folders) == len(self.parts):
-            names = sorted({name for part in folders for name in part.classes})
-            numbers = {name: number for number, name in enumerate(names)}
-            renumbered = (np.array([numbers[name] for name in part.classes], np.int64) for part in folders)
+        if self.classes:
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            renumbered = (np.array([numbers[name] for name in part.classes], np.int64) for part in self.parts)
             present = [new[old] for new, old in zip(renumbered, present, strict=True)]
         return np.concatenate(present)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        if self._mixes_labels:
+            return ()
+        return tuple(sorted({name for part in self.parts for name in part.classes}))
 
     @cached_property
     def shards(self) -> Shards | None:
@@ -264,10 +276,10 @@ def with_known_classes(train: Source, val: Source) -> Source:
     Where images are left out for this, the stock says so.
 
     Raises:
-        UserError: there are none, or the classes of one part are folders and those of the other numbers.
+        UserError: there are none, or the classes of one part have names and those of the other numbers.
     """
     if (class_names(train) is None) != (class_names(val) is None):
-        problem = "the labels of the train part and of the val part are folders in one and numbers in the other"
+        problem = "the labels of the train part and of the val part are names in one and numbers in the other"
         raise SettingError("data_path", problem=f"{problem}; give both the same kind of labels")
     if train.labels is None or val.labels is None:
         return val
@@ -296,16 +308,12 @@ def _some(names: Sequence[str]) -> str:
 
 
 def class_names(source: Source) -> tuple[str, ...] | None:
-    """Returns the names of the classes that the labels of a source number, if it has class folders."""
-    if isinstance(source, Subset):
-        return class_names(source.source)
-    if isinstance(source, Concat) and all(isinstance(part, FolderSource) for part in source.parts):
-        return tuple(sorted({name for part in source.parts for name in class_names(part) or ()})) or None
-    return (source.classes or None) if isinstance(source, FolderSource) else None
+    """Returns the names of the classes that the labels of a source number, if they have names."""
+    return source.classes or None
 
 
 def classes_of(source: Source, indices: np.ndarray) -> np.ndarray | None:
-    """Returns the classes of some samples as strings: names of folders, or else numbers. None without labels."""
+    """Returns the classes of some samples as strings: names, or else numbers. None without labels."""
     if source.labels is None:
         return None
     labels, names = source.labels[indices], class_names(source)

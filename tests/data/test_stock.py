@@ -343,11 +343,11 @@ def test_numbers_are_matched_too_and_folders_are_no_numbers(tmp_path):
     assert val.labels.tolist() == [1, 1, 4]
     assert "3 images left out: of 3 classes that the train part has not (2, 3, 5)" in val.stock.lines()[0]
     folders = open_train(str(fill(tmp_path / "set", *classes("."))))
-    with pytest.raises(UserError, match="are folders in one and numbers in the other"):
+    with pytest.raises(UserError, match="are names in one and numbers in the other"):
         with_known_classes(folders, val)
     mixed = Concat((folders, open_train(str(tmp_path / "x.npz"))))
     assert mixed.labels is None
-    assert "the labels of some paths are folders and of others numbers, so no image has one" in mixed.stock.notes
+    assert "the labels of some paths are names and of others numbers, so no image has one" in mixed.stock.notes
 
 
 def test_a_missing_label_is_told_with_its_reason(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,11 +29,10 @@ def check_range(name: str, ids: torch.Tensor, limit: int) -> None:
 
 
 def check_images(images: torch.Tensor, patch_size: tuple[int, int]) -> None:
-    """Refuses ``images`` that are not uint8 or floating [N, H, W, C] with sides that are multiples of the patch."""
+    """Refuses ``images`` that are not uint8, uint16 or floating [N, H, W, C] with sides of whole patches."""
     if images.ndim != 4:
         raise ValueError(f"images must have shape [N, H, W, C], got {list(images.shape)}")
-    if images.dtype != torch.uint8 and not images.dtype.is_floating_point:
-        raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
+    check_pixels("images", images.dtype)
     check_sizes("patch_size", patch_size)
     (height, width), (ph, pw) = images.shape[1:3], patch_size
     if min(height, width) < 1 or height % ph or width % pw:
@@ -58,15 +58,43 @@ def check_channels(channels: int, mean: torch.Tensor, std: torch.Tensor) -> None
         check_floating(name, value.dtype)
 
 
+def check_pixels(name: str, dtype: torch.dtype) -> None:
+    """Refuses a ``dtype`` that pixels cannot have."""
+    if dtype not in (torch.uint8, torch.uint16) and not dtype.is_floating_point:
+        raise ValueError(f"{name} must be uint8, uint16 or floating point, got {dtype}")
+
+
+def check_value_range(channels: int, value_range: torch.Tensor | None) -> None:
+    """Refuses a ``value_range`` that does not hold two floating numbers per channel; their order is checked later."""
+    if value_range is None:
+        return
+    if value_range.shape != (2, channels):
+        raise ValueError(
+            f"value_range must have shape [2, {channels}], low and high of each channel, got {list(value_range.shape)}"
+        )
+    check_floating("value_range", value_range.dtype)
+
+
+def check_order(value_range: torch.Tensor | None) -> None:
+    """Refuses a range whose low is not below its high. On a GPU, as ``check_range``, only with ``check_ids``."""
+    if value_range is None or not (value_range.device.type == "cpu" or asked_backends().check_ids):
+        return
+    for channel, (low, high) in enumerate(value_range.T.tolist()):
+        if not (low < high and math.isfinite(high - low)):
+            raise ValueError(
+                f"value_range must have low < high, both finite, got {low:g} and {high:g} of channel {channel}"
+            )
+
+
 def check_floating(name: str, dtype: torch.dtype) -> None:
     """Refuses a ``dtype`` that is not floating point."""
     if not dtype.is_floating_point:
         raise ValueError(f"{name} must be floating point, got {dtype}")
 
 
-def check_devices(**tensors: torch.Tensor) -> None:
-    """Refuses tensors that are not on the device of the first."""
-    (first, tensor), *others = tensors.items()
+def check_devices(**tensors: torch.Tensor | None) -> None:
+    """Refuses tensors that are not on the device of the first; None is a tensor that was not given."""
+    (first, tensor), *others = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
     for name, other in others:
         if other.device != tensor.device:
             raise ValueError(f"{name} must be on the device of {first}, {tensor.device}, got {other.device}")

@@ -15,10 +15,12 @@ from fastmae.ops.checks import (
     check_floating,
     check_ids,
     check_images,
+    check_order,
     check_range,
+    check_value_range,
     grid_patches,
 )
-from fastmae.ops.gather_patches import gather_patches_reference
+from fastmae.ops.gather_patches import chosen_patches, gather_patches_reference, is_plain, missing_pixels
 
 VARIANCE_EPS = 1e-6
 
@@ -31,38 +33,55 @@ def masked_mse(
     mean: torch.Tensor,
     std: torch.Tensor,
     norm_pix: bool,
+    value_range: torch.Tensor | None = None,
+    nodata: float | None = None,
 ) -> torch.Tensor:
     """Computes the mean squared error of the predicted pixels of the patches ``ids`` (paper, section 3).
 
     Args:
         pred: floating [N, M, P].
-        images: uint8 or floating [N, H, W, C], normalised as in ``gather_patches``.
+        images: uint8, uint16 or floating [N, H, W, C], normalised as in ``gather_patches``.
         ids: int32 or int64 [N, M], the masked patches.
         patch_size: (ph, pw) in pixels.
-        mean, std: floating [C], in units of [0, 1].
+        mean, std: floating [C], in units of the range.
         norm_pix: normalise every target patch by its own mean and unbiased variance (divisor P − 1; 1e-6 is added to
             the variance inside the root).
+        value_range, nodata: as in ``gather_patches``. A patch with a missing pixel is no target: its error and its
+            gradient are 0, whatever it or its prediction holds, and the mean is that of the other patches.
 
     Returns:
-        A float32 scalar (float64 when ``pred`` is float64): the mean over N, M and P. Differentiable in ``pred``.
-        Equivalent to ``masked_mse_reference``.
+        A float32 scalar (float64 when ``pred`` is float64): the mean over N, M and P; 0 if no patch is a target.
+        Differentiable in ``pred``. Equivalent to ``masked_mse_reference``.
 
     Raises:
-        ValueError: a dtype, shape or device is wrong, there are no images, or an id is outside the grid (on a GPU ids
-            are checked only with ``check_ids``).
+        ValueError: a dtype, shape or device is wrong, there are no images, an id is outside the grid, or a low is not
+            below its high (on a GPU ids and ranges are checked only with ``check_ids``).
     """
     check_images(images, patch_size)
     check_ids("ids", ids, images.shape[0])
     check_channels(images.shape[3], mean, std)
+    check_value_range(images.shape[3], value_range)
     check_floating("pred", pred.dtype)
-    check_devices(pred=pred, images=images, ids=ids, mean=mean, std=std)
+    check_devices(pred=pred, images=images, ids=ids, mean=mean, std=std, value_range=value_range)
     expected = (*ids.shape, patch_size[0] * patch_size[1] * images.shape[3])
     if pred.shape != expected:
         raise ValueError(f"pred must have shape {list(expected)}, got {list(pred.shape)}")
     if ids.shape[0] == 0:
         raise ValueError("pred must hold at least one image: the mean of nothing is not a loss")
-    loss, _ = _masked_mse(pred, images, ids, patch_size, mean, std, norm_pix)
+    loss, _ = _masked_mse(pred, images, ids, patch_size, mean, std, norm_pix, value_range, nodata)
     return loss
+
+
+def excluded_share(
+    images: torch.Tensor, ids: torch.Tensor, patch_size: tuple[int, int], nodata: float | None
+) -> torch.Tensor:
+    """Returns which share of the patches ``ids`` [N, M] has a missing pixel, so that it is no target of ``masked_mse``.
+
+    A float32 scalar on the device of the images; nobody waits for it until it is read. For reports, not for each step.
+    """
+    if nodata is None:
+        return torch.zeros((), device=images.device)
+    return missing_pixels(chosen_patches(images, ids, patch_size), nodata).flatten(2).any(dim=2).float().mean()
 
 
 def masked_mse_reference(
@@ -73,9 +92,14 @@ def masked_mse_reference(
     mean: torch.Tensor,
     std: torch.Tensor,
     norm_pix: bool,
+    value_range: torch.Tensor | None = None,
+    nodata: float | None = None,
 ) -> torch.Tensor:
     """Defines the op in PyTorch."""
-    return _error(pred, images, ids, patch_size, mean, std, norm_pix).square().mean()
+    error, targets = _error(pred, images, ids, patch_size, mean, std, norm_pix, value_range, nodata)
+    if targets is None:
+        return error.square().mean()
+    return error.square().sum() / (targets.sum() * error.shape[2]).clamp(min=1)
 
 
 def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,28 +116,32 @@ def _error(
     mean: torch.Tensor,
     std: torch.Tensor,
     norm_pix: bool,
-) -> torch.Tensor:
-    """Computes prediction minus target [N, M, P] in the dtype of the arithmetic."""
+    value_range: torch.Tensor | None,
+    nodata: float | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Computes prediction minus target [N, M, P], 0 where there is no target, in the dtype of the arithmetic.
+
+    Also tells which patches [N, M] are targets; None means all.
+    """
     compute = torch.float64 if pred.dtype == torch.float64 else torch.float32
-    target = gather_patches_reference(images, ids, patch_size, mean, std, compute)
+    target = gather_patches_reference(images, ids, patch_size, mean, std, compute, value_range, nodata)
     if norm_pix:
         average, deviation = patch_statistics(target)
         target = (target - average) / deviation
-    return pred.to(compute) - target
+    error = pred.to(compute) - target
+    if nodata is None:
+        return error, None
+    targets = ~missing_pixels(chosen_patches(images, ids, patch_size), nodata).flatten(2).any(dim=2)
+    return torch.where(targets[:, :, None], error, 0.0), targets
 
 
-def _loss_and_gradient(
-    pred: torch.Tensor,
-    images: torch.Tensor,
-    ids: torch.Tensor,
-    patch_size: Sequence[int],
-    mean: torch.Tensor,
-    std: torch.Tensor,
-    norm_pix: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_gradient(pred: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes the loss and its gradient with respect to ``pred`` together, as both need the error."""
-    error = _error(pred, images, ids, patch_size, mean, std, norm_pix)
-    return error.square().mean(), (error * (2 / error.numel())).to(pred.dtype)
+    error, targets = _error(pred, *others)
+    if targets is None:
+        return error.square().mean(), (error * (2 / error.numel())).to(pred.dtype)
+    count = (targets.sum() * error.shape[2]).clamp(min=1)
+    return error.square().sum() / count, (error * (2 / count)).to(pred.dtype)
 
 
 @torch.library.custom_op("fastmae::masked_mse", mutates_args=())
@@ -125,17 +153,20 @@ def _masked_mse(
     mean: torch.Tensor,
     std: torch.Tensor,
     norm_pix: bool,
+    value_range: torch.Tensor | None = None,
+    nodata: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    arguments = pred, images, ids, patch_size, mean, std, norm_pix
+    arguments = pred, images, ids, patch_size, mean, std, norm_pix, value_range, nodata
     backend = ops_backend(pred.device, images.dtype, pred.dtype)
-    if backend == "cpu":  # the extension checks the ids
-        return cpu.masked_mse(*arguments, VARIANCE_EPS)
+    if backend == "cpu" and is_plain(images, value_range, nodata):  # the extension checks the ids
+        return cpu.masked_mse(*arguments[:7], VARIANCE_EPS)
     check_range("ids", ids, grid_patches(images, patch_size))
-    if backend == "reference":
+    check_order(value_range)
+    if backend == "reference" or not is_plain(images, value_range, nodata):
         return _loss_and_gradient(*arguments)
     from fastmae.kernels.masked_mse import masked_mse_triton
 
-    return masked_mse_triton(*arguments, VARIANCE_EPS)
+    return masked_mse_triton(*arguments[:7], VARIANCE_EPS)
 
 
 @_masked_mse.register_fake
@@ -151,7 +182,7 @@ def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward(ctx: Any, grad_loss: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
-    return None if grad_loss is None else gradient * grad_loss, None, None, None, None, None, None
+    return None if grad_loss is None else gradient * grad_loss, *[None] * 8
 
 
 _masked_mse.register_autograd(_backward, setup_context=_save_gradient)

@@ -8,7 +8,18 @@ import torch
 
 from fastmae.ops import cpu
 from fastmae.ops.backends import asked_backends, ops_backend
-from fastmae.ops.checks import check_channels, check_devices, check_floating, check_ids, check_range, check_sizes
+from fastmae.ops.checks import (
+    check_channels,
+    check_devices,
+    check_floating,
+    check_ids,
+    check_order,
+    check_pixels,
+    check_range,
+    check_sizes,
+    check_value_range,
+)
+from fastmae.ops.gather_patches import range_of
 
 
 def scatter_patches(
@@ -19,30 +30,34 @@ def scatter_patches(
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
+    value_range: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Places patches on an otherwise zero image and undoes the normalisation as ``x · std + mean``.
+    """Places patches on an otherwise zero image and undoes the normalisation of ``gather_patches``.
+
+    A pixel is ``low + (x · std + mean) · (high − low)``.
 
     Args:
         patches: floating [N, M, P], P = ph·pw·C in (row, column, channel) order.
         ids: int32 or int64 [N, M], distinct within a row.
         grid_size: (gh, gw) in patches.
         patch_size: (ph, pw) in pixels.
-        mean, std: floating [C], in units of [0, 1].
-        dtype: uint8 (multiplied by 255, clamped, rounded half to even; NaN gives 0) or floating.
+        mean, std: floating [C], in units of the range.
+        dtype: uint8 or uint16 (clamped, rounded half to even; NaN gives 0) or floating.
+        value_range: floating [2, C], low and high of each channel. None is 0 and 255 for uint8, 0 and 65535 for uint16,
+            0 and 1 for floating images.
 
     Returns:
         images [N, gh·ph, gw·pw, C]; pixels of patches that are not listed are 0. No gradient flows back. Equivalent
         to ``scatter_patches_reference``.
 
     Raises:
-        ValueError: a dtype, shape or device is wrong, or an id is outside the grid or twice in a row (on a GPU ids are
-            checked only with ``check_ids``).
+        ValueError: a dtype, shape or device is wrong, an id is outside the grid or twice in a row, or a low is not
+            below its high (on a GPU ids and ranges are checked only with ``check_ids``).
     """
     if patches.ndim != 3:
         raise ValueError(f"patches must have shape [N, M, P], got {list(patches.shape)}")
     check_floating("patches", patches.dtype)
-    if dtype != torch.uint8:
-        check_floating("dtype", dtype)
+    check_pixels("dtype", dtype)
     check_sizes("grid_size", grid_size)
     check_sizes("patch_size", patch_size)
     check_ids("ids", ids, patches.shape[0])
@@ -52,8 +67,9 @@ def scatter_patches(
             f"patches {list(patches.shape)} do not fit ids {list(ids.shape)} and {patch_size[0]}×{patch_size[1]} pixels"
         )
     check_channels(patches.shape[2] // area, mean, std)
-    check_devices(patches=patches, ids=ids, mean=mean, std=std)
-    return _scatter_patches(patches, ids, grid_size, patch_size, mean, std, dtype)
+    check_value_range(patches.shape[2] // area, value_range)
+    check_devices(patches=patches, ids=ids, mean=mean, std=std, value_range=value_range)
+    return _scatter_patches(patches, ids, grid_size, patch_size, mean, std, dtype, value_range)
 
 
 def scatter_patches_reference(
@@ -64,19 +80,22 @@ def scatter_patches_reference(
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
+    value_range: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Defines the op in PyTorch."""
     (gh, gw), (ph, pw) = grid_size, patch_size
     N, M, P = patches.shape
     C = P // (ph * pw)
     compute = torch.float64 if patches.dtype == torch.float64 else torch.float32
+    low, high = range_of(dtype, value_range, compute)
     pixels = patches.to(compute).view(N, M, ph, pw, C) * std.to(compute) + mean.to(compute)
-    if dtype == torch.uint8:
-        pixels = (pixels * 255).clamp(0, 255).round().nan_to_num(0)
-    grid = torch.zeros(N, gh * gw, ph, pw, C, dtype=dtype, device=patches.device)
+    pixels = pixels * (high - low) + low
+    if not dtype.is_floating_point:
+        pixels = pixels.clamp(0, torch.iinfo(dtype).max).round().nan_to_num(0)
+    grid = torch.zeros(N, gh * gw, ph, pw, C, dtype=compute, device=patches.device)
     rows = torch.arange(N, device=patches.device)[:, None]
-    grid[rows, ids.long()] = pixels.to(dtype)
-    return grid.view(N, gh, gw, ph, pw, C).permute(0, 1, 3, 2, 4, 5).reshape(N, gh * ph, gw * pw, C)
+    grid[rows, ids.long()] = pixels
+    return grid.to(dtype).view(N, gh, gw, ph, pw, C).permute(0, 1, 3, 2, 4, 5).reshape(N, gh * ph, gw * pw, C)
 
 
 @torch.library.custom_op("fastmae::scatter_patches", mutates_args=())
@@ -88,18 +107,21 @@ def _scatter_patches(
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
+    value_range: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    arguments = patches, ids, grid_size, patch_size, mean, std, dtype
+    arguments = patches, ids, grid_size, patch_size, mean, std, dtype, value_range
     backend = ops_backend(patches.device, patches.dtype, dtype)
-    if backend == "cpu":  # the extension checks the ids
-        return cpu.scatter_patches(*arguments)
+    is_plain = dtype != torch.uint16 and value_range is None
+    if backend == "cpu" and is_plain:  # the extension checks the ids
+        return cpu.scatter_patches(*arguments[:7])
     check_range("ids", ids, grid_size[0] * grid_size[1])
+    check_order(value_range)
     _check_distinct(ids)
-    if backend == "reference":
+    if backend == "reference" or not is_plain:
         return scatter_patches_reference(*arguments)
     from fastmae.kernels.scatter_patches import scatter_patches_triton
 
-    return scatter_patches_triton(*arguments)
+    return scatter_patches_triton(*arguments[:7])
 
 
 @_scatter_patches.register_fake
@@ -111,6 +133,7 @@ def _(
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
+    value_range: torch.Tensor | None = None,
 ) -> torch.Tensor:
     (gh, gw), (ph, pw) = grid_size, patch_size
     return patches.new_empty(patches.shape[0], gh * ph, gw * pw, mean.shape[0], dtype=dtype)

@@ -42,6 +42,18 @@ RIGHT = {
     "assemble_tokens": dict(visible=TOKENS, mask_token=TOKEN, pos_embed=POSITIONS, ids_shuffle=IDS),
     "attention": dict(packed=PACKED),
 }  # fmt: skip
+RANGE = torch.tensor([[0.0, -5, 1e-3], [1, 5, 2e-3]])
+# Of the ops that take a range of pixels, whichever their other arguments are.
+WRONG_RANGES = {
+    "one range": (dict(value_range=RANGE[:, :1]), r"value_range must have shape \[2, 3\], .* got \[2, 1\]", None),
+    "ranges by channel": (dict(value_range=RANGE.T), r"value_range must have shape \[2, 3\], .* got \[3, 2\]", None),
+    "whole range": (dict(value_range=RANGE.int()), "value_range must be floating point", None),
+    "empty range": (dict(value_range=RANGE[:1].expand(2, -1)), "low < high, .* got 0 and 0 of channel 0", None),
+    "upside down": (dict(value_range=RANGE * torch.tensor([1, 1, -1])), "got -0.001 and -0.002 of channel 2", None),
+    "endless range": (dict(value_range=RANGE / torch.tensor([[1], [0]])), "low < high, both finite", None),
+    "no number": (dict(value_range=RANGE * float("nan")), "got nan and nan of channel 0", None),
+    "range elsewhere": (dict(value_range=RANGE.to(META)), "value_range must be on the device of", None),
+}
 # What is wrong: (changed arguments, words of the public function's message, words of the C++ extension's). There are no
 # words where the arguments are right for it, or not its own.
 CASES = {
@@ -64,7 +76,12 @@ CASES = {
         "negative size": (dict(patch_size=(-4, 4)), "patch_size", "patch_size"),
         "int16 image": (dict(images=IMAGES.short()), "uint8", "images must be uint8, .* got int16"),
         "int32 image": (dict(images=IMAGES.int()), "uint8", "images must be uint8, .* got int32"),
-        "uint16 image": (dict(images=IMAGES.to(torch.uint16)), "uint16", "uint16"),
+        "bool image": (
+            dict(images=IMAGES.bool()),
+            "images must be uint8, uint16 or floating point, got torch.bool",
+            None,
+        ),
+        **WRONG_RANGES,
         "float64 image": (dict(images=IMAGES.double()), None, "images must be uint8, .* got float64"),
         "three axes": (dict(images=IMAGES[0]), "shape", r"images must have shape \[N, H, W, C\], got \[8, 8, 3\]"),
         "five axes": (dict(images=IMAGES[None]), "shape", "images must have at most 4 axes"),
@@ -87,6 +104,7 @@ CASES = {
         "int64 std": (dict(std=torch.ones(3, dtype=INT)), "std", "std must be float32, .* got int64"),
     },
     "masked_mse": {
+        **WRONG_RANGES,
         "short pred": (dict(pred=PATCHES[:, :3]), "pred", "pred must have shape"),
         "wide pred": (dict(pred=torch.randn(3, 4, 49)), "pred", "pred must have shape"),
         "int pred": (dict(pred=PATCHES.int()), "pred", "pred must be float32, .* got int32"),
@@ -98,6 +116,7 @@ CASES = {
         "eps nan": (dict(eps=float("nan")), None, "eps must be at least 0, got nan"),
     },
     "scatter_patches": {
+        **WRONG_RANGES,
         "id beyond": (dict(ids=LAST), "ids.*4", "ids must lie"),
         "one patch twice": (
             dict(patches=PATCHES[:, :2], ids=TWICE),

@@ -34,6 +34,7 @@ from fastmae.config import BenchEndToEndConfig, PretrainConfig, check_bench
 from fastmae.data.decoders import dali
 from fastmae.data.loader import PREFETCH, View, choose_decoder, default_workers, load_batches, load_sample
 from fastmae.data.plan import crop_draws
+from fastmae.data.reading import Reading
 from fastmae.data.sources import FolderSource, Source, open_train
 from fastmae.errors import UserError
 from fastmae.model.flops import flops_per_image
@@ -101,10 +102,10 @@ def bench_end_to_end(config: BenchEndToEndConfig, command: Sequence[str]) -> int
     steps = -(-(config.steps or (GPU_STEPS if is_gpu else CPU_STEPS)) // workers) * workers
     torch.manual_seed(SEED)
     model = PRESETS[config.model]()
-    choose_decoder(config.image_decoder, device, None, model.in_chans)  # refuses what cannot decode here
+    choose_decoder(config.image_decoder, device, None, Reading(model.in_chans))  # refuses what cannot decode here
     with ExitStack() as stack:
         source = _source(config, N, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastmae-bench-"))))
-        view = View(model.img_size, model.in_chans, seed=SEED, scale=SCALE, flip=True)
+        view = View(model.img_size, Reading(model.in_chans), seed=SEED, scale=SCALE, flip=True)
         setting = _Setting(source, view, model, N, workers, device)
         runners = _runners(config, setting, precision, stack)
         losses = {}

@@ -48,6 +48,7 @@ from fastmae.data.decoders import dali
 from fastmae.data.loader import PREFETCH, View, choose_decoder, default_workers, load_batches
 from fastmae.data.parquet import ParquetSource
 from fastmae.data.plan import EpochPlan, crop_draws, is_flipped, plan_epoch, random_box
+from fastmae.data.reading import Reading
 from fastmae.data.sources import FolderSource, Source, open_train
 from fastmae.errors import UserError
 from fastmae.screen import printable
@@ -168,7 +169,7 @@ def _setting(config: BenchLoaderConfig, folder: Path) -> _Setting:
             raise UserError(f"--data_path {name}: arrays need no decoding; name image files, tar or Parquet shards")
         if len(source) < config.batch_size:
             raise UserError(f"--batch_size {config.batch_size}: more than the {len(source)} images of {name}")
-    view = View((config.input_size, config.input_size), 3, seed=SEED, scale=(0.2, 1.0), flip=True)
+    view = View((config.input_size, config.input_size), Reading(3), seed=SEED, scale=(0.2, 1.0), flip=True)
     return _Setting(sources, view, config.batch_size, config.num_workers or default_workers(), device, skipped)
 
 
@@ -196,7 +197,7 @@ def _implementations(setting: _Setting, decoders: Sequence[str], stack: ExitStac
         setting.skipped[OFFICIAL] = "it reads folders of image files; add one to --kinds or --data_path"
     for decoder in dict.fromkeys((BASE, *decoders)):
         try:
-            choose_decoder(decoder, setting.device, None, 3)
+            choose_decoder(decoder, setting.device, None, Reading(3))
         except UserError as error:
             setting.skipped[decoder] = error.as_on_the_command_line()
             continue
@@ -314,7 +315,7 @@ def _one_thread(setting: _Setting, source: Source, start: int, batches: int) -> 
     for data, draws in zip(files[0], crop_draws(SEED, requests[0][1]), strict=False):  # fewer, if some cannot be read
         begin = time.perf_counter()
         try:
-            pixels = decode(data, 3)
+            pixels = decode(data, Reading(3))
         except BadImageError:
             continue
         decoded = time.perf_counter()
@@ -335,7 +336,7 @@ def _plain_jpegs(setting: _Setting) -> list[bytes]:
     jpegs = []
     for data in _read(source, np.concatenate([indices for indices, _ in requests])[:ALONE]):
         with contextlib.suppress(BadImageError):
-            if isinstance(data, bytes) and plain_jpeg_shape(data, 3) is not None:
+            if isinstance(data, bytes) and plain_jpeg_shape(data, Reading(3)) is not None:
                 jpegs.append(data)
     return jpegs
 

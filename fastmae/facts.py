@@ -3,8 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 FULL_SHUFFLE = "a full shuffle"
+
+
+PixelType = Literal["uint8", "uint16", "float32"]
+"""The types of the pixels of a batch. A data set has one of them, which holds all of its images exactly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelFacts:
+    """What the numbers of the pixels of a data set are."""
+
+    dtype: PixelType = "uint8"
+    low: tuple[float, ...] | None = None
+    """Per channel, what is taken for 0. None: 0."""
+    high: tuple[float, ...] | None = None
+    """Per channel, what is taken for 1. None: 255 of uint8, 65535 of uint16, 1 of float32."""
+    nodata: float | None = None
+    """The value of pixels that are missing. Of float32 NaN is missing as well."""
+
+
+UINT8 = PixelFacts()
+"""Pixels of 8 bits, of which none is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadAs:
+    """What a user asks of the reading of images. The defaults suit most; nothing here depends on the data."""
+
+    pixel_type: Literal["auto", "uint8", "uint16", "float32"] = "auto"
+    """The type of the pixels; `auto` is the narrowest that holds the images exactly."""
+    nodata: float | None = None
+    """The value of pixels that are missing."""
+    bands: tuple[int, ...] | None = None
+    """Which bands become the channels, numbered from 1, in this order. None: all, by the rules of decode.py."""
+    pages: Literal["first", "all", "channels"] = "first"
+    """Of a file with several pages: the first alone, each as an image, or all as the channels of one image."""
+    layout: Literal["auto", "hwc", "chw"] = "auto"
+    """The order of the axes of an image in an array."""
+
+
+AS_STORED = ReadAs()
+"""What is read where nobody asks for anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +64,8 @@ class DataFacts:
     """What the order of an epoch depends on besides the seed."""
     location: str = ""
     """Where the images lie, as a phrase for people: "in 15 tar shards"."""
+    pixels: PixelFacts = UINT8
+    """The type of the pixels, and what the user said of them."""
     stock: tuple[str, ...] = ()
     """What people should know of what lies there and is not used as they may expect, a line each."""
 

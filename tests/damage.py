@@ -25,6 +25,7 @@ from fastmae.benchmarks.images import ImagesConfig, make_jpeg, write_images
 from fastmae.data.decode import BadImageError, crop_and_resize, decode, plain_jpeg_shape
 from fastmae.data.loader import Batch, View, load_batches
 from fastmae.data.plan import crop_draws, is_flipped, plan_epoch, random_box
+from fastmae.data.reading import Reading
 from fastmae.data.sources import FolderSource, Source, open_train
 
 CPU = torch.device("cpu")
@@ -91,7 +92,7 @@ def mutated(data: bytes, seed: int) -> bytes:
 
 # --- mutants ----------------------------------------------------------------------------------------------------------
 
-VIEW = View((48, 64), 3, seed=5, scale=(0.2, 1.0), flip=True)
+VIEW = View((48, 64), Reading(3), seed=5, scale=(0.2, 1.0), flip=True)
 
 
 def load(source: Source, decoder: str) -> list[Batch]:
@@ -104,7 +105,7 @@ def load(source: Source, decoder: str) -> list[Batch]:
 def threads_view(data: bytes, draw_id: int) -> np.ndarray | None:
     """The image that the threads make of a file, or None if they refuse it."""
     try:
-        pixels = decode(data, VIEW.in_chans)
+        pixels = decode(data, VIEW.reading)
     except BadImageError:
         return None
     draws = crop_draws(VIEW.seed, np.array([draw_id]))[0]
@@ -115,7 +116,7 @@ def threads_view(data: bytes, draw_id: int) -> np.ndarray | None:
 
 def is_for_dali(data: bytes) -> bool:
     try:
-        return plain_jpeg_shape(data, VIEW.in_chans) is not None
+        return plain_jpeg_shape(data, VIEW.reading) is not None
     except BadImageError:
         return False
 

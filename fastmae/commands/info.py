@@ -6,6 +6,7 @@ import json
 
 from fastmae.config import InfoConfig
 from fastmae.data.loader import choose_decoder, describe_decoder
+from fastmae.data.reading import Reading
 from fastmae.environment import hardware, versions
 from fastmae.screen import show_table
 from fastmae.train.choosing import known_here
@@ -18,7 +19,7 @@ def run_info(config: InfoConfig) -> int:
     """Prints the versions, the hardware and the backends of this machine."""
     device = choose_device(None)
     shapes = {"encoder": (50, 64), "decoder": (197, 32)}  # of ViT-B/16 and ViT-L/16 with three quarters masked
-    decoding = describe_decoder(*choose_decoder("auto", device, None, in_chans=3))
+    decoding = describe_decoder(*choose_decoder("auto", device, None, Reading(3)))
     backends = describe_backends(device, choose_precision("auto", device), shapes, decoding)
     sections = {"versions": versions(), "hardware": hardware(), "backends": backends, "choices": known_here()}
     if config.json:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastmae.config import VerifyConfig
 from fastmae.data.loader import default_workers
+from fastmae.data.reading import Reading
 from fastmae.data.sources import Source, open_train, open_val, shown, unknown_classes
 from fastmae.data.stock import count_of
 from fastmae.data.survey import refuse_dark
@@ -52,7 +53,7 @@ def run_verify(config: VerifyConfig) -> int:
                 unknown = unknown_classes(parts["train"], source) if part == "val" else []
                 for line in [*source.stock.lines(), *unknown]:
                     screen.print(f"  {'stock':13} {line}")
-                with contextlib.closing(check(source, in_chans, num_workers)) as chunks:
+                with contextlib.closing(check(source, Reading(in_chans), num_workers)) as chunks:
                     for chunk in chunks:
                         for bad in chunk.examples:
                             write({"part": part, **dataclasses.asdict(bad)})

@@ -17,6 +17,7 @@ import numpy as np
 from fastmae.data.decode import BadImageError, decode, plain_jpeg_shape
 from fastmae.data.memory import available_memory, readable
 from fastmae.data.plan import Shards
+from fastmae.data.reading import Reading
 from fastmae.data.sources import Source, evenly_spaced
 from fastmae.data.stock import Stock
 from fastmae.errors import SettingError
@@ -44,8 +45,8 @@ class CachedSource:
     """
 
     source: Source
-    in_chans: int
-    """The channels of decoded images."""
+    reading: Reading
+    """How decoded images are read."""
     form: Form
     """Whether decoded images or encoded files are kept."""
     budget: int
@@ -106,7 +107,7 @@ class CachedSource:
         if _is_in_memory(data):
             return data
         if self.form == "decoded":
-            data = decode(data, self.in_chans)
+            data = decode(data, self.reading)
         return self._images.add(index, data)
 
     def name(self, index: int) -> str:
@@ -141,24 +142,24 @@ class _Images:
         return data
 
 
-def cached(source: Source, in_chans: int, budget: int, decoder: str) -> CachedSource:
+def cached(source: Source, reading: Reading, budget: int, decoder: str) -> CachedSource:
     """Returns a source around ``source`` that keeps up to ``budget`` bytes of its images.
 
     With the thread decoder it keeps decoded pixels if all of them fit, or if they take less memory than files. Else it
     keeps files. This is decided by an estimate from up to 64 evenly spaced images.
 
     Args:
-        in_chans: channels of the model.
+        reading: how images are decoded.
         budget: in bytes.
         decoder: as ``choose_decoder`` names it; DALI takes files and no pixels.
     """
     may_decode = decoder == "threads"
-    sizes = [_sizes(source, index, in_chans, may_decode) for index in evenly_spaced(source, SAMPLES, RUN).tolist()]
+    sizes = [_sizes(source, index, reading, may_decode) for index in evenly_spaced(source, SAMPLES, RUN).tolist()]
     encoded, decoded = (int(sum(each) * len(source) / len(sizes)) for each in zip(*sizes, strict=True))
     form: Form = "decoded" if may_decode and (decoded * MARGIN <= budget or decoded <= encoded) else "encoded"
     estimate = decoded if form == "decoded" else encoded
     fits_one = budget * len(source) >= estimate
-    return CachedSource(source, in_chans, form, budget if fits_one else 0, estimate)
+    return CachedSource(source, reading, form, budget if fits_one else 0, estimate)
 
 
 def describe_cache(source: CachedSource) -> str:
@@ -192,7 +193,7 @@ def _memory_of(data: bytes | np.ndarray) -> int:
     return ENTRY_BYTES + (data.nbytes if isinstance(data, np.ndarray) else sys.getsizeof(data))
 
 
-def _sizes(source: Source, index: int, in_chans: int, may_decode: bool) -> tuple[int, int]:
+def _sizes(source: Source, index: int, reading: Reading, may_decode: bool) -> tuple[int, int]:
     """Returns the memory that an image takes (as it is read, decoded), in bytes; 0 for what is not cached."""
     try:
         data = source.read(index)
@@ -203,8 +204,8 @@ def _sizes(source: Source, index: int, in_chans: int, may_decode: bool) -> tuple
     if not may_decode:
         return _memory_of(data), 0
     try:
-        shape = plain_jpeg_shape(data, in_chans) if isinstance(data, bytes) else None
-        pixels = decode(data, in_chans).nbytes if shape is None else math.prod(shape) * in_chans
+        shape = plain_jpeg_shape(data, reading) if isinstance(data, bytes) else None
+        pixels = decode(data, reading).nbytes if shape is None else math.prod(shape) * reading.in_chans
     except BadImageError:
         return _memory_of(data), 0
     return _memory_of(data), ENTRY_BYTES + pixels

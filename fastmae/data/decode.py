@@ -23,9 +23,9 @@ from PIL import Image, UnidentifiedImageError
 from fastmae.data import tiff
 from fastmae.data.headers import JPEG_START, explain, jpeg2000_problem
 from fastmae.data.plan import Box
+from fastmae.data.reading import BadImageError, Reading, check_pixels
+from fastmae.facts import ReadAs
 
-# Above this an image is refused unread: a few hundred bytes can claim gigabytes ("decompression bomb").
-MAX_PIXELS = 178_956_970
 FOLDER_CHANNELS = (1, 3, 4)
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _SCALED_TO_16_BITS = ("PNG", "PPM", "JPEG2000")
@@ -39,16 +39,13 @@ _UNREAD = {
 }
 
 
-class BadImageError(ValueError):
-    """Bytes that are not a usable image; the message says why."""
-
-
-def decode(data: bytes | np.ndarray, in_chans: int) -> np.ndarray:
+def decode(data: bytes | np.ndarray, reading: Reading) -> np.ndarray:
     """Decodes the bytes of an image file, or converts pixels uint8 [H, W, c], to pixels uint8 [H, W, in_chans].
 
     Raises:
         BadImageError: bytes that are truncated or no image, too many pixels, or channels or values without a rule.
     """
+    in_chans = reading.in_chans
     if isinstance(data, np.ndarray):
         return convert_channels(data, in_chans)
     with _bad_images(data):
@@ -56,19 +53,33 @@ def decode(data: bytes | np.ndarray, in_chans: int) -> np.ndarray:
             pixels = _decode_jpeg(data)
             if pixels is not None:
                 return convert_channels(pixels, in_chans)
+        native = native_pixels(data, reading.read_as)
+        if native is not None:
+            return convert_channels(native, in_chans)
         with _opened(data, in_chans) as (image, stored_bits):
             return _pixels_of(image, stored_bits, in_chans)
 
 
-def refuse_by_header(data: bytes, in_chans: int) -> None:
+def native_pixels(data: bytes, read_as: ReadAs) -> np.ndarray | None:
+    """Returns the pixels [H, W, C] of an image file as it stores them, in their own type; nothing is lost.
+
+    One line a format, the first that knows the file. None is a file that Pillow reads as it is stored, in 8 bits.
+
+    Raises:
+        BadImageError: nothing that can be used, or only in another way than ``read_as`` says.
+    """
+    return None
+
+
+def refuse_by_header(data: bytes, reading: Reading) -> None:
     """Refuses an image file as ``decode`` does, as far as its header shows it; damage of the pixels is not noticed.
 
     Raises:
         BadImageError: the bytes are no image, or one without a rule.
     """
     with _bad_images(data):
-        if data[:3] != JPEG_START or plain_jpeg_shape(data, in_chans) is None:
-            with _opened(data, in_chans):
+        if data[:3] != JPEG_START or plain_jpeg_shape(data, reading) is None:
+            with _opened(data, reading.in_chans):
                 pass
 
 
@@ -94,7 +105,7 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
     """
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_pixels(height, width)
+        check_pixels(height, width)
         if colorspace.upper() in ("CMYK", "YCCK"):
             return None
         return simplejpeg.decode_jpeg(data, colorspace="GRAY" if colorspace.upper() == "GRAY" else "RGB")
@@ -106,7 +117,7 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
         return None
 
 
-def plain_jpeg_shape(data: bytes, in_chans: int) -> tuple[int, int] | None:
+def plain_jpeg_shape(data: bytes, reading: Reading) -> tuple[int, int] | None:
     """Returns (height, width) of a plain JPEG, and None for every other file. It reads no pixels.
 
     Plain means gray or YCbCr, which any JPEG decoder takes, with the marker of its end. A truncated file has no such
@@ -115,7 +126,12 @@ def plain_jpeg_shape(data: bytes, in_chans: int) -> tuple[int, int] | None:
     Raises:
         BadImageError: too many pixels.
     """
-    if isinstance(data, np.ndarray) or in_chans not in (1, 3) or data[:3] != JPEG_START or data[-2:] != b"\xff\xd9":
+    if (
+        isinstance(data, np.ndarray)
+        or reading.in_chans not in (1, 3)
+        or data[:3] != JPEG_START
+        or data[-2:] != b"\xff\xd9"
+    ):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -123,13 +139,8 @@ def plain_jpeg_shape(data: bytes, in_chans: int) -> tuple[int, int] | None:
         return None
     if colorspace.upper() not in ("GRAY", "YCBCR"):
         return None
-    _check_pixels(height, width)
+    check_pixels(height, width)
     return height, width
-
-
-def _check_pixels(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise BadImageError(f"{width}×{height} pixels, over the limit of {MAX_PIXELS}")
 
 
 @contextlib.contextmanager
@@ -143,7 +154,7 @@ def _opened(data: bytes, in_chans: int) -> Iterator[tuple[Image.Image, int]]:
     if tags is not None and tags.problem:
         raise BadImageError(tags.problem)
     with Image.open(io.BytesIO(data if tags is None else tiff.for_pillow(data, tags))) as image:
-        _check_pixels(image.height, image.width)
+        check_pixels(image.height, image.width)
         if image.format in _UNREAD:
             raise BadImageError(_UNREAD[image.format])
         is_scaled = image.format in _SCALED_TO_16_BITS

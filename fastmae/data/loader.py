@@ -16,6 +16,7 @@ import torch
 
 from fastmae.data.decoders import dali
 from fastmae.data.decoders.threads import PREFETCH, DecodedBatch, Requests, decode_by_threads
+from fastmae.data.reading import Reading
 from fastmae.data.sample import Skipped, View, load_sample
 from fastmae.data.sources import Source
 from fastmae.errors import SettingError, install_hint
@@ -87,7 +88,7 @@ def default_workers() -> int:
     return min(10, len(os.sched_getaffinity(0)))
 
 
-def choose_decoder(asked: str, device: torch.device, source: Source | None, in_chans: int) -> tuple[str, str]:
+def choose_decoder(asked: str, device: torch.device, source: Source | None, reading: Reading) -> tuple[str, str]:
     """Returns (`threads`, `dali-cpu` or `dali-gpu`, the reason) for what was asked for: one of these, or `auto`.
 
     `auto` gives the thread decoder: it is the fastest on a CPU, and DALI on a GPU has not been measured yet. `pool` is
@@ -97,7 +98,7 @@ def choose_decoder(asked: str, device: torch.device, source: Source | None, in_c
         asked: the setting ``image_decoder``.
         device: where the model is.
         source: the data; None for image files in general.
-        in_chans: channels of the model.
+        reading: how images become pixels.
 
     Raises:
         SettingError: this decoder cannot run here, or not on these data.
@@ -109,8 +110,8 @@ def choose_decoder(asked: str, device: torch.device, source: Source | None, in_c
     problem, threads = "", "use --image_decoder=threads"
     if asked == "dali-gpu" and device.type != "cuda":
         problem = f"the device is {device}; use --device=cuda, or --image_decoder=dali-cpu"
-    elif in_chans not in (1, 3):
-        problem = f"DALI decodes to 1 or 3 channels, not {in_chans}; {threads}"
+    elif reading.in_chans not in (1, 3):
+        problem = f"DALI decodes to 1 or 3 channels, not {reading.in_chans}; {threads}"
     elif source is not None and source.kind != "folder":
         problem = f"the data are arrays, which need no decoding; {threads}"
     elif missing := dali.why_not_installed():

@@ -15,6 +15,7 @@ from PIL import Image
 from fastmae.data.augment import RandAugment
 from fastmae.data.decode import BadImageError, crop_and_resize, decode, plain_jpeg_shape
 from fastmae.data.plan import Box, central_box, is_flipped, random_box, unseen_note
+from fastmae.data.reading import Reading
 from fastmae.data.sources import Source, evenly_spaced
 from fastmae.errors import UserError
 
@@ -27,7 +28,8 @@ class View:
 
     size: tuple[int, int]
     """(height, width) in pixels."""
-    in_chans: int
+    reading: Reading
+    """How bytes become pixels."""
     seed: int | None = None
     """The seed of crops and flips; None for the central region."""
     scale: tuple[float, float] = (1.0, 1.0)
@@ -38,6 +40,10 @@ class View:
     """The share that a central crop takes of the height and width that it could have."""
     augment: RandAugment | None = None
     """Changes the pixels of a crop. Only the thread decoder can do it."""
+
+    @property
+    def in_chans(self) -> int:
+        return self.reading.in_chans
 
 
 @dataclass(frozen=True)
@@ -101,10 +107,10 @@ def load_sample(
         try:
             data = source.read(candidate)
             bytes_read += len(data) if isinstance(data, bytes) else data.nbytes
-            if for_dali and isinstance(data, bytes) and (shape := plain_jpeg_shape(data, view.in_chans)):
+            if for_dali and isinstance(data, bytes) and (shape := plain_jpeg_shape(data, view.reading)):
                 encoded = Encoded(data, *_crop(view, draws, *shape))
             else:
-                pixels = decode(data, view.in_chans)
+                pixels = decode(data, view.reading)
         except (BadImageError, OSError) as error:
             skipped.append(Skipped(candidate, source.name(candidate), str(error)))
             continue

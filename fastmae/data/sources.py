@@ -23,7 +23,7 @@ from fastmae.data.shards import expand_braces, refuse_compressed
 from fastmae.data.stock import EXAMPLES, RUN_LINES, LeftOut, Stock, count_of, joined
 from fastmae.data.suffixes import IMAGE_SUFFIXES, SHARD_SUFFIXES, remedy_for, suffix_of
 from fastmae.errors import SettingError, in_one_line
-from fastmae.facts import DataFacts
+from fastmae.facts import AS_STORED, DataFacts, ReadAs
 
 
 class Source(Protocol):
@@ -56,7 +56,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> bytes | np.ndarray:
-        """Returns sample ``index``: the bytes of an image file, or pixels uint8 [H, W, C]."""
+        """Returns sample ``index``: the bytes of an image file, or pixels [H, W, C] of any type of numbers."""
 
     def name(self, index: int) -> str:
         """Returns where sample ``index`` comes from, for people."""
@@ -190,7 +190,7 @@ class Concat:
         return part.name(inside)
 
 
-def open_train(data_path: str | Sequence[str]) -> Source:
+def open_train(data_path: str | Sequence[str], read_as: ReadAs = AS_STORED) -> Source:
     """Finds out what ``data_path`` names and opens it, or its train part if it has parts; several paths are joined.
 
     Raises:
@@ -198,7 +198,7 @@ def open_train(data_path: str | Sequence[str]) -> Source:
     """
     parts, paths = [], _paths(data_path)
     for path in paths:
-        source = _open(path, "train")
+        source = _open(path, "train", read_as)
         if source is None or len(source) == 0:
             raise SettingError("data_path", path, f"holds no images{_instead(source)}; give data that does")
         parts.append(source)
@@ -214,37 +214,37 @@ def _used_twice(paths: Sequence[str]) -> Iterator[str]:
             yield f"{paths[number]} is or lies in {paths[around]}, so images may be used twice; leave one out if so"
 
 
-def open_val(data_path: str | Sequence[str]) -> Source | None:
+def open_val(data_path: str | Sequence[str], read_as: ReadAs = AS_STORED) -> Source | None:
     """Opens the val (or test) part of the data: of several paths, the val parts of all that have one; None if none has.
 
     Raises:
         UserError: as ``open_train``.
     """
-    opened = (_open(path, "val") for path in _paths(data_path))
+    opened = (_open(path, "val", read_as) for path in _paths(data_path))
     parts = [source for source in opened if source is not None and len(source)]
     return Concat(tuple(parts)) if len(parts) > 1 else parts[0] if parts else None
 
 
-def train_and_val(data_path: str | Sequence[str]) -> tuple[Source, Source]:
+def train_and_val(data_path: str | Sequence[str], read_as: ReadAs = AS_STORED) -> tuple[Source, Source]:
     """Opens both parts of a data set. Without a val part, a fixed fifth of the train part is held out.
 
     Raises:
         UserError: as ``open_train``.
     """
-    train, val = open_train(data_path), open_val(data_path)
+    train, val = open_train(data_path, read_as), open_val(data_path, read_as)
     if val is not None:
         return train, val
     train_indices, val_indices = holdout(len(train))
     return Subset(train, train_indices), Subset(train, val_indices, Stock())
 
 
-def scored_parts(data_path: str | Sequence[str]) -> tuple[Source, Source]:
+def scored_parts(data_path: str | Sequence[str], read_as: ReadAs = AS_STORED) -> tuple[Source, Source]:
     """Opens both parts for what measures accuracy: the val part without classes that the train part has not.
 
     Raises:
         UserError: as ``open_train``; or there are no labels, one class alone, or none that both parts have.
     """
-    train, val = train_and_val(data_path)
+    train, val = train_and_val(data_path, read_as)
     for name, part in (("train", train), ("val", val)):
         if part.labels is None:
             raise SettingError("data_path", shown(data_path), f"the {name} part {without_labels(part)}")
@@ -383,7 +383,7 @@ def _paths(data_path: str | Sequence[str]) -> list[str]:
     return paths
 
 
-def _open(data_path: str, split: Split) -> Source | None:
+def _open(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
     if data_path == "digits":
         return _digits(split)
     path = Path(data_path).expanduser()
@@ -394,7 +394,7 @@ def _open(data_path: str, split: Split) -> Source | None:
             raise SettingError("data_path", data_path, "no such file or folder; give an existing one, or `digits`")
         if not path.is_dir() and not path.is_file():
             raise SettingError("data_path", data_path, "a pipe or a device; give a file or a folder")
-        return open_folder(path, split) if path.is_dir() else _open_file(path, split)
+        return open_folder(path, split) if path.is_dir() else _open_file(path, split, read_as)
     except UNREADABLE as error:
         reason = in_one_line(" ".join(str(error).split()), 400)
         raise SettingError("data_path", data_path, f"cannot be read ({reason}); check or replace the file") from error
@@ -410,7 +410,7 @@ def _digits(split: Split) -> Source:
     return ArraySource(images[indices], data.target[indices].astype(np.int64), f"digits/{split}", kind="digits")
 
 
-def _open_file(path: Path, split: Split) -> Source | None:
+def _open_file(path: Path, split: Split, read_as: ReadAs) -> Source | None:
     if split == "val":  # only an array file can hold two parts
         return open_array(path, split)
     refuse_compressed(path)

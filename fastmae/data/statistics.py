@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastmae.data.decode import BadImageError, decode
+from fastmae.data.reading import Reading
 from fastmae.data.sources import Source, evenly_spaced
 from fastmae.errors import SettingError
 
@@ -13,7 +14,7 @@ SAMPLES = 2048
 RUN = 64
 
 
-def channel_statistics(source: Source, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(source: Source, reading: Reading) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns (mean, std) per channel in units of [0, 1], over up to 2048 images; a pure function of the data.
 
     The images are evenly spaced; from a source with shards they are evenly spaced runs.
@@ -21,11 +22,12 @@ def channel_statistics(source: Source, in_chans: int) -> tuple[tuple[float, ...]
     Raises:
         SettingError: none of the images can be decoded.
     """
+    in_chans = reading.in_chans
     count = np.zeros(1)
     total, squares = np.zeros(in_chans), np.zeros(in_chans)
     for index in evenly_spaced(source, SAMPLES, RUN).tolist():
         try:
-            pixels = decode(source.read(index), in_chans).reshape(-1, in_chans) / 255.0
+            pixels = decode(source.read(index), reading).reshape(-1, in_chans) / 255.0
         except (BadImageError, OSError) as error:
             last = f"{source.name(index)} ({error})"
             continue

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastmae.data.decode import BadImageError, decode, refuse_by_header
 from fastmae.data.headers import Header, read_header
+from fastmae.data.reading import Reading
 from fastmae.data.sources import Source, evenly_spaced
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of, joined
 from fastmae.errors import SettingError
@@ -217,12 +218,12 @@ def sample(source: Source, in_chans: int) -> tuple[Survey, str]:
                 data = source.read(index)
                 if isinstance(data, np.ndarray):
                     continue
-                refuse_by_header(data, in_chans)
+                refuse_by_header(data, Reading(in_chans))
                 header = read_header(data)
                 depth = survey.depths.get(header.bits, Depth())
                 wants_pixels = number % max(1, len(indices) // DECODED) == 0
                 wants_pixels |= header.bits > 8 and depth.measured < DECODED
-                pixels = decode(data, in_chans) if wants_pixels else None
+                pixels = decode(data, Reading(in_chans)) if wants_pixels else None
             except (BadImageError, OSError) as error:
                 problems.append(f"{name}: {error}")
                 continue

@@ -20,6 +20,7 @@ from PIL import Image
 
 from fastmae.data.decode import FOLDER_CHANNELS, BadImageError, convert_channels, decode
 from fastmae.data.headers import read_header
+from fastmae.data.reading import Reading
 from fastmae.data.sample import Skipped
 from fastmae.data.shards import TarSource
 from fastmae.data.sources import ArraySource, Concat, FolderSource, Source, describe
@@ -105,7 +106,7 @@ def _parts(source: Source) -> tuple[Source, ...]:
 # --- every image ------------------------------------------------------------------------------------------------------
 
 
-def check(source: Source, in_chans: int, num_workers: int) -> Generator[Findings]:
+def check(source: Source, reading: Reading, num_workers: int) -> Generator[Findings]:
     """Reads and decodes every image, and yields the findings a few images at a time, in the order of the source.
 
     The threads end with the iterator, however it ends, once each has finished its image.
@@ -117,7 +118,7 @@ def check(source: Source, in_chans: int, num_workers: int) -> Generator[Findings
     try:
         while True:
             while len(ahead) < AHEAD * num_workers and (indices := next(chunks, None)) is not None:
-                ahead.append(pool.submit(_check_chunk, source, indices, in_chans, stop))
+                ahead.append(pool.submit(_check_chunk, source, indices, reading, stop))
             if not ahead:
                 return
             yield _result(ahead.popleft())
@@ -133,7 +134,7 @@ def _result(future: Future[Findings]) -> Findings:
     return future.result()
 
 
-def _check_chunk(source: Source, indices: Sequence[int], in_chans: int, stop: threading.Event) -> Findings:
+def _check_chunk(source: Source, indices: Sequence[int], reading: Reading, stop: threading.Event) -> Findings:
     findings = Findings()
     for index in indices:
         if stop.is_set():
@@ -144,7 +145,7 @@ def _check_chunk(source: Source, indices: Sequence[int], in_chans: int, stop: th
             if isinstance(data, np.ndarray):
                 data = data.copy()  # only copying reads a mapped file
             findings.size += len(data) if isinstance(data, bytes) else data.nbytes
-            pixels = decode(data, in_chans)
+            pixels = decode(data, reading)
         except (BadImageError, OSError) as error:
             findings.examples.append(Skipped(index, source.name(index), str(error)))
         except Exception as error:  # such as MemoryError: a run would not replace this image but end

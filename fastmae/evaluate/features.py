@@ -14,6 +14,7 @@ from torch import nn
 from fastmae.config import AnomalyPool
 from fastmae.data.loader import Skipped, View, load_batches
 from fastmae.data.plan import central_share
+from fastmae.data.reading import Reading
 from fastmae.data.sources import Source, classes_of
 from fastmae.errors import SettingError, UserError, install_hint
 from fastmae.files import write_whole
@@ -38,7 +39,7 @@ class Features:
 
 def evaluation_view(model: MaskedAutoencoderViT, source: Source) -> View:
     """Returns the central crop that suits the images of a source."""
-    return View(model.img_size, model.in_chans, central_share=central_share(source.kind, model.img_size))
+    return View(model.img_size, Reading(model.in_chans), central_share=central_share(source.kind, model.img_size))
 
 
 def usable_batches(

@@ -14,6 +14,7 @@ from fastmae.data.decode import BadImageError, decode
 from fastmae.data.loader import View, load_batches
 from fastmae.data.masks import exact_ratio, visible_first
 from fastmae.data.plan import central_box
+from fastmae.data.reading import Reading
 from fastmae.data.sources import Source
 from fastmae.errors import SettingError, UserError
 from fastmae.evaluate.features import evaluation_view
@@ -113,7 +114,7 @@ def masks_of_pictures(
     for n, index in enumerate(indices.tolist()):
         row = n % len(paths)
         try:
-            size = decode(source.read(index), model.in_chans).shape[:2]
+            size = decode(source.read(index), Reading(model.in_chans)).shape[:2]
         except (BadImageError, OSError) as error:
             raise UserError(f"{source.name(index)} cannot be used ({error}); give images without it") from error
         if white[row].shape != size:

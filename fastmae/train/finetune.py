@@ -84,7 +84,7 @@ from fastmae.train.run import (
     write_official,
 )
 from fastmae.train.schedule import learning_rate_at, plan_steps
-from fastmae.train.settings import describe_backends, identity, resolve_as_before, resolve_settings
+from fastmae.train.settings import describe_backends, identity, reading_of, resolve_as_before, resolve_settings
 from fastmae.train.step import MicroBatch, PassGraph, require_graph, train_step
 
 TOP = 5
@@ -382,7 +382,7 @@ def _stream(
     seed = data_seed(config.seed, len(run.rollbacks))
     view = View(
         config.input_size,
-        config.in_chans,
+        reading_of(config),
         seed=seed,
         scale=config.crop_scale,
         flip=config.flip,
@@ -434,7 +434,7 @@ def _test(
     """
     config, context = run.config, run.context
     share = central_share(val.kind, config.input_size)
-    view = View(config.input_size, config.in_chans, central_share=share)
+    view = View(config.input_size, reading_of(config), central_share=share)
     # Every rank has as many batches, as sharded weights need all ranks; images that only fill up do not count.
     mine = np.arange(context.rank, -(-len(val) // context.size) * context.size, context.size)
     pieces = [mine[start : start + config.batch_size] for start in range(0, len(mine), config.batch_size)]

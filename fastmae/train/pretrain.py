@@ -67,7 +67,7 @@ from fastmae.train.run import (
     write_official,
 )
 from fastmae.train.schedule import learning_rate_at, plan_steps
-from fastmae.train.settings import describe_backends, identity, resolve_as_before, resolve_settings
+from fastmae.train.settings import describe_backends, identity, reading_of, resolve_as_before, resolve_settings
 from fastmae.train.step import MicroBatch, PassGraph, TrainingLoss, require_graph, train_step
 
 PICTURE_IMAGES = 8
@@ -97,12 +97,12 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
         config, notes = resolve_as_before(flags, lambda flags: _resolve(flags, source, facts, masks, context))
         probed = _probed(flags, config)
         precision = _precision(config, context)
-        image_decoder, why_decoder = choose_decoder(config.image_decoder, context.device, source, config.in_chans)
+        image_decoder, why_decoder = choose_decoder(config.image_decoder, context.device, source, reading_of(config))
         steps = plan_steps(config, context.size, config.batch_size // config.repeated_masks, "images")
         same |= identity(flags, config, {"train": source})
         if config.cache == "ram":
             budget = memory_budget(config.cache_gb, parallel.ranks_here())
-            source = cached(source, config.in_chans, budget, image_decoder)
+            source = cached(source, reading_of(config), budget, image_decoder)
     fresh_step = config.start_epoch * steps.per_epoch
 
     # Model, loss and optimiser, the same on every rank.
@@ -306,7 +306,8 @@ def _stream(run: Run[ResolvedConfig], source: Source, masks_of: dict[Size, Masks
     seed = data_seed(config.seed, len(run.rollbacks))
     masks_of = {size: dataclasses.replace(masks, seed=seed) for size, masks in masks_of.items()}
     sizes, repeats = tuple(masks_of), config.repeated_masks
-    views = {size: View(size, config.in_chans, seed=seed, scale=config.crop_scale, flip=config.flip) for size in sizes}
+    reading = reading_of(config)
+    views = {size: View(size, reading, seed=seed, scale=config.crop_scale, flip=config.flip) for size in sizes}
 
     def view_of(epoch: int) -> View:
         return views[size_in(epoch, sizes, config.grow_epochs)]

@@ -30,6 +30,7 @@ from fastmae.data.decode import FOLDER_CHANNELS
 from fastmae.data.fingerprint import difference, fingerprint
 from fastmae.data.loader import default_workers
 from fastmae.data.masks import MaskFile
+from fastmae.data.reading import Reading
 from fastmae.data.sources import Source
 from fastmae.data.statistics import channel_statistics
 from fastmae.environment import versions
@@ -70,11 +71,16 @@ def resolve_settings(
     mean, std = config.mean, config.std
     if mean is None or std is None:
         is_like_imagenet = facts.kind == "folder" and in_chans == 3
-        measured = (IMAGENET_MEAN, IMAGENET_STD) if is_like_imagenet else channel_statistics(source, in_chans)
+        measured = (IMAGENET_MEAN, IMAGENET_STD) if is_like_imagenet else channel_statistics(source, Reading(in_chans))
         mean, std = mean or measured[0], std or measured[1]
     masks = None if mask_file is None else mask_file.facts
     workers = default_workers()
     return resolve(config, facts, mean=mean, std=std, ranks=ranks, num_workers=workers, masks=masks, on_gpu=on_gpu)
+
+
+def reading_of(config: ResolvedConfig | ResolvedFinetuneConfig) -> Reading:
+    """Returns how a run turns files into the pixels of its batches."""
+    return Reading(config.in_chans)
 
 
 def resolve_as_before(flags: Flags, resolve: Callable[[Flags], Resolved]) -> tuple[Resolved, list[str]]:

@@ -16,6 +16,7 @@ from fastmae.benchmarks.images import ImagesConfig, write_images
 from fastmae.cli import main
 from fastmae.data.loader import View
 from fastmae.data.plan import plan_epoch
+from fastmae.data.reading import Reading
 
 CPU = torch.device("cpu")
 WORDS = ["bench", "end-to-end", "--model", "mae_vit_tiny_patch4", "--batch_size", "2", "--steps", "1", "--rounds", "2"]
@@ -76,7 +77,7 @@ def test_a_window_begins_and_ends_with_as_much_work_ahead(monkeypatch):
     read, trained, asked, clock = [], [], [], []
     source = dataclasses.make_dataclass("Bytes", ["shards"])(None)
     type(source).__len__, type(source).read = lambda self: 10, lambda self, index: read.append(index)
-    view = View((28, 28), 3, seed=0, scale=(0.2, 1.0), flip=True)
+    view = View((28, 28), Reading(3), seed=0, scale=(0.2, 1.0), flip=True)
     setting = end_to_end._Setting(source, view, model=None, batch_size=4, num_workers=1, device=CPU)
 
     @dataclasses.dataclass(frozen=True)

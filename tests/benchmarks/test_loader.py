@@ -17,6 +17,7 @@ from fastmae.cli import main
 from fastmae.data.loader import View, load_sample
 from fastmae.data.parquet import ParquetSource
 from fastmae.data.plan import crop_draws, plan_epoch
+from fastmae.data.reading import Reading
 from fastmae.data.sources import open_train
 from fastmae.errors import UserError
 
@@ -28,7 +29,7 @@ ONE_KIND = [*WORDS, "--files", "8", "--kinds", "tar", "--image_decoders", "threa
 
 
 def small_view():
-    return View((32, 32), 3, seed=0, scale=(0.2, 1.0), flip=True)
+    return View((32, 32), Reading(3), seed=0, scale=(0.2, 1.0), flip=True)
 
 
 def request(*numbers):

@@ -15,6 +15,7 @@ from fastmae.data.augment import (
     parse_randaugment,
 )
 from fastmae.data.loader import View, load_batches
+from fastmae.data.reading import Reading
 from fastmae.data.sources import ArraySource
 from fastmae.errors import UserError
 
@@ -121,7 +122,7 @@ def test_a_policy_says_magnitude_number_and_deviation():
 def test_the_loader_augments_each_draw_in_its_threads():
     source = ArraySource(np.stack([picture()] * 12), np.zeros(12, np.int64), "x")
     change = parse_randaugment(PUBLISHED, 0, (0.5,) * 3)
-    view = View((24, 20), 3, seed=None, augment=change)
+    view = View((24, 20), Reading(3), seed=None, augment=change)
     asked = [(np.arange(start, start + 6), np.arange(start, start + 6) + 40) for start in (0, 6)]
     load = load_batches(source, asked, view, device=torch.device("cpu"), num_workers=3)
     images = torch.cat([one.images for one in load]).numpy()

@@ -24,6 +24,7 @@ from fastmae.data.cache import ENTRY_BYTES, CachedSource, available_memory, cach
 from fastmae.data.decode import decode
 from fastmae.data.loader import View, choose_decoder, load_batches
 from fastmae.data.plan import plan_epoch
+from fastmae.data.reading import Reading
 from fastmae.data.sources import ArraySource, Concat, Subset, describe, open_train
 from fastmae.data.statistics import channel_statistics
 from fastmae.errors import UserError
@@ -138,7 +139,7 @@ def opened(tmp_path):
 
 
 def batches(source, in_chans=3, epochs=2, decoder="threads", threads=3):
-    view = View((16, 16), in_chans, seed=7, scale=(0.2, 1.0), flip=True)
+    view = View((16, 16), Reading(in_chans), seed=7, scale=(0.2, 1.0), flip=True)
     plans = [plan_epoch(0, epoch, len(source), 4, shards=source.shards) for epoch in range(epochs)]
     requests = (plan.batch(k) for plan in plans for k in range(len(plan)))
     return list(load_batches(source, requests, view, device=CPU, num_workers=threads, decoder=decoder))
@@ -167,7 +168,7 @@ def test_batches_are_the_same_to_the_bit_and_every_image_is_read_once(opened, na
     expected = batches(source, in_chans)
     for form in ("decoded", "encoded"):
         inner = Counted(source)
-        ours = CachedSource(inner, in_chans, form, PLENTY, 0)
+        ours = CachedSource(inner, Reading(in_chans), form, PLENTY, 0)
         assert_same(batches(ours, in_chans, epochs=1), expected[: len(expected) // 2])
         assert sorted(inner.reads) == list(range(len(source)))
         assert_same(batches(ours, in_chans), expected)
@@ -178,7 +179,7 @@ def test_batches_are_the_same_to_the_bit_and_every_image_is_read_once(opened, na
 def test_batches_are_the_same_where_only_some_images_fit(opened, share):
     source = opened["concat"]
     inner = Counted(source)
-    ours = cached(inner, 3, int(share * cached(source, 3, PLENTY, "dali-cpu").estimate), "threads")
+    ours = cached(inner, Reading(3), int(share * cached(source, Reading(3), PLENTY, "dali-cpu").estimate), "threads")
     inner.reads.clear()
     assert_same(batches(ours), batches(source))
     assert ours.cached_bytes <= ours.budget
@@ -188,17 +189,17 @@ def test_batches_are_the_same_where_only_some_images_fit(opened, share):
 def test_a_cached_source_has_the_properties_of_the_one_inside(opened):
     for source in opened.values():
         ours = cached(
-            source, source.read(len(source) - 1).shape[-1] if source.kind == "array" else 3, PLENTY, "threads"
+            source, Reading(source.read(len(source) - 1).shape[-1] if source.kind == "array" else 3), PLENTY, "threads"
         )
         for what in ("kind", "location", "shards"):
             assert str(getattr(ours, what)) == str(getattr(source, what))
         assert (len(ours), ours.name(3)) == (len(source), source.name(3))
-        assert channel_statistics(ours, ours.in_chans) == channel_statistics(source, ours.in_chans)
-        assert choose_decoder("threads", CPU, ours, 3) == choose_decoder("threads", CPU, source, 3)
+        assert channel_statistics(ours, ours.reading) == channel_statistics(source, Reading(ours.reading.in_chans))
+        assert choose_decoder("threads", CPU, ours, Reading(3)) == choose_decoder("threads", CPU, source, Reading(3))
         assert describe(ours) == describe(source)
     arrays = opened["array"]
     labelled = ArraySource(arrays.images, np.arange(COUNT), "x")
-    assert np.array_equal(cached(labelled, 3, PLENTY, "threads").labels, np.arange(COUNT))
+    assert np.array_equal(cached(labelled, Reading(3), PLENTY, "threads").labels, np.arange(COUNT))
 
 
 def test_unusable_images_are_reported_alike_in_every_pass_and_not_kept_decoded(tmp_path):
@@ -214,7 +215,7 @@ def test_unusable_images_are_reported_alike_in_every_pass_and_not_kept_decoded(t
     reasons = {skipped.name: skipped.reason for batch in expected for skipped in batch.skipped}
     assert len(reasons) >= 4
     for form in ("decoded", "encoded"):
-        ours = CachedSource(source, 3, form, PLENTY, 0)
+        ours = CachedSource(source, Reading(3), form, PLENTY, 0)
         assert_same(batches(ours, epochs=3), expected)
         if form == "decoded":
             unusable = {index for batch in expected for index in (skipped.index for skipped in batch.skipped)}
@@ -226,22 +227,22 @@ def test_unusable_images_are_reported_alike_in_every_pass_and_not_kept_decoded(t
 
 def test_decoded_images_are_kept_if_all_fit_and_files_otherwise():
     source = Files(JPEGS)
-    decoded = sum(ENTRY_BYTES + decode(data, 3).nbytes for data in JPEGS)
+    decoded = sum(ENTRY_BYTES + decode(data, Reading(3)).nbytes for data in JPEGS)
     files = sum(ENTRY_BYTES + sys.getsizeof(data) for data in JPEGS)
-    assert cached(source, 3, decoded * 2, "threads").form == "decoded"
-    assert cached(source, 3, decoded * 2, "threads").estimate == decoded
-    assert cached(source, 1, decoded, "threads").form == "decoded"
-    tight = cached(source, 3, decoded, "threads")
+    assert cached(source, Reading(3), decoded * 2, "threads").form == "decoded"
+    assert cached(source, Reading(3), decoded * 2, "threads").estimate == decoded
+    assert cached(source, Reading(1), decoded, "threads").form == "decoded"
+    tight = cached(source, Reading(3), decoded, "threads")
     assert (tight.form, tight.estimate) == ("encoded", files)
     # Where pixels take less room than files, more of them fit.
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert cached(Files([png(noise)] * 9), 1, 10_000, "threads").form == "decoded"
+    assert cached(Files([png(noise)] * 9), Reading(1), 10_000, "threads").form == "decoded"
 
 
 @pytest.mark.parametrize("decoder", ["dali-cpu", "dali-gpu"])
 def test_dali_is_given_files(decoder):
     inner = Counted(Files(JPEGS))
-    ours = cached(inner, 3, PLENTY, decoder)
+    ours = cached(inner, Reading(3), PLENTY, decoder)
     assert ours.form == "encoded"
     assert [ours.read(i) for i in range(COUNT)] == JPEGS
     inner.reads.clear()
@@ -255,9 +256,9 @@ def test_a_kept_array_is_read_only_contiguous_and_no_view(tmp_path):
     np.save(tmp_path / "planes.npy", np.load(path).transpose(0, 3, 1, 2))
     planes = open_train(str(tmp_path / "planes.npy"))
     for ours in (
-        cached(source, 3, PLENTY, "threads"),
-        cached(planes, 4, PLENTY, "threads"),
-        cached(Files(JPEGS), 1, PLENTY, "threads"),
+        cached(source, Reading(3), PLENTY, "threads"),
+        cached(planes, Reading(4), PLENTY, "threads"),
+        cached(Files(JPEGS), Reading(1), PLENTY, "threads"),
     ):
         for _ in range(2):
             pixels = ours.read(5)
@@ -265,25 +266,25 @@ def test_a_kept_array_is_read_only_contiguous_and_no_view(tmp_path):
             assert pixels.flags.c_contiguous
             assert not pixels.flags.writeable
         assert pixels is ours.read(5)
-        assert np.array_equal(pixels, decode(ours.source.read(5), ours.in_chans))
-    assert cached(planes, 4, PLENTY, "threads").read(0).strides != planes.read(0).strides
+        assert np.array_equal(pixels, decode(ours.source.read(5), ours.reading))
+    assert cached(planes, Reading(4), PLENTY, "threads").read(0).strides != planes.read(0).strides
 
 
 def test_arrays_that_lie_in_memory_are_not_kept_twice():
     source = ArraySource(np.zeros((9, 4, 4, 3), np.uint8), None, "x")
-    ours = cached(source, 3, PLENTY, "threads")
+    ours = cached(source, Reading(3), PLENTY, "threads")
     assert np.shares_memory(ours.read(3), source.images)
     assert ours.cached_bytes == 0
     assert source.images.flags.writeable
     assert describe_cache(ours) == "nothing: the images are in memory already, or cannot be read"
-    mixed = cached(Concat((source, Files(JPEGS))), 3, PLENTY, "threads")
+    mixed = cached(Concat((source, Files(JPEGS))), Reading(3), PLENTY, "threads")
     assert_same(batches(mixed), batches(Concat((source, Files(JPEGS)))))
-    assert mixed.cached_bytes == sum(ENTRY_BYTES + decode(data, 3).nbytes for data in JPEGS)
+    assert mixed.cached_bytes == sum(ENTRY_BYTES + decode(data, Reading(3)).nbytes for data in JPEGS)
 
 
 def test_memory_is_released_with_the_source(tmp_path):
     source = open_train(str(write_folder(tmp_path / "folder")))
-    ours = cached(source, 3, PLENTY, "threads")
+    ours = cached(source, Reading(3), PLENTY, "threads")
     batches(ours)
     pixels = weakref.ref(ours.read(0))
     assert pixels() is not None
@@ -299,7 +300,7 @@ def test_memory_is_released_with_the_source(tmp_path):
 )
 def test_the_budget_is_never_exceeded_by_any_number_of_threads(sizes, budget, seed):
     source = Files([bytes([i % 256]) * size for i, size in enumerate(sizes)])
-    ours = CachedSource(source, 3, "encoded", budget, 0)
+    ours = CachedSource(source, Reading(3), "encoded", budget, 0)
     order = np.random.default_rng(seed).integers(0, len(sizes), 4 * len(sizes)).tolist()
 
     def read(index):
@@ -340,7 +341,7 @@ def test_threads_at_the_same_time_count_an_image_once_and_share_the_last_room(sa
             return data
 
     size = ENTRY_BYTES + sys.getsizeof(bytes(1000))
-    ours = CachedSource(Meeting([bytes(1000)] * threads), 3, "encoded", Slow(2 * size if same else size), 0)
+    ours = CachedSource(Meeting([bytes(1000)] * threads), Reading(3), "encoded", Slow(2 * size if same else size), 0)
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(ours.read, [0] * threads if same else range(threads)))
     assert ours.cached_bytes == size
@@ -354,39 +355,44 @@ def test_the_description_says_what_is_kept_and_what_is_not(tmp_path):
     every = 40 * (ENTRY_BYTES + sys.getsizeof(bytes(1 << 20)))
     for ours, line in (
         (
-            cached(source, 3, 2 << 30, "dali-cpu"),
+            cached(source, Reading(3), 2 << 30, "dali-cpu"),
             "encoded files in memory: about 40.0 MiB, of 2.0 GiB that it may take",
         ),
-        (cached(source, 3, every // 4, "dali-cpu"), "encoded files in memory, as many as fit: about 25 % of 40.0 MiB"),
         (
-            cached(source, 3, 1 << 19, "dali-cpu"),
+            cached(source, Reading(3), every // 4, "dali-cpu"),
+            "encoded files in memory, as many as fit: about 25 % of 40.0 MiB",
+        ),
+        (
+            cached(source, Reading(3), 1 << 19, "dali-cpu"),
             "nothing: an image takes about 1.0 MiB, more than the cache may take; raise cache_gb",
         ),
     ):
         assert describe_cache(ours) == line
-    assert describe_cache(cached(Files(JPEGS), 3, PLENTY, "threads")).startswith(
+    assert describe_cache(cached(Files(JPEGS), Reading(3), PLENTY, "threads")).startswith(
         "decoded images in memory: about 134 KiB, of 1.0 GiB"
     )
     mapped = open_train(str(write_array(tmp_path / "x.npy", 3)))
-    assert describe_cache(cached(mapped, 3, PLENTY, "threads")).startswith("images in memory: about")
-    assert describe_cache(cached(mapped, 3, 40_000, "threads")).startswith("images in memory, as many as fit: about 4")
+    assert describe_cache(cached(mapped, Reading(3), PLENTY, "threads")).startswith("images in memory: about")
+    assert describe_cache(cached(mapped, Reading(3), 40_000, "threads")).startswith(
+        "images in memory, as many as fit: about 4"
+    )
 
 
 def test_a_budget_of_less_than_an_image_keeps_nothing():
-    ours = cached(Files(JPEGS), 3, 500, "threads")
+    ours = cached(Files(JPEGS), Reading(3), 500, "threads")
     assert [ours.read(i) for i in range(COUNT)] == JPEGS
     assert (ours.budget, ours.cached_bytes) == (0, 0)
 
 
 def test_the_estimate_reads_few_images_and_few_shards(tmp_path):
     many = Counted(Files(JPEGS[:1] * 5000))
-    ours = cached(many, 3, PLENTY, "threads")
+    ours = cached(many, Reading(3), PLENTY, "threads")
     assert len(many.reads) == cache.SAMPLES
     assert (min(many.reads), max(many.reads)) == (0, 4999)
-    assert ours.estimate == 5000 * (ENTRY_BYTES + decode(JPEGS[0], 3).nbytes)
+    assert ours.estimate == 5000 * (ENTRY_BYTES + decode(JPEGS[0], Reading(3)).nbytes)
     tar = open_train(str(write_tar(tmp_path / "part.tar")))
     runs = Counted(Concat((tar,) * 200))
-    cached(runs, 3, PLENTY, "threads")
+    cached(runs, Reading(3), PLENTY, "threads")
     assert len(runs.reads) == cache.SAMPLES
     assert np.count_nonzero(np.diff(runs.reads) > 1) == cache.SAMPLES // cache.RUN - 1
 

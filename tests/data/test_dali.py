@@ -17,13 +17,13 @@ from PIL import Image
 pytest.importorskip("nvidia.dali", reason="DALI is not installed (the extra `dali`)")
 
 from fastmae.cli import main
-from fastmae.data import decode as decode_module
-from fastmae.data import sample
+from fastmae.data import reading, sample
 from fastmae.data.decode import crop_and_resize, decode, plain_jpeg_shape
 from fastmae.data.decoders import dali
 from fastmae.data.decoders.dali import DaliDecoder, DaliError, Encoded, graph
 from fastmae.data.loader import View, load_batches
 from fastmae.data.plan import Box, crop_draws, plan_epoch, random_box
+from fastmae.data.reading import Reading
 from fastmae.data.sources import open_train
 from fastmae.errors import UserError
 from fastmae.signals import EXIT_INTERRUPTED
@@ -35,7 +35,7 @@ DEVICES = [
 ]
 # Of a photograph, decoded and resized: mean and largest difference in grey levels. GPUs decode JPEG a little otherwise.
 TOLERANCE = {"cpu": (0.3, 3), "cuda": (1.0, 12)}
-TRAIN = View((32, 48), 3, seed=7, scale=(0.2, 1.0), flip=True)
+TRAIN = View((32, 48), Reading(3), seed=7, scale=(0.2, 1.0), flip=True)
 
 
 def photo(seed=0, height=150, width=200, mode="RGB"):
@@ -88,13 +88,13 @@ def batch_of(names, seed=0):
     draws = crop_draws(seed, np.arange(len(names)))
     batch = []
     for i, name in enumerate(names):
-        height, width = plain_jpeg_shape(PLAIN[name], 3)
+        height, width = plain_jpeg_shape(PLAIN[name], Reading(3))
         batch.append(Encoded(PLAIN[name], random_box(draws[i], height, width, (0.2, 1.0)), flip=i % 2 == 0))
     return batch
 
 
 def by_threads(batch, size, in_chans):
-    images = [crop_and_resize(decode(one.data, in_chans), one.box, one.flip, size) for one in batch]
+    images = [crop_and_resize(decode(one.data, Reading(in_chans)), one.box, one.flip, size) for one in batch]
     return np.stack(images).astype(int)
 
 
@@ -152,26 +152,26 @@ def test_a_batch_is_that_of_the_threads(device, in_chans):
 
 
 def test_the_header_decides_which_files_go_to_dali():
-    assert {name: plain_jpeg_shape(data, 3) for name, data in PLAIN.items()} == {
+    assert {name: plain_jpeg_shape(data, Reading(3)) for name, data in PLAIN.items()} == {
         **dict.fromkeys(PLAIN, (150, 200)), "progressive": (151, 203), "one pixel": (1, 1)
     }  # fmt: skip
-    assert {name: plain_jpeg_shape(data, 3) for name, data in OTHER.items()} == dict.fromkeys(OTHER)
-    assert plain_jpeg_shape(PLAIN["baseline"], 4) is None
+    assert {name: plain_jpeg_shape(data, Reading(3)) for name, data in OTHER.items()} == dict.fromkeys(OTHER)
+    assert plain_jpeg_shape(PLAIN["baseline"], Reading(4)) is None
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_every_kind_of_file_is_loaded_replaced_and_reported_as_by_the_threads(folder, in_chans):
-    batches = compare(folder, View((32, 48), in_chans, seed=7, scale=(0.2, 1.0), flip=True))
+    batches = compare(folder, View((32, 48), Reading(in_chans), seed=7, scale=(0.2, 1.0), flip=True))
     assert {bad.name[-6:] for batch in batches for bad in batch.skipped} >= {"03.jpg", "08.jpg", "09.jpg", "10.jpg"}
     assert not any(batch.redone for batch in batches)
-    compare(folder, View((32, 48), in_chans))
+    compare(folder, View((32, 48), Reading(in_chans)))
 
 
 def test_a_batch_that_dali_fails_on_is_redone_by_the_threads_and_the_next_are_dalis(folder, monkeypatch):
     right = sample.plain_jpeg_shape
 
-    def credulous(data, in_chans):
-        return (150, 200) if data == OTHER["cut"] else right(data, in_chans)
+    def credulous(data, reading):
+        return (150, 200) if data == OTHER["cut"] else right(data, reading)
 
     monkeypatch.setattr(sample, "plain_jpeg_shape", credulous)
     redone = [batch.redone for batch in compare(folder)]
@@ -256,7 +256,7 @@ def test_threads_and_neighbours_change_nothing():
 
 
 def test_too_many_pixels_are_refused_unread(folder, monkeypatch):
-    monkeypatch.setattr(decode_module, "MAX_PIXELS", 150 * 200)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 150 * 200)
     batches = compare(folder)
     assert "203×151 pixels" in "".join(bad.reason for batch in batches for bad in batch.skipped)
 
@@ -289,11 +289,12 @@ LOOP = """
 import signal, sys
 import numpy as np, torch
 from fastmae.data.loader import View, load_batches
+from fastmae.data.reading import Reading
 from fastmae.data.sources import open_train
 signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
 source = open_train(sys.argv[1])
 requests = ((np.arange(8), np.arange(8)) for _ in range(10**9))
-view = View((224, 224), 3, seed=0, scale=(0.2, 1.0))
+view = View((224, 224), Reading(3), seed=0, scale=(0.2, 1.0))
 for n, batch in enumerate(load_batches(source, requests, view, device=torch.device("cpu"), num_workers=2,
                                        decoder=sys.argv[2])):
     if n == 3:

@@ -24,6 +24,7 @@ from fastmae.benchmarks.images import make_jpeg
 from fastmae.data.decoders.dali import why_not_installed
 from fastmae.data.loader import View, load_batches
 from fastmae.data.plan import crop_draws, is_flipped, random_box
+from fastmae.data.reading import Reading
 from fastmae.data.sources import FolderSource, open_train
 
 CPU = torch.device("cpu")
@@ -206,7 +207,7 @@ REFUSED = {
 def load(source, decoder, in_chans, size=(SIDE, SIDE)):
     """Loads all images in order, uncropped, in one batch."""
     indices = np.arange(len(source))
-    view = View(size, in_chans)
+    view = View(size, Reading(in_chans))
     return next(load_batches(source, iter([(indices, indices)]), view, device=CPU, num_workers=2, decoder=decoder))
 
 
@@ -346,7 +347,7 @@ def test_a_mistake_in_the_loader_is_raised_and_leaves_no_thread(tmp_path, decode
     def load_until_it_breaks(count):
         requests = [(np.arange(i, i + 4), np.arange(i, i + 4)) for i in range(0, count, 4)]
         source = Breaks((str(tmp_path / "0.jpg"),) * count, None, ())
-        view = View((SIDE, SIDE), 3)
+        view = View((SIDE, SIDE), Reading(3))
         for _ in load_batches(source, iter(requests), view, device=CPU, num_workers=2, decoder=decoder):
             pass
 
@@ -367,7 +368,7 @@ ACCURACY = {"threads": (0.02, 2), "dali-cpu": (0.25, 14)}
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_training_views_of_photographs_are_pillows_crop_and_resize(tmp_path, decoder):
     count = soak(12, 300)
-    view = View((224, 224), 3, seed=3, scale=(0.2, 1.0), flip=True)
+    view = View((224, 224), Reading(3), seed=3, scale=(0.2, 1.0), flip=True)
     for i in range(count):
         (tmp_path / f"{i:04}.jpg").write_bytes(make_jpeg(2, i))
     source = open_train(str(tmp_path))

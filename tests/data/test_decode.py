@@ -4,13 +4,15 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastmae.data import decode as module
+from fastmae.data import reading
 from fastmae.data.decode import BadImageError, convert_channels, crop_and_resize, decode
 from fastmae.data.plan import Box
+from fastmae.data.reading import Reading
 
 
 def picture(height=60, width=80, mode="RGB"):
@@ -47,31 +49,31 @@ def test_crop_and_resize_is_pillows_within_two_levels_even_on_noise(top, left, h
 def test_jpeg_is_pillows_within_two_levels(mode, in_chans, options):
     data = encoded(picture(mode=mode), "JPEG", quality=90, **options)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("L" if in_chans == 1 else "RGB")).reshape(60, 80, -1)
-    assert abs(decode(data, in_chans).astype(int) - expected).max() <= 2
+    assert abs(decode(data, Reading(in_chans)).astype(int) - expected).max() <= 2
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF"])
 def test_other_formats_are_pillows(file_format):
     data = encoded(picture(), file_format)
-    assert np.array_equal(decode(data, 3), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert np.array_equal(decode(data, Reading(3)), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
 def test_odd_kinds_follow_the_stated_rule():
     rgba = picture(mode="RGBA")
     rgba.putalpha(7)
-    assert np.array_equal(decode(encoded(rgba, "PNG"), 3), np.asarray(rgba)[..., :3])
-    assert np.array_equal(decode(encoded(rgba, "PNG"), 4), np.asarray(rgba))
+    assert np.array_equal(decode(encoded(rgba, "PNG"), Reading(3)), np.asarray(rgba)[..., :3])
+    assert np.array_equal(decode(encoded(rgba, "PNG"), Reading(4)), np.asarray(rgba))
     palette = picture().convert("P")
-    assert np.array_equal(decode(encoded(palette, "PNG"), 3), np.asarray(palette.convert("RGB")))
+    assert np.array_equal(decode(encoded(palette, "PNG"), Reading(3)), np.asarray(palette.convert("RGB")))
     cmyk = encoded(picture(mode="CMYK"), "JPEG", quality=95)
-    assert abs(decode(cmyk, 3).astype(int) - np.asarray(picture())).mean() < 6
+    assert abs(decode(cmyk, Reading(3)).astype(int) - np.asarray(picture())).mean() < 6
     deep = Image.fromarray(np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64))
     expected = (np.arange(0, 65536, 16) >> 8).reshape(64, 64)
-    assert np.array_equal(decode(encoded(deep, "PNG"), 1)[..., 0], expected)
-    assert np.array_equal(decode(encoded(deep, "PNG"), 3)[..., 2], expected)
+    assert np.array_equal(decode(encoded(deep, "PNG"), Reading(1))[..., 0], expected)
+    assert np.array_equal(decode(encoded(deep, "PNG"), Reading(3))[..., 2], expected)
     frames = [Image.new("RGB", (9, 9), color) for color in ("red", "blue")]
     animated = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert decode(animated, 3)[0, 0].tolist() == [255, 0, 0]
+    assert decode(animated, Reading(3))[0, 0].tolist() == [255, 0, 0]
 
 
 def test_array_channels_are_converted_as_pillow_does():
@@ -100,14 +102,14 @@ def test_array_channels_are_converted_as_pillow_does():
 )
 def test_broken_bytes_are_bad_images(data):
     with pytest.raises(BadImageError):
-        decode(data, 3)
+        decode(data, Reading(3))
 
 
 def test_too_many_pixels_are_refused_unread(monkeypatch):
-    monkeypatch.setattr(module, "MAX_PIXELS", 60 * 80 - 1)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 60 * 80 - 1)
     for file_format in ("JPEG", "PNG"):
         with pytest.raises(BadImageError, match="80×60 pixels"):
-            decode(encoded(picture(), file_format), 3)
+            decode(encoded(picture(), file_format), Reading(3))
 
 
 def test_too_little_memory_is_not_taken_for_a_bad_image(monkeypatch):
@@ -116,18 +118,18 @@ def test_too_little_memory_is_not_taken_for_a_bad_image(monkeypatch):
     def no_memory(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(module.simplejpeg, "decode_jpeg", no_memory)
-    monkeypatch.setattr(module.Image, "open", no_memory)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", no_memory)
+    monkeypatch.setattr(Image, "open", no_memory)
     for file_format in ("JPEG", "PNG"):
         with pytest.raises(MemoryError):
-            decode(encoded(picture(), file_format), 3)
+            decode(encoded(picture(), file_format), Reading(3))
 
 
 def test_alpha_of_a_palette_is_kept_for_4_channels_and_dropped_silently_otherwise(recwarn):
     indexed = picture().quantize(100)
     data = encoded(indexed, "PNG", transparency=bytes(range(100)))
-    assert np.array_equal(decode(data, 4)[..., 3], np.asarray(indexed))
-    assert np.array_equal(decode(data, 3), np.asarray(indexed.convert("RGB")))
+    assert np.array_equal(decode(data, Reading(4))[..., 3], np.asarray(indexed))
+    assert np.array_equal(decode(data, Reading(3)), np.asarray(indexed.convert("RGB")))
     assert not recwarn.list
 
 
@@ -146,9 +148,9 @@ def with_stray_bytes(data, after):
 def test_stray_bytes_between_the_segments_of_a_jpeg_change_nothing(after, in_chans):
     data = encoded(picture(), "JPEG", quality=90)
     stray = with_stray_bytes(data, after)
-    assert abs(decode(stray, in_chans).astype(int) - decode(data, in_chans)).max() <= 2
+    assert abs(decode(stray, Reading(in_chans)).astype(int) - decode(data, Reading(in_chans))).max() <= 2
     with pytest.raises(BadImageError, match="truncated"):
-        decode(stray[:-300], in_chans)
+        decode(stray[:-300], Reading(in_chans))
 
 
 def test_a_jpeg_that_is_damaged_in_its_pixels_is_refused():
@@ -158,7 +160,7 @@ def test_a_jpeg_that_is_damaged_in_its_pixels_is_refused():
     spoilt = data[:middle] + b"\xff\xd0" * 20 + data[middle + 40 :]
     assert Image.open(io.BytesIO(spoilt)).convert("RGB").size == (300, 200)
     with pytest.raises(BadImageError, match="Corrupt JPEG data"):
-        decode(spoilt, 3)
+        decode(spoilt, Reading(3))
 
 
 # --- four channels ----------------------------------------------------------------------------------------------------
@@ -175,4 +177,4 @@ def test_a_jpeg_that_is_damaged_in_its_pixels_is_refused():
 )  # fmt: skip
 def test_no_fourth_band_is_made_up(data, bands):
     with pytest.raises(BadImageError, match=f"{bands}, in_chans 4 asks for 4; set in_chans to 1 or 3, or give images"):
-        decode(data, 4)
+        decode(data, Reading(4))

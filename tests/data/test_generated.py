@@ -14,6 +14,7 @@ from helpers import soak
 
 from fastmae.data.decode import BadImageError, decode
 from fastmae.data.images import FolderSource
+from fastmae.data.reading import Reading
 from fastmae.data.sources import open_train, open_val
 from fastmae.data.stock import joined
 from fastmae.data.verify import check
@@ -86,13 +87,13 @@ def named_by_verify(sources):
     """The names of the images that verify finds unusable: those that cannot be decoded, each once."""
     found = set()
     for source in sources:
-        with contextlib.closing(check(source, 3, 1)) as chunks:
+        with contextlib.closing(check(source, Reading(3), 1)) as chunks:
             bad = [image for chunk in chunks for image in chunk.examples]
         found |= {image.name for image in bad}
         assert all(image.reason and "\n" not in image.reason for image in bad)
         for index in range(len(source)):
             try:
-                decode(source.read(index), 3)
+                decode(source.read(index), Reading(3))
             except (BadImageError, OSError):
                 assert source.name(index) in found
             else:
@@ -145,7 +146,7 @@ def test_a_mutated_container_is_refused_in_one_line_or_read(name, tmp_path, reco
         path.write_bytes(mutated(whole, number))
         try:
             source = open_train(str(path))
-            shapes = {np.shape(decode(source.read(index), 3)) for index in range(min(len(source), 30))}
+            shapes = {np.shape(decode(source.read(index), Reading(3))) for index in range(min(len(source), 30))}
             assert all(len(shape) == 3 for shape in shapes)
         except UserError as error:
             refused += 1

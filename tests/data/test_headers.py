@@ -13,6 +13,7 @@ from PIL import Image
 
 from fastmae.data.decode import BadImageError, decode, refuse_by_header
 from fastmae.data.headers import Header, bits_of, explain, read_header
+from fastmae.data.reading import Reading
 from fastmae.data.tiff import count_pages, read_tags
 
 ORIENTATION = 0x0112
@@ -74,7 +75,7 @@ def gray_tiff(values, bits, order, photometric=1, fill=1, compressed=False):
 def refusal(data, in_chans):
     """The reason for which the header of a file is refused, or None."""
     try:
-        refuse_by_header(data, in_chans)
+        refuse_by_header(data, Reading(in_chans))
     except BadImageError as error:
         return str(error)
     return None
@@ -84,10 +85,10 @@ def read(data, in_chans):
     """The pixels, or None if the file is refused: in one line, and by its header as by its pixels."""
     reason = refusal(data, in_chans)
     if reason is None:
-        return decode(data, in_chans)
+        return decode(data, Reading(in_chans))
     assert "\n" not in reason
     with pytest.raises(BadImageError, match=re.escape(reason)):
-        decode(data, in_chans)
+        decode(data, Reading(in_chans))
     return None
 
 
@@ -205,12 +206,12 @@ def test_a_fourth_band_of_a_tiff_is_kept_whatever_the_tag_says_of_it():
     pixels = RNG.integers(0, 256, (12, 10, 4), dtype=np.uint8)
     for extra in (["unspecified"], ["unassalpha"]):
         data = tiff(pixels, photometric="rgb", extrasamples=extra)
-        assert np.array_equal(decode(data, 4), pixels)
-        assert np.array_equal(decode(data, 3), pixels[..., :3])
+        assert np.array_equal(decode(data, Reading(4)), pixels)
+        assert np.array_equal(decode(data, Reading(3)), pixels[..., :3])
     planes = tiff(
         np.moveaxis(pixels, -1, 0).copy(), photometric="rgb", planarconfig="separate", extrasamples=["unspecified"]
     )
-    assert np.array_equal(decode(planes, 4), pixels)
+    assert np.array_equal(decode(planes, Reading(4)), pixels)
 
 
 REFUSED = {
@@ -235,7 +236,7 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_no_rule_makes_a_picture_of_is_refused_with_what_it_is(reason):
     with pytest.raises(BadImageError, match=re.escape(reason)):
-        decode(REFUSED[reason], 3)
+        decode(REFUSED[reason], Reading(3))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -243,7 +244,7 @@ def test_damaged_tags_are_a_reason_and_no_crash():
     data = tiff(COLOUR, photometric="rgb")
     for cut in range(4, 200, 7):
         with pytest.raises(BadImageError):
-            decode(data[:cut], 3)
+            decode(data[:cut], Reading(3))
     for position in range(4, 200):
         spoilt = bytearray(data)
         spoilt[position] ^= 0xFF
@@ -275,14 +276,14 @@ def test_pngs_of_every_depth_have_the_upper_8_bits_of_what_is_stored(kind, bands
     values = RNG.integers(0, 1 << bits, (6, 8, bands))
     data = png(values, kind, bits)
     shown = (values >> 8 if bits == 16 else values * 255 // ((1 << bits) - 1)).astype(np.uint8)
-    assert np.array_equal(decode(data, 3), np.broadcast_to(shown[..., : 3 if bands > 2 else 1], (6, 8, 3)))
+    assert np.array_equal(decode(data, Reading(3)), np.broadcast_to(shown[..., : 3 if bands > 2 else 1], (6, 8, 3)))
     header = read_header(data)
     assert (header.bands, header.bits, header.alpha, header.size) == (bands, max(bits, 8), kind in (4, 6), (6, 8))
     if kind in (4, 6):
-        assert np.array_equal(decode(data, 4), shown if bands == 4 else shown[..., [0, 0, 0, 1]])
+        assert np.array_equal(decode(data, Reading(4)), shown if bands == 4 else shown[..., [0, 0, 0, 1]])
     else:
         with pytest.raises(BadImageError, match=f"{bands} bands?, in_chans 4 asks for 4; set in_chans to 1 or 3"):
-            decode(data, 4)
+            decode(data, Reading(4))
 
 
 @pytest.mark.parametrize("maxval", [1, 15, 255, 1000, 4095, 65535])
@@ -290,24 +291,24 @@ def test_pngs_of_every_depth_have_the_upper_8_bits_of_what_is_stored(kind, bands
 def test_portable_maps_are_scaled_by_the_largest_value_that_they_name(maxval, magic, bands):
     values = RNG.integers(0, maxval + 1, (6, 5, bands))
     data = magic + b"\n# a remark\n5 6\n%d\n" % maxval + values.astype(">u2" if maxval > 255 else "u1").tobytes()
-    assert abs(decode(data, bands) - values * 255 / maxval).max() <= 1
+    assert abs(decode(data, Reading(bands)) - values * 255 / maxval).max() <= 1
     assert read_header(data).bits == max(8, maxval.bit_length())
 
 
 def test_depths_of_jpeg_2000_and_avif():
     wide = RNG.integers(0, 65536, (16, 16), dtype=np.uint16)
     gray = saved(wide, "JPEG2000")
-    assert np.array_equal(decode(gray, 1)[..., 0], wide >> 8)
+    assert np.array_equal(decode(gray, Reading(1))[..., 0], wide >> 8)
     assert read_header(gray).kind == "JPEG2000 16-bit gray"
     colour = bytearray(saved(COLOUR, "JPEG2000"))
     assert read_header(bytes(colour)).kind == "JPEG2000 colour"
     at = colour.index(b"\xff\x4f\xff\x51") + 42
     colour[at] = colour[at + 3] = colour[at + 6] = 11
     with pytest.raises(BadImageError, match="3 bands of 12 bits, whose brightest pixels Pillow makes black"):
-        decode(bytes(colour), 3)
+        decode(bytes(colour), Reading(3))
     colour[at] = 7 | 128
     with pytest.raises(BadImageError, match="signed pixels have no fixed range"):
-        decode(bytes(colour), 3)
+        decode(bytes(colour), Reading(3))
     avif = bytearray(saved(COLOUR, "AVIF"))
     assert read_header(bytes(avif)).bits == 8
     avif[avif.index(b"av1C") + 6] |= 64
@@ -332,7 +333,7 @@ def test_no_image_is_turned_and_its_orientation_is_known(orientation):
         tag = (700, 1, len(xmp), xmp, True)
         files[f"TIFF {compression} by XMP"] = tiff(COLOUR, photometric="rgb", compression=compression, extratags=[tag])
     for name, data in files.items():
-        pixels = decode(data, 3)
+        pixels = decode(data, Reading(3))
         assert pixels.shape == COLOUR.shape, name
         assert np.array_equal(pixels, COLOUR) or name in ("AVIF", "JPEG"), name
         header = read_header(data)
@@ -374,7 +375,7 @@ FOREIGN = {
 @pytest.mark.parametrize("reason", FOREIGN)
 def test_files_that_pillow_does_not_know_are_called_by_their_name(reason):
     with pytest.raises(BadImageError, match=re.escape(reason)):
-        decode(FOREIGN[reason], 3)
+        decode(FOREIGN[reason], Reading(3))
 
 
 def test_a_header_that_cannot_be_read_is_unknown():

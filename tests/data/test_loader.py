@@ -11,6 +11,7 @@ from fastmae.cli import main
 from fastmae.data.loader import Skipped, View, choose_decoder, load_batches
 from fastmae.data.plan import central_box, crop_draws, is_flipped, plan_epoch, random_box
 from fastmae.data.quarantine import TOLERATED, Quarantine
+from fastmae.data.reading import Reading
 from fastmae.data.sample import crops_note
 from fastmae.data.sources import ArraySource, open_train
 from fastmae.data.statistics import channel_statistics
@@ -18,7 +19,7 @@ from fastmae.errors import UserError
 
 CPU = torch.device("cpu")
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 20, 24, 3), dtype=np.uint8)
-TRAIN = View((16, 16), 3, seed=7, scale=(0.2, 1.0), flip=True)
+TRAIN = View((16, 16), Reading(3), seed=7, scale=(0.2, 1.0), flip=True)
 
 
 def batches(source, view=TRAIN, num_workers=2, batch_size=8, epoch=0):
@@ -43,7 +44,7 @@ def test_threads_change_nothing():
 
 def test_an_image_is_its_crop_flipped_or_not():
     source = ArraySource(IMAGES, None, "x")
-    batch = next(batches(source, View((20, 24), 3, seed=7, scale=(1.0, 1.0), flip=True), epoch=3))
+    batch = next(batches(source, View((20, 24), Reading(3), seed=7, scale=(1.0, 1.0), flip=True), epoch=3))
     for image, draw_id in zip(batch.images, batch.draw_ids.tolist(), strict=True):
         draws = crop_draws(7, np.array([draw_id]))[0]
         assert random_box(draws, 20, 24, (1.0, 1.0), (20, 24)) == central_box(20, 24, (20, 24))
@@ -53,7 +54,7 @@ def test_an_image_is_its_crop_flipped_or_not():
 
 def test_an_oblong_model_trains_on_whole_images_of_its_shape_with_a_scale_of_1():
     spectrograms = np.random.default_rng(0).integers(0, 256, (6, 8, 64, 1), dtype=np.uint8)
-    view = View((8, 64), 1, seed=7, scale=(1.0, 1.0))
+    view = View((8, 64), Reading(1), seed=7, scale=(1.0, 1.0))
     batch = next(batches(ArraySource(spectrograms, None, "x"), view, batch_size=6))
     assert np.array_equal(batch.images.numpy(), spectrograms[batch.draw_ids.numpy() % 6])
 
@@ -82,7 +83,7 @@ def test_bad_images_give_way_to_the_next_and_are_listed_once(image_folder, tmp_p
         with open(source.paths[index], "wb") as file:
             file.write(b"\xff\xd8\xff garbage")
     (image_folder / "train" / "n02" / "0.JPEG").unlink()
-    view = View((16, 16), 3)
+    view = View((16, 16), Reading(3))
     loaded = {}
     quarantine = Quarantine(tmp_path / "quarantine.jsonl")
     for _ in range(2):
@@ -107,7 +108,7 @@ def test_nothing_usable_is_an_error_and_leaves_no_thread(tmp_path):
         list(batches(open_train(str(tmp_path))))
     assert not decode_threads()
     with pytest.raises(UserError, match="no image can be decoded"):
-        channel_statistics(open_train(str(tmp_path)), 1)
+        channel_statistics(open_train(str(tmp_path)), Reading(1))
 
 
 def skip(index):
@@ -146,21 +147,21 @@ def test_a_run_stops_when_too_much_is_unusable(image_folder, tmp_path, capsys):
 def test_the_decoder_is_chosen_for_a_reason_or_refused_with_a_remedy(image_folder, monkeypatch):
     cuda, files, arrays = torch.device("cuda"), open_train(str(image_folder)), ArraySource(IMAGES, None, "x")
     monkeypatch.setattr("fastmae.data.decoders.dali.why_not_installed", lambda: "")
-    assert choose_decoder("auto", CPU, files, 3) == ("threads", "the fastest on a CPU")
-    assert choose_decoder("auto", cuda, arrays, 4)[0] == "threads"
-    assert choose_decoder("dali-gpu", cuda, None, 1) == ("dali-gpu", "asked for")
-    assert choose_decoder("dali-cpu", cuda, files, 3) == ("dali-cpu", "asked for")
+    assert choose_decoder("auto", CPU, files, Reading(3)) == ("threads", "the fastest on a CPU")
+    assert choose_decoder("auto", cuda, arrays, Reading(4))[0] == "threads"
+    assert choose_decoder("dali-gpu", cuda, None, Reading(1)) == ("dali-gpu", "asked for")
+    assert choose_decoder("dali-cpu", cuda, files, Reading(3)) == ("dali-cpu", "asked for")
     for asked, device, source, in_chans, match in (
         ("dali-gpu", CPU, files, 3, "the device is cpu; use device='cuda'"),
         ("dali-cpu", CPU, arrays, 3, "arrays, which need no decoding; use image_decoder='threads'"),
         ("dali-cpu", CPU, files, 4, "1 or 3 channels, not 4; use image_decoder='threads'"),
     ):
         with pytest.raises(UserError, match=f"image_decoder='{asked}': .*{match}"):
-            choose_decoder(asked, device, source, in_chans)
+            choose_decoder(asked, device, source, Reading(in_chans))
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "nvidia.dali.fn", None)
     with pytest.raises(UserError, match=r"nvidia-dali is not installed; pip install 'fastmae\[dali\]'"):
-        choose_decoder("dali-cpu", CPU, files, 3)
+        choose_decoder("dali-cpu", CPU, files, Reading(3))
 
 
 def test_leaving_early_leaves_no_thread():
@@ -172,9 +173,9 @@ def test_leaving_early_leaves_no_thread():
 
 
 def test_statistics_are_those_of_the_pixels():
-    mean, std = channel_statistics(ArraySource(IMAGES, None, "x"), 3)
+    mean, std = channel_statistics(ArraySource(IMAGES, None, "x"), Reading(3))
     pixels = IMAGES.reshape(-1, 3) / 255
     np.testing.assert_allclose(mean, pixels.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(std, pixels.std(axis=0), atol=1e-6)
-    _, flat = channel_statistics(ArraySource(np.zeros((4, 4, 4, 1), np.uint8), None, "x"), 1)
+    _, flat = channel_statistics(ArraySource(np.zeros((4, 4, 4, 1), np.uint8), None, "x"), Reading(1))
     assert flat[0] > 0

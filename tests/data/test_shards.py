@@ -19,6 +19,7 @@ from fastmae.data import shards
 from fastmae.data.index import Index, pack_names, read_index, write_index
 from fastmae.data.loader import View, load_batches
 from fastmae.data.plan import plan_epoch
+from fastmae.data.reading import Reading
 from fastmae.data.shards import expand_braces, open_shards
 from fastmae.data.sources import describe, open_train, open_val, train_and_val
 from fastmae.errors import UserError
@@ -84,7 +85,7 @@ def test_folder_tar_and_parquet_give_the_same_bytes_and_labels(same_images):
 
 
 def test_folder_tar_and_parquet_give_the_same_training_batches(same_images):
-    view = View((16, 16), 3, seed=7, scale=(0.2, 1.0), flip=True)
+    view = View((16, 16), Reading(3), seed=7, scale=(0.2, 1.0), flip=True)
     by_kind = []
     for kind in ("folder", "tar", "parquet"):
         source = open_train(str(same_images / kind))

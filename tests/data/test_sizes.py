@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmae.data.loader import View, load_batches
+from fastmae.data.reading import Reading
 from fastmae.data.sizes import MAX_SIZES, describe_sizes, growing_sizes, size_in
 from fastmae.data.sources import ArraySource
 
@@ -69,7 +70,7 @@ def test_crops_of_another_size_are_the_same_regions():
     """The mean of a crop says where it lies, as the images grow brighter from left to right or from top to bottom."""
     ramp = np.arange(0, 240, 2, dtype=np.uint8)
     images = np.stack([np.broadcast_to(ramp, (120, 120)), np.broadcast_to(ramp[:, None], (120, 120))] * 8)[..., None]
-    view = View((48, 48), 1, seed=3, scale=(0.2, 0.6), flip=True)
+    view = View((48, 48), Reading(1), seed=3, scale=(0.2, 0.6), flip=True)
     source, draws = ArraySource(images, None, "ramps"), np.arange(len(images))
 
     def means(size):

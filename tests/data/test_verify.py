@@ -23,6 +23,7 @@ from PIL import Image
 from fastmae.cli import main
 from fastmae.commands import verify as module
 from fastmae.data.loader import View, load_batches
+from fastmae.data.reading import Reading
 from fastmae.data.sources import ArraySource, FolderSource, open_train
 from fastmae.data.survey import TURNED
 from fastmae.data.verify import AHEAD, CHUNK, MISNAMED, ONE_COLOUR, SMALL, check
@@ -119,9 +120,9 @@ def test_what_verify_names_is_what_the_loader_replaces(damaged, in_chans):
     source = open_train(str(damaged))
     every = np.arange(len(source))
     (batch,) = load_batches(
-        source, [(every, every)], View((16, 16), in_chans), device=torch.device("cpu"), num_workers=2
+        source, [(every, every)], View((16, 16), Reading(in_chans)), device=torch.device("cpu"), num_workers=2
     )
-    named = [bad for chunk in check(source, in_chans, num_workers=2) for bad in chunk.examples]
+    named = [bad for chunk in check(source, Reading(in_chans), num_workers=2) for bad in chunk.examples]
     assert set(named) == set(batch.skipped)
     assert [bad.index for bad in named] == sorted({bad.index for bad in batch.skipped})
     names = {os.path.basename(bad.name) for bad in named}
@@ -178,14 +179,14 @@ def test_any_number_of_threads_finds_the_same(damaged, image_folder, tmp_path, c
 def test_threads_work_at_once(monkeypatch):
     together, original = threading.Barrier(2, timeout=20), ArraySource.read
     monkeypatch.setattr(ArraySource, "read", lambda self, index: (together.wait(), original(self, index))[1])
-    chunks = check(ArraySource(np.zeros((2 * CHUNK, 2, 2, 1), np.uint8), None, "x"), 1, num_workers=2)
+    chunks = check(ArraySource(np.zeros((2 * CHUNK, 2, 2, 1), np.uint8), None, "x"), Reading(1), num_workers=2)
     assert [(chunk.images, chunk.unusable) for chunk in chunks] == [(CHUNK, 0)] * 2
 
 
 def test_few_tasks_wait_however_long_the_data_are(monkeypatch):
     tasks, original = [], ThreadPoolExecutor.submit
     monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *words: (tasks.append(words[3]), original(*words))[1])
-    chunks = check(ArraySource(np.zeros((100_000, 2, 2, 1), np.uint8), None, "x"), 1, num_workers=3)
+    chunks = check(ArraySource(np.zeros((100_000, 2, 2, 1), np.uint8), None, "x"), Reading(1), num_workers=3)
     assert next(chunks).images == CHUNK
     chunks.close()
     assert tasks == [range(first, first + CHUNK) for first in range(0, 3 * AHEAD * CHUNK, CHUNK)]
@@ -262,7 +263,7 @@ def test_what_a_run_accepts_silently_is_counted(tmp_path, capsys):
     flat = io.BytesIO()
     Image.new("RGB", (64, 64), (9, 8, 7)).save(flat, "PNG")
     (tmp_path / "j.png").write_bytes(flat.getvalue())
-    (findings,) = check(open_train(str(tmp_path)), 3, num_workers=1)
+    (findings,) = check(open_train(str(tmp_path)), Reading(3), num_workers=1)
     assert findings.notes == {MISNAMED: (1, 4), SMALL: (1, 5), ONE_COLOUR: (1, 9)}
     assert findings.survey.turned == (2, str(tmp_path / "a.jpg"))
     assert findings.survey.kinds == {"JPEG colour": 5, "JPEG CMYK": 1, "PNG colour": 3, "PNG colour with alpha": 1}

@@ -9,6 +9,7 @@ from PIL import Image
 import fastmae
 from fastmae.cli import main
 from fastmae.data.loader import View
+from fastmae.data.reading import Reading
 from fastmae.data.sources import open_train
 from fastmae.errors import UserError
 from fastmae.evaluate.reconstruct import (
@@ -107,7 +108,7 @@ def test_a_patch_is_masked_if_white_touches_it(shape):
     from fastmae.data.plan import central_box
 
     rng = np.random.default_rng(0)
-    view = View((16, 16), 1, central_share=0.875)
+    view = View((16, 16), Reading(1), central_share=0.875)
     for _ in range(20):
         white = rng.random(shape) < 0.05
         box = central_box(*shape, view.size, view.central_share)

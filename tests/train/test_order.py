@@ -16,6 +16,7 @@ from fastmae.cli import main
 from fastmae.data import shards
 from fastmae.data.loader import LoadingStats, View
 from fastmae.data.quarantine import Quarantine
+from fastmae.data.reading import Reading
 from fastmae.data.sources import open_train
 from fastmae.errors import UserError
 from fastmae.signals import EXIT_INTERRUPTED
@@ -143,7 +144,7 @@ def test_the_decoder_may_change_on_the_way(tars, tmp_path, monkeypatch, stops, r
 @pytest.mark.parametrize("repeated_masks", [1, 2])
 def test_ranks_see_one_order_from_any_step_on(tars, tmp_path, accum_iter, repeated_masks):
     source = open_train(str(tars))
-    view = View((16, 16), 3, seed=3, scale=(0.2, 1.0), flip=True)
+    view = View((16, 16), Reading(3), seed=3, scale=(0.2, 1.0), flip=True)
 
     def crops(ranks, start):
         """(draw_ids, images) of steps ``start`` to 14, 4 an epoch: each global step's, in the order of the ranks."""

@@ -10,6 +10,7 @@ from helpers import metrics, small_run
 from fastmae.config.model import ModelSpec
 from fastmae.data.loader import View, load_batches
 from fastmae.data.plan import plan_epoch
+from fastmae.data.reading import Reading
 from fastmae.data.sources import open_train
 from fastmae.data.statistics import channel_statistics
 from fastmae.model.build import build_model
@@ -30,7 +31,7 @@ def test_twenty_steps_are_those_of_a_plain_loop(blobs, tmp_path, norm_pix):
     assert pretrain(config) == 0
 
     source = open_train(blobs)
-    mean, std = channel_statistics(source, 1)
+    mean, std = channel_statistics(source, Reading(1))
     torch.manual_seed(11)
     start = build_model(ModelSpec(**SETTINGS, norm_pix_loss=norm_pix, mean=mean, std=std))
     model = ReferenceMAE((16, 16), (4, 4), 1, **TINY, norm_pix_loss=norm_pix)
@@ -45,7 +46,7 @@ def test_twenty_steps_are_those_of_a_plain_loop(blobs, tmp_path, norm_pix):
     expected = []
     for epoch in range(3):
         plan = plan_epoch(11, epoch, 72, 8)
-        view = View((16, 16), 1, seed=11, scale=(0.2, 1.0))
+        view = View((16, 16), Reading(1), seed=11, scale=(0.2, 1.0))
         requests = (plan.batch(k) for k in range(9))
         for k, batch in enumerate(load_batches(source, requests, view, device=torch.device("cpu"), num_workers=1)):
             now = epoch + k / 9

@@ -197,13 +197,13 @@ def _checked(flag: Flag, given: Given, value: str) -> str:
     """Returns the value in the words of today, if the flag can have it."""
     if value not in flag.choices:
         value = OLD_VALUES.get(flag.name, {}).get(value, value)
-    if flag.takes_none and value == "None":
+    if (flag.takes_none and value == "None") or value in flag.words:
         return value
     if flag.choices and value not in flag.choices:
         choices = f"{', '.join(flag.choices[:-1])} or {flag.choices[-1]}" if flag.choices[1:] else flag.choices[0]
         raise UserError(f"{given.spelling} {value}: must be {choices}{did_you_mean(value, flag.choices)}")
     if flag.kind is float and not NUMBER.fullmatch(value):
-        raise UserError(f"{given.spelling} {value}: must be a number")
+        raise UserError(f"{given.spelling} {value}: must be a number{''.join(f' or {word}' for word in flag.words)}")
     if flag.kind is int and not re.fullmatch(r"[-+]?\d[\d_]*", value):
         raise UserError(f"{given.spelling} {value}: must be a whole number")
     return value

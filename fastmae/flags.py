@@ -29,6 +29,8 @@ class Flag:
     """The type of one value: bool, int, float or str."""
     choices: tuple[str, ...] = ()
     """The values that one value may have; empty where any may be given."""
+    words: tuple[str, ...] = ()
+    """Words that may stand where otherwise a number is given."""
     least: int = 1
     """The smallest number of values."""
     most: int | None = 1
@@ -91,6 +93,7 @@ def _values(annotation: Any) -> dict[str, Any]:
         values = _values(members[-1])  # of `str | tuple[str, ...]` the tuple, which holds one as well
         if len(members) > 1:
             values["least"] = 1
+            values["words"] = tuple(word for member in members[:-1] for word in _values(member).get("choices", ()))
         return values | {"takes_none": types.NoneType in arguments}
     if origin is Literal:
         return {"kind": str, "choices": tuple(map(str, arguments)), "least": 1, "most": 1}

@@ -1,6 +1,7 @@
 """Defaults that suit the data, and settings that are refused before anything loads."""
 
 import dataclasses
+import json
 import pickle
 import re
 import typing
@@ -22,12 +23,16 @@ from fastmae.config import (
     ReconstructConfig,
     SearchConfig,
     VerifyConfig,
+    images_given,
+    read_as,
     resolve,
+    settings_of,
 )
 from fastmae.config.groups import GROUPS, MAIN
+from fastmae.config.model import ModelSpec
 from fastmae.config.values import field_types
 from fastmae.errors import SettingError, UserError
-from fastmae.facts import DataFacts
+from fastmae.facts import DataFacts, PixelFacts, ReadAs
 
 DIGITS = DataFacts(kind="digits", channels=1, size=(8, 8), labelled=True, length=1438)
 CIFAR = DataFacts(kind="array", channels=3, size=(32, 32), labelled=True, length=50_000)
@@ -316,3 +321,42 @@ def test_the_groups_of_the_help_hold_no_other_names():
     settings = {field.name for config in (PretrainConfig, FinetuneConfig) for field in dataclasses.fields(config)}
     assert settings == {name for names in GROUPS.values() for name in names}
     assert set(MAIN) <= settings
+
+
+# --- how images are read ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (dict(value_range=(5.0, 3.0)), "value_range"),
+        (dict(value_range=(5.0,)), "value_range"),
+        (dict(value_range=("auto", 3.0)), "value_range"),
+        (dict(value_range=()), "value_range"),
+        (dict(nodata=256, pixel_type="uint8"), "nodata"),
+        (dict(nodata=0.5, pixel_type="uint16"), "nodata"),
+        (dict(pixel_type="int16"), "pixel_type"),
+    ],
+)
+@pytest.mark.parametrize("make", [PretrainConfig, FinetuneConfig, lambda **given: ProbeConfig(checkpoint="x", **given)])
+def test_a_range_or_a_missing_value_that_cannot_be_is_refused_in_every_command(make, settings, name):
+    with pytest.raises(SettingError, match=f"^{name}"):
+        make(**settings)
+
+
+def test_images_are_read_as_given_then_as_before_then_by_default():
+    given = PretrainConfig(nodata=3)
+    assert read_as(given) == ReadAs(nodata=3.0)
+    before = {"pixel_type": "uint16", "nodata": 5, "value_range": [0, 4095]}
+    assert images_given(given, before) | {"pixel_type": "uint16", "nodata": 3.0, "value_range": (0.0, 4095.0)} == (
+        images_given(given, before)
+    )
+    assert read_as(given, {"model": "of version 0.1"}).pixel_type == "uint8"
+
+
+def test_the_facts_of_pixels_make_a_round_trip_through_settings():
+    facts = PixelFacts(dtype="float32", low=(-1024.0, 0.0), high=(3071.0, 1.0), nodata=-9999.0)
+    spec = ModelSpec(model="mae_vit_tiny_patch4", input_size=(8, 8), in_chans=2, **settings_of(facts))
+    assert spec.pixels == facts == ModelSpec.from_json(json.loads(json.dumps(spec.as_json()))).pixels
+    with pytest.raises(SettingError, match="value_range"):
+        ModelSpec(model="mae_vit_tiny_patch4", input_size=(8, 8), in_chans=1, **settings_of(facts))

@@ -235,7 +235,7 @@ def _values(flag: Flag) -> str:
     """Returns what stands for the values of a flag: their choices, if they are short, or their type."""
     shown = "|".join(flag.choices)
     if not 0 < len(shown) <= LONGEST:
-        shown = "CHOICE" if flag.choices else _type(flag)
+        shown = "CHOICE" if flag.choices else "|".join((*flag.words, _type(flag)))
     return f"{shown} ..." if flag.most is None else " ".join([shown] * flag.most)
 
 

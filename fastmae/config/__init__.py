@@ -54,6 +54,15 @@ from fastmae.config.finetune import (
     check_finetune,
     resolve_finetune,
 )
+from fastmae.config.images import (
+    IMAGE_SETTINGS,
+    ImagesConfig,
+    check_images,
+    facts_of,
+    images_given,
+    read_as,
+    settings_of,
+)
 from fastmae.config.info import (
     InfoConfig,
 )

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from fastmae.config.images import IMAGE_SETTINGS, settings_of
 from fastmae.config.training import TrainingConfig, check_rates, check_training, chosen_compile, default_warmup
 from fastmae.config.values import coerce, given, meant, need, need_at_least_one, need_statistics
-from fastmae.facts import DataFacts
+from fastmae.facts import DataFacts, PixelFacts, PixelType
 
 OFFICIAL_FINETUNING_WARMUP = 5.0
 LARGEST_ALPHA = 1e6
@@ -148,6 +149,9 @@ class ResolvedFinetuneConfig(FinetuneConfig):
     cutmix: float
     num_workers: int
     in_chans: int
+    pixel_type: PixelType
+    value_range: tuple[float, ...] | None
+    """As that of a pretraining."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     global_batch: int
@@ -166,7 +170,7 @@ class ResolvedFinetuneConfig(FinetuneConfig):
 FIXED_IN_A_FINETUNING = (
     "model", "input_size", "in_chans", "mean", "std", "nb_classes", "global_pool", "tune", "lora_rank", "drop_path",
     "crop_scale", "flip", "aa", "reprob", "smoothing", "mixup", "cutmix", "mixup_switch_prob", "seed", "global_batch",
-    "dataset_length", "order", "keep_last",
+    "dataset_length", "order", "keep_last", *IMAGE_SETTINGS,
 )  # fmt: skip
 
 
@@ -177,6 +181,7 @@ def resolve_finetune(
     model: str,
     width: int,
     img_size: tuple[int, int],
+    pixels: PixelFacts,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     nb_classes: int,
@@ -186,7 +191,7 @@ def resolve_finetune(
     on_gpu: bool = False,
 ) -> ResolvedFinetuneConfig:
     """Fills in what was left open, from the data (``facts``, ``nb_classes``), the encoder (``model``, the ``width`` of
-    its tokens, ``img_size``, ``mean``, ``std``) and the machine."""
+    its tokens, ``img_size``, ``pixels``, ``mean``, ``std``) and the machine."""
     digits = facts.kind == "digits"
     # Of ViT-B, ViT-L and ViT-H in the official script.
     epochs, blr, layer_decay, drop_path = (
@@ -221,6 +226,7 @@ def resolve_finetune(
         num_workers=given(config.num_workers, num_workers),
         compile=chosen_compile(config, epochs * facts.length // global_batch, on_gpu),
         in_chans=len(mean),
+        **settings_of(pixels),
         mean=mean,
         std=std,
         global_batch=global_batch,

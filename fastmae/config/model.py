@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fastmae.config.images import facts_of
 from fastmae.config.values import coerce, need, need_at_least_one, need_size
+from fastmae.facts import PixelFacts, PixelType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,10 @@ class ModelSpec:
     mean: tuple[float, ...] | None = None
     """One number per channel, as a share of the value range. None: the model's own default."""
     std: tuple[float, ...] | None = None
+    pixel_type: PixelType = "uint8"
+    value_range: tuple[float, ...] | None = None
+    """LOW HIGH of each channel. None: the range of the type."""
+    nodata: float | None = None
     norm_pix_loss: bool = False
     decoder_attention: Literal["self", "cross"] = "self"
     decoder_depth: int | None = None
@@ -32,7 +38,16 @@ class ModelSpec:
         need_size(self, "input_size")
         need_at_least_one(self, "in_chans", "decoder_depth")
         need(self, all(value > 0 for value in self.std or ()), "std", "above 0")
+        pairs = 2 * self.in_chans
+        need(
+            self, len(self.value_range or range(pairs)) == pairs, "value_range", f"{pairs} numbers, LOW HIGH a channel"
+        )
         object.__setattr__(self, "input_size", (self.input_size[0], self.input_size[-1]))
+
+    @property
+    def pixels(self) -> PixelFacts:
+        """What the numbers of its images are."""
+        return facts_of(self)
 
     @classmethod
     def of(cls, config: Any) -> ModelSpec:

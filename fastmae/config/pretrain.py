@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from fastmae.config.images import IMAGE_SETTINGS, settings_of
 from fastmae.config.masking import Masking, MaskingConfig, check_masking, chosen_masking
 from fastmae.config.training import TrainingConfig, check_rates, check_training, chosen_compile, default_warmup
 from fastmae.config.values import coerce, given, need, need_at_least_one, need_size, need_statistics
-from fastmae.facts import FULL_SHUFFLE, DataFacts, MaskFacts
+from fastmae.facts import FULL_SHUFFLE, DataFacts, MaskFacts, PixelFacts, PixelType
 
 SMALL_SIDE = 64
 SMALL_MODEL = "mae_vit_tiny_patch4"
 PROBE_LIMIT = 20_000
 OFFICIAL_WARMUP = 40.0
+UINT8 = PixelFacts()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,9 @@ class ResolvedConfig(PretrainConfig):
     crop_scale: tuple[float, float]
     flip: bool
     in_chans: int
+    pixel_type: PixelType
+    value_range: tuple[float, ...] | None
+    """LOW HIGH of each channel; None: 0 to 255, of uint8."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_workers: int
@@ -165,11 +170,13 @@ FIXED_IN_A_RUN = (
     "model", "input_size", "in_chans", "norm_pix_loss", "mask_ratio", "mean", "std", "crop_scale", "flip",
     "seed", "global_batch", "dataset_length", "order", "keep_last", "repeated_masks",
     "ema", "masking", "given_masks", "start_size", "grow_epochs", "decoder_attention", "decoder_depth", "predict_ratio",
+    *IMAGE_SETTINGS,
 )  # fmt: skip
 # What those were in a checkpoint from before they could be chosen.
 UNLESS_SAVED = {
     "order": FULL_SHUFFLE, "keep_last": False, "repeated_masks": 1, "ema": None, "masking": "random", "given_masks": "",
     "start_size": None, "grow_epochs": 0, "decoder_attention": "self", "decoder_depth": None, "predict_ratio": None,
+    **dict.fromkeys(IMAGE_SETTINGS), "pixel_type": "uint8",
 }  # fmt: skip
 
 
@@ -177,6 +184,7 @@ def resolve(
     config: PretrainConfig,
     facts: DataFacts,
     *,
+    pixels: PixelFacts = UINT8,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     ranks: int,
@@ -184,7 +192,7 @@ def resolve(
     masks: MaskFacts | None = None,
     on_gpu: bool = False,
 ) -> ResolvedConfig:
-    """Fills in what was left open, from the data (``facts``, its ``mean`` and ``std``), --masks and the machine.
+    """Fills in what was left open, from the data (``facts``, ``pixels``, ``mean``, ``std``), --masks and the machine.
 
     Raises:
         SettingError: settings that do not go with the data.
@@ -221,6 +229,7 @@ def resolve(
         crop_scale=given(config.crop_scale, (0.7, 1.0) if digits else (0.2, 1.0)),
         flip=given(config.flip, in_chans == 3),
         in_chans=in_chans,
+        **settings_of(pixels),
         mean=given(config.mean, mean),
         std=given(config.std, std),
         num_workers=given(config.num_workers, num_workers),

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from fastmae.config.images import ImagesConfig, check_images
 from fastmae.config.values import coerce, need_size, need_statistics
 
 Device = Annotated[str | None, arg(help="cpu, cuda or cuda:N. Default: cuda where there is a GPU, otherwise cpu.")]
@@ -57,7 +58,7 @@ Json = Annotated[bool, arg(help="Print one line of JSON instead of a table.")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingConfig:
+class ReadingConfig(ImagesConfig):
     """How a checkpoint is read: what its file may not say, and what is taken otherwise than it says."""
 
     model: Preset = None
@@ -86,6 +87,7 @@ def check_reading(config: ReadingConfig) -> None:
     """
     need_size(config, "input_size")
     need_statistics(config)
+    check_images(config)
 
 
 # Of benchmarks.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from fastmae.config.images import ImagesConfig, check_images
 from fastmae.config.values import need, need_at_least_one, need_seed, need_size, need_utf8
 from fastmae.errors import SettingError
 
@@ -31,7 +32,7 @@ YEAR = 366 * 24 * 3600
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(ImagesConfig):
     """The settings of a training, whatever is learnt."""
 
     # Data.
@@ -202,6 +203,7 @@ def check_training(config: TrainingConfig) -> None:
         value = getattr(config, name)
         needed(value is None or value >= 0, name, "0 or more")
     need_seed(config)
+    check_images(config)
     workers = config.num_workers
     needed(workers is None or workers <= MOST_WORKERS, "num_workers", f"at most {MOST_WORKERS}")
     need_size(config, "input_size")

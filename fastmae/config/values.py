@@ -39,6 +39,8 @@ _COUNTS = ("no", "one", "two", "three", "four")
 
 SMALLEST_STD = 1e-6
 """Dividing by less would leave float32."""
+BEYOND_RANGE = 99.0
+"""By how many times a value range its mean and deviation may exceed it."""
 LARGEST = 2**63
 """No whole number that a setting has is as large."""
 
@@ -231,7 +233,9 @@ def need_seed(config: object) -> None:
 def need_statistics(config: Any) -> None:
     """Refuses a ``mean`` or ``std`` that is no share of the value range, such as 127 of 255."""
     hint = "a share of the value range: divide numbers from 0 to 255 by 255"
-    for name, lowest in (("mean", 0.0), ("std", SMALLEST_STD)):
+    # Of a range that was chosen, such as a window of a CT, the mean may lie outside; but not a thousand ranges away.
+    beyond = 0.0 if config.value_range is None else BEYOND_RANGE
+    for name, lowest in (("mean", 0.0 - beyond), ("std", SMALLEST_STD)):
         values = getattr(config, name)
-        holds = values is None or all(lowest <= value <= 1 for value in values)
-        need(config, holds, name, f"between {lowest:g} and 1, {hint}")
+        holds = values is None or all(lowest <= value <= 1 + beyond for value in values)
+        need(config, holds, name, f"between {lowest:g} and {1 + beyond:g}, {hint}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastmae.config.images import ImagesConfig, check_images
 from fastmae.config.shared import Workers
 from fastmae.config.values import coerce, need_at_least_one
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig:
+class VerifyConfig(ImagesConfig):
     """Read and decode every image as a run would, and list those that it could not use. The exit status is 1 if there
     are any."""
 
@@ -34,3 +35,4 @@ def check_verify(config: VerifyConfig) -> None:
         SettingError: naming the setting, its value and what it must be.
     """
     need_at_least_one(config, "in_chans", "num_workers")
+    check_images(config)

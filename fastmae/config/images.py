@@ -1,0 +1,95 @@
+"""How images are read: the flags that every command has that reads data, in one place.
+
+Each is None where it is not given: then it is as in the checkpoint or the run that is read or resumed, and by default
+where there is none. To add one: a field here with its text, the field of the same name in ``facts.ReadAs`` with its
+default, and its name in groups.py. Commands, checkpoints, resumed runs and config.yaml have it then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+from fastmae.config.values import check_type, field_types, need
+from fastmae.facts import PixelFacts, ReadAs
+
+LARGEST_WHOLE = {"uint8": 255, "uint16": 65535}
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig:
+    """How the images of a command are read."""
+
+    pixel_type: Literal["auto", "uint8", "uint16", "float32"] | None = None
+    """The type of the pixels in memory. auto: the narrowest of the three that holds the images exactly. uint8 keeps the
+    upper 8 of more bits, as version 0.1 did. Default: as in the checkpoint; without one auto."""
+    value_range: tuple[Literal["auto", "dtype"] | float, ...] | None = None
+    """The values that count as 0 and 1: LOW HIGH, or such a pair for each channel. Values beyond them are kept. dtype:
+    the range of the type (0 to 255, 0 to 65535, 0 to 1). auto: from the 0.1st to the 99.9th percentile of each channel.
+    Default: as in the checkpoint; without one dtype for uint8, otherwise auto, and 0 to 1 for float32 images whose
+    values lie between 0 and 1."""
+    nodata: float | None = None
+    """A value that marks missing pixels. They count in no mean, deviation or range, the encoder sees the mean in their
+    place, and a patch that has any is never a target. NaN in float32 images is always such a value. Default: as in the
+    checkpoint; without one none."""
+
+
+IMAGE_SETTINGS = tuple(field.name for field in dataclasses.fields(ImagesConfig))
+"""The names of these settings. They are fixed in a run."""
+
+
+def images_given(config: ImagesConfig, before: Mapping[str, Any] = NOTHING) -> dict[str, Any]:
+    """Returns these settings by their names: as they are given, otherwise as they were ``before``, otherwise None.
+
+    Args:
+        before: the settings of a checkpoint or a run, as JSON has them. Those of version 0.1 mean uint8.
+
+    Raises:
+        SettingError: one of ``before`` is of another type.
+    """
+    types, before = field_types(ImagesConfig), before and {"pixel_type": "uint8", **before}
+    own = {name: getattr(config, name) for name in types}
+    earlier = {name: check_type(name, before.get(name), types[name]) for name, value in own.items() if value is None}
+    return own | earlier
+
+
+def read_as(config: ImagesConfig, before: Mapping[str, Any] = NOTHING) -> ReadAs:
+    """Returns what is asked of reading, as ``open_train`` takes it. The arguments are those of ``images_given``."""
+    known = {field.name for field in dataclasses.fields(ReadAs)}
+    given = images_given(config, before)
+    return ReadAs(**{name: value for name, value in given.items() if name in known and value is not None})
+
+
+def settings_of(pixels: PixelFacts) -> dict[str, Any]:
+    """Returns the facts of pixels as the resolved settings that ``facts_of`` makes them of again."""
+    low, high = pixels.low, pixels.high
+    pairs = None if low is None or high is None else tuple(end for pair in zip(low, high, strict=True) for end in pair)
+    return {"pixel_type": pixels.dtype, "value_range": pairs, "nodata": pixels.nodata}
+
+
+def facts_of(config: Any) -> PixelFacts:
+    """Returns what the resolved ``pixel_type``, ``value_range`` and ``nodata`` of a configuration say."""
+    numbers = config.value_range
+    low, high = (None, None) if numbers is None else (numbers[::2], numbers[1::2])
+    return PixelFacts(dtype=config.pixel_type, low=low, high=high, nodata=config.nodata)
+
+
+def check_images(config: ImagesConfig) -> None:
+    """Refuses what cannot be meant, whatever the data.
+
+    Raises:
+        SettingError: naming the setting, its value and what it must be.
+    """
+    numbers = config.value_range
+    if numbers is not None and numbers not in (("auto",), ("dtype",)):
+        are_pairs = len(numbers) > 0 and len(numbers) % 2 == 0 and not any(isinstance(value, str) for value in numbers)
+        rises = are_pairs and all(low < high for low, high in zip(numbers[::2], numbers[1::2], strict=True))  # type: ignore[operator]
+        need(config, rises, "value_range", "LOW HIGH with LOW below HIGH, such a pair for each channel, dtype or auto")
+    largest = LARGEST_WHOLE.get(config.pixel_type or "")
+    if config.nodata is not None and largest is not None:
+        fits = 0 <= config.nodata <= largest and config.nodata.is_integer()
+        need(config, fits, "nodata", f"a whole number from 0 to {largest} with --pixel_type={config.pixel_type}")

@@ -12,6 +12,7 @@ import pytest
 
 import fastmae.config
 from fastmae.config import (
+    IMAGE_SETTINGS,
     AnomalyConfig,
     ExportConfig,
     FeaturesConfig,
@@ -24,9 +25,9 @@ from fastmae.config import (
     SearchConfig,
     VerifyConfig,
     images_given,
+    pixel_settings,
     read_as,
     resolve,
-    settings_of,
 )
 from fastmae.config.groups import GROUPS, MAIN
 from fastmae.config.model import ModelSpec
@@ -90,7 +91,7 @@ def test_nothing_is_left_open():
     assert left == {
         "start_size", "decoder_depth", "predict_ratio", "clip_grad", "ema", "device", "shard_size", "cache_gb",
         "checkpoint_freq", "keep_every", "log_dir", "wandb", "profile", "probe_freq", "tune",
-    }  # fmt: skip
+    } | {*IMAGE_SETTINGS} - {"pixel_type"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,8 @@ def numbers_in(annotation):
 def test_every_number_of_every_command_is_finite_and_not_too_large():
     tried = 0
     for config in (value for value in vars(fastmae.config).values() if dataclasses.is_dataclass(value)):
-        if config.__name__.startswith("Resolved") or config in (fastmae.config.TrainingConfig, MaskingConfig):
+        shared = fastmae.config.TrainingConfig, fastmae.config.ImagesConfig, MaskingConfig
+        if config.__name__.startswith("Resolved") or config in shared:
             continue
         for name, annotation in field_types(config).items():
             several = typing.get_origin(annotation) is tuple or "tuple" in str(annotation)
@@ -356,7 +358,7 @@ def test_images_are_read_as_given_then_as_before_then_by_default():
 
 def test_the_facts_of_pixels_make_a_round_trip_through_settings():
     facts = PixelFacts(dtype="float32", low=(-1024.0, 0.0), high=(3071.0, 1.0), nodata=-9999.0)
-    spec = ModelSpec(model="mae_vit_tiny_patch4", input_size=(8, 8), in_chans=2, **settings_of(facts))
+    spec = ModelSpec(model="mae_vit_tiny_patch4", input_size=(8, 8), in_chans=2, **pixel_settings(facts))
     assert spec.pixels == facts == ModelSpec.from_json(json.loads(json.dumps(spec.as_json()))).pixels
     with pytest.raises(SettingError, match="value_range"):
-        ModelSpec(model="mae_vit_tiny_patch4", input_size=(8, 8), in_chans=1, **settings_of(facts))
+        ModelSpec(model="mae_vit_tiny_patch4", input_size=(8, 8), in_chans=1, **pixel_settings(facts))

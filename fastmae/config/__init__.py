@@ -58,10 +58,10 @@ from fastmae.config.images import (
     IMAGE_SETTINGS,
     ImagesConfig,
     check_images,
-    facts_of,
     images_given,
+    pixel_facts,
+    pixel_settings,
     read_as,
-    settings_of,
 )
 from fastmae.config.info import (
     InfoConfig,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from fastmae.config.images import IMAGE_SETTINGS, settings_of
+from fastmae.config.images import IMAGE_SETTINGS, pixel_settings
 from fastmae.config.training import TrainingConfig, check_rates, check_training, chosen_compile, default_warmup
 from fastmae.config.values import coerce, given, meant, need, need_at_least_one, need_statistics
 from fastmae.facts import DataFacts, PixelFacts, PixelType
@@ -16,6 +16,7 @@ from fastmae.facts import DataFacts, PixelFacts, PixelType
 OFFICIAL_FINETUNING_WARMUP = 5.0
 LARGEST_ALPHA = 1e6
 """With a larger one mixup blends every pair in halves."""
+UINT8 = PixelFacts()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +182,7 @@ def resolve_finetune(
     model: str,
     width: int,
     img_size: tuple[int, int],
-    pixels: PixelFacts,
+    pixels: PixelFacts = UINT8,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     nb_classes: int,
@@ -226,7 +227,7 @@ def resolve_finetune(
         num_workers=given(config.num_workers, num_workers),
         compile=chosen_compile(config, epochs * facts.length // global_batch, on_gpu),
         in_chans=len(mean),
-        **settings_of(pixels),
+        **pixel_settings(pixels),
         mean=mean,
         std=std,
         global_batch=global_batch,

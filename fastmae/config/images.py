@@ -64,14 +64,14 @@ def read_as(config: ImagesConfig, before: Mapping[str, Any] = NOTHING) -> ReadAs
     return ReadAs(**{name: value for name, value in given.items() if name in known and value is not None})
 
 
-def settings_of(pixels: PixelFacts) -> dict[str, Any]:
-    """Returns the facts of pixels as the resolved settings that ``facts_of`` makes them of again."""
+def pixel_settings(pixels: PixelFacts) -> dict[str, Any]:
+    """Returns the facts of pixels as the resolved settings that ``pixel_facts`` makes them of again."""
     low, high = pixels.low, pixels.high
     pairs = None if low is None or high is None else tuple(end for pair in zip(low, high, strict=True) for end in pair)
     return {"pixel_type": pixels.dtype, "value_range": pairs, "nodata": pixels.nodata}
 
 
-def facts_of(config: Any) -> PixelFacts:
+def pixel_facts(config: Any) -> PixelFacts:
     """Returns what the resolved ``pixel_type``, ``value_range`` and ``nodata`` of a configuration say."""
     numbers = config.value_range
     low, high = (None, None) if numbers is None else (numbers[::2], numbers[1::2])

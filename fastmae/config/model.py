@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastmae.config.images import facts_of
+from fastmae.config.images import pixel_facts
 from fastmae.config.values import coerce, need, need_at_least_one, need_size
 from fastmae.facts import PixelFacts, PixelType
 
@@ -47,7 +47,7 @@ class ModelSpec:
     @property
     def pixels(self) -> PixelFacts:
         """What the numbers of its images are."""
-        return facts_of(self)
+        return pixel_facts(self)
 
     @classmethod
     def of(cls, config: Any) -> ModelSpec:

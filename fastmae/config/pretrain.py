@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from fastmae.config.images import IMAGE_SETTINGS, settings_of
+from fastmae.config.images import IMAGE_SETTINGS, pixel_settings
 from fastmae.config.masking import Masking, MaskingConfig, check_masking, chosen_masking
 from fastmae.config.training import TrainingConfig, check_rates, check_training, chosen_compile, default_warmup
 from fastmae.config.values import coerce, given, need, need_at_least_one, need_size, need_statistics
@@ -229,7 +229,7 @@ def resolve(
         crop_scale=given(config.crop_scale, (0.7, 1.0) if digits else (0.2, 1.0)),
         flip=given(config.flip, in_chans == 3),
         in_chans=in_chans,
-        **settings_of(pixels),
+        **pixel_settings(pixels),
         mean=given(config.mean, mean),
         std=given(config.std, std),
         num_workers=given(config.num_workers, num_workers),

@@ -10,17 +10,15 @@ import contextlib
 import io
 import re
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from PIL import Image
 
 from fastmae.data import tiff
+from fastmae.data.codestreams import J2K_SIZE, JPEG_START, jpeg_frame, jpeg_segments
+from fastmae.data.reading import Header
 
 ORIENTATION = 0x0112
-JPEG_START = b"\xff\xd8\xff"
-_J2K_SIZE = b"\xff\x4f\xff\x51"
-"""The markers with which the codestream of a JPEG 2000 begins; the sizes and depths follow."""
 _REACH = 4096
 """How far into a file the patterns of its first bytes may reach."""
 _JPEG_COLOURS = {1: "gray", 3: "colour", 4: "CMYK"}
@@ -44,44 +42,6 @@ _FOREIGN = (
     (0, rb"version https://git-lfs", "a pointer of Git LFS; fetch the file with `git lfs pull`"),
 )
 """What users take for images and Pillow does not know: where the pattern lies, the pattern, and what it is."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """How an image file stores its pixels."""
-
-    format: str
-    """Pillow's name of the format; "unknown" if Pillow knows none."""
-    colours: str
-    """For people: "gray", "colour with alpha", "palette", "CMYK" …"""
-    bands: int = 0
-    """Samples per pixel as stored; 0 if they are not known."""
-    bits: int = 8
-    """Per sample, as stored."""
-    alpha: bool = False
-    """Whether the last band is alpha."""
-    unspecified: int = 0
-    """How many bands of a TIFF no tag gives a meaning."""
-    pages: int = 1
-    """Pages, frames or sizes."""
-    orientation: int = 1
-    """1 to 8, as EXIF counts; 1 is upright."""
-    size: tuple[int, int] = (0, 0)
-    """(height, width) in pixels as stored."""
-
-    @property
-    def kind(self) -> str:
-        """Format, depth and colours, for people: "PNG 16-bit gray"; 8 bits and fewer go without saying."""
-        return f"{self.format} {f'{self.bits}-bit ' * (self.bits > 8)}{self.colours}"
-
-    @property
-    def is_gray(self) -> bool:
-        return self.colours.startswith(("gray", "black and white"))
-
-    @property
-    def is_turned(self) -> bool:
-        """Whether a viewer would turn or mirror the image."""
-        return self.orientation in range(2, 9)
 
 
 def read_header(data: bytes) -> Header:
@@ -111,7 +71,7 @@ def explain(data: bytes) -> str:
             return (
                 tags.problem or f"{stored}, compression {tags.compression}; store gray, RGB or RGBA of 8 bits, or PNG"
             )
-        if data[:3] == JPEG_START and (frame := _jpeg_frame(data)) is not None:
+        if data[:3] == JPEG_START and (frame := jpeg_frame(data)) is not None:
             marker, bits, bands = frame
             if bits != 8:
                 return f"a JPEG of {bits} bits per sample; store 8 bits, or PNG"
@@ -138,7 +98,7 @@ def bits_of(data: bytes, file_format: str, mode: str) -> int:
             found := re.match(rb"P[2356]\s(?:\s*#[^\n]*\n)*\s*\d+\s+\d+\s+(\d+)", data[:_REACH])
         ):
             return max(int(found[1]).bit_length(), 8)
-        if file_format == "JPEG2000" and (start := data.find(_J2K_SIZE)) >= 0:
+        if file_format == "JPEG2000" and (start := data.find(J2K_SIZE)) >= 0:
             return (data[start + 42] & 127) + 1
         if file_format == "AVIF" and (start := data.find(b"av1C")) >= 0:
             high, twelve = data[start + 6] & 64, data[start + 6] & 32
@@ -150,7 +110,7 @@ def bits_of(data: bytes, file_format: str, mode: str) -> int:
 
 def jpeg2000_problem(data: bytes) -> str:
     """Returns why the samples of a JPEG 2000 cannot be used as Pillow decodes them; empty if they can."""
-    start = data.find(_J2K_SIZE)
+    start = data.find(J2K_SIZE)
     if not 0 <= start < len(data) - 42:
         return ""
     bands, depth = int.from_bytes(data[start + 40 : start + 42], "big"), data[start + 42]
@@ -202,39 +162,11 @@ def _count_frames(image: Image.Image) -> int:
     return 1
 
 
-# --- JPEG -------------------------------------------------------------------------------------------------------------
-
-
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yields (marker, offset of what follows the length) of the segments before the pixels."""
-    position = 2
-    while position + 4 <= len(data):
-        start = data.find(b"\xff", position)
-        if start < 0 or start + 4 > len(data):
-            return
-        marker = data[start + 1]
-        if marker in (0x00, 0xFF) or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # padding, or no length follows
-            position = start + 1 if marker == 0xFF else start + 2
-            continue
-        if marker in (0xD9, 0xDA):
-            return
-        yield marker, start + 4
-        position = start + 2 + max(2, int.from_bytes(data[start + 2 : start + 4], "big"))
-
-
-def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
-    """Returns (marker, bits per sample, bands) of the frame header of a JPEG; None if there is none."""
-    for marker, start in _jpeg_segments(data):
-        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
-            return marker, data[start], data[start + 5]
-    return None
-
-
 def _jpeg_header(data: bytes) -> tuple[Header, bool]:
     """Returns the header of a JPEG, and whether Pillow must say the rest: it has EXIF, XMP, or several pictures."""
     header, needs_pillow = Header("JPEG", ""), False
     with contextlib.suppress(IndexError, struct.error):
-        for marker, start in _jpeg_segments(data):
+        for marker, start in jpeg_segments(data):
             if marker == 0xE1 or (marker == 0xE2 and data[start : start + 4] == b"MPF\0"):
                 needs_pillow = True
             if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):

@@ -39,3 +39,45 @@ def check_pixels(height: int, width: int) -> None:
     """
     if height * width > MAX_PIXELS:
         raise BadImageError(f"{width}×{height} pixels, over the limit of {MAX_PIXELS}")
+
+
+@dataclass(frozen=True)
+class Header:
+    """How an image file stores its pixels."""
+
+    format: str
+    """Pillow's name of the format; "unknown" if Pillow knows none."""
+    colours: str
+    """For people: "gray", "colour with alpha", "palette", "CMYK" …"""
+    bands: int = 0
+    """Samples per pixel as stored; 0 if they are not known."""
+    bits: int = 8
+    """Per sample, as stored."""
+    alpha: bool = False
+    """Whether the last band is alpha."""
+    unspecified: int = 0
+    """How many bands of a TIFF no tag gives a meaning."""
+    pages: int = 1
+    """Pages, frames or sizes."""
+    orientation: int = 1
+    """1 to 8, as EXIF counts; 1 is upright."""
+    size: tuple[int, int] = (0, 0)
+    """(height, width) in pixels as stored."""
+    dtype: str = "uint8"
+    """The type of its pixels as they are read, by the name that NumPy has for it."""
+    nodata: float | None = None
+    """The value of missing pixels, if the file states one."""
+
+    @property
+    def kind(self) -> str:
+        """Format, depth and colours, for people: "PNG 16-bit gray"; 8 bits and fewer go without saying."""
+        return f"{self.format} {f'{self.bits}-bit ' * (self.bits > 8)}{self.colours}"
+
+    @property
+    def is_gray(self) -> bool:
+        return self.colours.startswith(("gray", "black and white"))
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether a viewer would turn or mirror the image."""
+        return self.orientation in range(2, 9)

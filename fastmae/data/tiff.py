@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 # The byte order, and whether it is a BigTIFF, by the first bytes. Pillow takes the two misspelt ones as well.
-_STARTS = {
+STARTS = {
     b"II*\0": ("<", False), b"MM\0*": (">", False), b"MM*\0": (">", False), b"II\0*": ("<", False),
     b"II+\0": ("<", True), b"MM\0+": (">", True),
 }  # fmt: skip
@@ -23,9 +23,10 @@ _TYPES = {1: "B", 2: "s", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "
 
 SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL, DESCRIPTION = 254, 256, 257, 258, 259, 262, 266, 270
 ORIENTATION, SAMPLES, PLANAR, INK_SET, EXTRA, FORMAT, SUBSAMPLING, DEPTH = 274, 277, 284, 332, 338, 339, 530, 32997
+NODATA = 42113
 _WANTED = {
     SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL, DESCRIPTION, ORIENTATION, SAMPLES, PLANAR, INK_SET,
-    EXTRA, FORMAT, SUBSAMPLING, DEPTH,
+    EXTRA, FORMAT, SUBSAMPLING, DEPTH, NODATA,
 }  # fmt: skip
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, SEPARATED, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
 _COLOURS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, SEPARATED: 4, YCBCR: 3, LAB: 3}
@@ -64,7 +65,9 @@ class Tags:
     """1 for none."""
     orientation: int
     problem: str
-    """Why no picture is made of it, and what to do; empty if one is."""
+    """Why Pillow makes no picture of it as it is stored, and what to do; empty if it does."""
+    nodata: float | None
+    """The value of missing pixels by GDAL's tag."""
     places: dict[int, tuple[int, str]]
     """(offset, struct format) of the first value of the tags Orientation and ExtraSamples, where they are there."""
 
@@ -80,7 +83,7 @@ class Tags:
 
 def is_tiff(data: bytes) -> bool:
     """Tells whether bytes begin as those of a TIFF file."""
-    return data[:4] in _STARTS
+    return data[:4] in STARTS
 
 
 def read_tags(data: bytes) -> Tags:
@@ -119,6 +122,7 @@ def read_tags(data: bytes) -> Tags:
         compression=number(COMPRESSION, 1),
         orientation=number(ORIENTATION, 1),
         problem="",
+        nodata=_nodata(values.get(NODATA, (b"",))[0]),
         places={tag: (first[tag][1], first[tag][2]) for tag in (ORIENTATION, EXTRA) if tag in first},
     )
     return replace(tags, problem=_problem(tags, values))
@@ -133,10 +137,16 @@ def count_pages(data: bytes) -> int:
     for page in _directories(data):
         values = {tag: value for tag, (value, _, _) in page.items()}
         text = values.get(DESCRIPTION, (b"",))[0]
-        if isinstance(text, bytes) and (noted := _STACK.search(text)):
-            return max(int(noted[1] or noted[2]), 1)
+        if isinstance(text, bytes) and (noted := images_noted(text)):
+            return noted
         pages += not values.get(SUBFILE, (0,))[0] & _REDUCED_OR_MASK
     return max(pages, 1)
+
+
+def images_noted(description: bytes) -> int:
+    """Returns how many images a file has by the tag ImageDescription of its first page; 0 if it says nothing of it."""
+    noted = _STACK.search(description)
+    return max(int(noted[1] or noted[2]), 1) if noted else 0
 
 
 def for_pillow(data: bytes, tags: Tags) -> bytes:
@@ -156,6 +166,14 @@ def for_pillow(data: bytes, tags: Tags) -> bytes:
             offset, form = tags.places[tag]
             struct.pack_into(form, changed, offset, value)
     return bytes(changed)
+
+
+def _nodata(text: object) -> float | None:
+    """Returns the number that GDAL's tag holds as text."""
+    try:
+        return float(text.rstrip(b"\0 ").replace(b",", b".")) if isinstance(text, bytes) else None
+    except ValueError:
+        return None
 
 
 def _problem(tags: Tags, values: dict[int, tuple[Any, ...]]) -> str:
@@ -203,7 +221,7 @@ def _reads_planes(tags: Tags) -> bool:
 
 
 def _first_directory(data: bytes) -> int:
-    order, is_big = _STARTS[data[:4]]
+    order, is_big = STARTS[data[:4]]
     return int(struct.unpack_from(order + ("Q" if is_big else "I"), data, 8 if is_big else 4)[0])
 
 
@@ -230,7 +248,7 @@ def _directory(data: bytes, offset: int) -> tuple[_Directory, int, int]:
         struct.error: the file ends before.
         ValueError: more values than the file has bytes.
     """
-    order, is_big = _STARTS[data[:4]]
+    order, is_big = STARTS[data[:4]]
     (entries,) = struct.unpack_from(order + ("Q" if is_big else "H"), data, offset)
     start, size, inline = (offset + 8, 20, 8) if is_big else (offset + 2, 12, 4)
     if entries * size > len(data):

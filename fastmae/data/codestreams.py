@@ -1,0 +1,67 @@
+"""The first bytes of JPEG and JPEG 2000 as they are in files of their own and inside of TIFF, DICOM and HEIF."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Iterator
+
+JPEG_START = b"\xff\xd8\xff"
+J2K_SIZE = b"\xff\x4f\xff\x51"
+"""The markers with which the codestream of a JPEG 2000 begins; the sizes and depths follow."""
+
+
+def jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yields (marker, offset of what follows the length) of the segments before the pixels."""
+    position = 2
+    while position + 4 <= len(data):
+        start = data.find(b"\xff", position)
+        if start < 0 or start + 4 > len(data):
+            return
+        marker = data[start + 1]
+        if marker in (0x00, 0xFF) or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # padding, or no length follows
+            position = start + 1 if marker == 0xFF else start + 2
+            continue
+        if marker in (0xD9, 0xDA):
+            return
+        yield marker, start + 4
+        position = start + 2 + max(2, int.from_bytes(data[start + 2 : start + 4], "big"))
+
+
+def jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
+    """Returns (marker, bits per sample, bands) of the frame header of a JPEG; None if there is none."""
+    for marker, start in jpeg_segments(data):
+        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
+            return marker, data[start], data[start + 5]
+    return None
+
+
+def size_of_jpeg(data: bytes) -> tuple[int, int] | None:
+    """Returns (height, width) of a JPEG, also one within another format; None if they are not found."""
+    with contextlib.suppress(IndexError, struct.error):
+        for marker, start in jpeg_segments(data):
+            if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
+                height, width = struct.unpack_from(">HH", data, start + 1)
+                return height, width
+    return None
+
+
+def size_of_jpeg2000(data: bytes) -> tuple[int, int] | None:
+    """Returns (height, width) of a JPEG 2000, with or without the boxes around it; None if they are not found."""
+    start = data.find(J2K_SIZE)
+    if not 0 <= start < len(data) - 24:
+        return None
+    right, bottom, left, top = struct.unpack_from(">4I", data, start + 8)
+    return bottom - top, right - left
+
+
+def depths_of_jpeg2000(data: bytes) -> list[tuple[int, bool]] | None:
+    """Returns (bits, whether they are signed) of each band of a JPEG 2000; None if they are not found."""
+    start = data.find(J2K_SIZE)
+    if start < 0:
+        return None
+    with contextlib.suppress(struct.error, IndexError):
+        (bands,) = struct.unpack_from(">H", data, start + 40)
+        depths = [data[start + 42 + 3 * band] for band in range(bands)]
+        return [((depth & 127) + 1, bool(depth & 128)) for depth in depths]
+    return None

@@ -8,18 +8,33 @@ from device import run_values
 from tools.machine_code import ARCHITECTURES, cases, compile_case
 
 HERE = Path(__file__).parent
-VALUES = sorted(HERE.glob("values_*.py"))
+VALUES = {path.stem.removeprefix("values_"): path for path in sorted(HERE.glob("values_*.py"))}
+# A process takes 4 seconds to start, so those that take no longer share one.
+QUICK = ("norm_gelu", "ops", "tokens")
 CASES = {case.name: case for case in cases()}
+# Other widths and dtypes of kernels that are compiled anyway.
+TWINS = [
+    f"{kernel} {width}"
+    for kernel in ("add_layer_norm", "add_layer_norm backward")
+    for width in ("D=192 bf16", "D=512 fp32")
+]
+TWINS += [f"{kernel} fp32" for kernel in ("gelu", "gelu backward")]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program can have
 
 
-@pytest.mark.parametrize("file", VALUES, ids=lambda path: path.stem)
-def test_values_in_the_interpreter(file):
-    run_values(file, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+@pytest.mark.parametrize("names", [QUICK, *([name] for name in VALUES if name not in QUICK)], ids="+".join)
+def test_values_in_the_interpreter(names):
+    run_values(*(VALUES[name] for name in names), TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
-@pytest.mark.parametrize("sm", [pytest.param(sm, marks=() if sm == 90 else pytest.mark.slow) for sm in ARCHITECTURES])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "sm"),
+    [
+        pytest.param(name, sm, marks=() if sm == 90 and name not in TWINS else pytest.mark.slow)
+        for name in CASES
+        for sm in ARCHITECTURES
+    ],
+)
 def test_machine_code(name, sm):
     """No local memory; loads and stores as wide as rows and results allow; tensor cores where there are products."""
     case, code = CASES[name], compile_case(CASES[name], sm)

@@ -15,7 +15,7 @@ DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torc
 # (N, T, D): published widths, odd ones, one token, single numbers, one whose rows need more warps. Many rows come to
 # runs of several blocks for each program.
 SHAPES = [(2, 13, 192), (1, 19, 760), (3, 1, 1280), (5, 3, 1), (1, 2, 2051)]
-MANY_ROWS = (1, 199, 760)
+MANY_ROWS = (1, 37, 760)
 
 
 def drawn(*shape, dtype=torch.float32, seed=0, shift=0.0):
@@ -110,7 +110,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("R", "F", "dtype", "has_bias"), [*CASES, (199, 760, torch.bfloat16, True)])
+@pytest.mark.parametrize(("R", "F", "dtype", "has_bias"), [*CASES, (69, 760, torch.bfloat16, True)])
 def test_gelu_and_its_gradients(R, F, dtype, has_bias):
     h = 3 * drawn(R, F, dtype=dtype)
     bias = drawn(F, seed=1) if has_bias else None

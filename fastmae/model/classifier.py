@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastmae.facts import UINT8, PixelFacts
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.pixels import check_images
+from fastmae.model.pixels import pixels_of, register_pixels
 from fastmae.model.vit import (
     Block,
     NormLayer,
@@ -84,7 +85,8 @@ class Classifier(nn.Module):
         embed_dim, depth, num_heads, mlp_ratio: sizes of the encoder.
         num_classes: the number of logits.
         global_pool: classify the mean of the patch tokens; otherwise the class token.
-        mean, std: C numbers each, in units of [0, 1], by which uint8 images are normalised.
+        mean, std: C numbers each, in units of the range of ``pixels``, by which images are normalised.
+        pixels: what the numbers of images are: their dtype, their range, and the value of those that are missing.
 
     Raises:
         ValueError: the sizes do not fit each other.
@@ -104,6 +106,7 @@ class Classifier(nn.Module):
         global_pool: bool = True,
         mean: Sequence[float],
         std: Sequence[float],
+        pixels: PixelFacts = UINT8,
     ) -> None:
         super().__init__()
         norm_layer: NormLayer = partial(nn.LayerNorm, eps=1e-6)
@@ -123,19 +126,19 @@ class Classifier(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
-        for name, values in (("mean", mean), ("std", std), ("_zeros", [0.0] * in_chans), ("_ones", [1.0] * in_chans)):
-            self.register_buffer(name, torch.tensor(list(values), dtype=torch.float32), persistent=False)
+        register_pixels(self, in_chans, mean, std, pixels)
 
     mean: torch.Tensor
     std: torch.Tensor
-    _zeros: torch.Tensor
-    _ones: torch.Tensor
+    value_range: torch.Tensor | None
+    pixels: PixelFacts
+    other_sizes: tuple[tuple[int, int], ...] = ()
 
     def forward(self, images: torch.Tensor, depth_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Computes the logits [N, classes].
 
         Args:
-            images: uint8 [N, H, W, C], or float [N, C, H, W], normalised.
+            images: pixels [N, H, W, C] of the model's dtype, or float [N, C, H, W], normalised.
             depth_mask: [depth, 2, N] from ``stochastic_depth_mask``; None means that no branch is skipped.
         """
         x = as_sum(self._embed(images))
@@ -145,16 +148,10 @@ class Classifier(nn.Module):
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
         """Makes tokens [N, 1+L, D] with their positions, class token first."""
-        is_uint8 = images.dtype == torch.uint8
-        pixels = images if is_uint8 else images.permute(0, 2, 3, 1)
-        if pixels.shape[1:] != (*self.img_size, self.in_chans):
-            expected = f"{self.img_size[0]}×{self.img_size[1]} pixels of {self.in_chans} channels"
-            raise ValueError(f"images must have {expected}, got shape {list(images.shape)}")
-        check_images(self, images)
-        mean, std = (self.mean, self.std) if is_uint8 else (self._zeros, self._ones)
+        pixels, mean, std, value_range, nodata = pixels_of(self, images)
         dtype = autocast_dtype(images.device) or self.head.weight.dtype
         ids = torch.arange(self.num_patches, device=images.device, dtype=torch.int32).expand(len(images), -1)
-        x = self.patch_embed(gather_patches(pixels, ids, self.patch_size, mean, std, dtype))
+        x = self.patch_embed(gather_patches(pixels, ids, self.patch_size, mean, std, dtype, value_range, nodata))
         return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
 
 
@@ -197,6 +194,7 @@ def classifier_of(
         global_pool=global_pool,
         mean=mae.mean.tolist(),
         std=mae.std.tolist(),
+        pixels=mae.pixels,
     )
     weights = mae.state_dict()
     own = model.state_dict()

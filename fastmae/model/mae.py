@@ -14,7 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fastmae.model.pixels import check_images
+from fastmae.facts import UINT8, PixelFacts
+from fastmae.model.pixels import (
+    Pixels,
+    nodata_of,
+    normalised,
+    pixels_of,
+    register_pixels,
+    size_of,
+    without_missing,
+)
 from fastmae.model.vit import (
     Block,
     NormLayer,
@@ -57,8 +66,9 @@ class MaskedAutoencoderViT(nn.Module):
         mlp_ratio: hidden width of an MLP over the width of a token.
         norm_layer: a function that makes a norm for a width.
         norm_pix_loss: predict pixels normalised by their patch's own mean and variance (paper, table 1d).
-        mean, std: C numbers each, in units of [0, 1], by which uint8 images are normalised. The defaults are ImageNet's
-            for 3 channels, 0.5 and 0.25 for any other number.
+        mean, std: C numbers each, in units of the range of ``pixels``, by which images are normalised. The defaults are
+            ImageNet's for 3 channels, 0.5 and 0.25 for any other number.
+        pixels: what the numbers of images are: their dtype, their range, and the value of those that are missing.
 
     If ``autocast_residual`` is set, the tokens between blocks have autocast's dtype: half the memory and traffic, and a
     rounding after every addition. Otherwise autocast leaves them in float32, as in the official code.
@@ -84,6 +94,7 @@ class MaskedAutoencoderViT(nn.Module):
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        pixels: PixelFacts = UINT8,
     ) -> None:
         super().__init__()
         self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
@@ -113,7 +124,10 @@ class MaskedAutoencoderViT(nn.Module):
 
         # These are not in the state dict, whose keys are the official ones.
         self._other_sizes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._register_statistics(mean, std)
+        default_mean, default_std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans, (0.25,) * in_chans)
+        register_pixels(
+            self, in_chans, default_mean if mean is None else mean, default_std if std is None else std, pixels
+        )
         self._initialise()
         self.find_overrides()
 
@@ -123,8 +137,8 @@ class MaskedAutoencoderViT(nn.Module):
     """Which of ``OFFICIAL_STEPS`` are not this class's own; ``training_loss`` then goes by the official steps."""
     mean: torch.Tensor
     std: torch.Tensor
-    _zeros: torch.Tensor
-    _ones: torch.Tensor
+    value_range: torch.Tensor | None
+    pixels: PixelFacts
 
     def _add_decoder_blocks(
         self, width: int, depth: int, num_heads: int, mlp_ratio: float, norm_layer: NormLayer
@@ -132,20 +146,6 @@ class MaskedAutoencoderViT(nn.Module):
         """Adds the modules between the encoder and the decoder's last norm."""
         self.decoder_embed = Linear(self.cls_token.shape[2], width)
         self.decoder_blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, norm_layer) for _ in range(depth))
-
-    def _register_statistics(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-        """Adds the numbers by which uint8 images are normalised, and those that leave float images as they are."""
-        C = self.in_chans
-        default_mean, default_std = (IMAGENET_MEAN, IMAGENET_STD) if C == 3 else ((0.5,) * C, (0.25,) * C)
-        for name, given, default in (("mean", mean, default_mean), ("std", std, default_std)):
-            values = list(default if given is None else given)
-            if len(values) != C:
-                raise ValueError(f"{name} needs {C} numbers, one per channel, got {len(values)}")
-            if name == "std" and min(values) <= 0:
-                raise ValueError(f"std must be positive, got {values}")
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
-        self.register_buffer("_zeros", torch.zeros(C), persistent=False)
-        self.register_buffer("_ones", torch.ones(C), persistent=False)
 
     def _initialise(self) -> None:
         """Draws the first weights, in an order on which the weights for a seed depend."""
@@ -252,25 +252,16 @@ class MaskedAutoencoderViT(nn.Module):
 
     def _size_of(self, images: torch.Tensor) -> Any:
         """Returns the (height, width) of images of either form."""
-        return tuple(images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:])
+        return size_of(self, images)
 
     def attention_shapes(self, mask_ratio: float) -> dict[str, tuple[int, int]]:
         """Returns (number of keys S, width Dh of a head) of the encoder's and the decoder's attention in training."""
         encoder, decoder = self.head_dims
         return {"encoder": (self.num_visible(mask_ratio) + 1, encoder), "decoder": (self.num_patches + 1, decoder)}
 
-    def _pixels(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns images of either form as (view [N, H, W, C], mean, std)."""
-        uint8 = images.dtype == torch.uint8
-        size = self._size_of(images) if self._size_of(images) in self._other_sizes else self.img_size
-        shape = (*size, self.in_chans) if uint8 else (self.in_chans, *size)
-        if images.ndim != 4 or images.shape[1:] != shape:
-            form = "uint8 images [N, H, W, C]" if uint8 else "float images [N, C, H, W]"
-            raise ValueError(f"{form} must have shape [N, {', '.join(map(str, shape))}], got {list(images.shape)}")
-        check_images(self, images)
-        if uint8:
-            return images, self.mean, self.std
-        return images.permute(0, 2, 3, 1), self._zeros, self._ones
+    def _pixels(self, images: torch.Tensor) -> Pixels:
+        """Returns images of either form with what normalises them."""
+        return pixels_of(self, images)
 
     def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
         """Cuts images [N, C, H, W] into patches [N, L, P], P in (row, column, channel) order."""
@@ -300,9 +291,9 @@ class MaskedAutoencoderViT(nn.Module):
 
     def _embed(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Makes the input of the encoder's first block: tokens [N, 1+K, D] with their positions, class token first."""
-        pixels, mean, std = self._pixels(images)
+        pixels, mean, std, value_range, nodata = self._pixels(images)
         dtype = autocast_dtype(images.device) or self.patch_embed.proj.weight.dtype
-        x = self.patch_embed(gather_patches(pixels, ids, self.patch_size, mean, std, dtype))
+        x = self.patch_embed(gather_patches(pixels, ids, self.patch_size, mean, std, dtype, value_range, nodata))
         pos_embed, _ = self._positions(images)
         x = x + pos_embed[0, 1:][ids.long()]
         cls_token = self.cls_token + pos_embed[:, :1]
@@ -324,7 +315,7 @@ class MaskedAutoencoderViT(nn.Module):
         """Runs the encoder on the visible patches.
 
         Args:
-            imgs: float [N, C, H, W], normalised, or uint8 [N, H, W, C].
+            imgs: pixels [N, H, W, C] of the model's dtype, or float [N, C, H, W], normalised.
             mask_ratio: K = int(L · (1 − mask_ratio)) patches are seen.
             ids_shuffle: int [N, L], a permutation per row, its first K entries visible. By default it is drawn from
                 torch's generator of the device, as in the official model.
@@ -376,16 +367,15 @@ class MaskedAutoencoderViT(nn.Module):
         Returns:
             loss, a scalar: the mean over masked pixels; pred [N, L, P] for every patch; mask [N, L], 1 where masked.
         """
-        imgs = self._normalised(imgs) if self.overridden else imgs
+        given_imgs, imgs = imgs, self._normalised(imgs) if self.overridden else imgs
         given = {} if ids_shuffle is None else {"ids_shuffle": ids_shuffle}
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **given)
         pred = self.forward_decoder(latent, ids_restore)
         if self.overridden:
-            return self.forward_loss(imgs, pred, mask), pred, mask
+            return self.forward_loss(imgs, pred, without_missing(self, given_imgs, mask)), pred, mask
         ids_masked = ids_restore.argsort(dim=1)[:, self.num_visible(mask_ratio) :]
         masked = pred.gather(1, ids_masked[:, :, None].expand(-1, -1, pred.shape[2]))
-        pixels, mean, std = self._pixels(imgs)
-        return masked_mse(masked, pixels, ids_masked, self.patch_size, mean, std, self.norm_pix_loss), pred, mask
+        return self._masked_mse(masked, imgs, ids_masked), pred, mask
 
     def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Computes the official loss: the mean over masked patches of the squared error of their pixels.
@@ -394,22 +384,21 @@ class MaskedAutoencoderViT(nn.Module):
         official model is overridden. A subclass can override it.
 
         Args:
-            imgs: float [N, C, H, W], normalised, or uint8 [N, H, W, C].
+            imgs: pixels [N, H, W, C] of the model's dtype, or float [N, C, H, W], normalised.
             pred: [N, L, P], in image order.
-            mask: [N, L], 1 at masked patches.
+            mask: [N, L], 1 at masked patches. Those of ``imgs`` that have a missing pixel do not count.
         """
+        mask = without_missing(self, imgs, mask)
         target = self.patchify(self._normalised(imgs))
         if self.norm_pix_loss:
             variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
             target = (target - mean) / (variance + 1e-6).sqrt()
         loss = (pred - target).square().mean(dim=-1)
-        return (loss * mask).sum() / mask.sum()
+        return (loss * mask).sum() / mask.sum().clamp(min=1)
 
     def _normalised(self, images: torch.Tensor) -> torch.Tensor:
         """Returns images of either form as float [N, C, H, W], normalised."""
-        if images.dtype != torch.uint8:
-            return images
-        return ((images.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+        return normalised(self, images)
 
     def training_loss(
         self,
@@ -425,7 +414,7 @@ class MaskedAutoencoderViT(nn.Module):
         ``OFFICIAL_STEPS`` is overridden or the model has hooks, this calls the model itself, which takes longer.
 
         Args:
-            images: uint8 [N, H, W, C], or float [N, C, H, W], normalised.
+            images: pixels [N, H, W, C] of the model's dtype, or float [N, C, H, W], normalised.
             ids_shuffle: int [N, L], from ``fastmae.ops.random_masking``.
             mask_ratio: as in ``forward_encoder``.
             predict_ratio: for CrossMAE alone: the loss is that of the first int(L · ``predict_ratio``) masked patches,
@@ -438,8 +427,12 @@ class MaskedAutoencoderViT(nn.Module):
         ids_shuffle = ids_shuffle[:, : K + self.num_predicted(mask_ratio, predict_ratio, L)]
         latent = self._latent(images, ids_shuffle[:, :K])
         pred = self._decode(latent, self._positions(images)[1], ids_shuffle, start=K + 1)
-        pixels, mean, std = self._pixels(images)
-        return masked_mse(pred, pixels, ids_shuffle[:, K:], self.patch_size, mean, std, self.norm_pix_loss)
+        return self._masked_mse(pred, images, ids_shuffle[:, K:])
+
+    def _masked_mse(self, pred: torch.Tensor, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Computes the loss of the predictions [N, M, P] of the patches ``ids`` [N, M]."""
+        pixels, mean, std, value_range, nodata = self._pixels(images)
+        return masked_mse(pred, pixels, ids, self.patch_size, mean, std, self.norm_pix_loss, value_range, nodata)
 
     def _official_loss(
         self, images: torch.Tensor, ids_shuffle: torch.Tensor, mask_ratio: float, predict_ratio: float | None
@@ -448,7 +441,8 @@ class MaskedAutoencoderViT(nn.Module):
 
         Raises:
             TypeError: an overridden step does not take the masks that training draws.
-            ValueError: a share of the masked patches, or images of another size, which the official steps do not know.
+            ValueError: a share of the masked patches, images of another size, or missing pixels, which the official
+                steps do not know.
         """
         names = ", ".join(self.overridden) or "the model with its hooks"
         for name in ("forward", "forward_encoder"):
@@ -459,7 +453,11 @@ class MaskedAutoencoderViT(nn.Module):
             raise ValueError(f"{names} predicts all masked patches, so that it takes no predict_ratio")
         if self._size_of(images) != self.img_size:
             raise ValueError(f"{names} takes images of {self.img_size} pixels only, got {self._size_of(images)}")
-        return self(self._normalised(images), mask_ratio, ids_shuffle=ids_shuffle)[0]
+        if nodata_of(self.pixels) is None:
+            images = self._normalised(images)
+        elif "forward" in self.overridden:
+            raise ValueError(f"{type(self).__name__}.forward takes normalised images, which cannot tell missing pixels")
+        return self(images, mask_ratio, ids_shuffle=ids_shuffle)[0]
 
 
 _OWN_STEPS = {name: getattr(MaskedAutoencoderViT, name) for name in OFFICIAL_STEPS}

@@ -55,6 +55,11 @@ def _pair(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
+def _usual_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns the mean and std of each channel where none are given."""
+    return (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
+
+
 class MaskedAutoencoderViT(nn.Module):
     """A masked autoencoder with a vision transformer as encoder and a lighter one as decoder.
 
@@ -124,10 +129,8 @@ class MaskedAutoencoderViT(nn.Module):
 
         # These are not in the state dict, whose keys are the official ones.
         self._other_sizes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        default_mean, default_std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans, (0.25,) * in_chans)
-        register_pixels(
-            self, in_chans, default_mean if mean is None else mean, default_std if std is None else std, pixels
-        )
+        usual_mean, usual_std = _usual_statistics(in_chans)
+        register_pixels(self, in_chans, usual_mean if mean is None else mean, usual_std if std is None else std, pixels)
         self._initialise()
         self.find_overrides()
 

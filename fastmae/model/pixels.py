@@ -1,4 +1,4 @@
-"""What the models take as images: pixels as they were read, or floats that are normalised; what looks like neither is told.
+"""What the models take as images: pixels as they were read, or normalised floats; what looks like neither is told.
 
 The functions take any model with ``img_size``, ``other_sizes``, ``in_chans`` and what ``register_pixels`` gives it.
 """
@@ -37,7 +37,7 @@ class Pixels(NamedTuple):
 def register_pixels(
     model: nn.Module, in_chans: int, mean: Sequence[float], std: Sequence[float], pixels: PixelFacts
 ) -> None:
-    """Gives a model what normalises images, as buffers that are not in its state dict, whose keys are the official ones.
+    """Gives a model what normalises images, as buffers outside its state dict, whose keys are the official ones.
 
     Raises:
         ValueError: there is not one number for each channel, a std is not positive, or a low is not below its high.

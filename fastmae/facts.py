@@ -45,6 +45,10 @@ class ReadAs:
     """The order of the axes of an image in an array."""
     window: tuple[float, float] | Literal["file"] | None = None
     """The (center, width) of the numbers of a DICOM that become [0, 1], or those that it states. None: all numbers."""
+    root: str | None = None
+    """The folder that the relative paths of a list are relative to. None: that of the list."""
+    image_key: str | None = None
+    """Which image of a sample of several is taken, by what follows its key in a tar, as `left.jpg`; or `all`."""
 
 
 AS_STORED = ReadAs()

@@ -68,10 +68,14 @@ class FolderSource:
     """The stock of the folder that they are from, if it was taken."""
     damage: tuple[tuple[str, str], ...] = ()
     """(name, what is wrong) of folders whose images are missed."""
+    listed: str = ""
+    """In which list they are, as a phrase for people, if they are from one."""
     shards = None
 
     @property
     def location(self) -> str:
+        if self.listed:
+            return self.listed
         text = "in files"
         if self.classes:
             names = f" ({', '.join(self.classes)})" if len(self.classes) <= SHOWN_CLASSES else ""

@@ -151,6 +151,17 @@ class Names(Sequence[str]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def take(self, numbers: np.ndarray) -> Names:
+        """Returns the names with these numbers, int64 [n]."""
+        starts = np.concatenate([np.zeros(1, np.int64), self.ends + 1])
+        chunks = [np.zeros(0, np.uint8)]
+        for first in range(0, len(numbers), _UNPACKED):
+            some = numbers[first : first + _UNPACKED]
+            lengths = self.ends[some] + 1 - starts[some]
+            shift = starts[some] - np.concatenate([[0], np.cumsum(lengths[:-1])])
+            chunks.append(self.column[np.repeat(shift, lengths) + np.arange(lengths.sum())])
+        return names_of(np.concatenate(chunks), self.prefix)
+
     def without(self, count: int) -> Names:
         """Returns the names without their first characters, which all of them share."""
         if count <= len(self.prefix):

@@ -18,6 +18,7 @@ import numpy as np
 from fastmae.data.arrays import UNREADABLE, ArraySource, Split, open_array
 from fastmae.data.folders import open_files, open_folder
 from fastmae.data.images import FolderSource, begins_as_an_image
+from fastmae.data.lists import LIST_SUFFIXES, open_list
 from fastmae.data.plan import Shards, describe_order, holdout
 from fastmae.data.shards import expand_braces, refuse_compressed
 from fastmae.data.stock import EXAMPLES, RUN_LINES, LeftOut, Stock, count_of, joined
@@ -411,6 +412,8 @@ def _digits(split: Split) -> Source:
 
 
 def _open_file(path: Path, split: Split, read_as: ReadAs) -> Source | None:
+    if suffix_of(path.name) in LIST_SUFFIXES:
+        return open_list(path, split, read_as.root)
     if split == "val":  # only an array file can hold two parts
         return open_array(path, split)
     refuse_compressed(path)
@@ -425,7 +428,7 @@ def _open_file(path: Path, split: Split, read_as: ReadAs) -> Source | None:
     remedy = remedy_for(suffix)
     if remedy is not None:
         raise SettingError("data_path", str(path), f"a {suffix} file, {remedy}")
-    raise ValueError("not an image, .npy, .npz, .tar, .parquet, IDX or CIFAR .bin file")
+    raise ValueError("not an image, .npy, .npz, .tar, .parquet, IDX or CIFAR .bin file, nor a list of paths")
 
 
 def _open_pattern(pattern: str) -> Source | None:

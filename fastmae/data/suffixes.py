@@ -55,6 +55,7 @@ _REMEDIES = _by_suffix({
         "which fastmae does not read; write the images to files, tar shards, Parquet or .npy",
     ".zip .7z .rar .gz .tgz .bz2 .xz .zst .lz4": "which is compressed; unpack it",
     ".npy .npz .bin": "an array, which is not read from a folder of images; give its own path",
+    ".csv .tsv .jsonl": "a list or a table; if it names the images, give its own path",
     ".tar .parquet": "a shard beside image files; give its own path",
     ".heic .heif .hif": "which needs pillow-heif; run pip install pillow-heif",
     ".avif .avifs": "which this Pillow cannot decode; run pip install -U pillow",

@@ -101,7 +101,7 @@ LAYOUTS = {
         (4, ("cat", "dog"), 4),
         [
             "1 file left out: in set/Data/CLS-LOC/test, which has no labels as set/Data/CLS-LOC/train has",
-            "1 file left out: .csv, no image (a.csv)",
+            "1 file left out: .csv, a list or a table; if it names the images, give its own path (a.csv)",
             "the parts are found in {root}/set/Data/CLS-LOC",
         ],
     ),

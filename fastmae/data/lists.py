@@ -1,0 +1,483 @@
+"""Lists of paths: a `.txt`, `.csv`, `.tsv` or `.jsonl` file that names image files, with labels and parts beside them.
+
+Relative paths are relative to the folder of the list, or to ``--root``. Which of the files are there is found by
+listing their folders, several at a time, and kept with the rest of a long list in the cache folder, as long as the list
+and the modification times of those folders are the same. No image is read here.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmae.data.arrays import Split
+from fastmae.data.images import WORTH_KEEPING, FolderSource
+from fastmae.data.index import (
+    Index,
+    Names,
+    cache_file,
+    is_settled,
+    names_of,
+    pack_names,
+    read_index,
+    unpack_names,
+    write_index,
+)
+from fastmae.data.openfile import OpenFile
+from fastmae.data.parquet import IMAGE_COLUMNS, LABEL_COLUMNS
+from fastmae.data.parts import Part, read_part
+from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of
+from fastmae.data.suffixes import IMAGE_SUFFIXES, suffix_of
+from fastmae.errors import SettingError, in_one_line
+
+LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
+PATH_COLUMNS = (
+    "path", "file_path", "filepath", "file_name", "filename", "file", "image_path", "image_file", "image_name",
+    "img_path", *IMAGE_COLUMNS,
+)  # fmt: skip
+NAME_COLUMNS = (*LABEL_COLUMNS, "class_name", "label_name", "category", "category_name")
+PART_COLUMNS = ("split", "part", "partition", "subset", "set")
+# Files of 30 million lines are shorter.
+MAX_LIST_BYTES = 2 << 30
+# How lists are read: what was kept by other rules is made again.
+RULE = "list 1"
+CHECK_THREADS = 8
+# Of a folder with fewer listed files than this, each file is asked for by itself.
+FEW_FILES = 16
+PARTS: tuple[Part, ...] = ("train", "val", "test")
+NO_PART = len(PARTS)
+THERE, MISSING, ADDRESS, BLANK = range(4)
+_INTEGER = re.compile(r"\s*[-+]?\d{1,18}(?:\.0+)?\s*")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a list says, row by row."""
+
+    names: Names
+    """The paths as they are written."""
+    label: np.ndarray
+    """int64 [rows]: numbers, or numbers of ``classes``."""
+    has_label: np.ndarray
+    """uint8 [rows]."""
+    classes: tuple[str, ...]
+    part: np.ndarray
+    """uint8 [rows]: a number of ``PARTS``, or ``NO_PART``."""
+    state: np.ndarray
+    """uint8 [rows]: whether the file is ``THERE``, ``MISSING``, or the path is an ``ADDRESS`` or ``BLANK``."""
+    others: tuple[str, ...] = ()
+    """Columns that say nothing of use."""
+    notes: tuple[str, ...] = ()
+
+
+def open_list(path: Path, split: Split, root: str | None = None) -> FolderSource | None:
+    """Opens a part of a list; None if it has no val part.
+
+    A column `split` (`train`, `val`, `test`) says which part a row is of. Without one, the val part of `train.csv` is
+    `val.csv` or `test.csv` beside it.
+
+    Args:
+        path: the list.
+        split: the part.
+        root: the folder that relative paths are relative to; None for that of the list.
+
+    Raises:
+        SettingError: no column of paths, no row to train on, or none of the files is there.
+        OSError, ValueError: the file cannot be read, or is not what its suffix says.
+    """
+    rows = _read(path, root)
+    if np.any(rows.part):  # not all rows are to train on
+        return _part_of(path, rows, split, root)
+    if split == "train":
+        return _source(path, rows, np.flatnonzero(rows.state == THERE), root, "")
+    other = _beside(path)
+    if other is None:
+        return None
+    rows = _read(other, root)
+    return _source(other, rows, np.flatnonzero(rows.state == THERE), root, "")
+
+
+def _beside(path: Path) -> Path | None:
+    """Returns the list to validate on that lies beside one to train on, by their names; `val` before `test`."""
+    said = read_part(path.stem)
+    if said is None or said[0] != "train":
+        return None
+    others = sorted(p for p in path.parent.iterdir() if p.suffix.lower() == path.suffix.lower() and p.is_file())
+    parts = {
+        part: other
+        for other in reversed(others)
+        for part in ("val", "test")
+        if read_part(other.stem) == (part, said[1])
+    }
+    return parts.get("val") or parts.get("test")
+
+
+def _part_of(path: Path, rows: Rows, split: Split, root: str | None) -> FolderSource | None:
+    there = rows.state == THERE
+    counts = {part: int((there & (rows.part == number)).sum()) for number, part in enumerate(PARTS)}
+    if not counts["train"]:
+        held = ", ".join(part for part in PARTS if counts[part]) or "none that can be used"
+        raise SettingError("data_path", str(path), f"no row is of a part to train on ({held}); call it `train`")
+    best = "val" if counts["val"] else "test"
+    if split == "val":
+        chosen = np.flatnonzero(there & (rows.part == PARTS.index(best)))
+        return _source(path, rows, chosen, root, best, Stock()) if len(chosen) else None
+    return _source(path, rows, np.flatnonzero(there & (rows.part == 0)), root, "train", _stock(rows, best, counts))
+
+
+def _source(
+    path: Path, rows: Rows, chosen: np.ndarray, root: str | None, part: str, stock: Stock | None = None
+) -> FolderSource:
+    """Returns the rows that are chosen.
+
+    Raises:
+        SettingError: there are none, as the files are not there.
+    """
+    base = _base(path, root)
+    if not len(chosen) and len(rows.names):
+        raise SettingError("data_path", str(path), _none_there(rows, base, root))
+    names = rows.names
+    if len(chosen) < len(names):
+        names = names.take(chosen)
+    if re.search(rb"\0[/~]", b"\0" + names.column.tobytes()):  # an absolute path
+        names = names_of(pack_names(_located(name, base) for name in names))
+    else:
+        names = Names(names.column, names.ends, os.path.join(base, ""))
+    labelled = len(chosen) > 0 and bool(rows.has_label[rows.state == THERE].all())
+    labels, classes = (rows.label[chosen], rows.classes) if labelled else (None, ())
+    if classes and labels is not None:  # the classes of this part alone, as those of folders are
+        used, labels = np.unique(labels, return_inverse=True)
+        classes = tuple(rows.classes[number] for number in used.tolist())
+    text = f"listed in {path.name}" + (f", rows of {part}" if part else "")
+    text += f", of {count_of(len(classes), 'classes')}" if classes else ""
+    return FolderSource(
+        names,
+        None if labels is None else labels.astype(np.int64),
+        classes,
+        part=part,
+        taken=_stock(rows) if stock is None else stock,
+        listed=text,
+    )
+
+
+def _none_there(rows: Rows, base: str, root: str | None) -> str:
+    """Says that no file of a list is there, and what to do."""
+    first = next((name for name in rows.names if name), "")
+    if "://" in first:
+        return f"lists addresses such as {first}, and files are needed; download them, and list their paths"
+    if "/" not in first and not suffix_of(first):
+        return f"not an image, and no list of paths either, as none of its lines is one ({in_one_line(first, 60)})"
+    where = f"none of its {count_of(len(rows.names), 'files')} is there, such as {_located(first, base)}"
+    if "\\" in first:
+        return f"{where}; write / instead of \\"
+    if not root and not os.path.isabs(first) and os.path.exists(first):
+        return f"{where}; its paths are relative to this folder, so give --root=."
+    return f"{where}; give the folder that they are relative to with --root"
+
+
+def _stock(rows: Rows, best: str = "", counts: dict[Part, int] | None = None) -> Stock:
+    """Returns which rows and columns of a list are used."""
+
+    def some(chosen: np.ndarray) -> tuple[str, ...]:
+        return tuple(rows.names[row] for row in np.flatnonzero(chosen)[:EXAMPLES].tolist())
+
+    there = rows.state == THERE
+    reasons = {
+        MISSING: "no such file; check the paths, or give the folder that they are relative to with --root",
+        ADDRESS: "addresses, and files are needed; download them, and list their paths",
+        BLANK: "no path",
+    }
+    left_out = [LeftOut("rows", int((rows.state == state).sum()), reason, some(rows.state == state))
+                for state, reason in reasons.items() if np.any(rows.state == state)]  # fmt: skip
+    used = int(there.sum())
+    if counts is not None:
+        other: Part = "test" if best == "val" else "val"
+        for chosen, reason in (
+            (there & (rows.part == PARTS.index(other)), f"of {other}, as {best} is the part to evaluate on"),
+            (there & (rows.part == NO_PART), "of no part to train or evaluate on"),
+        ):
+            if count := int(chosen.sum()):
+                left_out.append(LeftOut("rows", count, reason, some(chosen)))
+                used -= count
+    without = there & (rows.has_label == 0)
+    if np.any(without) and np.any(rows.has_label):
+        reason = (
+            f"labels, as {int(without.sum()):,} of {int(there.sum()):,} images have none; give each one to use them"
+        )
+        left_out.append(LeftOut("columns", 1, reason, tuple(f"without: {name}" for name in some(without))))
+    if rows.others:
+        reason = "neither paths, labels nor parts"
+        left_out.append(LeftOut("columns", len(rows.others), reason, rows.others[:EXAMPLES]))
+    return Stock({"rows": used}, tuple(left_out), rows.notes)
+
+
+# --- where the files are ----------------------------------------------------------------------------------------------
+
+
+def _base(path: Path, root: str | None) -> str:
+    return os.path.expanduser(root) if root else str(path.parent)
+
+
+def _located(name: str, base: str) -> str:
+    return os.path.join(base, os.path.expanduser(name) if name.startswith("~") else name)
+
+
+def _find(names: Sequence[str], base: str) -> tuple[np.ndarray, dict[str, int]]:
+    """Returns the state of each path, uint8 [rows], and the modification time in ns of each folder, -1 without one."""
+    state = np.full(len(names), MISSING, np.uint8)
+    inside: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        if not name:
+            state[row] = BLANK
+        elif "://" in name:
+            state[row] = ADDRESS
+        else:
+            inside.setdefault(name.rpartition("/")[0] or "/" * name.startswith("/"), []).append(row)
+
+    def present(folder: str) -> tuple[list[int], int]:
+        where, rows = _located(folder, base), inside[folder]
+        modified = _modified(where)
+        last = [names[row].rpartition("/")[2] for row in rows]
+        try:
+            if len(rows) < FEW_FILES:
+                return [
+                    row for row, name in zip(rows, last, strict=True) if os.path.exists(os.path.join(where, name))
+                ], modified
+            there = {*os.listdir(where)}
+        except (OSError, ValueError):
+            return [], modified
+        return [row for row, name in zip(rows, last, strict=True) if name in there], modified
+
+    times = {}
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        for folder, (rows, modified) in zip(inside, pool.map(present, inside), strict=True):
+            state[rows] = THERE
+            times[folder] = modified
+    return state, times
+
+
+def _modified(folder: str) -> int:
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except (OSError, ValueError):
+        return -1
+
+
+# --- reading and keeping ----------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, root: str | None) -> Rows:
+    """Reads a list, or what was kept of it."""
+    file = OpenFile(path)
+    base = os.path.realpath(_base(path, root))
+    fingerprint = [RULE, str(path.name), base, list(file.stamp), sorted(IMAGE_SUFFIXES)]
+    kept = cache_file(f"list {os.path.realpath(path)} in {base}")
+    index = read_index(kept)
+    rows = None if index is None or index.fingerprint != fingerprint else _kept(index.columns, base)
+    if rows is not None:
+        return rows
+    rows = _parsed(file, path.suffix.lower())
+    state, folders = _find([*rows.names], base)
+    rows = Rows(rows.names, rows.label, rows.has_label, rows.classes, rows.part, state, rows.others, rows.notes)
+    if len(state) >= WORTH_KEEPING and is_settled([file.stamp[1], *folders.values()]):
+        columns = {
+            "names": rows.names.column, "label": rows.label, "has_label": rows.has_label, "part": rows.part,
+            "classes": pack_names(rows.classes), "state": state, "folders": pack_names(folders),
+            "modified": np.array([*folders.values()], np.int64),
+            "others": pack_names(rows.others), "notes": pack_names(rows.notes),
+        }  # fmt: skip
+        write_index(kept, Index(fingerprint, columns))
+    return rows
+
+
+def _kept(columns: dict[str, np.ndarray], base: str) -> Rows | None:
+    """Returns the rows in an index; None if it is damaged, or a folder has changed since."""
+    try:
+        names, classes = names_of(columns["names"]), tuple(unpack_names(columns["classes"]))
+        label, has_label, part, state = (columns[name] for name in ("label", "has_label", "part", "state"))
+        others, notes = (tuple(unpack_names(columns[name])) for name in ("others", "notes"))
+        folders, modified = unpack_names(columns["folders"]), columns["modified"].tolist()
+    except KeyError:
+        return None
+    if not len(names) == len(label) == len(has_label) == len(part) == len(state) or len(folders) != len(modified):
+        return None
+    if len(names) and (part.max() > NO_PART or state.max() > BLANK):
+        return None
+    if classes and not 0 <= label.min() <= label.max() < len(classes):
+        return None
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        if [*pool.map(lambda folder: _modified(_located(folder, base)), folders)] != modified:
+            return None
+    return Rows(names, label, has_label, classes, part, state, others, notes)
+
+
+@dataclass
+class _Table:
+    """The columns of a list, before it is known which files are there."""
+
+    paths: list[str] = field(default_factory=list)
+    labels: list[str | None] | None = None
+    parts: list[str | None] | None = None
+    others: tuple[str, ...] = ()
+
+
+def _parsed(file: OpenFile, suffix: str) -> Rows:
+    """Reads a list.
+
+    Raises:
+        ValueError: it is no text, or not what its suffix says.
+    """
+    if file.size > MAX_LIST_BYTES:
+        raise ValueError(f"a list of {file.size:,} bytes; split it")
+    if b"\0" in file.read(1 << 16, 0):
+        raise ValueError("no text in UTF-8; save it as such")
+    data = b"".join(file.read(1 << 26, start) for start in range(0, file.size, 1 << 26))
+    if b"\0" in data:
+        raise ValueError("no text in UTF-8; save it as such")
+    text = data.removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape")
+    if suffix == ".jsonl":
+        table = _from_records(_records(text))
+    elif suffix == ".txt":
+        table = _from_lines([line for line in map(str.strip, text.split("\n")) if line and line[0] != "#"])
+    else:
+        table = _from_csv(text, suffix)
+    if not table.paths:
+        raise ValueError("an empty list")
+    label, has_label, classes = _numbered(table.labels, len(table.paths))
+    part, notes = _parts(table.parts, len(table.paths))
+    state = np.zeros(len(label), np.uint8)
+    paths = [path.removeprefix("./") for path in table.paths]
+    if repeated := len(paths) - len({*paths}):
+        notes = (*notes, f"{count_of(repeated, 'rows')} with the path of an earlier one, all used")
+    names = names_of(pack_names(paths))
+    return Rows(names, label, has_label, classes, part, state, table.others, notes)
+
+
+def _numbered(labels: list[str | None] | None, count: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Returns labels int64, which rows have one, and the names of the classes: none if all labels are integers."""
+    if labels is None:
+        return np.zeros(count, np.int64), np.zeros(count, np.uint8), ()
+    codes: dict[str, int] = {}
+    code = np.array([codes.setdefault((label or "").strip(), len(codes)) for label in labels], np.int64)
+    has_label = np.array([bool(word) for word in codes], np.uint8)[code]
+    words = [word for word in codes if word]
+    if all(map(_INTEGER.fullmatch, words)):
+        return np.array([int((word or "0").partition(".")[0]) for word in codes], np.int64)[code], has_label, ()
+    names = sorted(words)
+    places = {name: number for number, name in enumerate(names)}
+    return np.array([places.get(word, 0) for word in codes], np.int64)[code], has_label, tuple(names)
+
+
+def _parts(parts: list[str | None] | None, count: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Returns the part of each row, and a note if the column of parts says none."""
+    if parts is None:
+        return np.zeros(count, np.uint8), ()
+    numbers = {}
+    for word in {*parts}:
+        said = read_part(word or "")
+        numbers[word] = NO_PART if said is None else PARTS.index(said[0])
+    if {*numbers.values()} == {NO_PART}:
+        words = ", ".join(sorted(word or "nothing" for word in numbers)[:EXAMPLES])
+        return np.zeros(count, np.uint8), (f"its column of parts names none ({words}), so all rows are to train on",)
+    return np.array([numbers[word] for word in parts], np.uint8), ()
+
+
+def _from_lines(lines: list[str]) -> _Table:
+    """Reads a path a line. Where each line ends with a number, or has a tab, what follows the path is its label."""
+    if lines and all("\t" in line for line in lines):
+        pairs = [line.rsplit("\t", 1) for line in lines]
+    else:
+        pairs = [line.rsplit(None, 1) for line in lines]
+        if not all(len(pair) == 2 and _INTEGER.fullmatch(pair[1]) and suffix_of(pair[0]) for pair in pairs):
+            return _Table(lines)
+    return _Table([path.strip() for path, _ in pairs], [label for _, label in pairs])
+
+
+def _from_csv(text: str, suffix: str) -> _Table:
+    """Reads a table. Without a row of names, the column with names of image files is that of paths."""
+    first = text.partition("\n")[0]
+    delimiter = "\t" if suffix == ".tsv" else max(",;\t|", key=first.count)
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if row]
+    except csv.Error as error:
+        raise ValueError(f"no table: {error}") from error
+    if not rows:
+        return _Table()
+    head = [cell.strip().lower() for cell in rows[0]]
+    if any(suffix_of(cell) in IMAGE_SUFFIXES for cell in head):
+        path = next(number for number, cell in enumerate(head) if suffix_of(cell) in IMAGE_SUFFIXES)
+        names = ["path" if number == path else "label" if len(head) == 2 else f"column {number + 1}"
+                 for number in range(len(head))]  # fmt: skip
+    else:
+        names, rows = head, rows[1:]
+    for number, row in enumerate(rows, 1):
+        if len(row) > len(names):
+            raise ValueError(f"row {number} has {len(row)} cells, and there are {len(names)} columns; quote its commas")
+    sample = {name: rows[0][number] for number, name in enumerate(names) if rows and number < len(rows[0])}
+    path_name, label_name, part_name = _columns(names, sample)
+    where = {name: number for number, name in reversed([*enumerate(names)])}
+
+    def column(name: str | None) -> list[str | None] | None:
+        return None if name is None else [row[at] if (at := where[name]) < len(row) else None for row in rows]
+
+    others = tuple(name for name in names if name not in (path_name, label_name, part_name))
+    paths = [(path or "").strip() for path in column(path_name) or ()]
+    return _Table(paths, column(label_name), column(part_name), others)
+
+
+def _records(text: str) -> Iterator[Any]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} is no JSON: {in_one_line(str(error))}") from error
+
+
+def _from_records(records: Iterable[Any]) -> _Table:
+    """Reads an object a line, or a path a line in quotes."""
+    rows = [record if isinstance(record, dict) else {"path": record} for record in records]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    keys = {name.lower(): name for name in reversed(names)}
+    sample = {name.lower(): value for name, value in (rows[0] if rows else {}).items()}
+    path_name, label_name, part_name = _columns([*keys], sample) if rows else ("path", None, None)
+
+    def column(name: str | None) -> list[str | None] | None:
+        return None if name is None else [_word(row.get(keys[name])) for row in rows]
+
+    wrong = [row[keys[path_name]] for row in rows if not isinstance(row.get(keys[path_name], ""), str)] if rows else []
+    if wrong:
+        raise ValueError(
+            f"{path_name} is no text but {in_one_line(repr(wrong[0]), 60)}; write the path of a file there"
+        )
+    others = tuple(name for name in names if name.lower() not in (path_name, label_name, part_name))
+    return _Table([path or "" for path in column(path_name) or ()], column(label_name), column(part_name), others)
+
+
+def _word(value: object) -> str | None:
+    """Returns a label as text; None for what is none, such as a list."""
+    return value if isinstance(value, str) else str(int(value)) if isinstance(value, int) else None
+
+
+def _columns(names: list[str], sample: dict[str, Any]) -> tuple[str, str | None, str | None]:
+    """Returns the names of the columns of paths, of labels and of parts.
+
+    Raises:
+        ValueError: none is of paths.
+    """
+    images = [name for name, value in sample.items() if isinstance(value, str) and suffix_of(value) in IMAGE_SUFFIXES]
+    path = next((name for name in (*PATH_COLUMNS, *images) if name in names), None)
+    if path is None:
+        raise ValueError(f"no column of paths among {', '.join(map(str, names[:8]))}; call it `path`")
+    label = next((name for name in NAME_COLUMNS if name in names and name != path), None)
+    return path, label, next((name for name in PART_COLUMNS if name in names), None)

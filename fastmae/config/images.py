@@ -36,10 +36,16 @@ class ImagesConfig:
     """A value that marks missing pixels. They count in no mean, deviation or range, the encoder sees the mean in their
     place, and a patch that has any is never a target. NaN in float32 images is always such a value. Default: as in the
     checkpoint; without one none."""
+    root: str | None = None
+    """The folder that the relative paths of a list (.txt, .csv, .tsv, .jsonl) are relative to. Default: as in the
+    checkpoint; without one the folder of the list."""
+    image_key: str | None = None
+    """Of samples in tars that have several images: the end of the name of the one to use, such as left.jpg, or all for
+    each as an image. Default: as in the checkpoint; without one the first with one dot in its name, or else all."""
 
 
-IMAGE_SETTINGS = tuple(field.name for field in dataclasses.fields(ImagesConfig))
-"""The names of these settings. They are fixed in a run."""
+IMAGE_SETTINGS = tuple(field.name for field in dataclasses.fields(ImagesConfig) if field.name != "root")
+"""The names of these settings but root, as data may be moved. They are fixed in a run."""
 
 
 def images_given(config: ImagesConfig, before: Mapping[str, Any] = NOTHING) -> dict[str, Any]:

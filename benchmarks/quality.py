@@ -49,7 +49,7 @@ from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.train.parallel import choose_device
 from fastmae.train.precision import choose_precision
 from fastmae.train.pretrain import pretrain
-from fastmae.train.settings import resolve_settings
+from fastmae.train.settings import measure_pixels, resolve_settings
 
 OFFICIAL, UNTRAINED = "official loop", "untrained"
 ACCURACIES = KNN, LINEAR = "knn", "linear"
@@ -131,7 +131,8 @@ def _settings(config: BenchQualityConfig, device: torch.device) -> ResolvedConfi
     """
     source = open_train(config.data_path)
     flags = pretraining(config, config.seeds[0], "")
-    settings = resolve_settings(flags, source, describe(source), 1, None)
+    facts = describe(source)
+    settings = resolve_settings(flags, measure_pixels(flags, source, facts), facts, 1, None)
     if settings.in_chans not in (1, 3):
         raise UserError(f"--data_path: images of {settings.in_chans} channels; the official loop takes 1 or 3")
     return settings

@@ -11,12 +11,11 @@ from typing import Literal
 from fastmae.config.images import IMAGE_SETTINGS, pixel_settings
 from fastmae.config.training import TrainingConfig, check_rates, check_training, chosen_compile, default_warmup
 from fastmae.config.values import coerce, given, meant, need, need_at_least_one, need_statistics
-from fastmae.facts import DataFacts, PixelFacts, PixelType
+from fastmae.facts import UINT8, DataFacts, PixelFacts, PixelType
 
 OFFICIAL_FINETUNING_WARMUP = 5.0
 LARGEST_ALPHA = 1e6
 """With a larger one mixup blends every pair in halves."""
-UINT8 = PixelFacts()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastmae.config.images import pixel_facts
+from fastmae.config.images import ImagesConfig, pixel_facts
 from fastmae.config.values import coerce, need, need_at_least_one, need_size
 from fastmae.facts import PixelFacts, PixelType
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """A masked autoencoder without its weights."""
+class ModelSpec(ImagesConfig):
+    """A masked autoencoder without its weights, and how its images are read."""
 
     model: str
     """The name of its preset."""
@@ -27,7 +27,6 @@ class ModelSpec:
     pixel_type: PixelType = "uint8"
     value_range: tuple[float, ...] | None = None
     """LOW HIGH of each channel. None: the range of the type."""
-    nodata: float | None = None
     norm_pix_loss: bool = False
     decoder_attention: Literal["self", "cross"] = "self"
     decoder_depth: int | None = None

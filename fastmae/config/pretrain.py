@@ -12,13 +12,12 @@ from fastmae.config.images import IMAGE_SETTINGS, pixel_settings
 from fastmae.config.masking import Masking, MaskingConfig, check_masking, chosen_masking
 from fastmae.config.training import TrainingConfig, check_rates, check_training, chosen_compile, default_warmup
 from fastmae.config.values import coerce, given, need, need_at_least_one, need_size, need_statistics
-from fastmae.facts import FULL_SHUFFLE, DataFacts, MaskFacts, PixelFacts, PixelType
+from fastmae.facts import FULL_SHUFFLE, UINT8, DataFacts, MaskFacts, PixelFacts, PixelType
 
 SMALL_SIDE = 64
 SMALL_MODEL = "mae_vit_tiny_patch4"
 PROBE_LIMIT = 20_000
 OFFICIAL_WARMUP = 40.0
-UINT8 = PixelFacts()
 
 
 @dataclass(frozen=True, kw_only=True)

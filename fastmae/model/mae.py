@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fastmae.facts import UINT8, PixelFacts
+from fastmae.facts import AS_STORED, UINT8, PixelFacts, ReadAs
 from fastmae.model.pixels import (
     Pixels,
     nodata_of,
@@ -142,6 +142,8 @@ class MaskedAutoencoderViT(nn.Module):
     std: torch.Tensor
     value_range: torch.Tensor | None
     pixels: PixelFacts
+    read_as: ReadAs = AS_STORED
+    """How files become its images, where it is known."""
 
     def _add_decoder_blocks(
         self, width: int, depth: int, num_heads: int, mlp_ratio: float, norm_layer: NormLayer

@@ -84,7 +84,14 @@ from fastmae.train.run import (
     write_official,
 )
 from fastmae.train.schedule import learning_rate_at, plan_steps
-from fastmae.train.settings import describe_backends, identity, reading_of, resolve_as_before, resolve_settings
+from fastmae.train.settings import (
+    describe_backends,
+    identity,
+    measure_pixels,
+    reading_of,
+    resolve_as_before,
+    resolve_settings,
+)
 from fastmae.train.step import MicroBatch, PassGraph, require_graph, train_step
 
 TOP = 5
@@ -230,7 +237,8 @@ def _encoder(flags: FinetuneConfig, train: Source, context: parallel.DistContext
         mean=flags.mean,
         std=flags.std,
     )
-    pretraining = resolve_settings(alike, train, describe(train), context.size, None)
+    facts = describe(train)
+    pretraining = resolve_settings(alike, measure_pixels(alike, train, facts), facts, context.size, None)
     return Opened(
         build_model(ModelSpec.of(pretraining)), {"model": pretraining.model}, has_decoder=False, kind="encoder"
     )

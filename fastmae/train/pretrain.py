@@ -14,7 +14,7 @@ import torch
 
 from fastmae.checkpoint.restore import Restored
 from fastmae.checkpoint.save import training_tensors
-from fastmae.config import FIXED_IN_A_RUN, PROBE_LIMIT, PretrainConfig, ResolvedConfig
+from fastmae.config import FIXED_IN_A_RUN, PROBE_LIMIT, PretrainConfig, ResolvedConfig, read_as
 from fastmae.config.model import ModelSpec
 from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
 from fastmae.data.loader import Batch, View, choose_decoder, describe_decoder
@@ -23,6 +23,7 @@ from fastmae.data.plan import mask_draws
 from fastmae.data.sample import crops_note
 from fastmae.data.sizes import Size, describe_sizes, growing_sizes, size_in
 from fastmae.data.sources import Source, Subset, describe, evenly_spaced, open_train, scored_parts, shown
+from fastmae.data.statistics import Measured
 from fastmae.data.stock import count_of
 from fastmae.data.survey import take_stock
 from fastmae.environment import peak_flops
@@ -35,6 +36,7 @@ from fastmae.model.build import build_model
 from fastmae.model.calls import calls_of
 from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.pixels import DTYPES
 from fastmae.model.sharding import in_one_piece, is_sharded
 from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops.choices import Choices
@@ -67,7 +69,15 @@ from fastmae.train.run import (
     write_official,
 )
 from fastmae.train.schedule import learning_rate_at, plan_steps
-from fastmae.train.settings import describe_backends, identity, reading_of, resolve_as_before, resolve_settings
+from fastmae.train.settings import (
+    as_begun,
+    describe_backends,
+    identity,
+    measure_pixels,
+    reading_of,
+    resolve_as_before,
+    resolve_settings,
+)
 from fastmae.train.step import MicroBatch, PassGraph, TrainingLoss, require_graph, train_step
 
 PICTURE_IMAGES = 8
@@ -91,10 +101,9 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     """Makes one attempt, from where --resume says to the end or a signal. Returns None after a rollback."""
     # Settings and data, the same on every rank: from here on nothing is left open.
     with parallel.agreeing(context) as same:
-        source = open_train(flags.data_path)
-        facts = describe(source, take_stock(source, flags.in_chans))
+        flags, source, facts, pixels = _open(flags)
         masks = open_masks(flags.masks, flags.mask_ratio)
-        config, notes = resolve_as_before(flags, lambda flags: _resolve(flags, source, facts, masks, context))
+        config, notes = resolve_as_before(flags, lambda flags: _resolve(flags, pixels, facts, masks, context))
         probed = _probed(flags, config)
         precision = _precision(config, context)
         image_decoder, why_decoder = choose_decoder(config.image_decoder, context.device, source, reading_of(config))
@@ -124,7 +133,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     decoding = describe_decoder(image_decoder, why_decoder)
     backends = describe_backends(context.device, precision, model.attention_shapes(config.mask_ratio), decoding)
     backends |= _more_backends(config, chosen, compiling, parallelism, source)
-    summary = [*_summary(config, source, facts, model, masks_of), *probed.lines, *notes]
+    summary = [*_summary(config, source, facts, model, masks_of), *pixels.lines, *probed.lines, *notes]
     run = open_run(config, context, stop, steps, restored, rollbacks, same, summary=summary, backends=backends)
     if restored.step == 0:
         _probe(run, "before", model, probed)
@@ -172,11 +181,19 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
+def _open(flags: PretrainConfig) -> tuple[PretrainConfig, Source, DataFacts, Measured]:
+    """Opens the data. Returns the settings, with what a run that goes on had, the data and what is known of them."""
+    flags = as_begun(flags)
+    source = open_train(flags.data_path, read_as(flags))
+    facts = describe(source, take_stock(source, flags.in_chans))
+    return flags, source, facts, measure_pixels(flags, source, facts)
+
+
 def _resolve(
-    flags: PretrainConfig, source: Source, facts: DataFacts, masks: MaskFile | None, context: parallel.DistContext
+    flags: PretrainConfig, pixels: Measured, facts: DataFacts, masks: MaskFile | None, context: parallel.DistContext
 ) -> ResolvedConfig:
     """Fills in every default from the data, the masks and the machine."""
-    return resolve_settings(flags, source, facts, context.size, masks, on_gpu=context.device.type == "cuda")
+    return resolve_settings(flags, pixels, facts, context.size, masks, on_gpu=context.device.type == "cuda")
 
 
 def _precision(config: ResolvedConfig, context: parallel.DistContext) -> Precision:
@@ -254,7 +271,8 @@ def _prepare(
 
     def inputs() -> MicroBatch:
         size, masks = next(iter(masks_of.items()))
-        images = torch.zeros(config.batch_size, *size, config.in_chans, dtype=torch.uint8, device=context.device)
+        shape, dtype = (config.batch_size, *size, config.in_chans), DTYPES[config.pixel_type]
+        images = torch.zeros(shape, dtype=dtype, device=context.device)
         return images, shuffled_ids(torch.arange(config.batch_size), masks, context.device)
 
     return prepare_as_chosen(training_loss, flags.compile, config, inputs, precision, context.gather, len(masks_of))
@@ -461,7 +479,7 @@ def _probed(flags: PretrainConfig, config: ResolvedConfig) -> Probed:
         return Probed()
     is_asked = bool(flags.probe) or config.probe_freq is not None
     try:
-        train, val = scored_parts(config.data_path)
+        train, val = scored_parts(config.data_path, read_as(config))
     except UserError as error:
         if is_asked:
             name = "probe" if config.probe_freq is None else "probe_freq"

@@ -24,6 +24,8 @@ from fastmae.config import (
     ResolvedConfig,
     ResolvedFinetuneConfig,
     TrainingConfig,
+    images_given,
+    read_as,
     resolve,
 )
 from fastmae.data.decode import FOLDER_CHANNELS
@@ -32,10 +34,10 @@ from fastmae.data.loader import default_workers
 from fastmae.data.masks import MaskFile
 from fastmae.data.reading import Reading
 from fastmae.data.sources import Source
-from fastmae.data.statistics import channel_statistics
+from fastmae.data.statistics import Measured, measure
 from fastmae.environment import versions
 from fastmae.errors import SettingError, UserError
-from fastmae.facts import DataFacts
+from fastmae.facts import UINT8, DataFacts
 from fastmae.messages import logger
 from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.ops.attention import attention_backend
@@ -52,35 +54,60 @@ Flags = TypeVar("Flags", bound=TrainingConfig)
 Resolved = TypeVar("Resolved", ResolvedConfig, ResolvedFinetuneConfig)
 
 
+def as_begun(flags: Flags) -> Flags:
+    """Returns the settings with what a run that goes on has from its checkpoint: how images are read and normalised.
+
+    So nothing is measured again, and nothing that was given before has to be given again.
+    """
+    before = peek(flags.resume, Path(flags.output_dir)).get("settings", {})
+    kept = images_given(flags, before)
+    if isinstance(flags, PretrainConfig) and flags.in_chans in (None, before.get("in_chans")):
+        kept |= {name: before.get(name) for name in ("mean", "std") if getattr(flags, name) is None}
+    return dataclasses.replace(flags, **kept)
+
+
+def measure_pixels(flags: PretrainConfig, source: Source, facts: DataFacts) -> Measured:
+    """Measures what was not given of the range, the mean and the deviation of the pixels.
+
+    Raises:
+        UserError: image files cannot give the channels that were asked for, or the settings do not suit the data.
+    """
+    in_chans = flags.in_chans or facts.channels
+    if facts.kind == "folder" and in_chans not in FOLDER_CHANNELS:
+        raise SettingError("in_chans", in_chans, "image files give 1, 3 or 4 channels; use an array for others")
+    reading = Reading(in_chans, dtype=facts.pixels.dtype, nodata=facts.pixels.nodata, read_as=read_as(flags))
+    mean, std = flags.mean, flags.std
+    is_plain = facts.pixels == UINT8 and flags.value_range in (None, ("dtype",))
+    if facts.kind == "folder" and in_chans == 3 and is_plain:
+        mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
+    return measure(source, reading, flags.value_range, mean, std)
+
+
 def resolve_settings(
     config: PretrainConfig,
-    source: Source,
+    measured: Measured,
     facts: DataFacts,
     ranks: int,
     mask_file: MaskFile | None,
     on_gpu: bool = False,
 ) -> ResolvedConfig:
-    """Fills in every default of a pretraining from its data, its masks and the machine.
-
-    Raises:
-        UserError: image files cannot give the channels that were asked for.
-    """
-    in_chans = config.in_chans or facts.channels
-    if facts.kind == "folder" and in_chans not in FOLDER_CHANNELS:
-        raise SettingError("in_chans", in_chans, "image files give 1, 3 or 4 channels; use an array for others")
-    mean, std = config.mean, config.std
-    if mean is None or std is None:
-        is_like_imagenet = facts.kind == "folder" and in_chans == 3
-        measured = (IMAGENET_MEAN, IMAGENET_STD) if is_like_imagenet else channel_statistics(source, Reading(in_chans))
-        mean, std = mean or measured[0], std or measured[1]
-    masks = None if mask_file is None else mask_file.facts
-    workers = default_workers()
-    return resolve(config, facts, mean=mean, std=std, ranks=ranks, num_workers=workers, masks=masks, on_gpu=on_gpu)
+    """Fills in every default of a pretraining from its data, its masks and the machine."""
+    return resolve(
+        config,
+        facts,
+        pixels=measured.pixels,
+        mean=measured.mean,
+        std=measured.std,
+        ranks=ranks,
+        num_workers=default_workers(),
+        masks=None if mask_file is None else mask_file.facts,
+        on_gpu=on_gpu,
+    )
 
 
 def reading_of(config: ResolvedConfig | ResolvedFinetuneConfig) -> Reading:
     """Returns how a run turns files into the pixels of its batches."""
-    return Reading(config.in_chans)
+    return Reading(config.in_chans, dtype=config.pixel_type, nodata=config.nodata, read_as=read_as(config))
 
 
 def resolve_as_before(flags: Flags, resolve: Callable[[Flags], Resolved]) -> tuple[Resolved, list[str]]:

@@ -26,7 +26,7 @@ from fastmae.data.loader import View, choose_decoder, load_batches
 from fastmae.data.plan import plan_epoch
 from fastmae.data.reading import Reading
 from fastmae.data.sources import ArraySource, Concat, Subset, describe, open_train
-from fastmae.data.statistics import channel_statistics
+from fastmae.data.statistics import measure
 from fastmae.errors import UserError
 
 CPU = torch.device("cpu")
@@ -194,7 +194,7 @@ def test_a_cached_source_has_the_properties_of_the_one_inside(opened):
         for what in ("kind", "location", "shards"):
             assert str(getattr(ours, what)) == str(getattr(source, what))
         assert (len(ours), ours.name(3)) == (len(source), source.name(3))
-        assert channel_statistics(ours, ours.reading) == channel_statistics(source, Reading(ours.reading.in_chans))
+        assert measure(ours, ours.reading) == measure(source, Reading(ours.reading.in_chans))
         assert choose_decoder("threads", CPU, ours, Reading(3)) == choose_decoder("threads", CPU, source, Reading(3))
         assert describe(ours) == describe(source)
     arrays = opened["array"]

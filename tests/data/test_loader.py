@@ -14,7 +14,7 @@ from fastmae.data.quarantine import TOLERATED, Quarantine
 from fastmae.data.reading import Reading
 from fastmae.data.sample import crops_note
 from fastmae.data.sources import ArraySource, open_train
-from fastmae.data.statistics import channel_statistics
+from fastmae.data.statistics import measure
 from fastmae.errors import UserError
 
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ def test_nothing_usable_is_an_error_and_leaves_no_thread(tmp_path):
         list(batches(open_train(str(tmp_path))))
     assert not decode_threads()
     with pytest.raises(UserError, match="no image can be decoded"):
-        channel_statistics(open_train(str(tmp_path)), Reading(1))
+        measure(open_train(str(tmp_path)), Reading(1))
 
 
 def skip(index):
@@ -173,9 +173,10 @@ def test_leaving_early_leaves_no_thread():
 
 
 def test_statistics_are_those_of_the_pixels():
-    mean, std = channel_statistics(ArraySource(IMAGES, None, "x"), Reading(3))
+    measured = measure(ArraySource(IMAGES, None, "x"), Reading(3))
+    mean, std = measured.mean, measured.std
     pixels = IMAGES.reshape(-1, 3) / 255
     np.testing.assert_allclose(mean, pixels.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(std, pixels.std(axis=0), atol=1e-6)
-    _, flat = channel_statistics(ArraySource(np.zeros((4, 4, 4, 1), np.uint8), None, "x"), Reading(1))
+    flat = measure(ArraySource(np.zeros((4, 4, 4, 1), np.uint8), None, "x"), Reading(1)).std
     assert flat[0] > 0

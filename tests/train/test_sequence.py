@@ -12,7 +12,7 @@ from fastmae.data.loader import View, load_batches
 from fastmae.data.plan import plan_epoch
 from fastmae.data.reading import Reading
 from fastmae.data.sources import open_train
-from fastmae.data.statistics import channel_statistics
+from fastmae.data.statistics import measure
 from fastmae.model.build import build_model
 from fastmae.model.reference import ReferenceMAE
 from fastmae.ops import random_masking
@@ -31,7 +31,8 @@ def test_twenty_steps_are_those_of_a_plain_loop(blobs, tmp_path, norm_pix):
     assert pretrain(config) == 0
 
     source = open_train(blobs)
-    mean, std = channel_statistics(source, Reading(1))
+    measured = measure(source, Reading(1))
+    mean, std = measured.mean, measured.std
     torch.manual_seed(11)
     start = build_model(ModelSpec(**SETTINGS, norm_pix_loss=norm_pix, mean=mean, std=std))
     model = ReferenceMAE((16, 16), (4, 4), 1, **TINY, norm_pix_loss=norm_pix)

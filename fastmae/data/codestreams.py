@@ -65,3 +65,53 @@ def depths_of_jpeg2000(data: bytes) -> list[tuple[int, bool]] | None:
         depths = [data[start + 42 + 3 * band] for band in range(bands)]
         return [((depth & 127) + 1, bool(depth & 128)) for depth in depths]
     return None
+
+
+def size_of_jpegxl(data: bytes) -> tuple[int, int]:
+    """Returns (height, width) of a JPEG XL by the first bits of its codestream, in or out of boxes.
+
+    Raises:
+        ValueError, struct.error: they are not found.
+    """
+    start = 2
+    if data[:2] != b"\xff\x0a":
+        start = _codestream_of_jpegxl(data) + 2
+    bits, taken = int.from_bytes(data[start : start + 16], "little"), 0
+    if start + 9 > len(data):
+        raise ValueError("no codestream")
+
+    def take(count: int) -> int:
+        nonlocal taken
+        found = bits >> taken & ((1 << count) - 1)
+        taken += count
+        return found
+
+    is_small = take(1)
+
+    def side() -> int:
+        return 8 * (take(5) + 1) if is_small else take((9, 13, 18, 30)[take(2)]) + 1
+
+    height = side()
+    ratio = take(3)
+    up, down = ((0, 1), (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[ratio]
+    return height, height * up // down if ratio else side()
+
+
+def _codestream_of_jpegxl(data: bytes) -> int:
+    """Returns where the codestream begins within boxes.
+
+    Raises:
+        ValueError, struct.error: nowhere.
+    """
+    at = 0
+    while True:
+        size, kind = struct.unpack_from(">I4s", data, at)
+        begins = at + 8
+        if size == 1:
+            (size,) = struct.unpack_from(">Q", data, begins)
+            begins += 8
+        if kind in (b"jxlc", b"jxlp"):
+            return begins + (4 if kind == b"jxlp" else 0)
+        if size < 8:
+            raise ValueError("no codestream")
+        at += size

@@ -75,5 +75,6 @@ def as_channels(pages: Iterable[np.ndarray], count: int) -> np.ndarray:
         found.append(page)
         if page.shape != found[0].shape or page.dtype != found[0].dtype:
             raise BadImageError(f"page {number} has another size or type than page 1, so they are no channels")
-        check_size(*page.shape[:2], page.shape[2] * count, page.itemsize)
+        height, width, bands = page.shape
+        check_size(height, width, bands * count, page.itemsize)
     return found[0] if count == 1 else np.concatenate(found, axis=2)

@@ -55,10 +55,10 @@ def is_dicom(start: bytes) -> bool:
     if start[128:132] == _PREFIX:
         return True
     for order in ("little", "big"):
-        group, element = (int.from_bytes(start[at : at + 2], order) for at in (0, 2))  # type: ignore[arg-type]
+        group, element = (int.from_bytes(start[at : at + 2], order) for at in (0, 2))
         if len(start) >= 8 and ((group == 8 and element in _FIRST_ELEMENTS) or (group == 2 and element in (0, 1))):
             explicit = start[4:6].isalpha() and start[4:6].isupper()
-            if explicit or int.from_bytes(start[4:8], order) <= _MOST_OF_THEM:  # type: ignore[arg-type]
+            if explicit or int.from_bytes(start[4:8], order) <= _MOST_OF_THEM:
                 return True
     return False
 
@@ -154,7 +154,8 @@ def _opened(file: BinaryIO) -> Any:
                 setattr(dataset, name, dataset.BitsAllocated if name == "BitsStored" else 0)
         if "PhotometricInterpretation" not in dataset:
             dataset.PhotometricInterpretation = "MONOCHROME2" if dataset.SamplesPerPixel == 1 else "RGB"
-        check_size(*(int(dataset[name].value) for name in _SIZED[:3]), itemsize=max(int(dataset.BitsAllocated) // 8, 1))
+        height, width, bands, bits = (int(dataset[name].value) for name in _SIZED[:4])
+        check_size(height, width, bands, max(bits // 8, 1))
         check_pages(_frames(dataset))
         return dataset
 
@@ -297,9 +298,8 @@ def _windowed(dataset: Any, units: np.ndarray, read_as: ReadAs, apply: Any, is_i
     if read_as.window == "file":
         if "WindowCenter" not in dataset and not dataset.get("VOILUTSequence"):
             raise BadImageError("a DICOM that states no window; give --window CENTER WIDTH")
-        low, high = _limits(dataset, int(dataset.BitsStored))
         slope, intercept = _rescale(dataset, 0)
-        low, high = (limit * slope + intercept for limit in (low, high))
+        low, high = (limit * slope + intercept for limit in _limits(dataset, int(dataset.BitsStored)))
         shown = (apply(units, dataset) - low) / (high - low)
     else:
         assert read_as.window is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import struct
 
 import numpy as np
 

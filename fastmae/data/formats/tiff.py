@@ -271,7 +271,8 @@ def _entries(file: BinaryIO, offset: int) -> tuple[dict[int, _Entry], int]:
         raise BadImageError(f"{count} tags in a page, over the limit of {_MOST_ENTRIES}")
     start = offset + struct.calcsize(head)
     block = file.read(count * width + struct.calcsize(next_form))
-    entries, inline = {}, struct.calcsize(next_form)
+    entries: dict[int, _Entry] = {}
+    inline = struct.calcsize(next_form)
     for number in range(count):
         tag, kind, values = struct.unpack_from(order + entry, block, number * width)
         at = number * width + width - inline

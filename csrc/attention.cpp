@@ -2,6 +2,8 @@
 // Equivalent to fastmae/ops/attention.py, which has the definition.
 #include <cmath>
 #include <memory>
+#include <stdexcept>
+#include <string>
 
 #include "instruction_set.h"
 #include "ops.h"
@@ -61,12 +63,14 @@ struct Parts {
 
 }  // namespace
 
-void attention(const Array& packed, const Array* queries, bool dots, int threads, const Array& out,
+void tile_fault(const char* what) { throw std::logic_error(std::string("AMX would refuse ") + what); }
+
+void attention(const Array& packed, const Array* queries, Multiply by, int threads, const Array& out,
                const Array& lse) {
   const std::int64_t H = out.shape[2];
   const Parts parts(packed, queries, H);
   const AttentionShape shape = parts.shape();
-  const AttentionKernels& loops = attention_kernels(packed.dtype, dots);
+  const AttentionKernels& loops = *attention_kernels(packed.dtype, by);
   const std::int64_t bytes = parts.bytes_of_a_head();
   parallel_for_beside_torch(out.shape[0] * H, bytes, threads, [&](std::int64_t first, std::int64_t last) {
     const Scratch scratch(loops.room(shape, false));
@@ -78,12 +82,12 @@ void attention(const Array& packed, const Array* queries, bool dots, int threads
   });
 }
 
-void attention_backward(const Array& grad, const Array& packed, const Array* queries, const Array& lse, bool dots,
+void attention_backward(const Array& grad, const Array& packed, const Array* queries, const Array& lse, Multiply by,
                         int threads, const Array& grad_packed, const Array* grad_queries) {
   const std::int64_t H = grad.shape[2];
   const Parts parts(packed, queries, H), gradients(grad_packed, grad_queries, H);
   const AttentionShape shape = parts.shape();
-  const AttentionKernels& loops = attention_kernels(packed.dtype, dots);
+  const AttentionKernels& loops = *attention_kernels(packed.dtype, by);
   const std::int64_t bytes = 2 * parts.bytes_of_a_head();
   parallel_for_beside_torch(grad.shape[0] * H, bytes, threads, [&](std::int64_t first, std::int64_t last) {
     const Scratch scratch(loops.room(shape, true));

@@ -17,7 +17,8 @@ inline Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }
 
 // Products of two numbers at a time. Subnormal numbers count as 0.
 struct Pairs {
-  static constexpr int kTogether = 2;
+  static constexpr int kTogether = 2, kWhole = 1;
+  struct Session {};
   static Float add(Float sum, Float a, Float b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 };
 

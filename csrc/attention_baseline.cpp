@@ -15,9 +15,12 @@ inline Float larger(Float a, Float b) { return a > b ? a : b; }
 }  // namespace
 }  // namespace fastmae
 
+#include "tiles.h"
+
 #include "attention_loops.h"
 
 namespace fastmae {
 extern const AttentionLoops kAttentionBaseline = {attention_kernels_of<float, Numbers>(),
                                                attention_kernels_of<Bfloat, Numbers>()};
+extern const AttentionKernels kAttentionEmulated = attention_kernels_of<Bfloat, Tiles<EmulatedTiles>>();
 }

@@ -1,16 +1,17 @@
 // Attention of one head, forward and backward, written once and compiled once per instruction set.
 //
-// How it is included: attention_baseline.cpp, attention_avx2.cpp, attention_avx512.cpp and attention_avx512bf16.cpp
-// include it once each, after they have defined, in an unnamed namespace inside fastmae, the vectors Float and Bits
-// (kLanes 32-bit numbers), the functions broadcast and larger, and the tile of a product that the registers hold
-// (kTileRows × kTileVectors vectors). No other file may include it, so it has no include guard on purpose.
+// How it is included: attention_baseline.cpp, attention_avx2.cpp, attention_avx512.cpp, attention_avx512bf16.cpp and
+// attention_avx512amx.cpp include it once each, after they have defined, in an unnamed namespace inside fastmae, the
+// vectors Float and Bits (kLanes 32-bit numbers), the functions broadcast and larger, and the tile of a product that the
+// registers hold (kTileRows × kTileVectors vectors). No other file may include it, so it has no include guard on purpose.
 // attention_kernels_of<Number, Products>() at the end makes the functions known to instruction_set.cpp.
 //
 // Number is what lies in the tensors: float, or Bfloat. Statistics and sums are float32 for both. Products says what is
 // multiplied: Numbers, below, are float32 (a Bfloat becomes one when it is copied into a core's caches, which is done
-// anyway); Pairs, of attention_avx512bf16.cpp, are two Bfloats, multiplied and added up by one instruction. The cells of
-// all matrices have 32 bits, one Number or one Pair, so that they share the code. Where two functions differ by the order
-// "along" an axis, that is the axis of a pair; for single numbers both are the same.
+// anyway); Pairs, of attention_avx512bf16.cpp, are two Bfloats, multiplied and added up by one instruction; Tiles, of
+// tiles.h, are Pairs, multiplied in blocks of 16 × 16 cells. The cells of all matrices have 32 bits, one Number or one
+// Pair, so that they share the code. Where two functions differ by the order "along" an axis, that is the axis of a pair;
+// for single numbers both are the same. Rows and depths come in multiples of kWhole, filled up with zeros in the depth.
 //
 // Multiplications and additions are fused where the instruction set can do that, so here, unlike in loops.h, the bits
 // differ between instruction sets. As in loops.h, nothing may have external linkage; the one #include has none either.
@@ -59,7 +60,8 @@ inline void store(Bfloat* p, Float x) {
 
 // Products of single numbers.
 struct Numbers {
-  static constexpr int kTogether = 1;
+  static constexpr int kTogether = 1, kWhole = 1;
+  struct Session {};
   static Float add(Float sum, Float a, Float b) { return sum + a * b; }
 };
 
@@ -137,14 +139,25 @@ inline void panel(Factor a, std::int64_t rows, const float* b, std::int64_t b_ro
   }
 }
 
-// c [rows, width] = a [rows, depth] · b [depth, width], or c += a · b. Widths are whole vectors.
+// What rows are filled up to where only whole tiles are multiplied.
+template <class Products>
+constexpr std::int64_t whole(std::int64_t count) {
+  return (count + Products::kWhole - 1) / Products::kWhole * Products::kWhole;
+}
+
+// c [rows, width] = a [rows, depth] · b [depth, width], or c += a · b. Widths are whole vectors. Whole tiles also write
+// the rows that c is filled up with, and the cells of a row of their a lie side by side.
 template <class Products>
 void product(Factor a, std::int64_t rows, const float* b, std::int64_t b_row, std::int64_t depth, std::int64_t width,
              bool add, float* c, std::int64_t c_row) {
-  std::int64_t i = 0;
-  for (; i + kTileVectors * kLanes <= width; i += kTileVectors * kLanes)
-    panel<Products, kTileVectors>(a, rows, b + i, b_row, depth, add, c + i, c_row);
-  for (; i < width; i += kLanes) panel<Products, 1>(a, rows, b + i, b_row, depth, add, c + i, c_row);
+  if constexpr (Products::kWhole > 1) {
+    Products::product(a.cells, a.row, whole<Products>(rows), b, b_row, depth, width, add, c, c_row);
+  } else {
+    std::int64_t i = 0;
+    for (; i + kTileVectors * kLanes <= width; i += kTileVectors * kLanes)
+      panel<Products, kTileVectors>(a, rows, b + i, b_row, depth, add, c + i, c_row);
+    for (; i < width; i += kLanes) panel<Products, 1>(a, rows, b + i, b_row, depth, add, c + i, c_row);
+  }
 }
 
 // Copies rows that lie from_row numbers apart to rows that lie to_row numbers apart.
@@ -158,7 +171,12 @@ void copy_rows(const From* from, std::int64_t from_row, std::int64_t rows, std::
 // The number of cells that hold so many numbers.
 template <class Products>
 constexpr std::int64_t cells(std::int64_t numbers) {
-  return (numbers + Products::kTogether - 1) / Products::kTogether;
+  return whole<Products>((numbers + Products::kTogether - 1) / Products::kTogether);
+}
+
+// Fills whole vectors with zeros.
+inline void clear(float* p, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; i += kLanes) store(p + i, broadcast(0.0f));
 }
 
 // Two Bfloats in one cell, the first in the lower half, where its address is the lower too.
@@ -167,9 +185,9 @@ inline Float paired(Bits first, Bits second) {
 }
 
 // Rows of D numbers, ready to be multiplied along D (cells [rows, D / kTogether]) and along the rows (cells
-// [rows / kTogether, D], the last one filled up with zeros).
+// [rows / kTogether, D], the last ones filled up with zeros; turned, for whole tiles, the same as [D, rows / kTogether]).
 struct Rows {
-  float *along_D, *along_rows;
+  float *along_D, *along_rows, *turned;
 };
 
 // Scores and what is computed from them, [keys, kQueries]: as numbers, and ready to be multiplied along the keys (cells
@@ -183,8 +201,11 @@ void lay_along_D(const Number* from, std::int64_t from_row, std::int64_t rows, s
   if constexpr (Products::kTogether == 1)
     copy_rows(from, from_row, rows, D, to, D);
   else
-    for (std::int64_t r = 0; r < rows; ++r)
-      __builtin_memcpy(to + r * D / 2, from + r * from_row, static_cast<std::size_t>(D) * sizeof(Number));
+    for (std::int64_t r = 0; r < rows; ++r) {
+      float* row = to + r * cells<Products>(D);
+      __builtin_memcpy(row, from + r * from_row, static_cast<std::size_t>(D) * sizeof(Number));
+      for (std::int64_t i = D / 2; i < cells<Products>(D); ++i) row[i] = 0;
+    }
 }
 
 template <class Products, class Number>
@@ -198,6 +219,34 @@ void lay_along_rows(const Number* from, std::int64_t from_row, std::int64_t rows
         const Float second = r + 1 < rows ? load(p + from_row) : broadcast(0.0f);
         store(to + r / 2 * D + d, paired(reinterpret_cast<Bits>(load(p)), reinterpret_cast<Bits>(second)));
       }
+  const std::int64_t filled = (rows + Products::kTogether - 1) / Products::kTogether;
+  clear(to + filled * D, (cells<Products>(rows) - filled) * D);
+}
+
+// Whole tiles are whole vectors, too.
+template <class Products>
+inline std::int64_t whole_vectors(std::int64_t count) {
+  return whole<Products>((count + kLanes - 1) / kLanes * kLanes);
+}
+
+// to [columns, rows] = factor · from [rows, columns], transposed; the rest of the last vector, or tile, of rows is 0. The
+// factor is for single numbers alone.
+template <class Products>
+void transpose(const float* from, std::int64_t from_row, std::int64_t rows, std::int64_t columns, float factor,
+               float* to, std::int64_t to_row) {
+  for (std::int64_t r = 0; r < whole_vectors<Products>(rows); r += 4)
+    for (std::int64_t d = 0; d < columns; d += 4) {
+      Float4 x[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        x[i] = Float4{};
+        if (r + i < rows) __builtin_memcpy(&x[i], from + (r + i) * from_row + d, sizeof x[i]);
+        if constexpr (Products::kTogether == 1) x[i] *= factor;
+      }
+      Float4 turned[4];
+      turn(x, turned);
+      for (int i = 0; i < 4; ++i) __builtin_memcpy(to + (d + i) * to_row + r, &turned[i], sizeof(Float4));
+    }
 }
 
 template <class Products, class Number>
@@ -206,23 +255,24 @@ void lay(const Number* from, std::int64_t from_row, std::int64_t rows, std::int6
   if constexpr (Products::kTogether > 1) lay_along_rows<Products>(from, from_row, rows, D, to.along_rows);
 }
 
-// to [columns, kQueries] = factor · from [rows, columns], transposed; the rest of the last vector is 0. The factor is
-// for single numbers alone.
+// to [queries, D] = the numbers that lie along the keys [keys, queries], transposed, times rows [keys, D].
 template <class Products>
-void transpose(const float* from, std::int64_t rows, std::int64_t columns, float factor, float* to) {
-  for (std::int64_t r = 0; r < rows || r % kLanes; r += 4)
-    for (std::int64_t d = 0; d < columns; d += 4) {
-      Float4 x[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        x[i] = Float4{};
-        if (r + i < rows) __builtin_memcpy(&x[i], from + (r + i) * columns + d, sizeof x[i]);
-        if constexpr (Products::kTogether == 1) x[i] *= factor;
-      }
-      Float4 turned[4];
-      turn(x, turned);
-      for (int i = 0; i < 4; ++i) __builtin_memcpy(to + (d + i) * kQueries + r, &turned[i], sizeof(Float4));
-    }
+void product_over_keys(Scores scores, Rows rows, std::int64_t queries, std::int64_t S, std::int64_t D, float* turned,
+                       float* to) {
+  const std::int64_t S_cells = cells<Products>(S), width = whole_vectors<Products>(queries);
+  if constexpr (Products::kWhole > 1) {  // whose cells of the first factor must lie side by side
+    product<Products>({rows.turned, S_cells, 1}, D, scores.along_keys, kQueries, S_cells, width, false, turned,
+                      kQueries);
+    transpose<Products>(turned, kQueries, D, width, 1, to, D);
+  } else {
+    product<Products>({scores.along_keys, 1, kQueries}, queries, rows.along_rows, D, S_cells, D, false, to, D);
+  }
+}
+
+template <class Products>
+void turn_rows(Rows rows, std::int64_t count, std::int64_t D) {
+  if constexpr (Products::kWhole > 1)
+    transpose<Products>(rows.along_rows, D, cells<Products>(count), D, 1, rows.turned, cells<Products>(count));
 }
 
 // Scales what `transpose` could not, because the numbers of a pair have too few bits for it. Only differences of scores
@@ -249,8 +299,6 @@ inline void put_along_queries(Float x, Scores to, std::int64_t s, std::int64_t i
   if constexpr (Products::kTogether > 1) store(reinterpret_cast<Bfloat*>(to.along_queries + s * kQueries / 2) + i, x);
 }
 
-inline std::int64_t whole_vectors(std::int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
 // Hands out parts of the caller's memory, one after another, each aligned as the whole is.
 struct Room {
   float* next;
@@ -262,25 +310,31 @@ struct Room {
   }
 
   template <class Products>
-  Rows take_rows(std::int64_t rows, std::int64_t D) {
-    float* along_D = take(rows * cells<Products>(D));
-    return {along_D, Products::kTogether == 1 ? along_D : take(cells<Products>(rows) * D)};
+  Rows take_rows(std::int64_t rows, std::int64_t D, bool turned) {
+    float* along_D = take(whole<Products>(rows) * cells<Products>(D));
+    float* along_rows = Products::kTogether == 1 ? along_D : take(cells<Products>(rows) * D);
+    return {along_D, along_rows, Products::kWhole > 1 && turned ? take(D * cells<Products>(rows)) : nullptr};
   }
 
+  // What fills up the last tile of keys is 0.
   template <class Products>
   Scores take_scores(std::int64_t S) {
-    float* numbers = take((S + 1) * kQueries);
+    float* numbers = take(whole<Products>(S + 1) * kQueries);
     if (Products::kTogether == 1) return {numbers, numbers, numbers};
     float* along_keys = take(cells<Products>(S) * kQueries);
-    return {numbers, along_keys, take((S + 1) * cells<Products>(kQueries))};
+    const std::int64_t filled = (S + 1) / 2;
+    clear(along_keys + filled * kQueries, (cells<Products>(S) - filled) * kQueries);
+    return {numbers, along_keys, take(whole<Products>(S + 1) * cells<Products>(kQueries))};
   }
 };
 
 // No less than what attention_forward or attention_backward take.
 std::int64_t room(AttentionShape shape, bool backward) {
-  const std::int64_t rows = (shape.S + 1) * shape.D, queries = kQueries * shape.D, scores = (shape.S + 2) * kQueries;
-  constexpr std::int64_t alignments = 16 * 16;
-  return (backward ? 4 * rows + 5 * queries + 4 * scores : 2 * rows + 3 * queries + 2 * scores) + alignments;
+  // Whole tiles take the most: 16 rows of cells, which are 32 numbers along them.
+  const std::int64_t S = (shape.S / 32 + 1) * 32, D = (shape.D + 31) / 32 * 32;
+  const std::int64_t rows = S * D, queries = kQueries * D, scores = S * kQueries;
+  constexpr std::int64_t alignments = 24 * 16;
+  return (backward ? 4 * rows + 6 * queries + 4 * scores : 2 * rows + 4 * queries + 2 * scores) + alignments;
 }
 
 // The maxima over the keys for one vector of queries, in four independent chains of instructions.
@@ -300,17 +354,23 @@ void attention_forward(AttentionHead<const void> head, AttentionShape shape, voi
                        float* lse, float* memory) {
   const std::int64_t S = shape.S, D = shape.D, D_cells = cells<Products>(D);
   const Number *from_k = static_cast<const Number*>(head.k), *from_v = static_cast<const Number*>(head.v);
+  [[maybe_unused]] const typename Products::Session session;
   Room room = {memory};
-  float *k = room.take(S * D_cells), *v = room.take(cells<Products>(S) * D);
-  float *q = room.take(kQueries * D_cells), *q_turned = room.take(kQueries * D_cells), *sum = room.take(kQueries * D);
+  float* k = room.take(whole<Products>(S) * D_cells);
+  float* v_along_rows = room.take(cells<Products>(S) * D);
+  const Rows v = {nullptr, v_along_rows, room.take(Products::kWhole > 1 ? D * cells<Products>(S) : 0)};
+  float *q = room.take(kQueries * D_cells), *q_turned = room.take(kQueries * D_cells);
+  float *sum = room.take(kQueries * D), *sum_turned = room.take(Products::kWhole > 1 ? kQueries * D : 0);
   const Scores scores = room.take_scores<Products>(S);
   const float unit = Products::kTogether == 1 ? 1.0f : 1 / shape.scale;  // see scaled
   lay_along_D<Products>(from_k, head.k_row, S, D, k);
-  lay_along_rows<Products>(from_v, head.v_row, S, D, v);
+  lay_along_rows<Products>(from_v, head.v_row, S, D, v.along_rows);
+  turn_rows<Products>(v, S, D);
   for (std::int64_t t = 0; t < shape.T; t += kQueries) {
-    const std::int64_t queries = shape.T - t < kQueries ? shape.T - t : kQueries, width = whole_vectors(queries);
+    const std::int64_t queries = shape.T - t < kQueries ? shape.T - t : kQueries;
+    const std::int64_t width = whole_vectors<Products>(queries);
     lay_along_D<Products>(static_cast<const Number*>(head.q) + t * head.q_row, head.q_row, queries, D, q);
-    transpose<Products>(q, queries, D_cells, shape.scale, q_turned);
+    transpose<Products>(q, D_cells, queries, D_cells, shape.scale, q_turned, kQueries);
     product<Products>({k, D_cells, 1}, S, q_turned, kQueries, D_cells, width, false, scores.numbers, kQueries);
     // What fills up the last pair gets the weight 0.
     for (std::int64_t i = 0; S % Products::kTogether && i < width; i += kLanes)
@@ -331,7 +391,7 @@ void attention_forward(AttentionHead<const void> head, AttentionShape shape, voi
       store(sums + i, total);
       store(most + i, maximum);
     }
-    product<Products>({scores.along_keys, 1, kQueries}, queries, v, D, cells<Products>(S), D, false, sum, D);
+    product_over_keys<Products>(scores, v, queries, S, D, sum_turned, sum);
     Number* to = static_cast<Number*>(out) + t * out_row;
     for (std::int64_t i = 0; i < queries; ++i) {
       const Float factor = broadcast(1 / sums[i]);
@@ -346,22 +406,26 @@ void attention_backward(AttentionHead<const void> head, AttentionShape shape, co
                         const float* lse, AttentionHead<void> to, float* memory) {
   const std::int64_t S = shape.S, D = shape.D, D_cells = cells<Products>(D);
   const Number *from_k = static_cast<const Number*>(head.k), *from_v = static_cast<const Number*>(head.v);
+  [[maybe_unused]] const typename Products::Session session;
   Room room = {memory};
-  const Rows k = room.take_rows<Products>(S, D);
-  float *v = room.take(S * D_cells), *dk = room.take(S * D), *dv = room.take(S * D);
-  const Rows q = room.take_rows<Products>(kQueries, D), g = room.take_rows<Products>(kQueries, D);
+  const Rows k = room.take_rows<Products>(S, D, true);
+  float* v = room.take(whole<Products>(S) * D_cells);
+  float *dk = room.take(whole<Products>(S) * D), *dv = room.take(whole<Products>(S) * D);
+  const Rows q = room.take_rows<Products>(kQueries, D, false), g = room.take_rows<Products>(kQueries, D, false);
   float *q_turned = room.take(kQueries * D_cells), *g_turned = room.take(kQueries * D_cells);
-  float* dq = room.take(kQueries * D);
+  float *dq = room.take(kQueries * D), *dq_turned = room.take(Products::kWhole > 1 ? kQueries * D : 0);
   const Scores weights = room.take_scores<Products>(S), slopes = room.take_scores<Products>(S);
   lay<Products>(from_k, head.k_row, S, D, k);
+  turn_rows<Products>(k, S, D);
   lay_along_D<Products>(from_v, head.v_row, S, D, v);
   for (std::int64_t t = 0; t < shape.T; t += kQueries) {
-    const std::int64_t queries = shape.T - t < kQueries ? shape.T - t : kQueries, width = whole_vectors(queries);
+    const std::int64_t queries = shape.T - t < kQueries ? shape.T - t : kQueries;
+    const std::int64_t width = whole_vectors<Products>(queries);
     lay<Products>(static_cast<const Number*>(head.q) + t * head.q_row, head.q_row, queries, D, q);
     lay<Products>(static_cast<const Number*>(grad) + t * grad_row, grad_row, queries, D, g);
-    transpose<Products>(q.along_D, queries, D_cells, shape.scale, q_turned);
+    transpose<Products>(q.along_D, D_cells, queries, D_cells, shape.scale, q_turned, kQueries);
     // The scale is applied here, so that the slopes of the scores have it for both products, with queries and keys.
-    transpose<Products>(g.along_D, queries, D_cells, shape.scale, g_turned);
+    transpose<Products>(g.along_D, D_cells, queries, D_cells, shape.scale, g_turned, kQueries);
     product<Products>({k.along_D, D_cells, 1}, S, q_turned, kQueries, D_cells, width, false, weights.numbers, kQueries);
     product<Products>({v, D_cells, 1}, S, g_turned, kQueries, D_cells, width, false, slopes.numbers, kQueries);
     // What fills up the last pair has neither a weight nor a slope.
@@ -392,10 +456,16 @@ void attention_backward(AttentionHead<const void> head, AttentionShape shape, co
         put_along_keys<Products>(slope, slopes, s, i);
       }
     }
+    // Nor has what fills up the last tile of queries.
+    for (std::int64_t i = width; i < Products::kWhole * Products::kTogether; i += kLanes)
+      for (std::int64_t s = 0; s < S; ++s) {
+        put_along_queries<Products>(broadcast(0.0f), weights, s, i);
+        put_along_queries<Products>(broadcast(0.0f), slopes, s, i);
+      }
     const std::int64_t depth = cells<Products>(queries), row = cells<Products>(kQueries);
     product<Products>({weights.along_queries, row, 1}, S, g.along_rows, D, depth, D, t > 0, dv, D);
     product<Products>({slopes.along_queries, row, 1}, S, q.along_rows, D, depth, D, t > 0, dk, D);
-    product<Products>({slopes.along_keys, 1, kQueries}, queries, k.along_rows, D, cells<Products>(S), D, false, dq, D);
+    product_over_keys<Products>(slopes, k, queries, S, D, dq_turned, dq);
     copy_rows(dq, D, queries, D, static_cast<Number*>(to.q) + t * to.q_row, to.q_row);
   }
   copy_rows(dk, D, S, D, static_cast<Number*>(to.k), to.k_row);

@@ -182,25 +182,27 @@ void add_layer_norm_backward(const Optional& grad_stream, const py::array& grad_
                                    pointer(narrow), of_affine);
 }
 
-void attention(const py::array& packed, const Optional& queries, bool dots, std::int64_t threads,
+void attention(const py::array& packed, const Optional& queries, const std::string& products, std::int64_t threads,
                const py::array& out, const py::array& lse) {
   const Array in = view("packed", packed), result = view("out", out), logs = view("lse", lse);
   const std::optional<Array> asking = view("queries", queries);
   const int workers = fastmae::check_threads(threads);
-  fastmae::check_attention(in, pointer(asking), dots, result, logs);
+  const fastmae::Multiply by = fastmae::check_products(products);
+  fastmae::check_attention(in, pointer(asking), by, result, logs);
   const py::gil_scoped_release release;
-  fastmae::attention(in, pointer(asking), dots, workers, result, logs);
+  fastmae::attention(in, pointer(asking), by, workers, result, logs);
 }
 
 void attention_backward(const py::array& grad, const py::array& packed, const Optional& queries, const py::array& lse,
-                        bool dots, std::int64_t threads, const py::array& grad_packed, const Optional& grad_queries) {
+                        const std::string& products, std::int64_t threads, const py::array& grad_packed, const Optional& grad_queries) {
   const Array of_out = view("grad", grad), in = view("packed", packed), logs = view("lse", lse);
   const Array result = view("grad_packed", grad_packed);
   const std::optional<Array> asking = view("queries", queries), of_asking = view("grad_queries", grad_queries);
   const int workers = fastmae::check_threads(threads);
-  fastmae::check_attention_backward(of_out, in, pointer(asking), logs, dots, result, pointer(of_asking));
+  const fastmae::Multiply by = fastmae::check_products(products);
+  fastmae::check_attention_backward(of_out, in, pointer(asking), logs, by, result, pointer(of_asking));
   const py::gil_scoped_release release;
-  fastmae::attention_backward(of_out, in, pointer(asking), logs, dots, workers, result, pointer(of_asking));
+  fastmae::attention_backward(of_out, in, pointer(asking), logs, by, workers, result, pointer(of_asking));
 }
 
 }  // namespace
@@ -237,12 +239,12 @@ PYBIND11_MODULE(_C, m) {
         arg("weight"), arg("mean"), arg("rstd"), arg("threads"), arg("grad_x"), arg("grad_branch"), arg("grad_affine"),
         "gradients, stream [..., D], weight [D], mean and rstd [...] -> grad_x, grad_branch [..., D], "
         "grad_affine float32 [2, D]");
-  m.def("attention", &attention, arg("packed"), arg("queries"), arg("dots"), arg("threads"), arg("out"), arg("lse"),
+  m.def("attention", &attention, arg("packed"), arg("queries"), arg("products"), arg("threads"), arg("out"), arg("lse"),
         "packed [N, S, 3H, D], or [N, S, 2H, D] with queries [N, T, H, D] -> out [N, T, H, D], lse float32 [N, H, T]");
   m.def("attention_backward", &attention_backward, arg("grad"), arg("packed"), arg("queries"), arg("lse"),
-        arg("dots"), arg("threads"), arg("grad_packed"), arg("grad_queries"),
+        arg("products"), arg("threads"), arg("grad_packed"), arg("grad_queries"),
         "grad [N, T, H, D] -> the gradients of what attention was given");
-  m.def("attention_dots", &fastmae::attention_dots, "Whether attention can take dots, which needs AVX512-BF16.");
+  m.def("attention_products", &fastmae::attention_products, "What attention of bfloat16 can multiply with here.");
   m.def("instruction_sets", &fastmae::instruction_sets, "Names of those that run here, the best one last.");
   m.def("instruction_set", [] { return fastmae::kernels().name; }, "The name of the one in use.");
   m.def("set_instruction_set", &fastmae::set_instruction_set, arg("name"), "Uses another one from now on.");

@@ -207,10 +207,14 @@ void check_heads(const Array& array, DType dtype, const char* axes) {
 }
 
 // `like` is [N, T, H, D]: the output or its gradient.
-void check_attended(const Array& packed, const Array* queries, const Array& lse, const Array& like, bool dots) {
+void check_attended(const Array& packed, const Array* queries, const Array& lse, const Array& like, Multiply by) {
   check_dtype(packed, {DType::kFloat32, DType::kBfloat16});
-  if (dots && packed.dtype != DType::kBfloat16) refuse("dots are for bfloat16, got packed of float32");
-  if (dots && !attention_dots()) refuse("dots need a processor with AVX512-BF16, and its instruction set in use");
+  const std::string name = kMultiplyNames[static_cast<int>(by)];
+  if (by != Multiply::kFloat32 && packed.dtype != DType::kBfloat16)
+    refuse("products by " + name + " are for bfloat16, got packed of float32");
+  if (!attention_kernels(packed.dtype, by))
+    refuse("products by " + name + " need a processor with " + (by == Multiply::kDots ? "AVX512-BF16" : "AMX") +
+           ", and its instruction set in use");
   check_heads(like, packed.dtype, "[N, T, H, D]");
   const std::int64_t N = like.shape[0], T = like.shape[1], H = like.shape[2], D = like.shape[3];
   if (T < 1 || H < 1) refuse(std::string(like.name) + " must have a token and a head, got shape " + shape_of(like));
@@ -251,6 +255,16 @@ const char* name_of(DType dtype) {
 int check_threads(std::int64_t threads) {
   if (threads < 1 || threads > 65536) refuse("threads must lie in [1, 65536], got " + std::to_string(threads));
   return static_cast<int>(threads);
+}
+
+Multiply check_products(const std::string& name) {
+  std::string known;
+  for (const Multiply by : {Multiply::kFloat32, Multiply::kDots, Multiply::kTiles, Multiply::kEmulatedTiles}) {
+    const std::string one = kMultiplyNames[static_cast<int>(by)];
+    if (name == one) return by;
+    known += (known.empty() ? "" : ", ") + one;
+  }
+  refuse("products must be one of " + known + ", got " + name);
 }
 
 void check_random_masking(const Array& draw_ids, const Array& ids_shuffle) {
@@ -430,16 +444,16 @@ void check_add_layer_norm_backward(const Array* grad_stream, const Array& grad_n
   check_output(*grad_branch, {grad_stream, &grad_normed, &stream, &weight, &mean, &rstd});
 }
 
-void check_attention(const Array& packed, const Array* queries, bool dots, const Array& out, const Array& lse) {
-  check_attended(packed, queries, lse, out, dots);
+void check_attention(const Array& packed, const Array* queries, Multiply by, const Array& out, const Array& lse) {
+  check_attended(packed, queries, lse, out, by);
   const Array& asking = queries ? *queries : packed;
   check_output(out, {&packed, &asking, &lse});
   check_output(lse, {&packed, &asking});
 }
 
 void check_attention_backward(const Array& grad, const Array& packed, const Array* queries, const Array& lse,
-                              bool dots, const Array& grad_packed, const Array* grad_queries) {
-  check_attended(packed, queries, lse, grad, dots);
+                              Multiply by, const Array& grad_packed, const Array* grad_queries) {
+  check_attended(packed, queries, lse, grad, by);
   if (!queries != !grad_queries) refuse("grad_queries must come with queries, and only with them");
   const Array& asking = queries ? *queries : packed;
   check_dtype(grad_packed, {packed.dtype});

@@ -19,6 +19,8 @@ const char* name_of(DType dtype);
 
 int check_threads(std::int64_t threads);
 
+Multiply check_products(const std::string& name);
+
 // One function per op, with the arguments of ops.h as they came. Ids and the grid are returned if the op needs them.
 struct Checked {
   Ids ids;
@@ -44,8 +46,8 @@ void check_add_layer_norm(const Array& x, const Array& branch, const Array& weig
 void check_add_layer_norm_backward(const Array* grad_stream, const Array& grad_normed, const Array& stream,
                                    const Array& weight, const Array& mean, const Array& rstd, const Array& grad_x,
                                    const Array* grad_branch, const Array& grad_affine);
-void check_attention(const Array& packed, const Array* queries, bool dots, const Array& out, const Array& lse);
+void check_attention(const Array& packed, const Array* queries, Multiply by, const Array& out, const Array& lse);
 void check_attention_backward(const Array& grad, const Array& packed, const Array* queries, const Array& lse,
-                              bool dots, const Array& grad_packed, const Array* grad_queries);
+                              Multiply by, const Array& grad_packed, const Array* grad_queries);
 
 }  // namespace fastmae

@@ -11,11 +11,12 @@ namespace fastmae {
 // The loops in use: the best ones, until set_instruction_set is called.
 const Kernels& kernels();
 
-// For float32 or bfloat16; dots only if attention_dots().
-const AttentionKernels& attention_kernels(DType dtype, bool dots);
+// For float32 or bfloat16; null if this processor, or the loops in use, cannot multiply so.
+const AttentionKernels* attention_kernels(DType dtype, Multiply by);
 
-// Whether the loops in use can multiply bfloat16 by the processor's dot products (AVX512-BF16).
-bool attention_dots();
+// The names of what attention of bfloat16 can multiply with here. On a processor with AMX it asks the kernel for the
+// permission to use tiles, for this process and its children.
+std::vector<std::string> attention_products();
 
 // Names of the instruction sets that this processor has and this build knows, the best one last.
 std::vector<std::string> instruction_sets();

@@ -121,6 +121,14 @@ struct AttentionKernels {
                    const float* lse, AttentionHead<void> gradients, float* room);
 };
 
+// What multiplies in attention of bfloat16: float32 arithmetic, the processor's dot products (AVX512-BF16), its tiles
+// (AMX), or emulated tiles, with which those are tested on any processor.
+enum class Multiply { kFloat32, kDots, kTiles, kEmulatedTiles };
+constexpr const char* kMultiplyNames[] = {"float32", "dot", "amx", "amx-emulated"};
+
+// Throws std::logic_error for emulated tiles that a processor would not take; see tiles.h.
+[[noreturn]] void tile_fault(const char* what);
+
 // What an instruction set has for each type of numbers.
 struct AttentionLoops {
   AttentionKernels float32, bfloat16;

@@ -49,12 +49,12 @@ void add_layer_norm_backward(const Array* grad_stream, const Array& grad_normed,
                              const Array& grad_x, const Array* grad_branch, const Array& grad_affine);
 
 // packed [N, S, 3·H, D], or queries [N, T, H, D] and packed [N, S, 2·H, D] → out [N, T, H, D], lse float32 [N, H, T]. All
-// others are float32, or all are bfloat16; dots multiplies bfloat16 by the processor's dot products. The one op whose
-// bits depend on the instruction set.
-void attention(const Array& packed, const Array* queries, bool dots, int threads, const Array& out, const Array& lse);
+// others are float32, or all are bfloat16; bfloat16 may be multiplied in several ways. The one op whose bits depend on
+// the instruction set.
+void attention(const Array& packed, const Array* queries, Multiply by, int threads, const Array& out, const Array& lse);
 
 // grad [N, T, H, D], and the inputs and outputs of attention → the gradients of packed and of queries.
-void attention_backward(const Array& grad, const Array& packed, const Array* queries, const Array& lse, bool dots,
+void attention_backward(const Array& grad, const Array& packed, const Array* queries, const Array& lse, Multiply by,
                         int threads, const Array& grad_packed, const Array* grad_queries);
 
 }  // namespace fastmae

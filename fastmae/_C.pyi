@@ -82,14 +82,16 @@ def add_layer_norm_backward(
     grad_branch: _Array | None,
     grad_affine: _Array,
 ) -> None: ...
-def attention_dots() -> bool: ...
-def attention(packed: _Array, queries: _Array | None, dots: bool, threads: int, out: _Array, lse: _Array) -> None: ...
+def attention_products() -> list[str]: ...
+def attention(
+    packed: _Array, queries: _Array | None, products: str, threads: int, out: _Array, lse: _Array
+) -> None: ...
 def attention_backward(
     grad: _Array,
     packed: _Array,
     queries: _Array | None,
     lse: _Array,
-    dots: bool,
+    products: str,
     threads: int,
     grad_packed: _Array,
     grad_queries: _Array | None,

@@ -98,15 +98,15 @@ class TrainingConfig(ImagesConfig):
     ops: Literal["auto", "triton", "cpu", "reference"] = "auto"
     """Which code masks, gathers and assembles patches and computes the loss: Triton kernels for a GPU, C++ for a CPU
     (cpu), or the plain PyTorch that defines the results (reference). auto is the code made for the device."""
-    attention: Literal["auto", "sdpa", "cudnn", "flash", "xformers", "triton", "sdpa-float32", "cpu", "cpu-dot"] = (
-        "auto"
-    )
+    attention: Literal[
+        "auto", "sdpa", "cudnn", "flash", "xformers", "triton", "sdpa-float32", "cpu", "cpu-dot", "cpu-amx"
+    ] = "auto"
     """Which code computes attention. sdpa is PyTorch's own choice, cudnn and flash are two of its kernels; xformers and
     triton are for a GPU (experimental: they have not run on a GPU yet). For a CPU: cpu is C++ for float32 and bf16,
-    cpu-dot the same with the processor's dot products of bf16 (AVX512-BF16), sdpa-float32 PyTorch's own in float32 for
-    bf16. auto is, on a CPU, what was measured to be fastest when the run began; on a GPU what the table of
-    `fastmae bench attention --write` says is fastest, without it triton where that is predicted to be faster (A100,
-    H100, H200, B200); otherwise sdpa."""
+    cpu-dot and cpu-amx the same with the processor's dot products (AVX512-BF16) or tiles (AMX, experimental: it has not
+    run on such a processor yet) of bf16, sdpa-float32 PyTorch's own in float32 for bf16. auto is, on a CPU, what was
+    measured to be fastest when the run began; on a GPU what the table of `fastmae bench attention --write` says is
+    fastest, without it triton where that is predicted to be faster (A100, H100, H200, B200); otherwise sdpa."""
     cuda_graph: bool = False
     """Run the forward and the backward pass as one CUDA graph, without Python between its kernels. For one rank on a
     GPU (experimental: it has not run on a GPU yet)."""

@@ -1,4 +1,4 @@
-"""attention: softmax(q·kᵀ/√Dh)·v for short sequences, directly from the packed projection, in one of eight ways.
+"""attention: softmax(q·kᵀ/√Dh)·v for short sequences, directly from the packed projection, in one of nine ways.
 
 ``attention_backend`` chooses one: what fastmae/ops/backends.py asks for; with ``auto``, the process's choice on a CPU,
 and on a GPU the winner of a table of measurements (attention_table.py) or of a prediction. torch's own attention is
@@ -38,7 +38,10 @@ CPU_DTYPES = {
     "sdpa-float32": (torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
     "cpu-dot": (torch.bfloat16,),
+    "cpu-amx": (torch.bfloat16,),
 }
+# What multiplies in C++; see fastmae/ops/cpu.py.
+CPU_PRODUCTS = {"cpu": "float32", "cpu-dot": "dot", "cpu-amx": "amx"}
 
 CPU = torch.device("cpu")
 NEAREST = 1.25  # a measurement at S tokens holds for sequences up to so many times longer or shorter
@@ -182,8 +185,10 @@ def unmet_requirement(name: str, device: torch.device, dtype: torch.dtype, S: in
             return f"a CPU, got {device.type}"
         if dtype not in CPU_DTYPES[name]:
             return f"{' or '.join(map(dtype_name, CPU_DTYPES[name]))}, got {dtype_name(dtype)}"
-        if name == "cpu-dot" and not _has_dots():
+        if name == "cpu-dot" and not _multiplies_by("dot"):
             return "a processor with AVX512-BF16, got one without"
+        if name == "cpu-amx" and not _multiplies_by("amx"):
+            return "a processor with AMX that the kernel grants and that agrees with float32, got none"
         if name == "sdpa-float32":
             return None
         if head_dim % 16 or head_dim > 128:
@@ -231,9 +236,9 @@ def cpu_candidates(dtype: torch.dtype, S: int, T: int, head_dim: int) -> tuple[s
 
 
 @constant_when_compiled
-def _has_dots() -> bool:
-    """Tells whether the processor has dot products of bfloat16; a constant to torch.compile, which cannot trace C++."""
-    return _C.attention_dots()
+def _multiplies_by(products: str) -> bool:
+    """Tells whether this processor can multiply bfloat16 so; a constant to torch.compile, which cannot trace C++."""
+    return products in _C.attention_products() and (products != "amx" or cpu.agrees_with_float32(products))
 
 
 @constant_when_compiled
@@ -260,7 +265,7 @@ def _attention(packed: torch.Tensor, queries: torch.Tensor | None, backend: str)
     The backward pass of the same backend computes the softmax again from the log-sum-exp.
     """
     if backend.startswith("cpu"):
-        return cpu.attention(*_for_cpp(packed, queries), dots=backend == "cpu-dot")
+        return cpu.attention(*_for_cpp(packed, queries), CPU_PRODUCTS[backend])
     q, k, v = (_dense_heads(x) for x in _unpack(packed, queries))
     if backend == "triton":
         from fastmae.kernels.attention import attention_forward_triton
@@ -292,8 +297,8 @@ def _attention_backward(
     """
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in _present(packed, queries)]
     if backend.startswith("cpu"):
-        dots = backend == "cpu-dot"
-        cpu.attention_backward(_dense_heads(grad), *_for_cpp(packed, queries), lse, *_for_cpp(*gradients), dots=dots)
+        arguments = _dense_heads(grad), *_for_cpp(packed, queries), lse, *_for_cpp(*gradients)
+        cpu.attention_backward(*arguments, CPU_PRODUCTS[backend])
         return gradients
     q, k, v = (_dense_heads(x) for x in _unpack(packed, queries))
     # Views of the gradients, so that what is written to them lands in the packed layout.

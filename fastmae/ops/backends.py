@@ -17,7 +17,7 @@ from fastmae.ops.choices import CANDIDATES, TORCHS_OWN, Choices, Table, at_shape
 from fastmae.torch_compat import constant_when_compiled, is_exporting
 
 OPS = ("auto", "triton", "cpu", "reference")
-ATTENTION = ("auto", "sdpa", "cudnn", "flash", "xformers", "triton", "sdpa-float32", "cpu", "cpu-dot")
+ATTENTION = ("auto", "sdpa", "cudnn", "flash", "xformers", "triton", "sdpa-float32", "cpu", "cpu-dot", "cpu-amx")
 # Names of version 0.1, which its run folders hold.
 OLD_NAMES = {"native": "cpu"}
 
@@ -33,8 +33,8 @@ class Backends:
     """``triton`` (a CUDA device), ``cpu`` (C++ on a CPU), ``reference`` (the PyTorch that defines the ops)."""
     attention: str = "auto"
     """``sdpa`` (torch chooses), ``cudnn`` and ``flash`` (of torch's), ``xformers``, ``triton``; on a CPU also ``cpu``
-    (C++), ``cpu-dot`` (C++ with the processor's dot products of bfloat16) and ``sdpa-float32`` (torch's in float32 for
-    what is bfloat16 or float16)."""
+    (C++), ``cpu-dot`` and ``cpu-amx`` (C++ with the processor's dot products or tiles of bfloat16) and ``sdpa-float32``
+    (torch's in float32 for what is bfloat16 or float16)."""
     choices: Choices = TORCHS_OWN
     """What ``auto`` takes on a CPU for each product, attention and other call: torch's own, unless it was measured."""
     check_ids: bool = False

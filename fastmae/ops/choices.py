@@ -22,7 +22,7 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "linear_forward": ("torch", "onednn", "float32"),
     "linear_input": ("torch", "onednn", "float32"),
     "linear_weight": ("torch", "onednn", "onednn-copy", "float32"),
-    "attention": ("sdpa", "sdpa-float32", "cpu", "cpu-dot"),
+    "attention": ("sdpa", "sdpa-float32", "cpu", "cpu-dot", "cpu-amx"),
     "add_layer_norm": ("torch", "cpu"),
     "gelu": ("torch", "cpu"),
 }

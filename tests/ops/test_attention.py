@@ -16,10 +16,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastmae import _C
 from fastmae.model.vit import Attention
-from fastmae.ops.attention import NOT_MEASURED, attention, attention_backend, attention_reference, cpu_candidates
+from fastmae.ops import cpu
+from fastmae.ops.attention import (
+    CPU_PRODUCTS,
+    NOT_MEASURED,
+    attention,
+    attention_backend,
+    attention_reference,
+    cpu_candidates,
+)
 from fastmae.ops.attention_table import SHIPPED_TABLE, read_table, user_table, write_table
 from fastmae.ops.backends import using
 from fastmae.ops.choices import OF_0_1, Choices
+from fastmae.ops.tuning import Call, measure
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 PREDICTED = f"predicted, {NOT_MEASURED}"
@@ -178,7 +187,7 @@ def test_every_way_for_a_cpu_compiles_as_one_graph_in_bfloat16(name):
 
 
 def test_candidates_are_the_ways_that_can_run():
-    dots = ("cpu-dot",) * _C.attention_dots()
+    dots = tuple(name for name in ("cpu-dot", "cpu-amx") if CPU_PRODUCTS[name] in _C.attention_products())
     assert cpu_candidates(torch.float32, 50, 50, 64) == ("sdpa", "cpu")
     assert cpu_candidates(torch.bfloat16, 197, 147, 32) == ("sdpa", "sdpa-float32", "cpu", *dots)
     assert cpu_candidates(torch.bfloat16, 50, 50, 24) == ("sdpa", "sdpa-float32")
@@ -549,6 +558,52 @@ def test_dot_products_and_float32_are_for_what_can_use_them(monkeypatch):
         chosen(50, 64, torch.float32, CPU)
     with using(attention="sdpa-float32"), pytest.raises(ValueError, match="'sdpa-float32' needs a CPU, got cuda"):
         chosen(50, 64, torch.bfloat16, CUDA)
-    monkeypatch.setattr(_C, "attention_dots", lambda: False)
+    monkeypatch.setattr(_C, "attention_products", lambda: ["float32"])
     with using(attention="cpu-dot"), pytest.raises(ValueError, match="needs a processor with AVX512-BF16, got one"):
+        chosen(50, 64, torch.bfloat16, CPU)
+    with using(attention="cpu-amx"), pytest.raises(ValueError, match="with AMX that the kernel grants and that agrees"):
+        chosen(50, 64, torch.bfloat16, CPU)
+
+
+@pytest.fixture
+def amx(monkeypatch):
+    """A processor with AMX, but for the emulated tiles that multiply in it."""
+    products, real = _C.attention_products(), {name: getattr(_C, name) for name in ("attention", "attention_backward")}
+    monkeypatch.setattr(_C, "attention_products", lambda: [*products, "amx"])
+    for name, function in real.items():
+        monkeypatch.setattr(_C, name, lambda *a, f=function: f(*("amx-emulated" if x is AMX else x for x in a)))
+    cpu.agrees_with_float32.cache_clear()
+    yield monkeypatch
+    cpu.agrees_with_float32.cache_clear()
+
+
+AMX = CPU_PRODUCTS["cpu-amx"]
+
+
+def test_tiles_are_a_candidate_of_their_own_where_the_processor_has_them(amx):
+    assert cpu_candidates(torch.bfloat16, 50, 50, 64)[-1] == "cpu-amx"
+    assert "cpu-amx" not in cpu_candidates(torch.float32, 50, 50, 64)
+    call = Call("attention", (13, 5, 32), images=2, heads=2)
+    assert measure([call], torch.bfloat16, seconds=60).entries[0].taken in cpu_candidates(torch.bfloat16, 13, 5, 32)
+    with using(choices=Choices.always("bfloat16", attention="cpu-amx")):
+        assert chosen(13, 32, torch.bfloat16, CPU)[0] == "cpu-amx"
+        assert_as_good_as_torch(*cpp_sample(torch.bfloat16, S=13, T=5, D=32))
+
+
+@pytest.mark.parametrize("pass_", ["attention", "attention_backward"])
+def test_tiles_that_multiply_wrongly_are_told_and_not_used(amx, caplog, pass_):
+    right = getattr(_C, pass_)
+
+    def wrong(*arguments):
+        right(*arguments)
+        if any(x is AMX for x in arguments):
+            arguments[-2][0, -1] = 0  # one token of the output, or of the gradient of packed
+
+    amx.setattr(_C, pass_, wrong)
+    for _ in range(2):
+        assert "cpu-amx" not in cpu_candidates(torch.bfloat16, 50, 50, 64)
+    assert [record.message for record in caplog.records] == [
+        "attention by amx gives wrong numbers on this machine, so it is not used: please report it"
+    ]
+    with using(attention="cpu-amx"), pytest.raises(ValueError, match="that agrees with float32, got none"):
         chosen(50, 64, torch.bfloat16, CPU)

@@ -65,18 +65,19 @@ def loops(request):
     _C.set_instruction_set(before)
 
 
-# (instruction set, dtype, whether by dot products) of attention.
-NUMBERS = [(name, dtype, False) for name in SETS for dtype in (torch.float32, torch.bfloat16)]
-NUMBERS += [(SETS[-1], torch.bfloat16, True)] if _C.attention_dots() else []
+# (instruction set, dtype, what multiplies) of attention. The tiles of AMX are emulated with vectors of every length.
+NUMBERS = [(name, dtype, "float32") for name in SETS for dtype in (torch.float32, torch.bfloat16)]
+NUMBERS += [(SETS[-1], torch.bfloat16, by) for by in _C.attention_products() if by != "float32"]
+NUMBERS += [(SETS[0], torch.bfloat16, "amx-emulated")] if len(SETS) > 1 else []
 
 
-@pytest.fixture(params=NUMBERS, ids=lambda it: f"{it[0]}-{str(it[1])[6:]}{'-dots' * it[2]}")
+@pytest.fixture(params=NUMBERS, ids=lambda it: f"{it[0]}-{str(it[1])[6:]}-{it[2]}")
 def numbers(request):
-    """(dtype, dots), with the instruction set in use."""
-    name, dtype, dots = request.param
+    """(dtype, what multiplies), with the instruction set in use."""
+    name, dtype, products = request.param
     before = _C.instruction_set()
     _C.set_instruction_set(name)
-    yield dtype, dots
+    yield dtype, products
     _C.set_instruction_set(before)
 
 
@@ -356,11 +357,11 @@ def draw_attention(N, S, H, D, T, dtype=torch.float32, scale=1.0):
     return packed.to(dtype), queries, torch.randn(N, T or S, H, D, generator=generator).to(dtype)
 
 
-def attention_results(packed, queries, grad, dots=False):
+def attention_results(packed, queries, grad, products="float32"):
     """The output and the gradients of what is there."""
-    out, lse = cpu.attention(packed, queries, dots)
+    out, lse = cpu.attention(packed, queries, products)
     gradients = [None if x is None else torch.empty(x.shape, dtype=x.dtype) for x in (packed, queries)]
-    cpu.attention_backward(grad, packed, queries, lse, *gradients, dots)
+    cpu.attention_backward(grad, packed, queries, lse, *gradients, products)
     return [x for x in (out, *gradients) if x is not None]
 
 
@@ -376,9 +377,9 @@ def attention_in(dtype, packed, queries, grad):
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
 
-def assert_attention_as_good_as_torch(packed, queries, grad, dots=False):
+def assert_attention_as_good_as_torch(packed, queries, grad, products="float32"):
     arguments = packed, queries, grad
-    results = attention_results(*arguments, dots)
+    results = attention_results(*arguments, products)
     for got, same_dtype, truth in zip(
         results, attention_in(packed.dtype, *arguments), attention_in(torch.float64, *arguments), strict=True
     ):
@@ -395,8 +396,8 @@ def assert_attention_as_good_as_torch(packed, queries, grad, dots=False):
 
 @pytest.mark.parametrize("shape", ATTENTIONS)
 def test_attention(numbers, shape):
-    dtype, dots = numbers
-    assert_attention_as_good_as_torch(*draw_attention(*shape, dtype), dots)
+    dtype, products = numbers
+    assert_attention_as_good_as_torch(*draw_attention(*shape, dtype), products)
 
 
 def test_attention_of_bfloat16_is_that_of_float32_rounded(loops):
@@ -411,9 +412,9 @@ def test_attention_of_bfloat16_is_that_of_float32_rounded(loops):
 
 @pytest.mark.parametrize("T", [None, 9])
 def test_strides_do_not_matter_to_attention_between_heads(numbers, T):
-    dtype, dots = numbers
+    dtype, products = numbers
     packed, queries, grad = draw_attention(2, 7, 3, 16, T, dtype)
-    wanted = attention_results(packed, queries, grad, dots)
+    wanted = attention_results(packed, queries, grad, products)
 
     def turned(x):
         return x if x is None else x.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
@@ -422,7 +423,7 @@ def test_strides_do_not_matter_to_attention_between_heads(numbers, T):
         return x if x is None else torch.nn.functional.pad(x, (3, 5, 1, 1))[:, :, 1:-1, 3:-5]
 
     for laid in (turned, gaps):
-        got = attention_results(laid(packed), laid(queries), laid(grad), dots)
+        got = attention_results(laid(packed), laid(queries), laid(grad), products)
         assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
 
 
@@ -439,38 +440,58 @@ def test_the_exponential_is_that_of_float64(loops):
 
 
 def test_large_scores_do_not_overflow(numbers):
-    dtype, dots = numbers
+    dtype, products = numbers
     packed, queries, grad = draw_attention(1, 50, 2, 32, 20, dtype, scale=45.0)
     scores = attention_reference(packed.unflatten(2, (2, 2)), queries * 1e-9)
     assert (queries.flatten(1).abs().amax() * packed.abs().amax() * 32**0.5 > 1e4).all()
     assert scores.isfinite().all()
-    assert_attention_as_good_as_torch(packed, queries, grad, dots)
+    assert_attention_as_good_as_torch(packed, queries, grad, products)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", range(4))
 def test_what_is_not_finite_comes_through_as_in_torch(numbers, where, bad):
     """In a query, a key, a value, or the gradient; in one head of one image only."""
-    dtype, dots = numbers
+    dtype, products = numbers
     packed, _, grad = draw_attention(2, 19, 2, 16, None, dtype)
     if where < 3:
         packed[1, 5, 2 * where + 1, 3] = bad
     else:
         grad[1, 5, 1, 3] = bad
     wanted = attention_in(torch.float32, packed, None, grad)
-    for got, one in zip(attention_results(packed, None, grad, dots), wanted, strict=True):
+    for got, one in zip(attention_results(packed, None, grad, products), wanted, strict=True):
         assert torch.equal(got.isfinite(), one.isfinite())
+
+
+# One more or less than a tile of 16 rows or 32 numbers, in keys, queries and heads.
+ENDS = [(15, 48, 17), (16, 112, 16), (31, 96, 33), (32, 16, 32), (33, 64, 31), (49, 80, 65), (3, 32, 1), (1, 128, 47)]
+
+
+@pytest.mark.parametrize(("S", "D", "T"), ENDS)
+def test_tiles_are_right_at_their_ends(S, D, T):
+    assert_attention_as_good_as_torch(*draw_attention(1, S, 2, D, T, torch.bfloat16), "amx-emulated")
+
+
+@pytest.mark.parametrize("shape", [(2, 19, 2, 48, None), (1, 33, 2, 32, 5)])
+def test_what_lay_in_memory_before_does_not_matter_to_attention(numbers, shape):
+    """A call that leaves NaN in all memory of a thread, its tiles too, comes between two calls with the same bits."""
+    dtype, products = numbers
+    arguments = draw_attention(*shape, dtype)
+    wanted = attention_results(*arguments, products)
+    attention_results(*(x if x is None else torch.full_like(x, float("nan")) for x in arguments), products)
+    for got, one in zip(attention_results(*arguments, products), wanted, strict=True):
+        assert torch.equal(got, one)
 
 
 @pytest.mark.parametrize("T", [None, 70])
 def test_the_bits_of_attention_do_not_depend_on_threads(numbers, threads, T):
-    dtype, dots = numbers
+    dtype, products = numbers
     arguments = draw_attention(8, 50, 4, 32, T, dtype)
     threads(1)
-    wanted = attention_results(*arguments, dots)
+    wanted = attention_results(*arguments, products)
     for count in (1, 2, 3, 5):
         threads(count)
-        assert all(torch.equal(a, b) for a, b in zip(attention_results(*arguments, dots), wanted, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(attention_results(*arguments, products), wanted, strict=True))
 
 
 @pytest.mark.parametrize("dtype", PIXELS)
@@ -582,13 +603,14 @@ def test_no_images_give_empty_results(loops):
         cpu.masked_mse(patches, images, ids, (4, 4), mean, std, True, EPS)
 
 
-def test_dots_without_them_are_refused():
+@pytest.mark.parametrize(("products", "what"), [("dot", "AVX512-BF16"), ("amx", "AMX")])
+def test_products_that_the_loops_in_use_lack_are_refused(products, what):
     packed = torch.zeros(1, 5, 6, 16, dtype=torch.bfloat16)
     before = _C.instruction_set()
     _C.set_instruction_set("baseline")
     try:
-        with pytest.raises(ValueError, match="dots need a processor with AVX512-BF16"):
-            cpu.attention(packed, None, dots=True)
+        with pytest.raises(ValueError, match=f"products by {products} need a processor with {what}, and"):
+            cpu.attention(packed, None, products)
     finally:
         _C.set_instruction_set(before)
 
@@ -740,12 +762,12 @@ def _wrong():
     asking, logs = np.zeros((2, 3, 2, 16), np.float32), np.zeros((2, 2, 3), np.float32)
     attended = asking.copy()
 
-    def attend(packed=pairs, queries=asking, out=attended, lse=logs, dots=False):
-        return lambda: _C.attention(packed, queries, dots, 1, out, lse)
+    def attend(packed=pairs, queries=asking, out=attended, lse=logs, products="float32"):
+        return lambda: _C.attention(packed, queries, products, 1, out, lse)
 
-    def attend_back(grad=attended, packed=pairs, queries=asking, lse=logs, dots=False, **gradients):
+    def attend_back(grad=attended, packed=pairs, queries=asking, lse=logs, products="float32", **gradients):
         gradients = {"grad_packed": pairs.copy(), "grad_queries": asking.copy(), **gradients}
-        return lambda: _C.attention_backward(grad, packed, queries, lse, dots, 1, **gradients)
+        return lambda: _C.attention_backward(grad, packed, queries, lse, products, 1, **gradients)
 
     bits = pairs.astype(np.uint16), asking.astype(np.uint16)
 
@@ -833,8 +855,12 @@ def _wrong():
             r"packed must be float32, bfloat16 \(as uint16\), got float16",
             attend(pairs.astype(np.float16)),
         ),
-        "dots of float32": ("dots are for bfloat16, got packed of float32", attend(dots=True)),
-        "gradients by dots of float32": ("dots are for bfloat16", attend_back(dots=True)),
+        "dots of float32": ("products by dot are for bfloat16, got packed of float32", attend(products="dot")),
+        "gradients by tiles of float32": ("products by amx are for bfloat16", attend_back(products="amx")),
+        "unknown products": (
+            "products must be one of float32, dot, amx, amx-emulated, got gpu",
+            attend(products="gpu"),
+        ),
         "queries of another dtype": (
             r"queries must be bfloat16 \(as uint16\), got float32",
             attend(bits[0], out=bits[1]),

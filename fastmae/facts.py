@@ -43,8 +43,8 @@ class ReadAs:
     """Of a file with several pages: the first alone, each as an image, or all as the channels of one image."""
     layout: Literal["auto", "hwc", "chw"] = "auto"
     """The order of the axes of an image in an array."""
-    window: tuple[float, float] | Literal["file"] | None = None
-    """The (center, width) of the numbers of a DICOM that become [0, 1], or those that it states. None: all numbers."""
+    window: tuple[Literal["file"] | float, ...] | None = None
+    """The (center, width) of the numbers of a DICOM that become 0 to 1; ("file",) for those that it states."""
     root: str | None = None
     """The folder that the relative paths of a list are relative to. None: that of the list."""
     image_key: str | None = None

@@ -36,6 +36,15 @@ class ImagesConfig:
     """A value that marks missing pixels. They count in no mean, deviation or range, the encoder sees the mean in their
     place, and a patch that has any is never a target. NaN in float32 images is always such a value. Default: as in the
     checkpoint; without one none."""
+    bands: tuple[int, ...] | None = None
+    """Which bands of each image become the channels, numbered from 1, in this order: 4 3 2 8. Default: as in the
+    checkpoint; without one all of them."""
+    pages: Literal["first", "all", "channels"] | None = None
+    """Of a TIFF or DICOM of several pages or frames: the first alone, each as an image, or all of them as the channels
+    of one image. Default: as in the checkpoint; without one first."""
+    window: tuple[Literal["file"] | float, ...] | None = None
+    """CENTER WIDTH of the numbers of a DICOM that become 0 to 1, or file for the window that each states. Default: as
+    in the checkpoint; without one no number is cut off."""
     root: str | None = None
     """The folder that the relative paths of a list (.txt, .csv, .tsv, .jsonl) are relative to. Default: as in the
     checkpoint; without one the folder of the list."""
@@ -95,6 +104,11 @@ def check_images(config: ImagesConfig) -> None:
         are_pairs = len(numbers) > 0 and len(numbers) % 2 == 0 and not any(isinstance(value, str) for value in numbers)
         rises = are_pairs and all(low < high for low, high in zip(numbers[::2], numbers[1::2], strict=True))  # type: ignore[operator]
         need(config, rises, "value_range", "LOW HIGH with LOW below HIGH, such a pair for each channel, dtype or auto")
+    if config.bands is not None:
+        need(config, len(config.bands) > 0 and min(config.bands) >= 1, "bands", "numbers of bands, from 1")
+    if config.window is not None and config.window != ("file",):
+        is_pair = len(config.window) == 2 and not any(isinstance(value, str) for value in config.window)
+        need(config, is_pair and float(config.window[1]) > 0, "window", "CENTER WIDTH with WIDTH above 0, or file")
     largest = LARGEST_WHOLE.get(config.pixel_type or "")
     if config.nodata is not None and largest is not None:
         fits = 0 <= config.nodata <= largest and config.nodata.is_integer()

@@ -22,6 +22,7 @@ import numpy as np
 from fastmae.data.arrays import ArraySource
 from fastmae.data.images import FolderSource
 from fastmae.data.index import Names
+from fastmae.data.pages import PagedSource
 from fastmae.data.parquet import ParquetSource
 from fastmae.data.shards import TarSource
 from fastmae.data.sources import Concat, Source, Subset
@@ -102,6 +103,10 @@ def _things(source: Source) -> Things:
             names, contents = _things(source.source)
             chosen = _hash([np.ascontiguousarray(source.indices, "<i8").data])
             return [*names, "the choice of images"], {**contents, len(names): chosen}
+        case PagedSource():
+            names, contents = _things(source.files)
+            counts = _hash([np.ascontiguousarray(source.starts, "<i8").data])
+            return [*names, "the pages"], {**contents, len(names): counts}
         case FolderSource():
             return _relative(source.paths), _sizes(source.paths)
         case TarSource():

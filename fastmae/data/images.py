@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image
@@ -89,16 +89,26 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def open(self, index: int) -> BinaryIO:
+        """Opens an image file of any size, to be read by position.
+
+        Raises:
+            OSError: the file is gone, unreadable, or not a regular file.
+        """
+        file = open(self.paths[index], "rb", opener=_open_at_once)  # noqa: SIM115  # the caller closes it
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise OSError("not a file")
+        return file
+
     def read(self, index: int) -> bytes:
         """Returns the bytes of an image file.
 
         Raises:
             OSError: the file is gone, unreadable, not a regular file, or too large for an image.
         """
-        with open(self.paths[index], "rb", opener=_open_at_once) as file:
+        with self.open(index) as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError("not a file")
             if status.st_size > MAX_FILE_BYTES:
                 raise OSError(f"{status.st_size} bytes, over the limit of {MAX_FILE_BYTES}")
             if status.st_size > LARGE_FILE:

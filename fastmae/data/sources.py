@@ -19,6 +19,7 @@ from fastmae.data.arrays import UNREADABLE, ArraySource, Split, open_array
 from fastmae.data.folders import open_files, open_folder
 from fastmae.data.images import FolderSource, begins_as_an_image
 from fastmae.data.lists import LIST_SUFFIXES, open_list
+from fastmae.data.pages import PagedSource, by_page
 from fastmae.data.plan import Shards, describe_order, holdout
 from fastmae.data.shards import expand_braces, refuse_compressed
 from fastmae.data.stock import EXAMPLES, RUN_LINES, LeftOut, Stock, count_of, joined
@@ -235,8 +236,23 @@ def train_and_val(data_path: str | Sequence[str], read_as: ReadAs = AS_STORED) -
     train, val = open_train(data_path, read_as), open_val(data_path, read_as)
     if val is not None:
         return train, val
-    train_indices, val_indices = holdout(len(train))
+    train_indices, val_indices = _held_out(train)
     return Subset(train, train_indices), Subset(train, val_indices, Stock())
+
+
+def _held_out(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the samples to train on, and those that are held out; pages of one file are held out together."""
+    parts = source.parts if isinstance(source, Concat) else (source,)
+    if not any(isinstance(part, PagedSource) for part in parts):
+        return holdout(len(source))
+    files = [np.diff(part.starts) if isinstance(part, PagedSource) else np.ones(len(part), np.int64) for part in parts]
+    pages = np.concatenate(files)
+    if len(pages) == 1:  # one file, whose pages are all there is
+        return holdout(len(source))
+    is_held = np.zeros(len(pages), bool)
+    is_held[holdout(len(pages))[1]] = True
+    held = np.repeat(is_held, pages)
+    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def scored_parts(data_path: str | Sequence[str], read_as: ReadAs = AS_STORED) -> tuple[Source, Source]:
@@ -395,7 +411,12 @@ def _open(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
             raise SettingError("data_path", data_path, "no such file or folder; give an existing one, or `digits`")
         if not path.is_dir() and not path.is_file():
             raise SettingError("data_path", data_path, "a pipe or a device; give a file or a folder")
-        return open_folder(path, split) if path.is_dir() else _open_file(path, split, read_as)
+        found = open_folder(path, split) if path.is_dir() else _open_file(path, split, read_as)
+        return (
+            by_page(found, read_as)
+            if found is not None and found.kind == "folder" and read_as.pages == "all"
+            else found
+        )
     except UNREADABLE as error:
         reason = in_one_line(" ".join(str(error).split()), 400)
         raise SettingError("data_path", data_path, f"cannot be read ({reason}); check or replace the file") from error

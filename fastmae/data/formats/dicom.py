@@ -295,15 +295,14 @@ def _in_units(dataset: Any, number: int, stored: np.ndarray) -> np.ndarray:
 
 def _windowed(dataset: Any, units: np.ndarray, read_as: ReadAs, apply: Any, is_inverted: bool) -> np.ndarray:
     """Returns float32 in [0, 1]: where numbers lie within a window, by DICOM's rule (PS3.3 C.11.2.1.2)."""
-    if read_as.window == "file":
+    if read_as.window == ("file",):
         if "WindowCenter" not in dataset and not dataset.get("VOILUTSequence"):
             raise BadImageError("a DICOM that states no window; give --window CENTER WIDTH")
         slope, intercept = _rescale(dataset, 0)
         low, high = (limit * slope + intercept for limit in _limits(dataset, int(dataset.BitsStored)))
         shown = (apply(units, dataset) - low) / (high - low)
     else:
-        assert read_as.window is not None
-        center, width = read_as.window
+        center, width = (float(number) for number in read_as.window or ())
         shown = (units - (center - 0.5)) / max(width - 1, 1e-9) + 0.5
     shown = np.clip(shown, 0, 1)
     return (1 - shown if is_inverted else shown).astype(np.float32)

@@ -22,9 +22,9 @@ import numpy as np
 from fastmae.data.arrays import ArraySource
 from fastmae.data.images import FolderSource
 from fastmae.data.index import Names
+from fastmae.data.packed import PackedSource
 from fastmae.data.pages import PagedSource
 from fastmae.data.parquet import ParquetSource
-from fastmae.data.shards import TarSource
 from fastmae.data.sources import Concat, Source, Subset
 
 Fingerprint = dict[str, Any]
@@ -109,8 +109,9 @@ def _things(source: Source) -> Things:
             return [*names, "the pages"], {**contents, len(names): counts}
         case FolderSource():
             return _relative(source.paths), _sizes(source.paths)
-        case TarSource():
-            members = [_hash([source.names.column.data, source.size.data, source.shard.data])]
+        case PackedSource():
+            names = np.zeros(0, np.uint8) if source.names is None else source.names.column
+            members = [_hash([names.data, source.size.data, source.shard.data])]
             sizes = dict(enumerate(str(size) for size, _ in source.stamps))
             return [*_relative(source.paths), "the members"], {**sizes, len(sizes): members[0]}
         case ParquetSource():

@@ -19,9 +19,10 @@ from fastmae.data.images import (
     list_images,
     others_left_out,
 )
+from fastmae.data.packed import PackedSource
 from fastmae.data.parquet import ParquetSource, open_parquet
 from fastmae.data.parts import Part, parts_among, shard_part
-from fastmae.data.shards import TarSource, open_shards, refuse_compressed
+from fastmae.data.shards import open_shards, refuse_compressed
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, within
 from fastmae.errors import SettingError, UserError
 
@@ -52,7 +53,7 @@ class Found:
         return bool(self.images.paths or self.shards)
 
 
-def open_folder(path: Path, split: Split) -> ArraySource | FolderSource | TarSource | ParquetSource | None:
+def open_folder(path: Path, split: Split) -> ArraySource | FolderSource | PackedSource | ParquetSource | None:
     """Opens a part of a folder; None if it has no val part.
 
     The stock of the train part is that of the whole folder: every file below it is counted once, those of the val part
@@ -87,7 +88,7 @@ def _files(found: Found, listing: Listing) -> int:
     return len(found.images.paths) - no_files + len(found.shards)
 
 
-def _open(listing: Listing, found: Found, stock: Stock) -> FolderSource | TarSource | ParquetSource:
+def _open(listing: Listing, found: Found, stock: Stock) -> FolderSource | PackedSource | ParquetSource:
     if found.shards:
         return open_files([Path(listing.folder, name) for name in found.shards], stock)
     damage = tuple((folder, "may not be listed, so its images are missed") for folder in sorted(listing.unreadable))
@@ -95,7 +96,7 @@ def _open(listing: Listing, found: Found, stock: Stock) -> FolderSource | TarSou
     return FolderSource(images.paths, images.labels, images.classes, part=found.folder, taken=stock, damage=damage)
 
 
-def open_files(paths: list[Path], folder: Stock | None = None) -> TarSource | ParquetSource:
+def open_files(paths: list[Path], folder: Stock | None = None) -> PackedSource | ParquetSource:
     """Opens tar or Parquet files as one source.
 
     Args:

@@ -7,6 +7,7 @@ modification times.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -20,10 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmae.data.images import LARGE_FILE, LOOKED_AT, MAX_FILE_BYTES, refuse_no_image
 from fastmae.data.index import (
     Index,
-    Names,
     cache_file,
     is_settled,
     names_of,
@@ -33,31 +32,35 @@ from fastmae.data.index import (
     write_index,
 )
 from fastmae.data.openfile import OpenFile
-from fastmae.data.plan import Shards
+from fastmae.data.packed import PackedSource
+from fastmae.data.parquet import LABEL_COLUMNS
+from fastmae.data.parts import read_part, shard_part
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of, joined
 from fastmae.data.suffixes import IMAGE_SUFFIXES, suffix_of, why_not
 from fastmae.errors import SettingError, UserError
 
 BLOCK = 512
 # How members become samples: an index that was made by other rules is made again.
-RULES = "members 2"
+RULES = "members 3"
 # The largest header entry that only describes the next one; a larger one is taken for damage.
 MAX_EXTENSION = 1 << 20
 MAX_LABEL_BYTES = 32
+MAX_JSON_BYTES = 1 << 16
 # How far behind a tar's end one looks for another tar.
 LOOKED_BEHIND = 16 << 20
-OPEN_SHARDS = 256
 # A brace pattern stands for no more names.
 MAX_NAMES = 1_000_000
 INDEX_THREADS = 8
 # Why members are left out. A shard has no more reasons than ``MAX_REASONS``, whatever suffixes there are in it.
 HIDDEN = "hidden files, such as macOS adds"
 NO_SUFFIX = "no suffix in the name"
-SECOND_IMAGE = "a second image of a sample, whose name is the same up to the first dot; rename it to use it"
+SECOND_IMAGE = "a second image of a sample, whose name is the same up to the first dot; --image_key all uses every one"
+OTHER_IMAGE = "an image that --image_key does not name"
 SECOND_LABEL = "a second label of a sample"
 NO_IMAGE = "labels without an image of that name in the same tar"
 NO_INTEGER = "labels that are no integers"
-TAR_OF_TARS = "a tar of tars: unpack it (`tar -xf`) and give the tars inside"
+PACKED_TAR = "a tar inside that is compressed, or in another tar inside; unpack it (`tar -xf`) and give the tars inside"
+NO_TAR = "called .tar, and no tar"
 OTHER_SUFFIX = "other suffixes"
 NO_FILES = {
     "link": "links; make the tar with `--dereference --hard-dereference` to have the files",
@@ -66,9 +69,6 @@ NO_FILES = {
 }
 MAX_REASONS = 20
 MAX_STOCK = 1 << 20
-# The shuffle window of a source of shards: at least so many shards and so many samples.
-WINDOW_SHARDS = 64
-WINDOW_SAMPLES = 16_384
 COMPRESSED_SUFFIXES = {
     ".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tar.xz": "unxz", ".tar.zst": "unzstd",
     ".tar.lz4": "unlz4",
@@ -79,104 +79,40 @@ COMPRESSED_STARTS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TarSource:
-    """Image files inside tar files."""
-
-    paths: tuple[str, ...]
-    stamps: tuple[tuple[int, int], ...]
-    """(size, modification time in ns) of each shard when it was indexed."""
-    shard: np.ndarray
-    """int64 [length], ascending: the tar file in which each sample lies."""
-    offset: np.ndarray
-    """int64 [length]: the byte of the tar file at which each image begins."""
-    size: np.ndarray
-    """int64 [length]: the bytes of each image."""
-    names: Names
-    labels: np.ndarray | None
-    """int64 [length], or None."""
-    damage: tuple[tuple[str, str], ...]
-    """(tar file, what is wrong) of each that ends too early or is damaged inside."""
-    stock: Stock
-    """The members of the tar files: images, labels and folders are used. Behind damage nobody knows what there is."""
-    classes: tuple[str, ...] = ()
-    kind: str = "folder"
-    _open: Callable[[int], OpenFile] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        # Bounded, because there may be more shards than files that a process may have open.
-        object.__setattr__(self, "_open", functools.lru_cache(OPEN_SHARDS)(self._open_shard))
-
-    @property
-    def shards(self) -> Shards:
-        """Each tar file that holds samples is a shard."""
-        lengths = np.bincount(self.shard, minlength=len(self.paths))
-        starts = np.concatenate([[0], np.cumsum(lengths[lengths > 0])])
-        return Shards(starts, max(WINDOW_SAMPLES, WINDOW_SHARDS * len(self) // max(1, len(starts) - 1)))
-
-    @property
-    def location(self) -> str:
-        """Where the images lie, and which shards are damaged, as a phrase for people."""
-        text = f"in {len(self.paths)} tar shard{'s' if len(self.paths) > 1 else ''}"
-        return "; ".join([text, *map(" ".join, self.damage)])
-
-    def __len__(self) -> int:
-        return len(self.offset)
-
-    def read(self, index: int) -> bytes:
-        """Returns the bytes of an image file.
-
-        Raises:
-            OSError: the shard is gone or was changed since it was indexed, or the file is too large for an image.
-        """
-        shard, size = self._open(int(self.shard[index])), int(self.size[index])
-        if size > MAX_FILE_BYTES:
-            raise OSError(f"{size} bytes, over the limit of {MAX_FILE_BYTES}")
-        if size > LARGE_FILE:
-            refuse_no_image(shard.read(LOOKED_AT, int(self.offset[index])), size)
-        data = shard.read(size, int(self.offset[index]))
-        if len(data) != size:
-            raise OSError(f"{shard.path} has become shorter since it was indexed")
-        if not shard.is_unchanged():
-            raise OSError(f"{shard.path} has changed since it was indexed; start again")
-        return data
-
-    def name(self, index: int) -> str:
-        return f"{self.paths[self.shard[index]]}:{self.names[index]}"
-
-    def _open_shard(self, number: int) -> OpenFile:
-        shard = OpenFile(self.paths[number])
-        if shard.stamp != self.stamps[number]:
-            raise OSError(f"{self.paths[number]} has changed since it was indexed; start again")
-        return shard
-
-
-def open_shards(paths: Sequence[Path]) -> TarSource:
+def open_shards(paths: Sequence[Path], image_key: str | None = None) -> PackedSource:
     """Opens tar files as one source, in the order given.
 
     Samples are grouped as webdataset does: a group is consecutive members whose names agree up to the first dot of the
     file name. The first member of a group with the suffix of an image file is the image. In a group without one, every
     member whose last suffix is that of an image file is an image (`x.min.jpg`). Groups without either are passed over.
-    Labels are the integers in `.cls` members, anywhere in the same shard, if every sample has one. Of a shard that is
-    cut or damaged, the part before the damage is used, and ``damage`` names the shard. ``stock`` counts every member.
+    With ``image_key`` it is the members that end with a dot and this, or, of `all`, every image.
+
+    Labels are the integers in `.cls` members, or the `label` (or the like) in `.json` members, anywhere in the same
+    shard, if every sample has one. If there is none at all, tars that are named as classes are (`cat.tar`, and
+    `n01440764.tar`, whose members have that name as well), be they shards or tars inside a tar. Of a shard that is cut
+    or damaged, the part before the damage is used, and ``damage`` names the shard. ``stock`` counts every member.
 
     Raises:
-        UserError: a file is compressed, or is not a tar file at all.
+        UserError: a file is compressed, is not a tar file at all, or no image has ``image_key``.
         OSError: a file cannot be read.
     """
     for path in paths:
         refuse_compressed(path)
     stamps = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, paths)]
     shards = [[path.name, *stamp] for path, stamp in zip(paths, stamps, strict=True)]
-    fingerprint = hashlib.sha256(json.dumps([RULES, sorted(IMAGE_SUFFIXES), shards]).encode()).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps([RULES, image_key, sorted(IMAGE_SUFFIXES), shards]).encode()).hexdigest()
     index_paths = _index_paths(paths)
     for index_path in index_paths:
         index = read_index(index_path)
         if index is not None and index.fingerprint == fingerprint and _is_sound(index.columns, stamps):
             return _source(paths, stamps, index.columns)
     with ThreadPoolExecutor(INDEX_THREADS) as pool:
-        indexed = list(pool.map(index_shard, paths))
-    columns = _columns(indexed)
+        indexed = list(pool.map(functools.partial(index_shard, image_key=image_key), paths))
+    others = [item for inside in indexed for item in inside.left_out.values() if item.reason == OTHER_IMAGE]
+    if others and not any(inside.samples for inside in indexed):
+        there = sorted({f".{name.rpartition('/')[2].partition('.')[2]}" for item in others for name in item.examples})
+        raise SettingError("image_key", image_key, f"no image of the tars ends so; there are {', '.join(there)}")
+    columns = _columns(indexed, [path.stem for path in paths])
     if is_settled(modified for _, modified in stamps):
         any(write_index(index_path, Index(fingerprint, columns)) for index_path in index_paths)  # the first that works
     return _source(paths, stamps, columns)
@@ -205,7 +141,18 @@ def _index_paths(paths: Sequence[Path]) -> list[Path]:
 
 def _is_sound(columns: dict[str, np.ndarray], stamps: Sequence[tuple[int, int]]) -> bool:
     """Tells whether every sample of an index lies inside its shard and every column has its length."""
-    if columns.keys() != {"shard", "offset", "size", "label", "has_label", "names", "damaged", "damage", "stock"}:
+    if columns.keys() != {
+        "shard",
+        "offset",
+        "size",
+        "label",
+        "has_label",
+        "classes",
+        "names",
+        "damaged",
+        "damage",
+        "stock",
+    }:
         return False
     if _unpacked_stock(columns["stock"]) is None:
         return False
@@ -220,17 +167,20 @@ def _is_sound(columns: dict[str, np.ndarray], stamps: Sequence[tuple[int, int]])
         return False
     if n == 0:
         return True
+    classes = np.count_nonzero(columns["classes"] == 0)
+    if classes and not 0 <= columns["label"].min() <= columns["label"].max() < classes:
+        return False
     if shard.min() < 0 or shard.max() >= len(stamps) or np.any(np.diff(shard) < 0):
         return False
     ends = np.array([end for end, _ in stamps], np.int64)[shard]
     return bool(np.all((offset >= 0) & (size >= 0) & (size <= ends) & (offset <= ends - size)))
 
 
-def _source(paths: Sequence[Path], stamps: list[tuple[int, int]], columns: dict[str, np.ndarray]) -> TarSource:
+def _source(paths: Sequence[Path], stamps: list[tuple[int, int]], columns: dict[str, np.ndarray]) -> PackedSource:
     labelled = len(columns["label"]) > 0 and bool(columns["has_label"].all())
     stock = _unpacked_stock(columns["stock"])
     assert stock is not None
-    return TarSource(
+    return PackedSource(
         paths=tuple(map(str, paths)),
         stamps=tuple(stamps),
         shard=columns["shard"],
@@ -238,6 +188,8 @@ def _source(paths: Sequence[Path], stamps: list[tuple[int, int]], columns: dict[
         size=columns["size"],
         names=names_of(columns["names"]),
         labels=columns["label"].copy() if labelled else None,
+        classes=tuple(unpack_names(columns["classes"])) if labelled else (),
+        what="tar shards",
         damage=tuple(
             (str(paths[number]), reason)
             for number, reason in zip(columns["damaged"].tolist(), unpack_names(columns["damage"]), strict=True)
@@ -252,7 +204,7 @@ def _source(paths: Sequence[Path], stamps: list[tuple[int, int]], columns: dict[
 @dataclass(frozen=True)
 class _Sample:
     member: _Member
-    label: int | None
+    label: int | str | None
 
 
 @dataclass
@@ -261,6 +213,8 @@ class _Inside:
 
     samples: list[_Sample] = field(default_factory=list)
     damage: str | None = None
+    inner_damage: list[str] = field(default_factory=list)
+    """What is wrong with tars inside."""
     labels: int = 0
     """Members with the label of a sample."""
     folders: int = 0
@@ -275,7 +229,7 @@ class _Inside:
         self.left_out[reason] = LeftOut("members", before.count + 1, reason, (*before.examples, name)[:EXAMPLES])
 
 
-def _columns(indexed: list[_Inside]) -> dict[str, np.ndarray]:
+def _columns(indexed: list[_Inside], stems: list[str]) -> dict[str, np.ndarray]:
     labelled = any(sample.label is not None for inside in indexed for sample in inside.samples)
     damaged, damages = [], []
     for number, inside in enumerate(indexed):
@@ -285,18 +239,54 @@ def _columns(indexed: list[_Inside]) -> dict[str, np.ndarray]:
             damaged.append(number)
             used = f"only its first {len(inside.samples)} images are used; replace it to have all"
             damages.append(f"{inside.damage}, so {used}")
+        for damage in inside.inner_damage:
+            damaged.append(number)
+            damages.append(damage)
+    stock = _stock_of(indexed)
+    if not labelled and (note := _label_by_tar(indexed, stems)):
+        stock = dataclasses.replace(stock, notes=(*stock.notes, note))
     samples = [sample for inside in indexed for sample in inside.samples]
+    values = [sample.label for sample in samples]
+    classes = sorted({str(value) for value in values if value is not None})
+    if all(isinstance(value, int | None) for value in values):
+        classes = []
+    numbers: dict[object, int] = {name: number for number, name in enumerate(classes)}
     return {
         "shard": np.repeat(np.arange(len(indexed)), [len(inside.samples) for inside in indexed]).astype(np.int64),
         "offset": np.array([sample.member.offset for sample in samples], np.int64),
         "size": np.array([sample.member.size for sample in samples], np.int64),
-        "label": np.array([sample.label or 0 for sample in samples], np.int64),
-        "has_label": np.array([sample.label is not None for sample in samples], np.uint8),
+        "label": np.array([numbers.get(str(value), 0) if classes else value or 0 for value in values], np.int64),
+        "has_label": np.array([value is not None for value in values], np.uint8),
+        "classes": pack_names(classes),
         "names": pack_names([sample.member.name for sample in samples]),
         "damaged": np.array(damaged, np.int64),
         "damage": pack_names(damages),
-        "stock": _packed_stock(_stock_of(indexed)),
+        "stock": _packed_stock(stock),
     }
+
+
+def _label_by_tar(indexed: list[_Inside], stems: list[str]) -> str:
+    """Takes the names of tars as classes, of those inside or else of the shards, and says so, where they name classes.
+
+    They do if they are words, or if the names of their members begin with them.
+    """
+    tars: dict[str, list[tuple[_Inside, int]]] = {}
+    for stem, inside in zip(stems, indexed, strict=True):
+        for number, sample in enumerate(inside.samples):
+            name = sample.member.name
+            inner = name[: sample.member.inside].rpartition("/")[2].removesuffix(".tar") if sample.member.inside else ""
+            tars.setdefault(inner or stem, []).append((inside, number))
+    if len(tars) < 2 or any(shard_part(tar) or read_part(tar) for tar in tars):
+        return ""
+    if not all(re.fullmatch(r"[^\W\d](?:[^\W\d]|[ -])+[^\W\d]", tar) for tar in tars):
+        firsts = [(tar, held[0][0].samples[held[0][1]].member.name) for tar, held in tars.items()]
+        if not all(name.rpartition("/")[2].startswith(tar) for tar, name in firsts):
+            return ""
+    for tar, held in tars.items():
+        for inside, number in held:
+            inside.samples[number] = dataclasses.replace(inside.samples[number], label=tar)
+    some = ", ".join([*tars][:EXAMPLES]) + (", …" if len(tars) > EXAMPLES else "")
+    return f"the names of {count_of(len(tars), 'tars')} are taken as classes ({some}), as no image in them has a label"
 
 
 def _stock_of(indexed: list[_Inside]) -> Stock:
@@ -356,8 +346,8 @@ def _unpacked_stock(column: np.ndarray) -> Stock | None:
         return None
 
 
-def index_shard(path: Path) -> _Inside:
-    """Reads the headers of a shard, and its labels.
+def index_shard(path: Path, image_key: str | None = None) -> _Inside:
+    """Reads the headers of a shard and of the tars inside it, and its labels.
 
     Raises:
         UserError: the file is compressed, or its first header is not one of a tar file.
@@ -377,16 +367,43 @@ def index_shard(path: Path) -> _Inside:
                     inside.folders += 1
                 elif member.kind != "file":
                     inside.leave_out(member.name, NO_FILES[member.kind])
+                elif member.name.lower().endswith(".tar") and member.size:
+                    yield from _inner_members(shard.read, member, inside)
                 else:
                     yield member
         except _DamageError as error:
             damage.append(error)
 
-    _find_samples(intact(), shard.read, inside)
+    _find_samples(intact(), shard.read, inside, image_key)
     if damage and damage[0].position == 0 and shard.size:
         raise UserError(f"{path}: not a tar file ({damage[0]}); check or replace it")
     inside.damage = str(damage[0]) if damage else None
     return inside
+
+
+def _inner_members(read: Callable[[int, int], bytes], tar: _Member, inside: _Inside) -> Iterator[_Member]:
+    """Yields the files in a tar that lies in a shard. The tar itself is counted as a folder is."""
+    outer = tar.name.replace("\\", "/")
+
+    def read_inside(size: int, position: int) -> bytes:
+        return read(max(0, min(size, tar.size - position)), tar.offset + position)
+
+    try:
+        for member in _members(read_inside, tar.size):
+            name = f"{outer}/{member.name}"
+            if member.kind == "folder":
+                inside.folders += 1
+            elif member.kind != "file":
+                inside.leave_out(name, NO_FILES[member.kind])
+            else:
+                yield _Member(name, tar.offset + member.offset, member.size, inside=len(outer))
+    except _DamageError as error:
+        if error.position == 0:
+            inside.leave_out(tar.name, NO_TAR)
+            return
+        used = "only its images before that are used; replace it to have all"
+        inside.inner_damage.append(f"holds {outer}, which {error}, so {used}")
+    inside.folders += 1
 
 
 @dataclass(frozen=True)
@@ -396,6 +413,8 @@ class _Member:
     size: int
     kind: str = "file"
     """`file`, `folder`, or one of ``NO_FILES``."""
+    inside: int = 0
+    """How many characters of the name are those of the tar inside that it lies in; 0 if it lies in none."""
 
 
 class _DamageError(Exception):
@@ -423,9 +442,11 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _find_samples(members: Iterator[_Member], read: Callable[[int, int], bytes], inside: _Inside) -> None:
+def _find_samples(
+    members: Iterator[_Member], read: Callable[[int, int], bytes], inside: _Inside, image_key: str | None
+) -> None:
     """Puts samples with their labels into ``inside``, and counts the members that are of no use."""
-    spare: dict[str, _Member] = {}  # labels by stem that belong to no image beside them
+    spare: dict[str, _Label] = {}  # labels by stem that belong to no image beside them
     waiting: list[tuple[int, str]] = []  # samples without a label, and their keys
     for key, members_of_key in itertools.groupby(members, key=lambda member: _key(member.name)):
         group = list(members_of_key)
@@ -434,15 +455,26 @@ def _find_samples(members: Iterator[_Member], read: Callable[[int, int], bytes],
                 is_hidden = member.name.rpartition("/")[2].startswith(".")
                 inside.leave_out(member.name, HIDDEN if is_hidden else NO_SUFFIX)
             continue
-        images = [member for member in group if member.name[len(key) :].lower() in IMAGE_SUFFIXES][:1]
-        images = images or [member for member in group if _suffix(member.name) in IMAGE_SUFFIXES]
+        images = [member for member in group if _suffix(member.name) in IMAGE_SUFFIXES]
+        if image_key is None:
+            images = [member for member in images if member.name[len(key) :].lower() in IMAGE_SUFFIXES][:1] or images
+        elif image_key != "all":
+            ending = f".{image_key.lower().removeprefix('.')}"
+            images = [member for member in images if member.name[len(key) :].lower() == ending]
         chosen = {image.offset for image in images}
-        labels: dict[str, _Member] = {}
+        labels: dict[str, _Label] = {}
+        records: list[_Label] = []
         for member in group:
-            if _suffix(member.name) == ".cls":
-                _keep_label(member, labels, inside)
+            suffix = _suffix(member.name)
+            if suffix == ".cls":
+                _keep_label(_Label(member, _integer(member, read)), labels, inside)
+            elif suffix == ".json" and (value := _label_in_json(member, read)) is not None:
+                records.append(_Label(member, value))
             elif member.offset not in chosen:
-                inside.leave_out(member.name, _why_unused(member.name))
+                is_image = image_key is not None and suffix in IMAGE_SUFFIXES
+                inside.leave_out(member.name, OTHER_IMAGE if is_image else _why_unused(member.name))
+        for record in records:  # behind `.cls`, which counts where there are both
+            _keep_label(record, labels, inside)
         used = set()
         for image in images:
             stem = _label_of(image.name, key, labels)
@@ -450,46 +482,67 @@ def _find_samples(members: Iterator[_Member], read: Callable[[int, int], bytes],
                 waiting.append((len(inside.samples), key))
             else:
                 used.add(stem)
-            inside.samples.append(_Sample(image, None if stem is None else _label(labels[stem], read)))
-        for stem, member in labels.items():
+            inside.samples.append(_Sample(image, None if stem is None else labels[stem].value))
+        for stem, label in labels.items():
             if stem in used:
-                _count_label(member, read, inside)
+                _count_label(label, inside)
             else:
-                _keep_label(member, spare, inside)
+                _keep_label(label, spare, inside)
     used = set()
     for number, key in waiting:
         image = inside.samples[number].member
         stem = _label_of(image.name, key, spare)
         if stem is not None:
             used.add(stem)
-            inside.samples[number] = _Sample(image, _label(spare[stem], read))
-    for stem, member in spare.items():
+            inside.samples[number] = _Sample(image, spare[stem].value)
+    for stem, label in spare.items():
         if stem in used:
-            _count_label(member, read, inside)
+            _count_label(label, inside)
         else:
-            inside.leave_out(member.name, NO_IMAGE)
+            inside.leave_out(label.member.name, NO_IMAGE)
 
 
-def _label_of(name: str, key: str, labels: dict[str, _Member]) -> str | None:
+def _label_of(name: str, key: str, labels: dict[str, _Label]) -> str | None:
     """Returns the stem of the label of an image: the image's own, or else its key."""
     return next((stem for stem in (_stem(name), key) if stem in labels), None)
 
 
-def _keep_label(member: _Member, labels: dict[str, _Member], inside: _Inside) -> None:
+@dataclass(frozen=True)
+class _Label:
+    member: _Member
+    value: int | str | None
+    """None if the member holds no label."""
+
+
+def _keep_label(label: _Label, labels: dict[str, _Label], inside: _Inside) -> None:
     """Notes a label by its stem; of two with the same stem the first counts."""
-    if labels.setdefault(_stem(member.name), member) is not member:
-        inside.leave_out(member.name, SECOND_LABEL)
+    if labels.setdefault(_stem(label.member.name), label) is not label:
+        inside.leave_out(label.member.name, SECOND_LABEL)
 
 
-def _label(member: _Member, read: Callable[[int, int], bytes]) -> int | None:
+def _integer(member: _Member, read: Callable[[int, int], bytes]) -> int | None:
     """Returns the integer in a `.cls` member; None if it holds something else."""
     text = read(member.size, member.offset) if member.size <= MAX_LABEL_BYTES else b""
     return int(text) if re.fullmatch(rb"\s*-?\d{1,18}\s*", text) else None
 
 
-def _count_label(member: _Member, read: Callable[[int, int], bytes], inside: _Inside) -> None:
-    if _label(member, read) is None:
-        inside.leave_out(member.name, NO_INTEGER)
+def _label_in_json(member: _Member, read: Callable[[int, int], bytes]) -> int | str | None:
+    """Returns the integer or the word under `label`, or the like, of a `.json` member; None without one."""
+    if member.size > MAX_JSON_BYTES:
+        return None
+    try:
+        record = json.loads(read(member.size, member.offset))
+    except (ValueError, RecursionError):
+        return None
+    values = [record[name] for name in LABEL_COLUMNS if name in record] if isinstance(record, dict) else []
+    value = values[0] if values else None
+    is_label = isinstance(value, str | int) and (isinstance(value, str) or -(1 << 63) <= value < 1 << 63)
+    return value if is_label and "\0" not in str(value) else None
+
+
+def _count_label(label: _Label, inside: _Inside) -> None:
+    if label.value is None:
+        inside.leave_out(label.member.name, NO_INTEGER)
     else:
         inside.labels += 1
 
@@ -500,7 +553,7 @@ def _why_unused(name: str) -> str:
     if suffix in IMAGE_SUFFIXES:
         return SECOND_IMAGE
     if suffix == ".tar" or name.lower().endswith(tuple(COMPRESSED_SUFFIXES)):
-        return TAR_OF_TARS
+        return PACKED_TAR if suffix != ".tar" or "/" in name else NO_TAR
     if suffix in (".npy", ".npz", ".bin", ".parquet"):  # beside images a path of their own would be the remedy
         return f"{suffix}, no image"
     return why_not(suffix) if suffix else NO_SUFFIX

@@ -20,9 +20,9 @@ from PIL import Image
 
 from fastmae.data.decode import FOLDER_CHANNELS, BadImageError, convert_channels, decode
 from fastmae.data.headers import read_header
+from fastmae.data.packed import PackedSource
 from fastmae.data.reading import Reading
 from fastmae.data.sample import Skipped
-from fastmae.data.shards import TarSource
 from fastmae.data.sources import ArraySource, Concat, FolderSource, Source, describe
 from fastmae.data.survey import Survey
 from fastmae.errors import SettingError, UserError
@@ -96,7 +96,7 @@ def choose_channels(asked: int | None, parts: dict[str, Source]) -> int:
 def damage_of(source: Source) -> list[tuple[str, str]]:
     """Returns (name, what is wrong) of tar shards that are damaged inside, and of folders that cannot be listed."""
     parts = _parts(source)
-    return [damage for part in parts if isinstance(part, FolderSource | TarSource) for damage in part.damage]
+    return [damage for part in parts if isinstance(part, FolderSource | PackedSource) for damage in part.damage]
 
 
 def _parts(source: Source) -> tuple[Source, ...]:

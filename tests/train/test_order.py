@@ -13,7 +13,7 @@ import torch
 from helpers import assert_same_run, small_run, soak
 
 from fastmae.cli import main
-from fastmae.data import shards
+from fastmae.data import packed
 from fastmae.data.loader import LoadingStats, View
 from fastmae.data.quarantine import Quarantine
 from fastmae.data.reading import Reading
@@ -35,8 +35,8 @@ INTERRUPTED = [(5,), (1, 2, 3), (6, 17, 22), *soak([], [(step,) for step in rang
 @pytest.fixture(autouse=True)
 def _scattered(monkeypatch):
     """Two shards' worth of samples in use at a time, so that the order is no full shuffle."""
-    monkeypatch.setattr(shards, "WINDOW_SHARDS", 2)
-    monkeypatch.setattr(shards, "WINDOW_SAMPLES", 1)
+    monkeypatch.setattr(packed, "WINDOW_SHARDS", 2)
+    monkeypatch.setattr(packed, "WINDOW_SAMPLES", 1)
 
 
 @pytest.fixture

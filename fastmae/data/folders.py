@@ -25,6 +25,7 @@ from fastmae.data.parts import Part, parts_among, shard_part
 from fastmae.data.shards import open_shards, refuse_compressed
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, within
 from fastmae.errors import SettingError, UserError
+from fastmae.facts import AS_STORED, ReadAs
 
 _MEANT = {"train": "to train on", "val": "to validate on", "test": "to test on"}
 
@@ -53,7 +54,9 @@ class Found:
         return bool(self.images.paths or self.shards)
 
 
-def open_folder(path: Path, split: Split) -> ArraySource | FolderSource | PackedSource | ParquetSource | None:
+def open_folder(
+    path: Path, split: Split, read_as: ReadAs = AS_STORED
+) -> ArraySource | FolderSource | PackedSource | ParquetSource | None:
     """Opens a part of a folder; None if it has no val part.
 
     The stock of the train part is that of the whole folder: every file below it is counted once, those of the val part
@@ -70,7 +73,7 @@ def open_folder(path: Path, split: Split) -> ArraySource | FolderSource | Packed
     train = _found(listing, layout.train, "train", () if layout.train else layout.evaluate)
     val, refused, notes = _choose_val(listing, layout, train)
     if split == "val":
-        return None if val is None else _open(listing, val, Stock())
+        return None if val is None else _open(listing, val, Stock(), read_as)
     if not train:
         for file in sorted((path / layout.train).iterdir()):
             refuse_compressed(file)
@@ -78,7 +81,7 @@ def open_folder(path: Path, split: Split) -> ArraySource | FolderSource | Packed
     left_out = [*_unused(listing, layout, parts, refused), *others_left_out(listing)]
     used = sum(_files(part, listing) for part in parts)
     notes = (*layout.notes, *train.notes, *train.images.notes, *notes)
-    return _open(listing, train, Stock({"files": used}, tuple(left_out), notes))
+    return _open(listing, train, Stock({"files": used}, tuple(left_out), notes), read_as)
 
 
 def _files(found: Found, listing: Listing) -> int:
@@ -88,19 +91,20 @@ def _files(found: Found, listing: Listing) -> int:
     return len(found.images.paths) - no_files + len(found.shards)
 
 
-def _open(listing: Listing, found: Found, stock: Stock) -> FolderSource | PackedSource | ParquetSource:
+def _open(listing: Listing, found: Found, stock: Stock, read_as: ReadAs) -> FolderSource | PackedSource | ParquetSource:
     if found.shards:
-        return open_files([Path(listing.folder, name) for name in found.shards], stock)
+        return open_files([Path(listing.folder, name) for name in found.shards], read_as, stock)
     damage = tuple((folder, "may not be listed, so its images are missed") for folder in sorted(listing.unreadable))
     images = found.images
     return FolderSource(images.paths, images.labels, images.classes, part=found.folder, taken=stock, damage=damage)
 
 
-def open_files(paths: list[Path], folder: Stock | None = None) -> PackedSource | ParquetSource:
+def open_files(paths: list[Path], read_as: ReadAs, folder: Stock | None = None) -> PackedSource | ParquetSource:
     """Opens tar or Parquet files as one source.
 
     Args:
         paths: the files.
+        read_as: what is asked of reading.
         folder: the stock of the folder that they were found in.
 
     Raises:
@@ -111,7 +115,7 @@ def open_files(paths: list[Path], folder: Stock | None = None) -> PackedSource |
         raise UserError(f"{paths[0].parent}: holds both .tar and .parquet files; name those of one kind by a pattern")
     if suffixes != {".tar"}:
         return open_parquet(paths, folder)
-    source = open_shards(paths)
+    source = open_shards(paths, read_as.image_key)
     return replace(source, stock=within(source.stock, folder))
 
 

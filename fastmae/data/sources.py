@@ -406,12 +406,12 @@ def _open(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
     path = Path(data_path).expanduser()
     try:
         if "{" in data_path and not path.exists():
-            return _open_pattern(data_path) if split == "train" else None
+            return _open_pattern(data_path, read_as) if split == "train" else None
         if not path.exists():
             raise SettingError("data_path", data_path, "no such file or folder; give an existing one, or `digits`")
         if not path.is_dir() and not path.is_file():
             raise SettingError("data_path", data_path, "a pipe or a device; give a file or a folder")
-        found = open_folder(path, split) if path.is_dir() else _open_file(path, split, read_as)
+        found = open_folder(path, split, read_as) if path.is_dir() else _open_file(path, split, read_as)
         return (
             by_page(found, read_as)
             if found is not None and found.kind == "folder" and read_as.pages == "all"
@@ -439,7 +439,7 @@ def _open_file(path: Path, split: Split, read_as: ReadAs) -> Source | None:
         return open_array(path, split)
     refuse_compressed(path)
     if path.name.lower().endswith(SHARD_SUFFIXES):
-        return open_files([path])
+        return open_files([path], read_as)
     array = open_array(path, split)
     if array is not None:
         return array
@@ -452,7 +452,7 @@ def _open_file(path: Path, split: Split, read_as: ReadAs) -> Source | None:
     raise ValueError("not an image, .npy, .npz, .tar, .parquet, IDX or CIFAR .bin file, nor a list of paths")
 
 
-def _open_pattern(pattern: str) -> Source | None:
+def _open_pattern(pattern: str, read_as: ReadAs) -> Source | None:
     """Opens the shards that a brace pattern such as `part-{000..146}.tar` names; every one of them must exist."""
     paths = [Path(name).expanduser() for name in expand_braces(pattern)]
     missing = [path for path in paths if not path.is_file()]
@@ -463,4 +463,4 @@ def _open_pattern(pattern: str) -> Source | None:
         refuse_compressed(path)
         if not path.name.lower().endswith(SHARD_SUFFIXES):
             raise SettingError("data_path", pattern, f"a pattern is for .tar or .parquet files, not {path.name}")
-    return open_files(paths)
+    return open_files(paths, read_as)

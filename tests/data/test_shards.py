@@ -355,7 +355,7 @@ def test_damage_is_remembered_with_the_index(tmp_path):
 def test_a_member_larger_than_any_image_is_not_read(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "x.tar", numbered(3))
     source = open_train(str(path))
-    monkeypatch.setattr(shards, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(packed, "MAX_FILE_BYTES", 10)
     with pytest.raises(OSError, match="bytes, over the limit of 10"):
         source.read(0)
 
@@ -487,7 +487,7 @@ def counted(monkeypatch):
     """The shards that were indexed, once per time."""
     indexed = []
     original = shards.index_shard
-    monkeypatch.setattr(shards, "index_shard", lambda path: (indexed.append(path), original(path))[1])
+    monkeypatch.setattr(shards, "index_shard", lambda path, **of: (indexed.append(path), original(path, **of))[1])
     return indexed
 
 

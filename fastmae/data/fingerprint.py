@@ -110,8 +110,8 @@ def _things(source: Source) -> Things:
         case FolderSource():
             return _relative(source.paths), _sizes(source.paths)
         case PackedSource():
-            names = np.zeros(0, np.uint8) if source.names is None else source.names.column
-            members = [_hash([names.data, source.size.data, source.shard.data])]
+            column = np.zeros(0, np.uint8) if source.names is None else source.names.column
+            members = [_hash([column.data, source.size.data, source.shard.data])]
             sizes = dict(enumerate(str(size) for size, _ in source.stamps))
             return [*_relative(source.paths), "the members"], {**sizes, len(sizes): members[0]}
         case ParquetSource():

@@ -258,9 +258,9 @@ def _checked_sizes(config: EstimateConfig) -> Sizes:
     if name not in PRESET_SIZES:
         raise UserError(f"--model {config.model}: unknown; one of {', '.join(PRESET_SIZES)}")
     try:
-        sizes = preset_sizes(name, config.input_size)
+        sizes = preset_sizes(name, config.input_size or (), config.patch_size or ())
     except ValueError as error:
-        raise UserError(f"--input_size {config.input_size}: {error}") from error
+        raise UserError(f"{error}; choose another --input_size or --patch_size") from error
     if int(sizes.num_patches * (1 - config.mask_ratio)) < 1:
         raise UserError(f"--mask_ratio {config.mask_ratio:g}: leaves none of {sizes.num_patches} patches visible")
     images = config.batch_size * config.accum_iter * config.gpus

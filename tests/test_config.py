@@ -89,8 +89,8 @@ def test_finetunes_tune_is_read_as_autotune_by_its_value():
 def test_nothing_is_left_open():
     left = {name for name, value in dataclasses.asdict(resolved(CIFAR)).items() if value is None}
     assert left == {
-        "start_size", "decoder_depth", "predict_ratio", "clip_grad", "ema", "device", "shard_size", "cache_gb",
-        "checkpoint_freq", "keep_every", "log_dir", "wandb", "profile", "probe_freq", "tune", "root",
+        "start_size", "patch_size", "decoder_depth", "predict_ratio", "clip_grad", "ema", "device", "shard_size",
+        "cache_gb", "checkpoint_freq", "keep_every", "log_dir", "wandb", "profile", "probe_freq", "tune", "root",
     } | {*IMAGE_SETTINGS} - {"pixel_type"}  # fmt: skip
 
 

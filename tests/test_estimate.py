@@ -179,7 +179,10 @@ WRONG = {
     "fewer images than a step": (["--images", "10"], "--images 10: fewer than the 64 of a step"),
     "all masked": (["--mask_ratio", "1"], "--mask_ratio 1: must be"),
     "none visible": (["--mask_ratio", "0.999"], "leaves none of 196 patches visible"),
-    "part of a patch": (["--input_size", "100"], "--input_size 100: an image of 100×100 pixels"),
+    "part of a patch": (
+        ["--input_size", "100"],
+        "an image of 100×100 pixels is not a multiple of a patch of 16×16; choose another --input_size",
+    ),
     "compiled CPU": (["--gpu", "cpu", "--compile", "block"], "--gpu cpu: takes none of"),
     "residual alone": (["--residual", "bf16", "--no-fused"], "--residual bf16: is counted for the fused"),
 }

@@ -37,18 +37,12 @@ from fastmae.model.classifier import take_pooled_norm
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.presets import PRESETS
 from fastmae.model.sharding import laid_out_like
+from fastmae.model.sizes import PRESET_SIZES
 from fastmae.model.vit import patch_grid
 
 # The state of a fresh gradient scaler. bf16 and fp32 need none, but the published loader asks for one.
 _SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
-_PRESET_OF_WIDTH = {
-    (128, 4): "mae_vit_tiny_patch4",
-    (192, 16): "mae_vit_tiny_patch16",
-    (384, 16): "mae_vit_small_patch16",
-    (768, 16): "mae_vit_base_patch16",
-    (1024, 16): "mae_vit_large_patch16",
-    (1280, 14): "mae_vit_huge_patch14",
-}
+_PRESET_OF_WIDTH = {sizes["embed_dim"]: name for name, sizes in PRESET_SIZES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,8 +345,9 @@ def spec_of_file(
     check_channels(file.path, weight.shape[1], given)
     try:
         spec = ModelSpec(
-            model=given.model or _preset(file, weight, patch),
+            model=given.model or _preset(file, weight),
             input_size=size,
+            patch_size=patch,
             in_chans=weight.shape[1],
             norm_pix_loss=bool(chosen(given.norm_pix_loss, file.args.get("norm_pix_loss", False))),
             decoder_attention=file.decoder_attention,
@@ -377,18 +372,17 @@ def check_channels(path: Path, channels: int, given: ReadingConfig) -> None:
             raise SettingError(name, values, f"must be {channels} numbers, one for each channel of {path}")
 
 
-def _preset(file: OfficialFile, weight: torch.Tensor, patch: tuple[int, int]) -> str:
+def _preset(file: OfficialFile, weight: torch.Tensor) -> str:
     """Returns the preset that a file names, in fastmae's, the official or timm's words, or that its shapes tell."""
     name = file.args.get("model")
-    known = _PRESET_OF_WIDTH.get((weight.shape[0], patch[1]))
+    known = _PRESET_OF_WIDTH.get(weight.shape[0])
     if isinstance(name, str) and name not in PRESETS:
         named = f"mae_{name.partition('.')[0]}"
         name = next((preset for preset in PRESETS if named == preset or named.startswith(f"{preset}_")), name)
     if name in PRESETS or (name and known is None) or (name and "vit" not in name and "deit" not in name):
         return str(name)
     if known is None:
-        sizes = f"{file.what}, with patches of {patch[0]}×{patch[1]} pixels"
-        raise UserError(f"{file.path}: is {sizes}; no preset has such a width and patch: {', '.join(PRESETS)}")
+        raise UserError(f"{file.path}: is {file.what}; no preset has such a width: {', '.join(PRESETS)}")
     return known
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastmae.config.values import coerce, need_at_least_one
+from fastmae.config.values import coerce, need_at_least_one, need_size
 from fastmae.errors import UserError
 
 EstimateGpu = Literal["a100-40", "a100-80", "h100", "h200", "b200", "l4", "rtx4090", "cpu"]
@@ -31,8 +31,10 @@ class EstimateConfig:
     """Images per rank and micro-step, as for pretrain."""
     accum_iter: int = 1
     """Micro-steps per step, as for pretrain."""
-    input_size: int | None = None
-    """Side of the crops in pixels. Default: the model's."""
+    input_size: tuple[int, ...] | None = None
+    """Side of the crops in pixels, or their height and width. Default: the model's."""
+    patch_size: tuple[int, ...] | None = None
+    """As for pretrain."""
     mask_ratio: float = 0.75
     """Share of the patches that is masked."""
     compile: Literal["auto", "off", "block"] = "auto"
@@ -62,8 +64,10 @@ def check_estimate(config: EstimateConfig) -> None:
         UserError: naming the flag, its value and what it must be.
     """
     need_at_least_one(
-        config, "gpus", "gpus_per_node", "epochs", "batch_size", "accum_iter", "input_size", "cores"
+        config, "gpus", "gpus_per_node", "epochs", "batch_size", "accum_iter", "cores"
     )  # fmt: skip
+    need_size(config, "input_size")
+    need_size(config, "patch_size")
     if config.images < 1:
         raise UserError(f"--images {config.images:g}: must be at least 1")
     if not 0 < config.mask_ratio < 1:

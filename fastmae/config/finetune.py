@@ -10,7 +10,7 @@ from typing import Literal
 
 from fastmae.config.images import IMAGE_SETTINGS, pixel_settings
 from fastmae.config.training import TrainingConfig, check_rates, check_training, chosen_compile, default_warmup
-from fastmae.config.values import coerce, given, meant, need, need_at_least_one, need_statistics
+from fastmae.config.values import coerce, given, meant, need, need_at_least_one, need_size, need_statistics
 from fastmae.facts import UINT8, DataFacts, PixelFacts, PixelType
 
 OFFICIAL_FINETUNING_WARMUP = 5.0
@@ -60,6 +60,8 @@ class FinetuneConfig(TrainingConfig):
     input_size: tuple[int, ...] | None = None
     """Side of the images in pixels, or their height and width; position embeddings are interpolated to it. Default:
     that of the pretrained encoder."""
+    patch_size: tuple[int, ...] | None = None
+    """Side of a patch in pixels, or its height and width. Default: the encoder's; without --finetune, the preset's."""
     mean: tuple[float, ...] | None = None
     """What pixels are normalised by: one number per channel, as a share of the value range. Default: as the encoder
     says."""
@@ -133,6 +135,7 @@ class ResolvedFinetuneConfig(FinetuneConfig):
     data_path: str | tuple[str, ...]
     model: str
     input_size: tuple[int, int]
+    patch_size: tuple[int, int]
     nb_classes: int
     compile: Literal["off", "block", "model"]
     epochs: int
@@ -181,6 +184,7 @@ def resolve_finetune(
     model: str,
     width: int,
     img_size: tuple[int, int],
+    patch_size: tuple[int, int],
     pixels: PixelFacts = UINT8,
     mean: tuple[float, ...],
     std: tuple[float, ...],
@@ -191,7 +195,7 @@ def resolve_finetune(
     on_gpu: bool = False,
 ) -> ResolvedFinetuneConfig:
     """Fills in what was left open, from the data (``facts``, ``nb_classes``), the encoder (``model``, the ``width`` of
-    its tokens, ``img_size``, ``pixels``, ``mean``, ``std``) and the machine."""
+    its tokens, ``img_size``, ``patch_size``, ``pixels``, ``mean``, ``std``) and the machine."""
     digits = facts.kind == "digits"
     # Of ViT-B, ViT-L and ViT-H in the official script.
     epochs, blr, layer_decay, drop_path = (
@@ -203,11 +207,13 @@ def resolve_finetune(
     if config.tune != "full":
         drop_path = 0.0
     input_size = config.input_size or img_size
+    is_series = input_size[0] == 1
     blr = given(config.blr, blr)
     global_batch = config.batch_size * config.accum_iter * ranks
     chosen = dict(
         model=model,
         input_size=(input_size[0], input_size[-1]),
+        patch_size=patch_size,
         nb_classes=nb_classes,
         class_names=class_names,
         global_pool=config.global_pool and not config.cls_token,
@@ -217,8 +223,8 @@ def resolve_finetune(
         warmup_epochs=given(config.warmup_epochs, default_warmup(OFFICIAL_FINETUNING_WARMUP, epochs)),
         layer_decay=given(config.layer_decay, layer_decay),
         drop_path=given(config.drop_path, drop_path),
-        crop_scale=given(config.crop_scale, (0.7, 1.0) if digits else (0.08, 1.0)),
-        flip=given(config.flip, len(mean) == 3),
+        crop_scale=given(config.crop_scale, (0.7, 1.0) if digits else (1.0, 1.0) if is_series else (0.08, 1.0)),
+        flip=given(config.flip, len(mean) == 3 and not is_series),
         aa=given(config.aa, "rand-m9-mstd0.5-inc1" if facts.kind == "folder" and len(mean) in (1, 3) else ""),
         reprob=given(config.reprob, 0.0 if digits else 0.25),
         mixup=given(config.mixup, 0.0 if digits else 0.8),
@@ -245,6 +251,7 @@ def check_finetune(config: FinetuneConfig) -> None:
         SettingError: naming the setting, its value and what it must be.
     """
     check_training(config)
+    need_size(config, "patch_size")
     need_statistics(config)
     needed = partial(need, config)
     tunes = re.fullmatch(r"full|linear|lora|last-[1-9]\d*", config.tune) is not None

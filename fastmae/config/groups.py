@@ -12,7 +12,7 @@ GROUPS = {
         "mean", "std", "crop_scale", "flip", "aa", "reprob", "mixup", "cutmix", "mixup_switch_prob", "repeated_masks",
     ),
     "model and masks": (
-        "finetune", "model", "input_size", "start_size", "grow_epochs", "mask_ratio", "masking", "masks",
+        "finetune", "model", "input_size", "patch_size", "start_size", "grow_epochs", "mask_ratio", "masking", "masks",
         "norm_pix_loss", "decoder_attention", "decoder_depth", "predict_ratio", "nb_classes", "global_pool",
         "cls_token", "drop_path",
     ),

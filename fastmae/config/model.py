@@ -21,6 +21,8 @@ class ModelSpec(ImagesConfig):
     input_size: tuple[int, ...]
     """(height, width) of its images in pixels; one number is both."""
     in_chans: int
+    patch_size: tuple[int, ...] | None = None
+    """(height, width) of a patch in pixels; one number is both. None: the preset's."""
     mean: tuple[float, ...] | None = None
     """One number per channel, as a share of the value range. None: the model's own default."""
     std: tuple[float, ...] | None = None
@@ -35,6 +37,7 @@ class ModelSpec(ImagesConfig):
     def __post_init__(self) -> None:
         coerce(self)
         need_size(self, "input_size")
+        need_size(self, "patch_size")
         need_at_least_one(self, "in_chans", "decoder_depth")
         need(self, all(value > 0 for value in self.std or ()), "std", "above 0")
         pairs = 2 * self.in_chans
@@ -42,6 +45,8 @@ class ModelSpec(ImagesConfig):
             self, len(self.value_range or range(pairs)) == pairs, "value_range", f"{pairs} numbers, LOW HIGH a channel"
         )
         object.__setattr__(self, "input_size", (self.input_size[0], self.input_size[-1]))
+        if self.patch_size is not None:
+            object.__setattr__(self, "patch_size", (self.patch_size[0], self.patch_size[-1]))
 
     @property
     def pixels(self) -> PixelFacts:

@@ -32,7 +32,8 @@ class PretrainConfig(TrainingConfig, MaskingConfig):
     output_dir: str = "./output_dir"
     """The run folder, into which checkpoints, log.txt, metrics.jsonl, config.yaml and reconstructions are written."""
     crop_scale: tuple[float, float] | None = None
-    """Smallest and largest share of an image's area that a crop takes. Default: 0.2 and 1; for the digits 0.7 and 1."""
+    """Smallest and largest share of an image's area that a crop takes. Default: 0.2 and 1; for the digits 0.7
+    and 1; for images of one row, which are time series, 1 and 1."""
     in_chans: int | None = None
     """Channels of the model. 1 turns colour images into gray ones, 3 repeats a gray channel. Default: as many as the
     data have."""
@@ -59,8 +60,10 @@ class PretrainConfig(TrainingConfig, MaskingConfig):
     model: str | None = None
     """The name of a preset. Default: mae_vit_large_patch16; for images of up to 64 pixels mae_vit_tiny_patch4."""
     input_size: tuple[int, ...] | None = None
-    """Side of the training crops in pixels, or their height and width. Default: 224; for mae_vit_tiny_patch4 the size
-    of the images."""
+    """Side of the training crops in pixels, or their height and width. Default: 224; for mae_vit_tiny_patch4, and
+    with --patch_size, the size of the images if they have one, rounded up to whole patches."""
+    patch_size: tuple[int, ...] | None = None
+    """Side of a patch in pixels, or its height and width, such as 1 16 for time series. Default: the preset's."""
     start_size: tuple[int, ...] | None = None
     """Side of the crops of the first epochs, or their height and width. It grows to input_size in steps of whole
     patches. Default: input_size from the beginning, as in the official script."""
@@ -132,6 +135,8 @@ class ResolvedConfig(PretrainConfig):
 
     model: str
     input_size: tuple[int, int]
+    patch_size: tuple[int, int] | None
+    """None: the preset's."""
     start_size: tuple[int, int] | None
     """None without growth; then grow_epochs is 0."""
     grow_epochs: int
@@ -169,13 +174,13 @@ FIXED_IN_A_RUN = (
     "model", "input_size", "in_chans", "norm_pix_loss", "mask_ratio", "mean", "std", "crop_scale", "flip",
     "seed", "global_batch", "dataset_length", "order", "keep_last", "repeated_masks",
     "ema", "masking", "given_masks", "start_size", "grow_epochs", "decoder_attention", "decoder_depth", "predict_ratio",
-    *IMAGE_SETTINGS,
+    "patch_size", *IMAGE_SETTINGS,
 )  # fmt: skip
 # What those were in a checkpoint from before they could be chosen.
 UNLESS_SAVED = {
     "order": FULL_SHUFFLE, "keep_last": False, "repeated_masks": 1, "ema": None, "masking": "random", "given_masks": "",
     "start_size": None, "grow_epochs": 0, "decoder_attention": "self", "decoder_depth": None, "predict_ratio": None,
-    **dict.fromkeys(IMAGE_SETTINGS), "pixel_type": "uint8",
+    "patch_size": None, **dict.fromkeys(IMAGE_SETTINGS), "pixel_type": "uint8",
 }  # fmt: skip
 
 
@@ -205,9 +210,13 @@ def resolve(
         model = SMALL_MODEL if small else "mae_vit_large_patch16"
     if config.input_size is not None:
         input_size = config.input_size
+    elif facts.size is not None and config.patch_size is not None:
+        patch = config.patch_size[0], config.patch_size[-1]
+        input_size = tuple(side * math.ceil(size / side) for size, side in zip(facts.size, patch, strict=True))
     elif model == SMALL_MODEL and facts.size is not None:
         # Patches of 4×4, at least 16 of them: the images' own size if it is that large, rounded up to whole patches.
         input_size = tuple(4 * math.ceil(max(side, 16) / 4) for side in facts.size)
+    is_series = input_size[0] == 1  # whose rate and direction mean something
     epochs = given(config.epochs, 60 if digits else 400)
     need(config, config.start_epoch < epochs, "start_epoch", f"below the {epochs} of --epochs")
     start_size = config.start_size
@@ -217,6 +226,7 @@ def resolve(
     chosen = dict(
         model=model,
         input_size=(input_size[0], input_size[-1]),
+        patch_size=config.patch_size and (config.patch_size[0], config.patch_size[-1]),
         start_size=start_size and (start_size[0], start_size[-1]),
         grow_epochs=given(config.grow_epochs, max(1, epochs * 4 // 5)) if start_size else 0,
         mask_ratio=config.mask_ratio if masks is None else masks.mask_ratio,
@@ -225,8 +235,8 @@ def resolve(
         lr=given(config.lr, blr * global_batch / 256),
         blr=blr,
         warmup_epochs=given(config.warmup_epochs, default_warmup(0.0 if digits else OFFICIAL_WARMUP, epochs)),
-        crop_scale=given(config.crop_scale, (0.7, 1.0) if digits else (0.2, 1.0)),
-        flip=given(config.flip, in_chans == 3),
+        crop_scale=given(config.crop_scale, (0.7, 1.0) if digits else (1.0, 1.0) if is_series else (0.2, 1.0)),
+        flip=given(config.flip, in_chans == 3 and not is_series),
         in_chans=in_chans,
         **pixel_settings(pixels),
         mean=given(config.mean, mean),
@@ -267,6 +277,7 @@ def check_pretrain(config: PretrainConfig) -> None:
     needed(config.start_epoch >= 0, "start_epoch", "0 or more")
     if config.epochs is not None:
         needed(config.start_epoch < config.epochs, "start_epoch", f"below --epochs={config.epochs}")
+    need_size(config, "patch_size")
     need_size(config, "start_size")
     needed(config.start_size is None or not config.masks, "start_size", "left out with --masks, which are of one size")
     grows = config.grow_epochs is None or config.start_size is not None

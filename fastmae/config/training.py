@@ -47,7 +47,7 @@ class TrainingConfig(ImagesConfig):
     crop_scale: tuple[float, float] | None = None
     """Smallest and largest share of an image's area that a crop takes."""
     flip: bool | None = None
-    """Flip half of the crops horizontally. Default: for colour images only."""
+    """Flip half of the crops horizontally. Default: for colour images of more than one row."""
     max_corrupt: float = 0.01
     """Largest share of images that may be unusable before the run stops. Up to 20 of them are always tolerated."""
     keep_last: bool = False

@@ -185,12 +185,17 @@ def random_box(
         height: of the image, in pixels.
         width: of the image, in pixels.
         scale: the smallest and the largest share of the area. With (1, 1) nothing is drawn for an oblong model: the box
-            is the whole image, or what of it has the model's aspect ratio, as in evaluation.
+            is the whole image, or what of it has the model's aspect ratio, as in evaluation. Of images of one row on
+            a model of one row (time series) it is the share of the width, and the aspect ratio has no meaning.
         size: (height, width) that the box is resized to, of which only the aspect ratio counts.
     """
     aspect = size[1] / size[0]
     if scale[0] == 1 and aspect != 1:
         return central_box(height, width, size)
+    if height == size[0] == 1 < size[1]:
+        share, _, _, left = draws[0].tolist()
+        w = max(1, round(width * (scale[0] + (scale[1] - scale[0]) * share)))
+        return Box(0, int(left * (width - w + 1)), 1, w)
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
     for area_draw, ratio_draw, top_draw, left_draw in draws[:CROP_ATTEMPTS].tolist():
         area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)

@@ -30,9 +30,12 @@ def build_model(spec: ModelSpec) -> MaskedAutoencoderViT:
             mean=spec.mean,
             std=spec.std,
             pixels=spec.pixels,
+            **({} if spec.patch_size is None else {"patch_size": spec.patch_size}),
             **({} if spec.decoder_depth is None else {"decoder_depth": spec.decoder_depth}),
         )
     except ValueError as error:
-        raise SettingError("model", spec.model, f"{error}; choose another --input_size or --model") from error
+        raise SettingError(
+            "model", spec.model, f"{error}; choose another --input_size, --patch_size or --model"
+        ) from error
     model.read_as = read_as(spec)
     return model

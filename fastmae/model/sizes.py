@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,19 +65,24 @@ def _block_parameters(width: int, hidden: int) -> int:
     return 4 * width * (width + 1) + (width + 1) * hidden + (hidden + 1) * width + 4 * width
 
 
-def preset_sizes(name: str, input_size: int | None = None) -> Sizes:
-    """Returns the sizes of a preset for square colour images of ``input_size`` pixels, by default the preset's own.
+def preset_sizes(name: str, input_size: Sequence[int] = (), patch_size: Sequence[int] = ()) -> Sizes:
+    """Returns the sizes of a preset for colour images.
+
+    Args:
+        name: of the preset.
+        input_size, patch_size: (height, width) in pixels, or one number for both; by default the preset's own.
 
     Raises:
         ValueError: the image is no whole number of patches.
     """
     given = PRESET_SIZES[name]
-    side, patch = input_size or given.get("img_size", 224), given["patch_size"]
-    if side < patch or side % patch:
-        raise ValueError(f"an image of {side}×{side} pixels is not a multiple of a patch of {patch}×{patch}")
+    image, patch = input_size or [given.get("img_size", 224)], patch_size or [given["patch_size"]]
+    (height, width), (ph, pw) = (image[0], image[-1]), (patch[0], patch[-1])
+    if height < ph or width < pw or height % ph or width % pw:
+        raise ValueError(f"an image of {height}×{width} pixels is not a multiple of a patch of {ph}×{pw}")
     return Sizes(
-        num_patches=(side // patch) ** 2,
-        patch_numbers=3 * patch**2,
+        num_patches=(height // ph) * (width // pw),
+        patch_numbers=3 * ph * pw,
         width=given["embed_dim"],
         depth=given["depth"],
         heads=given["num_heads"],

@@ -233,6 +233,7 @@ def _encoder(flags: FinetuneConfig, train: Source, context: parallel.DistContext
         data_path=flags.data_path,
         model=preset,
         input_size=flags.input_size,
+        patch_size=flags.patch_size,
         seed=flags.seed,
         mean=flags.mean,
         std=flags.std,
@@ -262,6 +263,7 @@ def _resolve(
         model=encoder.settings["model"],
         width=encoder.model.cls_token.shape[2],
         img_size=encoder.model.img_size,
+        patch_size=encoder.model.patch_size,
         mean=tuple(encoder.model.mean.tolist()),
         std=tuple(encoder.model.std.tolist()),
         nb_classes=nb_classes,
@@ -270,6 +272,9 @@ def _resolve(
         num_workers=default_workers(),
         on_gpu=context.device.type == "cuda",
     )
+    if flags.patch_size is not None and (flags.patch_size[0], flags.patch_size[-1]) != config.patch_size:
+        own = "{}×{}".format(*config.patch_size)
+        raise SettingError("patch_size", flags.patch_size, f"the encoder's patches have {own} pixels; leave it out")
     if config.batch_size % 2 and (config.mixup or config.cutmix):
         raise SettingError("batch_size", config.batch_size, "must be even with --mixup or --cutmix, which mix pairs")
     if config.warmup_epochs >= config.epochs:

@@ -150,9 +150,9 @@ REFUSED = {
         "a ViT of torchvision",
     ),
     "a CLIP": (lambda e: {"visual.conv1.weight": torch.zeros(2)}, "is a CLIP"),
-    "a patch of 8": (
-        lambda e: e | {"patch_embed.proj.weight": torch.zeros(128, 3, 8, 8)},
-        "is a ViT encoder, 4 blocks of 128, without decoder, with patches of 8×8 pixels; no preset",
+    "a width of 100": (
+        lambda e: e | {"patch_embed.proj.weight": torch.zeros(100, 3, 4, 4)},
+        "is a ViT encoder, 4 blocks of 100, without decoder; no preset has such a width",
     ),
     "not finite": (
         lambda e: e | {"norm.bias": torch.full((128,), torch.nan)},

@@ -25,9 +25,9 @@ def test_plain_sizes_are_those_of_the_model(name):
 
 
 def test_an_image_of_another_size_has_other_patches():
-    assert preset_sizes("mae_vit_base_patch16", 448) == sizes_of(model_of("mae_vit_base_patch16", img_size=448))
+    assert preset_sizes("mae_vit_base_patch16", [448]) == sizes_of(model_of("mae_vit_base_patch16", img_size=448))
     with pytest.raises(ValueError, match="30×30 pixels is not a multiple of a patch of 16×16"):
-        preset_sizes("mae_vit_base_patch16", 30)
+        preset_sizes("mae_vit_base_patch16", [30])
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from fastmae.train.step import TrainingLoss, prepare, train_step
 
 PHOTOS = DataFacts(kind="folder", channels=3, size=None, labelled=True, length=64_000)
 MACHINE = dict(mean=(0.5,) * 3, std=(0.2,) * 3, ranks=1, num_workers=3)
-ENCODER = dict(model="m", width=768, img_size=(224, 224), nb_classes=5)
+ENCODER = dict(model="m", width=768, img_size=(224, 224), patch_size=(16, 16), nb_classes=5)
 
 
 def mode_of(on_gpu: bool, **flags) -> str:

@@ -333,7 +333,7 @@ def test_with_few_labels_a_pretrained_encoder_beats_a_fresh_one(tmp_path):
 )
 def test_image_files_get_the_published_recipe_of_their_encoder(width, epochs, blr, layer_decay, drop_path):
     photos = DataFacts(kind="folder", channels=3, size=None, labelled=True, length=1_281_167)
-    encoder = dict(model="any", width=width, img_size=(224, 224), mean=(0.5,) * 3, std=(0.2,) * 3)
+    encoder = dict(model="any", width=width, img_size=(224, 224), patch_size=(16, 16), mean=(0.5,) * 3, std=(0.2,) * 3)
     machine = dict(nb_classes=1000, ranks=8, num_workers=10)
     config = resolve_finetune(FinetuneConfig(data_path="photos", batch_size=128), photos, **encoder, **machine)
     assert (config.epochs, config.blr, config.layer_decay, config.drop_path) == (epochs, blr, layer_decay, drop_path)

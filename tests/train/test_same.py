@@ -36,7 +36,9 @@ MEASURED = dict(mean=(0.5,) * 3, std=(0.2,) * 3, ranks=2, num_workers=3)
 def resolved(flags: PretrainConfig | FinetuneConfig) -> ResolvedConfig | ResolvedFinetuneConfig:
     if isinstance(flags, PretrainConfig):
         return resolve(flags, FACTS, **MEASURED)
-    return resolve_finetune(flags, FACTS, model="m", width=768, img_size=(224, 224), nb_classes=5, **MEASURED)
+    return resolve_finetune(
+        flags, FACTS, model="m", width=768, img_size=(224, 224), patch_size=(16, 16), nb_classes=5, **MEASURED
+    )
 
 
 def rank(config_class=PretrainConfig, **changes) -> dict:

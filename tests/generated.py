@@ -38,7 +38,7 @@ FORMATS = (
 )
 DAMAGES = ("empty", "cut", "zeros", "text", "renamed", "pipe", "dangling", "a folder")
 OTHERS = {
-    "labels.csv": b"file,label\n", "README.md": b"# photos\n", "Thumbs.db": b"\xd0\xcf\x11", "scan.dcm": bytes(200),
+    "labels.csv": b"file,label\n", "README.md": b"# photos\n", "Thumbs.db": b"\xd0\xcf\x11", "scan.mha": bytes(200),
     "boxes.json": b"{}", "photo.heic": b"\0\0\0\x18ftypheic", "film.mp4": b"\0\0\0\x18ftypmp42", "notes": b"no suffix",
     "old.jpg.bak": b"\xff\xd8\xff", "mask.mat": b"MATLAB", ".DS_Store": b"\0\0\0\1Bud1", "._0.jpg": b"\0\5\x16\7",
 }  # fmt: skip

@@ -46,7 +46,7 @@ TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Fewer files are listed faster than an index of them is found and checked.
 WORTH_KEEPING = 10_000
 # It changes whenever other files are listed than before, so that older listings are made anew.
-RULE = 2
+RULE = 3
 SHOWN_CLASSES = 6
 SHOWN_SUFFIXES = 12
 
@@ -126,7 +126,7 @@ def refuse_no_image(start: bytes, size: int) -> None:
     Raises:
         OSError: it is refused.
     """
-    if start.startswith(TIFF_STARTS):  # whose header may lie at the end
+    if start.startswith(TIFF_STARTS) or start[128:132] == b"DICM":  # whose header may lie at the end, or say little
         return
     try:
         with warnings.catch_warnings():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import re
 
 from PIL import Image
+
+from fastmae.errors import install_hint
 
 SHARD_SUFFIXES = (".tar", ".parquet")
 
@@ -18,24 +21,33 @@ _NOT_PHOTOS = frozenset(
 )
 
 
+# What is read beside Pillow's formats, by the library that reads it.
+_BY_LIBRARY = {
+    "pydicom": (".dcm", ".dicom", ".ima"),
+    "tifffile": (".lsm", ".btf", ".tf8", ".tf2"),
+    "imagecodecs": (".jxl", ".jpc"),
+}
+
+
 def _image_suffixes() -> frozenset[str]:
-    """Returns the suffixes of what this Pillow decodes, in lower case, with those of pillow-heif if it is installed."""
+    """Returns the suffixes of what is decoded here, in lower case: by Pillow and by what is installed of the extras."""
     with contextlib.suppress(ImportError, AttributeError):
         importlib.import_module("pillow_heif").register_heif_opener()
     registered = Image.registered_extensions()
     readable = {*Image.OPEN, "MPO"} - _NOT_PHOTOS  # an MPO is opened as the JPEG that it begins with
-    return frozenset(suffix for suffix, name in registered.items() if name in readable)
+    more = [suffix for name, own in _BY_LIBRARY.items() if importlib.util.find_spec(name) for suffix in own]
+    return frozenset([*(suffix for suffix, name in registered.items() if name in readable), *more])
 
 
 IMAGE_SUFFIXES = _image_suffixes()
 
-# The first bytes of JPEG, PNG, GIF, WebP, TIFF, BMP, JPEG 2000, AVIF, and PNM.
+# The first bytes of JPEG, PNG, GIF, WebP, TIFF, BMP, JPEG 2000, AVIF, HEIC, JPEG XL, DICOM, and PNM.
 IMAGE_STARTS = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II[*+]\0|MM\0[*+]|BM....\0\0\0\0|\0\0\0\x0cjP  "
-    rb"|....ftypavi[fs]|P[1-6]\s+\d",
+    rb"|....ftyp(?:avi[fs]|hei[cxms]|hev[cmsx]|mif1|msf1)|\0\0\0\x0cJXL |\xff\x4f\xff\x51|.{128}DICM|P[1-6]\s+\d",
     re.DOTALL,
 )
-START_BYTES = 16
+START_BYTES = 132
 
 _SUFFIX = re.compile(r"\.(?=.*[a-z])[a-z0-9_+~-]{1,12}")
 
@@ -59,9 +71,12 @@ _REMEDIES = _by_suffix({
     ".tar .parquet": "a shard beside image files; give its own path",
     ".heic .heif .hif": "which needs pillow-heif; run pip install pillow-heif",
     ".avif .avifs": "which this Pillow cannot decode; run pip install -U pillow",
-    ".jxl .jxr .webp2 .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw":
+    ".dcm .dicom .ima": f"which needs pydicom; run {install_hint('science')}",
+    ".lsm .btf .tf8 .tf2": f"which needs tifffile; run {install_hint('science')}",
+    ".jxl .jpc": f"which needs imagecodecs; run {install_hint('science')}",
+    ".jxr .webp2 .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw":
         "which Pillow does not decode; convert it to PNG, TIFF or JPEG",
-    ".dcm .dicom .ima .nii .mha .mhd .nrrd .nd2 .czi .lif .oib .oif .lsm .vsi .svs .ndpi .mrxs .fits .fit .nc .hgt":
+    ".nii .mha .mhd .nrrd .nd2 .czi .lif .oib .oif .vsi .svs .ndpi .mrxs .fits .fit .nc .hgt":
         "which fastmae does not read; convert it to PNG, TIFF or .npy",
     ".mp4 .m4v .avi .mov .mkv .webm .mpg .mpeg .wmv .flv": "a video; write its frames to image files",
     ".svg .eps .ps .pdf .ai .wmf .emf": "a drawing; render it to PNG",

@@ -223,8 +223,8 @@ REFUSED = {
         "holds no images; 2 files left out: .arrow, which fastmae does not read; write the images to files, tar shards",
     ),
     "scans": (
-        ["a/1.dcm", "a/.x/2.png"],
-        "holds no images; 1 file left out: .dcm, which fastmae does not read; convert it to PNG, TIFF or .npy",
+        ["a/1.mha", "a/.x/2.png"],
+        "holds no images; 1 file left out: .mha, which fastmae does not read; convert it to PNG, TIFF or .npy",
     ),
     "an empty part": (["train/x.txt", *classes("val")], "holds no images; 1 file left out: .txt, no image"),
 }
@@ -396,7 +396,7 @@ def test_counts_and_lines_are_short():
 
 def test_a_run_verify_and_the_facts_say_the_same(tmp_path, capsys):
     """A default probe of a part that it cannot measure is skipped; one that was asked for is refused at the start."""
-    root = fill(tmp_path / "set", *classes("train", count=4), *classes("val", "fox", "owl"), "notes.txt", "a.dcm")
+    root = fill(tmp_path / "set", *classes("train", count=4), *classes("val", "fox", "owl"), "notes.txt", "a.mha")
     flags = dict(batch_size=4, epochs=1, warmup_epochs=0.0, model="mae_vit_tiny_patch4", input_size=(8,), num_workers=1)
     assert pretrain(small_run(str(root), tmp_path / "run", **{**flags, "probe": None})) == 0
     out = capsys.readouterr().out

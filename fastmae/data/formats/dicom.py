@@ -44,7 +44,7 @@ _NEEDED = [
     "SegmentedBluePaletteColorLookupTableData", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     "PixelData", "FloatPixelData", "DoubleFloatPixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
 ]  # fmt: skip
-_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_PIXELS = {"PixelData": 0x7FE00010, "FloatPixelData": 0x7FE00008, "DoubleFloatPixelData": 0x7FE00009}
 _SIZED = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation")
 _GRAY = ("MONOCHROME1", "MONOCHROME2")
 _COLOURS = {"MONOCHROME1": "gray", "MONOCHROME2": "gray", "PALETTE COLOR": "palette"}
@@ -69,7 +69,7 @@ def header(data: bytes) -> Header:
     Raises:
         BadImageError: no pixels, too large, or elements that make no sense.
     """
-    dataset = _opened(io.BytesIO(data))
+    dataset, _ = _opened(io.BytesIO(data))
     colours, frames = str(dataset.PhotometricInterpretation), _frames(dataset)
     bits, is_gray = int(dataset.BitsStored), colours in _GRAY
     return Header(
@@ -90,10 +90,10 @@ def pixels(data: bytes, read_as: ReadAs) -> np.ndarray:
         BadImageError: no pixels, damaged, too large, or compressed as nothing here decodes.
     """
     file = io.BytesIO(data)
-    dataset = _opened(file)
     if read_as.pages != "channels":
-        return _frame(dataset, 0, read_as)
-    return as_channels((_frame(dataset, number, read_as) for number in range(_frames(dataset))), _frames(dataset))
+        return page(file, 0, read_as)
+    frames = _frames(_opened(file)[0])
+    return as_channels((page(file, number, read_as) for number in range(frames)), frames)
 
 
 def places(file: BinaryIO) -> list[int]:
@@ -102,7 +102,7 @@ def places(file: BinaryIO) -> list[int]:
     Raises:
         BadImageError: as ``header``.
     """
-    return [*range(_frames(_opened(file)))]
+    return [*range(_frames(_opened(file)[0]))]
 
 
 def page(file: BinaryIO, place: int, read_as: ReadAs) -> np.ndarray:
@@ -111,10 +111,13 @@ def page(file: BinaryIO, place: int, read_as: ReadAs) -> np.ndarray:
     Raises:
         BadImageError: as ``pixels``.
     """
-    dataset = _opened(file)
+    dataset, at = _opened(file)
     if place >= _frames(dataset):
         raise BadImageError(f"frame {place + 1} of {_frames(dataset)}")
-    return _frame(dataset, place, read_as)
+    with _nothing_shown():
+        if at is not None:
+            _load(dataset, file, at, place)
+        return _frame(dataset, place, read_as)
 
 
 # --- elements ---------------------------------------------------------------------------------------------------------
@@ -131,8 +134,14 @@ def _nothing_shown() -> Any:
         raise BadImageError(f"a DICOM that pydicom cannot decode ({type(error).__name__})") from error
 
 
-def _opened(file: BinaryIO) -> Any:
-    """Returns the elements that are needed, of which those of pixels are checked by what they claim.
+_Place = tuple[str, str, int, int]
+"""Which element holds the pixels, of which kind, where its value begins, and its bytes; -1 for frames in fragments."""
+
+
+def _opened(file: BinaryIO) -> tuple[Any, _Place | None]:
+    """Returns the elements that are needed, checked by what they claim, and where the pixels are.
+
+    The pixels are not read. Only of a deflated file they are, and their place is None.
 
     Raises:
         BadImageError: no pixels, too large, or elements that make no sense.
@@ -140,7 +149,11 @@ def _opened(file: BinaryIO) -> Any:
     pydicom = library("pydicom", "DICOM")
     with _nothing_shown():
         file.seek(0)
-        dataset = pydicom.dcmread(_inflated(pydicom, file), force=True, specific_tags=_NEEDED)
+        is_deflated = _refuse_bomb(file)
+        dataset = pydicom.dcmread(file, force=True, specific_tags=_NEEDED, stop_before_pixels=not is_deflated)
+        at = None if is_deflated else _place(dataset, file)
+        if at is not None:
+            dataset.add_new(_PIXELS[at[0]], at[1], b"")
         if not any(name in dataset for name in _PIXELS):
             modality = str(dataset.get("Modality", ""))
             kind = f" (modality {modality})" if modality.isalnum() and len(modality) <= 16 else ""
@@ -157,11 +170,25 @@ def _opened(file: BinaryIO) -> Any:
         height, width, bands, bits = (int(dataset[name].value) for name in _SIZED[:4])
         check_size(height, width, bands, max(bits // 8, 1))
         check_pages(_frames(dataset))
-        return dataset
+        return dataset, at
 
 
-def _inflated(pydicom: Any, file: BinaryIO) -> BinaryIO:
-    """Returns the file, or refuses a deflated one whose elements would be absurdly long.
+def _place(dataset: Any, file: BinaryIO) -> _Place | None:
+    """Returns the place of the pixels, at whose element the reading of a file has ended; None if there are none."""
+    is_implicit, is_little = dataset.original_encoding
+    order: Any = "little" if is_little else "big"
+    start = file.read(12)
+    tag = int.from_bytes(start[:2], order) << 16 | int.from_bytes(start[2:4], order)
+    name = next((name for name, number in _PIXELS.items() if number == tag), None)
+    if name is None or len(start) < 12:
+        return None
+    length = int.from_bytes(start[4:8] if is_implicit else start[8:12], order)
+    kind = "OW" if is_implicit else start[4:6].decode("ascii")
+    return name, kind, file.tell() - (4 if is_implicit else 0), -1 if length == 0xFFFFFFFF else length
+
+
+def _refuse_bomb(file: BinaryIO) -> bool:
+    """Returns whether a file is deflated, and refuses one whose elements would be absurdly long.
 
     Raises:
         BadImageError: it is refused.
@@ -169,7 +196,7 @@ def _inflated(pydicom: Any, file: BinaryIO) -> BinaryIO:
     start = file.read(4096)
     file.seek(0)
     if _DEFLATED.encode() not in start:
-        return file
+        return False
     from pydicom.filereader import _read_file_meta_info
 
     size = file.seek(0, io.SEEK_END)
@@ -183,7 +210,7 @@ def _inflated(pydicom: Any, file: BinaryIO) -> BinaryIO:
             if length > _MOST_DEFLATED * size:
                 raise BadImageError(f"a deflated DICOM over {_MOST_DEFLATED} times as long as its file")
     file.seek(0)
-    return file
+    return True
 
 
 def _frames(dataset: Any) -> int:
@@ -247,25 +274,25 @@ def _holding(limits: list[int]) -> np.dtype:
 
 
 def _frame(dataset: Any, number: int, read_as: ReadAs) -> np.ndarray:
+    """Returns a frame [H, W, C]. Its pixels are in the elements, alone or among all."""
     from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_windowing
 
-    with _nothing_shown():
-        stored = _stored(dataset, number)
-        stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
-        colours = str(dataset.PhotometricInterpretation)
-        if colours == "PALETTE COLOR":
-            return apply_color_lut(stored, dataset)
-        if colours not in _GRAY:
-            return stored if stored.ndim == 3 else stored[..., None]
-        if read_as.window is None:
-            if colours == "MONOCHROME1":
-                stored = _inverted(dataset, stored)
-            return _in_units(dataset, number, stored)[..., None]
-        units = apply_modality_lut(stored, dataset) if dataset.get("ModalityLUTSequence") else None
-        if units is None:
-            slope, intercept = _rescale(dataset, number)
-            units = stored * slope + intercept
-        return _windowed(dataset, units, read_as, apply_windowing, colours == "MONOCHROME1")[..., None]
+    stored = _stored(dataset, number if _frames(dataset) > 1 else 0)
+    stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
+    colours = str(dataset.PhotometricInterpretation)
+    if colours == "PALETTE COLOR":
+        return apply_color_lut(stored, dataset)
+    if colours not in _GRAY:
+        return stored if stored.ndim == 3 else stored[..., None]
+    if read_as.window is None:
+        if colours == "MONOCHROME1":
+            stored = _inverted(dataset, stored)
+        return _in_units(dataset, number, stored)[..., None]
+    units = apply_modality_lut(stored, dataset) if dataset.get("ModalityLUTSequence") else None
+    if units is None:
+        slope, intercept = _rescale(dataset, number)
+        units = stored * slope + intercept
+    return _windowed(dataset, units, read_as, apply_windowing, colours == "MONOCHROME1")[..., None]
 
 
 def _inverted(dataset: Any, stored: np.ndarray) -> np.ndarray:
@@ -314,13 +341,13 @@ def _stored(dataset: Any, number: int) -> np.ndarray:
     Raises:
         BadImageError: cut, or compressed as nothing here decodes.
     """
+    from pydicom.encaps import get_frame
     from pydicom.pixels import get_decoder, pixel_array
 
     syntax = _syntax(dataset)
     if not syntax.is_encapsulated:
-        _check_length(dataset)
         return pixel_array(dataset, index=number)
-    frame = _encapsulated(dataset, number)
+    frame = get_frame(dataset.PixelData, number, number_of_frames=_frames(dataset))
     size = size_of_jpeg(frame) if frame[:3] == JPEG_START else size_of_jpeg2000(frame[:4096])
     if size is not None and size != (int(dataset.Rows), int(dataset.Columns)):
         stated = f"{dataset.Columns}×{dataset.Rows} pixels by its elements"
@@ -343,27 +370,38 @@ def _syntax(dataset: Any) -> Any:
     return dataset.file_meta.TransferSyntaxUID
 
 
-def _check_length(dataset: Any) -> None:
-    """Refuses pixels that are cut.
+def _load(dataset: Any, file: BinaryIO, at: _Place, number: int) -> None:
+    """Reads the pixels of one frame into the elements, alone; or those of all, where a frame ends within a word.
 
     Raises:
-        BadImageError: they are.
+        BadImageError: cut.
     """
-    name = next(name for name in _PIXELS if name in dataset)
-    samples = int(dataset.Rows) * int(dataset.Columns) * int(dataset.SamplesPerPixel) * _frames(dataset)
+    from pydicom.encaps import encapsulate, get_frame
+
+    name, _, start, length = at
+    file.seek(start)
+    frames = _frames(dataset)
+    if length < 0:
+        tables = (dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths"))
+        found = get_frame(file, number, number_of_frames=frames, extended_offsets=tables if all(tables) else None)
+        for table in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"):
+            dataset.pop(table, None)
+        dataset.PixelData, dataset.NumberOfFrames = encapsulate([found]), 1
+        dataset["PixelData"].is_undefined_length = True
+        return
+    bits = int(dataset.Rows) * int(dataset.Columns) * int(dataset.SamplesPerPixel) * int(dataset.BitsAllocated)
     if "422" in str(dataset.PhotometricInterpretation):
-        samples = samples * 2 // 3
-    needed = samples * int(dataset.BitsAllocated) // 8
-    if len(dataset[name].value) < needed:
-        raise BadImageError(f"cut: {len(dataset[name].value)} bytes of pixels, of {needed}")
-
-
-def _encapsulated(dataset: Any, number: int) -> bytes:
-    from pydicom.encaps import get_frame
-
-    tables = (dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths"))
-    extended = tables if all(tables) else None
-    return get_frame(dataset.PixelData, number, number_of_frames=_frames(dataset), extended_offsets=extended)
+        bits = bits * 2 // 3
+    needed, there = (bits * frames + 7) // 8, min(length, file.seek(0, io.SEEK_END) - start)
+    if there < needed:
+        raise BadImageError(f"cut: {there} bytes of pixels, of {needed}")
+    if bits % 16 == 0:
+        file.seek(start + number * bits // 8)
+        found, dataset.NumberOfFrames = file.read(bits // 8), 1
+    else:
+        file.seek(start)
+        found = file.read(needed)
+    setattr(dataset, name, found + b"\0" * (len(found) % 2))
 
 
 def _by_imagecodecs(dataset: Any, syntax: str, name: str, frame: bytes) -> np.ndarray:

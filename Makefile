@@ -37,7 +37,7 @@ test-native: $(VENV)/.installed-dev
 		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
 		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(SANITIZED)
 	$(BIN)/cmake --build $(SANITIZED) --parallel $$(nproc)
-	FASTMAE_SANITIZED=$(CURDIR)/$(SANITIZED) PYTHONPATH=tests ASAN_OPTIONS=detect_leaks=0 \
+	FASTMAE_SANITIZED=$(CURDIR)/$(SANITIZED) PYTHONPATH=tests ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		$(BIN)/python -m pytest -q --capture=sys -p sanitized tests/ops/test_cpu.py tests/ops/test_wrong_arguments.py
 

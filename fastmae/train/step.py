@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from fastmae.errors import SettingError, install_hint
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.vit import BLOCKS, Checkpointing, Mlp
 from fastmae.model.weight_copies import WeightCopies
+from fastmae.ops.backends import asked_backends
 
 LONGEST_REASON = 200
 SHAPES_PER_SIZE = 4
@@ -275,8 +276,7 @@ def train_step(
         total = loss if total is None else total + loss
     assert total is not None
     parameters = [p for p in parameters if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = gradient_norm([p.grad for p in parameters])
     if clip_grad is not None:
         clip_grads_with_norm_(parameters, clip_grad, norm)
     finite = torch.isfinite(total) & torch.isfinite(norm)
@@ -284,6 +284,20 @@ def train_step(
     torch_compat.skip_next_step_if(optimizer, skipped)
     optimizer.step()
     return StepResult(total, norm, skipped)
+
+
+def gradient_norm(gradients: list[Any]) -> torch.Tensor:
+    """Returns the norm of all gradients together, float32 [].
+
+    On a CPU by inner products of torch's BLAS: they take half the time of torch's norms and are nearer to the truth.
+    Runs of version 0.1 keep its norms, as clipping multiplies by them.
+    """
+    is_plain = all(type(x) is torch.Tensor and (x.device.type, x.dtype) == ("cpu", torch.float32) for x in gradients)
+    if gradients and is_plain and asked_backends().choices.rules != "0.1":
+        rows = [gradient.flatten() for gradient in gradients]
+        return torch.stack([row.dot(row) for row in rows]).sum().sqrt()
+    norm = get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def in_a_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from helpers import final_state, metrics, small_run
 from ranks import run_script, start_ranks
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import get_total_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,13 +25,14 @@ from fastmae.checkpoint.load import load_model
 from fastmae.errors import UserError
 from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops.backends import using
+from fastmae.ops.choices import OF_0_1
 from fastmae.train import pretrain as pretrain_module
 from fastmae.train import step as step_part
 from fastmae.train.average import start_average, update_average
 from fastmae.train.metrics import StepLog
 from fastmae.train.optim import make_optimizer
 from fastmae.train.precision import Precision, choose_precision, require_float8
-from fastmae.train.step import PassGraph, TrainingLoss, in_float8, prepare, require_graph, train_step
+from fastmae.train.step import PassGraph, TrainingLoss, gradient_norm, in_float8, prepare, require_graph, train_step
 
 SMALL = dict(img_size=16, in_chans=1, embed_dim=32, depth=3, num_heads=2)
 SMALL |= dict(decoder_embed_dim=24, decoder_depth=2, decoder_num_heads=2)
@@ -387,6 +389,22 @@ def test_a_long_gradient_is_clipped_and_a_short_one_left_alone():
     torch.testing.assert_close(norm, torch.cat([g.flatten() for g in free.gradients()]).norm())
     for clipped, gradient in zip(tight.gradients(), free.gradients(), strict=True):
         torch.testing.assert_close(clipped, gradient / 3, rtol=1e-4, atol=1e-9)
+
+
+def test_the_norm_of_the_gradient_is_that_of_float64_and_in_runs_of_0_1_that_of_0_1():
+    dice = torch.Generator().manual_seed(0)
+    sizes = [(700, 900), (900, 700), (1, 1, 5), (), (300_001,)]
+    gradients = [torch.randn(size, generator=dice) * 1e-3 for size in sizes]
+    gradients[1] = gradients[1].T
+    truth = torch.cat([gradient.double().flatten() for gradient in gradients]).norm()
+    norm = gradient_norm(gradients)
+    assert (norm.dtype, norm.shape) == (torch.float32, ())
+    assert abs(norm / truth - 1) < 2e-6
+    assert abs(gradient_norm([gradient.double() for gradient in gradients]) / truth - 1) < 1e-12
+    with using(choices=OF_0_1):
+        assert torch.equal(gradient_norm(gradients), get_total_norm(gradients))
+    assert gradient_norm([]).item() == 0
+    assert gradient_norm([torch.full((3,), 1e30)]).isinf(), "as get_total_norm"
 
 
 class Poisoned(nn.Module):

@@ -13,6 +13,7 @@ namespace fastmae {
 inline std::int64_t size_of(DType dtype) {
   switch (dtype) {
     case DType::kUint8: return 1;
+    case DType::kUint16:
     case DType::kFloat16:
     case DType::kBfloat16: return 2;
     case DType::kFloat32:

@@ -1,4 +1,5 @@
-// fastmae._C: the C++ ops, over NumPy arrays so that building needs no torch. NumPy has no bfloat16: uint16 means it.
+// fastmae._C: the C++ ops, over NumPy arrays so that building needs no torch. NumPy has no bfloat16: uint16 means it, and int16
+// means uint16.
 // Here an array becomes a view of memory, checks.h checks all views of a call, then the op runs without the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -28,12 +29,13 @@ DType dtype_of(const char* name, const py::array& array) {
     const auto is = [&](char kind, int size) { return dtype.kind() == kind && dtype.itemsize() == size; };
     if (is('u', 1)) return DType::kUint8;
     if (is('u', 2)) return DType::kBfloat16;
+    if (is('i', 2)) return DType::kUint16;
     if (is('f', 2)) return DType::kFloat16;
     if (is('f', 4)) return DType::kFloat32;
     if (is('i', 4)) return DType::kInt32;
     if (is('i', 8)) return DType::kInt64;
   }
-  refuse(std::string(name) + " must be uint8, float16, bfloat16 (as uint16), float32, int32 or int64, got " +
+  refuse(std::string(name) + " must be uint8, uint16 (as int16), float16, bfloat16 (as uint16), float32, int32 or int64, got " +
          std::string(py::str(dtype)));
 }
 
@@ -64,14 +66,37 @@ void random_masking(const py::array& draw_ids, std::uint64_t seed, std::int64_t 
   fastmae::random_masking(in, seed, workers, out);
 }
 
+using Optional = std::optional<py::array>;
+
+std::optional<Array> view(const char* name, const Optional& array) {
+  return array ? std::optional<Array>(view(name, *array)) : std::nullopt;
+}
+
+const Array* pointer(const std::optional<Array>& array) { return array ? &*array : nullptr; }
+
+// The scale of pixels, whose arrays live as long as it does.
+struct Scale {
+  Scale(const py::array& mean, const py::array& std, const Optional& value_range, std::optional<double> nodata)
+      : means(view("mean", mean)), stds(view("std", std)), ranges(view("value_range", value_range)) {
+    if (nodata) value = static_cast<float>(*nodata);
+  }
+
+  fastmae::PixelScale get() const { return {means, stds, pointer(ranges), value}; }
+
+  const Array means, stds;
+  const std::optional<Array> ranges;
+  std::optional<float> value;
+};
+
 void gather_patches(const py::array& images, const py::array& ids, Pair patch_size, const py::array& mean,
-                    const py::array& std, std::int64_t threads, const py::array& patches) {
-  const Array in = view("images", images), means = view("mean", mean), stds = view("std", std);
-  const Array out = view("patches", patches);
+                    const py::array& std, const Optional& value_range, std::optional<double> nodata,
+                    std::int64_t threads, const py::array& patches) {
+  const Array in = view("images", images), out = view("patches", patches);
+  const Scale by(mean, std, value_range, nodata);
   const int workers = fastmae::check_threads(threads);
-  const Checked checked = fastmae::check_gather_patches(in, view("ids", ids), patch_size, means, stds, out);
+  const Checked checked = fastmae::check_gather_patches(in, view("ids", ids), patch_size, by.get(), out);
   const py::gil_scoped_release release;
-  fastmae::gather_patches(in, checked.ids, checked.grid, means, stds, workers, out);
+  fastmae::gather_patches(in, checked.ids, checked.grid, by.get(), workers, out);
 }
 
 void assemble_tokens(const py::array& visible, const py::array& mask_token, const py::array& pos_embed,
@@ -95,26 +120,44 @@ void assemble_tokens_backward(const py::array& grad, std::int64_t threads, const
 }
 
 void masked_mse(const py::array& pred, const py::array& images, const py::array& ids, Pair patch_size,
-                const py::array& mean, const py::array& std, bool norm_pix, double eps, std::int64_t threads,
-                const py::array& loss, const py::array& gradient) {
+                const py::array& mean, const py::array& std, const Optional& value_range,
+                std::optional<double> nodata, bool norm_pix, double eps, std::int64_t threads, const py::array& loss,
+                const py::array& targets) {
   const Array in = view("pred", pred), pixels = view("images", images);
-  const Array means = view("mean", mean), stds = view("std", std);
-  const Array sum = view("loss", loss), out = view("gradient", gradient);
+  const Scale by(mean, std, value_range, nodata);
+  const Array sum = view("loss", loss), count = view("targets", targets);
   const int workers = fastmae::check_threads(threads);
   const Checked checked =
-      fastmae::check_masked_mse(in, pixels, view("ids", ids), patch_size, means, stds, eps, sum, out);
+      fastmae::check_masked_mse(in, pixels, view("ids", ids), patch_size, by.get(), eps, sum, count);
   const py::gil_scoped_release release;
-  fastmae::masked_mse(in, pixels, checked.ids, checked.grid, means, stds, norm_pix, eps, workers, sum, out);
+  fastmae::masked_mse(in, pixels, checked.ids, checked.grid, by.get(), norm_pix, eps, workers, sum, count);
+}
+
+void masked_mse_backward(const py::array& grad_loss, const py::array& targets, const py::array& pred,
+                         const py::array& images, const py::array& ids, Pair patch_size, const py::array& mean,
+                         const py::array& std, const Optional& value_range, std::optional<double> nodata,
+                         bool norm_pix, double eps, std::int64_t threads, const py::array& gradient) {
+  const Array of_loss = view("grad_loss", grad_loss), count = view("targets", targets);
+  const Array in = view("pred", pred), pixels = view("images", images), out = view("gradient", gradient);
+  const Scale by(mean, std, value_range, nodata);
+  const int workers = fastmae::check_threads(threads);
+  const Checked checked = fastmae::check_masked_mse_backward(of_loss, count, in, pixels, view("ids", ids), patch_size,
+                                                             by.get(), eps, out);
+  const py::gil_scoped_release release;
+  fastmae::masked_mse_backward(of_loss, count, in, pixels, checked.ids, checked.grid, by.get(), norm_pix, eps,
+                               workers, out);
 }
 
 void scatter_patches(const py::array& patches, const py::array& ids, Pair grid_size, Pair patch_size,
-                     const py::array& mean, const py::array& std, std::int64_t threads, const py::array& images) {
-  const Array in = view("patches", patches), means = view("mean", mean), stds = view("std", std);
-  const Array out = view("images", images);
+                     const py::array& mean, const py::array& std, const Optional& value_range, std::int64_t threads,
+                     const py::array& images) {
+  const Array in = view("patches", patches), out = view("images", images);
+  const Scale by(mean, std, value_range, std::nullopt);
   const int workers = fastmae::check_threads(threads);
-  const Checked checked = fastmae::check_scatter_patches(in, view("ids", ids), grid_size, patch_size, means, stds, out);
+  const Checked checked =
+      fastmae::check_scatter_patches(in, view("ids", ids), grid_size, patch_size, by.get(), out);
   const py::gil_scoped_release release;
-  fastmae::scatter_patches(in, checked.ids, checked.grid, means, stds, workers, out);
+  fastmae::scatter_patches(in, checked.ids, checked.grid, by.get(), workers, out);
 }
 
 void transpose_and_sum(const py::array& matrix, std::int64_t threads, const py::array& transposed,
@@ -125,14 +168,6 @@ void transpose_and_sum(const py::array& matrix, std::int64_t threads, const py::
   const py::gil_scoped_release release;
   fastmae::transpose_and_sum(in, workers, out, total);
 }
-
-using Optional = std::optional<py::array>;
-
-std::optional<Array> view(const char* name, const Optional& array) {
-  return array ? std::optional<Array>(view(name, *array)) : std::nullopt;
-}
-
-const Array* pointer(const std::optional<Array>& array) { return array ? &*array : nullptr; }
 
 void gelu(const py::array& h, const Optional& bias, std::int64_t threads, const py::array& out) {
   const Array in = view("h", h), result = view("out", out);
@@ -213,8 +248,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("random_masking", &random_masking, arg("draw_ids"), arg("seed"), arg("threads"), arg("ids_shuffle"),
         "draw_ids int64 [N] -> ids_shuffle int32 [N, L]");
   m.def("gather_patches", &gather_patches, arg("images"), arg("ids"), arg("patch_size"), arg("mean"),
-        arg("std"), arg("threads"), arg("patches"),
-        "images [N, H, W, C], ids [N, K], mean and std [C] -> patches [N, K, P]");
+        arg("std"), arg("value_range"), arg("nodata"), arg("threads"), arg("patches"),
+        "images [N, H, W, C], ids [N, K], mean and std [C], value_range [2, C] or None -> patches [N, K, P]");
   m.def("assemble_tokens", &assemble_tokens, arg("visible"), arg("mask_token"), arg("pos_embed"),
         arg("ids_shuffle"), arg("threads"), arg("tokens"),
         "visible [N, K+1, D], mask_token [D], pos_embed [L+1, D], ids_shuffle [N, L] -> tokens [N, L+1, D]");
@@ -222,11 +257,16 @@ PYBIND11_MODULE(_C, m) {
         arg("grad_visible"), arg("grad_mask_token"),
         "grad [N, L+1, D] -> grad_visible [N, K+1, D], grad_mask_token float32 [D]");
   m.def("masked_mse", &masked_mse, arg("pred"), arg("images"), arg("ids"), arg("patch_size"), arg("mean"),
-        arg("std"), arg("norm_pix"), arg("eps"), arg("threads"), arg("loss"), arg("gradient"),
-        "pred [N, M, P], images [N, H, W, C], ids [N, M], mean and std [C] -> loss float32 [], gradient [N, M, P]");
+        arg("std"), arg("value_range"), arg("nodata"), arg("norm_pix"), arg("eps"), arg("threads"), arg("loss"),
+        arg("targets"), "pred [N, M, P], images [N, H, W, C], ids [N, M], mean, std, value_range -> loss and number of "
+        "targets, float32 []");
+  m.def("masked_mse_backward", &masked_mse_backward, arg("grad_loss"), arg("targets"), arg("pred"), arg("images"),
+        arg("ids"), arg("patch_size"), arg("mean"), arg("std"), arg("value_range"), arg("nodata"), arg("norm_pix"),
+        arg("eps"), arg("threads"), arg("gradient"),
+        "grad_loss and targets float32 [], and what masked_mse was given -> gradient [N, M, P]");
   m.def("scatter_patches", &scatter_patches, arg("patches"), arg("ids"), arg("grid_size"), arg("patch_size"),
-        arg("mean"), arg("std"), arg("threads"), arg("images"),
-        "patches [N, M, P], ids [N, M], mean and std [C] -> images [N, H, W, C]");
+        arg("mean"), arg("std"), arg("value_range"), arg("threads"), arg("images"),
+        "patches [N, M, P], ids [N, M], mean and std [C], value_range [2, C] or None -> images [N, H, W, C]");
   m.def("transpose_and_sum", &transpose_and_sum, arg("matrix"), arg("threads"), arg("transposed"), arg("sums"),
         "matrix float32 [R, C] -> transposed float32 [C, R], sums of the columns float32 [C]");
   m.def("gelu", &gelu, arg("h"), arg("bias"), arg("threads"), arg("out"), "h [..., F], bias [F] -> out [..., F]");

@@ -2,6 +2,7 @@
 #include "checks.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -46,7 +47,7 @@ void check_dtype(const Array& array, std::initializer_list<DType> allowed) {
 void check_floating(const Array& array) { check_dtype(array, {DType::kFloat32, DType::kFloat16, DType::kBfloat16}); }
 
 void check_pixels(const Array& array) {
-  check_dtype(array, {DType::kUint8, DType::kFloat32, DType::kFloat16, DType::kBfloat16});
+  check_dtype(array, {DType::kUint8, DType::kUint16, DType::kFloat32, DType::kFloat16, DType::kBfloat16});
 }
 
 void check_axes(const Array& array, int ndim, const char* axes) {
@@ -176,14 +177,22 @@ void check_positive(const char* name, Pair sizes) {
     refuse(std::string(name) + " must be two positive numbers, got " + text_of(sizes.data(), 2));
 }
 
-void check_channels(const Array& mean, const Array& std, std::int64_t channels) {
-  for (const Array* values : {&mean, &std}) {
+void check_scale(const PixelScale& by, std::int64_t channels) {
+  for (const Array* values : {&by.mean, &by.std}) {
     check_floating(*values);
     check_shape(*values, {channels}, "[C]");
   }
+  if (!by.value_range) return;
+  check_floating(*by.value_range);
+  check_shape(*by.value_range, {2, channels}, "[2, C]");
+  const std::vector<double> low = channel_values(row(*by.value_range, 0)), high = channel_values(row(*by.value_range, 1));
+  for (std::size_t c = 0; c < low.size(); ++c)
+    if (!(low[c] < high[c] && std::isfinite(high[c] - low[c])))
+      refuse("value_range must have low < high, both finite, got " + std::to_string(low[c]) + " and " +
+             std::to_string(high[c]) + " of channel " + std::to_string(c));
 }
 
-Grid check_images(const Array& images, Pair patch_size, const Array& mean, const Array& std) {
+Grid check_images(const Array& images, Pair patch_size, const PixelScale& by) {
   check_pixels(images);
   check_axes(images, 4, "[N, H, W, C]");
   check_positive("patch_size", patch_size);
@@ -191,7 +200,7 @@ Grid check_images(const Array& images, Pair patch_size, const Array& mean, const
   if (H % patch_size[0] || W % patch_size[1])
     refuse("patch_size must divide the sides of images " + shape_of(images) + ", got " + text_of(patch_size.data(), 2));
   if (C < 1) refuse("images must have a channel, got shape " + shape_of(images));
-  check_channels(mean, std, C);
+  check_scale(by, C);
   const Grid grid = {H / patch_size[0], W / patch_size[1], patch_size[0], patch_size[1], C};
   product("patch_size", {grid.ph, grid.pw, C, 8});  // images without pixels divide into patches of any size
   return grid;
@@ -243,6 +252,7 @@ void refuse(const std::string& message) { throw std::invalid_argument(message); 
 const char* name_of(DType dtype) {
   switch (dtype) {
     case DType::kUint8: return "uint8";
+    case DType::kUint16: return "uint16 (as int16)";
     case DType::kFloat16: return "float16";
     case DType::kBfloat16: return "bfloat16 (as uint16)";
     case DType::kFloat32: return "float32";
@@ -278,13 +288,13 @@ void check_random_masking(const Array& draw_ids, const Array& ids_shuffle) {
   check_output(ids_shuffle, {&draw_ids});
 }
 
-Checked check_gather_patches(const Array& images, const Array& ids, Pair patch_size, const Array& mean,
-                             const Array& std, const Array& patches) {
-  const Grid grid = check_images(images, patch_size, mean, std);
+Checked check_gather_patches(const Array& images, const Array& ids, Pair patch_size, const PixelScale& by,
+                             const Array& patches) {
+  const Grid grid = check_images(images, patch_size, by);
   Ids checked = check_ids(ids, images.shape[0], grid.L());
   check_floating(patches);
   check_shape(patches, {checked.rows, checked.count, grid.P()}, "[N, K, P]");
-  check_output(patches, {&images, &ids, &mean, &std});
+  check_output(patches, {&images, &ids, &by.mean, &by.std, by.value_range});
   return {std::move(checked), grid};
 }
 
@@ -324,33 +334,57 @@ void check_assemble_tokens_backward(const Array& grad, const Array& grad_visible
   check_output(grad_mask_token, {&grad});
 }
 
-Checked check_masked_mse(const Array& pred, const Array& images, const Array& ids, Pair patch_size, const Array& mean,
-                         const Array& std, double eps, const Array& loss, const Array& gradient) {
-  const Grid grid = check_images(images, patch_size, mean, std);
+namespace {
+
+Checked check_prediction(const Array& pred, const Array& images, const Array& ids, Pair patch_size,
+                         const PixelScale& by, double eps) {
+  const Grid grid = check_images(images, patch_size, by);
   Ids checked = check_ids(ids, images.shape[0], grid.L());
   check_floating(pred);
   check_shape(pred, {checked.rows, checked.count, grid.P()}, "[N, M, P]");
   if (elements_of(pred) == 0) refuse("pred must have elements to take the mean of, got shape " + shape_of(pred));
   if (!(eps >= 0)) refuse("eps must be at least 0, got " + std::to_string(eps));
-  check_dtype(loss, {DType::kFloat32});
-  check_shape(loss, {}, "[]");
-  check_dtype(gradient, {pred.dtype});
-  check_shape(gradient, {checked.rows, checked.count, grid.P()}, "[N, M, P]");
-  check_output(loss, {&pred, &images, &ids, &mean, &std, &gradient});
-  check_output(gradient, {&pred, &images, &ids, &mean, &std});
   return {std::move(checked), grid};
 }
 
+}  // namespace
+
+Checked check_masked_mse(const Array& pred, const Array& images, const Array& ids, Pair patch_size,
+                         const PixelScale& by, double eps, const Array& loss, const Array& targets) {
+  Checked checked = check_prediction(pred, images, ids, patch_size, by, eps);
+  for (const Array* output : {&loss, &targets}) {
+    check_dtype(*output, {DType::kFloat32});
+    check_shape(*output, {}, "[]");
+  }
+  check_output(loss, {&pred, &images, &ids, &by.mean, &by.std, by.value_range, &targets});
+  check_output(targets, {&pred, &images, &ids, &by.mean, &by.std, by.value_range});
+  return checked;
+}
+
+Checked check_masked_mse_backward(const Array& grad_loss, const Array& targets, const Array& pred, const Array& images,
+                                  const Array& ids, Pair patch_size, const PixelScale& by, double eps,
+                                  const Array& gradient) {
+  Checked checked = check_prediction(pred, images, ids, patch_size, by, eps);
+  for (const Array* input : {&grad_loss, &targets}) {
+    check_dtype(*input, {DType::kFloat32});
+    check_shape(*input, {}, "[]");
+  }
+  check_dtype(gradient, {pred.dtype});
+  check_shape_of(gradient, pred);
+  check_output(gradient, {&grad_loss, &targets, &pred, &images, &ids, &by.mean, &by.std, by.value_range});
+  return checked;
+}
+
 Checked check_scatter_patches(const Array& patches, const Array& ids, Pair grid_size, Pair patch_size,
-                              const Array& mean, const Array& std, const Array& images) {
+                              const PixelScale& by, const Array& images) {
   check_floating(patches);
   check_axes(patches, 3, "[N, M, P]");
   check_positive("grid_size", grid_size);
   check_positive("patch_size", patch_size);
-  check_axes(mean, 1, "[C]");
-  const std::int64_t C = mean.shape[0];
-  check_channels(mean, std, C);
-  if (C < 1) refuse("mean must have one number a channel, got shape " + shape_of(mean));
+  check_axes(by.mean, 1, "[C]");
+  const std::int64_t C = by.mean.shape[0];
+  check_scale(by, C);
+  if (C < 1) refuse("mean must have one number a channel, got shape " + shape_of(by.mean));
   const Grid grid = {grid_size[0], grid_size[1], patch_size[0], patch_size[1], C};
   product("images", {grid.gh, grid.gw, grid.ph, grid.pw, C, 8});
   check_pixels(images);
@@ -358,7 +392,7 @@ Checked check_scatter_patches(const Array& patches, const Array& ids, Pair grid_
   Ids checked = check_ids(ids, patches.shape[0], grid.L());
   check_shape(patches, {checked.rows, checked.count, grid.P()}, "[N, M, P]");
   if (checked.rows > 0) check_distinct(ids, checked, grid.L());
-  check_output(images, {&patches, &ids, &mean, &std});
+  check_output(images, {&patches, &ids, &by.mean, &by.std, by.value_range});
   return {std::move(checked), grid};
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "array.h"
+#include "patches.h"
 
 namespace fastmae {
 
@@ -28,15 +29,18 @@ struct Checked {
 };
 
 void check_random_masking(const Array& draw_ids, const Array& ids_shuffle);
-Checked check_gather_patches(const Array& images, const Array& ids, Pair patch_size, const Array& mean,
-                             const Array& std, const Array& patches);
+Checked check_gather_patches(const Array& images, const Array& ids, Pair patch_size, const PixelScale& by,
+                             const Array& patches);
 Ids check_assemble_tokens(const Array& visible, const Array& mask_token, const Array& pos_embed,
                           const Array& ids_shuffle, const Array& tokens);
 void check_assemble_tokens_backward(const Array& grad, const Array& grad_visible, const Array& grad_mask_token);
-Checked check_masked_mse(const Array& pred, const Array& images, const Array& ids, Pair patch_size, const Array& mean,
-                         const Array& std, double eps, const Array& loss, const Array& gradient);
+Checked check_masked_mse(const Array& pred, const Array& images, const Array& ids, Pair patch_size,
+                         const PixelScale& by, double eps, const Array& loss, const Array& targets);
+Checked check_masked_mse_backward(const Array& grad_loss, const Array& targets, const Array& pred, const Array& images,
+                                  const Array& ids, Pair patch_size, const PixelScale& by, double eps,
+                                  const Array& gradient);
 Checked check_scatter_patches(const Array& patches, const Array& ids, Pair grid_size, Pair patch_size,
-                              const Array& mean, const Array& std, const Array& images);
+                              const PixelScale& by, const Array& images);
 void check_transpose_and_sum(const Array& matrix, const Array& transposed, const Array& sums);
 void check_gelu(const Array& h, const Array* bias, const Array& out);
 void check_gelu_backward(const Array& grad, const Array& h, const Array* bias, const Array& grad_h,

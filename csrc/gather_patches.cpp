@@ -6,10 +6,10 @@
 
 namespace fastmae {
 
-void gather_patches(const Array& images, const Ids& ids, const Grid& grid, const Array& mean, const Array& std,
-                    int threads, const Array& patches) {
+void gather_patches(const Array& images, const Ids& ids, const Grid& grid, const PixelScale& by, int threads,
+                    const Array& patches) {
   if (ids.values.empty()) return;
-  const PatchLayout layout(images, grid, mean, std);
+  const PatchLayout layout(images, grid, by);
   const std::int64_t bytes = grid.P() * (size_of(images.dtype) + size_of(patches.dtype));
   parallel_for(ids.rows * ids.count, bytes, threads, [&](std::int64_t first, std::int64_t last) {
     PatchReader reader(layout);

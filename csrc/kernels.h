@@ -7,13 +7,15 @@
 
 namespace fastmae {
 
-enum class DType { kUint8, kFloat16, kBfloat16, kFloat32, kInt32, kInt64 };
+enum class DType { kUint8, kUint16, kFloat16, kBfloat16, kFloat32, kInt32, kInt64 };
 
-// Normalises pixel x of column i as ((x - offset[i]) - offset_rest[i]) * scale[i].
+// Normalises pixel x of column i as ((x - offset[i]) - offset_rest[i]) * scale[i]. The inverse, with other constants, is
+// (x * scale[i] + offset[i]) * unit.
 struct Normalisation {
   const float* offset;
   const float* offset_rest;
   const float* scale;
+  float unit;
 };
 
 // One patch as rows of pixels; `stride` is the distance of two rows in bytes. `columns` counts every channel.
@@ -35,7 +37,7 @@ struct Affine {
   const float* bias;
 };
 
-// Whole vectors of every instruction set fit into it: the target buffer of patch_error is padded to a multiple of it.
+// Whole vectors of every instruction set fit into it: the target of patch_error is padded to a multiple of it.
 constexpr std::int64_t kLaneBlock = 32;
 
 // All float arithmetic is separate float32 additions and multiplications in a fixed order: an instruction set changes
@@ -47,17 +49,21 @@ struct Kernels {
   // 4 * blocks, rounded up to a multiple of kLaneBlock.
   void (*random_keys)(std::uint64_t seed, std::uint64_t id, std::int64_t blocks, std::uint64_t* keys);
 
-  // Turns rows × columns pixels into as many numbers without gaps.
-  void (*normalise)(PixelRows<const char> pixels, DType pixels_dtype, Normalisation by, void* out, DType out_dtype);
+  // Turns rows × columns pixels into as many numbers without gaps. Pixels that are NaN or *nodata are missing and become
+  // 0, unless nodata is null. Returns whether there was one.
+  bool (*normalise)(PixelRows<const char> pixels, DType pixels_dtype, Normalisation by, const float* nodata, void* out,
+                    DType out_dtype);
 
-  // The inverse, x * scale[i] + offset[i] (and * 255, rounded, for uint8); offset_rest is not used.
+  // The inverse; whole numbers are clamped and rounded.
   void (*denormalise)(const void* patch, DType patch_dtype, Normalisation by, PixelRows<char> pixels,
                       DType pixels_dtype);
 
-  // Returns the sum of the squared errors of a patch and overwrites the target. The gradient is
-  // (pred - target) * gradient_scale.
-  double (*patch_error)(float* target, std::int64_t count, bool norm_pix, double eps, const void* pred, DType dtype,
-                        float gradient_scale, void* gradient);
+  // Returns the sum of the squared errors pred - target of a patch. The target is padded, see kLaneBlock.
+  double (*patch_error)(float* target, std::int64_t count, bool norm_pix, double eps, const void* pred, DType dtype);
+
+  // gradient = (pred - target) * slope, with the errors of patch_error.
+  void (*patch_gradient)(float* target, std::int64_t count, bool norm_pix, double eps, const void* pred, DType dtype,
+                         float slope, void* gradient);
 
   // out = one + other.
   void (*add)(const void* one, DType one_dtype, const float* other, std::int64_t count, void* out, DType out_dtype);

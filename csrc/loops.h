@@ -19,9 +19,15 @@ struct Half {
 struct Bfloat {
   std::uint16_t bits;
 };
+struct Uint16 {
+  std::uint16_t bits;
+};
 
 inline Float load(const Half* p) { return load_half(p); }
 inline Float load(const Bfloat* p) { return as_float(load_uint16(p) << 16); }
+
+// The bits of 2^23 + n are those of 2^23 and n, for n below 2^23, and all these numbers are exact.
+inline Float load(const Uint16* p) { return as_float(load_uint16(p) | 0x4B000000) - 8388608.0f; }
 
 inline void store(Half* p, Float x) { store_half(p, x); }
 
@@ -31,13 +37,16 @@ inline void store(Bfloat* p, Float x) {
   store_uint16(p, ((x == x ? rounded : (bits | 0x400000)) >> 16) & 0xFFFF);
 }
 
-// Multiplies by 255, clamps, and rounds to nearest even; NaN becomes 0.
-inline void store(std::uint8_t* p, Float x) {
-  const Float zero = broadcast(0.0f), full = broadcast(255.0f);
-  x = x * full;
+// From 0 to the largest; NaN becomes 0.
+inline Float clamped(Float x, float largest) {
+  const Float zero = broadcast(0.0f), full = broadcast(largest);
   x = x > zero ? x : zero;
-  store_uint8(p, x < full ? x : full);
+  return x < full ? x : full;
 }
+
+// Both round to nearest even: the sum with 2^23 has no bits for a fraction.
+inline void store(std::uint8_t* p, Float x) { store_uint8(p, clamped(x, 255.0f)); }
+inline void store(Uint16* p, Float x) { store_uint16(p, as_bits(clamped(x, 65535.0f) + 8388608.0f) & 0xFFFF); }
 
 // Loads the first n of kLanes numbers; the others are 0.
 template <class T>
@@ -84,6 +93,21 @@ inline void with_float_pointer(void* p, DType dtype, Body body) {
   body(static_cast<Bfloat*>(p));
 }
 
+template <class T>
+struct PixelType {
+  using Type = T;
+};
+
+// The same for the types of pixels: calls body(PixelType<T>{}).
+template <class Body>
+inline void with_pixel_type(DType dtype, Body body) {
+  if (dtype == DType::kUint8) return body(PixelType<std::uint8_t>{});
+  if (dtype == DType::kUint16) return body(PixelType<Uint16>{});
+  if (dtype == DType::kFloat32) return body(PixelType<float>{});
+  if (dtype == DType::kFloat16) return body(PixelType<Half>{});
+  body(PixelType<Bfloat>{});
+}
+
 constexpr std::uint64_t kStreamMask = 0;
 
 // Philox4x32-10 (Salmon et al. 2011), the same bits as fastmae/philox.py, which says how counters are laid out. Each
@@ -123,21 +147,49 @@ inline void normalise_rows(const PixelRows<const char>& pixels, Normalisation by
   }
 }
 
-void normalise(PixelRows<const char> pixels, DType pixels_dtype, Normalisation by, void* out, DType out_dtype) {
+// The same where pixels may be missing.
+template <class In, class Out>
+inline bool normalise_present(const PixelRows<const char>& pixels, Normalisation by, float nodata, Out* out) {
+  const Float zero = broadcast(0.0f), marker = broadcast(nodata);
+  Bits found = {};
+  for (std::int64_t row = 0; row < pixels.rows; ++row) {
+    const In* in = reinterpret_cast<const In*>(pixels.data + row * pixels.stride);
+    for_each_vector(pixels.columns, [&](std::int64_t i, std::int64_t n) {
+      const Float pixel = load(in + i, n), x = (pixel - load(by.offset + i, n)) - load(by.offset_rest + i, n);
+      auto missing = (pixel == marker) | (pixel != pixel);
+      store(out + i, missing ? zero : x * load(by.scale + i, n), n);
+      for (std::int64_t lane = n; lane < kLanes; ++lane) missing[lane] = 0;  // what load added
+      found |= reinterpret_cast<Bits>(missing);
+    });
+    out += pixels.columns;
+  }
+  for (int lane = 0; lane < kLanes; ++lane)
+    if (found[lane]) return true;
+  return false;
+}
+
+bool normalise(PixelRows<const char> pixels, DType pixels_dtype, Normalisation by, const float* nodata, void* out,
+               DType out_dtype) {
+  bool missing = false;
   with_float_pointer(out, out_dtype, [&](auto* to) {
-    if (pixels_dtype == DType::kUint8) return normalise_rows<std::uint8_t>(pixels, by, to);
-    if (pixels_dtype == DType::kFloat32) return normalise_rows<float>(pixels, by, to);
-    if (pixels_dtype == DType::kFloat16) return normalise_rows<Half>(pixels, by, to);
-    normalise_rows<Bfloat>(pixels, by, to);
+    with_pixel_type(pixels_dtype, [&](auto type) {
+      using In = typename decltype(type)::Type;
+      if (nodata)
+        missing = normalise_present<In>(pixels, by, *nodata, to);
+      else
+        normalise_rows<In>(pixels, by, to);
+    });
   });
+  return missing;
 }
 
 template <class Out, class In>
 inline void denormalise_rows(const In* in, Normalisation by, const PixelRows<char>& pixels) {
+  const Float unit = broadcast(by.unit);
   for (std::int64_t row = 0; row < pixels.rows; ++row) {
     Out* out = reinterpret_cast<Out*>(pixels.data + row * pixels.stride);
     for_each_vector(pixels.columns, [&](std::int64_t i, std::int64_t n) {
-      store(out + i, load(in + i, n) * load(by.scale + i, n) + load(by.offset + i, n), n);
+      store(out + i, (load(in + i, n) * load(by.scale + i, n) + load(by.offset + i, n)) * unit, n);
     });
     in += pixels.columns;
   }
@@ -145,10 +197,9 @@ inline void denormalise_rows(const In* in, Normalisation by, const PixelRows<cha
 
 void denormalise(const void* patch, DType patch_dtype, Normalisation by, PixelRows<char> pixels, DType pixels_dtype) {
   with_float_pointer(patch, patch_dtype, [&](const auto* from) {
-    if (pixels_dtype == DType::kUint8) return denormalise_rows<std::uint8_t>(from, by, pixels);
-    if (pixels_dtype == DType::kFloat32) return denormalise_rows<float>(from, by, pixels);
-    if (pixels_dtype == DType::kFloat16) return denormalise_rows<Half>(from, by, pixels);
-    denormalise_rows<Bfloat>(from, by, pixels);
+    with_pixel_type(pixels_dtype, [&](auto type) {
+      denormalise_rows<typename decltype(type)::Type>(from, by, pixels);
+    });
   });
 }
 
@@ -200,49 +251,61 @@ inline double squared_deviations(const float* x, std::int64_t count, float mean)
   return sum_of_lanes(squares);
 }
 
-template <class T>
-inline double error_and_gradient(const float* target, std::int64_t count, float mean, float scale, const T* pred,
-                                 float gradient_scale, T* gradient) {
-  Float squares[kParts] = {};
-  const Float centre = broadcast(mean), factor = broadcast(scale), slope = broadcast(gradient_scale);
-  const auto block = [&](const float* target_block, const T* pred_block, T* gradient_block) {
-#pragma GCC unroll 8
-    for (int part = 0; part < kParts; ++part) {
-      const int i = part * kLanes;
-      const Float error = load(pred_block + i) - (load(target_block + i) - centre) * factor;
-      store(gradient_block + i, error * slope);
-      squares[part] += error * error;
-    }
-  };
+// What makes the target of a patch, (target - mean) * scale.
+struct TargetScale {
+  float mean, scale;
+};
+
+// Pads the target so that the padding adds nothing to the mean, then nothing to the variance, then nothing to the error.
+inline TargetScale target_scale(float* target, std::int64_t count, bool norm_pix, double eps) {
+  const std::int64_t padded = whole_blocks(count);
+  for (std::int64_t i = count; i < padded; ++i) target[i] = 0;
+  if (!norm_pix) return {0, 1};
+  const float mean = static_cast<float>(mean_of(target, count));
+  for (std::int64_t i = count; i < padded; ++i) target[i] = mean;
+  const double variance = squared_deviations(target, count, mean) / static_cast<double>(count - 1);
+  return {mean, static_cast<float>(1 / __builtin_sqrt(variance + eps))};
+}
+
+// Calls body(i, pred, n) for blocks of kLaneBlock numbers from i on, of which n are there; the others are 0.
+template <class T, class Body>
+inline void for_each_block(const T* pred, std::int64_t count, Body body) {
   std::int64_t i = 0;
-  for (; i + kLaneBlock <= count; i += kLaneBlock) block(target + i, pred + i, gradient + i);
-  if (i < count) {
-    T padded[kLaneBlock] = {}, result[kLaneBlock];
-    __builtin_memcpy(padded, pred + i, static_cast<std::size_t>(count - i) * sizeof(T));
-    block(target + i, padded, result);
-    __builtin_memcpy(gradient + i, result, static_cast<std::size_t>(count - i) * sizeof(T));
-  }
+  for (; i + kLaneBlock <= count; i += kLaneBlock) body(i, pred + i, std::int64_t{kLaneBlock});
+  if (i == count) return;
+  T padded[kLaneBlock] = {};
+  __builtin_memcpy(padded, pred + i, static_cast<std::size_t>(count - i) * sizeof(T));
+  body(i, static_cast<const T*>(padded), count - i);
+}
+
+double patch_error(float* target, std::int64_t count, bool norm_pix, double eps, const void* pred, DType dtype) {
+  const TargetScale by = target_scale(target, count, norm_pix, eps);
+  const Float centre = broadcast(by.mean), factor = broadcast(by.scale);
+  Float squares[kParts] = {};
+  with_float_pointer(pred, dtype, [&](const auto* from) {
+    for_each_block(from, count, [&](std::int64_t first, const auto* numbers, std::int64_t) {
+#pragma GCC unroll 8
+      for (int part = 0; part < kParts; ++part) {
+        const int i = part * kLanes;
+        const Float error = load(numbers + i) - (load(target + first + i) - centre) * factor;
+        squares[part] += error * error;
+      }
+    });
+  });
   return sum_of_lanes(squares);
 }
 
-double patch_error(float* target, std::int64_t count, bool norm_pix, double eps, const void* pred, DType dtype,
-                   float gradient_scale, void* gradient) {
-  const std::int64_t padded = whole_blocks(count);
-  float mean = 0, scale = 1;
-  // The padding of the target adds nothing to the mean, then nothing to the variance, then nothing to the error.
-  for (std::int64_t i = count; i < padded; ++i) target[i] = 0;
-  if (norm_pix) {
-    mean = static_cast<float>(mean_of(target, count));
-    for (std::int64_t i = count; i < padded; ++i) target[i] = mean;
-    const double variance = squared_deviations(target, count, mean) / static_cast<double>(count - 1);
-    scale = static_cast<float>(1 / __builtin_sqrt(variance + eps));
-  }
-  double sum = 0;
+void patch_gradient(float* target, std::int64_t count, bool norm_pix, double eps, const void* pred, DType dtype,
+                    float slope, void* gradient) {
+  const TargetScale by = target_scale(target, count, norm_pix, eps);
+  const Float centre = broadcast(by.mean), factor = broadcast(by.scale), slopes = broadcast(slope);
   with_float_pointer(gradient, dtype, [&](auto* to) {
-    sum = error_and_gradient(target, count, mean, scale, static_cast<const decltype(to)>(const_cast<void*>(pred)),
-                             gradient_scale, to);
+    const auto* from = static_cast<decltype(to)>(const_cast<void*>(pred));
+    for_each_vector(count, [&](std::int64_t i, std::int64_t n) {
+      const Float error = load(from + i, n) - (load(target + i, n) - centre) * factor;
+      store(to + i, error * slopes, n);
+    });
   });
-  return sum;
 }
 
 void add(const void* one, DType one_dtype, const float* other, std::int64_t count, void* out, DType out_dtype) {
@@ -421,9 +484,9 @@ void add_layer_norm_backward(const void* grad_stream, const void* grad_normed, D
 }
 
 constexpr Kernels table(const char* name) {
-  return {name,  random_keys, normalise, denormalise,    patch_error,
-          add,   accumulate,  gelu,      gelu_backward,  add_layer_norm,
-          add_layer_norm_backward, convert};
+  return {name,        random_keys, normalise, denormalise,   patch_error,
+          patch_gradient, add,      accumulate, gelu,         gelu_backward,
+          add_layer_norm, add_layer_norm_backward, convert};
 }
 
 }  // namespace

@@ -3,15 +3,16 @@
 #pragma once
 
 #include "array.h"
+#include "patches.h"
 
 namespace fastmae {
 
 // draw_ids int64 [N] → ids_shuffle int32 [N, L].
 void random_masking(const Array& draw_ids, std::uint64_t seed, int threads, const Array& ids_shuffle);
 
-// images [N, H, W, C], mean and std [C] → patches [N, K, P].
-void gather_patches(const Array& images, const Ids& ids, const Grid& grid, const Array& mean, const Array& std,
-                    int threads, const Array& patches);
+// images [N, H, W, C] → patches [N, K, P].
+void gather_patches(const Array& images, const Ids& ids, const Grid& grid, const PixelScale& by, int threads,
+                    const Array& patches);
 
 // visible [N, K+1, D], mask_token [D], pos_embed [L+1, D] → tokens [N, L+1, D].
 void assemble_tokens(const Array& visible, const Array& mask_token, const Array& pos_embed, const Ids& ids_shuffle,
@@ -20,13 +21,18 @@ void assemble_tokens(const Array& visible, const Array& mask_token, const Array&
 // grad [N, L+1, D] → grad_visible [N, K+1, D], grad_mask_token float32 [D].
 void assemble_tokens_backward(const Array& grad, int threads, const Array& grad_visible, const Array& grad_mask_token);
 
-// pred [N, M, P], images [N, H, W, C] → loss float32 [], gradient [N, M, P].
-void masked_mse(const Array& pred, const Array& images, const Ids& ids, const Grid& grid, const Array& mean,
-                const Array& std, bool norm_pix, double eps, int threads, const Array& loss, const Array& gradient);
+// pred [N, M, P], images [N, H, W, C] → loss and number of targets, float32 [].
+void masked_mse(const Array& pred, const Array& images, const Ids& ids, const Grid& grid, const PixelScale& by,
+                bool norm_pix, double eps, int threads, const Array& loss, const Array& targets);
+
+// grad_loss and targets float32 [], and the inputs of masked_mse → gradient [N, M, P] of pred.
+void masked_mse_backward(const Array& grad_loss, const Array& targets, const Array& pred, const Array& images,
+                         const Ids& ids, const Grid& grid, const PixelScale& by, bool norm_pix, double eps,
+                         int threads, const Array& gradient);
 
 // patches [N, M, P], ids [N, M] distinct in a row → images [N, gh·ph, gw·pw, C].
-void scatter_patches(const Array& patches, const Ids& ids, const Grid& grid, const Array& mean, const Array& std,
-                     int threads, const Array& images);
+void scatter_patches(const Array& patches, const Ids& ids, const Grid& grid, const PixelScale& by, int threads,
+                     const Array& images);
 
 // matrix float32 [R, C] → transposed float32 [C, R], sums of the columns float32 [C].
 void transpose_and_sum(const Array& matrix, int threads, const Array& transposed, const Array& sums);

@@ -43,47 +43,82 @@ std::vector<double> channel_values(const Array& values) {
   return result;
 }
 
+Array row(const Array& matrix, std::int64_t i) {
+  Array result = matrix;
+  result.data = matrix.at(i);
+  result.ndim = 1;
+  result.shape[0] = matrix.shape[1];
+  result.strides[0] = matrix.strides[1];
+  return result;
+}
+
+namespace {
+
+// low and high - low of each channel.
+struct Ranges {
+  std::vector<double> low, size;
+};
+
+double largest(DType pixels) {
+  return pixels == DType::kUint8 ? 255.0 : pixels == DType::kUint16 ? 65535.0 : 1.0;
+}
+
+Ranges ranges_of(const PixelScale& by, DType pixels) {
+  const std::size_t channels = static_cast<std::size_t>(by.mean.shape[0]);
+  if (!by.value_range) return {std::vector<double>(channels, 0), std::vector<double>(channels, largest(pixels))};
+  Ranges ranges = {channel_values(row(*by.value_range, 0)), channel_values(row(*by.value_range, 1))};
+  for (std::size_t c = 0; c < channels; ++c) ranges.size[c] -= ranges.low[c];
+  return ranges;
+}
+
+}  // namespace
+
 NormalisationTable::NormalisationTable(std::int64_t length)
     : offset_(static_cast<std::size_t>(length)),
       offset_rest_(static_cast<std::size_t>(length)),
       scale_(static_cast<std::size_t>(length)) {}
 
-// The mean is subtracted before scaling, then the rounding error of unit·mean: so x near the mean gives no error.
-NormalisationTable NormalisationTable::forward(const Array& mean, const Array& std, double unit, std::int64_t length) {
-  const std::vector<double> means = channel_values(mean), stds = channel_values(std);
+// What is taken off is subtracted before scaling, then its rounding error: so x near the mean gives no error.
+NormalisationTable NormalisationTable::forward(const PixelScale& by, DType pixels, std::int64_t length) {
+  const std::vector<double> means = channel_values(by.mean), stds = channel_values(by.std);
+  const Ranges ranges = ranges_of(by, pixels);
   NormalisationTable table(length);
   for (std::size_t i = 0; i < table.scale_.size(); ++i) {
     const std::size_t c = i % means.size();
-    table.offset_[i] = static_cast<float>(unit * means[c]);
-    table.offset_rest_[i] = static_cast<float>(unit * means[c] - table.offset_[i]);
-    table.scale_[i] = static_cast<float>(1 / (unit * stds[c]));
+    const double offset = ranges.low[c] + ranges.size[c] * means[c];
+    table.offset_[i] = static_cast<float>(offset);
+    table.offset_rest_[i] = static_cast<float>(offset - table.offset_[i]);
+    table.scale_[i] = static_cast<float>(1 / (ranges.size[c] * stds[c]));
   }
   return table;
 }
 
-NormalisationTable NormalisationTable::backward(const Array& mean, const Array& std, std::int64_t length) {
-  const std::vector<double> means = channel_values(mean), stds = channel_values(std);
+NormalisationTable NormalisationTable::backward(const PixelScale& by, DType pixels, std::int64_t length) {
+  const std::vector<double> means = channel_values(by.mean), stds = channel_values(by.std);
+  const Ranges ranges = ranges_of(by, by.value_range ? pixels : DType::kFloat32);
   NormalisationTable table(length);
   for (std::size_t i = 0; i < table.scale_.size(); ++i) {
-    table.offset_[i] = static_cast<float>(means[i % means.size()]);
-    table.scale_[i] = static_cast<float>(stds[i % means.size()]);
+    const std::size_t c = i % means.size();
+    table.offset_[i] = static_cast<float>(ranges.low[c] + ranges.size[c] * means[c]);
+    table.scale_[i] = static_cast<float>(ranges.size[c] * stds[c]);
   }
+  if (!by.value_range) table.unit_ = static_cast<float>(largest(pixels));
   return table;
 }
 
-PatchLayout::PatchLayout(const Array& images, const Grid& grid, const Array& mean, const Array& std)
+PatchLayout::PatchLayout(const Array& images, const Grid& grid, const PixelScale& by)
     : images_(images),
       grid_(grid),
       size_(size_of(images.dtype)),
       contiguous_rows_(rows_are_contiguous(images, grid, size_)),
       packs_(!contiguous_rows_ || grid.pw * grid.C < kShortRow),
-      table_(NormalisationTable::forward(mean, std, images.dtype == DType::kUint8 ? 255.0 : 1.0,
-                                         packs_ ? grid.P() : grid.pw * grid.C)) {}
+      table_(NormalisationTable::forward(by, images.dtype, packs_ ? grid.P() : grid.pw * grid.C)),
+      nodata_(by.nodata) {}
 
 PatchReader::PatchReader(const PatchLayout& layout)
     : layout_(layout), packed_(static_cast<std::size_t>(layout.packs_ ? layout.grid_.P() * layout.size_ : 0)) {}
 
-void PatchReader::read(std::int64_t n, std::int32_t id, void* out, DType out_dtype) {
+bool PatchReader::read(std::int64_t n, std::int32_t id, void* out, DType out_dtype) {
   const Array& images = layout_.images_;
   const Grid& grid = layout_.grid_;
   const std::int64_t y = id / grid.gw * grid.ph, x = id % grid.gw * grid.pw;
@@ -93,7 +128,8 @@ void PatchReader::read(std::int64_t n, std::int32_t id, void* out, DType out_dty
     pack(patch);
     pixels = {packed_.data(), 0, 1, grid.P()};
   }
-  kernels().normalise(pixels, images.dtype, layout_.table_.get(), out, out_dtype);
+  const float* nodata = layout_.nodata_ ? &*layout_.nodata_ : nullptr;
+  return kernels().normalise(pixels, images.dtype, layout_.table_.get(), nodata, out, out_dtype);
 }
 
 void PatchReader::pack(const char* patch) {

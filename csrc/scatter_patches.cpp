@@ -9,11 +9,11 @@
 
 namespace fastmae {
 
-void scatter_patches(const Array& patches, const Ids& ids, const Grid& grid, const Array& mean, const Array& std,
-                     int threads, const Array& images) {
+void scatter_patches(const Array& patches, const Ids& ids, const Grid& grid, const PixelScale& by, int threads,
+                     const Array& images) {
   if (ids.rows == 0) return;
   const std::int64_t columns = grid.pw * grid.C, size = size_of(images.dtype);
-  const NormalisationTable table = NormalisationTable::backward(mean, std, columns);
+  const NormalisationTable table = NormalisationTable::backward(by, images.dtype, columns);
   const Kernels& loops = kernels();
   const std::int64_t bytes = grid.gw * grid.P() * (size + size_of(patches.dtype));
   parallel_for(ids.rows * grid.gh, bytes, threads, [&](std::int64_t first, std::int64_t last) {

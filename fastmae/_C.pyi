@@ -2,8 +2,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-# NumPy has no bfloat16: uint16 means it. Arrays have any strides, but those after `threads`, which are written to, must
-# be contiguous. csrc/ops.h gives shapes.
+# NumPy has no bfloat16: uint16 means it, and int16 means uint16. Arrays have any strides, but those after `threads`,
+# which are written to, must be contiguous. csrc/ops.h gives shapes.
 _Array = npt.NDArray[Any]
 
 sanitized: bool
@@ -18,6 +18,8 @@ def gather_patches(
     patch_size: tuple[int, int],
     mean: _Array,
     std: _Array,
+    value_range: _Array | None,
+    nodata: float | None,
     threads: int,
     patches: _Array,
 ) -> None: ...
@@ -37,10 +39,28 @@ def masked_mse(
     patch_size: tuple[int, int],
     mean: _Array,
     std: _Array,
+    value_range: _Array | None,
+    nodata: float | None,
     norm_pix: bool,
     eps: float,
     threads: int,
     loss: _Array,
+    targets: _Array,
+) -> None: ...
+def masked_mse_backward(
+    grad_loss: _Array,
+    targets: _Array,
+    pred: _Array,
+    images: _Array,
+    ids: _Array,
+    patch_size: tuple[int, int],
+    mean: _Array,
+    std: _Array,
+    value_range: _Array | None,
+    nodata: float | None,
+    norm_pix: bool,
+    eps: float,
+    threads: int,
     gradient: _Array,
 ) -> None: ...
 def scatter_patches(
@@ -50,6 +70,7 @@ def scatter_patches(
     patch_size: tuple[int, int],
     mean: _Array,
     std: _Array,
+    value_range: _Array | None,
     threads: int,
     images: _Array,
 ) -> None: ...

@@ -1,6 +1,6 @@
 """gather_patches on a GPU: each program cuts out some patches of one image, normalising on the way.
 
-Lower bound: P bytes read and P numbers of the result's type written per patch; the arithmetic takes no extra time.
+Lower bound: P pixels read and P numbers of the result's type written per patch; the arithmetic takes no extra time.
 Definition: fastmae/ops/gather_patches.py.
 """
 
@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmae.kernels.pixels import image_arguments, normalise, patch_offsets
+from fastmae.kernels.pixels import image_arguments, is_missing, normalise, patch_offsets
 
 TILE = 2048  # pixels that a program holds at once: 16 per thread
 NUM_WARPS = 4
@@ -16,16 +16,18 @@ NUM_WARPS = 4
 
 @triton.jit
 def gather_patches_kernel(
-    p_images,  # uint8 or floating [N, H, W, C], any strides
+    p_images,  # uint8, uint16 or floating [N, H, W, C], any strides
     p_ids,  # int32 or int64 [N, K], any strides
     p_mean,  # floating [C]
     p_std,  # floating [C]
+    p_range,  # floating [2, C]: low and high of each channel
     p_out,  # floating [N, K, P]
+    nodata,  # float32: the value of missing pixels
     K,
     ids_stride_n, ids_stride_k,
     stride_n, stride_h, stride_w, stride_c,
     GW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, C: tl.constexpr,
-    PACKED: tl.constexpr, UINT8: tl.constexpr,
+    PACKED: tl.constexpr, UNIT: tl.constexpr, HAS_RANGE: tl.constexpr, HAS_NODATA: tl.constexpr,
     BK: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = PH * PW * C
@@ -36,8 +38,10 @@ def gather_patches_kernel(
         p = first + tl.arange(0, BP)
         mask = (k < K)[:, None] & (p < P)[None, :]
         offsets = patch_offsets(b_id, p, GW, PH, PW, C, stride_h, stride_w, stride_c, PACKED)
-        b_x = tl.load(p_images + n * stride_n + offsets, mask=mask, other=0)  # [BK, BP]
-        b_x = normalise(b_x, p, p_mean, p_std, C, UINT8)
+        b_pixel = tl.load(p_images + n * stride_n + offsets, mask=mask, other=0)  # [BK, BP]
+        b_x = normalise(b_pixel, p, p_mean, p_std, p_range, C, UNIT, HAS_RANGE)
+        if HAS_NODATA:
+            b_x = tl.where(is_missing(b_pixel, nodata), 0.0, b_x)
         o_out = (n * K + k)[:, None] * P + p[None, :]
         tl.store(p_out + o_out, b_x.to(p_out.dtype.element_ty), mask=mask)
 
@@ -55,17 +59,21 @@ def gather_patches_triton(
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
+    value_range: torch.Tensor | None = None,
+    nodata: float | None = None,
 ) -> torch.Tensor:
     """Computes ``fastmae.ops.gather_patches`` on a GPU, for any dtype but float64."""
     (N, K), pixels = ids.shape, patch_size[0] * patch_size[1] * images.shape[3]
     out = torch.empty(N, K, pixels, dtype=dtype, device=images.device)
     if out.numel():
-        strides, constants = image_arguments(images, patch_size)
+        mean = mean.contiguous()
+        arguments, constants = image_arguments(images, patch_size, value_range, mean)
         blocks = block_sizes(pixels)
         grid = (N, triton.cdiv(K, blocks["BK"]))
         with torch.cuda.device_of(images):
             gather_patches_kernel[grid](
-                images, ids, mean.contiguous(), std.contiguous(), out, K, ids.stride(0), ids.stride(1),
-                **strides, **constants, **blocks, num_warps=NUM_WARPS,
+                images, ids, mean, std.contiguous(), p_out=out, nodata=nodata or 0.0, K=K,
+                ids_stride_n=ids.stride(0), ids_stride_k=ids.stride(1), **arguments, **constants,
+                HAS_NODATA=nodata is not None, **blocks, num_warps=NUM_WARPS,
             )  # fmt: skip
     return out

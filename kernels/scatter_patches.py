@@ -22,12 +22,13 @@ def scatter_patches_kernel(
     p_ids,  # int32 or int64 [N, M], any strides
     p_mean,  # floating [C]
     p_std,  # floating [C]
-    p_out,  # uint8 or floating [N, H, W, C]
+    p_range,  # floating [2, C]: low and high of each channel
+    p_out,  # uint8, uint16 or floating [N, H, W, C]
     M, L,
     ids_stride_n, ids_stride_m,
     stride_n, stride_h, stride_w, stride_c,
     GW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, C: tl.constexpr,
-    PACKED: tl.constexpr, UINT8: tl.constexpr,
+    PACKED: tl.constexpr, UNIT: tl.constexpr, HAS_RANGE: tl.constexpr,
     BL: tl.constexpr, BP: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = PH * PW * C
@@ -43,7 +44,7 @@ def scatter_patches_kernel(
         m_out = (b_cell < L)[:, None] & (p < P)[None, :]
         m_listed = m_out & (b_index >= 0)[:, None]
         b_x = tl.load(p_patches + (n * M + b_index)[:, None] * P + p[None, :], mask=m_listed, other=0.0)  # [BL, BP]
-        b_x = tl.where(m_listed, denormalise(b_x, p, p_mean, p_std, C, UINT8), 0.0)
+        b_x = tl.where(m_listed, denormalise(b_x, p, p_mean, p_std, p_range, C, UNIT, HAS_RANGE), 0.0)
         offsets = patch_offsets(b_cell, p, GW, PH, PW, C, stride_h, stride_w, stride_c, PACKED)
         tl.store(p_out + n * stride_n + offsets, b_x.to(p_out.dtype.element_ty), mask=m_out)
 
@@ -63,17 +64,20 @@ def scatter_patches_triton(
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
+    value_range: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Computes ``fastmae.ops.scatter_patches`` on a GPU, for any dtype but float64."""
     patches = patches.contiguous()
     (N, M, pixels), (gh, gw), (ph, pw) = patches.shape, grid_size, patch_size
     out = torch.empty(N, gh * ph, gw * pw, pixels // (ph * pw), dtype=dtype, device=patches.device)
     if out.numel():
-        strides, constants = image_arguments(out, patch_size)
+        mean = mean.contiguous()
+        arguments, constants = image_arguments(out, patch_size, value_range, mean)
         blocks = block_sizes(pixels)
         with torch.cuda.device_of(patches):
             scatter_patches_kernel[(N, triton.cdiv(gh * gw, blocks["BL"]))](
-                patches, ids, mean.contiguous(), std.contiguous(), out, M, gh * gw, ids.stride(0), ids.stride(1),
-                **strides, **constants, **blocks, num_warps=NUM_WARPS,
+                patches, ids, mean, std.contiguous(), p_out=out, M=M, L=gh * gw,
+                ids_stride_n=ids.stride(0), ids_stride_m=ids.stride(1), **arguments, **constants, **blocks,
+                num_warps=NUM_WARPS,
             )  # fmt: skip
     return out

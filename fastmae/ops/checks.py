@@ -86,6 +86,16 @@ def check_order(value_range: torch.Tensor | None) -> None:
             )
 
 
+def as_nodata(nodata: float | None, dtype: torch.dtype) -> float | None:
+    """Returns the number with which pixels of a dtype are compared, in float32, in float64 if they are.
+
+    What is beyond float32 is no pixel's value: then only NaN is missing.
+    """
+    if nodata is None or dtype == torch.float64 or not math.isfinite(nodata):
+        return nodata
+    return float(nodata) if abs(nodata) <= torch.finfo(torch.float32).max else math.nan
+
+
 def check_floating(name: str, dtype: torch.dtype) -> None:
     """Refuses a ``dtype`` that is not floating point."""
     if not dtype.is_floating_point:

@@ -2,7 +2,7 @@
 
 Results are allocated here and filled by the extension, on ``torch.get_num_threads()`` threads. The ``*_reference``
 functions in this folder define the ops. The extension checks every argument and raises ValueError; it refuses float64.
-NumPy has no bfloat16, so it is passed as uint16, which the extension reads as bfloat16.
+NumPy has no bfloat16, so it is passed as uint16, which the extension reads as bfloat16; and uint16 as int16.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def gather_patches(
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
+    value_range: torch.Tensor | None = None,
+    nodata: float | None = None,
 ) -> torch.Tensor:
-    """Returns [N, K, P] of ``dtype`` for images [N, H, W, C], ids int32 or int64 [N, K], mean and std [C]."""
+    """Returns [N, K, P] of ``dtype`` for images [N, H, W, C], ids int32 or int64 [N, K], mean and std [C], a range."""
     ph, pw = patch_size
     patches = _empty(dtype, *ids.shape, ph * pw * mean.numel())
-    _C.gather_patches(
-        _array(images), _array(ids), (ph, pw), _array(mean), _array(std), torch.get_num_threads(), _array(patches)
-    )
+    scale = _array(mean), _array(std), _array_or_none(value_range), nodata
+    _C.gather_patches(_array(images), _array(ids), (ph, pw), *scale, torch.get_num_threads(), _array(patches))
     return patches
 
 
@@ -83,25 +84,63 @@ def masked_mse(
     mean: torch.Tensor,
     std: torch.Tensor,
     norm_pix: bool,
+    value_range: torch.Tensor | None = None,
+    nodata: float | None = None,
+    *,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the loss float32 [] and its gradient [N, M, P] for pred [N, M, P]; the rest as in ``gather_patches``."""
+    """Returns the loss and the number of targets, float32 [], of pred [N, M, P]; the rest as in ``gather_patches``."""
     ph, pw = patch_size
-    loss, gradient = _empty(torch.float32), _empty(pred.dtype, *pred.shape)
+    loss, targets = _empty(torch.float32), _empty(torch.float32)
+    scale = _array(mean), _array(std), _array_or_none(value_range), nodata
     _C.masked_mse(
         _array(pred),
         _array(images),
         _array(ids),
         (ph, pw),
-        _array(mean),
-        _array(std),
+        *scale,
         norm_pix,
         eps,
         torch.get_num_threads(),
         _array(loss),
+        _array(targets),
+    )
+    return loss, targets
+
+
+def masked_mse_backward(
+    grad_loss: torch.Tensor,
+    targets: torch.Tensor,
+    pred: torch.Tensor,
+    images: torch.Tensor,
+    ids: torch.Tensor,
+    patch_size: Sequence[int],
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    norm_pix: bool,
+    value_range: torch.Tensor | None = None,
+    nodata: float | None = None,
+    *,
+    eps: float,
+) -> torch.Tensor:
+    """Returns the gradient [N, M, P] of pred for that of the loss, float32 []; the rest as in ``masked_mse``."""
+    ph, pw = patch_size
+    gradient = _empty(pred.dtype, *pred.shape)
+    scale = _array(mean), _array(std), _array_or_none(value_range), nodata
+    _C.masked_mse_backward(
+        _array(grad_loss),
+        _array(targets),
+        _array(pred),
+        _array(images),
+        _array(ids),
+        (ph, pw),
+        *scale,
+        norm_pix,
+        eps,
+        torch.get_num_threads(),
         _array(gradient),
     )
-    return loss, gradient
+    return gradient
 
 
 def scatter_patches(
@@ -112,8 +151,9 @@ def scatter_patches(
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
+    value_range: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns images [N, gh·ph, gw·pw, C] of ``dtype`` for patches [N, M, P], ids [N, M], mean and std [C]."""
+    """Returns images [N, gh·ph, gw·pw, C] of ``dtype`` for patches [N, M, P], ids [N, M], mean and std [C], a range."""
     (gh, gw), (ph, pw) = grid_size, patch_size
     images = _empty(dtype, patches.shape[0], gh * ph, gw * pw, mean.numel())
     _C.scatter_patches(
@@ -123,6 +163,7 @@ def scatter_patches(
         (ph, pw),
         _array(mean),
         _array(std),
+        _array_or_none(value_range),
         torch.get_num_threads(),
         _array(images),
     )
@@ -301,9 +342,13 @@ def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """Returns a tensor as an array with the same memory and strides."""
-    if tensor.dtype == torch.uint16:
-        raise ValueError("tensors of dtype uint16 are not supported, got one")
+    if tensor.dtype == torch.int16:
+        raise ValueError("tensors of dtype int16 are not supported, got one")
     return _bits(tensor).numpy()
+
+
+def _array_or_none(tensor: torch.Tensor | None) -> npt.NDArray[Any] | None:
+    return None if tensor is None else _array(tensor)
 
 
 def _rows(tensor: torch.Tensor, axes: int = 4) -> npt.NDArray[Any]:
@@ -317,6 +362,6 @@ def _array_of_weights(tensor: torch.Tensor) -> npt.NDArray[Any]:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Views bfloat16 as uint16, which NumPy has."""
-    bits = tensor.detach()
-    return bits.view(torch.uint16) if tensor.dtype == torch.bfloat16 else bits
+    """Views bfloat16 as uint16, which NumPy has, and so uint16 as int16."""
+    bits, other = tensor.detach(), {torch.bfloat16: torch.uint16, torch.uint16: torch.int16}.get(tensor.dtype)
+    return bits if other is None else bits.view(other)

@@ -10,6 +10,7 @@ import torch
 from fastmae.ops import cpu
 from fastmae.ops.backends import ops_backend
 from fastmae.ops.checks import (
+    as_nodata,
     check_channels,
     check_devices,
     check_floating,
@@ -58,6 +59,7 @@ def gather_patches(
     check_ids("ids", ids, images.shape[0])
     check_channels(images.shape[3], mean, std)
     check_value_range(images.shape[3], value_range)
+    nodata = as_nodata(nodata, images.dtype)
     check_floating("dtype", dtype)
     check_devices(images=images, ids=ids, mean=mean, std=std, value_range=value_range)
     return _gather_patches(images, ids, patch_size, mean, std, dtype, value_range, nodata)
@@ -95,7 +97,7 @@ def chosen_patches(images: torch.Tensor, ids: torch.Tensor, patch_size: Sequence
 def missing_pixels(pixels: torch.Tensor, nodata: float) -> torch.Tensor:
     """Tells which pixels are missing: those of the value ``nodata``, compared in float32 or float64, and NaN."""
     pixels = pixels.to(torch.float64 if pixels.dtype == torch.float64 else torch.float32)
-    return (pixels == nodata) | pixels.isnan()
+    return (pixels == as_nodata(nodata, pixels.dtype)) | pixels.isnan()
 
 
 def range_of(
@@ -106,11 +108,6 @@ def range_of(
         return 0.0, {torch.uint8: 255.0, torch.uint16: 65535.0}.get(pixels, 1.0)
     low, high = value_range.to(compute)
     return low, high
-
-
-def is_plain(images: torch.Tensor, value_range: torch.Tensor | None, nodata: float | None) -> bool:
-    """Tells whether C++ and Triton can compute it, until they have learnt the rest."""
-    return images.dtype != torch.uint16 and value_range is None and nodata is None
 
 
 @torch.library.custom_op("fastmae::gather_patches", mutates_args=())
@@ -126,15 +123,15 @@ def _gather_patches(
 ) -> torch.Tensor:
     arguments = images, ids, patch_size, mean, std, dtype, value_range, nodata
     backend = ops_backend(images.device, images.dtype, dtype)
-    if backend == "cpu" and is_plain(images, value_range, nodata):  # the extension checks the ids
-        return cpu.gather_patches(*arguments[:6])
+    if backend == "cpu":  # the extension checks the ids and the range
+        return cpu.gather_patches(*arguments)
     check_range("ids", ids, grid_patches(images, patch_size))
     check_order(value_range)
-    if backend == "reference" or not is_plain(images, value_range, nodata):
+    if backend == "reference":
         return gather_patches_reference(*arguments)
     from fastmae.kernels.gather_patches import gather_patches_triton
 
-    return gather_patches_triton(*arguments[:6])
+    return gather_patches_triton(*arguments)
 
 
 @_gather_patches.register_fake

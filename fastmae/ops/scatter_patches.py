@@ -111,17 +111,16 @@ def _scatter_patches(
 ) -> torch.Tensor:
     arguments = patches, ids, grid_size, patch_size, mean, std, dtype, value_range
     backend = ops_backend(patches.device, patches.dtype, dtype)
-    is_plain = dtype != torch.uint16 and value_range is None
-    if backend == "cpu" and is_plain:  # the extension checks the ids
-        return cpu.scatter_patches(*arguments[:7])
+    if backend == "cpu":  # the extension checks the ids and the range
+        return cpu.scatter_patches(*arguments)
     check_range("ids", ids, grid_size[0] * grid_size[1])
     check_order(value_range)
     _check_distinct(ids)
-    if backend == "reference" or not is_plain:
+    if backend == "reference":
         return scatter_patches_reference(*arguments)
     from fastmae.kernels.scatter_patches import scatter_patches_triton
 
-    return scatter_patches_triton(*arguments[:7])
+    return scatter_patches_triton(*arguments)
 
 
 @_scatter_patches.register_fake

@@ -50,14 +50,15 @@ def assert_all_close(got, expected):
 def test_the_kernels_run(monkeypatch):
     assert describe_ops(torch.device(DEVICE)).startswith("Triton")
     ran = []
-    launchers = ("gather_patches", "assemble_tokens", "assemble_tokens_backward", "masked_mse", "scatter_patches")
+    launchers = ("gather_patches", "assemble_tokens", "masked_mse", "scatter_patches")
+    launchers += ("assemble_tokens_backward", "masked_mse_backward")
     for op in launchers:
         module = importlib.import_module(f"fastmae.kernels.{op.removesuffix('_backward')}")
         launch = getattr(module, f"{op}_triton")
 
-        def recorded(*arguments, _op=op, _launch=launch):
+        def recorded(*arguments, _op=op, _launch=launch, **more):
             ran.append(_op)
-            return _launch(*arguments)
+            return _launch(*arguments, **more)
 
         monkeypatch.setattr(module, f"{op}_triton", recorded)
     got = everything(*tensors())
@@ -87,7 +88,10 @@ def test_they_are_well_behaved_torch_ops():
     images, ids, mean, std, pred, visible, mask_token, pos_embed = tensors()
     ops = torch.ops.fastmae
     torch.library.opcheck(ops.gather_patches.default, (images, ids[:, :K], PATCH, mean, std, torch.bfloat16))
-    torch.library.opcheck(ops.masked_mse.default, (pred, images, ids[:, K:], PATCH, mean, std, True))
+    arguments = (pred, images, ids[:, K:], PATCH, mean, std, True, torch.stack([0 * mean, 250 + mean]), 3.0)
+    torch.library.opcheck(ops.masked_mse.default, arguments)
+    backward_arguments = (*torch.ones(2, device=DEVICE), pred.detach(), *arguments[1:])
+    torch.library.opcheck(ops.masked_mse_backward.default, backward_arguments)
     torch.library.opcheck(ops.assemble_tokens.default, (visible, mask_token, pos_embed, ids, torch.float32))
     grad = torch.randn(N, L + 1, D, device=DEVICE)
     torch.library.opcheck(ops.assemble_tokens_backward.default, (grad, K + 1, torch.bfloat16))

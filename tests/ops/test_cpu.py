@@ -29,7 +29,7 @@ from fastmae.ops.scatter_patches import scatter_patches_reference
 
 SETS = _C.instruction_sets()
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-PIXELS = [torch.uint8, *FLOATS]
+PIXELS = [torch.uint8, torch.uint16, *FLOATS]
 ROUNDINGS = 4 * torch.finfo(torch.float32).eps
 EPS = 1e-6
 # (N, size, patch, channels): published patches, odd ones, one channel and many, rows shorter than a vector.
@@ -116,10 +116,19 @@ def sample(N, size, patch, channels, dtype=torch.uint8, seed=0):
     """images, ids of all patches, mean, std."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (N, *size, channels), generator=generator)
-    images = images.to(torch.uint8) if dtype == torch.uint8 else (images / 255).to(dtype)
+    if dtype == torch.uint16:
+        images = (images * 257 + torch.randint(-128, 128, images.shape, generator=generator)).clamp(0, 65535)
+    images = (images / 255 if dtype.is_floating_point else images).to(dtype)
     L = (size[0] // patch[0]) * (size[1] // patch[1])
     mean, std = torch.rand(channels, generator=generator), torch.rand(channels, generator=generator) + 0.1
     return images, random_masking_reference(torch.arange(N), seed, L), mean, std
+
+
+def loss_and_gradient(pred, *others, grad_loss=1.0, **more):
+    """Of masked_mse, whose gradient is that of the loss times ``grad_loss``."""
+    loss, targets = cpu.masked_mse(pred, *others, **more, eps=EPS)
+    slope = torch.tensor(grad_loss)
+    return loss, cpu.masked_mse_backward(slope, targets, pred, *others, **more, eps=EPS)
 
 
 def relaid(tensor, order=None, step=2, lead=1):
@@ -228,13 +237,13 @@ def test_mse(loops, N, size, patch, channels, images_dtype, dtype, norm_pix):
         return loss.detach(), leaf.grad
 
     (true_loss, true_gradient), (same_loss, same_gradient) = torch_in(torch.float64), torch_in(torch.float32)
-    loss, gradient = cpu.masked_mse(pred, images, ids, patch, mean, std, norm_pix, EPS)
+    loss, gradient = loss_and_gradient(pred, images, ids, patch, mean, std, norm_pix)
     assert loss.dtype == torch.float32
     assert abs(loss - true_loss) <= abs(same_loss - true_loss) + ROUNDINGS * true_loss
     # Targets are as large as 1 / std, and where they are normalised as many deviations.
     unit = 2 / pred.numel() / std.min().item()
     assert_as_close(gradient, same_gradient.to(dtype), true_gradient, unit)
-    again = cpu.masked_mse(relaid(pred), relaid(images), relaid(ids.long()), patch, mean, std, norm_pix, EPS)
+    again = loss_and_gradient(relaid(pred), relaid(images), relaid(ids.long()), patch, mean, std, norm_pix)
     assert torch.equal(again[0], loss)
     assert torch.equal(again[1], gradient)
 
@@ -243,7 +252,8 @@ def test_mse_of_flat_patches_normalises_them_to_zero(loops):
     images = torch.tensor([[37]], dtype=torch.uint8).expand(2, 8, 8, 1)
     pred = torch.randn(2, 4, 16)
     ids = torch.arange(4).expand(2, -1)
-    loss, gradient = cpu.masked_mse(pred, images, ids, (4, 4), torch.tensor([0.3]), torch.tensor([0.7]), True, EPS)
+    statistics = torch.tensor([0.3]), torch.tensor([0.7])
+    loss, gradient = loss_and_gradient(pred, images, ids, (4, 4), *statistics, True)
     torch.testing.assert_close(gradient, pred * (2 / 128), rtol=1e-6, atol=0)
     torch.testing.assert_close(loss, pred.square().mean(), rtol=1e-6, atol=0)
 
@@ -251,8 +261,8 @@ def test_mse_of_flat_patches_normalises_them_to_zero(loops):
 def test_mse_of_one_number_per_patch_has_no_variance(loops):
     images, ids, mean, std = sample(2, (3, 4), (1, 1), 1)
     pred = torch.randn(2, 12, 1)
-    assert cpu.masked_mse(pred, images, ids, (1, 1), mean, std, True, EPS)[0].isnan()
-    loss, _ = cpu.masked_mse(pred, images, ids, (1, 1), mean, std, False, EPS)
+    assert cpu.masked_mse(pred, images, ids, (1, 1), mean, std, True, eps=EPS)[0].isnan()
+    loss, _ = cpu.masked_mse(pred, images, ids, (1, 1), mean, std, False, eps=EPS)
     torch.testing.assert_close(loss, masked_mse_reference(pred, images, ids, (1, 1), mean, std, False))
 
 
@@ -505,20 +515,106 @@ def test_scatter(loops, N, size, patch, channels, given_dtype, dtype):
         same = scatter_patches_reference(patches, chosen, grid, patch, mean, std, dtype)
         for laid in (patches, relaid(patches)):
             got = cpu.scatter_patches(laid, chosen, grid, patch, mean, std, dtype)
-            if dtype == torch.uint8:  # the same additions and multiplications, rounded once
+            if not dtype.is_floating_point:  # the same additions and multiplications, rounded once
                 assert torch.equal(got, same)
             else:
                 truth = scatter_patches_reference(patches.double(), chosen, grid, patch, mean, std, torch.float64)
                 assert_as_close(got, same, truth, 4.0)
 
 
-def test_scatter_to_uint8_is_defined_for_every_number(loops):
-    given = [float("nan"), float("inf"), -float("inf"), -0.0, 1e30, -1e30, 0.5 / 255, 1.5 / 255, 2.5 / 255, 254.5 / 255]
-    patches = torch.tensor(given).view(1, 1, 10)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_scatter_to_whole_numbers_is_defined_for_every_number(loops, dtype):
+    largest = torch.iinfo(dtype).max
+    given = [float("nan"), float("inf"), -float("inf"), -0.0, 1e30, -1e30, 0.5 / largest, 1.5 / largest, 2.5 / largest]
+    patches = torch.tensor([*given, (largest - 0.5) / largest]).view(1, 1, 10)
     zero, one = torch.zeros(1), torch.ones(1)
-    got = cpu.scatter_patches(patches, torch.zeros(1, 1, dtype=torch.int32), (1, 1), (2, 5), zero, one, torch.uint8)
-    wanted = (patches * 255).round().clamp(0, 255).nan_to_num(0).flatten().to(torch.uint8)
+    got = cpu.scatter_patches(patches, torch.zeros(1, 1, dtype=torch.int32), (1, 1), (2, 5), zero, one, dtype)
+    wanted = (patches * largest).round().clamp(0, largest).nan_to_num(0).flatten().to(dtype)
     assert torch.equal(got.flatten(), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+def test_scatter_undoes_gather_in_any_range(loops, dtype):
+    images, ids, mean, std = sample(3, (24, 40), (4, 8), 5, dtype)
+    value_range = torch.tensor([[-40.0, 0, 250, 1e-3, -1], [400, 80_000, 310, 2e-3, 1]])
+    if dtype.is_floating_point:
+        images = value_range[0] + images * (value_range[1] - value_range[0])
+    else:
+        value_range[1] += 1000
+    patches = cpu.gather_patches(images, ids, (4, 8), mean, std, torch.float32, value_range)
+    back = cpu.scatter_patches(patches, ids, (6, 5), (4, 8), mean, std, dtype, value_range)
+    if dtype.is_floating_point:
+        assert ((back.double() - images.double()).abs() <= 4 * ROUNDINGS * value_range.abs().amax(0)).all()
+    else:
+        assert torch.equal(back, images)
+
+
+def with_gaps(images, patch):
+    """Images in which some pixels are 0 and others, if they can be, NaN, and which patches [N, L] have one."""
+    images = torch.where(images == 0, 1, images).clone()
+    (N, H, W, C), (ph, pw) = images.shape, patch
+    for n, y, x, value in ((0, 0, 0, 0), (N - 1, H - 1, W - 1, 0), (N - 1, 0, W // 2, float("nan"))):
+        images[n, y, x, (n + y) % C] = value if images.is_floating_point() else 0
+    absent = (images.double() == 0) | images.double().isnan()
+    return images, absent.view(N, H // ph, ph, W // pw, pw, C).any(dim=5).any(dim=4).any(dim=2).flatten(1), absent
+
+
+@pytest.mark.parametrize("images_dtype", PIXELS)
+@pytest.mark.parametrize(("N", "size", "patch", "channels"), [*SHAPES[:-1], (2, (3, 9), (1, 3), 64)])
+def test_ranges_and_missing_pixels(loops, N, size, patch, channels, images_dtype):
+    """0 is missing too where rows are shorter than vectors, whose other lanes hold 0."""
+    images, ids, mean, std = sample(N, size, patch, channels, images_dtype)
+    images, without, absent = with_gaps(images, patch)
+    value_range = torch.stack([-torch.rand(channels), torch.rand(channels) + 0.5])
+    value_range *= 1 if images_dtype.is_floating_point else torch.iinfo(images_dtype).max
+    more = dict(value_range=value_range, nodata=0.0)
+    arguments = images, ids, patch, mean, std
+    double = {**more, "value_range": value_range.double()}
+    truth = gather_patches_reference(*arguments[:3], mean.double(), std.double(), torch.float64, **double)
+    same = gather_patches_reference(*arguments, torch.float32, **more)
+    got = cpu.gather_patches(*arguments, torch.float32, **more)
+    assert_as_close(got, same, truth, 2 / std.min().item())
+    assert (got == 0)[
+        gather_patches_reference(absent.float(), ids, patch, 0 * mean, 0 * std + 1, torch.float32) == 1
+    ].all()
+
+    excluded = without.gather(1, ids.long())
+    pred = torch.randn(got.shape, generator=torch.Generator().manual_seed(2))
+    loss, gradient = loss_and_gradient(pred.masked_fill(excluded[:, :, None], float("nan")), *arguments, True, **more)
+    leaf = pred.double().requires_grad_()
+    true_loss = masked_mse_reference(leaf, *arguments[:3], mean.double(), std.double(), True, **double)
+    true_loss.backward()
+    same_leaf = pred.clone().requires_grad_()
+    same_loss = masked_mse_reference(same_leaf, *arguments, True, **more)
+    same_loss.backward()
+    assert abs(loss - true_loss) <= abs(same_loss - true_loss) + ROUNDINGS * true_loss
+    assert_as_close(gradient, same_leaf.grad, leaf.grad, 4 / (~excluded).sum() / pred.shape[2] / std.min())
+    assert (gradient == 0).all(dim=2).equal(excluded)
+    # Without nodata NaN is a number like any other, and so is 0.
+    assert loss_and_gradient(pred, *arguments, True, value_range)[0].isnan() == images.isnan().any()
+
+
+def test_a_loss_without_targets_is_zero_and_so_is_its_gradient(loops):
+    images, ids, mean, std = sample(2, (8, 8), (4, 4), 3, torch.float32)
+    pred = torch.full((2, 4, 48), float("nan"))
+    loss, gradient = loss_and_gradient(pred, images * float("nan"), ids, (4, 4), mean, std, True, nodata=-1.0)
+    assert loss == 0
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_gradient_of_the_loss_is_a_factor_before_rounding(loops, dtype):
+    images, ids, mean, std = sample(3, (24, 40), (4, 8), 5)
+    pred = torch.randn(3, 30, 160, generator=torch.Generator().manual_seed(2)).to(dtype)
+    arguments = pred, images, ids, (4, 8), mean, std, True
+    _, whole = loss_and_gradient(pred.float(), *arguments[1:])
+    for factor in (1 / 3, 0.25, 65536.0):
+        _, gradient = loss_and_gradient(*arguments, grad_loss=factor)
+        wanted = (whole.double() * torch.tensor(factor).double()).float()
+        if dtype == torch.float32:
+            torch.testing.assert_close(gradient, wanted, rtol=2.4e-7 if factor == 1 / 3 else 0, atol=0)
+        else:
+            torch.testing.assert_close(gradient, wanted.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -570,7 +666,7 @@ def test_negative_strides_of_numpy(loops):
     images, ids, mean, std = sample(2, (8, 12), (4, 4), 3)
     out = np.empty((2, 6, 48), np.float32)
     turned = images.numpy()[:, ::-1, ::-1, ::-1]
-    _C.gather_patches(turned, ids.numpy()[::-1], (4, 4), mean.numpy()[::-1], std.numpy()[::-1], 1, out)
+    _C.gather_patches(turned, ids.numpy()[::-1], (4, 4), mean.numpy()[::-1], std.numpy()[::-1], None, None, 1, out)
     wanted = cpu.gather_patches(images.flip(1, 2, 3), ids.flip(0), (4, 4), mean.flip(0), std.flip(0), torch.float32)
     assert torch.equal(torch.from_numpy(out), wanted)
 
@@ -600,7 +696,7 @@ def test_no_images_give_empty_results(loops):
     assert (out.shape, lse.shape) == ((0, 5, 2, 16), (0, 2, 5))
     cpu.attention_backward(out, torch.zeros(0, 5, 6, 16), None, lse, torch.zeros(0, 5, 6, 16), None)
     with pytest.raises(ValueError, match="pred must have elements"):
-        cpu.masked_mse(patches, images, ids, (4, 4), mean, std, True, EPS)
+        cpu.masked_mse(patches, images, ids, (4, 4), mean, std, True, eps=EPS)
 
 
 @pytest.mark.parametrize(("products", "what"), [("dot", "AVX512-BF16"), ("amx", "AMX")])
@@ -630,7 +726,7 @@ def all_results(dtype):
         cpu.gather_patches(images, ids, (8, 8), mean, std, dtype),
         cpu.assemble_tokens(visible, mask_token, pos_embed, ids, dtype),
         *cpu.assemble_tokens_backward(grad, 50, dtype),
-        *cpu.masked_mse(pred, images, ids[:, 49:], (8, 8), mean, std, True, EPS),
+        *loss_and_gradient(pred, images, ids[:, 49:], (8, 8), mean, std, True, nodata=7.0),
         cpu.scatter_patches(pred, ids[:, 49:], (14, 14), (8, 8), mean, std, torch.uint8),
         *cpu.transpose_and_sum(pred.flatten(0, 1).float()),
         *(normed := cpu.add_layer_norm(grad, grad.flip(1), mask_token, pos_embed[0], EPS, dtype)),
@@ -743,7 +839,17 @@ def _wrong():
     arrays = [tensor.numpy() for tensor in (images, ids, mean, std)]
 
     def raw(out, threads=1, images=arrays[0], ids=arrays[1], patch=patch):
-        return lambda: _C.gather_patches(images, ids, patch, *arrays[2:], threads, out)
+        return lambda: _C.gather_patches(images, ids, patch, *arrays[2:], None, None, threads, out)
+
+    loss, count = np.ones((), np.float32), np.ones((), np.float32)
+
+    def mse(loss=loss, targets=count, value_range=None):
+        others = arrays[0], arrays[1], patch, *arrays[2:], value_range, None, True, EPS
+        return lambda: _C.masked_mse(out, *others, 1, loss, targets)
+
+    def mse_back(gradient, grad_loss=loss, targets=count):
+        others = arrays[0], arrays[1], patch, *arrays[2:], None, None, True, EPS
+        return lambda: _C.masked_mse_backward(grad_loss, targets, out, *others, 1, gradient)
 
     out = np.empty((3, 4, 48), np.float32)
     odd = np.empty(3 * 4 * 48 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(3, 4, 48)
@@ -751,8 +857,6 @@ def _wrong():
     fixed.flags.writeable = False
     room = np.empty(3 * 8 * 8 * 3 + 3 * 4 * 48, np.float32)
     shared = room[: 3 * 8 * 8 * 3].reshape(3, 8, 8, 3), room[3 * 8 * 8 * 3 - 1 : -1].reshape(3, 4, 48)
-    loss = np.empty((), np.float32)
-
     wide, tall, row = room[:48].reshape(4, 12), room[48:96].reshape(12, 4), room[96:108]
 
     def transpose(matrix=wide, transposed=tall, sums=row):
@@ -914,22 +1018,20 @@ def _wrong():
         "result on images": ("patches must not overlap images", raw(shared[1], images=shared[0])),
         "no threads": (r"threads must lie in \[1, 65536\], got 0", raw(out, threads=0)),
         "many threads": ("threads", raw(out, threads=2**40)),
-        "gradient on pred": (
-            "gradient must not overlap pred",
-            lambda: _C.masked_mse(out, arrays[0], arrays[1], patch, *arrays[2:], True, EPS, 1, loss, out),
-        ),
+        "gradient on pred": ("gradient must not overlap pred", mse_back(out)),
         "gradient of another dtype": (
             "gradient must be float32, got float16",
-            lambda: _C.masked_mse(
-                out, arrays[0], arrays[1], patch, *arrays[2:], True, EPS, 1, loss, np.empty(out.shape, np.float16)
-            ),
+            mse_back(np.empty(out.shape, np.float16)),
         ),
-        "loss on gradient": (
-            "loss must not overlap gradient",
-            lambda: _C.masked_mse(
-                out, arrays[0], arrays[1], patch, *arrays[2:], True, EPS, 1, shared[1][0, 0, 0:1].reshape(()), shared[1]
-            ),
-        ),
+        "gradient of half": ("gradient must have the shape of pred", mse_back(np.empty((3, 4, 47), np.float32))),
+        "gradient of two losses": (r"grad_loss must have shape \[\]", mse_back(out.copy(), np.ones(2, np.float32))),
+        "no count": ("targets must be float32, got int64", mse_back(out.copy(), targets=np.ones((), np.int64))),
+        "loss on targets": ("loss must not overlap targets", mse(count)),
+        "loss of two": (r"loss must have shape \[\]", mse(np.empty(2, np.float32))),
+        "targets on pred": ("targets must not overlap pred", mse(targets=out[0, 0, :1].reshape(()))),
+        "one end": (r"value_range must have shape \[2, C\] = \[2, 3\]", mse(value_range=np.ones((1, 3), np.float32))),
+        "whole ends": ("value_range must be .* got int32", mse(value_range=np.ones((2, 3), np.int32))),
+        "no range": ("value_range must have low < high, .* channel 0", mse(value_range=np.ones((2, 3), np.float32))),
         "flat grad": ("grad must have shape", backward(tokens[0])),
         "float64 grad": ("grad must be .* got float64", backward(tokens.double())),
         "no visible grad": (r"visible_tokens must lie in \[1, 3\], got 0", backward(visible_tokens=0)),
@@ -940,7 +1042,7 @@ def _wrong():
         ),
         "scatter sizes": (
             "images is too large",
-            lambda: _C.scatter_patches(out, arrays[1], (2**40, 2**40), patch, *arrays[2:], 1, out),
+            lambda: _C.scatter_patches(out, arrays[1], (2**40, 2**40), patch, *arrays[2:], None, 1, out),
         ),
     }
 

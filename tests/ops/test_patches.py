@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fastmae.ops import assemble_tokens, gather_patches, masked_mse, random_masking, scatter_patches
 from fastmae.ops.assemble_tokens import assemble_tokens_reference
-from fastmae.ops.masked_mse import masked_mse_reference
+from fastmae.ops.masked_mse import excluded_share, masked_mse_reference
 
 CASES = [((28, 28), (4, 4), 1), ((24, 40), (4, 8), 3), ((28, 14), (14, 7), 5)]
 
@@ -149,7 +149,9 @@ def test_mse_is_a_loop_over_patches(size, patch, channels, norm_pix):
 def test_mse_has_the_right_gradient(norm_pix):
     images, ids, mean, std = sample((8, 8), (4, 4), 2)
     pred = torch.randn(3, 3, 32, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda p: masked_mse(p, images, ids[:, 1:], (4, 4), mean, std, norm_pix), (pred,))
+    for nodata in (None, float(images[0, 0, 0, 0])):
+        arguments = images, ids[:, 1:], (4, 4), mean, std, norm_pix, None, nodata
+        assert torch.autograd.gradcheck(lambda p, arguments=arguments: 0.3 * masked_mse(p, *arguments), (pred,))
 
 
 def test_mse_sums_in_float32_whatever_comes_in():
@@ -167,7 +169,13 @@ def test_they_are_well_behaved_torch_ops(pred_dtype):
     gather = torch.ops.fastmae.gather_patches.default
     torch.library.opcheck(gather, (images, ids[:, :5], (4, 8), mean, std, pred_dtype))
     pred = torch.randn(3, 25, 96, dtype=pred_dtype, requires_grad=True)
-    torch.library.opcheck(torch.ops.fastmae.masked_mse.default, (pred, images, ids[:, 5:], (4, 8), mean, std, True))
+    value_range = torch.tensor([[0.0, -3, 1], [200, 255, 256]])
+    for images_now, more in ((images, ()), (images.to(torch.uint16), (value_range, 5.0))):
+        arguments = pred, images_now, ids[:, 5:], (4, 8), mean, std, True, *more
+        torch.library.opcheck(torch.ops.fastmae.masked_mse.default, arguments)
+    numbers = torch.ones(2, dtype=torch.float64 if pred_dtype == torch.float64 else torch.float32)
+    torch.library.opcheck(torch.ops.fastmae.masked_mse_backward.default, (*numbers, pred.detach(), *arguments[1:]))
+    torch.library.opcheck(gather, (*arguments[1:6], pred_dtype, *more))
     tokens, token = (torch.randn(*shape, dtype=pred_dtype, requires_grad=True) for shape in ((3, 6, 16), (16,)))
     assemble = torch.ops.fastmae.assemble_tokens.default
     torch.library.opcheck(assemble, (tokens, token, torch.randn(31, 16), ids, pred_dtype))
@@ -175,6 +183,7 @@ def test_they_are_well_behaved_torch_ops(pred_dtype):
     torch.library.opcheck(backward, (torch.randn(3, 31, 16, dtype=pred_dtype), 6, pred_dtype))
     scatter = torch.ops.fastmae.scatter_patches.default
     torch.library.opcheck(scatter, (pred.detach(), ids[:, 5:], (6, 5), (4, 8), mean, std, pred_dtype))
+    torch.library.opcheck(scatter, (pred.detach(), ids[:, 5:], (6, 5), (4, 8), mean, std, torch.uint16, value_range))
 
 
 def test_the_gradient_does_not_depend_on_how_it_is_asked_for():
@@ -189,3 +198,34 @@ def test_the_gradient_does_not_depend_on_how_it_is_asked_for():
     (plain,) = torch.autograd.grad(masked_mse_reference(pred, images, ids, (4, 8), mean, std, True) * 0.25, pred)
     assert torch.equal(eager, compiled)
     torch.testing.assert_close(eager, plain, rtol=1e-6, atol=1e-9)
+
+
+def test_the_value_of_missing_pixels_is_compared_in_float32():
+    images = torch.full((1, 4, 4, 1), 0.1)
+    ids = torch.zeros(1, 1, dtype=torch.int32)
+    pred, mean, std = torch.ones(1, 1, 16), torch.zeros(1), torch.ones(1)
+
+    def excluded(nodata, images=images):
+        loss = masked_mse(pred, images, ids, (4, 4), mean, std, False, nodata=nodata)
+        share = excluded_share(images, ids, (4, 4), nodata)
+        assert share == (loss == 0)
+        return bool(share)
+
+    assert excluded(0.1)
+    assert excluded(float(torch.tensor(0.1)))
+    for other in (None, 0.2, float("nan"), -1.7976931348623157e308):
+        assert not excluded(other)
+    assert not excluded(1e300, images * float("inf"))
+    assert excluded(float("inf"), images * float("inf"))
+    assert excluded(-1.7976931348623157e308, images.double() * 0 - 1.7976931348623157e308)
+    assert excluded(7, images.to(torch.uint8) + 7)
+    assert not excluded(7.5, images.to(torch.uint8) + 7)
+
+
+def test_the_excluded_share_is_that_of_the_patches_that_are_asked_for():
+    images = torch.zeros(2, 8, 8, 3, dtype=torch.uint16)
+    images[0, 5, 1, 2] = 9
+    ids = torch.tensor([[2, 3, 0], [1, 2, 3]])
+    assert excluded_share(images, ids, (4, 4), 9.0) == 1 / 6
+    assert excluded_share(images, ids[:, 1:], (4, 4), 9.0) == 0
+    assert excluded_share(images, ids, (4, 4), None) == 0

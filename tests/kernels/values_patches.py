@@ -70,7 +70,7 @@ def test_gather(size, patch, channels, layout, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm_pix", [False, True])
-@pytest.mark.parametrize("layout", ["uint8", "uint16", "float nchw", "cropped"])
+@pytest.mark.parametrize("layout", ["uint8", "float nchw", "cropped"])
 @pytest.mark.parametrize(("size", "patch", "channels"), SHAPES)
 def test_mse(size, patch, channels, layout, norm_pix, dtype):
     images, ids, mean, std, K = sample(size, patch, channels, layout)
@@ -157,10 +157,10 @@ def test_any_shape_and_strides(gh, gw, ph, pw, channels, layout, seed):
 
 
 # (size, patch, channels) of images with a range: few and many channels, odd patches, larger than a tile.
-RANGED = [((8, 12), (4, 4), 1), ((21, 6), (7, 2), 3), ((6, 10), (3, 5), 13), ((8, 6), (4, 3), 256)]
+RANGED = [((8, 12), (4, 4), 1), ((21, 6), (7, 2), 3), ((6, 10), (3, 5), 13), ((4, 6), (4, 3), 256)]
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
 @pytest.mark.parametrize(("size", "patch", "channels"), RANGED)
 def test_ranges_and_missing_pixels(size, patch, channels, dtype):
     """0 is missing too, the number that loads beyond the ends of a patch give."""

@@ -36,8 +36,11 @@ from fastmae.kernels import (
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHITECTURES = (80, 90, 100)
 TYPES = {"bf16": "*bf16", "fp32": "*fp32"}
+PIXELS = {"uint8": ("*u8", 255), "uint16": ("*u16", 65535), "float32": ("*fp32", 1)}
 # (patch, channels, whether rows of pixels start at multiples of 16 bytes): ViT-B and -L, ViT-H, small gray and colour.
 IMAGES = [(16, 3, True), (14, 3, False), (4, 1, False), (4, 3, False)]
+# (patch, channels, type) with a range and missing pixels: CT, a satellite's bands, colours.
+WIDE_IMAGES = [(16, 1, "uint16"), (16, 12, "uint16"), (16, 3, "float32")]
 GRID_WIDTH = 14
 # (queries, tokens, width of a head): encoders of ViT-B and -L, of ViT-H, the small models'; decoders, and their last
 # block, in which masked tokens alone ask; and encoders on whole images, up to the longest.
@@ -95,6 +98,8 @@ def cases() -> Iterator[Case]:
     for patch, channels, wide in IMAGES:
         for dtype, pointer in TYPES.items():
             yield from _patches(patch, channels, wide, f"{patch}×{patch}×{channels} {dtype}", pointer)
+    for patch, channels, pixels in WIDE_IMAGES:
+        yield from _patches(patch, channels, True, f"{patch}×{patch}×{channels} of {pixels} bf16", "*bf16", pixels)
     for width in (96, 512):
         for dtype, pointer in TYPES.items():
             yield from _tokens(width, f"D={width} {dtype}", pointer)
@@ -117,35 +122,47 @@ def _masking() -> Iterator[Case]:
         )
 
 
-def _patches(patch: int, C: int, wide: bool, name: str, pointer: str) -> Iterator[Case]:
-    pixels = patch * patch * C
-    shape = dict(GW=GRID_WIDTH, PH=patch, PW=patch, C=C, PACKED=True, UINT8=True, stride_w=C, stride_c=1)
+def _patches(patch: int, C: int, wide: bool, name: str, pointer: str, pixels: str | None = None) -> Iterator[Case]:
+    """Of uint8 pixels, or of ``pixels`` in a range, of which some are missing."""
+    P, ranged, (image, unit) = patch * patch * C, pixels is not None, PIXELS[pixels or "uint8"]
+    shape = dict(GW=GRID_WIDTH, PH=patch, PW=patch, C=C, PACKED=True, UNIT=unit, HAS_RANGE=ranged)
+    shape |= dict(stride_w=C, stride_c=1)
     strides = {"stride_n": "i64", "stride_h": "i32"}
-    common = {"p_ids": "*i32", "p_mean": "*fp32", "p_std": "*fp32", "ids_stride_n": "i32"}
+    common = {"p_ids": "*i32", "p_mean": "*fp32", "p_std": "*fp32", "p_range": "*fp32", "ids_stride_n": "i32"}
     yield Case(
         f"gather_patches {name}",
         gather_patches.gather_patches_kernel,
-        {"p_images": "*u8", **common, "p_out": pointer, "K": "i32", **strides},
-        {**shape, **gather_patches.block_sizes(pixels), "ids_stride_k": 1},
+        {"p_images": image, **common, "p_out": pointer, "nodata": "fp32", "K": "i32", **strides},
+        {**shape, **gather_patches.block_sizes(P), "ids_stride_k": 1, "HAS_NODATA": ranged},
         gather_patches.NUM_WARPS,
         wide_loads=wide,
         wide_stores=True,
     )
+    read = {"p_pred": pointer, "p_images": image, **common, "nodata": "fp32", "M": "i32", **strides}
+    constants = {**shape, **masked_mse.block_sizes(P), "ids_stride_m": 1, "HAS_NODATA": ranged}
+    constants |= {"NORM_PIX": True, "EPS": 1e-6}
     yield Case(
         f"masked_mse {name}",
         masked_mse.masked_mse_kernel,
-        {"p_pred": pointer, "p_images": "*u8", **common, "p_sums": "*fp32", "p_grad": pointer, "M": "i32"}
-        | {"scale": "fp32", **strides},
-        {**shape, **masked_mse.block_sizes(pixels), "ids_stride_m": 1, "NORM_PIX": True, "EPS": 1e-6},
-        masked_mse.NUM_WARPS,
+        read | {"p_sums": "*fp32", "p_counts": "*fp32"},
+        constants,
+        masked_mse.num_warps(P),
         wide_loads=True,  # of the prediction at least
+    )
+    yield Case(
+        f"masked_mse backward {name}",
+        masked_mse.masked_mse_backward_kernel,
+        read | {"p_grad_loss": "*fp32", "p_targets": "*fp32", "p_grad": pointer, "scale": "fp32"},
+        constants,
+        masked_mse.num_warps(P),
+        wide_loads=True,
         wide_stores=True,
     )
     yield Case(
         f"scatter_patches {name}",
         scatter_patches.scatter_patches_kernel,
-        {"p_patches": pointer, **common, "p_out": "*u8", "M": "i32", "L": "i32", **strides},
-        {**shape, **scatter_patches.block_sizes(pixels), "ids_stride_m": 1},
+        {"p_patches": pointer, **common, "p_out": image, "M": "i32", "L": "i32", **strides},
+        {**shape, **scatter_patches.block_sizes(P), "ids_stride_m": 1},
         scatter_patches.NUM_WARPS,
         wide_loads=True,
         wide_stores=wide,

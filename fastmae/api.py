@@ -179,7 +179,8 @@ def extract_features(
             raise SettingError("data", problem=str(error)) from error
     else:
         paths = str(data) if isinstance(data, str | PathLike) else [str(path) for path in data]
-        source = open_train(paths) if split == "train" else train_and_val(paths)[1]
+        images = encoder.read_as
+        source = open_train(paths, images) if split == "train" else train_and_val(paths, images)[1]
     workers = num_workers or default_workers()
     return features.extract_features(encoder, source, pool=pool, batch_size=batch_size, num_workers=workers)
 

@@ -16,6 +16,8 @@ import torch
 from fastmae.errors import UserError
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+PIXELS = "fastmae"
+"""In the latter, the mean, the deviation and the range of pixels as checkpoints have them, if they are not uint8."""
 # The first is what is written.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 EPS = 1e-6
@@ -156,6 +158,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], tuple[int, int | None] | 
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if theirs in preprocessor:
             settings[ours] = preprocessor[theirs]
+    if isinstance(preprocessor.get(PIXELS), dict):
+        settings |= preprocessor[PIXELS]
     heads = config.get("num_attention_heads", 12)
     decoder_heads = config.get("decoder_num_attention_heads", 16) if kind == "vit_mae" else None
     # The released folders say 1e-12, though their weights were trained with the published 1e-6.

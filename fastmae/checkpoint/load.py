@@ -24,6 +24,7 @@ from fastmae.checkpoint.official import (
 )
 from fastmae.checkpoint.positions import for_grid, read_table
 from fastmae.checkpoint.restore import load_checkpoint
+from fastmae.config.images import images_of_model
 from fastmae.config.model import ModelSpec
 from fastmae.config.shared import ReadingConfig
 from fastmae.errors import SettingError, UserError
@@ -227,7 +228,8 @@ def _opened_run(path: Path, manifest: dict[str, Any], given: ReadingConfig) -> O
         return _opened_file(_file_of_classifier(path, manifest), given)
     chosen = {name: getattr(given, name) for name in ("norm_pix_loss", "mean", "std")}
     check_channels(path, settings["in_chans"], given)
-    model = _fresh({**settings, **{name: value for name, value in chosen.items() if value is not None}})
+    images = images_of_model(given, settings, settings["in_chans"])
+    model = _fresh({**settings, **{name: value for name, value in chosen.items() if value is not None}, **images})
     load_checkpoint(path, model)
     return Opened(model, settings, True)
 

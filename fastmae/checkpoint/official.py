@@ -26,6 +26,7 @@ from safetensors.torch import save as safetensors_bytes
 from fastmae.checkpoint.contents import Kind, NotMeantError, described, foreign_parts, listed, understand
 from fastmae.checkpoint.huggingface import CONFIG, read_config, weights_file
 from fastmae.checkpoint.positions import Positions, UnknownGridError, made_table, read_table
+from fastmae.config.images import images_of_model, pixel_settings
 from fastmae.config.model import ModelSpec
 from fastmae.config.shared import ReadingConfig
 from fastmae.config.values import given as chosen
@@ -273,6 +274,7 @@ def load_into(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
         raise SettingError("resume", str(file.path), problem)
     load_weights(model, dataclasses.replace(file, model={**file.model, **tables}))
     own = {"norm_pix_loss": model.norm_pix_loss, "mean": model.mean.tolist(), "std": model.std.tolist()}
+    own |= pixel_settings(model.pixels)
     differing = [
         f"says {name} {file.args[name]}, and this run has {value}"
         for name, value in own.items()
@@ -354,6 +356,7 @@ def spec_of_file(
             decoder_depth=file.decoder_depth,
             mean=chosen(given.mean, file.args.get("mean")),
             std=chosen(given.std, file.args.get("std")),
+            **images_of_model(given, file.args, weight.shape[1]),
         )
     except SettingError as error:
         raise UserError(f"{file.path}: its settings make no model ({error}); give an intact file") from error
@@ -361,7 +364,7 @@ def spec_of_file(
 
 
 def check_channels(path: Path, channels: int, given: ReadingConfig) -> None:
-    """Refuses a given mean or std of another number of channels.
+    """Refuses a given mean, std or value range of another number of channels.
 
     Raises:
         SettingError: naming which.
@@ -370,6 +373,9 @@ def check_channels(path: Path, channels: int, given: ReadingConfig) -> None:
         values = getattr(given, name)
         if values is not None and len(values) != channels:
             raise SettingError(name, values, f"must be {channels} numbers, one for each channel of {path}")
+    if len(given.value_range or ("dtype",)) not in (1, 2, 2 * channels):
+        problem = f"must be one pair LOW HIGH, or {channels} pairs, one for each channel of {path}"
+        raise SettingError("value_range", given.value_range, problem)
 
 
 def _preset(file: OfficialFile, weight: torch.Tensor) -> str:

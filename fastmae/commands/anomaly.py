@@ -18,9 +18,9 @@ def run_anomaly(config: AnomalyConfig) -> int:
     model, data_path = open_model(config, needs_decoder=True)
     make_folder(Path(config.output))
     if config.test_path is None:
-        normal, test = train_and_val(data_path)
+        normal, test = train_and_val(data_path, model.read_as)
     else:
-        normal, test = open_train(data_path), open_train(config.test_path)
+        normal, test = (open_train(path, model.read_as) for path in (data_path, config.test_path))
     if config.left_out is not None:
         normal = without_class(normal, config.left_out)
     scores = find_anomalies(

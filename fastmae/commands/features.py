@@ -18,9 +18,9 @@ def run_features(config: FeaturesConfig) -> int:
     model, data_path = open_model(config)
     make_folder(output.parent)
     if config.split == "val":
-        _, source = train_and_val(data_path)
+        _, source = train_and_val(data_path, model.read_as)
     else:
-        source = open_train(data_path)
+        source = open_train(data_path, model.read_as)
     features = extract_features(
         model, source, pool=config.pool, batch_size=config.batch_size, num_workers=choose_workers(config)
     )

@@ -18,7 +18,7 @@ def run_probe(config: ProbeConfig) -> int:
     model, data_path = open_model(config)
     if config.output is not None:
         make_folder(Path(config.output))
-    train, val = scored_parts(data_path)
+    train, val = scored_parts(data_path, model.read_as)
     result = probe_in_detail(
         model,
         train,

@@ -28,7 +28,7 @@ def run_reconstruct(config: ReconstructConfig) -> int:
     """Draws reconstructions and prints the path of the picture."""
     file = open_masks(config.masks, config.mask_ratio)
     model, data_path = open_model(config, needs_decoder=True)
-    source = open_train(data_path)
+    source = open_train(data_path, model.read_as)
     indices = fixed_indices(source, config.count)
     pictures = []
     if config.mask_image:

@@ -18,8 +18,8 @@ def run_search(config: SearchConfig) -> int:
     """Searches for the images that are nearest to each query and prints them."""
     model, data_path = open_model(config)
     make_folder(Path(config.output).parent)
-    source = open_train(data_path)
-    queries = source if config.queries is None else open_train(config.queries)
+    source = open_train(data_path, model.read_as)
+    queries = source if config.queries is None else open_train(config.queries, model.read_as)
     queries = Subset(queries, fixed_indices(queries, config.count))
     features, query_features = (
         extract_features(

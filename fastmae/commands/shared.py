@@ -6,17 +6,20 @@ import logging
 from pathlib import Path
 
 from fastmae.checkpoint.load import lacks_decoder, open_checkpoint, own_data
+from fastmae.checkpoint.official import report
 from fastmae.config import (
     AnomalyConfig,
     FeaturesConfig,
     ProbeConfig,
     ReconstructConfig,
     SearchConfig,
+    must_measure,
 )
 from fastmae.data.loader import default_workers
-from fastmae.data.sources import Source
+from fastmae.data.sources import Source, open_train
 from fastmae.data.stock import RUN_LINES, joined
 from fastmae.errors import UserError
+from fastmae.evaluate.pixels import measure_for
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.train.parallel import choose_device
 
@@ -39,7 +42,10 @@ def open_model(
         raise UserError(lacks_decoder(config.checkpoint, opened))
     name = "images" if isinstance(config, ReconstructConfig) else "data_path"
     data = getattr(config, name)
-    return opened.model.to(device), own_data(config.checkpoint, opened.settings, name) if data is None else data
+    data = own_data(config.checkpoint, opened.settings, name) if data is None else data
+    if must_measure(config, opened.settings):
+        report(config.checkpoint, measure_for(opened, config, open_train(data, opened.model.read_as)))
+    return opened.model.to(device), data
 
 
 def choose_workers(config: ProbeConfig | FeaturesConfig | SearchConfig | AnomalyConfig) -> int:

@@ -59,6 +59,8 @@ from fastmae.config.images import (
     ImagesConfig,
     check_images,
     images_given,
+    images_of_model,
+    must_measure,
     pixel_facts,
     pixel_settings,
     read_as,

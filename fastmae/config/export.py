@@ -29,9 +29,9 @@ class ExportConfig(ReadingConfig):
     variant: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     """Format of the numbers of a program: float32, float16, bfloat16 (only for torch-export), or matrices of int8 (only
     for onnx)."""
-    input: Literal["float", "uint8"] = "float"
-    """What a program takes: normalised float32 images [N, C, H, W], or uint8 images [N, H, W, C] that it normalises
-    itself."""
+    input: Literal["float", "uint8", "uint16", "float32"] = "float"
+    """What a program takes: normalised float32 images [N, C, H, W] (float), or pixels [N, H, W, C] of the type that the
+    model was trained with, which it normalises itself (uint8, uint16, float32)."""
     check: str | tuple[str, ...] | None = None
     """Labelled data, such as `digits`, on which the features and the speed of a program are compared with those of
     fastmae."""
@@ -61,5 +61,8 @@ def check_export(config: ExportConfig) -> None:
     if config.check is not None and not is_program:
         problem = f"must be left out {to}; its numbers are those of the checkpoint, unchanged"
         raise SettingError("check", problem=problem)
+    for name in ("pixel_type", "value_range"):
+        is_open = getattr(config, name) in ("auto", ("auto",))
+        need(config, not is_open, name, "other than auto, as an export looks at no data")
     other = {"bf16": "torch-export", "int8": "onnx"}.get(config.variant, config.to)
     need(config, other == config.to, "variant", f"given together with --to={other}")

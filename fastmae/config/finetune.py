@@ -37,7 +37,7 @@ class FinetuneConfig(TrainingConfig):
     1."""
     aa: str | None = None
     """RandAugment, as rand-mMAGNITUDE[-nNUMBER][-mstdDEVIATION]-inc1; an empty text turns it off. Default: as in the
-    official script, rand-m9-mstd0.5-inc1, for image files; none for arrays and the digits."""
+    official script, rand-m9-mstd0.5-inc1, for image files of 8 bits; none for wider pixels, arrays and the digits."""
     reprob: float | None = None
     """Probability with which a rectangle of an image is replaced by noise (random erasing). Default: 0.25; for the
     digits 0."""
@@ -207,6 +207,7 @@ def resolve_finetune(
     if config.tune != "full":
         drop_path = 0.0
     input_size = config.input_size or img_size
+    takes_randaugment = facts.kind == "folder" and len(mean) in (1, 3) and pixels == UINT8
     is_series = input_size[0] == 1
     blr = given(config.blr, blr)
     global_batch = config.batch_size * config.accum_iter * ranks
@@ -225,7 +226,7 @@ def resolve_finetune(
         drop_path=given(config.drop_path, drop_path),
         crop_scale=given(config.crop_scale, (0.7, 1.0) if digits else (1.0, 1.0) if is_series else (0.08, 1.0)),
         flip=given(config.flip, len(mean) == 3 and not is_series),
-        aa=given(config.aa, "rand-m9-mstd0.5-inc1" if facts.kind == "folder" and len(mean) in (1, 3) else ""),
+        aa=given(config.aa, "rand-m9-mstd0.5-inc1" if takes_randaugment else ""),
         reprob=given(config.reprob, 0.0 if digits else 0.25),
         mixup=given(config.mixup, 0.0 if digits else 0.8),
         cutmix=given(config.cutmix, 0.0 if digits else 1.0),

@@ -61,12 +61,13 @@ def images_given(config: ImagesConfig, before: Mapping[str, Any] = NOTHING) -> d
     """Returns these settings by their names: as they are given, otherwise as they were ``before``, otherwise None.
 
     Args:
-        before: the settings of a checkpoint or a run, as JSON has them. Those of version 0.1 mean uint8.
+        before: the settings of a checkpoint or a run, as JSON has them. Those without a ``pixel_type`` are of version
+            0.1 or of another program, and mean uint8.
 
     Raises:
         SettingError: one of ``before`` is of another type.
     """
-    types, before = field_types(ImagesConfig), before and {"pixel_type": "uint8", **before}
+    types, before = field_types(ImagesConfig), _as_saved(before)
     own = {name: getattr(config, name) for name in types}
     earlier = {name: check_type(name, before.get(name), types[name]) for name, value in own.items() if value is None}
     return own | earlier
@@ -77,6 +78,36 @@ def read_as(config: ImagesConfig, before: Mapping[str, Any] = NOTHING) -> ReadAs
     known = {field.name for field in dataclasses.fields(ReadAs)}
     given = images_given(config, before)
     return ReadAs(**{name: value for name, value in given.items() if name in known and value is not None})
+
+
+def images_of_model(config: ImagesConfig, before: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """Returns these settings as ``ModelSpec`` takes them: a type, and a range for each of the channels or None.
+
+    What is to be measured on data (``must_measure``) is as before until then, or the range of the type.
+    """
+    saved, images = images_given(ImagesConfig(), before), images_given(config, before)
+    saved_type = saved["pixel_type"] or "uint8"
+    if images["pixel_type"] in (None, "auto"):
+        images["pixel_type"] = saved_type
+    if config.value_range in (None, ("auto",)):
+        images["value_range"] = saved["value_range"] if images["pixel_type"] == saved_type else None
+    elif config.value_range == ("dtype",):
+        images["value_range"] = None
+    elif len(config.value_range) == 2:
+        images["value_range"] = config.value_range * channels
+    return images
+
+
+def must_measure(config: ImagesConfig, before: Mapping[str, Any]) -> bool:
+    """Tells whether data are to be looked at to know the type or the range, as a flag asks for another one."""
+    if "auto" in (config.pixel_type, *(config.value_range or ())):
+        return True
+    is_other = config.pixel_type not in (None, "uint8", _as_saved(before).get("pixel_type", "uint8"))
+    return is_other and config.value_range is None
+
+
+def _as_saved(before: Mapping[str, Any]) -> Mapping[str, Any]:
+    return before if not before or "pixel_type" in before else {"pixel_type": "uint8"}
 
 
 def pixel_settings(pixels: PixelFacts) -> dict[str, Any]:

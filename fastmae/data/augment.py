@@ -135,6 +135,7 @@ ERASED_RATIO = (0.3, 1 / 0.3)
 ERASE_ATTEMPTS = 10
 NOISE_BLOCKS = 1024
 NOISE_WORDS = 1024
+Normalise = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -162,24 +163,23 @@ class BatchAugment:
         return shares.scatter_(1, labels[:, None], 1 - self.smoothing + rest)
 
     def __call__(
-        self, images: torch.Tensor, labels: torch.Tensor, draw_ids: np.ndarray, mean: torch.Tensor, std: torch.Tensor
+        self, images: torch.Tensor, labels: torch.Tensor, draw_ids: np.ndarray, normalise: Normalise
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (images, targets).
 
-        Images are normalised float32 [N, C, H, W]. If no pixel can change, they are returned as they are, uint8.
+        Images are normalised float32 [N, C, H, W]. If no pixel can change, they are returned as they are.
 
         Args:
-            images: uint8 [N, H, W, C].
+            images: pixels [N, H, W, C].
             labels: int64 [N], from 0.
             draw_ids: int64 [N] on the host; all draws depend on these and the seed alone.
-            mean, std: [C] in units of [0, 1].
+            normalise: makes normalised float32 [N, C, H, W] of pixels, by their range, mean and deviation.
         """
         targets = self.targets(labels)
         if not (self.reprob or self.mixup or self.cutmix):
             return images, targets
         size, device = (images.shape[1], images.shape[2]), images.device
-        images = images.permute(0, 3, 1, 2) / 255
-        images = (images - mean[:, None, None]) / std[:, None, None]
+        images = normalise(images)
         if self.reprob:
             rows, boxes, noise_starts = erased_boxes(self.seed, draw_ids, self.reprob, size)
             if len(rows):

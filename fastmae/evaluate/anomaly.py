@@ -19,9 +19,10 @@ from fastmae.errors import SettingError
 from fastmae.evaluate.features import Features, extract_features, usable_batches
 from fastmae.evaluate.knn import nearest
 from fastmae.evaluate.pictures import coloured, grid_picture, save_png
-from fastmae.evaluate.reconstruct import central_crops
+from fastmae.evaluate.reconstruct import about_pixels, central_crops, drawn
 from fastmae.files import write_text
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.pixels import pixels_of, without_missing
 from fastmae.ops import gather_patches, random_masking
 from fastmae.ops.masked_mse import patch_statistics
 
@@ -37,9 +38,10 @@ class Anomalies:
     distance: torch.Tensor
     """[m]: the distance of the features, averaged over the k nearest normal images."""
     error: torch.Tensor
-    """[m]: the error of the reconstruction, which is the mean of ``maps``."""
+    """[m]: the error of the reconstruction, which is the mean of ``maps``; 0 if no patch is without missing pixels."""
     maps: torch.Tensor
-    """[m, rows, columns]: the squared error of each patch while it is masked, averaged over masks."""
+    """[m, rows, columns]: the squared error of each patch while it is masked, averaged over masks; NaN of patches with
+    missing pixels."""
     skipped: tuple[Skipped, ...]
 
 
@@ -88,14 +90,15 @@ def patch_errors(
 
     It is averaged over pixels and masks. A round goes through a random order of the patches in groups of the size of a
     mask, so that each patch is masked at least once per round. The targets are those of the model's loss: with
-    norm_pix_loss, patches without their mean and contrast.
+    norm_pix_loss, patches without their mean and contrast. A patch with a missing pixel has NaN.
 
     Args:
-        images: uint8 [N, H, W, C].
+        images: pixels [N, H, W, C].
         draw_ids: int64 [N] on the CPU; together with ``seed`` they determine the masks.
     """
     L, K = model.num_patches, model.num_visible(mask_ratio)
     M, N = L - K, len(images)
+    pixels, mean, std, value_range, nodata = pixels_of(model, images)
     total = torch.zeros(N, L, device=images.device)
     count = torch.zeros_like(total)
     for number in range(rounds):
@@ -106,14 +109,15 @@ def patch_errors(
             latent, _, ids_restore = model.forward_encoder(images, mask_ratio, ids_shuffle=ids_shuffle)
             pred = model.forward_decoder(latent, ids_restore).float()
             pred = pred.gather(1, masked.long()[:, :, None].expand(-1, -1, pred.shape[2]))
-            target = gather_patches(images, masked, model.patch_size, model.mean, model.std, torch.float32)
+            target = gather_patches(pixels, masked, model.patch_size, mean, std, torch.float32, value_range, nodata)
             if model.norm_pix_loss:
                 average, deviation = patch_statistics(target)
                 target = (target - average) / deviation
             error = (pred - target).square().mean(dim=2)
             total.scatter_add_(1, masked.long(), error)
             count.scatter_add_(1, masked.long(), torch.ones_like(error))
-    return (total / count).view(N, *model.grid_size)
+    is_whole = without_missing(model, images, torch.ones_like(total)) > 0
+    return torch.where(is_whole, total / count, math.nan).view(N, *model.grid_size)
 
 
 def find_anomalies(
@@ -160,7 +164,7 @@ def find_anomalies(
     ])  # fmt: skip
     distance = -closeness.mean(dim=1)
     skipped = normal_features.skipped + test_features.skipped
-    return Anomalies(test_features.indices, distance, maps.mean(dim=(1, 2)), maps, skipped)
+    return Anomalies(test_features.indices, distance, maps.nanmean(dim=(1, 2)).nan_to_num(0.0), maps, skipped)
 
 
 def auroc(scores: torch.Tensor, anomalous: np.ndarray) -> float:
@@ -217,10 +221,10 @@ def save_anomalies(
         problem = f"cannot be written ({error}); name another folder"
         raise SettingError("folder", str(folder), problem, flag="--output") from error
     shown = ranked[:count]
-    images = list(central_crops(model, test, anomalies.indices[shown]).cpu().numpy())
+    images = list(drawn(model, central_crops(model, test, anomalies.indices[shown])).cpu().numpy())
     captions = [f"{scores[n]['distance']:.2f}{_mark(anomalous, row)}" for n, row in enumerate(shown)]
     heat, hottest = _heat(anomalies.maps, shown, model.patch_size)
-    title = f"largest distances; below, errors of reconstruction (white: {hottest:.2g})"
+    title = f"largest distances; below, errors of reconstruction (white: {hottest:.2g}){about_pixels(model)}"
     save_png(folder / "anomaly.png", grid_picture([images, heat], title, captions=[captions, [""] * len(shown)]))
 
 
@@ -231,6 +235,6 @@ def _mark(anomalous: np.ndarray | None, row: int) -> str:
 
 def _heat(maps: torch.Tensor, shown: Sequence[int], patch_size: tuple[int, int]) -> tuple[list[np.ndarray], float]:
     """Draws heat maps uint8 [H, W, 3] of some images; also returns the error that is white, which 1 % exceed."""
-    hottest = max(float(np.quantile(maps.cpu().numpy(), 0.99)), 1e-6)
+    hottest = max(float(np.nan_to_num(np.nanquantile(maps.cpu().numpy(), 0.99))), 1e-6)
     large = maps[list(shown)].repeat_interleave(patch_size[0], dim=1).repeat_interleave(patch_size[1], dim=2)
     return list(coloured((large / hottest).cpu().numpy())), hottest

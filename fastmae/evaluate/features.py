@@ -37,15 +37,20 @@ class Features:
     """The images that could not be used."""
 
 
+def reading_for(model: MaskedAutoencoderViT) -> Reading:
+    """Returns how files become the images of a model: as in its training, as far as it is known."""
+    return Reading(model.in_chans, dtype=model.pixels.dtype, nodata=model.pixels.nodata, read_as=model.read_as)
+
+
 def evaluation_view(model: MaskedAutoencoderViT, source: Source) -> View:
     """Returns the central crop that suits the images of a source."""
-    return View(model.img_size, Reading(model.in_chans), central_share=central_share(source.kind, model.img_size))
+    return View(model.img_size, reading_for(model), central_share=central_share(source.kind, model.img_size))
 
 
 def usable_batches(
     model: MaskedAutoencoderViT, source: Source, *, batch_size: int, num_workers: int
 ) -> Iterator[tuple[np.ndarray, torch.Tensor, tuple[Skipped, ...]]]:
-    """Yields (indices int64 [n], central crops uint8 [n, H, W, C] on the model's device, skipped images), in order.
+    """Yields (indices int64 [n], central crops [n, H, W, C] on the model's device, skipped images), in order.
 
     The loader puts another image where one is unusable; it has another name and label, so it is removed here.
     """

@@ -14,12 +14,14 @@ from fastmae.data.decode import BadImageError, decode
 from fastmae.data.loader import View, load_batches
 from fastmae.data.masks import exact_ratio, visible_first
 from fastmae.data.plan import central_box
-from fastmae.data.reading import Reading
 from fastmae.data.sources import Source
+from fastmae.data.statistics import shown_range
 from fastmae.errors import SettingError, UserError
-from fastmae.evaluate.features import evaluation_view
+from fastmae.evaluate.features import evaluation_view, reading_for
 from fastmae.evaluate.pictures import coloured, grid_picture, save_gif, save_png
+from fastmae.facts import UINT8
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.pixels import normalised, pixels_of
 from fastmae.ops import gather_patches, scatter_patches
 from fastmae.ops.masked_mse import patch_statistics
 
@@ -36,15 +38,26 @@ def fixed_indices(source: Source, count: int) -> np.ndarray:
 
 
 def fixed_images(model: MaskedAutoencoderViT, source: Source, count: int) -> torch.Tensor:
-    """Reads evenly spaced images of a source, as central crops: uint8 [count, H, W, C] on the model's device."""
+    """Reads evenly spaced images of a source, as central crops: pixels [count, H, W, C] on the model's device."""
     return central_crops(model, source, fixed_indices(source, count))
 
 
 def central_crops(model: MaskedAutoencoderViT, source: Source, indices: np.ndarray) -> torch.Tensor:
-    """Reads the central crops of some samples: uint8 [N, H, W, C] on the model's device."""
+    """Reads the central crops of some samples: pixels [N, H, W, C] on the model's device."""
     view = evaluation_view(model, source)
     batches = load_batches(source, [(indices, indices)], view, device=model.cls_token.device, num_workers=1)
     return torch.cat([batch.images for batch in batches])
+
+
+def drawn(model: MaskedAutoencoderViT, images: torch.Tensor) -> torch.Tensor:
+    """Returns pixels [N, H, W, C] as they are drawn: uint8, 0 at the low end of the value range, 255 at the high end.
+
+    What lies beyond is drawn as the end, and missing pixels as the mean. uint8 pixels of the usual range stay.
+    """
+    if model.pixels == UINT8:
+        return images
+    shares = normalised(model, images) * model.std[:, None, None] + model.mean[:, None, None]
+    return (shares * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 @torch.no_grad()
@@ -61,23 +74,25 @@ def reconstruct(
     The reconstruction has the predictions at masked patches, where the loss trains them. Visible patches are shown as
     they are, or also as predicted if ``paste_visible`` is false. With norm_pix_loss a prediction is a patch without its
     mean and contrast, so those of the target are added: the detail comes from the model, the brightness does not.
+    Wider pixels than 8 bits are drawn as ``drawn`` says.
     """
     K = model.num_visible(mask_ratio)
     latent, _, ids_restore = model.forward_encoder(images, mask_ratio, ids_shuffle=ids_shuffle)
     pred = model.forward_decoder(latent, ids_restore).float()
     pred = pred.gather(1, ids_shuffle.long()[:, :, None].expand(-1, -1, pred.shape[2]))
-    target = gather_patches(images, ids_shuffle, model.patch_size, model.mean, model.std, torch.float32)
+    pixels, mean, std, value_range, nodata = pixels_of(model, images)
+    target = gather_patches(pixels, ids_shuffle, model.patch_size, mean, std, torch.float32, value_range, nodata)
     if model.norm_pix_loss:
         average, deviation = patch_statistics(target)
         pred = pred * deviation + average
     grayed = ((GRAY - model.mean) / model.std).repeat(pred.shape[2] // model.in_chans).expand_as(pred[:, K:])
 
     def assembled(visible: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        both = torch.cat([visible, masked], dim=1)
+        both = torch.cat([visible, masked], dim=1)  # in units of the range, of which uint8 is the picture
         return scatter_patches(both, ids_shuffle, model.grid_size, model.patch_size, model.mean, model.std, torch.uint8)
 
     seen = target[:, :K]
-    return images, assembled(seen, grayed), assembled(seen if paste_visible else pred[:, :K], pred[:, K:])
+    return drawn(model, images), assembled(seen, grayed), assembled(seen if paste_visible else pred[:, :K], pred[:, K:])
 
 
 def reconstruct_each(
@@ -114,7 +129,7 @@ def masks_of_pictures(
     for n, index in enumerate(indices.tolist()):
         row = n % len(paths)
         try:
-            size = decode(source.read(index), Reading(model.in_chans)).shape[:2]
+            size = decode(source.read(index), reading_for(model)).shape[:2]
         except (BadImageError, OSError) as error:
             raise UserError(f"{source.name(index)} cannot be used ({error}); give images without it") from error
         if white[row].shape != size:
@@ -169,8 +184,16 @@ def caption(model: MaskedAutoencoderViT, mask_ratio: float) -> str:
 
 
 def about_targets(model: MaskedAutoencoderViT) -> str:
-    """Describes which part of a reconstruction comes from the target instead of the model."""
-    return ", norm_pix: mean and contrast of masked patches are the target's" if model.norm_pix_loss else ""
+    """Describes which part of a reconstruction comes from the target instead of the model, and how pixels are drawn."""
+    said = ", norm_pix: mean and contrast of masked patches are the target's" if model.norm_pix_loss else ""
+    return said + about_pixels(model)
+
+
+def about_pixels(model: MaskedAutoencoderViT) -> str:
+    """Describes how pixels that are no 8-bit gray or colour are drawn; empty for those that are."""
+    C = model.in_chans
+    shown = "" if C in (1, 3) else f", channel{'s 1 to 3' if C > 3 else ' 1'} of {C}"
+    return shown if model.pixels == UINT8 else f"{shown}, drawn from {shown_range(model.pixels)}"
 
 
 def save_grid(path: Path, rows: Sequence[torch.Tensor], title: str, names: Sequence[str] = NAMES) -> None:

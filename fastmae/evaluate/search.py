@@ -15,7 +15,7 @@ from fastmae.errors import SettingError
 from fastmae.evaluate.features import Features
 from fastmae.evaluate.knn import nearest
 from fastmae.evaluate.pictures import grid_picture, save_png
-from fastmae.evaluate.reconstruct import central_crops
+from fastmae.evaluate.reconstruct import about_pixels, central_crops, drawn
 from fastmae.model.mae import MaskedAutoencoderViT
 
 
@@ -87,11 +87,16 @@ def save_search(
     Raises:
         UserError: the file cannot be written.
     """
-    first = central_crops(model, queries, np.array([result["index"] for result in results])).cpu().numpy()
+    first = _pictures(model, queries, [result["index"] for result in results])
     rows, captions = [], []
     for image, result in zip(first, results, strict=True):
-        near = central_crops(model, source, np.array([match["index"] for match in result["found"]])).cpu().numpy()
+        near = _pictures(model, source, [match["index"] for match in result["found"]])
         rows.append([image, *near])
         texts = [" ".join([f"{match['cosine']:.3f}", match.get("class", "")]).strip() for match in result["found"]]
         captions.append(["query", *texts])
-    save_png(path, grid_picture(rows, "queries, and the nearest images with their cosines", captions=captions))
+    title = f"queries, and the nearest images with their cosines{about_pixels(model)}"
+    save_png(path, grid_picture(rows, title, captions=captions))
+
+
+def _pictures(model: MaskedAutoencoderViT, source: Source, indices: list[int]) -> np.ndarray:
+    return drawn(model, central_crops(model, source, np.array(indices))).cpu().numpy()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import nn
 
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.pixels import nodata_of, range_ends
 
 
 class Encoder(nn.Module):
@@ -16,18 +18,21 @@ class Encoder(nn.Module):
     Args:
         model: the model whose weights are copied.
         dtype: the dtype of the weights and of the computation.
-        uint8: take images uint8 [N, H, W, C] and normalise them here, instead of normalised float32 [N, C, H, W].
+        raw: take pixels [N, H, W, C] of the model's dtype and normalise them here, as the model does, instead of
+            normalised float32 [N, C, H, W].
         head: ``head.weight`` [classes, D] and ``head.bias`` of a classifier with this encoder, which gives logits.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
 
     def __init__(
         self,
         model: MaskedAutoencoderViT,
         dtype: torch.dtype,
-        uint8: bool,
+        raw: bool,
         head: dict[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -37,15 +42,17 @@ class Encoder(nn.Module):
         self.positions = nn.Parameter(model.pos_embed[:, 1:].detach().clone())
         self.blocks, self.norm = _with_torchs_linear(copy.deepcopy(model.blocks)), copy.deepcopy(model.norm)
         self.fc_norm, self.head = copy.deepcopy(model.fc_norm), linear_of(head) if head else None
-        self.dtype, self.uint8 = dtype, uint8
+        self.dtype, self.raw, self.nodata = dtype, raw, nodata_of(model.pixels)
         self.to(dtype)
         self.register_buffer("mean", model.mean[:, None, None].clone())  # pixels are normalised in float32
         self.register_buffer("std", model.std[:, None, None].clone())
+        for name, end in zip(("low", "high"), range_ends(model), strict=True):
+            self.register_buffer(name, end[:, None, None].clone())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Returns normalised tokens float32 [N, 1+L, D], class token first; of a classifier logits [N, classes]."""
-        if self.uint8:
-            images = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        if self.raw:
+            images = self._normalised(images.permute(0, 3, 1, 2).float())
         x = self.projection(images.to(self.dtype)).flatten(2).transpose(1, 2) + self.positions
         x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.blocks:
@@ -54,6 +61,14 @@ class Encoder(nn.Module):
         if self.head is not None:
             x = self.head(x[:, 0] if self.fc_norm is None else self.fc_norm(x[:, 1:].mean(dim=1)))
         return x.float()
+
+    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalises pixels float32 [N, C, H, W]; missing ones become 0."""
+        images = ((pixels - self.low) / (self.high - self.low) - self.mean) / self.std
+        if self.nodata is None:
+            return images
+        missing = pixels.isnan() if math.isnan(self.nodata) else pixels.isnan() | (pixels == self.nodata)
+        return torch.where(missing, 0.0, images)
 
 
 def linear_of(head: dict[str, torch.Tensor]) -> nn.Linear:

@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from fastmae.checkpoint.huggingface import CONFIG, EPS, PREPROCESSOR, WEIGHTS, to_huggingface
+from fastmae.checkpoint.huggingface import CONFIG, EPS, PIXELS, PREPROCESSOR, WEIGHTS, to_huggingface
+from fastmae.config import pixel_settings
 from fastmae.errors import SettingError
 from fastmae.export.atomic import written_aside
 from fastmae.export.official import Part, numbers, weights_of
+from fastmae.facts import UINT8
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.pixels import range_ends
 
 BICUBIC = 3
 
@@ -57,14 +60,12 @@ def save_huggingface(
         weights = {name.removeprefix("vit."): tensor for name, tensor in weights.items()}
     processor = {
         "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
+        "do_resize": model.pixels.dtype == "uint8",  # it resizes in 8 bits
         "size": {"height": height, "width": width},
         "resample": BICUBIC,
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": numbers(model.mean),
-        "image_std": numbers(model.std),
+        **_normalisation(model),
     }
     config = _config(model, mask_ratio, part)
     if head:
@@ -77,6 +78,24 @@ def save_huggingface(
         (aside / WEIGHTS[0]).write_bytes(safetensors_bytes(weights, {"format": "pt"}))
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (aside / PREPROCESSOR).write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def _normalisation(model: MaskedAutoencoderViT) -> dict[str, Any]:
+    """Returns what the processor computes as ``(pixels * rescale_factor - image_mean) / image_std``.
+
+    A value range is folded into the three. That and what they cannot say are kept under a name of our own.
+    """
+    if model.pixels == UINT8:
+        return {"rescale_factor": 1 / 255, "image_mean": numbers(model.mean), "image_std": numbers(model.std)}
+    low, high = range_ends(model, torch.float64)
+    width = high - low
+    factor = 1 / float(width.max())
+    return {
+        "rescale_factor": factor,
+        "image_mean": ((low + model.mean.double() * width) * factor).tolist(),
+        "image_std": (model.std.double() * width * factor).tolist(),
+        PIXELS: {"mean": numbers(model.mean), "std": numbers(model.std), **pixel_settings(model.pixels)},
+    }
 
 
 def _config(model: MaskedAutoencoderViT, mask_ratio: float, part: Part) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from fastmae.evaluate.features import pooled, usable_batches
 from fastmae.evaluate.knn import knn_predictions
 from fastmae.evaluate.linear_probe import logistic_predictions
 from fastmae.export.encoder import linear_of
+from fastmae.facts import ReadAs
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.pixels import DTYPES, normalised, range_ends
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
 """A function from a batch of images, in the form that the encoder takes, to tokens [N, 1+L, D]."""
@@ -37,35 +39,44 @@ class EncoderFigures:
     """The speed at the median batch; all encoders take the same batches in turns."""
 
 
-def as_taken(model: MaskedAutoencoderViT, images: torch.Tensor, uint8: bool) -> torch.Tensor:
-    """Returns uint8 images [N, H, W, C] in the form that an encoder takes: unchanged, or float32 [N, C, H, W]."""
-    return images if uint8 else ((images.float() / 255 - model.mean) / model.std).permute(0, 3, 1, 2).contiguous()
+def as_taken(model: MaskedAutoencoderViT, images: torch.Tensor, raw: bool) -> torch.Tensor:
+    """Returns pixels [N, H, W, C] in the form that an encoder takes: unchanged, or normalised float32 [N, C, H, W]."""
+    return images if raw else normalised(model, images).contiguous()
 
 
 @torch.no_grad()
 def sample_difference(
-    model: MaskedAutoencoderViT, encode: Encode, uint8: bool, head: dict[str, torch.Tensor] | None = None
+    model: MaskedAutoencoderViT, encode: Encode, raw: bool, head: dict[str, torch.Tensor] | None = None
 ) -> tuple[float, float]:
     """Returns (largest difference from the model's tokens, largest of these tokens) for five images of noise.
 
     With the ``head`` of a classifier, these are its logits.
     """
-    shape = (5, *model.img_size, model.in_chans)
-    noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images = as_taken(model, noise, uint8)
+    images = as_taken(model, _noise(model), raw)
     truth = model.forward_features(images)
     if head:
         truth = linear_of(head)(pooled(truth, "mean" if model.fc_norm else "cls", model.fc_norm))
     return float((encode(images) - truth).abs().max()), float(truth.abs().max())
 
 
-def open_labelled(data_path: str | tuple[str, ...]) -> tuple[Source, Source]:
+def _noise(model: MaskedAutoencoderViT) -> torch.Tensor:
+    """Returns five images of noise: pixels [5, H, W, C] from the low to the high end of the value range."""
+    shape, generator = (5, *model.img_size, model.in_chans), torch.Generator().manual_seed(0)
+    dtype = DTYPES[model.pixels.dtype]
+    if model.pixels.dtype == "uint8" and model.value_range is None:
+        return torch.randint(0, 256, shape, dtype=dtype, generator=generator)
+    low, high = range_ends(model)
+    pixels = low + torch.rand(shape, generator=generator) * (high - low)
+    return pixels if dtype == torch.float32 else pixels.round().clamp(0, torch.iinfo(dtype).max).to(dtype)
+
+
+def open_labelled(data_path: str | tuple[str, ...], read_as: ReadAs) -> tuple[Source, Source]:
     """Opens the part that ``measure`` fits on and the part that it scores.
 
     Raises:
         UserError: there are no such data, or they have no labels, or only one class.
     """
-    train, test = train_and_val(data_path)
+    train, test = train_and_val(data_path, read_as)
     for source in (train, test):
         if source.labels is None:
             problem = f"images such as {source.name(0)} have no labels; give data with labels"
@@ -82,11 +93,11 @@ def measure(
     train: Source,
     test: Source,
     *,
-    uint8: bool,
+    raw: bool,
     num_workers: int,
 ) -> dict[str, EncoderFigures]:
     """Measures each of ``encoders``; differences are from the first of them."""
-    fitted, scored = (_encoded(model, encoders, source, uint8, num_workers) for source in (train, test))
+    fitted, scored = (_encoded(model, encoders, source, raw, num_workers) for source in (train, test))
     # Classes are matched by name, as each part numbers its own class folders.
     _, numbered = np.unique(np.concatenate([fitted.classes, scored.classes]), return_inverse=True)
     labels, truth = (torch.from_numpy(part) for part in np.split(numbered.astype(np.int64), [len(fitted.classes)]))
@@ -119,14 +130,14 @@ class _Encoded:
 
 @torch.no_grad()
 def _encoded(
-    model: MaskedAutoencoderViT, encoders: dict[str, Encode], source: Source, uint8: bool, num_workers: int
+    model: MaskedAutoencoderViT, encoders: dict[str, Encode], source: Source, raw: bool, num_workers: int
 ) -> _Encoded:
     classes: list[np.ndarray] = []
     features: dict[str, list[torch.Tensor]] = {name: [] for name in encoders}
     seconds: dict[str, list[float]] = {name: [] for name in encoders}
     differences = dict.fromkeys(encoders, 0.0)
     for indices, pixels, _ in usable_batches(model, source, batch_size=BATCH, num_workers=num_workers):
-        images, first = as_taken(model, pixels, uint8), None
+        images, first = as_taken(model, pixels, raw), None
         classes.append(np.asarray(classes_of(source, indices)))
         for name, encode in encoders.items():
             start = time.perf_counter()

@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 
+from fastmae.config import pixel_settings
 from fastmae.errors import UserError, install_hint
 from fastmae.export.atomic import written_aside
 from fastmae.export.official import numbers
 from fastmae.export.program import Head, encoder_and_images
+from fastmae.facts import UINT8
 from fastmae.model.mae import MaskedAutoencoderViT
 
 VARIANTS = ("fp32", "fp16", "int8")
 
 
-def save_onnx(path: Path, model: MaskedAutoencoderViT, variant: str, uint8: bool, head: Head = None) -> None:
+def save_onnx(path: Path, model: MaskedAutoencoderViT, variant: str, raw: bool, head: Head = None) -> None:
     """Writes a model with the input ``images`` and the output ``tokens``, both with a free first axis.
 
     With the ``head`` of a classifier, the output is ``logits`` [N, classes].
@@ -35,16 +37,19 @@ def save_onnx(path: Path, model: MaskedAutoencoderViT, variant: str, uint8: bool
         model: the model whose encoder is written.
         variant: one of ``VARIANTS``. With int8, the weights of matrices are int8 with one scale per column, and their
             inputs become uint8 at run time; everything else is float32.
-        uint8: as in ``Encoder``.
+        raw: as in ``Encoder``.
 
     Raises:
         UserError: a package is missing, or the file system refused.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _needs(package)
-    graph = _graph(model, "fp32" if variant == "int8" else variant, uint8, head)
-    form = "uint8 [N, H, W, C]" if uint8 else "float32 [N, C, H, W], normalised with mean and std of pixels in [0, 1]"
+    graph = _graph(model, "fp32" if variant == "int8" else variant, raw, head)
+    shares = "pixels in [0, 1]" if model.value_range is None else "(pixels - low) / (high - low) of value_range"
+    normalised = f"float32 [N, C, H, W], normalised with mean and std of {shares}"
+    form = f"{model.pixels.dtype} [N, H, W, C]" if raw else normalised
     facts = {"images": form, "input_size": model.img_size, "mean": numbers(model.mean), "std": numbers(model.std)}
+    facts |= {} if model.pixels == UINT8 else pixel_settings(model.pixels)
     graph.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
     with written_aside(path) as aside:
         if variant != "int8":
@@ -75,9 +80,9 @@ def opened_onnx(path: Path) -> Any:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
 
 
-def _graph(model: MaskedAutoencoderViT, variant: str, uint8: bool, head: Head) -> Any:
+def _graph(model: MaskedAutoencoderViT, variant: str, raw: bool, head: Head) -> Any:
     """Traces the encoder as an ONNX program with a free batch axis."""
-    encoder, images = encoder_and_images(model, variant, uint8, head)
+    encoder, images = encoder_and_images(model, variant, raw, head)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits" if head else "tokens"]}
     free = {"images": {0: "batch"}}
     with _quiet(), torch.no_grad():

@@ -10,6 +10,7 @@ import torch
 from fastmae.export.atomic import written_aside
 from fastmae.export.encoder import Encoder
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.pixels import DTYPES as PIXELS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -19,25 +20,25 @@ Head = dict[str, torch.Tensor] | None
 
 
 def encoder_and_images(
-    model: MaskedAutoencoderViT, variant: str, uint8: bool, head: Head = None
+    model: MaskedAutoencoderViT, variant: str, raw: bool, head: Head = None
 ) -> tuple[Encoder, torch.Tensor]:
     """Returns the encoder in one of ``DTYPES``, and images of the form that it takes, for tracing.
 
     There are two images, as torch would take a batch of one for a constant.
     """
     images = torch.zeros(2, model.in_chans, *model.img_size)
-    if uint8:
-        images = images.permute(0, 2, 3, 1).contiguous().to(torch.uint8)
-    return Encoder(model, DTYPES[variant], uint8, head).eval(), images
+    if raw:
+        images = images.permute(0, 2, 3, 1).contiguous().to(PIXELS[model.pixels.dtype])
+    return Encoder(model, DTYPES[variant], raw, head).eval(), images
 
 
-def save_program(path: Path, model: MaskedAutoencoderViT, variant: str, uint8: bool, head: Head = None) -> None:
+def save_program(path: Path, model: MaskedAutoencoderViT, variant: str, raw: bool, head: Head = None) -> None:
     """Writes a .pt2; ``torch.export.load(path).module()`` takes images and gives tokens, or a classifier's logits.
 
     Raises:
         UserError: the file system refused.
     """
-    encoder, images = encoder_and_images(model, variant, uint8, head)
+    encoder, images = encoder_and_images(model, variant, raw, head)
     shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
     with torch.no_grad():
         program = torch.export.export(encoder, (images,), dynamic_shapes=shapes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 
 from fastmae.checkpoint.load import Opened
-from fastmae.config import ExportConfig
+from fastmae.config import ExportConfig, pixel_settings
+from fastmae.data.statistics import shown_range
 from fastmae.errors import SettingError
 from fastmae.export.hf import save_huggingface
 from fastmae.export.measure import Encode, EncoderFigures, measure, open_labelled, sample_difference
@@ -17,7 +19,9 @@ from fastmae.export.official import Part, export_official, numbers
 from fastmae.export.onnx import opened_onnx, save_onnx
 from fastmae.export.program import opened_program, save_program
 from fastmae.export.timm import save_timm
+from fastmae.facts import UINT8
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.pixels import nodata_of
 
 
 def export(config: ExportConfig, opened: Opened, num_workers: int) -> tuple[str, dict[str, EncoderFigures]]:
@@ -52,7 +56,8 @@ def export(config: ExportConfig, opened: Opened, num_workers: int) -> tuple[str,
     else:
         names = opened.settings.get("class_names") or ()
         save_huggingface(path, model, float(opened.settings.get("mask_ratio", 0.75)), part, head, names)
-    return f"{path}: {what}, as {config.to} has it", {}
+    prepared = "" if config.to == "official" else _how_to_prepare(model)
+    return f"{path}: {what}, as {config.to} has it{prepared}", {}
 
 
 def _described(opened: Opened, head: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -67,26 +72,46 @@ def _described(opened: Opened, head: dict[str, torch.Tensor]) -> dict[str, Any]:
         "std": numbers(model.std),
         "decoder_attention": model.decoder_attention,
         "decoder_depth": len(model.decoder_blocks),
+        **_images(model),
     }
     kept = ("nb_classes", "global_pool", "class_names") if head else ("mask_ratio",)
     return described | {key: settings[key] for key in kept if key in settings}
+
+
+def _images(model: MaskedAutoencoderViT) -> dict[str, Any]:
+    """Returns the settings of how its images are read, as JSON has them."""
+    images = dataclasses.asdict(model.read_as) | pixel_settings(model.pixels)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in images.items()}
+
+
+def _how_to_prepare(model: MaskedAutoencoderViT) -> str:
+    """Says how images are prepared that are no uint8 images, for a file that cannot say it; empty for those."""
+    if model.pixels == UINT8:
+        return ""
+    mean, std = (" ".join(f"{value:g}" for value in numbers(values)) for values in (model.mean, model.std))
+    line = f"; it takes ((pixels - low) / (high - low) - mean) / std with range {shown_range(model.pixels)}"
+    missing = "" if nodata_of(model.pixels) is None else ", missing pixels as 0"
+    return f"{line}, mean {mean}, std {std}{missing}"
 
 
 def _program(
     config: ExportConfig, model: MaskedAutoencoderViT, head: dict[str, torch.Tensor], what: str, num_workers: int
 ) -> tuple[str, dict[str, EncoderFigures]]:
     """Writes a program, opens it, and compares its tokens, or a classifier's logits, with the model's."""
-    path, uint8 = Path(config.output), config.input == "uint8"
+    path, raw = Path(config.output), config.input != "float"
+    if raw and config.input != model.pixels.dtype:
+        problem = f"must be {model.pixels.dtype}, the type of the model's pixels, or float"
+        raise SettingError("input", config.input, problem)
     save, opened, runtime = {
         "onnx": (save_onnx, opened_onnx, "onnxruntime"),
         "torch-export": (save_program, opened_program, "torch"),
     }[config.to]
     if head and config.check is not None:
         raise SettingError("check", problem="compares features; give --part=encoder with it, or leave it out")
-    labelled = None if config.check is None else open_labelled(config.check)
-    save(path, model, config.variant, uint8, head)
+    labelled = None if config.check is None else open_labelled(config.check, model.read_as)
+    save(path, model, config.variant, raw, head)
     encode: Encode = opened(path)
-    difference, largest = sample_difference(model, encode, uint8, head)
+    difference, largest = sample_difference(model, encode, raw, head)
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 1e6
     line = (
         f"{path}: {what}, {config.variant}, {size:.1f} MB; in {runtime} its {'logits' if head else 'tokens'} differ by "
@@ -98,7 +123,7 @@ def _program(
     with tempfile.TemporaryDirectory() as folder:
         if config.variant != "fp32":
             whole = Path(folder) / f"fp32{path.suffix}"
-            save(whole, model, "fp32", uint8)
+            save(whole, model, "fp32", raw)
             encoders[f"fp32 in {runtime}"] = opened(whole)
         encoders[f"{config.variant} in {runtime}"] = encode
-        return line, measure(model, encoders, *labelled, uint8=uint8, num_workers=num_workers)
+        return line, measure(model, encoders, *labelled, raw=raw, num_workers=num_workers)

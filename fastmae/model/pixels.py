@@ -65,6 +65,13 @@ def nodata_of(pixels: PixelFacts) -> float | None:
     return math.nan if pixels.nodata is None and pixels.dtype == "float32" else pixels.nodata
 
 
+def range_ends(model: Any, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the low and the high end [C] of the value range of each channel."""
+    ends = range_of(DTYPES[model.pixels.dtype], model.value_range, dtype)
+    low, high = (torch.as_tensor(end, dtype=dtype).expand(model.in_chans) for end in ends)
+    return low, high
+
+
 def is_raw(model: Any, images: torch.Tensor) -> bool:
     """Tells whether images are pixels [N, H, W, C] as they were read, and not normalised floats [N, C, H, W].
 

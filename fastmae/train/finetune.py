@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from fastmae.config import (
     FinetuneConfig,
     PretrainConfig,
     ResolvedFinetuneConfig,
+    images_given,
+    pixel_facts,
+    read_as,
     resolve_finetune,
 )
 from fastmae.config.model import ModelSpec
@@ -44,6 +48,8 @@ from fastmae.data.sources import (
 from fastmae.data.stock import RUN_LINES, joined
 from fastmae.data.survey import take_stock
 from fastmae.errors import SettingError
+from fastmae.evaluate.pixels import measure_for
+from fastmae.facts import UINT8
 from fastmae.model.build import build_model
 from fastmae.model.calls import calls_of
 from fastmae.model.classifier import (
@@ -54,6 +60,7 @@ from fastmae.model.classifier import (
     stochastic_depth_mask,
     tune,
 )
+from fastmae.model.pixels import normalised
 from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops.choices import Choices
 from fastmae.ops.tuning import measured
@@ -85,6 +92,7 @@ from fastmae.train.run import (
 )
 from fastmae.train.schedule import learning_rate_at, plan_steps
 from fastmae.train.settings import (
+    as_begun,
     describe_backends,
     identity,
     measure_pixels,
@@ -111,14 +119,13 @@ def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSi
     # Settings, data and encoder, the same on every rank: from here on nothing is left open.
     assert flags.data_path is not None
     with parallel.agreeing(context) as same:
-        train, val = train_and_val(flags.data_path)
+        flags, train, val, encoder, lines = _open(flags, context)
         nb_classes = _classes(flags, train, val)
         val = with_known_classes(train, val)
-        encoder = _encoder(flags, train, context)
         config, notes = resolve_as_before(flags, lambda flags: _resolve(flags, train, encoder, nb_classes, context))
         precision = _precision(config, context)
         steps = plan_steps(config, context.size, config.batch_size, "training images")
-        randaugment = parse_randaugment(config.aa, config.seed, config.mean)
+        randaugment = _randaugment(config)
         same |= identity(flags, config, {"train": train, "val": val}, encoder.model if flags.finetune else None)
 
     # Model, loss and optimiser, the same on every rank.
@@ -135,7 +142,7 @@ def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSi
     restored, rollbacks = restore_attempt(config, model, optimizer, steps, same, FIXED_IN_A_FINETUNING)
     chosen = _choose(model, config, context, precision, restored)
     backends = _backends(config, context, precision, parallelism, model, compiling, chosen)
-    summary = [*_summary(config, train, val, model), *notes]
+    summary = [*_summary(config, train, val, model), *lines, *notes]
     run = open_run(config, context, stop, steps, restored, rollbacks, same, summary=summary, backends=backends)
 
     # The loop.
@@ -220,14 +227,31 @@ def _classes(flags: FinetuneConfig, train: Source, val: Source) -> int:
     return nb_classes
 
 
-def _encoder(flags: FinetuneConfig, train: Source, context: parallel.DistContext) -> Opened:
-    """Returns the checkpoint of --finetune, whose encoder is tuned, or one of random weights."""
+def _open(
+    flags: FinetuneConfig, context: parallel.DistContext
+) -> tuple[FinetuneConfig, Source, Source, Opened, tuple[str, ...]]:
+    """Opens the encoder, and the data as it reads images. Returns the settings, with what it says of that, both parts
+    of the data, the encoder, and lines about the value range."""
+    flags = as_begun(flags)
+    assert flags.data_path is not None
     torch.manual_seed(flags.seed)
     preset = f"mae_{flags.model}" if flags.model and flags.model.startswith("vit_") else flags.model
-    if flags.finetune:
-        given = ReadingConfig(model=preset, input_size=flags.input_size, mean=flags.mean, std=flags.std)
-        return open_checkpoint(flags.finetune, given, resize=False)
-    # The encoder with which a pretraining on these data would begin.
+    if not flags.finetune:
+        train, val = train_and_val(flags.data_path, read_as(flags))
+        return flags, train, val, *_random_encoder(flags, preset, train, context)
+    known = {"input_size": flags.input_size, "mean": flags.mean, "std": flags.std, **images_given(flags)}
+    given = ReadingConfig(model=preset, **known)
+    encoder = open_checkpoint(flags.finetune, given, resize=False)
+    train, val = train_and_val(flags.data_path, encoder.model.read_as)
+    lines = measure_for(encoder, given, train)
+    flags = dataclasses.replace(flags, **images_given(flags, encoder.settings))
+    return flags, train, val, encoder, lines
+
+
+def _random_encoder(
+    flags: FinetuneConfig, preset: str | None, train: Source, context: parallel.DistContext
+) -> tuple[Opened, tuple[str, ...]]:
+    """Returns the encoder of random weights with which a pretraining on these data would begin."""
     assert flags.data_path is not None
     alike = PretrainConfig(
         data_path=flags.data_path,
@@ -237,12 +261,13 @@ def _encoder(flags: FinetuneConfig, train: Source, context: parallel.DistContext
         seed=flags.seed,
         mean=flags.mean,
         std=flags.std,
+        **images_given(flags),
     )
     facts = describe(train)
-    pretraining = resolve_settings(alike, measure_pixels(alike, train, facts), facts, context.size, None)
-    return Opened(
-        build_model(ModelSpec.of(pretraining)), {"model": pretraining.model}, has_decoder=False, kind="encoder"
-    )
+    measured = measure_pixels(alike, train, facts)
+    pretraining = resolve_settings(alike, measured, facts, context.size, None)
+    model = build_model(ModelSpec.of(pretraining))
+    return Opened(model, {"model": pretraining.model}, has_decoder=False, kind="encoder"), measured.lines
 
 
 def _resolve(
@@ -264,6 +289,7 @@ def _resolve(
         width=encoder.model.cls_token.shape[2],
         img_size=encoder.model.img_size,
         patch_size=encoder.model.patch_size,
+        pixels=encoder.model.pixels,
         mean=tuple(encoder.model.mean.tolist()),
         std=tuple(encoder.model.std.tolist()),
         nb_classes=nb_classes,
@@ -280,6 +306,17 @@ def _resolve(
     if config.warmup_epochs >= config.epochs:
         raise SettingError("warmup_epochs", config.warmup_epochs, f"must be below the {config.epochs} of --epochs")
     return config
+
+
+def _randaugment(config: ResolvedFinetuneConfig) -> RandAugment | None:
+    """Returns what changes the pixels of crops.
+
+    Raises:
+        SettingError: --aa is not what it must be, or is for other pixels.
+    """
+    if config.aa and pixel_facts(config) != UINT8:
+        raise SettingError("aa", config.aa, "changes the colours of 8 bits alone; leave it empty for wider pixels")
+    return parse_randaugment(config.aa, config.seed, config.mean)
 
 
 def _precision(config: ResolvedFinetuneConfig, context: parallel.DistContext) -> Precision:
@@ -414,7 +451,7 @@ def _stream(
     def to_inputs(batch: Batch) -> MicroBatch:
         """Returns the images and targets, and with --drop_path the mask of the branches that are kept."""
         draw_ids = batch.draw_ids.numpy()
-        images, targets = augment(batch.images, labels_of(train, batch), draw_ids, model.mean, model.std)
+        images, targets = augment(batch.images, labels_of(train, batch), draw_ids, partial(normalised, model))
         if not config.drop_path:
             return images, targets
         branches = stochastic_depth_mask(seed, draw_ids, config.drop_path, len(model.blocks))

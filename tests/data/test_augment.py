@@ -19,8 +19,11 @@ from fastmae.data.reading import Reading
 from fastmae.data.sources import ArraySource
 from fastmae.errors import UserError
 
-MEAN, STD = torch.tensor([0.5]), torch.tensor([0.25])
 PUBLISHED = "rand-m9-mstd0.5-inc1"
+
+
+def normalise(images):
+    return ((images / 255 - 0.5) / 0.25).permute(0, 3, 1, 2)
 
 
 def picture(channels=3, height=24, width=20):
@@ -135,7 +138,7 @@ def test_the_loader_augments_each_draw_in_its_threads():
 
 def test_without_pixels_to_change_images_stay_uint8_and_labels_are_smoothed():
     images, labels, draw_ids = some()
-    same, targets = batch()(images, labels, draw_ids, MEAN, STD)
+    same, targets = batch()(images, labels, draw_ids, normalise)
     assert same is images
     assert targets[1].tolist() == pytest.approx([0.025, 0.925, 0.025, 0.025])
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
@@ -144,18 +147,18 @@ def test_without_pixels_to_change_images_stay_uint8_and_labels_are_smoothed():
 def test_a_batch_may_be_split_between_pairs_without_a_change():
     images, labels, draw_ids = some()
     augment = batch(reprob=0.5, mixup=0.8, cutmix=1.0)
-    whole = augment(images, labels, draw_ids, MEAN, STD)
-    halves = [augment(images[part], labels[part], draw_ids[part], MEAN, STD) for part in (slice(4), slice(4, 8))]
+    whole = augment(images, labels, draw_ids, normalise)
+    halves = [augment(images[part], labels[part], draw_ids[part], normalise) for part in (slice(4), slice(4, 8))]
     for k in (0, 1):
         assert torch.equal(whole[k], torch.cat([half[k] for half in halves]))
-    other = batch(reprob=0.5, mixup=0.8, cutmix=1.0, seed=1)(images, labels, draw_ids, MEAN, STD)
+    other = batch(reprob=0.5, mixup=0.8, cutmix=1.0, seed=1)(images, labels, draw_ids, normalise)
     assert not torch.equal(whole[0], other[0])
 
 
 def test_mixup_blends_neighbours_and_their_targets_in_the_same_shares():
     images, labels, draw_ids = some()
     plain, own = (images.permute(0, 3, 1, 2) / 255 - 0.5) / 0.25, batch().targets(labels)
-    mixed, targets = batch(mixup=0.8)(images, labels, draw_ids, MEAN, STD)
+    mixed, targets = batch(mixup=0.8)(images, labels, draw_ids, normalise)
     shares, _ = mixed_pairs(0, draw_ids[::2], 0.8, 0.0, 0.5, (16, 16))
     for i in range(8):
         share = float(shares[i // 2])
@@ -166,7 +169,7 @@ def test_mixup_blends_neighbours_and_their_targets_in_the_same_shares():
 def test_cutmix_puts_a_region_of_the_neighbour_in_and_its_area_into_the_targets():
     images, labels, draw_ids = some()
     plain, own = (images.permute(0, 3, 1, 2) / 255 - 0.5) / 0.25, batch().targets(labels)
-    mixed, targets = batch(cutmix=1.0)(images, labels, draw_ids, MEAN, STD)
+    mixed, targets = batch(cutmix=1.0)(images, labels, draw_ids, normalise)
     for i in range(8):
         from_neighbour = (mixed[i] == plain[i ^ 1]) & (mixed[i] != plain[i])
         assert torch.equal(torch.where(from_neighbour, plain[i ^ 1], plain[i]), mixed[i])
@@ -198,7 +201,7 @@ def test_a_quarter_of_the_images_lose_a_region_to_normal_noise():
         torch.zeros(400).long(),
         np.arange(400),
     )
-    erased, _ = batch(reprob=0.25)(images, labels, draw_ids, MEAN, STD)
+    erased, _ = batch(reprob=0.25)(images, labels, draw_ids, normalise)
     changed = erased != erased.flatten().mode().values
     lost = changed.flatten(1).any(dim=1)
     assert lost.float().mean() == pytest.approx(0.25, abs=0.06)
@@ -215,7 +218,7 @@ def test_a_quarter_of_the_images_lose_a_region_to_normal_noise():
 
 def test_two_erased_regions_have_other_noise():
     images, labels, draw_ids = torch.zeros(64, 32, 32, 1, dtype=torch.uint8), torch.zeros(64).long(), np.arange(64)
-    erased, _ = batch(reprob=1.0)(images, labels, draw_ids, MEAN, STD)
+    erased, _ = batch(reprob=1.0)(images, labels, draw_ids, normalise)
     values = [row[row != row.mode().values].flatten() for row in erased.flatten(1)]
     firsts = [tuple(value[:3].tolist()) for value in values]
     assert len(set(firsts)) == len(firsts)

@@ -73,7 +73,7 @@ def test_features_of_a_classifier_are_what_its_head_sees(classifier, images):
 def test_the_program_of_a_classifier_computes_its_logits(classifier, images):
     model, path = classifier
     opened = open_checkpoint(path)
-    program = Encoder(opened.model, torch.float32, uint8=True, head=opened.head)
+    program = Encoder(opened.model, torch.float32, raw=True, head=opened.head)
     torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-5)
 
 

@@ -135,7 +135,7 @@ def test_figures_are_measured_as_probe_does(blobs):
         "blind": lambda images: torch.ones(len(images), 17, 128),
         "shifted": lambda images: model.forward_features(images) + 0.5,
     }
-    worth = measure(model, encoders, train, test, uint8=True, num_workers=1)
+    worth = measure(model, encoders, train, test, raw=True, num_workers=1)
     wanted = probe(model, train, test, num_workers=1)
     assert (round(worth["same"].knn, 2), round(worth["same"].linear, 2)) == (wanted["knn"], wanted["linear"])
     assert worth["same"].difference == 0.0

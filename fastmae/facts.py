@@ -8,6 +8,8 @@ from typing import Literal
 FULL_SHUFFLE = "a full shuffle"
 
 
+LayoutName = Literal["auto", "hwc", "chw"]
+AxisName = Literal["axial", "coronal", "sagittal", "0", "1", "2"]
 PixelType = Literal["uint8", "uint16", "float32"]
 """The types of the pixels of a batch. A data set has one of them, which holds all of its images exactly."""
 
@@ -41,7 +43,7 @@ class ReadAs:
     """Which bands become the channels, numbered from 1, in this order. None: all, by the rules of decode.py."""
     pages: Literal["first", "all", "channels"] = "first"
     """Of a file with several pages: the first alone, each as an image, or all as the channels of one image."""
-    layout: Literal["auto", "hwc", "chw"] = "auto"
+    layout: LayoutName = "auto"
     """The order of the axes of an image in an array."""
     window: tuple[Literal["file"] | float, ...] | None = None
     """The (center, width) of the numbers of a DICOM that become 0 to 1; ("file",) for those that it states."""
@@ -49,6 +51,10 @@ class ReadAs:
     """The folder that the relative paths of a list are relative to. None: that of the list."""
     image_key: str | None = None
     """Which image of a sample of several is taken, by what follows its key in a tar, as `left.jpg`; or `all`."""
+    axis: AxisName = "axial"
+    """Which slices of a volume are images: those of a direction in the body, or along an axis as it is stored."""
+    constant_slices: Literal["keep", "drop"] = "keep"
+    """Whether slices whose voxels are all alike are images; to leave them out, every volume is read once."""
 
 
 AS_STORED = ReadAs()

@@ -8,8 +8,9 @@ MAIN = (
 
 GROUPS = {
     "data": (
-        "data_path", "root", "image_key", "bands", "pages", "window", "in_chans", "pixel_type", "value_range", "nodata",
-        "mean", "std", "crop_scale", "flip", "aa", "reprob", "mixup", "cutmix", "mixup_switch_prob", "repeated_masks",
+        "data_path", "root", "image_key", "layout", "axis", "constant_slices", "bands", "pages", "window", "in_chans",
+        "pixel_type", "value_range", "nodata", "mean", "std", "crop_scale", "flip", "aa", "reprob", "mixup", "cutmix",
+        "mixup_switch_prob", "repeated_masks",
     ),
     "model and masks": (
         "finetune", "model", "input_size", "patch_size", "start_size", "grow_epochs", "mask_ratio", "masking", "masks",

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from fastmae.config.values import check_type, field_types, need
-from fastmae.facts import PixelFacts, ReadAs
+from fastmae.facts import AxisName, LayoutName, PixelFacts, ReadAs
 
 LARGEST_WHOLE = {"uint8": 255, "uint16": 65535}
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -45,6 +45,16 @@ class ImagesConfig:
     window: tuple[Literal["file"] | float, ...] | None = None
     """CENTER WIDTH of the numbers of a DICOM that become 0 to 1, or file for the window that each states. Default: as
     in the checkpoint; without one no number is cut off."""
+    layout: LayoutName | None = None
+    """The axes of arrays of images: hwc for [N, H, W, C], chw for [N, C, H, W]; of a file with one image, without N.
+    auto: as their sizes say, and refused where they do not. Default: as in the checkpoint; without one auto."""
+    axis: AxisName | None = None
+    """Which slices of a NIfTI volume are the images: axial, coronal or sagittal ones of the body, turned by the affine
+    of the file; or 0, 1 or 2 for those along an axis of the array as it is stored. Default: as in the checkpoint;
+    without one axial."""
+    constant_slices: Literal["keep", "drop"] | None = None
+    """Whether slices of volumes whose voxels are all alike are images. drop reads every volume once before the run.
+    Default: as in the checkpoint; without one keep."""
     root: str | None = None
     """The folder that the relative paths of a list (.txt, .csv, .tsv, .jsonl) are relative to. Default: as in the
     checkpoint; without one the folder of the list."""

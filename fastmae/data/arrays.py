@@ -1,5 +1,6 @@
 """Images that lie in one array: NumPy's .npy and .npz, MNIST's IDX and CIFAR's binary files.
 
+Arrays have any numeric dtype, and images leave here in it, bit for bit. decode.py makes pixels of a batch of them.
 Nothing is unpickled, and a size that a file claims is compared with the file, and with the memory that is left, before
 anything is allocated for it. Files that are not compressed are read by position, an image at a time.
 """
@@ -17,14 +18,16 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 
 from fastmae.data.memory import available_memory, readable
 from fastmae.data.openfile import OpenFile
+from fastmae.data.plan import Shards
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock
-from fastmae.errors import UserError, in_one_line
+from fastmae.errors import SettingError, UserError, in_one_line
+from fastmae.facts import LayoutName
 
 Split = Literal["train", "val"]
 
@@ -54,6 +57,22 @@ FEW = 4
 MANY = 16
 
 
+class Images(Protocol):
+    """Images of one shape and dtype, wherever they lie."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[N, H, W, C]."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Returns the pixels of an image, [H, W, C]."""
+
+
 @dataclass(frozen=True)
 class FileRows:
     """Images of one shape that lie in a file, each read by position when it is asked for."""
@@ -67,13 +86,13 @@ class FileRows:
     """The bytes from the start of one image to the start of the next."""
     planes: bool = False
     """Whether an image is stored as [C, H, W]."""
-    dtype = np.dtype(np.uint8)
+    dtype: np.dtype = np.dtype(np.uint8)  # noqa: RUF009  # a dtype never changes
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Returns the pixels of an image, uint8 [H, W, C].
+        """Returns the pixels of an image, [H, W, C] of ``dtype``.
 
         Raises:
             UserError: the file was rewritten or cut since it was opened, or the disk failed.
@@ -81,22 +100,31 @@ class FileRows:
         if not 0 <= index < len(self):
             raise IndexError(index)
         height, width, channels = self.shape[1:]
-        pixels = np.empty((channels, height, width) if self.planes else (height, width, channels), np.uint8)
+        pixels = np.empty((channels, height, width) if self.planes else (height, width, channels), self.dtype)
         is_whole = self.file.read_into(pixels, self.start + index * self.step)
         if not is_whole or not self.file.is_unchanged():
-            path = self.file.path
-            raise UserError(
-                f"{path}: changed during the run, its images cannot be trusted; put it back and start again"
-            )
+            raise changed(self.file.path)
         return pixels.transpose(1, 2, 0) if self.planes else pixels
+
+
+def changed(path: str) -> UserError:
+    """Returns the error for a file that others rewrote or cut while it was open."""
+    return UserError(f"{path}: changed during the run, its images cannot be trusted; put it back and start again")
+
+
+def as_native(pixels: np.ndarray) -> np.ndarray:
+    """Returns numbers in the byte order of this machine, and truth values as uint8: 0 and 255."""
+    if pixels.dtype == np.bool_:
+        return pixels.astype(np.uint8) * np.uint8(255)
+    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Images that lie in one uint8 array, in memory or in a file."""
+    """Images that lie in one array of any numeric dtype: in memory, in a file, or in chunks of one."""
 
-    images: np.ndarray | FileRows
-    """uint8 [length, H, W, C]."""
+    images: Images
+    """[length, H, W, C]."""
     labels: np.ndarray | None
     """int64 [length], or None."""
     origin: str
@@ -104,12 +132,18 @@ class ArraySource:
     kind: str = "array"
     others: Stock = field(default_factory=Stock)
     """What else lies there, and what to know of the images."""
-    shards = None
+    shards: Shards | None = None
     classes = ()
 
     @property
     def location(self) -> str:
-        return f"of {' × '.join(map(str, self.images.shape[1:]))}"
+        dtype = "" if self.images.dtype == np.uint8 else f" of {self.images.dtype.newbyteorder('=')}"
+        return f"of {' × '.join(map(str, self.images.shape[1:]))}{dtype}"
+
+    @property
+    def shapes(self) -> set[tuple[int, ...]]:
+        """The shape [H, W, C] of all images."""
+        return {self.images.shape[1:]}
 
     @property
     def stock(self) -> Stock:
@@ -120,31 +154,34 @@ class ArraySource:
         return len(self.images)
 
     def read(self, index: int) -> np.ndarray:
-        """Returns the pixels of an image, uint8 [H, W, C].
+        """Returns the pixels of an image, [H, W, C] of the dtype of the array, truth values as uint8.
 
         Raises:
             UserError: the file that it lies in was changed.
+            OSError: it is damaged there.
         """
-        return np.asarray(self.images[index])
+        return as_native(np.asarray(self.images[index]))
 
     def name(self, index: int) -> str:
         return f"{self.origin}[{index}]"
 
 
-def array_source(images: np.ndarray, labels: np.ndarray | None, origin: str) -> ArraySource:
+def array_source(
+    images: np.ndarray, labels: np.ndarray | None, origin: str, layout_name: LayoutName = "auto"
+) -> ArraySource:
     """Returns an array in memory as a source, once its dtype and axes are checked; [N, H, W] gains a channel axis.
 
     Raises:
-        UserError: images that are not uint8, or of a shape that is not images, or labels that are not N integers.
+        UserError: images that are not numbers, or of a shape that is not images, or labels that are not N integers.
     """
-    layout = _layout(images.dtype, images.shape, origin)
+    layout = layout_of(images.dtype, images.shape, origin, layout_name)
     images = images.reshape(layout.stored)
     if layout.planes:
         images = images.transpose(0, 2, 3, 1)
-    return ArraySource(images, _checked_labels(labels, len(images), origin), origin, others=Stock(notes=layout.notes))
+    return ArraySource(images, checked_labels(labels, len(images), origin), origin, others=Stock(notes=layout.notes))
 
 
-def open_array(path: Path, split: Split) -> ArraySource | None:
+def open_array(path: Path, split: Split, layout: LayoutName = "auto") -> ArraySource | None:
     """Opens an .npy, .npz, IDX or CIFAR file; None if it is none of these, or has no such part.
 
     Only an .npz can hold both parts; a file of any other kind is a train part.
@@ -155,14 +192,14 @@ def open_array(path: Path, split: Split) -> ArraySource | None:
     """
     name = path.name.lower()
     if name.endswith(".npz"):
-        return _npz(path, split)
+        return _npz(path, split, layout)
     if split == "val":
         return None
     if name.endswith(".npy"):
         labels_path = path.with_name(f"{path.stem}_labels.npy")
         has_labels = labels_path.exists()
         images, labels = StoredArray.npy(path), StoredArray.npy(labels_path) if has_labels else None
-        return _source(images, labels, str(path), Stock({"files": 1 + has_labels}))
+        return _source(images, labels, str(path), Stock({"files": 1 + has_labels}), layout)
     if _is_idx(path):
         return _idx_source(path, Stock({"files": len(_with_labels(path))}))
     return _cifar([path], Stock({"files": 1})) if name.endswith(".bin") else None
@@ -204,7 +241,7 @@ def _folder_stock(folder: Path, files: Sequence[Path], split: Split) -> Stock:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """How the axes of an array are read."""
 
     stored: tuple[int, ...]
@@ -219,16 +256,29 @@ class _Layout:
         return (n, axes[1], axes[2], axes[0]) if self.planes else self.stored
 
 
-def _layout(dtype: np.dtype, shape: tuple[int, ...], origin: str) -> _Layout:
+def refuse_no_numbers(dtype: np.dtype, origin: str) -> None:
+    """Raises UserError for a dtype that is not of numbers that an image can have."""
+    if dtype.kind not in "biuf" or dtype.itemsize > 8:
+        remedy = "save np.abs(array)" if dtype.kind == "c" else "save its pixels as numbers"
+        raise UserError(f"images must be integers or floating-point numbers, {origin} holds {dtype}; {remedy}")
+
+
+def layout_of(dtype: np.dtype, shape: tuple[int, ...], origin: str, name: LayoutName = "auto") -> Layout:
     """Returns how an array is read as images.
 
-    [N, C, H, W] is read as such where it cannot be [N, H, W, C]: at most four channels before two longer axes.
+    [N, C, H, W] is read as such if ``name`` says so, or with `auto` where it cannot be [N, H, W, C]: at most four
+    channels before two longer axes.
 
     Raises:
-        UserError: not uint8, no images, one image alone, or axes in an order that is guessed too easily.
+        UserError: not numbers, no images, one image alone, or axes in an order that is guessed too easily.
     """
-    if dtype != np.uint8:
-        raise UserError(f"images must be uint8, {origin} holds {dtype}; {_to_uint8(dtype)}")
+    refuse_no_numbers(dtype, origin)
+    note = (f"{origin} holds truth values, which are read as 0 and 255",) if dtype == np.bool_ else ()
+    layout = _axes(shape, origin, name)
+    return Layout(layout.stored, layout.planes, (*note, *layout.notes))
+
+
+def _axes(shape: tuple[int, ...], origin: str, name: LayoutName) -> Layout:
     has = f"images must have shape [N, H, W] or [N, H, W, C], {origin} has {list(shape)}"
     if len(shape) == 2:
         side = math.isqrt(shape[1])
@@ -237,56 +287,52 @@ def _layout(dtype: np.dtype, shape: tuple[int, ...], origin: str) -> _Layout:
     if len(shape) not in (3, 4) or (shape[0] and min(shape[1:]) < 1):
         raise UserError(f"{has}; save it in one of these")
     if len(shape) == 3:
-        n, height, width = shape
-        if width <= FEW < height:
-            raise UserError(f"{has}, which is one image [H, W, C]; save array[None]")
-        note = f"{origin} has shape {list(shape)} and is read as {n} gray images of {height} × {width}; if it is one"
-        note += " image [C, H, W], save array.transpose(1, 2, 0)[None]"
-        along_last = (
-            f"{origin} has shape {list(shape)} and is read as {n} gray images of {height} × {width}; if the images "
-            "are along its last axis, as MATLAB has them, save array.transpose(2, 0, 1)"
-        )
-        notes = (note,) if n in (3, FEW) else (along_last,) if n == height != width else ()
-        return _Layout((*shape, 1), notes=notes)
+        return _gray_axes(shape, has, origin)
     n, second, third, last = shape
+    if name != "auto":
+        return Layout(shape, name == "chw")
     if last <= FEW or not n:
-        return _Layout(shape)
+        return Layout(shape)
     if third <= FEW < second and (n == second or third == 3):
         raise UserError(f"{has}, which is [H, W, C, N], as MATLAB has it; save array.transpose(3, 0, 1, 2)")
     is_square = third == last
     if second <= FEW < third and (is_square or last >= MANY):
         plain = f"{n:,} images of {third} × {last} × {second}"
-        return _Layout(shape, True, (f"{origin} has shape {list(shape)}, [N, C, H, W], and is read as {plain}",))
-    if is_square and second < third:
-        raise UserError(f"{has}, which is [N, C, H, W]; save array.transpose(0, 2, 3, 1)")
+        return Layout(shape, True, (f"{origin} has shape {list(shape)}, [N, C, H, W], and is read as {plain}",))
+    if is_square and second != third:
+        problem = f"{has}, which looks like [N, C, H, W]; set it to chw or to hwc, or save array.transpose(0, 2, 3, 1)"
+        raise SettingError("layout", name, problem)
     note = f"{origin} has shape {list(shape)} and is read as images of {second} × {third} with {last} channels; if its"
-    note += " axes are [N, C, H, W], save array.transpose(0, 2, 3, 1)"
-    return _Layout(shape, notes=(note,) if second < last and second != third else ())
+    note += " axes are [N, C, H, W], use --layout chw"
+    return Layout(shape, notes=(note,) if second < last and second != third else ())
 
 
-def _to_uint8(dtype: np.dtype) -> str:
-    """Says what to do with an array of another dtype than uint8."""
-    if dtype == np.bool_:
-        return "save array.astype(np.uint8) * 255"
-    if np.issubdtype(dtype, np.floating):
-        return "scale the values to 0 to 255, then save np.round(array).astype(np.uint8)"
-    if np.issubdtype(dtype, np.integer):
-        return "scale the values to 0 to 255, then save array.astype(np.uint8)"
-    return "save its pixels as uint8"
+def _gray_axes(shape: tuple[int, ...], has: str, origin: str) -> Layout:
+    n, height, width = shape
+    if width <= FEW < height:
+        raise UserError(f"{has}, which is one image [H, W, C]; save array[None]")
+    note = f"{origin} has shape {list(shape)} and is read as {n} gray images of {height} × {width}; if it is one"
+    note += " image [C, H, W], save array.transpose(1, 2, 0)[None]"
+    along_last = (
+        f"{origin} has shape {list(shape)} and is read as {n} gray images of {height} × {width}; if the images "
+        "are along its last axis, as MATLAB has them, save array.transpose(2, 0, 1)"
+    )
+    notes = (note,) if n in (3, FEW) else (along_last,) if n == height != width else ()
+    return Layout((*shape, 1), notes=notes)
 
 
-def _checked_labels(labels: np.ndarray | None, count: int, origin: str) -> np.ndarray | None:
+def checked_labels(labels: np.ndarray | None, count: int, origin: str) -> np.ndarray | None:
     """Returns labels int64 [count], from integers of any size, [N] or [N, 1]."""
     if labels is None:
         return None
     labels = np.asarray(labels)
-    _refuse_labels(labels.dtype, labels.shape, count, origin)
+    refuse_labels(labels.dtype, labels.shape, count, origin)
     if labels.size and labels.max() > np.iinfo(np.int64).max:
         raise UserError(f"{origin} has the label {labels.max()}, which is too large; number the classes from 0 on")
     return labels.reshape(-1).astype(np.int64)
 
 
-def _refuse_labels(dtype: np.dtype, shape: tuple[int, ...], count: int, origin: str) -> None:
+def refuse_labels(dtype: np.dtype, shape: tuple[int, ...], count: int, origin: str) -> None:
     """Raises UserError for labels that are not one integer per image."""
     if math.prod(shape) == count and len(shape) >= 1 and shape[0] == count and np.issubdtype(dtype, np.integer):
         return
@@ -322,7 +368,7 @@ class StoredArray:
         if file.read(4, 0) == b"PK\x03\x04":
             raise ValueError(f"{path.name} is an .npz archive, which holds several arrays; call it .npz")
         with open(os.dup(file.descriptor), "rb") as start:
-            dtype, shape, fortran = _npy_header(start, path.name)
+            dtype, shape, fortran = npy_header(start, path.name)
             position = start.tell()
         size, rest = math.prod(shape) * dtype.itemsize, file.size - position
         if size > rest:
@@ -337,40 +383,43 @@ class StoredArray:
         if self.unpacked is not None:
             return self.unpacked
         assert self.file is not None
-        _refuse_beyond_memory(math.prod(self.shape) * self.dtype.itemsize, self.file.path)
+        refuse_beyond_memory(math.prod(self.shape) * self.dtype.itemsize, self.file.path)
         array = np.empty(math.prod(self.shape), self.dtype)
         if not self.file.read_into(array, self.start):
             raise ValueError(f"{self.file.path} was cut while it was read")
         return array.reshape(self.shape, order="F" if self.fortran else "C")
 
 
-def _source(images: StoredArray, labels: StoredArray | None, origin: str, others: Stock) -> ArraySource:
+def _source(
+    images: StoredArray, labels: StoredArray | None, origin: str, others: Stock, layout_name: LayoutName = "auto"
+) -> ArraySource:
     """Returns an array in a file as a source: read by position, or whole where its images do not lie in one piece."""
-    layout = _layout(images.dtype, images.shape, origin)
+    layout = layout_of(images.dtype, images.shape, origin, layout_name)
     count = layout.shape[0]
     notes = [*images.notes, *layout.notes]
     numbers = None
     if labels is not None:
-        _refuse_labels(labels.dtype, labels.shape, count, origin)
-        numbers = _checked_labels(labels.whole(), count, origin)
+        refuse_labels(labels.dtype, labels.shape, count, origin)
+        numbers = checked_labels(labels.whole(), count, origin)
         notes += labels.notes
     others = Stock(others.used, others.left_out, (*others.notes, *notes))
     if images.file is None or images.fortran:
         pixels = images.whole().reshape(layout.stored)
         pixels = pixels.transpose(0, 2, 3, 1) if layout.planes else pixels
         return ArraySource(pixels, numbers, origin, others=others)
-    rows = FileRows(images.file, layout.shape, images.start, math.prod(layout.stored[1:]), layout.planes)
+    step = math.prod(layout.stored[1:]) * images.dtype.itemsize
+    rows = FileRows(images.file, layout.shape, images.start, step, layout.planes, images.dtype)
     return ArraySource(rows, numbers, origin, others=others)
 
 
-def _refuse_beyond_memory(size: int, name: str) -> None:
+def refuse_beyond_memory(size: int, name: str) -> None:
     """Raises ValueError for what takes more memory than is left."""
     available = available_memory()
     if available is not None and size > available:
         raise ValueError(f"{name} takes {readable(size)} of memory, of which {readable(available)} are left; split it")
 
 
-def _npy_header(file: BinaryIO, name: str) -> tuple[np.dtype, tuple[int, ...], bool]:
+def npy_header(file: BinaryIO, name: str) -> tuple[np.dtype, tuple[int, ...], bool]:
     """Reads the start of an .npy file: (dtype, shape, whether it is in Fortran's order)."""
     try:
         with warnings.catch_warnings():  # of Python, about what a damaged header would mean as a program
@@ -390,7 +439,7 @@ def _npy_header(file: BinaryIO, name: str) -> tuple[np.dtype, tuple[int, ...], b
 # --- .npz -------------------------------------------------------------------------------------------------------------
 
 
-def _npz(path: Path, split: Split) -> ArraySource | None:
+def _npz(path: Path, split: Split, layout: LayoutName) -> ArraySource | None:
     file = OpenFile(path)
     with open(os.dup(file.descriptor), "rb") as archive_file, zipfile.ZipFile(archive_file) as archive:
         members = {name.removesuffix(".npy"): name for name in archive.namelist()}
@@ -410,7 +459,7 @@ def _npz(path: Path, split: Split) -> ArraySource | None:
         reason = f"their names are none of {', '.join((*NPZ_IMAGES['train'], *NPZ_IMAGES['val']))}, or come second"
         left_out = (LeftOut("arrays", len(unused), reason, tuple(unused[:EXAMPLES])),) if unused else ()
         stock = Stock({"files": 1, "arrays": len(used)}, left_out)
-    return _source(images, labels, f"{path}:{images_name}", stock)
+    return _source(images, labels, f"{path}:{images_name}", stock, layout)
 
 
 def _first(names: Iterable[str], members: dict[str, str]) -> str | None:
@@ -427,7 +476,7 @@ def _npz_member(file: OpenFile, archive: zipfile.ZipFile, name: str) -> StoredAr
     """Finds an array of an .npz: where it lies if it is stored uncompressed, else unpacked once its size is checked."""
     info = archive.getinfo(name)
     with archive.open(name) as member:
-        dtype, shape, fortran = _npy_header(member, name)  # type: ignore[arg-type]  # a zip member is read alike
+        dtype, shape, fortran = npy_header(member, name)  # type: ignore[arg-type]  # a zip member is read alike
         header_size = member.tell()
         fortran = fortran and len(shape) > 1
         if math.prod(shape) * dtype.itemsize != info.file_size - header_size:
@@ -435,7 +484,7 @@ def _npz_member(file: OpenFile, archive: zipfile.ZipFile, name: str) -> StoredAr
         if info.compress_type != zipfile.ZIP_STORED:
             if info.file_size > MAX_DEFLATE_RATIO * info.compress_size:
                 raise ValueError(f"{name} says {info.file_size} bytes, more than {info.compress_size} can unpack to")
-            _refuse_beyond_memory(info.file_size, name)
+            refuse_beyond_memory(info.file_size, name)
             data = member.read()
             if len(data) != info.file_size - header_size:
                 raise ValueError(f"{name} says {list(shape)} {dtype} but holds {len(data)} bytes")
@@ -488,28 +537,27 @@ def _idx_source(images: Path, others: Stock) -> ArraySource:
 
 
 def _idx(path: Path) -> StoredArray:
-    """Finds the array in an IDX file of unsigned bytes (the MNIST format), or unpacks it if it is gzipped."""
+    """Finds the array in an IDX file, as MNIST has them, or unpacks it if it is gzipped. Its numbers are big-endian."""
     file = OpenFile(path)
     is_packed = path.suffix == ".gz"
     with open(os.dup(file.descriptor), "rb") as raw, gzip.GzipFile(fileobj=raw) if is_packed else raw as data:
         zeros, code, axes = struct.unpack(">HBB", data.read(4))
-        if zeros == 0 and code != 8 and code in IDX_TYPES:
-            raise UserError(f"images must be uint8, {path} holds {IDX_TYPES[code]}; write its values as unsigned bytes")
-        if zeros != 0 or code != 8 or not 1 <= axes <= 4:
-            raise ValueError(f"{path.name} is not an IDX file of unsigned bytes")
+        if zeros != 0 or code not in IDX_TYPES or not 1 <= axes <= 4:
+            raise ValueError(f"{path.name} is not an IDX file of numbers")
+        dtype = np.dtype(IDX_TYPES[code]).newbyteorder(">")
         shape = struct.unpack(f">{axes}I", data.read(4 * axes))
-        size, start = math.prod(shape), 4 + 4 * axes
+        size, start = math.prod(shape) * dtype.itemsize, 4 + 4 * axes
         if not is_packed:
             if file.size - start != size:
                 raise ValueError(f"{path.name} says {list(shape)} but holds {file.size - start} bytes")
-            return StoredArray(np.dtype(np.uint8), shape, file, start)
+            return StoredArray(dtype, shape, file, start)
         if size > MAX_DEFLATE_RATIO * file.size:
             raise ValueError(f"{path.name} says {list(shape)}, more than its {file.size} bytes can unpack to")
-        _refuse_beyond_memory(size, path.name)
+        refuse_beyond_memory(size, path.name)
         content = data.read(size + 1)
         if len(content) != size:
             raise ValueError(f"{path.name} says {list(shape)} but holds {len(content)} bytes or more")
-        return StoredArray(np.dtype(np.uint8), shape, unpacked=np.frombuffer(content, np.uint8).reshape(shape))
+        return StoredArray(dtype, shape, unpacked=np.frombuffer(content, dtype).reshape(shape))
 
 
 # --- CIFAR ------------------------------------------------------------------------------------------------------------
@@ -543,7 +591,7 @@ def _cifar(paths: list[Path], others: Stock) -> ArraySource:
         labels = np.array([file.read(1, i * step + label_bytes - 1)[0] for i in range(total)], np.int64)
         rows = FileRows(files[0], (total, CIFAR_SIDE, CIFAR_SIDE, 3), label_bytes, step, planes=True)
         return ArraySource(rows, labels, origin, others=others)
-    _refuse_beyond_memory(total * step, origin)
+    refuse_beyond_memory(total * step, origin)
     records = np.empty((total, step), np.uint8)
     first = 0
     for file, count in zip(files, counts, strict=True):

@@ -20,6 +20,9 @@ from typing import Any
 import numpy as np
 
 from fastmae.data.arrays import ArraySource
+from fastmae.data.chunks import ChunkedImages
+from fastmae.data.formats.nifti import VolumeSource
+from fastmae.data.formats.npy import ArrayFiles
 from fastmae.data.images import FolderSource
 from fastmae.data.index import Names
 from fastmae.data.packed import PackedSource
@@ -107,6 +110,13 @@ def _things(source: Source) -> Things:
             names, contents = _things(source.files)
             counts = _hash([np.ascontiguousarray(source.starts, "<i8").data])
             return [*names, "the pages"], {**contents, len(names): counts}
+        case ArrayFiles():
+            return _things(source.files)
+        case VolumeSource():
+            paths = [volume.path for volume in source.volumes]
+            names, sizes = _relative(paths), _sizes(paths)
+            kept = "all" if source.kept is None else _hash([source.kept.data])
+            return [*names, "the slices"], {**sizes, len(names): f"{source.axis} {kept}"}
         case FolderSource():
             return _relative(source.paths), _sizes(source.paths)
         case PackedSource():
@@ -118,6 +128,8 @@ def _things(source: Source) -> Things:
             groups = [np.diff(source.starts)[source.group_file == file].tolist() for file in range(len(source.files))]
             sizes = _sizes(source.files)
             return _relative(source.files), {file: f"{size} {groups[file]}" for file, size in sizes.items()}
+        case ArraySource(images=ChunkedImages(contents=contents_of)):
+            return [*contents_of], dict(enumerate(contents_of.values()))
         case ArraySource():
             size = max(1, math.prod(source.images.shape[1:]) * source.images.dtype.itemsize)
             rows = _evenly(len(source), min(ROWS, max(RANGES - 1, ROW_BYTES // size)))

@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from fastmae.data.arrays import ArraySource, Split, open_array_folder
+from fastmae.data.formats import nifti, npy
+from fastmae.data.formats.nifti import VolumeSource, open_volumes
+from fastmae.data.formats.npy import ArrayFiles
 from fastmae.data.images import (
     Chosen,
     FolderSource,
@@ -56,8 +59,10 @@ class Found:
 
 def open_folder(
     path: Path, split: Split, read_as: ReadAs = AS_STORED
-) -> ArraySource | FolderSource | PackedSource | ParquetSource | None:
+) -> ArraySource | FolderSource | PackedSource | ParquetSource | ArrayFiles | VolumeSource | None:
     """Opens a part of a folder; None if it has no val part.
+
+    Where it holds no image files and no shards, its NIfTI volumes are the data, or else its arrays, an image each.
 
     The stock of the train part is that of the whole folder: every file below it is counted once, those of the val part
     as used. The stock of the val part has no files.
@@ -68,7 +73,7 @@ def open_folder(
     arrays = open_array_folder(path, split)
     if arrays is not None:
         return arrays
-    listing = list_images(path)
+    listing = _listing(path)
     layout = find_layout(listing)
     train = _found(listing, layout.train, "train", () if layout.train else layout.evaluate)
     val, refused, notes = _choose_val(listing, layout, train)
@@ -84,6 +89,19 @@ def open_folder(
     return _open(listing, train, Stock({"files": used}, tuple(left_out), notes), read_as)
 
 
+def _listing(path: Path) -> Listing:
+    """Lists the image files and shards of a folder; without any its volumes, or else its arrays."""
+    listing = list_images(path)
+    if len(listing) or listing.shards:
+        return listing
+    for suffixes in (nifti.SUFFIXES, npy.SUFFIXES):
+        if any(f".{suffix.rpartition('.')[2]}" in listing.others for suffix in suffixes):
+            others = list_images(path, suffixes)
+            if len(others):
+                return others
+    return listing
+
+
 def _files(found: Found, listing: Listing) -> int:
     """Returns how many files are used."""
     unsound = {os.path.join(listing.folder, path) for path in listing.unsound}
@@ -91,12 +109,17 @@ def _files(found: Found, listing: Listing) -> int:
     return len(found.images.paths) - no_files + len(found.shards)
 
 
-def _open(listing: Listing, found: Found, stock: Stock, read_as: ReadAs) -> FolderSource | PackedSource | ParquetSource:
+def _open(
+    listing: Listing, found: Found, stock: Stock, read_as: ReadAs
+) -> FolderSource | PackedSource | ParquetSource | ArrayFiles | VolumeSource:
     if found.shards:
         return open_files([Path(listing.folder, name) for name in found.shards], read_as, stock)
     damage = tuple((folder, "may not be listed, so its images are missed") for folder in sorted(listing.unreadable))
     images = found.images
-    return FolderSource(images.paths, images.labels, images.classes, part=found.folder, taken=stock, damage=damage)
+    files = FolderSource(images.paths, images.labels, images.classes, part=found.folder, taken=stock, damage=damage)
+    if not images.paths or not images.paths[0].lower().endswith((*nifti.SUFFIXES, *npy.SUFFIXES)):
+        return files
+    return open_volumes(files, read_as) if nifti.is_nifti(Path(images.paths[0])) else ArrayFiles(files, read_as)
 
 
 def open_files(paths: list[Path], read_as: ReadAs, folder: Stock | None = None) -> PackedSource | ParquetSource:

@@ -42,6 +42,7 @@ LARGE_FILE = 64 << 20
 LOOKED_AT = 1 << 20
 SINGLE_IMAGES = ("JPEG", "PNG", "BMP", "PPM", "JPEG2000")
 MAX_BYTES_A_PIXEL = 16
+ARRAY_STARTS = (b"\x93NUMPY", b"PK\x03\x04")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Fewer files are listed faster than an index of them is found and checked.
 WORTH_KEEPING = 10_000
@@ -126,7 +127,8 @@ def refuse_no_image(start: bytes, size: int) -> None:
     Raises:
         OSError: it is refused.
     """
-    if start.startswith(TIFF_STARTS) or start[128:132] == b"DICM":  # whose header may lie at the end, or say little
+    # The header of a TIFF may lie at its end, that of a DICOM says little, and arrays are checked where they are read.
+    if start.startswith((*TIFF_STARTS, *ARRAY_STARTS)) or start[128:132] == b"DICM":
         return
     try:
         with warnings.catch_warnings():
@@ -146,7 +148,7 @@ def _open_at_once(path: str, flags: int) -> int:
 
 # --- which files there are --------------------------------------------------------------------------------------------
 
-Why = Literal["hidden", "run", "twice"]
+Why = Literal["hidden", "run", "twice", "zarr"]
 
 
 @dataclass
@@ -178,7 +180,7 @@ class Listing:
     unsound: list[str] = field(default_factory=list)
     """Images by their names that are no files; reading them fails, and a run replaces them as it does damaged ones."""
     skipped: dict[str, Why] = field(default_factory=dict)
-    """Folders that were not entered: hidden ones, run folders, and links to what is listed anyway."""
+    """Folders that were not entered: hidden ones, run folders, Zarr stores, and links to what is listed anyway."""
     unreadable: list[str] = field(default_factory=list)
     """Folders that may not be listed, so the images in them are missed."""
 
@@ -187,18 +189,19 @@ class Listing:
         return sum(map(len, self.images.values()))
 
 
-def list_images(folder: Path) -> Listing:
-    """Lists the files below a folder.
+def list_images(folder: Path, suffixes: tuple[str, ...] = ()) -> Listing:
+    """Lists the files below a folder; those of images, or with ``suffixes`` those whose names end so, are ``images``.
 
     A long listing is kept in the cache folder. It is used again as long as no folder's modification time has changed:
     every file that is added or removed changes that of its folder.
     """
-    index_path = cache_file(f"images of {os.path.realpath(folder)}")
+    kind = f" ({', '.join(suffixes)})" if suffixes else ""
+    index_path = cache_file(f"images{kind} of {os.path.realpath(folder)}")
     index = read_index(index_path)
-    listing = None if index is None else _listing_of(folder, index)
+    listing = None if index is None else _listing_of(folder, index, suffixes)
     if listing is not None:
         return listing
-    listing, modified = scan_folder(folder)
+    listing, modified = scan_folder(folder, suffixes)
     # A link that leads nowhere may lead somewhere later, which changes no folder's time.
     is_lasting = is_settled(modified.values()) and not (
         listing.unreadable or any(kind in listing.others for kind in NO_FILES)
@@ -215,18 +218,18 @@ def list_images(folder: Path) -> Listing:
             "skipped": pack_names([*listing.skipped]),
             "others": np.frombuffer(text.encode(errors="surrogatepass"), np.uint8),
         }
-        write_index(index_path, Index(_identity(folder), columns))
+        write_index(index_path, Index(_identity(folder, suffixes), columns))
     return listing
 
 
-def _identity(folder: Path) -> list[object]:
-    return [os.path.realpath(folder), RULE, sorted(IMAGE_SUFFIXES)]
+def _identity(folder: Path, suffixes: tuple[str, ...]) -> list[object]:
+    return [os.path.realpath(folder), RULE, sorted(suffixes or IMAGE_SUFFIXES)]
 
 
-def _listing_of(folder: Path, index: Index) -> Listing | None:
+def _listing_of(folder: Path, index: Index, suffixes: tuple[str, ...]) -> Listing | None:
     """Returns the listing in an index; None if it is not of this folder as the folder is now."""
     columns = index.columns
-    if index.fingerprint != _identity(folder) or columns.keys() != {
+    if index.fingerprint != _identity(folder, suffixes) or columns.keys() != {
         "folders", "modified", "counts", "names", "shards", "skipped", "others",
     }:  # fmt: skip
         return None
@@ -244,7 +247,7 @@ def _listing_of(folder: Path, index: Index) -> Listing | None:
         tallies = {
             str(kind): Tally(int(count), [str(name) for name in some]) for kind, (count, *some) in others.items()
         }
-        if set(why) != set(skipped) or not set(why.values()) <= {"hidden", "run", "twice"}:
+        if set(why) != set(skipped) or not set(why.values()) <= {"hidden", "run", "twice", "zarr"}:
             return None
         if [os.stat(os.path.join(folder, name)).st_mtime_ns for name in folders] != modified.tolist():
             return None
@@ -264,14 +267,14 @@ def _stays_inside(column: np.ndarray) -> bool:
     )
 
 
-def scan_folder(folder: Path) -> tuple[Listing, dict[str, int]]:
+def scan_folder(folder: Path, suffixes: tuple[str, ...] = ()) -> tuple[Listing, dict[str, int]]:
     """Lists a folder without an index. Returns modification times too, in ns, by folder; -1 for an unreadable one.
 
     Links to folders are followed once all that is no link is listed, in the order of their names, so that what is found
     depends on no order of the file system's; links with the name of a part come first. A folder that a link leads to is
     listed once, and one around the link is not listed.
     """
-    scan = _Scan(str(folder))
+    scan = _Scan(str(folder), suffixes)
     waiting, links = ["", *reversed(_linked_parts(str(folder)))], list[str]()
     first = {*waiting[1:]}
     while waiting or links:
@@ -310,8 +313,9 @@ def _linked_parts(folder: str) -> list[str]:
 class _Scan:
     """A listing in the making."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, suffixes: tuple[str, ...]) -> None:
         self.listing = Listing(folder)
+        self._suffixes = suffixes
         self.modified: dict[str, int] = {}
         self._linked: set[str] = set()
         self._keys: dict[bool, set[tuple[int, int]]] = {False: set(), True: set()}
@@ -356,6 +360,10 @@ class _Scan:
             self.listing.skipped[inside] = "run"
             del self.modified[inside]
             return
+        if inside and not {entry.name for entry in found}.isdisjoint(ZARR_FILES):
+            self.listing.skipped[inside] = "zarr"
+            del self.modified[inside]
+            return
         images: list[str] = []
         for entry in found:
             name = entry.name
@@ -367,7 +375,7 @@ class _Scan:
                     self.listing.skipped[path] = "run"
                 else:
                     yield path, entry.is_symlink()
-            elif (kind := _kind(entry)) == "image":
+            elif (kind := _kind(entry, self._suffixes)) == "image":
                 images.append(name)
             elif kind == "shard":
                 self.listing.shards.append(path)
@@ -385,6 +393,8 @@ NO_FILES = ("broken", "special")
 # What a run leaves in its output_dir: the files that tell it from other folders, and its folders.
 RUN_FILES = ("config.json", "metrics.jsonl")
 RUN_FOLDERS = ("checkpoints", "reconstructions")
+# What lies in every group and array of a Zarr store.
+ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
 
 
 def _is_run_folder(entries: list[os.DirEntry[str]]) -> bool:
@@ -413,7 +423,7 @@ def _is_around(link: str) -> bool:
     return os.path.join(os.path.realpath(os.path.dirname(link)), "").startswith(target)
 
 
-def _kind(entry: os.DirEntry[str]) -> str:
+def _kind(entry: os.DirEntry[str], suffixes: tuple[str, ...]) -> str:
     """Returns "image", "shard", or under which key of ``Listing.others`` a file is counted."""
     name = entry.name
     if not _is_file(entry):
@@ -421,6 +431,8 @@ def _kind(entry: os.DirEntry[str]) -> str:
     if name.startswith("."):
         return "index" if name.startswith(".fastmae-") and name.endswith(".index") else "hidden"
     suffix = suffix_of(name)
+    if suffixes:
+        return "image" if name.lower().endswith(suffixes) else suffix
     if suffix in IMAGE_SUFFIXES:
         return "image"
     if suffix in SHARD_SUFFIXES:
@@ -537,6 +549,10 @@ def others_left_out(listing: Listing) -> list[LeftOut]:
         filled = [name for name, count in counts.items() if count]
         if filled:
             left_out.append(LeftOut("files", sum(counts.values()), f"{reason} such as {filled[0]}"))
+    stores = _skipped(listing, "zarr")
+    if stores:
+        reason = f"Zarr stores; give their own paths, such as {os.path.join(listing.folder, stores[0])}"
+        left_out.append(LeftOut("folders", len(stores), reason, tuple(stores[:EXAMPLES])))
     twice = _skipped(listing, "twice")
     if twice:
         reason = "linked, and listed already or around the link"

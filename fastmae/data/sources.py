@@ -24,6 +24,7 @@ from fastmae.data.plan import Shards, describe_order, holdout
 from fastmae.data.shards import expand_braces, refuse_compressed
 from fastmae.data.stock import EXAMPLES, RUN_LINES, LeftOut, Stock, count_of, joined
 from fastmae.data.suffixes import IMAGE_SUFFIXES, SHARD_SUFFIXES, remedy_for, suffix_of
+from fastmae.data.volumes import is_stack, open_stack
 from fastmae.errors import SettingError, in_one_line
 from fastmae.facts import AS_STORED, DataFacts, ReadAs
 
@@ -352,7 +353,7 @@ def describe(source: Source, stock: Stock | None = None) -> DataFacts:
     size, channels = None, 3
     if source.kind != "folder":
         parts = source.parts if isinstance(source, Concat) else (source,)
-        shapes = {np.shape(part.read(0)) for part in parts}
+        shapes = set().union(*(getattr(part, "shapes", None) or {np.shape(part.read(0))} for part in parts))
         sizes, depths = {shape[:2] for shape in shapes}, {shape[2] for shape in shapes}
         size = sizes.pop() if len(sizes) == 1 else None
         channels = depths.pop() if len(depths) == 1 else 3
@@ -403,7 +404,8 @@ def _paths(data_path: str | Sequence[str]) -> list[str]:
 def _open(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
     if data_path == "digits":
         return _digits(split)
-    path = Path(data_path).expanduser()
+    place, keys = _without_keys(data_path)
+    path = Path(place).expanduser()
     try:
         if "{" in data_path and not path.exists():
             return _open_pattern(data_path, read_as) if split == "train" else None
@@ -411,6 +413,10 @@ def _open(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
             raise SettingError("data_path", data_path, "no such file or folder; give an existing one, or `digits`")
         if not path.is_dir() and not path.is_file():
             raise SettingError("data_path", data_path, "a pipe or a device; give a file or a folder")
+        if is_stack(path):
+            return open_stack(path, keys, split, read_as)
+        if keys is not None:
+            raise SettingError("data_path", data_path, "only HDF5 files and Zarr stores have keys; give the path alone")
         found = open_folder(path, split, read_as) if path.is_dir() else _open_file(path, split, read_as)
         return (
             by_page(found, read_as)
@@ -420,6 +426,12 @@ def _open(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
     except UNREADABLE as error:
         reason = in_one_line(" ".join(str(error).split()), 400)
         raise SettingError("data_path", data_path, f"cannot be read ({reason}); check or replace the file") from error
+
+
+def _without_keys(data_path: str) -> tuple[str, str | None]:
+    """Returns a path and the keys behind `::`, if it has any."""
+    place, separator, keys = data_path.rpartition("::")
+    return (place, keys) if separator and not os.path.exists(data_path) else (data_path, None)
 
 
 def _digits(split: Split) -> Source:
@@ -436,11 +448,11 @@ def _open_file(path: Path, split: Split, read_as: ReadAs) -> Source | None:
     if suffix_of(path.name) in LIST_SUFFIXES:
         return open_list(path, split, read_as.root)
     if split == "val":  # only an array file can hold two parts
-        return open_array(path, split)
+        return open_array(path, split, read_as.layout)
     refuse_compressed(path)
     if path.name.lower().endswith(SHARD_SUFFIXES):
         return open_files([path], read_as)
-    array = open_array(path, split)
+    array = open_array(path, split, read_as.layout)
     if array is not None:
         return array
     suffix = suffix_of(path.name)
@@ -449,7 +461,7 @@ def _open_file(path: Path, split: Split, read_as: ReadAs) -> Source | None:
     remedy = remedy_for(suffix)
     if remedy is not None:
         raise SettingError("data_path", str(path), f"a {suffix} file, {remedy}")
-    raise ValueError("not an image, .npy, .npz, .tar, .parquet, IDX or CIFAR .bin file, nor a list of paths")
+    raise ValueError("not an image, .npy, .npz, .h5, .tar, .parquet, IDX or CIFAR .bin file, nor a list of paths")
 
 
 def _open_pattern(pattern: str, read_as: ReadAs) -> Source | None:

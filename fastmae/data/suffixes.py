@@ -63,10 +63,12 @@ def _by_suffix(texts: dict[str, str]) -> dict[str, str]:
 
 
 _REMEDIES = _by_suffix({
-    ".arrow .feather .lmdb .mdb .tfrecord .tfrecords .rec .beton .h5 .hdf5 .hdf .zarr .mat .pkl .pickle .pt .pth":
+    ".arrow .feather .lmdb .mdb .tfrecord .tfrecords .rec .beton .mat .pkl .pickle .pt .pth":
         "which fastmae does not read; write the images to files, tar shards, Parquet or .npy",
     ".zip .7z .rar .gz .tgz .bz2 .xz .zst .lz4": "which is compressed; unpack it",
     ".npy .npz .bin": "an array, which is not read from a folder of images; give its own path",
+    ".h5 .hdf5 .hdf .he5": "a file of arrays; give its own path, with ::KEY behind it if it holds several",
+    ".nii": "a volume, which is not read from a folder of images; give its own path",
     ".csv .tsv .jsonl": "a list or a table; if it names the images, give its own path",
     ".tar .parquet": "a shard beside image files; give its own path",
     ".heic .heif .hif": "which needs pillow-heif; run pip install pillow-heif",
@@ -76,7 +78,7 @@ _REMEDIES = _by_suffix({
     ".jxl .jpc": f"which needs imagecodecs; run {install_hint('science')}",
     ".jxr .webp2 .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw":
         "which Pillow does not decode; convert it to PNG, TIFF or JPEG",
-    ".nii .mha .mhd .nrrd .nd2 .czi .lif .oib .oif .vsi .svs .ndpi .mrxs .fits .fit .nc .hgt":
+    ".mha .mhd .nrrd .nd2 .czi .lif .oib .oif .vsi .svs .ndpi .mrxs .fits .fit .nc .hgt":
         "which fastmae does not read; convert it to PNG, TIFF or .npy",
     ".mp4 .m4v .avi .mov .mkv .webm .mpg .mpeg .wmv .flv": "a video; write its frames to image files",
     ".svg .eps .ps .pdf .ai .wmf .emf": "a drawing; render it to PNG",

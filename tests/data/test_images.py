@@ -32,7 +32,9 @@ def folder(tmp_path, monkeypatch):
 def listed(monkeypatch):
     """The folders that were listed, once per time."""
     calls = []
-    monkeypatch.setattr(images, "scan_folder", lambda folder: (calls.append(folder), scan_folder(folder))[1])
+    monkeypatch.setattr(
+        images, "scan_folder", lambda folder, *rest: (calls.append(folder), scan_folder(folder, *rest))[1]
+    )
     return calls
 
 

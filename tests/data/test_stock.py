@@ -240,9 +240,9 @@ def test_what_cannot_be_meant_is_refused_in_a_line_that_says_what_there_is(name,
 
 
 def test_a_file_of_another_format_is_refused_with_a_remedy(tmp_path):
-    (tmp_path / "x.h5").write_bytes(b"x")
-    with pytest.raises(SettingError, match=r"a \.h5 file, which fastmae does not read; write the images to"):
-        open_train(str(tmp_path / "x.h5"))
+    (tmp_path / "x.mat").write_bytes(b"x")
+    with pytest.raises(SettingError, match=r"a \.mat file, which fastmae does not read; write the images to"):
+        open_train(str(tmp_path / "x.mat"))
     (tmp_path / "photo").write_bytes(picture())
     assert len(open_train(str(tmp_path / "photo"))) == 1
 
@@ -308,7 +308,7 @@ def test_a_kept_listing_has_the_same_stock(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "is_settled", lambda times: True)
     calls = []
     scan = images.scan_folder
-    monkeypatch.setattr(images, "scan_folder", lambda folder: (calls.append(folder), scan(folder))[1])
+    monkeypatch.setattr(images, "scan_folder", lambda folder, *rest: (calls.append(folder), scan(folder, *rest))[1])
     root = fill(tmp_path / "set", *classes("train"), *classes("val"), "a.txt", ".b/c.png", "x.tar")
     first = stock_of(root)[2]
     assert len(first.left_out) == 3

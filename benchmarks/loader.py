@@ -43,12 +43,13 @@ from fastmae.benchmarks.baselines.official_pipeline import OfficialPipeline, Req
 from fastmae.benchmarks.harness import Samples
 from fastmae.benchmarks.images import ImagesConfig, make_jpegs, write_images
 from fastmae.config import BenchLoaderConfig, check_bench
-from fastmae.data.decode import BadImageError, crop_and_resize, decode, plain_jpeg_shape
+from fastmae.data.decode import BadImageError, decode, plain_jpeg_shape
 from fastmae.data.decoders import dali
 from fastmae.data.loader import PREFETCH, View, choose_decoder, default_workers, load_batches
 from fastmae.data.parquet import ParquetSource
 from fastmae.data.plan import EpochPlan, crop_draws, is_flipped, plan_epoch, random_box
 from fastmae.data.reading import Reading
+from fastmae.data.resize import crop_and_resize
 from fastmae.data.sources import FolderSource, Source, open_train
 from fastmae.errors import UserError
 from fastmae.screen import printable

@@ -22,10 +22,11 @@ import torch
 from PIL import Image
 
 from fastmae.benchmarks.images import ImagesConfig, make_jpeg, write_images
-from fastmae.data.decode import BadImageError, crop_and_resize, decode, plain_jpeg_shape
+from fastmae.data.decode import BadImageError, decode, plain_jpeg_shape
 from fastmae.data.loader import Batch, View, load_batches
 from fastmae.data.plan import crop_draws, is_flipped, plan_epoch, random_box
 from fastmae.data.reading import Reading
+from fastmae.data.resize import crop_and_resize
 from fastmae.data.sources import FolderSource, Source, open_train
 
 CPU = torch.device("cpu")

@@ -13,13 +13,13 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastmae.config import VerifyConfig
+from fastmae.config import VerifyConfig, read_as
 from fastmae.data.loader import default_workers
 from fastmae.data.reading import Reading
 from fastmae.data.sources import Source, open_train, open_val, shown, unknown_classes
 from fastmae.data.stock import count_of
 from fastmae.data.survey import refuse_dark
-from fastmae.data.verify import EXAMPLES, Findings, check, choose_channels, damage_of
+from fastmae.data.verify import EXAMPLES, Findings, check, choose_reading, damage_of
 from fastmae.errors import UserError
 from fastmae.screen import open_console, printable
 
@@ -33,11 +33,12 @@ def run_verify(config: VerifyConfig) -> int:
         UserError: settings that cannot work, or data that a run would refuse at its start. What only the pixels show is
             said after all else.
     """
-    parts = {"train": open_train(config.data_path)}
-    val = open_val(config.data_path)
+    asked = read_as(config)
+    parts = {"train": open_train(config.data_path, asked)}
+    val = open_val(config.data_path, asked)
     if val is not None:
         parts["val"] = val
-    in_chans = choose_channels(config.in_chans, parts)
+    reading = choose_reading(config.in_chans, parts, asked)
     num_workers = config.num_workers or default_workers()
     damage = [(part, *shard) for part, source in parts.items() for shard in damage_of(source)]
     findings = {part: Findings() for part in parts}
@@ -53,15 +54,15 @@ def run_verify(config: VerifyConfig) -> int:
                 unknown = unknown_classes(parts["train"], source) if part == "val" else []
                 for line in [*source.stock.lines(), *unknown]:
                     screen.print(f"  {'stock':13} {line}")
-                with contextlib.closing(check(source, Reading(in_chans), num_workers)) as chunks:
+                with contextlib.closing(check(source, reading, num_workers)) as chunks:
                     for chunk in chunks:
                         for bad in chunk.examples:
                             write({"part": part, **dataclasses.asdict(bad)})
                         findings[part].add(chunk)
                         screen.update(chunk)
-                for name, text in _facts(source, findings[part], in_chans):
+                for name, text in _facts(source, findings[part], reading):
                     screen.print(f"  {name:13} {text}")
-            how = f"--num_workers {num_workers} --in_chans {in_chans}"
+            how = f"--num_workers {num_workers} --in_chans {reading.in_chans}"
             screen.print(f"speed           {screen.speed():,.0f} images/s with {how}")
             status = _report(screen.print, findings, damage, config.output)
     for found in findings.values():
@@ -127,7 +128,7 @@ def _written(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield lambda record: print(json.dumps(record), file=file)
 
 
-def _facts(source: Source, findings: Findings, in_chans: int) -> Iterator[tuple[str, str]]:
+def _facts(source: Source, findings: Findings, reading: Reading) -> Iterator[tuple[str, str]]:
     """(name, text) of what is known about a part."""
     yield "size", f"{_bytes(findings.size)}, {_bytes(findings.size / findings.images)} per image"
     if findings.smallest is None or findings.largest is None:
@@ -138,7 +139,7 @@ def _facts(source: Source, findings: Findings, in_chans: int) -> Iterator[tuple[
     else:
         for name, (_, height, width, index) in (("smallest", findings.smallest), ("largest", findings.largest)):
             yield name, f"{width}×{height} pixels, {source.name(abs(index))}"
-    for line in findings.survey.stock(in_chans).lines():
+    for line in findings.survey.stock(reading).lines():
         yield "note", line
     for note, (count, index) in sorted(findings.notes.items()):
         yield "note", f"{count:,} {note}, first {source.name(index)}"

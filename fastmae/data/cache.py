@@ -95,7 +95,7 @@ class CachedSource:
         return len(self.source)
 
     def read(self, index: int) -> bytes | np.ndarray:
-        """Returns the bytes of an image file, or pixels uint8 [H, W, C] that must not be written to.
+        """Returns the bytes of an image file, or pixels [H, W, C] that must not be written to.
 
         Raises:
             BadImageError, OSError: as reading and decoding without a cache do. Then nothing is kept.
@@ -205,7 +205,11 @@ def _sizes(source: Source, index: int, reading: Reading, may_decode: bool) -> tu
         return _memory_of(data), 0
     try:
         shape = plain_jpeg_shape(data, reading) if isinstance(data, bytes) else None
-        pixels = decode(data, reading).nbytes if shape is None else math.prod(shape) * reading.in_chans
+        pixels = (
+            decode(data, reading).nbytes
+            if shape is None
+            else math.prod(shape) * reading.in_chans * np.dtype(reading.dtype).itemsize
+        )
     except BadImageError:
         return _memory_of(data), 0
     return _memory_of(data), ENTRY_BYTES + pixels

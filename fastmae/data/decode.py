@@ -1,11 +1,11 @@
-"""From bytes to pixels: decode, convert channels, crop, antialiased bicubic resize and flip one image, all in uint8.
+"""From the bytes of an image file to its pixels.
 
 This is what the thread decoder runs, one image per thread, and what decides which images are usable. It knows nothing
-of batches; fastmae/data/decoders has those.
+of batches; fastmae/data/decoders has those. Files of 8 bits are decoded by simplejpeg and Pillow, others by the first
+file of formats/ that knows them, as they are stored; convert.py makes them the pixels of a batch.
 
-Channels follow Pillow's ``convert``: colour becomes gray by ITU-R 601 luma, gray is repeated, alpha is dropped, and no
-alpha is made up. Of 9 to 16 bits the upper 8 are kept, floating-point, signed and 32-bit pixels are refused for want of
-a range, of several pages or frames the first counts, and no image is turned by its EXIF or TIFF orientation.
+Of several pages or frames the first counts, unless the user asks for all, and no image is turned by its EXIF or TIFF
+orientation.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
-import torch
-import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 from fastmae.data import tiff
+from fastmae.data.convert import to_batch
+from fastmae.data.formats import netpbm, png
 from fastmae.data.headers import JPEG_START, explain, jpeg2000_problem
-from fastmae.data.plan import Box
 from fastmae.data.reading import BadImageError, Reading, check_pixels
 from fastmae.facts import ReadAs
 
 FOLDER_CHANNELS = (1, 3, 4)
+_REACH = 4096
+"""How many of its first bytes tell what a file is."""
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_AS_STORED = ("L", "LA", "RGB", "RGBA", "CMYK")
+"""Modes of which Pillow gives every band as it is stored."""
 _SCALED_TO_16_BITS = ("PNG", "PPM", "JPEG2000")
 """Formats of which Pillow's modes I and I;16 hold 16 bits, to which it scales fewer. In a TIFF it scales nothing."""
 _DAMAGED_PIXELS = ("premature end", "bad Huffman code", "instead of RST", "Inconsistent progression")
@@ -40,24 +43,28 @@ _UNREAD = {
 
 
 def decode(data: bytes | np.ndarray, reading: Reading) -> np.ndarray:
-    """Decodes the bytes of an image file, or converts pixels uint8 [H, W, c], to pixels uint8 [H, W, in_chans].
+    """Decodes the bytes of an image file, or takes numbers [H, W, c], to pixels [H, W, in_chans] of ``reading.dtype``.
 
     Raises:
         BadImageError: bytes that are truncated or no image, too many pixels, or channels or values without a rule.
     """
-    in_chans = reading.in_chans
     if isinstance(data, np.ndarray):
-        return convert_channels(data, in_chans)
+        return to_batch(data, reading)
     with _bad_images(data):
-        if data[:3] == JPEG_START and in_chans in (1, 3):
-            pixels = _decode_jpeg(data)
-            if pixels is not None:
-                return convert_channels(pixels, in_chans)
-        native = native_pixels(data, reading.read_as)
-        if native is not None:
-            return convert_channels(native, in_chans)
-        with _opened(data, in_chans) as (image, stored_bits):
-            return _pixels_of(image, stored_bits, in_chans)
+        return to_batch(_file_pixels(data, reading), reading)
+
+
+def _file_pixels(data: bytes, reading: Reading) -> np.ndarray:
+    """Returns the pixels [H, W, c] of an image file in its own type."""
+    if data[:3] == JPEG_START and (reading.in_chans in (1, 3) or reading.read_as.bands):
+        pixels = _decode_jpeg(data)
+        if pixels is not None:
+            return pixels
+    native = native_pixels(data, reading.read_as)
+    if native is not None:
+        return native if reading.read_as.bands else _with_fourth_band(native, reading.in_chans)
+    with _opened(data, reading) as (image, stored_bits):
+        return _pixels_of(image, stored_bits, reading)
 
 
 def native_pixels(data: bytes, read_as: ReadAs) -> np.ndarray | None:
@@ -68,7 +75,18 @@ def native_pixels(data: bytes, read_as: ReadAs) -> np.ndarray | None:
     Raises:
         BadImageError: nothing that can be used, or only in another way than ``read_as`` says.
     """
+    start = data[:_REACH]
+    if png.is_png16(start):
+        return png.pixels(data, read_as)
+    if netpbm.is_netpbm16(start):
+        return netpbm.pixels(data, read_as)
     return None
+
+
+def is_native(data: bytes) -> bool:
+    """Tells whether ``native_pixels`` may know a file that Pillow does not decode as it is stored."""
+    start = data[:_REACH]
+    return png.is_png16(start) or netpbm.is_netpbm16(start)
 
 
 def refuse_by_header(data: bytes, reading: Reading) -> None:
@@ -78,8 +96,8 @@ def refuse_by_header(data: bytes, reading: Reading) -> None:
         BadImageError: the bytes are no image, or one without a rule.
     """
     with _bad_images(data):
-        if data[:3] != JPEG_START or plain_jpeg_shape(data, reading) is None:
-            with _opened(data, reading.in_chans):
+        if plain_jpeg_shape(data, reading) is None and not is_native(data):
+            with _opened(data, reading):
                 pass
 
 
@@ -118,7 +136,7 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
 
 
 def plain_jpeg_shape(data: bytes, reading: Reading) -> tuple[int, int] | None:
-    """Returns (height, width) of a plain JPEG, and None for every other file. It reads no pixels.
+    """Returns (height, width) of a plain JPEG that becomes uint8, and None for all else. It reads no pixels.
 
     Plain means gray or YCbCr, which any JPEG decoder takes, with the marker of its end. A truncated file has no such
     marker; it is left to ``decode``, which tells whether it is usable.
@@ -126,12 +144,9 @@ def plain_jpeg_shape(data: bytes, reading: Reading) -> tuple[int, int] | None:
     Raises:
         BadImageError: too many pixels.
     """
-    if (
-        isinstance(data, np.ndarray)
-        or reading.in_chans not in (1, 3)
-        or data[:3] != JPEG_START
-        or data[-2:] != b"\xff\xd9"
-    ):
+    if reading.dtype != "uint8" or reading.read_as.bands or reading.in_chans not in (1, 3):
+        return None
+    if isinstance(data, np.ndarray) or data[:3] != JPEG_START or data[-2:] != b"\xff\xd9":
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -144,7 +159,7 @@ def plain_jpeg_shape(data: bytes, reading: Reading) -> tuple[int, int] | None:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, in_chans: int) -> Iterator[tuple[Image.Image, int]]:
+def _opened(data: bytes, reading: Reading) -> Iterator[tuple[Image.Image, int]]:
     """Opens an image file by Pillow. Yields it, and the bits of a sample that its modes I and I;16 hold.
 
     Raises:
@@ -162,25 +177,49 @@ def _opened(data: bytes, in_chans: int) -> Iterator[tuple[Image.Image, int]]:
             raise BadImageError(f"{image.format} pixels of mode {image.mode} have no fixed range; store 8 or 16 bits")
         if image.format == "JPEG2000" and (problem := jpeg2000_problem(data)):
             raise BadImageError(problem)
-        if in_chans not in _PIL_MODES:
-            raise BadImageError(f"an image file gives 1, 3 or 4 channels, not {in_chans}")
-        if in_chans == 4:
-            _require_fourth_band(image, tags)
+        if not reading.read_as.bands:
+            if reading.in_chans not in _PIL_MODES:
+                raise BadImageError(f"a file of {image.format} gives 1, 3 or 4 channels, not {reading.in_chans}")
+            if reading.in_chans == 4:
+                _require_fourth_band(image, tags)
         image.info.pop("xmp", None)  # Pillow would turn a TIFF by it
         yield image, 16 if is_scaled or tags is None else tiff.stored_bits(tags)
 
 
-def _pixels_of(image: Image.Image, stored_bits: int, in_chans: int) -> np.ndarray:
-    """Returns the pixels of an opened image as uint8 [H, W, in_chans]."""
+def _pixels_of(image: Image.Image, stored_bits: int, reading: Reading) -> np.ndarray:
+    """Returns the pixels of an opened image: uint16 [H, W, 1] of more than 8 bits, else uint8 [H, W, in_chans].
+
+    Where the user chooses bands, all bands of 8 bits are returned, a palette as its colours.
+    """
     if image.mode.startswith("I"):  # more than 8 bits per pixel, which Pillow itself would clip at 255
-        upper = np.asarray(image).astype(np.int64) >> (stored_bits - 8)
-        return convert_channels(upper.clip(0, 255).astype(np.uint8)[..., None], in_chans)
-    if in_chans != 4:
+        wide = np.asarray(image).astype(np.int64)[..., None]
+        if reading.read_as.pixel_type == "uint8":  # as version 0.1 did
+            return (wide >> (stored_bits - 8)).clip(0, 255).astype(np.uint8)
+        return wide.astype(np.uint16)
+    if reading.in_chans != 4:
         image.info.pop("transparency", None)  # dropped anyway, and Pillow would warn about palettes
     # Pillow converts gray that was multiplied by its alpha to nothing else.
     plain = image.convert("LA") if image.mode == "La" else image
-    pixels = np.asarray(plain.convert(_PIL_MODES[in_chans]))
-    return pixels[..., None] if in_chans == 1 else pixels
+    if reading.read_as.bands:
+        mode = plain.mode if plain.mode in _AS_STORED else "RGBA" if plain.has_transparency_data else "RGB"
+    else:
+        mode = _PIL_MODES[reading.in_chans]
+    pixels = np.asarray(plain.convert(mode))
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _with_fourth_band(pixels: np.ndarray, in_chans: int) -> np.ndarray:
+    """Returns the pixels of a file, which have the fourth band if it is asked for: none is made up."""
+    bands = pixels.shape[2]
+    if in_chans != 4 or bands >= 4:
+        return pixels
+    if bands == 2:  # gray with alpha becomes colour with alpha
+        return pixels[..., [0, 0, 0, 1]]
+    raise _no_fourth(f"{bands} band{'s' if bands > 1 else ''}")
+
+
+def _no_fourth(what: str) -> BadImageError:
+    return BadImageError(f"{what}, in_chans 4 asks for 4; set in_chans to 1 or 3, or give images with a fourth band")
 
 
 def _require_fourth_band(image: Image.Image, tags: tiff.Tags | None) -> None:
@@ -189,61 +228,4 @@ def _require_fourth_band(image: Image.Image, tags: tiff.Tags | None) -> None:
     has_alpha = image.has_transparency_data and not image.mode.startswith("I")
     if not has_alpha or (tags is not None and tags.unspecified and bands != 4):
         count = f"{bands} band{'s' if bands > 1 else ''}" if image.mode != "CMYK" else "CMYK without alpha"
-        raise BadImageError(
-            f"{count}, in_chans 4 asks for 4; set in_chans to 1 or 3, or give images with a fourth band"
-        )
-
-
-def convert_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
-    """Returns pixels uint8 [H, W, c] with ``in_chans`` channels, by the rule at the top of this file.
-
-    Raises:
-        BadImageError: no rule turns these channels into ``in_chans``.
-    """
-    channels = pixels.shape[2]
-    if channels == in_chans:
-        return pixels
-    if channels in (2, 4):  # gray or colour with alpha
-        return convert_channels(pixels[..., : channels - 1], in_chans)
-    if channels == 1:
-        return np.repeat(pixels, in_chans, axis=2)
-    if channels == 3 and in_chans == 1:
-        return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))[..., None]
-    raise BadImageError(f"no rule turns {channels} channels into {in_chans}; set in_chans to {channels}")
-
-
-def crop_and_resize(pixels: np.ndarray, box: Box, flip: bool, size: tuple[int, int]) -> np.ndarray:
-    """Returns the region ``box`` of pixels uint8 [H, W, C] at ``size`` (h, w), mirrored or not: uint8 [h, w, C].
-
-    It equals Pillow's ``crop(box).resize(size, BICUBIC)``, which the official code uses, within 2 grey levels. It is
-    antialiased, and the filter reads nothing outside the box. No channel is taken for alpha.
-    """
-    region = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
-    if (box.height, box.width) != size:
-        region = _resize(region, size)
-    if flip:  # by torch, because NumPy copies a reversed axis byte by byte
-        region = torch.from_numpy(np.require(region, requirements=("C", "W"))).flip(1).numpy()
-    return region
-
-
-def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes by torch in uint8, which is several times as fast as Pillow.
-
-    Both resize one axis after the other with 8 bits in between. Noise clips there, so on noise the order of the axes
-    changes results by dozens of levels. torch resizes the width first; where Pillow (13) starts with the height, so
-    does this function, in two calls.
-    """
-    height, width, channels = pixels.shape
-    if channels != 3:  # plane by plane, as torch errs on 5 channels of a width of 1
-        planes = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[:, None]
-    else:
-        # The batch axis comes first, or torch does not see that channels are last and returns them plane by plane.
-        planes = torch.from_numpy(pixels.copy())[None].permute(0, 3, 1, 2)
-    if height - size[0] > max(0, 2 * (width - size[1])):
-        planes = _interpolate(planes, (size[0], width))
-    planes = _interpolate(planes, size)
-    return (planes[0].permute(1, 2, 0) if channels == 3 else planes[:, 0].permute(1, 2, 0)).numpy()
-
-
-def _interpolate(planes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return F.interpolate(planes, size=size, mode="bicubic", antialias=True, align_corners=False)
+        raise _no_fourth(count)

@@ -145,7 +145,9 @@ def _pillow_header(data: bytes, image: Image.Image) -> Header:
     bands = len(image.getbands())
     if file_format == "PNG" and data[25:26] == b"\x04":  # gray with alpha of 16 bits, which Pillow opens as RGBA
         colours, bands = "gray with alpha", 2
-    return Header(file_format, colours, bands, bits, alpha, pages=_count_frames(image), size=size)
+    is_wide = mode.startswith("I") or (bits > 8 and file_format in ("PNG", "PPM"))
+    dtype = "uint16" if is_wide else "uint8"
+    return Header(file_format, colours, bands, bits, alpha, pages=_count_frames(image), size=size, dtype=dtype)
 
 
 def _count_frames(image: Image.Image) -> int:

@@ -32,7 +32,7 @@ class Batch:
     """A batch as the model gets it."""
 
     images: torch.Tensor
-    """uint8 [N, H, W, C] on the device."""
+    """[N, H, W, C] of the type of the data set, uint8, uint16 or float32, on the device."""
     draw_ids: torch.Tensor
     """int64 [N] on the CPU."""
     skipped: tuple[Skipped, ...]
@@ -112,6 +112,8 @@ def choose_decoder(asked: str, device: torch.device, source: Source | None, read
         problem = f"the device is {device}; use --device=cuda, or --image_decoder=dali-cpu"
     elif reading.in_chans not in (1, 3):
         problem = f"DALI decodes to 1 or 3 channels, not {reading.in_chans}; {threads}"
+    elif reading.dtype != "uint8" or reading.read_as.bands:
+        problem = f"DALI decodes 8 bits of all bands, not {reading.dtype}; {threads}"
     elif source is not None and source.kind != "folder":
         problem = f"the data are arrays, which need no decoding; {threads}"
     elif missing := dali.why_not_installed():

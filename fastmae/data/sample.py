@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 from fastmae.data.augment import RandAugment
-from fastmae.data.decode import BadImageError, crop_and_resize, decode, plain_jpeg_shape
+from fastmae.data.decode import BadImageError, decode, plain_jpeg_shape
 from fastmae.data.plan import Box, central_box, is_flipped, random_box, unseen_note
 from fastmae.data.reading import Reading
+from fastmae.data.resize import crop_and_resize
 from fastmae.data.sources import Source, evenly_spaced
 from fastmae.errors import UserError
 
@@ -92,7 +93,7 @@ def load_sample(
         index: the sample.
         view: how it becomes an image.
         draws: float64, the row of ``plan.crop_draws`` that decides crop and flip; None for the central region.
-        out: uint8 [H, W, C], the place for the pixels.
+        out: [H, W, C] of the type of the batch, the place for the pixels.
         for_dali: only read a plain JPEG, and return it as ``encoded``.
         changes: float64, the row of ``view.augment.draws`` that decides the augmentation; None for none.
 
@@ -115,7 +116,7 @@ def load_sample(
             skipped.append(Skipped(candidate, source.name(candidate), str(error)))
             continue
         if encoded is None:
-            out[:] = crop_and_resize(pixels, *_crop(view, draws, *pixels.shape[:2]), view.size)
+            out[:] = crop_and_resize(pixels, *_crop(view, draws, *pixels.shape[:2]), view.size, view.reading.nodata)
             if view.augment is not None and changes is not None:
                 out[:] = view.augment(out, changes)
         return LoadedSample(tuple(skipped), encoded, bytes_read, time.perf_counter() - started)

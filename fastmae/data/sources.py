@@ -6,6 +6,7 @@ crops or models. How each kind is stored is in arrays.py, images.py, shards.py a
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from typing import Protocol
 
 import numpy as np
 
-from fastmae.data.arrays import UNREADABLE, ArraySource, Split, open_array
+from fastmae.data.arrays import FEW, UNREADABLE, ArraySource, Split, open_array
+from fastmae.data.convert import narrowest
 from fastmae.data.folders import open_files, open_folder
+from fastmae.data.headers import read_header
 from fastmae.data.images import FolderSource, begins_as_an_image
 from fastmae.data.lists import LIST_SUFFIXES, open_list
 from fastmae.data.pages import PagedSource, by_page
@@ -26,7 +29,12 @@ from fastmae.data.stock import EXAMPLES, RUN_LINES, LeftOut, Stock, count_of, jo
 from fastmae.data.suffixes import IMAGE_SUFFIXES, SHARD_SUFFIXES, remedy_for, suffix_of
 from fastmae.data.volumes import is_stack, open_stack
 from fastmae.errors import SettingError, in_one_line
-from fastmae.facts import AS_STORED, DataFacts, ReadAs
+from fastmae.facts import AS_STORED, DataFacts, PixelFacts, ReadAs
+
+LOOKED_AT = 64
+"""Of how many images the headers are read before a run."""
+IN_A_ROW = 16
+"""How many of them are read in a row from a source with shards."""
 
 
 class Source(Protocol):
@@ -343,20 +351,27 @@ def shown(data_path: str | Sequence[str]) -> str:
     return data_path if isinstance(data_path, str) else " ".join(data_path)
 
 
-def describe(source: Source, stock: Stock | None = None) -> DataFacts:
+def describe(source: Source, stock: Stock | None = None, read_as: ReadAs = AS_STORED) -> DataFacts:
     """Returns the facts that the defaults of training depend on. Image files differ in size and are taken as colour.
 
     Args:
         source: the data set.
         stock: what is told of it, as ``survey.take_stock`` returns it; by default what the source itself knows.
+        read_as: what the user asks for.
     """
+    types, bands = _stored(source)
+    dtype = narrowest(types) if read_as.pixel_type == "auto" else read_as.pixel_type
     size, channels = None, 3
+    if len(bands) == 1 and max(bands) > FEW:  # files of many bands, of which no colour is made
+        channels = max(bands)
     if source.kind != "folder":
         parts = source.parts if isinstance(source, Concat) else (source,)
         shapes = set().union(*(getattr(part, "shapes", None) or {np.shape(part.read(0))} for part in parts))
         sizes, depths = {shape[:2] for shape in shapes}, {shape[2] for shape in shapes}
         size = sizes.pop() if len(sizes) == 1 else None
         channels = depths.pop() if len(depths) == 1 else 3
+    if read_as.bands:
+        channels = len(read_as.bands)
     labelled = source.labels is not None and len(np.unique(source.labels)) > 1
     return DataFacts(
         kind=source.kind,
@@ -366,8 +381,33 @@ def describe(source: Source, stock: Stock | None = None) -> DataFacts:
         length=len(source),
         order=describe_order(len(source), source.shards),
         location=source.location,
+        pixels=PixelFacts(dtype=dtype, nodata=read_as.nodata),
         stock=tuple((stock or source.stock).lines(RUN_LINES)),
     )
+
+
+def _stored(source: Source) -> tuple[set[str], set[int]]:
+    """Returns the types, by their names in NumPy, and the numbers of bands of a sample of images, of files by headers.
+
+    An array says it of all of its images. The first image of each part of joined data is among them. What cannot be
+    read is passed over: whatever reads it later says why.
+    """
+    if isinstance(source, ArraySource):
+        return {source.images.dtype.name}, {source.images.shape[3]}
+    indices = {*evenly_spaced(source, LOOKED_AT, IN_A_ROW).tolist()}
+    if isinstance(source, Concat):
+        indices |= {*source.starts[:-1].tolist()}
+    types, bands = set(), set()
+    for index in sorted(indices):
+        with contextlib.suppress(Exception):
+            data = source.read(index)
+            if isinstance(data, np.ndarray):
+                types.add(data.dtype.name)
+                bands.add(data.shape[2])
+            elif (header := read_header(data)).bands:
+                types.add(header.dtype)
+                bands.add(header.bands)
+    return types, bands
 
 
 def evenly_spaced(source: Source, count: int, run: int) -> np.ndarray:

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from fastmae.data.arrays import FEW
+from fastmae.data.convert import as_type, narrowest
 from fastmae.data.decode import BadImageError, decode, refuse_by_header
 from fastmae.data.headers import Header, read_header
 from fastmae.data.reading import Reading
-from fastmae.data.sources import Source, evenly_spaced
+from fastmae.data.sources import IN_A_ROW, LOOKED_AT, Source, evenly_spaced
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of, joined
 from fastmae.errors import SettingError
+from fastmae.facts import AS_STORED, ReadAs
 
-SAMPLES = 64
-"""How many images are looked at when a run begins."""
-RUN = 16
-"""How many of them are read in a row from a source with shards."""
 DECODED = 8
 """Of how many of them the pixels are looked at."""
 LEVELS = 64
@@ -32,6 +32,7 @@ TURNED = "turned by EXIF or TIFF orientation, which a run does not do"
 PAGES = "only the first page, frame or size of a file is used; save each as a file of its own to use all"
 ALPHA = "alpha is used with in_chans 4 only"
 FOURTH = "a band beside the colours is used with in_chans 4 only"
+CHOSEN = "other bands than those that bands names are not used"
 SECOND = "a band beside gray or a palette is never used; save it as a file of its own"
 
 
@@ -60,6 +61,8 @@ class Survey:
     images: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     """By format, colours and depth."""
+    types: Counter[str] = field(default_factory=Counter)
+    """By the type of their numbers as they are stored, as NumPy calls it."""
     used: Counter[str] = field(default_factory=Counter)
     """How many pages and bands are used."""
     left_out: dict[tuple[str, str], tuple[int, tuple[str, ...]]] = field(default_factory=dict)
@@ -75,20 +78,27 @@ class Survey:
     measured: int = 0
     """Images whose pixels were looked at."""
 
-    def see(self, header: Header, name: str, pixels: np.ndarray | None, in_chans: int) -> None:
-        """Adds an image. Its pixels uint8 [H, W, in_chans] may be left out."""
+    def see(self, header: Header, name: str, pixels: np.ndarray | None, reading: Reading) -> None:
+        """Adds an image. Its pixels [H, W, in_chans], as they are read, may be left out."""
+        in_chans = reading.in_chans
         self.images += 1
         self.kinds[header.kind] += 1
+        self.types[header.dtype] += 1
         self.used["pages"] += 1
         self._leave_out("pages", header.pages - 1, PAGES, name)
         unused = header.unspecified + header.alpha if in_chans < 4 else 0  # of 4 none is used without all its bands
+        chosen = reading.read_as.bands
+        if chosen is not None:
+            unused = header.bands - len({*chosen})
         self.used["bands"] += header.bands - unused
-        if unused:
-            reason = ALPHA if header.alpha else FOURTH if header.bands == 4 else SECOND
+        if unused > 0:
+            reason = (
+                CHOSEN if chosen is not None else ALPHA if header.alpha else FOURTH if header.bands == 4 else SECOND
+            )
             self._leave_out("bands", unused, reason, name)
         if header.is_turned:
             self.turned = self.turned[0] + 1, self.turned[1] or name
-        if header.bits > 8:
+        if header.bits > 8 and reading.dtype == "uint8":
             depth = self.depths.setdefault(header.bits, Depth(first=name))
             depth.images += 1
             if pixels is not None:
@@ -100,10 +110,11 @@ class Survey:
             self.measured += 1
             self.gray_pixels += not header.is_gray and in_chans == 3 and _is_gray(pixels)
 
-    def see_array(self, kind: str) -> None:
-        """Adds an image of an array, of which nothing can be unexpected."""
+    def see_array(self, kind: str, dtype: str) -> None:
+        """Adds an image of an array, of which nothing but the type of its numbers can be unexpected."""
         self.images += 1
         self.kinds[kind] += 1
+        self.types[dtype] += 1
 
     def _leave_out(self, unit: str, count: int, reason: str, name: str) -> None:
         if count > 0:
@@ -114,6 +125,7 @@ class Survey:
         """Adds what was found in images that follow."""
         self.images += later.images
         self.kinds.update(later.kinds)
+        self.types.update(later.types)
         self.used.update(later.used)
         for key, (count, names) in later.left_out.items():
             before, earlier = self.left_out.get(key, (0, ()))
@@ -132,21 +144,23 @@ class Survey:
         shares = (f"{kind} {count:,} ({100 * count / self.images:.3g} %)" for kind, count in kinds)
         return kinds[0][0] if len(kinds) == 1 else ", ".join(shares)
 
-    def stock(self, in_chans: int, among: str = "") -> Stock:
+    def stock(self, reading: Reading, among: str = "") -> Stock:
         """Returns it as a stock.
 
         Args:
-            in_chans: the channels of the model.
+            reading: how the images are read.
             among: what was looked at if not all: "of 64 images sampled".
         """
         bracket = f" ({among})" if among else ""
         left_out = tuple(
             LeftOut(unit, count, reason + bracket, names) for (unit, reason), (count, names) in self.left_out.items()
         )
-        return Stock(dict(self.used) if left_out else {}, left_out, tuple(self._notes(in_chans, bracket)))
+        return Stock(dict(self.used) if left_out else {}, left_out, tuple(self._notes(reading, bracket)))
 
-    def _notes(self, in_chans: int, bracket: str) -> list[str]:
-        notes = [
+    def _notes(self, reading: Reading, bracket: str) -> list[str]:
+        in_chans = reading.in_chans
+        notes = type_notes(self.types, reading, bracket)
+        notes += [
             f"{_depth_text(bits, depth, bracket)}; scale them to 8 bits yourself if too few, first {depth.first}"
             for bits, depth in sorted(self.depths.items())
         ]
@@ -171,6 +185,30 @@ def _depth_text(bits: int, depth: Depth, bracket: str) -> str:
     return text
 
 
+def type_notes(types: Mapping[str, int], reading: Reading, bracket: str = "") -> list[str]:
+    """Returns what is done to numbers that are stored in other types than that of the pixels, a line each.
+
+    Args:
+        types: how many images are stored in which type, by its name in NumPy.
+        reading: how they are read.
+        bracket: behind the count, of which images.
+    """
+    asked, notes = reading.read_as.pixel_type, []
+    for name, count in sorted(types.items()):
+        images = f"{count_of(count, 'images')} of {name}{bracket}"
+        if name == reading.dtype or (name, reading.dtype) == ("uint16", "uint8"):  # of the latter the depth is told
+            continue
+        if (name, reading.dtype) == ("uint8", "uint16"):
+            notes.append(f"{images} among those of uint16: multiplied by 257, so that 255 becomes 65535")
+        elif reading.dtype == "float32" and len(types) > 1 and name in ("uint8", "uint16"):
+            notes.append(f"{images} among other types: their numbers are kept as float32; scale them if they mean else")
+        elif name == "float64" and asked == "float32":
+            notes.append(f"{images}: rounded to float32, as pixel_type says")
+        else:
+            notes.append(f"{images}: kept as {reading.dtype}, exactly; an image that does not fit is not used")
+    return notes
+
+
 def _is_gray(pixels: np.ndarray) -> bool:
     """Tells whether the three channels are equal; a few pixels show that of most images."""
     for part in (pixels[::16, ::16], pixels):
@@ -182,34 +220,61 @@ def _is_gray(pixels: np.ndarray) -> bool:
 # --- the start of a run -----------------------------------------------------------------------------------------------
 
 
-def take_stock(source: Source, in_chans: int | None) -> Stock:
+def take_stock(source: Source, in_chans: int | None, read_as: ReadAs = AS_STORED) -> Stock:
     """Returns the stock of a source, with what a few of its image files are.
 
     Args:
-        source: the data set. Of arrays nothing is added.
-        in_chans: the channels of the model; by default those of image files, 3.
+        source: the data set. Of arrays only the type of their numbers is added.
+        in_chans: the channels of the model; by default 3 of image files, or all bands of such with more than 4.
+        read_as: what the user asks for.
 
     Raises:
-        UserError: none of the images can be used, or their depth leaves too few levels, which cannot be meant.
+        UserError: none of the images can be used, or what they hold does not fit the type of the pixels.
     """
     if source.kind != "folder":
-        return source.stock
-    in_chans = in_chans or 3
-    survey, among = sample(source, in_chans)
+        return joined((source.stock, Stock(notes=tuple(_array_notes(source, read_as)))))
+    survey, among = sample(source, in_chans, read_as)
     refuse_dark(survey, among)
-    stock = survey.stock(in_chans, among)
+    stock = survey.stock(reading_of(in_chans or 3, survey.types, read_as), among)
     formats = (f"formats: {survey.formats()}" + f" ({among})" * bool(among),) if survey.images else ()
     return joined((source.stock, Stock(stock.used, stock.left_out, (*formats, *stock.notes))))
 
 
-def sample(source: Source, in_chans: int) -> tuple[Survey, str]:
-    """Surveys at most ``SAMPLES`` images. Returns what was found, and of what if not of all, as a phrase.
+def reading_of(in_chans: int, types: Iterable[str], read_as: ReadAs) -> Reading:
+    """Returns how images of these types, by their names in NumPy, are read together."""
+    dtype = narrowest(types) if read_as.pixel_type == "auto" else read_as.pixel_type
+    return Reading(in_chans, dtype=dtype, nodata=read_as.nodata, read_as=read_as)
+
+
+def _array_notes(source: Source, read_as: ReadAs) -> list[str]:
+    """Returns what to know of the types of numbers in arrays.
+
+    Raises:
+        SettingError: numbers that do not fit, in all of a few images.
+    """
+    types: Counter[str] = Counter()
+    problems, indices = [], evenly_spaced(source, DECODED, DECODED).tolist()
+    images = [(index, source.read(index)) for index in indices]
+    types.update(data.dtype.name for _, data in images if isinstance(data, np.ndarray))
+    reading = reading_of(3, types, read_as)
+    for index, data in images:
+        try:
+            as_type(data if isinstance(data, np.ndarray) else decode(data, reading), reading)
+        except BadImageError as error:
+            problems.append(f"{source.name(index)}: {error}")
+    if len(problems) == len(indices) > 0:
+        raise SettingError("pixel_type", problem=f"none of {len(indices)} images sampled can be used: {problems[0]}")
+    return type_notes(types, reading, "")
+
+
+def sample(source: Source, in_chans: int | None, read_as: ReadAs) -> tuple[Survey, str]:
+    """Surveys at most ``LOOKED_AT`` images. Returns what was found, and of what if not of all, as a phrase.
 
     Raises:
         UserError: none of the images can be used.
     """
     survey, problems = Survey(), []
-    indices = evenly_spaced(source, SAMPLES, RUN).tolist()
+    indices = evenly_spaced(source, LOOKED_AT, IN_A_ROW).tolist()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # of images that it takes all the same
         for number, index in enumerate(indices):
@@ -218,16 +283,18 @@ def sample(source: Source, in_chans: int) -> tuple[Survey, str]:
                 data = source.read(index)
                 if isinstance(data, np.ndarray):
                     continue
-                refuse_by_header(data, Reading(in_chans))
                 header = read_header(data)
+                channels = in_chans or (header.bands if header.bands > FEW else 3)
+                reading = reading_of(channels, [header.dtype], read_as)
+                refuse_by_header(data, reading)
                 depth = survey.depths.get(header.bits, Depth())
                 wants_pixels = number % max(1, len(indices) // DECODED) == 0
                 wants_pixels |= header.bits > 8 and depth.measured < DECODED
-                pixels = decode(data, Reading(in_chans)) if wants_pixels else None
+                pixels = decode(data, reading) if wants_pixels else None
             except (BadImageError, OSError) as error:
                 problems.append(f"{name}: {error}")
                 continue
-            survey.see(header, name, pixels, in_chans)
+            survey.see(header, name, pixels, reading)
     if problems and not survey.images and len(problems) == len(indices):
         looked_at = count_of(len(indices), "images") + " sampled" * (len(indices) < len(source))
         problem = f"none of {looked_at} can be used, the first is {problems[0]}"

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from fastmae.data.decode import FOLDER_CHANNELS, BadImageError, convert_channels, decode
+from fastmae.data.decode import FOLDER_CHANNELS, BadImageError, decode
 from fastmae.data.headers import read_header
 from fastmae.data.packed import PackedSource
 from fastmae.data.reading import Reading
@@ -26,6 +26,7 @@ from fastmae.data.sample import Skipped
 from fastmae.data.sources import ArraySource, Concat, FolderSource, Source, describe
 from fastmae.data.survey import Survey
 from fastmae.errors import SettingError, UserError
+from fastmae.facts import AS_STORED, ReadAs
 
 EXAMPLES = 20
 # Images per task: so few that all threads together stay within few row groups.
@@ -74,23 +75,27 @@ class Findings:
             self.notes[note] = (before + count, earlier)
 
 
-def choose_channels(asked: int | None, parts: dict[str, Source]) -> int:
-    """Returns the channels that a run would have: those asked for, or those of the train part.
+def choose_reading(asked: int | None, parts: dict[str, Source], read_as: ReadAs = AS_STORED) -> Reading:
+    """Returns how a run would read the images: with the channels asked for, or those of the train part, and its type.
 
     Raises:
         UserError: no image of a part can be used with so many channels.
     """
-    in_chans = asked or describe(parts["train"]).channels
-    if in_chans not in FOLDER_CHANNELS and any(source.kind == "folder" for source in parts.values()):
-        raise SettingError("in_chans", in_chans, "image files give 1, 3 or 4 channels; use an array for others")
+    facts = describe(parts["train"], read_as=read_as)
+    in_chans = asked or facts.channels
+    if in_chans not in (*FOLDER_CHANNELS, facts.channels) and any(source.kind == "folder" for source in parts.values()):
+        raise SettingError(
+            "in_chans", in_chans, "image files give 1, 3 or 4 channels; choose bands, or use an array for others"
+        )
     for source in parts.values():
         for array in _parts(source):
             if isinstance(array, ArraySource):
                 try:
-                    convert_channels(np.zeros((1, 1, array.images.shape[3]), np.uint8), in_chans)
+                    shape = (1, 1, array.images.shape[3])
+                    decode(np.zeros(shape, array.images.dtype), Reading(in_chans, dtype="float32", read_as=read_as))
                 except BadImageError as error:
                     raise UserError(f"{array.origin}: {error}") from error
-    return in_chans
+    return Reading(in_chans, dtype=facts.pixels.dtype, nodata=facts.pixels.nodata, read_as=read_as)
 
 
 def damage_of(source: Source) -> list[tuple[str, str]]:
@@ -152,12 +157,14 @@ def _check_chunk(source: Source, indices: Sequence[int], reading: Reading, stop:
             reason = f"{type(error).__name__}: {error} (this would end a run)"
             findings.examples.append(Skipped(index, source.name(index), reason))
         else:
-            _note(findings, index, source.name(index), data, pixels)
+            _note(findings, index, source.name(index), data, pixels, reading)
     findings.unusable = len(findings.examples)
     return findings
 
 
-def _note(findings: Findings, index: int, name: str, data: bytes | np.ndarray, pixels: np.ndarray) -> None:
+def _note(
+    findings: Findings, index: int, name: str, data: bytes | np.ndarray, pixels: np.ndarray, reading: Reading
+) -> None:
     """Adds a usable image to the findings."""
     height, width = pixels.shape[:2]
     extent = (height * width, height, width)
@@ -165,10 +172,10 @@ def _note(findings: Findings, index: int, name: str, data: bytes | np.ndarray, p
     findings.largest = max(findings.largest or (*extent, -index), (*extent, -index))
     notes = []
     if isinstance(data, np.ndarray):
-        findings.survey.see_array(f"array of {width}×{height}×{data.shape[2]}")
+        findings.survey.see_array(f"array of {width}×{height}×{data.shape[2]}", data.dtype.name)
     else:
         header = read_header(data)
-        findings.survey.see(header, name, pixels, pixels.shape[2])
+        findings.survey.see(header, name, pixels, reading)
         named_format = _formats().get(os.path.splitext(name)[1].lower(), header.format)
         notes += [SMALL] * (min(height, width) < SMALL_SIDE)
         notes += [MISNAMED] * (named_format != header.format and header.format != "MPO")

@@ -18,12 +18,13 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed (the extra `dal
 
 from fastmae.cli import main
 from fastmae.data import reading, sample
-from fastmae.data.decode import crop_and_resize, decode, plain_jpeg_shape
+from fastmae.data.decode import decode, plain_jpeg_shape
 from fastmae.data.decoders import dali
 from fastmae.data.decoders.dali import DaliDecoder, DaliError, Encoded, graph
 from fastmae.data.loader import View, load_batches
 from fastmae.data.plan import Box, crop_draws, plan_epoch, random_box
 from fastmae.data.reading import Reading
+from fastmae.data.resize import crop_and_resize
 from fastmae.data.sources import open_train
 from fastmae.errors import UserError
 from fastmae.signals import EXIT_INTERRUPTED
@@ -290,6 +291,7 @@ import signal, sys
 import numpy as np, torch
 from fastmae.data.loader import View, load_batches
 from fastmae.data.reading import Reading
+from fastmae.data.resize import crop_and_resize
 from fastmae.data.sources import open_train
 signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
 source = open_train(sys.argv[1])

@@ -26,6 +26,7 @@ from fastmae.data.loader import View, load_batches
 from fastmae.data.plan import crop_draws, is_flipped, random_box
 from fastmae.data.reading import Reading
 from fastmae.data.sources import FolderSource, open_train
+from fastmae.facts import ReadAs
 
 CPU = torch.device("cpu")
 WITHOUT_DALI = pytest.mark.skipif(bool(why_not_installed()), reason="DALI is not installed (the extra `dali`)")
@@ -205,9 +206,9 @@ REFUSED = {
 
 
 def load(source, decoder, in_chans, size=(SIDE, SIDE)):
-    """Loads all images in order, uncropped, in one batch."""
+    """Loads all images in order, uncropped, in one batch of 8 bits, as version 0.1 did."""
     indices = np.arange(len(source))
-    view = View(size, Reading(in_chans))
+    view = View(size, Reading(in_chans, read_as=ReadAs(pixel_type="uint8")))
     return next(load_batches(source, iter([(indices, indices)]), view, device=CPU, num_workers=2, decoder=decoder))
 
 

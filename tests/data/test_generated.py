@@ -83,17 +83,21 @@ def look_through(made):
     return len(names)
 
 
+READING = Reading(3, dtype="uint16")
+"""What holds all images of 8 and 16 bits that are made."""
+
+
 def named_by_verify(sources):
     """The names of the images that verify finds unusable: those that cannot be decoded, each once."""
     found = set()
     for source in sources:
-        with contextlib.closing(check(source, Reading(3), 1)) as chunks:
+        with contextlib.closing(check(source, READING, 1)) as chunks:
             bad = [image for chunk in chunks for image in chunk.examples]
         found |= {image.name for image in bad}
         assert all(image.reason and "\n" not in image.reason for image in bad)
         for index in range(len(source)):
             try:
-                decode(source.read(index), Reading(3))
+                decode(source.read(index), READING)
             except (BadImageError, OSError):
                 assert source.name(index) in found
             else:

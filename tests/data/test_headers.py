@@ -5,6 +5,7 @@ import itertools
 import re
 import struct
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from fastmae.data.decode import BadImageError, decode, refuse_by_header
 from fastmae.data.headers import Header, bits_of, explain, read_header
 from fastmae.data.reading import Reading
 from fastmae.data.tiff import count_pages, read_tags
+from fastmae.facts import ReadAs
 
 ORIENTATION = 0x0112
 RNG = np.random.default_rng(0)
@@ -72,10 +74,14 @@ def gray_tiff(values, bits, order, photometric=1, fill=1, compressed=False):
     return data + struct.pack(order + "I", 0)
 
 
+IN_8_BITS = ReadAs(pixel_type="uint8")
+"""The upper 8 bits of all images, as version 0.1 used them."""
+
+
 def refusal(data, in_chans):
     """The reason for which the header of a file is refused, or None."""
     try:
-        refuse_by_header(data, Reading(in_chans))
+        refuse_by_header(data, Reading(in_chans, read_as=IN_8_BITS))
     except BadImageError as error:
         return str(error)
     return None
@@ -85,10 +91,10 @@ def read(data, in_chans):
     """The pixels, or None if the file is refused: in one line, and by its header as by its pixels."""
     reason = refusal(data, in_chans)
     if reason is None:
-        return decode(data, Reading(in_chans))
+        return decode(data, Reading(in_chans, read_as=IN_8_BITS))
     assert "\n" not in reason
     with pytest.raises(BadImageError, match=re.escape(reason)):
-        decode(data, Reading(in_chans))
+        decode(data, Reading(in_chans, read_as=IN_8_BITS))
     return None
 
 
@@ -272,18 +278,23 @@ PNGS = [(0, 1, bits) for bits in (1, 2, 4)] + [
 
 
 @pytest.mark.parametrize(("kind", "bands", "bits"), PNGS)
-def test_pngs_of_every_depth_have_the_upper_8_bits_of_what_is_stored(kind, bands, bits):
+@pytest.mark.parametrize("asked", ["auto", "uint8"])
+def test_pngs_of_every_depth_have_what_is_stored_or_the_upper_8_bits_of_it(kind, bands, bits, asked):
     values = RNG.integers(0, 1 << bits, (6, 8, bands))
     data = png(values, kind, bits)
-    shown = (values >> 8 if bits == 16 else values * 255 // ((1 << bits) - 1)).astype(np.uint8)
-    assert np.array_equal(decode(data, Reading(3)), np.broadcast_to(shown[..., : 3 if bands > 2 else 1], (6, 8, 3)))
+    is_wide = bits == 16 and asked == "auto"
+    reading = partial(Reading, dtype="uint16" if is_wide else "uint8", read_as=ReadAs(pixel_type=asked))
+    shown = values >> (0 if is_wide else 8) if bits == 16 else values * 255 // ((1 << bits) - 1)
+    shown = shown.astype(reading(1).dtype)
+    assert np.array_equal(decode(data, reading(3)), np.broadcast_to(shown[..., : 3 if bands > 2 else 1], (6, 8, 3)))
     header = read_header(data)
     assert (header.bands, header.bits, header.alpha, header.size) == (bands, max(bits, 8), kind in (4, 6), (6, 8))
+    assert header.dtype == ("uint16" if bits == 16 else "uint8")
     if kind in (4, 6):
-        assert np.array_equal(decode(data, Reading(4)), shown if bands == 4 else shown[..., [0, 0, 0, 1]])
+        assert np.array_equal(decode(data, reading(4)), shown if bands == 4 else shown[..., [0, 0, 0, 1]])
     else:
         with pytest.raises(BadImageError, match=f"{bands} bands?, in_chans 4 asks for 4; set in_chans to 1 or 3"):
-            decode(data, Reading(4))
+            decode(data, reading(4))
 
 
 @pytest.mark.parametrize("maxval", [1, 15, 255, 1000, 4095, 65535])
@@ -291,14 +302,24 @@ def test_pngs_of_every_depth_have_the_upper_8_bits_of_what_is_stored(kind, bands
 def test_portable_maps_are_scaled_by_the_largest_value_that_they_name(maxval, magic, bands):
     values = RNG.integers(0, maxval + 1, (6, 5, bands))
     data = magic + b"\n# a remark\n5 6\n%d\n" % maxval + values.astype(">u2" if maxval > 255 else "u1").tobytes()
-    assert abs(decode(data, Reading(bands)) - values * 255 / maxval).max() <= 1
-    assert read_header(data).bits == max(8, maxval.bit_length())
+    assert abs(decode(data, Reading(bands, read_as=IN_8_BITS)) - values * 255 / maxval).max() <= 1
+    header = read_header(data)
+    assert (header.bits, header.dtype) == (max(8, maxval.bit_length()), "uint16" if maxval > 255 else "uint8")
+    if maxval > 255:
+        assert np.array_equal(decode(data, Reading(bands, dtype="uint16")), values)
+        words = magic.replace(b"5", b"2").replace(b"6", b"3") + b" 5 6 %d\n" % maxval
+        words += b" ".join(b"%d" % value for value in values.flat)
+        assert np.array_equal(decode(words, Reading(bands, dtype="uint16")), values)
+        for cut in (data[:-1], words[: -len(str(values.flat[-1])) - 1], words[:20], data[:12]):
+            with pytest.raises(BadImageError):
+                decode(cut, Reading(bands, dtype="uint16"))
 
 
 def test_depths_of_jpeg_2000_and_avif():
     wide = RNG.integers(0, 65536, (16, 16), dtype=np.uint16)
     gray = saved(wide, "JPEG2000")
-    assert np.array_equal(decode(gray, Reading(1))[..., 0], wide >> 8)
+    assert np.array_equal(decode(gray, Reading(1, read_as=IN_8_BITS))[..., 0], wide >> 8)
+    assert np.array_equal(decode(gray, Reading(1, dtype="uint16"))[..., 0], wide)
     assert read_header(gray).kind == "JPEG2000 16-bit gray"
     colour = bytearray(saved(COLOUR, "JPEG2000"))
     assert read_header(bytes(colour)).kind == "JPEG2000 colour"

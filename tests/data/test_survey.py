@@ -9,10 +9,13 @@ from PIL import Image
 
 from fastmae.cli import main
 from fastmae.data.headers import read_header
-from fastmae.data.sources import Concat, FolderSource, open_train
-from fastmae.data.survey import ALPHA, FOURTH, PAGES, SAMPLES, SECOND, TURNED, Survey, take_stock
+from fastmae.data.reading import Reading
+from fastmae.data.sources import LOOKED_AT, Concat, FolderSource, describe, open_train
+from fastmae.data.survey import ALPHA, FOURTH, PAGES, SECOND, TURNED, Survey, take_stock
 from fastmae.errors import SettingError
+from fastmae.facts import ReadAs
 
+IN_8_BITS = ReadAs(pixel_type="uint8")
 RNG = np.random.default_rng(0)
 UPPER = "only the upper 8 bits are used; their values lie between 0"
 
@@ -61,8 +64,8 @@ def test_12_bits_in_16_are_refused_with_what_would_be_left_of_them(tmp_path, cap
     source = folder(tmp_path / "x", [deep(4095) for _ in range(6)])
     told = f"6 images of 16 bits: {UPPER} and 4,095, so 16 of 4,096 levels"
     with pytest.raises(SettingError, match=f"{told} remain, which cannot be meant; scale them .* first .*000.png"):
-        take_stock(source, 1)
-    status, lines = verified(tmp_path / "x", capsys)
+        take_stock(source, 1, IN_8_BITS)
+    status, lines = verified(tmp_path / "x", capsys, "--pixel_type", "uint8")
     assert status == 2
     assert any(line.startswith(f"  note          {told}") for line in lines)
     assert lines[-1].startswith(f"fastmae: --data_path: {told}")
@@ -70,18 +73,24 @@ def test_12_bits_in_16_are_refused_with_what_would_be_left_of_them(tmp_path, cap
 
 def test_16_bits_that_use_their_range_are_told(tmp_path, capsys):
     source = folder(tmp_path / "x", [deep(65535), png(colour()), png(colour())])
-    notes = take_stock(source, 3).notes
+    notes = take_stock(source, 3, IN_8_BITS).notes
     told = f"1 image of 16 bits: {UPPER} and 65,535, so 256 of 65,536 levels remain"
     assert notes[0] == "formats: PNG colour 2 (66.7 %), PNG 16-bit gray 1 (33.3 %)"
     assert notes[1].startswith(told)
+    status, lines = verified(tmp_path / "x", capsys, "--pixel_type", "uint8")
+    assert status == 0
+    assert f"  note          {notes[1]}" in lines
+    notes = take_stock(source, 3).notes
+    assert notes[1:] == ("2 images of uint8 among those of uint16: multiplied by 257, so that 255 becomes 65535",)
     status, lines = verified(tmp_path / "x", capsys)
     assert status == 0
     assert f"  note          {notes[1]}" in lines
+    assert describe(source).pixels.dtype == "uint16"
 
 
 def test_few_deep_and_dark_images_among_many_are_told_and_do_not_end_a_run(tmp_path):
     files = [png(colour()) for _ in range(30)]
-    notes = take_stock(folder(tmp_path / "x", [*files, deep(999)]), 3).notes
+    notes = take_stock(folder(tmp_path / "x", [*files, deep(999)]), 3, IN_8_BITS).notes
     assert any("values lie between 0 and 1,023, so 4 of 1,024 levels remain" in note for note in notes)
 
 
@@ -143,8 +152,8 @@ def test_a_run_begins_with_few_reads_evenly_spaced(tmp_path, monkeypatch):
     source = folder(tmp_path / "x", [png(colour())] * 300)
     reads, original = [], FolderSource.read
     monkeypatch.setattr(FolderSource, "read", lambda self, index: (reads.append(index), original(self, index))[1])
-    assert take_stock(source, 3).notes == (f"formats: PNG colour (of {SAMPLES} images sampled)",)
-    assert len(reads) == SAMPLES
+    assert take_stock(source, 3).notes == (f"formats: PNG colour (of {LOOKED_AT} images sampled)",)
+    assert len(reads) == LOOKED_AT
     assert (reads[0], reads[-1]) == (0, 299)
     assert max(np.diff(reads)) <= 5
 
@@ -182,7 +191,7 @@ def test_the_sum_of_two_surveys_is_that_of_all_images():
     whole, parts = Survey(), [Survey(), Survey()]
     for number, data in enumerate(files):
         for survey in (whole, parts[number > 2]):
-            survey.see(read_header(data), f"{number}.png", colour() // 2 + number, 3)
+            survey.see(read_header(data), f"{number}.png", colour() // 2 + number, Reading(3))
     parts[0].add(parts[1])
     assert parts[0] == whole
-    assert parts[0].stock(3) == whole.stock(3)
+    assert parts[0].stock(Reading(3)) == whole.stock(Reading(3))

@@ -29,7 +29,7 @@ class DecodedBatch:
     """A batch as a decoder hands it over, not yet on the model's device."""
 
     images: torch.Tensor
-    """uint8 [N, H, W, C] on the host; the rows of ``by_dali`` have no meaning here."""
+    """[N, H, W, C] of the type of the data set on the host; the rows of ``by_dali`` have no meaning here."""
     draw_ids: torch.Tensor
     """int64 [N] on the CPU."""
     skipped: tuple[Skipped, ...]
@@ -49,7 +49,7 @@ class PendingBatch:
     """A batch that the threads work on."""
 
     images: torch.Tensor
-    """uint8 [N, H, W, C], which the threads write into."""
+    """[N, H, W, C] of the type of the data set, which the threads write into."""
     draw_ids: torch.Tensor
     load: Callable[[int, bool], Future[LoadedSample]]
     """Starts to load the image of a row; with True, to read it for DALI."""
@@ -102,7 +102,8 @@ class DecodeThreads:
             for_dali: only read plain JPEGs, as ``load_sample`` has it.
         """
         view = self._view
-        images = torch.empty(len(indices), *view.size, view.in_chans, dtype=torch.uint8, pin_memory=self._pin_memory)
+        dtype = getattr(torch, view.reading.dtype)
+        images = torch.empty(len(indices), *view.size, view.in_chans, dtype=dtype, pin_memory=self._pin_memory)
         rows = images.numpy()
         crops = None if view.seed is None else crop_draws(view.seed, draw_ids)
         changes = None if view.augment is None else view.augment.draws(draw_ids)

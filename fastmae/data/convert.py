@@ -11,7 +11,8 @@ for whole numbers, to the nearest float32 from a sum in float64 for float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
@@ -21,6 +22,8 @@ from fastmae.facts import PixelType
 
 _LUMA = (19595, 38470, 7471)
 """Pillow's shares of red, green and blue, of 65536."""
+FEW = 0.1
+"""The share of images up to which their type does not decide on float32."""
 _ALWAYS_EXACT = frozenset({"bool", "uint8", "int8", "uint16", "int16", "float16"})
 """Types of which float32 holds every number."""
 _WIDTH = {"uint8": 0, "uint16": 1, "float32": 2}
@@ -33,9 +36,20 @@ def pixel_type_of(dtype: np.dtype | str) -> PixelType:
     return "uint8" if name in ("bool", "uint8") else "uint16" if name == "uint16" else "float32"
 
 
-def narrowest(types: Iterable[str]) -> PixelType:
-    """Returns the narrowest type of a batch that may hold the numbers of all these types; uint8 of none."""
-    return max((pixel_type_of(name) for name in types), key=_WIDTH.__getitem__, default="uint8")
+def narrowest(types: Mapping[str, int]) -> PixelType:
+    """Returns the narrowest type of a batch that may hold the numbers of some images exactly; uint8 of none.
+
+    Few images of other numbers among many of uint8 or uint16 do not make float32 of all: they are not used.
+
+    Args:
+        types: how many images there are of each type, by its name in NumPy.
+    """
+    found = Counter({"uint8": 0})
+    for name, count in types.items():
+        found[pixel_type_of(name)] += count
+    if found["float32"] > FEW * found.total():
+        return "float32"
+    return "uint16" if found["uint16"] else "uint8"
 
 
 def to_batch(pixels: np.ndarray, reading: Reading) -> np.ndarray:

@@ -20,8 +20,9 @@ from PIL import Image, UnidentifiedImageError
 
 from fastmae.data import tiff
 from fastmae.data.convert import to_batch
-from fastmae.data.formats import netpbm, png
-from fastmae.data.headers import JPEG_START, explain, jpeg2000_problem
+from fastmae.data.formats import dicom, heif, jpeg2000, netpbm, png
+from fastmae.data.formats import tiff as wide_tiff
+from fastmae.data.headers import JPEG_START, explain, jpeg2000_problem, native_header, read_header
 from fastmae.data.reading import BadImageError, Reading, check_pixels
 from fastmae.facts import ReadAs
 
@@ -62,6 +63,8 @@ def _file_pixels(data: bytes, reading: Reading) -> np.ndarray:
             return pixels
     native = native_pixels(data, reading.read_as)
     if native is not None:
+        if native.dtype == np.uint16 and reading.read_as.pixel_type == "uint8":
+            native = (native >> (read_header(data).bits - 8)).astype(np.uint8)
         return native if reading.read_as.bands else _with_fourth_band(native, reading.in_chans)
     with _opened(data, reading) as (image, stored_bits):
         return _pixels_of(image, stored_bits, reading)
@@ -80,13 +83,30 @@ def native_pixels(data: bytes, read_as: ReadAs) -> np.ndarray | None:
         return png.pixels(data, read_as)
     if netpbm.is_netpbm16(start):
         return netpbm.pixels(data, read_as)
+    if tiff.is_tiff(start):
+        return wide_tiff.pixels(data, read_as)
+    if dicom.is_dicom(start):
+        return dicom.pixels(data, read_as)
+    if heif.is_heif(start):
+        return heif.pixels(data, read_as)
+    if jpeg2000.is_jpeg2000(start) or jpeg2000.is_jpegxl(start):
+        return jpeg2000.pixels(data, read_as)
     return None
 
 
-def is_native(data: bytes) -> bool:
-    """Tells whether ``native_pixels`` may know a file that Pillow does not decode as it is stored."""
+def _is_native(data: bytes, read_as: ReadAs) -> bool:
+    """Tells by the header whether ``native_pixels`` reads a file, rather than Pillow.
+
+    Raises:
+        BadImageError: the header makes no sense.
+    """
     start = data[:_REACH]
-    return png.is_png16(start) or netpbm.is_netpbm16(start)
+    if tiff.is_tiff(start):
+        return not wide_tiff.is_for_pillow(data, read_as)
+    if dicom.is_dicom(start) or jpeg2000.is_jpegxl(start):
+        return True
+    is_known = png.is_png16(start) or netpbm.is_netpbm16(start) or native_header(data) is not None
+    return is_known and read_as.pixel_type != "uint8"
 
 
 def refuse_by_header(data: bytes, reading: Reading) -> None:
@@ -96,7 +116,7 @@ def refuse_by_header(data: bytes, reading: Reading) -> None:
         BadImageError: the bytes are no image, or one without a rule.
     """
     with _bad_images(data):
-        if plain_jpeg_shape(data, reading) is None and not is_native(data):
+        if plain_jpeg_shape(data, reading) is None and not _is_native(data, reading.read_as):
             with _opened(data, reading):
                 pass
 

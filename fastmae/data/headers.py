@@ -16,7 +16,10 @@ from PIL import Image
 
 from fastmae.data import tiff
 from fastmae.data.codestreams import J2K_SIZE, JPEG_START, jpeg_frame, jpeg_segments
+from fastmae.data.formats import dicom, heif, jpeg2000
+from fastmae.data.formats import tiff as wide_tiff
 from fastmae.data.reading import Header
+from fastmae.facts import AS_STORED
 
 ORIENTATION = 0x0112
 _REACH = 4096
@@ -30,8 +33,6 @@ _PILLOW_COLOURS = {
 _CONVERT = "convert it to PNG, JPEG or TIFF"
 _FOREIGN = (
     (4, rb"ftyp(?:hei[cxms]|hev[cmsx]|mif1|msf1)", f"HEIC; {_CONVERT}"),
-    (0, rb"\xff\x0a|\0\0\0\x0cJXL ", f"JPEG XL; {_CONVERT}"),
-    (128, rb"DICM", f"DICOM; {_CONVERT}"),
     (0, rb"\x89HDF\r\n\x1a\n|CDF[\x01\x02\x05]", f"HDF5 or NetCDF; {_CONVERT}"),
     (344, rb"n[+i]1\0", f"NIfTI; {_CONVERT}"),
     (0, rb"%PDF", f"PDF; {_CONVERT}"),
@@ -50,6 +51,10 @@ def read_header(data: bytes) -> Header:
         header, needs_pillow = _jpeg_header(data)
         if not needs_pillow:
             return header
+    with contextlib.suppress(Exception):
+        known = native_header(data)
+        if known is not None:
+            return known
     header = Header("unknown", "")
     with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
         header = _pillow_header(data, image)
@@ -57,6 +62,24 @@ def read_header(data: bytes) -> Header:
             turned = image.getexif().get(ORIENTATION, 1)
             header = replace(header, orientation=turned if isinstance(turned, int) else 1)
     return header
+
+
+def native_header(data: bytes) -> Header | None:
+    """Returns the header of a file of which Pillow does not know all; None if it does.
+
+    Raises:
+        BadImageError and others: the header makes no sense.
+    """
+    start = data[:_REACH]
+    if tiff.is_tiff(start):
+        return None if wide_tiff.is_for_pillow(data, AS_STORED) else wide_tiff.header(data)
+    if dicom.is_dicom(start):
+        return dicom.header(data)
+    if heif.is_heif(start):
+        return heif.header(data)
+    if jpeg2000.is_jpeg2000(start) or jpeg2000.is_jpegxl(start):
+        return jpeg2000.header(data)
+    return None
 
 
 def explain(data: bytes) -> str:

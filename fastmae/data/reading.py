@@ -75,7 +75,7 @@ class Header:
 
     @property
     def is_gray(self) -> bool:
-        return self.colours.startswith(("gray", "black and white"))
+        return self.bands <= 2 and self.colours.startswith(("gray", "black and white"))
 
     @property
     def is_turned(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -386,26 +387,27 @@ def describe(source: Source, stock: Stock | None = None, read_as: ReadAs = AS_ST
     )
 
 
-def _stored(source: Source) -> tuple[set[str], set[int]]:
+def _stored(source: Source) -> tuple[Counter[str], set[int]]:
     """Returns the types, by their names in NumPy, and the numbers of bands of a sample of images, of files by headers.
 
     An array says it of all of its images. The first image of each part of joined data is among them. What cannot be
     read is passed over: whatever reads it later says why.
     """
     if isinstance(source, ArraySource):
-        return {source.images.dtype.name}, {source.images.shape[3]}
+        return Counter({source.images.dtype.name: len(source)}), {source.images.shape[3]}
     indices = {*evenly_spaced(source, LOOKED_AT, IN_A_ROW).tolist()}
     if isinstance(source, Concat):
         indices |= {*source.starts[:-1].tolist()}
-    types, bands = set(), set()
+    types: Counter[str] = Counter()
+    bands = set()
     for index in sorted(indices):
         with contextlib.suppress(Exception):
             data = source.read(index)
             if isinstance(data, np.ndarray):
-                types.add(data.dtype.name)
+                types[data.dtype.name] += 1
                 bands.add(data.shape[2])
             elif (header := read_header(data)).bands:
-                types.add(header.dtype)
+                types[header.dtype] += 1
                 bands.add(header.bands)
     return types, bands
 

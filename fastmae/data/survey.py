@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from fastmae.data.arrays import FEW
-from fastmae.data.convert import as_type, narrowest
+from fastmae.data.convert import as_type, narrowest, pixel_type_of
 from fastmae.data.decode import BadImageError, decode, refuse_by_header
 from fastmae.data.headers import Header, read_header
 from fastmae.data.reading import Reading
@@ -198,7 +198,9 @@ def type_notes(types: Mapping[str, int], reading: Reading, bracket: str = "") ->
         images = f"{count_of(count, 'images')} of {name}{bracket}"
         if name == reading.dtype or (name, reading.dtype) == ("uint16", "uint8"):  # of the latter the depth is told
             continue
-        if (name, reading.dtype) == ("uint8", "uint16"):
+        if asked == "auto" and pixel_type_of(name) == "float32" != reading.dtype:
+            notes.append(f"{images} among those of {reading.dtype}: not used; pixel_type float32 uses all")
+        elif (name, reading.dtype) == ("uint8", "uint16"):
             notes.append(f"{images} among those of uint16: multiplied by 257, so that 255 becomes 65535")
         elif reading.dtype == "float32" and len(types) > 1 and name in ("uint8", "uint16"):
             notes.append(f"{images} among other types: their numbers are kept as float32; scale them if they mean else")
@@ -240,7 +242,7 @@ def take_stock(source: Source, in_chans: int | None, read_as: ReadAs = AS_STORED
     return joined((source.stock, Stock(stock.used, stock.left_out, (*formats, *stock.notes))))
 
 
-def reading_of(in_chans: int, types: Iterable[str], read_as: ReadAs) -> Reading:
+def reading_of(in_chans: int, types: Mapping[str, int], read_as: ReadAs) -> Reading:
     """Returns how images of these types, by their names in NumPy, are read together."""
     dtype = narrowest(types) if read_as.pixel_type == "auto" else read_as.pixel_type
     return Reading(in_chans, dtype=dtype, nodata=read_as.nodata, read_as=read_as)
@@ -285,7 +287,7 @@ def sample(source: Source, in_chans: int | None, read_as: ReadAs) -> tuple[Surve
                     continue
                 header = read_header(data)
                 channels = in_chans or (header.bands if header.bands > FEW else 3)
-                reading = reading_of(channels, [header.dtype], read_as)
+                reading = reading_of(channels, {header.dtype: 1}, read_as)
                 refuse_by_header(data, reading)
                 depth = survey.depths.get(header.bits, Depth())
                 wants_pixels = number % max(1, len(indices) // DECODED) == 0

@@ -263,7 +263,7 @@ def _random_encoder(
         std=flags.std,
         **images_given(flags),
     )
-    facts = describe(train)
+    facts = describe(train, read_as=read_as(flags))
     measured = measure_pixels(alike, train, facts)
     pretraining = resolve_settings(alike, measured, facts, context.size, None)
     model = build_model(ModelSpec.of(pretraining))
@@ -533,8 +533,8 @@ def _summary(config: ResolvedFinetuneConfig, train: Source, val: Source, model: 
     encoder = f"{config.finetune or 'random weights'}: {config.model}, {height}×{width}×{config.in_chans}"
     share = f"{tuned / 1e6:.2f} of {total / 1e6:.2f} M parameters"
     chosen = {name: getattr(config, name) for name in ("aa", "reprob", "mixup", "cutmix", "smoothing", "drop_path")}
-    val_stock = val.stock if isinstance(val, Subset) else take_stock(val, config.in_chans)
-    stock = joined((take_stock(train, config.in_chans), val_stock))
+    val_stock = val.stock if isinstance(val, Subset) else take_stock(val, config.in_chans, reading_of(config).read_as)
+    stock = joined((take_stock(train, config.in_chans, reading_of(config).read_as), val_stock))
     note = crops_note(train, config.input_size)
     return [
         f"data            {shown(config.data_path)}: {len(train):,} to learn {train.location}, {len(val):,} to test",

@@ -184,8 +184,9 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
 def _open(flags: PretrainConfig) -> tuple[PretrainConfig, Source, DataFacts, Measured]:
     """Opens the data. Returns the settings, with what a run that goes on had, the data and what is known of them."""
     flags = as_begun(flags)
-    source = open_train(flags.data_path, read_as(flags))
-    facts = describe(source, take_stock(source, flags.in_chans))
+    asked = read_as(flags)
+    source = open_train(flags.data_path, asked)
+    facts = describe(source, take_stock(source, flags.in_chans, asked), asked)
     return flags, source, facts, measure_pixels(flags, source, facts)
 
 

@@ -74,7 +74,9 @@ def measure_pixels(flags: PretrainConfig, source: Source, facts: DataFacts) -> M
     """
     in_chans = flags.in_chans or facts.channels
     if facts.kind == "folder" and in_chans not in (*FOLDER_CHANNELS, facts.channels):
-        raise SettingError("in_chans", in_chans, "image files give 1, 3 or 4 channels; choose bands, or use an array for others")
+        raise SettingError(
+            "in_chans", in_chans, "image files give 1, 3 or 4 channels; choose bands, or use an array for others"
+        )
     reading = Reading(in_chans, dtype=facts.pixels.dtype, nodata=facts.pixels.nodata, read_as=read_as(flags))
     mean, std = flags.mean, flags.std
     is_plain = facts.pixels == UINT8 and flags.value_range in (None, ("dtype",))

@@ -193,12 +193,12 @@ REFUSED = {
     "cut.tif": (encoded(photo(), "TIFF")[:-400], "."),
     "magic alone.jpg": (b"\xff\xd8\xff\xe0\xff\xd9", "."),
     "floats.tif": (
-        encoded(Image.fromarray(np.eye(SIDE, dtype=np.float32)), "TIFF"),
-        "floating-point pixels of 32 bits have no fixed range",
+        encoded(Image.fromarray(np.eye(SIDE, dtype=np.float32) / 2), "TIFF"),
+        "64 of 4096 values of float32 do not fit into uint8, such as 0.5",
     ),
     "32 bits.tif": (
-        encoded(Image.fromarray(np.eye(SIDE, dtype=np.int32)), "TIFF"),
-        "signed pixels of 32 bits have no fixed range",
+        encoded(Image.fromarray(np.eye(SIDE, dtype=np.int32) * 256), "TIFF"),
+        "64 of 4096 values of int32 do not fit into uint8, such as 256",
     ),
     "floats.pgm": (b"Pf\n64 64\n-1.0\n" + bytes(4 * SIDE * SIDE), "pixels of mode F"),
     "a program.jpg": (encoded(photo(), "EPS"), "PostScript"),

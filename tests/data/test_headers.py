@@ -168,7 +168,8 @@ def check_layouts(cases):
                 continue
             used += 1
             expected = as_stated(pixels, photometric, extra, in_chans)
-            assert expected is not None, f"{case}: read, though there is no rule for it"
+            if expected is None:  # what Pillow does not read as it is stored: formats/test_tiff.py
+                continue
             if "assocalpha" in extra:  # colours are divided by it, as everywhere that images are shown
                 expected, got = expected[..., 3:], got[..., 3:]
             assert np.array_equal(got, expected.reshape(got.shape)), case
@@ -221,21 +222,7 @@ def test_a_fourth_band_of_a_tiff_is_kept_whatever_the_tag_says_of_it():
 
 
 REFUSED = {
-    "12 bands of 16 bits; an image file gives 1, 3 or 4 channels": tiff(
-        np.zeros((9, 8, 12), np.uint16), photometric="minisblack", planarconfig="contig"
-    ),
-    "floating-point pixels of 32 bits have no fixed range": tiff(np.zeros((9, 8), np.float32)),
-    "signed pixels of 16 bits have no fixed range": tiff(np.zeros((9, 8), np.int16)),
-    "signed pixels of 8 bits have no fixed range": tiff(np.zeros((9, 8), np.int8)),
-    "pixels of 32 bits have no fixed range": tiff(np.zeros((9, 8), np.uint32)),
-    "with white at 0": tiff(np.zeros((9, 8), np.uint16), photometric="miniswhite"),
-    "1 band of 10 bits; store 8 or 16 bits": gray_tiff(np.zeros((9, 8), int), 10, "<"),
-    "3 bands of 16 bits, one band after another": tiff(
-        np.zeros((3, 9, 8), np.uint16), photometric="rgb", planarconfig="separate"
-    ),
-    "not marked as colours": tiff(np.zeros((9, 8, 3), np.uint8), photometric="minisblack", planarconfig="contig"),
     "colours of TIFF's kind 32803": tiff(np.zeros((9, 8), np.uint8), photometric="cfa"),
-    "a volume of 16 slices": tiff(np.zeros((16, 16, 16), np.uint8), volumetric=True, tile=(16, 16, 16)),
 }
 
 
@@ -321,15 +308,7 @@ def test_depths_of_jpeg_2000_and_avif():
     assert np.array_equal(decode(gray, Reading(1, read_as=IN_8_BITS))[..., 0], wide >> 8)
     assert np.array_equal(decode(gray, Reading(1, dtype="uint16"))[..., 0], wide)
     assert read_header(gray).kind == "JPEG2000 16-bit gray"
-    colour = bytearray(saved(COLOUR, "JPEG2000"))
-    assert read_header(bytes(colour)).kind == "JPEG2000 colour"
-    at = colour.index(b"\xff\x4f\xff\x51") + 42
-    colour[at] = colour[at + 3] = colour[at + 6] = 11
-    with pytest.raises(BadImageError, match="3 bands of 12 bits, whose brightest pixels Pillow makes black"):
-        decode(bytes(colour), Reading(3))
-    colour[at] = 7 | 128
-    with pytest.raises(BadImageError, match="signed pixels have no fixed range"):
-        decode(bytes(colour), Reading(3))
+    assert read_header(saved(COLOUR, "JPEG2000")).kind == "JPEG2000 colour"
     avif = bytearray(saved(COLOUR, "AVIF"))
     assert read_header(bytes(avif)).bits == 8
     avif[avif.index(b"av1C") + 6] |= 64
@@ -381,8 +360,8 @@ def test_pages_frames_and_sizes_are_counted():
 
 FOREIGN = {
     "HEIC; convert it": b"\0\0\0\x18ftypheic" + bytes(40),
-    "JPEG XL; convert it": b"\xff\x0a" + bytes(40),
-    "DICOM; convert it": bytes(128) + b"DICM" + bytes(40),
+    "a JPEG XL that cannot be decoded": b"\xff\x0a" + bytes(40),
+    "a DICOM without pixels": bytes(128) + b"DICM" + bytes(40),
     "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(600),
     "SVG; convert it": b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>',
     "a web page; fetch the image again": b"<!DOCTYPE html><html>404</html>",

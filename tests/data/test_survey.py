@@ -161,10 +161,10 @@ def test_a_run_begins_with_few_reads_evenly_spaced(tmp_path, monkeypatch):
 def test_data_of_which_nothing_can_be_used_are_refused_with_the_first_reason(tmp_path):
     file = tiff(RNG.integers(0, 9, (20, 20, 12), np.uint16), photometric="minisblack", planarconfig="contig")
     source = folder(tmp_path / "x", [file] * 3)
-    with pytest.raises(
-        SettingError, match=r"none of 3 images can be used, the first is .*000\.tif: 12 bands of 16 bits"
-    ):
+    with pytest.raises(SettingError, match=r"none of 3 images can be used, the first is .*000\.tif: no rule turns 12 "):
         take_stock(source, 3)
+    assert take_stock(source, None).notes == ("formats: TIFF 16-bit gray and 11 more bands",)
+    assert describe(source).channels == 12
 
 
 def test_damaged_images_beside_whole_ones_do_not_end_the_sample(tmp_path):

@@ -73,19 +73,28 @@ def pixels(data: bytes, read_as: ReadAs) -> np.ndarray | None:
     Raises:
         BadImageError: damaged, too large, or colours without a rule.
     """
-    try:
-        tags = tiff.read_tags(data)
-    except (ValueError, struct.error) as error:
-        raise BadImageError(str(error)) from error
-    as_before = read_as.pixel_type == "uint8" and tags.samples == "unsigned" and max(tags.bits) <= 16
-    is_first = read_as.pages == "first" or tiff.count_pages(data) == 1
-    if is_first and read_as.bands is None and not tags.problem and (max(tags.bits) <= 8 or as_before):
+    if is_for_pillow(data, read_as):
         return None
     file = io.BytesIO(data)
     if read_as.pages != "channels":
         return page(file, _first_directory(file), read_as)
     found = places(file)
     return as_channels((page(file, place, read_as) for place in found), len(found))
+
+
+def is_for_pillow(data: bytes, read_as: ReadAs) -> bool:
+    """Tells whether Pillow decodes a file as it is stored, or as version 0.1 did where the user asks for that.
+
+    Raises:
+        BadImageError: the tags make no sense.
+    """
+    try:
+        tags = tiff.read_tags(data)
+    except (ValueError, struct.error) as error:
+        raise BadImageError(str(error)) from error
+    as_before = read_as.pixel_type == "uint8" and tags.samples == "unsigned" and max(tags.bits) <= 16
+    is_first = read_as.pages == "first" or tiff.count_pages(data) == 1
+    return is_first and read_as.bands is None and not tags.problem and (max(tags.bits) <= 8 or as_before)
 
 
 # --- one page ---------------------------------------------------------------------------------------------------------
@@ -196,16 +205,16 @@ def _as_shown(page: Any, stored: np.ndarray) -> np.ndarray:
     """Returns pixels [H, W, C] with bands last, black at zero, and the colours of a palette."""
     if stored.dtype == bool:
         stored = stored.astype(np.uint8) * np.uint8(255)
-    if page.photometric == _WHITE_IS_ZERO:
-        bits = page.bitspersample if page.bitspersample > 1 else 8
-        stored = stored.dtype.type((1 << bits) - 1) - stored
     if page.photometric == _PALETTE and page.colormap is not None:
         if page.samplesperpixel > 1 or stored.max(initial=0) >= page.colormap.shape[1]:
             raise BadImageError("a palette with more bands, or with fewer colours than are used; store RGB")
         return np.ascontiguousarray(page.colormap.T)[stored]
-    if stored.ndim == 2:
-        return stored[..., None]
-    return np.moveaxis(stored, 0, -1) if page.axes == "SYX" else stored
+    shown = stored[..., None] if stored.ndim == 2 else np.moveaxis(stored, 0, -1) if page.axes == "SYX" else stored
+    if page.photometric == _WHITE_IS_ZERO:  # of gray; the bands beside it have no white
+        bits = page.bitspersample if page.bitspersample > 1 else 8
+        shown = shown.copy()
+        shown[..., 0] = shown.dtype.type((1 << bits) - 1) - shown[..., 0]
+    return shown
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from fastmae.data import tiff
-from fastmae.data.convert import to_batch
+from fastmae.data.convert import convert_channels, to_batch
 from fastmae.data.formats import dicom, heif, jpeg2000, netpbm, png
 from fastmae.data.formats import tiff as wide_tiff
 from fastmae.data.headers import JPEG_START, explain, jpeg2000_problem, native_header, read_header
@@ -116,9 +116,15 @@ def refuse_by_header(data: bytes, reading: Reading) -> None:
         BadImageError: the bytes are no image, or one without a rule.
     """
     with _bad_images(data):
-        if plain_jpeg_shape(data, reading) is None and not _is_native(data, reading.read_as):
-            with _opened(data, reading):
-                pass
+        if plain_jpeg_shape(data, reading) is not None:
+            return
+        if _is_native(data, reading.read_as):
+            bands = read_header(data).bands
+            if bands and not reading.read_as.bands:
+                convert_channels(_with_fourth_band(np.zeros((1, 1, bands)), reading.in_chans), reading.in_chans)
+            return
+        with _opened(data, reading):
+            pass
 
 
 @contextlib.contextmanager

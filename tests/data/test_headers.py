@@ -179,7 +179,7 @@ def check_layouts(cases):
 def test_tiffs_have_the_pixels_that_tifffile_stored_or_are_refused():
     used, refused = check_layouts(layouts(["u1", "u2"], "<", 4))
     assert used > 100
-    assert refused > 100
+    assert refused > 50
     assert check_layouts(layouts(["i1", "i2", "u4", "f4"], ">", 1))[0] == 0
 
 

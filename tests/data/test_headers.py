@@ -180,15 +180,13 @@ def test_tiffs_have_the_pixels_that_tifffile_stored_or_are_refused():
     used, refused = check_layouts(layouts(["u1", "u2"], "<", 4))
     assert used > 100
     assert refused > 50
-    assert check_layouts(layouts(["i1", "i2", "u4", "f4"], ">", 1))[0] == 0
 
 
 @pytest.mark.slow
 def test_tiffs_of_every_layout_have_the_pixels_that_tifffile_stored_or_are_refused():
-    dtypes = ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "f2", "f4", "f8"]
-    used, refused = check_layouts(layouts(dtypes, "<>", 6))
+    used, refused = check_layouts(layouts(["u1", "u2"], "<>", 6))
     assert used > 200
-    assert refused > 2000
+    assert refused > 200
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 10, 12, 14, 16])

@@ -179,26 +179,28 @@ void gelu(const py::array& h, const Optional& bias, std::int64_t threads, const 
 }
 
 void gelu_backward(const py::array& grad, const py::array& h, const Optional& bias, std::int64_t threads,
-                   const py::array& grad_h, const Optional& grad_bias) {
+                   const py::array& grad_h, const Optional& grad_bias, const Optional& out) {
   const Array of_out = view("grad", grad), in = view("h", h), result = view("grad_h", grad_h);
   const std::optional<Array> added = view("bias", bias), of_added = view("grad_bias", grad_bias);
+  const std::optional<Array> again = view("out", out);
   const int workers = fastmae::check_threads(threads);
-  fastmae::check_gelu_backward(of_out, in, pointer(added), result, pointer(of_added));
+  fastmae::check_gelu_backward(of_out, in, pointer(added), result, pointer(of_added), pointer(again));
   const py::gil_scoped_release release;
-  fastmae::gelu_backward(of_out, in, pointer(added), workers, result, pointer(of_added));
+  fastmae::gelu_backward(of_out, in, pointer(added), workers, result, pointer(of_added), pointer(again));
 }
 
-void add_layer_norm(const py::array& x, const py::array& branch, const py::array& weight, const py::array& bias,
-                    double eps, std::int64_t threads, const py::array& stream, const py::array& normed,
+void add_layer_norm(const py::array& x, const py::array& branch, const Optional& branch_bias,
+                    const py::array& weight, const py::array& bias, double eps, std::int64_t threads, const py::array& stream, const py::array& normed,
                     const py::array& mean, const py::array& rstd) {
   const Array in = view("x", x), other = view("branch", branch);
+  const std::optional<Array> added = view("branch_bias", branch_bias);
   const Array weights = view("weight", weight), biases = view("bias", bias);
   const Array sum = view("stream", stream), out = view("normed", normed);
   const Array means = view("mean", mean), rstds = view("rstd", rstd);
   const int workers = fastmae::check_threads(threads);
-  fastmae::check_add_layer_norm(in, other, weights, biases, eps, sum, out, means, rstds);
+  fastmae::check_add_layer_norm(in, other, pointer(added), weights, biases, eps, sum, out, means, rstds);
   const py::gil_scoped_release release;
-  fastmae::add_layer_norm(in, other, weights, biases, eps, workers, sum, out, means, rstds);
+  fastmae::add_layer_norm(in, other, pointer(added), weights, biases, eps, workers, sum, out, means, rstds);
 }
 
 void add_layer_norm_backward(const Optional& grad_stream, const py::array& grad_normed, const py::array& stream,
@@ -271,14 +273,15 @@ PYBIND11_MODULE(_C, m) {
         "matrix float32 [R, C] -> transposed float32 [C, R], sums of the columns float32 [C]");
   m.def("gelu", &gelu, arg("h"), arg("bias"), arg("threads"), arg("out"), "h [..., F], bias [F] -> out [..., F]");
   m.def("gelu_backward", &gelu_backward, arg("grad"), arg("h"), arg("bias"), arg("threads"), arg("grad_h"),
-        arg("grad_bias"), "grad, h [..., F], bias [F] -> grad_h [..., F], grad_bias float32 [F]");
-  m.def("add_layer_norm", &add_layer_norm, arg("x"), arg("branch"), arg("weight"), arg("bias"), arg("eps"),
+        arg("grad_bias"), arg("out"),
+        "grad, h [..., F], bias [F] -> grad_h [..., F], grad_bias float32 [F], out [..., F], that of gelu, or None");
+  m.def("add_layer_norm", &add_layer_norm, arg("x"), arg("branch"), arg("branch_bias"), arg("weight"), arg("bias"), arg("eps"),
         arg("threads"), arg("stream"), arg("normed"), arg("mean"), arg("rstd"),
-        "x, branch [..., D], weight and bias [D] -> stream, normed [..., D], mean and rstd float32 [...]");
+        "x, branch [..., D], branch_bias, weight and bias [D] -> stream, normed [..., D], mean and rstd float32 [...]");
   m.def("add_layer_norm_backward", &add_layer_norm_backward, arg("grad_stream"), arg("grad_normed"), arg("stream"),
         arg("weight"), arg("mean"), arg("rstd"), arg("threads"), arg("grad_x"), arg("grad_branch"), arg("grad_affine"),
         "gradients, stream [..., D], weight [D], mean and rstd [...] -> grad_x, grad_branch [..., D], "
-        "grad_affine float32 [2, D]");
+        "grad_affine float32 [2 or 3, D], the third row for branch_bias");
   m.def("attention", &attention, arg("packed"), arg("queries"), arg("products"), arg("threads"), arg("out"), arg("lse"),
         "packed [N, S, 3H, D], or [N, S, 2H, D] with queries [N, T, H, D] -> out [N, T, H, D], lse float32 [N, H, T]");
   m.def("attention_backward", &attention_backward, arg("grad"), arg("packed"), arg("queries"), arg("lse"),

@@ -416,26 +416,32 @@ void check_gelu(const Array& h, const Array* bias, const Array& out) {
 }
 
 void check_gelu_backward(const Array& grad, const Array& h, const Array* bias, const Array& grad_h,
-                         const Array* grad_bias) {
+                         const Array* grad_bias, const Array* out) {
   check_rows(h);
   if (bias) check_columns(*bias, h);
   check_dtype(grad, {h.dtype});
   check_shape_of(grad, h);
   check_dtype(grad_h, {h.dtype});
   check_shape_of(grad_h, h);
-  check_output(grad_h, {&grad, &h, bias});
+  check_output(grad_h, {&grad, &h, bias, out});
+  if (out) {
+    check_dtype(*out, {h.dtype});
+    check_shape_of(*out, h);
+    check_output(*out, {&grad, &h, bias});
+  }
   if (!bias != !grad_bias) refuse("grad_bias must come with bias, and only with it");
   if (!grad_bias) return;
   check_dtype(*grad_bias, {DType::kFloat32});
   check_shape(*grad_bias, {h.shape[h.ndim - 1]}, "[F]");
-  check_output(*grad_bias, {&grad, &h, bias, &grad_h});
+  check_output(*grad_bias, {&grad, &h, bias, &grad_h, out});
 }
 
-void check_add_layer_norm(const Array& x, const Array& branch, const Array& weight, const Array& bias, double eps,
-                          const Array& stream, const Array& normed, const Array& mean, const Array& rstd) {
+void check_add_layer_norm(const Array& x, const Array& branch, const Array* branch_bias, const Array& weight,
+                          const Array& bias, double eps, const Array& stream, const Array& normed, const Array& mean, const Array& rstd) {
   check_rows(x);
   check_floating(branch);
   check_shape_of(branch, x);
+  if (branch_bias) check_columns(*branch_bias, x);
   check_columns(weight, x);
   check_columns(bias, x);
   if (!(eps >= 0)) refuse("eps must be at least 0, got " + std::to_string(eps));
@@ -445,10 +451,10 @@ void check_add_layer_norm(const Array& x, const Array& branch, const Array& weig
   check_shape_of(normed, x);
   check_statistics(mean, x);
   check_statistics(rstd, x);
-  check_output(stream, {&x, &branch, &weight, &bias, &normed, &mean, &rstd});
-  check_output(normed, {&x, &branch, &weight, &bias, &mean, &rstd});
-  check_output(mean, {&x, &branch, &weight, &bias, &rstd});
-  check_output(rstd, {&x, &branch, &weight, &bias});
+  check_output(stream, {&x, &branch, branch_bias, &weight, &bias, &normed, &mean, &rstd});
+  check_output(normed, {&x, &branch, branch_bias, &weight, &bias, &mean, &rstd});
+  check_output(mean, {&x, &branch, branch_bias, &weight, &bias, &rstd});
+  check_output(rstd, {&x, &branch, branch_bias, &weight, &bias});
 }
 
 void check_add_layer_norm_backward(const Array* grad_stream, const Array& grad_normed, const Array& stream,
@@ -470,7 +476,8 @@ void check_add_layer_norm_backward(const Array* grad_stream, const Array& grad_n
   check_shape_of(grad_x, stream);
   check_output(grad_x, {grad_stream, &grad_normed, &stream, &weight, &mean, &rstd, grad_branch, &grad_affine});
   check_dtype(grad_affine, {DType::kFloat32});
-  check_shape(grad_affine, {2, stream.shape[stream.ndim - 1]}, "[2, D]");
+  const bool of_branch_bias = grad_affine.ndim == 2 && grad_affine.shape[0] == 3;
+  check_shape(grad_affine, {of_branch_bias ? 3 : 2, stream.shape[stream.ndim - 1]}, "[2 or 3, D]");
   check_output(grad_affine, {grad_stream, &grad_normed, &stream, &weight, &mean, &rstd, grad_branch});
   if (!grad_branch) return;
   check_floating(*grad_branch);

@@ -44,9 +44,9 @@ Checked check_scatter_patches(const Array& patches, const Array& ids, Pair grid_
 void check_transpose_and_sum(const Array& matrix, const Array& transposed, const Array& sums);
 void check_gelu(const Array& h, const Array* bias, const Array& out);
 void check_gelu_backward(const Array& grad, const Array& h, const Array* bias, const Array& grad_h,
-                         const Array* grad_bias);
-void check_add_layer_norm(const Array& x, const Array& branch, const Array& weight, const Array& bias, double eps,
-                          const Array& stream, const Array& normed, const Array& mean, const Array& rstd);
+                         const Array* grad_bias, const Array* out);
+void check_add_layer_norm(const Array& x, const Array& branch, const Array* branch_bias, const Array& weight,
+                          const Array& bias, double eps, const Array& stream, const Array& normed, const Array& mean, const Array& rstd);
 void check_add_layer_norm_backward(const Array* grad_stream, const Array& grad_normed, const Array& stream,
                                    const Array& weight, const Array& mean, const Array& rstd, const Array& grad_x,
                                    const Array* grad_branch, const Array& grad_affine);

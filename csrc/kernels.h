@@ -74,17 +74,17 @@ struct Kernels {
   // out = GELU(in + bias), of in's type; bias may be null.
   void (*gelu)(const void* in, DType dtype, const float* bias, std::int64_t count, void* out);
 
-  // out = the gradient of in, from grad, that of GELU(in + bias); all three have the same type. Before it is rounded it
-  // is added to bias_sum, which may be null.
+  // out = the gradient of in, from grad, that of GELU(in + bias); all have the same type. Before it is rounded it is
+  // added to bias_sum. again = GELU(in + bias). bias, bias_sum and again may be null.
   void (*gelu_backward)(const void* grad, const void* in, DType dtype, const float* bias, std::int64_t count, void* out,
-                        float* bias_sum);
+                        float* bias_sum, void* again);
 
-  // stream = x + branch, of x's type, and normed = (stream - mean) * rstd * weight + bias. Returns the mean and
+  // stream = x + (branch + branch_bias, which may be null), of x's type, and normed = (stream - mean) * rstd * weight + bias. Returns the mean and
   // rstd = 1 / sqrt(variance + eps) of the rounded stream. `room` has room for count numbers, rounded up to a multiple
   // of kLaneBlock.
-  RowStatistics (*add_layer_norm)(const void* x, DType x_dtype, const void* branch, DType branch_dtype, Affine affine,
-                                  double eps, std::int64_t count, void* stream, void* normed, DType normed_dtype,
-                                  float* room);
+  RowStatistics (*add_layer_norm)(const void* x, DType x_dtype, const void* branch, DType branch_dtype,
+                                  const float* branch_bias, Affine affine, double eps, std::int64_t count,
+                                  void* stream, void* normed, DType normed_dtype, float* room);
 
   // grad_x = grad_stream, which may be null, plus the gradient that comes through the norm; it has the stream's type.
   // Adds the gradients of weight and bias to the sums, and leaves grad_x in `room`, before it is rounded. `room` has

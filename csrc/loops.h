@@ -399,10 +399,11 @@ void gelu(const void* in, DType dtype, const float* bias, std::int64_t count, vo
 }
 
 void gelu_backward(const void* grad, const void* in, DType dtype, const float* bias, std::int64_t count, void* out,
-                   float* bias_sum) {
+                   float* bias_sum, void* again) {
   with_float_pointer(out, dtype, [&](auto* to) {
     const auto* from = static_cast<decltype(to)>(const_cast<void*>(in));
     const auto* slope = static_cast<decltype(to)>(const_cast<void*>(grad));
+    auto* values = static_cast<decltype(to)>(again);
     for_each_part(count, [&](std::int64_t i, std::int64_t n) {
       Float x = load(from + i, n);
       if (bias) x = x + load(bias + i, n);
@@ -411,19 +412,22 @@ void gelu_backward(const void* grad, const void* in, DType dtype, const float* b
           load(slope + i, n) * multiply_add(x, at_x.exponential * 0.3989422804f, at_x.below);
       store(to + i, gradient, n);
       if (bias_sum) store(bias_sum + i, load(bias_sum + i, n) + gradient, n);
+      if (values) store(values + i, x * at_x.below, n);
     });
   });
 }
 
-RowStatistics add_layer_norm(const void* x, DType x_dtype, const void* branch, DType branch_dtype, Affine affine,
-                             double eps, std::int64_t count, void* stream, void* normed, DType normed_dtype,
-                             float* room) {
+RowStatistics add_layer_norm(const void* x, DType x_dtype, const void* branch, DType branch_dtype,
+                             const float* branch_bias, Affine affine, double eps, std::int64_t count, void* stream,
+                             void* normed, DType normed_dtype, float* room) {
   const std::int64_t padded = whole_blocks(count);
   with_float_pointer(stream, x_dtype, [&](auto* to) {
     const auto* from = static_cast<decltype(to)>(const_cast<void*>(x));
     with_float_pointer(branch, branch_dtype, [&](const auto* other) {
       for_each_vector(count, [&](std::int64_t i, std::int64_t n) {
-        store(to + i, load(from + i, n) + load(other + i, n), n);
+        Float added = load(other + i, n);
+        if (branch_bias) added = added + load(branch_bias + i, n);
+        store(to + i, load(from + i, n) + added, n);
         store(room + i, load(to + i, n), n);
       });
     });

@@ -40,16 +40,19 @@ void transpose_and_sum(const Array& matrix, int threads, const Array& transposed
 // h [..., F], bias [F] or null → out [..., F] of h's type.
 void gelu(const Array& h, const Array* bias, int threads, const Array& out);
 
-// grad, h [..., F], bias [F] or null → grad_h [..., F]; with a bias, grad_bias float32 [F].
+// grad, h [..., F], bias [F] or null → grad_h [..., F]; with a bias, grad_bias float32 [F]; out [..., F], that of gelu once
+// more, or null.
 void gelu_backward(const Array& grad, const Array& h, const Array* bias, int threads, const Array& grad_h,
-                   const Array* grad_bias);
+                   const Array* grad_bias, const Array* out);
 
-// x, branch [..., D], weight and bias [D] → stream [..., D] of x's type, normed [..., D], mean and rstd float32 [...].
-void add_layer_norm(const Array& x, const Array& branch, const Array& weight, const Array& bias, double eps,
-                    int threads, const Array& stream, const Array& normed, const Array& mean, const Array& rstd);
+// x, branch [..., D], branch_bias [D] or null, weight and bias [D] → stream [..., D] of x's type, normed [..., D], mean
+// and rstd float32 [...].
+void add_layer_norm(const Array& x, const Array& branch, const Array* branch_bias, const Array& weight,
+                    const Array& bias, double eps, int threads, const Array& stream, const Array& normed, const Array& mean, const Array& rstd);
 
 // grad_stream or null, grad_normed, stream [..., D], weight [D], mean and rstd [...] → grad_x [..., D] of the stream's
-// type, the same as grad_branch in another type or null, grad_affine float32 [2, D]: of weight, then of bias.
+// type, the same as grad_branch in another type or null, grad_affine float32 [2 or 3, D]: of weight, of bias, and with
+// three rows of the branch's bias.
 void add_layer_norm_backward(const Array* grad_stream, const Array& grad_normed, const Array& stream,
                              const Array& weight, const Array& mean, const Array& rstd, int threads,
                              const Array& grad_x, const Array* grad_branch, const Array& grad_affine);

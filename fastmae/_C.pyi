@@ -77,11 +77,18 @@ def scatter_patches(
 def transpose_and_sum(matrix: _Array, threads: int, transposed: _Array, sums: _Array) -> None: ...
 def gelu(h: _Array, bias: _Array | None, threads: int, out: _Array) -> None: ...
 def gelu_backward(
-    grad: _Array, h: _Array, bias: _Array | None, threads: int, grad_h: _Array, grad_bias: _Array | None
+    grad: _Array,
+    h: _Array,
+    bias: _Array | None,
+    threads: int,
+    grad_h: _Array,
+    grad_bias: _Array | None,
+    out: _Array | None,
 ) -> None: ...
 def add_layer_norm(
     x: _Array,
     branch: _Array,
+    branch_bias: _Array | None,
     weight: _Array,
     bias: _Array,
     eps: float,

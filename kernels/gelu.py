@@ -7,9 +7,10 @@ fitted for this kernel to the relative error of Φ(−|x|) on 0 … 14: 3·10⁻
 
 Backward, a program goes through a run of rows for some columns, and adds up the gradient of the bias. torch adds up the
 sums of the programs afterwards, so no atomics are needed and the gradient is the same in every run on a kind of GPU.
+The same pass can write the output once more, if it was not kept for the product after it.
 
-Lower bound, bytes per number in bfloat16: 2 read and 2 written; backward 4 read and 2 written. Definition:
-fastmae/ops/gelu.py.
+Lower bound, bytes per number in bfloat16: 2 read and 2 written; backward 4 read and 2 written, or 4 with the output.
+Definition: fastmae/ops/gelu.py.
 """
 
 import torch
@@ -67,8 +68,9 @@ def gelu_backward_kernel(
     p_bias,  # floating [F]; not read without HAS_BIAS
     p_grad_h,  # like h
     p_sums,  # float32 [programs, F]; not written without HAS_BIAS
+    p_out,  # like h; not written without AGAIN
     R, rows,  # rows of a program, a multiple of BR
-    HAS_BIAS: tl.constexpr, F: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr,
+    HAS_BIAS: tl.constexpr, AGAIN: tl.constexpr, F: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
@@ -88,6 +90,8 @@ def gelu_backward_kernel(
         tl.store(p_grad_h + o_row, b_grad.to(p_grad_h.dtype.element_ty), mask=mask)
         if HAS_BIAS:
             b_sum += b_grad
+        if AGAIN:
+            tl.store(p_out + o_row, (b_x * b_below).to(p_out.dtype.element_ty), mask=mask)
     if HAS_BIAS:
         tl.store(p_sums + program * F + f, tl.sum(b_sum, axis=0), mask=f < F)
 
@@ -114,22 +118,27 @@ def gelu_triton(h: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return out
 
 
-def gelu_backward_triton(grad: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None) -> list[torch.Tensor]:
-    """Returns the gradient of h in its dtype and, if there is a bias, that of the bias, float32 [F]."""
+def gelu_backward_triton(
+    grad: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None, with_output: bool = False
+) -> list[torch.Tensor]:
+    """Returns the gradient of h in its dtype; float32 [F] for the bias, if there is one; if asked for, the output."""
     grad, h = grad.contiguous(), h.contiguous()
     grad_h, F = torch.empty_like(h), h.shape[-1]
+    out = [torch.empty_like(h)] if with_output else []
     if not h.numel():
-        return [grad_h] if bias is None else [grad_h, torch.zeros(F, dtype=torch.float32, device=h.device)]
+        of_bias = [] if bias is None else [torch.zeros(F, dtype=torch.float32, device=h.device)]
+        return [grad_h, *of_bias, *out]
     R, blocks = h.numel() // F, block_sizes(F)
     columns = triton.cdiv(F, blocks["BF"])
     runs = max(1, PROGRAMS * multiprocessors(h.device) // columns)
     rows = triton.cdiv(R, runs * blocks["BR"]) * blocks["BR"]
     programs = triton.cdiv(R, rows)
-    # Without a bias nothing is written there.
+    # Without a bias nothing is written to the sums.
     sums = grad_h if bias is None else torch.empty(programs, F, dtype=torch.float32, device=h.device)
     with torch.cuda.device_of(h):
         gelu_backward_kernel[(programs, columns)](
-            grad, h, h if bias is None else bias.contiguous(), grad_h, sums, R, rows,
-            HAS_BIAS=bias is not None, **blocks, num_warps=NUM_WARPS,
+            grad, h, h if bias is None else bias.contiguous(), grad_h, sums, out[0] if out else grad_h, R, rows,
+            HAS_BIAS=bias is not None, AGAIN=with_output, **blocks, num_warps=NUM_WARPS,
         )  # fmt: skip
-    return [grad_h] if bias is None else [grad_h, sums.sum(dim=0)]
+    of_bias = [] if bias is None else [sums.sum(dim=0)]
+    return [grad_h, *of_bias, *out]

@@ -46,7 +46,7 @@ class EstimateConfig:
     fused: bool = True
     """Count with the kernels add_layer_norm and gelu and with bf16 copies of weights, as pretrain has them on a GPU, or
     without them, as version 0.1."""
-    checkpointing: Literal["none", "selective", "full"] = "none"
+    checkpointing: Literal["none", "gelu", "selective", "full"] = "none"
     """As for pretrain."""
     cores: int = 112
     """CPU cores per machine that decode images."""

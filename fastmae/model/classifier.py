@@ -23,6 +23,7 @@ from fastmae.model.vit import (
     Block,
     NormLayer,
     PatchEmbed,
+    Sum,
     Tokens,
     add_norm,
     added,
@@ -67,13 +68,13 @@ class ClassifierBlock(Block):
         return block_output(self, x, depth_mask)
 
     def branches(  # type: ignore[override]
-        self, x: torch.Tensor, normed: torch.Tensor, depth_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, normed: torch.Tensor, depth_mask: torch.Tensor | None, *, apart: bool
+    ) -> Sum:
         if depth_mask is None:
-            return super().branches(x, normed, 0)
+            return super().branches(x, normed, 0, apart=apart)
         depth_mask = depth_mask.to(x.dtype)[:, :, None, None]
-        x, normed = add_norm(x, depth_mask[0] * self.attn(normed), self.norm2)
-        return x, depth_mask[1] * self.mlp(normed)
+        x, normed = add_norm(self.norm2, x, depth_mask[0] * self.attn(normed))
+        return Sum(x, depth_mask[1] * self.mlp(normed))
 
 
 class Classifier(nn.Module):
@@ -141,7 +142,7 @@ class Classifier(nn.Module):
             images: pixels [N, H, W, C] of the model's dtype, or float [N, C, H, W], normalised.
             depth_mask: [depth, 2, N] from ``stochastic_depth_mask``; None means that no branch is skipped.
         """
-        x = as_sum(self._embed(images))
+        x = as_sum(self._embed(images), biased=depth_mask is None)
         for number, block in enumerate(self.blocks):
             x = call_block(block, x, None if depth_mask is None else depth_mask[number], kind=ClassifierBlock)
         return self.head(self.fc_norm(added(x)[:, 1:].mean(dim=1)) if self.global_pool else normed(x, self.norm)[:, 0])

@@ -21,7 +21,7 @@ from fastmae.ops.linear_bf16 import Copies
 from fastmae.torch_compat import aten_ops
 
 NormLayer = Callable[[int], nn.Module]
-Checkpointing = Literal["none", "selective", "full"]
+Checkpointing = Literal["none", "gelu", "selective", "full"]
 
 # Matrix products, and attention however it is computed: what costs most to compute again.
 # One that this torch calls otherwise is computed again: the same bits, in more time.
@@ -78,12 +78,23 @@ def has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
+def product_and_bias(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Computes a linear map for somebody who adds its bias in a pass of his own: the product [..., O], the bias [O].
+
+    A layer that is no plain ``Linear`` has added it, and None takes its place.
+    """
+    if not is_plain(layer, Linear):
+        return layer(x), None
+    assert isinstance(layer, Linear)
+    return layer.without_bias(x), layer.bias
+
+
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a layer is one of its kind and no more, so that its weights can be used without calling it.
 
-    It is not if it is wrapped (adapters), parametrised, or somebody has put hooks on it.
+    It is not if it is wrapped (adapters), parametrised, or somebody has put hooks on it or given it another forward.
     """
-    return type(layer) is kind and not has_hooks(layer)
+    return type(layer) is kind and not has_hooks(layer) and "forward" not in vars(layer)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -133,13 +144,20 @@ class Attention(nn.Module):
 
         Keys and values come from every token; the queries before ``start`` are never computed.
         """
+        return self.proj(self._mixed(x, start))
+
+    def and_bias(self, x: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Computes the same in two parts, as ``product_and_bias`` does."""
+        return product_and_bias(self.proj, self._mixed(x, start))
+
+    def _mixed(self, x: torch.Tensor, start: int) -> torch.Tensor:
         N, S, D = x.shape
         if start == 0 or not is_plain(self.qkv, Linear):
             out = attention(self.qkv(x).view(N, S, 3, self.num_heads, -1))[:, start:]
         else:
             queries = self.qkv.some(x[:, start:], slice(0, D)).view(N, S - start, self.num_heads, -1)
             out = attention(self.qkv.some(x, slice(D, 3 * D)).view(N, S, 2, self.num_heads, -1), queries)
-        return self.proj(out.reshape(N, S - start, D))
+        return out.reshape(N, S - start, D)
 
 
 class CrossAttention(nn.Module):
@@ -156,17 +174,27 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         """Computes [N, T, D]: queries from tokens [N, T, D], keys and values from ``read`` [N, S, read_dim]."""
+        return self.proj(self._mixed(x, read))
+
+    def and_bias(self, x: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Computes the same in two parts, as ``product_and_bias`` does."""
+        return product_and_bias(self.proj, self._mixed(x, read))
+
+    def _mixed(self, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         (N, T, D), S = x.shape, read.shape[1]
         keys_and_values = self.kv(read).view(N, S, 2, self.num_heads, -1)
-        out = attention(keys_and_values, self.q(x).view(N, T, self.num_heads, -1))
-        return self.proj(out.reshape(N, T, D))
+        return attention(keys_and_values, self.q(x).view(N, T, self.num_heads, -1)).reshape(N, T, D)
+
+
+GeluAgain = Literal["no", "in one pass", "on a CPU", "always"]
+"""``in one pass``: on a CPU, where the pass that computes its gradient gives GELU as well, so that it costs no time."""
 
 
 class Mlp(nn.Module):
     """Two linear maps with an exact (erf) GELU between them."""
 
-    computes_gelu_again = False
-    """Whether the backward pass computes GELU again, instead of keeping it, where that is possible (``keeps_less``)."""
+    gelu_again: GeluAgain = "no"
+    """Where the backward pass computes GELU again, instead of keeping it, if it can (``keeps_less``)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -174,6 +202,15 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out, bias = self._output(x, apart=False)
+        assert bias is None
+        return out
+
+    def and_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Computes the same in two parts, as ``product_and_bias`` does."""
+        return self._output(x, apart=True)
+
+    def _output(self, x: torch.Tensor, apart: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         bias = None
         if not is_plain(self.fc1, Linear):
             h = self.fc1(x)
@@ -182,13 +219,25 @@ class Mlp(nn.Module):
             h, bias = self.fc1.without_bias(x), self.fc1.bias
         else:
             h = self.fc1(x)
-        if self.computes_gelu_again and is_plain(self.fc2, Linear) and keeps_less(h, self.fc2.weight):
-            return gelu_linear(h, bias, self.fc2.weight, self.fc2.bias, self.fc2.copies, fused)
-        return self.fc2(gelu(h, bias) if fused else F.gelu(h))
+        fc2 = self.fc2
+        if self._computes_again(h, fused) and is_plain(fc2, Linear) and keeps_less(h, fc2.weight):
+            if apart:
+                copies = fc2.copies and (fc2.copies[0], None)
+                return gelu_linear(h, bias, fc2.weight, None, copies, fused), fc2.bias
+            return gelu_linear(h, bias, fc2.weight, fc2.bias, fc2.copies, fused), None
+        activated = gelu(h, bias) if fused else F.gelu(h)
+        return product_and_bias(fc2, activated) if apart else (fc2(activated), None)
+
+    def _computes_again(self, h: torch.Tensor, fused: bool) -> bool:
+        if self.gelu_again in ("no", "always"):
+            return self.gelu_again == "always"
+        # A compiled function has its own ways to keep less.
+        on_cpu = h.device.type == "cpu" and not torch.compiler.is_compiling()
+        return on_cpu and (fused or self.gelu_again == "on a CPU")
 
 
 class Sum(NamedTuple):
-    """Tokens [N, S, D] as two summands, which the next LayerNorm adds in its own pass.
+    """Tokens [N, S, D] as summands, which the next LayerNorm adds in its own pass: stream + (branch + bias).
 
     Blocks that are called one after another pass them on, so that the addition at the end of a block and the first norm
     of the next block read and write the tokens once. A block that is called with tokens returns tokens.
@@ -196,23 +245,27 @@ class Sum(NamedTuple):
 
     stream: torch.Tensor
     branch: torch.Tensor
+    bias: torch.Tensor | None = None
+    """[D], what the product that ends the branch has left to be added. The norm's backward pass has its gradient."""
 
 
 Tokens = torch.Tensor | Sum
 
 
-def as_sum(x: torch.Tensor) -> Tokens:
+def as_sum(x: torch.Tensor, biased: bool = True) -> Tokens:
     """Prepares tokens for ``call_block``: where additions need no pass of their own, the branch is zero at first.
 
-    So all blocks of a stack get the same kind of input, and are compiled once.
+    So all blocks of a stack get the same kind of input, and are compiled once. If ``biased`` they leave a bias to add.
     """
     dtype = autocast_dtype(x.device) or x.dtype
     if not uses_fused("add_layer_norm", x, dtype):
         return x
     branch = x.new_zeros(x.shape, dtype=dtype)
-    if not torch.compiler.is_compiling():  # to be like the other blocks' branches; the gradient is written anyway
+    bias = x.new_zeros(x.shape[-1:], dtype=torch.float32) if biased else None
+    if not torch.compiler.is_compiling():  # to be like what other blocks give; the gradients are written anyway
         branch.requires_grad_(x.requires_grad)
-    return Sum(x, branch)
+        bias = None if bias is None else nn.Parameter(bias, requires_grad=x.requires_grad)
+    return Sum(x, branch, bias)
 
 
 def call_block(block: nn.Module, x: Tokens, *inputs: Any, kind: type[nn.Module]) -> Tokens:
@@ -220,28 +273,43 @@ def call_block(block: nn.Module, x: Tokens, *inputs: Any, kind: type[nn.Module])
 
     If a block keeps nothing but its input for the backward pass, that input is tokens, which are one tensor.
     """
-    plain = is_plain(block, kind) and "forward" not in vars(block) and block.checkpointing != "full"
+    plain = is_plain(block, kind) and block.checkpointing != "full"
     return block(x if plain else added(x), *inputs)
 
 
 def added(x: Tokens) -> torch.Tensor:
     """Returns tokens as one tensor."""
-    return x.stream + x.branch if isinstance(x, Sum) else x
+    return _added(*x) if isinstance(x, Sum) else x
+
+
+def _added(stream: torch.Tensor, branch: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return stream + (branch if bias is None else branch + bias.to(branch.dtype))
 
 
 def normed(x: Tokens, norm: nn.Module) -> torch.Tensor:
     """Returns the norm of tokens."""
-    return add_norm(*x, norm)[1] if isinstance(x, Sum) else norm(x)
+    return add_norm(norm, *x)[1] if isinstance(x, Sum) else norm(x)
 
 
-def add_norm(x: torch.Tensor, branch: torch.Tensor, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the tokens x + branch and their norm, in one pass if it is a plain LayerNorm and there is such an op."""
+def add_norm(
+    norm: nn.Module, x: torch.Tensor, branch: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the tokens x + (branch + bias) and their norm, in one pass if ``fuses``."""
+    if not fuses(norm, branch, branch.dtype):
+        x = _added(x, branch, bias)
+        return x, norm(x)
+    dtype = autocast_dtype(x.device) or x.dtype
+    assert isinstance(norm, nn.LayerNorm)
+    return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype, bias)
+
+
+def fuses(norm: nn.Module, tokens: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether an addition is made in one pass with a norm: a plain LayerNorm, and there is such an op.
+
+    ``tokens`` has the shape of the branch that is added, ``dtype`` is its dtype.
+    """
     plain = isinstance(norm, nn.LayerNorm) and is_plain(norm, nn.LayerNorm) and norm.bias is not None
-    if plain and uses_fused("add_layer_norm", branch, branch.dtype):
-        dtype = autocast_dtype(x.device) or x.dtype
-        return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype)  # type: ignore[arg-type]
-    x = x + branch
-    return x, norm(x)
+    return plain and uses_fused("add_layer_norm", tokens, dtype)
 
 
 class Block(nn.Module):
@@ -267,10 +335,12 @@ class Block(nn.Module):
         """
         return block_output(self, x, start)
 
-    def branches(self, x: torch.Tensor, normed: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds the attention to tokens whose norm is ``normed``; returns the sum, and what the MLP adds to it."""
-        x, normed = add_norm(x[:, start:], self.attn(normed, start), self.norm2)
-        return x, self.mlp(normed)
+    def branches(self, x: torch.Tensor, normed: torch.Tensor, start: int, *, apart: bool) -> Sum:
+        """Adds the attention to tokens whose norm is ``normed``; returns the sum, and what the MLP adds to it.
+
+        That is a product and a bias if ``apart``, where that is possible.
+        """
+        return _branches(self, Attention, x[:, start:], normed, start, apart=apart)
 
 
 class CrossBlock(nn.Module):
@@ -296,34 +366,50 @@ class CrossBlock(nn.Module):
         """
         return block_output(self, x, read)
 
-    def branches(self, x: torch.Tensor, normed: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds the attention to tokens whose norm is ``normed``; returns the sum, and what the MLP adds to it."""
-        x, normed = add_norm(x, self.attn(normed, self.norm_kv(read)), self.norm2)
-        return x, self.mlp(normed)
+    def branches(self, x: torch.Tensor, normed: torch.Tensor, read: torch.Tensor, *, apart: bool) -> Sum:
+        """Adds the attention to tokens whose norm is ``normed``; returns the sum, and what the MLP adds to it.
+
+        That is a product and a bias if ``apart``, where that is possible.
+        """
+        return _branches(self, CrossAttention, x, normed, self.norm_kv(read), apart=apart)
 
 
 # The units of checkpointing, compilation and sharding.
 BLOCKS = (Block, CrossBlock)
 
 
+def _branches(
+    block: Any, kind: type[nn.Module], x: torch.Tensor, normed: torch.Tensor, *inputs: Any, apart: bool
+) -> Sum:
+    """Computes ``branches``; an attention that is plainly of its ``kind`` leaves its bias to ``norm2``'s addition."""
+    bias = None
+    if is_plain(block.attn, kind) and fuses(block.norm2, x, autocast_dtype(x.device) or normed.dtype):
+        out, bias = block.attn.and_bias(normed, *inputs)
+    else:
+        out = block.attn(normed, *inputs)
+    x, normed = add_norm(block.norm2, x, out, bias)
+    if apart and is_plain(block.mlp, Mlp):
+        return Sum(x, *block.mlp.and_bias(normed))
+    return Sum(x, block.mlp(normed))
+
+
 def block_output(block: Any, x: Tokens, *inputs: Any) -> Tokens:
     """Computes the output of a block with the parts ``norm1`` and ``branches``, of the kind of ``x``."""
 
-    def of_sum(stream: torch.Tensor, branch: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return block.branches(*add_norm(stream, branch, block.norm1), *inputs)
+    def of_sum(stream: torch.Tensor, branch: torch.Tensor, bias: torch.Tensor | None, *inputs: Any) -> Sum:
+        return block.branches(*add_norm(block.norm1, stream, branch, bias), *inputs, apart=True)
 
     def of_tokens(x: torch.Tensor, *inputs: Any) -> torch.Tensor:
-        x, branch = block.branches(x, block.norm1(x), *inputs)
-        return x + branch
+        return added(block.branches(x, block.norm1(x), *inputs, apart=False))
 
     if isinstance(x, Sum):
         return Sum(*checkpointed(of_sum, *x, *inputs, keeps=block.checkpointing))
     return checkpointed(of_tokens, x, *inputs, keeps=block.checkpointing)
 
 
-def checkpointed(output: Callable[..., Any], *inputs: torch.Tensor | int, keeps: Checkpointing) -> Any:
+def checkpointed(output: Callable[..., Any], *inputs: torch.Tensor | int | None, keeps: Checkpointing) -> Any:
     """Computes ``output(*inputs)``; ``keeps`` says how much of it is kept for the backward pass."""
-    if keeps == "none":
+    if keeps in ("none", "gelu"):
         return output(*inputs)
     recomputed = partial(checkpoint, output, *inputs, use_reentrant=False, preserve_rng_state=False)
     if keeps == "full":

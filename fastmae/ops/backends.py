@@ -50,6 +50,10 @@ class Backends:
 
 
 _asked = Backends()
+# Names of what was asked for in this process. Compiled code is guarded by the name of what it was compiled for, so that
+# other choices are compiled anew. It is a text, as the compiler may take a number for a variable.
+_names: dict[Backends, str] = {}
+_name = ""
 
 
 def asked_backends() -> Backends:
@@ -59,8 +63,8 @@ def asked_backends() -> Backends:
 
 def set_backends(backends: Backends) -> None:
     """Asks for other implementations from now on, in the whole process."""
-    global _asked
-    _asked = backends
+    global _asked, _name
+    _asked, _name = backends, _names.setdefault(backends, str(len(_names)))
 
 
 @contextmanager
@@ -77,8 +81,8 @@ def using(**changes: Any) -> Iterator[None]:
 def op_choice(op: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
     """Returns which candidate computes a call on a CPU, as fastmae/ops/choices.py describes calls.
 
-    A program that is exported and the reference's ops have torch's own. A compiled function keeps the choice of when it
-    was compiled.
+    A program that is exported and the reference's ops have torch's own. A compiled function is compiled anew for other
+    choices.
     """
     if not choices_hold():
         return CANDIDATES[op][0]
@@ -86,7 +90,7 @@ def op_choice(op: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
         return asked_backends().choices.taken(op, shape, dtype_name(dtype))
     if asked_backends().choices.rules == "0.1":
         return taken_by_0_1(op, shape, dtype_name(dtype))
-    return at_shape(_table(op, dtype), op, shape)
+    return at_shape(_table(op, dtype, _name), op, shape)
 
 
 def choices_hold() -> bool:
@@ -96,7 +100,7 @@ def choices_hold() -> bool:
 
 
 @constant_when_compiled
-def _table(op: str, dtype: torch.dtype) -> Table:
+def _table(op: str, dtype: torch.dtype, name: str) -> Table:
     return asked_backends().choices.table(op, dtype_name(dtype))
 
 
@@ -147,12 +151,12 @@ def uses_fused(op: str, x: torch.Tensor, dtype: torch.dtype, width: int | None =
     """
     if is_exporting():
         return False
-    backend = _backend_of_models(x.device, dtype)
+    backend = _backend_of_models(x.device, dtype, _name)
     if backend == "cpu":
         return op_choice(op, (x.numel() // x.shape[-1], width or x.shape[-1]), dtype) == "cpu"
     return backend == "triton"
 
 
 @constant_when_compiled
-def _backend_of_models(device: torch.device, dtype: torch.dtype) -> str:
+def _backend_of_models(device: torch.device, dtype: torch.dtype, name: str) -> str:
     return ops_backend(device, dtype)

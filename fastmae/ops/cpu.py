@@ -184,9 +184,14 @@ def gelu(h: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return out
 
 
-def gelu_backward(grad: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None) -> list[torch.Tensor]:
-    """Returns the gradients of h [..., F], in its dtype, and of bias, float32 [F], if there is one."""
-    grad_h = _empty(h.dtype, *h.shape)
+def gelu_backward(
+    grad: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None, with_output: bool = False
+) -> list[torch.Tensor]:
+    """Returns the gradients of h [..., F], in its dtype, and of bias, float32 [F], if there is one.
+
+    After them, ``with_output``, what ``gelu`` returned, with the same bits.
+    """
+    grad_h, out = _empty(h.dtype, *h.shape), _empty(h.dtype, *h.shape) if with_output else None
     grad_bias = None if bias is None else _empty(torch.float32, *h.shape[-1:])
     _C.gelu_backward(
         _rows(grad),
@@ -195,24 +200,32 @@ def gelu_backward(grad: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None
         torch.get_num_threads(),
         _rows(grad_h),
         None if grad_bias is None else _array(grad_bias),
+        None if out is None else _rows(out),
     )
-    return [grad_h] if grad_bias is None else [grad_h, grad_bias]
+    return [result for result in (grad_h, grad_bias, out) if result is not None]
 
 
 def add_layer_norm(
-    x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    branch_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Adds x [..., D] and branch [..., D], and normalises the rows of the sum.
+    """Adds x [..., D] and branch [..., D] with its bias [D], if it has one, and normalises the rows of the sum.
 
     Returns:
-        stream [..., D] = x + branch in x's dtype; normed [..., D] in ``dtype`` = LayerNorm(stream) with weight and
-        bias [D]; mean and rstd, float32 [...], of the rows of the rounded stream.
+        stream [..., D] = x + (branch + branch_bias) in x's dtype; normed [..., D] in ``dtype`` = LayerNorm(stream) with
+        weight and bias [D]; mean and rstd, float32 [...], of the rows of the rounded stream.
     """
     stream, normed = _empty(x.dtype, *x.shape), _empty(dtype, *x.shape)
     mean, rstd = _empty(torch.float32, *x.shape[:-1]), _empty(torch.float32, *x.shape[:-1])
     _C.add_layer_norm(
         _rows(x),
         _rows(branch),
+        None if branch_bias is None else _array_of_weights(branch_bias),
         _array_of_weights(weight),
         _array_of_weights(bias),
         eps,
@@ -233,12 +246,15 @@ def add_layer_norm_backward(
     mean: torch.Tensor,
     rstd: torch.Tensor,
     branch_dtype: torch.dtype,
+    has_branch_bias: bool = False,
 ) -> list[torch.Tensor]:
     """Returns the gradients of x [..., D] in the dtype of stream, of branch if its dtype is another, and of the affine.
 
-    The last is float32 [2, D]: of weight, then of bias. ``grad_stream`` may be None: then nobody else used the stream.
+    The last is float32 [2 or 3, D]: of weight, of bias, of the branch's bias if it has one. ``grad_stream`` may be
+    None: then nobody else used the stream.
     """
-    grad_x, grad_affine = _empty(stream.dtype, *stream.shape), _empty(torch.float32, 2, *stream.shape[-1:])
+    grad_x = _empty(stream.dtype, *stream.shape)
+    grad_affine = _empty(torch.float32, 3 if has_branch_bias else 2, *stream.shape[-1:])
     grad_branch = None if branch_dtype == stream.dtype else _empty(branch_dtype, *stream.shape)
     _C.add_layer_norm_backward(
         None if grad_stream is None else _rows(grad_stream),

@@ -42,8 +42,16 @@ def gelu_backward(
     grad: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns the gradients of h [..., F] and of bias [F], each in its dtype, from that of ``gelu(h, bias)``."""
-    gradients = _gelu_backward(grad, h, bias)
+    gradients = _gelu_backward(grad, h, bias, False)
     return gradients[0], None if bias is None else gradients[1].to(bias.dtype)
+
+
+def gelu_again_and_backward(
+    grad: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Returns ``gelu(h, bias)`` once more, and the gradients of ``gelu_backward``: all in one pass over h."""
+    grad_h, *grad_bias, out = _gelu_backward(grad, h, bias, True)
+    return out, grad_h, None if bias is None else grad_bias[0].to(bias.dtype)
 
 
 def gelu_reference(h: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -75,29 +83,36 @@ def _(h: torch.Tensor, bias: object) -> torch.Tensor:
 
 
 @torch.library.custom_op("fastmae::gelu_backward", mutates_args=())
-def _gelu_backward(grad: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None) -> list[torch.Tensor]:
-    """Returns the gradient of h [..., F] in its dtype, and after it that of the bias [F], if there is one.
+def _gelu_backward(
+    grad: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None, with_output: bool
+) -> list[torch.Tensor]:
+    """Returns the gradient of h [..., F] in its dtype; that of the bias [F], if there is one; if asked for, the output.
 
-    The latter is in the dtype of the arithmetic. An op cannot return None in place of a tensor.
+    The second is in the dtype of the arithmetic, the third, [..., F], is what ``gelu`` returned. An op cannot return
+    None in place of a tensor.
     """
     backend = ops_backend(h.device, h.dtype, grad.dtype)
     if backend == "cpu":
-        return cpu.gelu_backward(grad, h, bias)
+        return cpu.gelu_backward(grad, h, bias, with_output)
     if backend == "triton":
         from fastmae.kernels.gelu import gelu_backward_triton
 
-        return gelu_backward_triton(grad, h, bias)
+        return gelu_backward_triton(grad, h, bias, with_output)
     argument = _argument(h, bias)
     grad_h = torch.ops.aten.gelu_backward(grad.to(argument.dtype), argument)
-    gradients = [grad_h.to(h.dtype, copy=True).contiguous()]
-    return gradients if bias is None else [*gradients, grad_h.flatten(0, -2).sum(dim=0)]
+    results = [grad_h.to(h.dtype, copy=True).contiguous()]
+    if bias is not None:
+        results.append(grad_h.flatten(0, -2).sum(dim=0))
+    if with_output:
+        results.append(F.gelu(argument).to(h.dtype).contiguous())
+    return results
 
 
 @_gelu_backward.register_fake
-def _(grad: object, h: torch.Tensor, bias: torch.Tensor | None) -> list[torch.Tensor]:
-    grad_h = h.new_empty(h.shape)
+def _(grad: object, h: torch.Tensor, bias: torch.Tensor | None, with_output: bool) -> list[torch.Tensor]:
     compute = torch.float64 if h.dtype == torch.float64 else torch.float32
-    return [grad_h] if bias is None else [grad_h, h.new_empty(h.shape[-1:], dtype=compute)]
+    of_bias = [] if bias is None else [h.new_empty(h.shape[-1:], dtype=compute)]
+    return [h.new_empty(h.shape), *of_bias, *([h.new_empty(h.shape)] if with_output else [])]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -1,8 +1,8 @@
 """gelu_linear: GELU and the linear map after it as one step of autograd, which keeps one of their two inputs, not both.
 
 GELU keeps its argument h for the backward pass, and the linear map keeps GELU(h), which is as large: together the
-largest pieces of an MLP. Here h is kept alone, and the backward pass computes GELU(h) again. That is one more pass over
-memory beside three products. A compiled function has its own ways to do so, and is left to them.
+largest pieces of an MLP. Here h is kept alone, and the backward pass computes GELU(h) again: in the pass that computes
+GELU's gradient, where it is our op (one more piece is written), and by torch in a pass of its own.
 """
 
 from __future__ import annotations
@@ -15,25 +15,23 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from fastmae.ops.backends import asked_backends
-from fastmae.ops.gelu import gelu, gelu_backward
+from fastmae.ops.gelu import gelu, gelu_again_and_backward, gelu_backward
 from fastmae.ops.linear import choice_for, linear, linear_gradients
 from fastmae.ops.linear_bf16 import Copies, is_bf16, linear_bf16_gradients
+from fastmae.torch_compat import is_exporting
 
 
 def keeps_less(h: torch.Tensor, weight: torch.Tensor) -> bool:
     """Tells whether ``gelu_linear`` computes this and keeps less for it than GELU and ``linear`` would.
 
-    It does on a CPU, for plain float32 weights with a gradient, in float32 or under bfloat16 autocast. On a GPU the
-    pass that writes GELU(h) again would cost time where memory is seldom short, and activation checkpointing saves
-    more of it. With ``--ops reference`` the two are apart, to compare.
+    It does for plain float32 weights with a gradient, in float32 or under bfloat16 autocast. With ``--ops reference``
+    the two are apart, to compare.
     """
-    if asked_backends().ops == "reference":
-        return False
-    if torch.compiler.is_compiling() or h.device.type != "cpu" or not torch.is_grad_enabled():
+    if asked_backends().ops == "reference" or is_exporting() or not torch.is_grad_enabled():
         return False
     if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.requires_grad or h.ndim < 2 or h.numel() == 0:
         return False
-    dtype = torch.bfloat16 if is_bf16(h) else None if torch.is_autocast_enabled("cpu") else torch.float32
+    dtype = torch.bfloat16 if is_bf16(h) else None if torch.is_autocast_enabled(h.device.type) else torch.float32
     return weight.dtype == torch.float32 and h.dtype == dtype
 
 
@@ -95,9 +93,17 @@ class _GeluLinear(torch.autograd.Function):
         needs_h, needs_bias, *needs = ctx.needs_input_grad[:4]
         needs = [needs_h or needs_bias, *needs]
         of_h = of_bias = None
+        gradients = linear_gradients if h.dtype == torch.float32 else linear_bf16_gradients
         with torch.autocast(grad.device.type, enabled=False):
+            if ctx.fused and needs[0] and needs[1]:
+                # GELU(h) has the shape and dtype of h, which are all that the gradient of it needs to know of it.
+                of_a = gradients(grad, h, weight, [True, False, False], *ctx.chosen[1:])[0]
+                assert of_a is not None
+                a, of_h, of_bias = gelu_again_and_backward(of_a, h, bias)
+                del of_a
+                _, of_weight, of_out_bias = gradients(grad, a, weight, [False, *needs[1:]], *ctx.chosen[1:])
+                return of_h, of_bias, of_weight, of_out_bias, None, None, None, None
             a = gelu(h, bias) if ctx.fused else F.gelu(h)
-            gradients = linear_gradients if h.dtype == torch.float32 else linear_bf16_gradients
             of_a, of_weight, of_out_bias = gradients(grad, a, weight, needs, *ctx.chosen[1:])
             del a  # before there is another one of its size
             if of_a is not None and ctx.fused:

@@ -21,7 +21,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from fastmae import torch_compat
 from fastmae.errors import SettingError, install_hint
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.vit import BLOCKS, Checkpointing, Mlp
+from fastmae.model.vit import BLOCKS, Checkpointing, GeluAgain, Mlp
 from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops.backends import asked_backends
 
@@ -65,11 +65,12 @@ def prepare(
     blocks = [part for part in loss_of.modules() if isinstance(part, BLOCKS)]
     for block in blocks:
         block.checkpointing = checkpointing
-    if isinstance(loss_of, TrainingLoss):
-        # What the encoder keeps is kept longest. Computing all of the decoder's again, too, would cost 1 % more.
-        for part in loss_of.model.blocks.modules():
-            if isinstance(part, Mlp):
-                part.computes_gelu_again = checkpointing == "none"
+    if checkpointing == "gelu":
+        compute_gelu_again(loss_of, "always")
+    elif checkpointing == "none" and isinstance(loss_of, TrainingLoss):
+        # What the encoder keeps is kept longest. In the decoder a pass of its own would cost 1 % of a step.
+        compute_gelu_again(loss_of.model, "in one pass")
+        compute_gelu_again(loss_of.model.blocks, "on a CPU")
     # Blocks share code, which is compiled once for the encoder, once for the decoder and once for its last block, for
     # each of the ``sizes`` of images. torch gives up after 8 compilations of the same code unless the limit is raised.
     if compiling != "off":
@@ -80,6 +81,13 @@ def prepare(
             block.compile(fullgraph=True, dynamic=False)
     elif compiling == "model":
         loss_of.compile(fullgraph=True, dynamic=False)
+
+
+def compute_gelu_again(model: nn.Module, where: GeluAgain) -> None:
+    """Lets the MLPs of a model compute GELU again in the backward pass, in place."""
+    for part in model.modules():
+        if isinstance(part, Mlp):
+            part.gelu_again = where
 
 
 def without_compiling(loss_of: nn.Module) -> None:

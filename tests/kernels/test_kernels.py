@@ -18,7 +18,7 @@ TWINS = [
     for kernel in ("add_layer_norm", "add_layer_norm backward")
     for width in ("D=192 bf16", "D=512 fp32")
 ]
-TWINS += [f"{kernel} fp32" for kernel in ("gelu", "gelu backward")]
+TWINS += [f"{kernel} fp32" for kernel in ("gelu", "gelu backward", "gelu again, and backward")]
 TWINS += [name for name in CASES if re.match(r"masked_mse backward .*fp32|masked_mse backward 4×4", name)]
 TWINS += [name for name in CASES if re.match(r"(?!masked_mse backward .*uint16|gather_patches .*×1 ).* of ", name)]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program can have

@@ -32,10 +32,13 @@ def test_add_layer_norm(N, T, D, stream_dtype, dtype):
     """Tokens are read where they lie, also the last T of longer images; their mean is far from 0."""
     x = drawn(N, T + 2, D, dtype=stream_dtype, shift=3)[:, 2:]
     branch, (weight, bias) = drawn(N, T, D, dtype=dtype, seed=1), weights(D)
-    stream, normed, mean, rstd = add_layer_norm_triton(x, branch, weight, bias, 1e-6, dtype)
+    branch_bias = drawn(D, seed=5) if D != 192 else None
+    stream, normed, mean, rstd = add_layer_norm_triton(x, branch, branch_bias, weight, bias, 1e-6, dtype)
     assert (stream.dtype, normed.dtype) == (stream_dtype, dtype)
-    exact = x.double() + branch.double()
-    assert_as_close(stream, x + branch, exact, 0.0)
+    exact, rounded = x.double() + branch.double(), x + branch
+    if branch_bias is not None:
+        exact, rounded = exact + branch_bias, (x + (branch + branch_bias)).to(stream_dtype)
+    assert_as_close(stream, rounded, exact, 0.0 if branch_bias is None else branch.double().abs() + branch_bias.abs())
     # From here on the truth is that of the stream as it was stored.
     zero = torch.zeros_like(stream)
     _, truth = add_layer_norm_reference(stream.double(), zero.double(), weight.double(), bias.double(), 1e-6)
@@ -46,7 +49,7 @@ def test_add_layer_norm(N, T, D, stream_dtype, dtype):
     assert_as_close(normed, same, truth, size[..., None] * weight.abs() + bias.abs())
     assert_as_close(mean, rows.mean(dim=-1).float(), rows.mean(dim=-1), rows.abs().amax(dim=-1))
     assert_as_close(rstd, (1 / deviation).float(), 1 / deviation, size / deviation)
-    again = add_layer_norm_triton(x, branch, weight, bias, 1e-6, dtype)
+    again = add_layer_norm_triton(x, branch, branch_bias, weight, bias, 1e-6, dtype)
     assert all(torch.equal(a, b) for a, b in zip((stream, normed, mean, rstd), again, strict=True))
 
 
@@ -68,7 +71,8 @@ def test_add_layer_norm_backward(N, T, D, stream_dtype, dtype, uses_stream):
 
     rows = stream.double()
     mean, deviation = rows.mean(dim=-1), (rows.var(dim=-1, correction=0) + 1e-6).sqrt()
-    arguments = grad_stream, grad_normed, stream, weight, mean.float(), (1 / deviation).float(), dtype
+    has_branch_bias = D != 192
+    arguments = grad_stream, grad_normed, stream, weight, mean.float(), (1 / deviation).float(), dtype, has_branch_bias
     gradients = add_layer_norm_backward_triton(*arguments)
     *of_sum, affine = gradients
     assert [gradient.dtype for gradient in of_sum] == list(dict.fromkeys((stream_dtype, dtype)))
@@ -77,9 +81,10 @@ def test_add_layer_norm_backward(N, T, D, stream_dtype, dtype, uses_stream):
     size = (weight * grad_normed.double()).abs().amax(dim=-1) * (1 + normal.abs().amax(dim=-1)) ** 2 / deviation
     for gradient in of_sum:
         assert_as_close(gradient, truth[0].to(gradient.dtype), truth[0], size[..., None])
-    for got, expected, terms in zip(
-        affine, truth[1:], (grad_normed.double() * normal, grad_normed.double()), strict=True
-    ):
+    assert len(affine) == 2 + has_branch_bias
+    truths = [truth[1], truth[2], truth[0].flatten(0, 1).sum(dim=0)]
+    sizes = [grad_normed.double() * normal, grad_normed.double(), truth[0].abs() + size[..., None]]
+    for got, expected, terms in zip(affine, truths, sizes, strict=False):
         assert_as_close(got, expected.float(), expected, terms.flatten(0, 1).abs().sum(dim=0) + size.max())
     again = add_layer_norm_backward_triton(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
@@ -88,14 +93,15 @@ def test_add_layer_norm_backward(N, T, D, stream_dtype, dtype, uses_stream):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_branches_of_any_strides_and_no_tokens_at_all(dtype):
     x, wide, (weight, bias) = drawn(2, 3, 40), drawn(2, 3, 80, dtype=dtype, seed=1), weights(40)
-    got = add_layer_norm_triton(x.mT.contiguous().mT, wide[..., ::2], weight, bias, 1e-6, dtype)
-    expected = add_layer_norm_triton(x, wide[..., ::2].contiguous(), weight, bias, 1e-6, dtype)
+    got = add_layer_norm_triton(x.mT.contiguous().mT, wide[..., ::2], bias, weight, bias, 1e-6, dtype)
+    expected = add_layer_norm_triton(x, wide[..., ::2].contiguous(), bias, weight, bias, 1e-6, dtype)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    flat = add_layer_norm_triton(x.flatten(0, 1), wide[..., ::2].flatten(0, 1), weight, bias, 1e-6, dtype)
+    flat = add_layer_norm_triton(x.flatten(0, 1), wide[..., ::2].flatten(0, 1), bias, weight, bias, 1e-6, dtype)
     assert torch.equal(flat[1], got[1].flatten(0, 1))
-    none = add_layer_norm_triton(x[:0], wide[:0, :, :40], weight, bias, 1e-6, dtype)
+    none = add_layer_norm_triton(x[:0], wide[:0, :, :40], bias, weight, bias, 1e-6, dtype)
     assert none[1].shape == (0, 3, 40)
-    empty = add_layer_norm_backward_triton(None, none[1], none[0], weight, none[2], none[3], torch.float32)
+    empty = add_layer_norm_backward_triton(None, none[1], none[0], weight, none[2], none[3], torch.float32, True)
+    assert empty[-1].shape == (3, 40)
     assert not empty[-1].any()
 
 
@@ -129,8 +135,10 @@ def test_gelu_and_its_gradients(R, F, dtype, has_bias):
     if has_bias:
         sizes = (grad.double().abs() * (1 + argument)).sum(dim=0)
         assert_as_close(gradients[1], truths[1].float(), truths[1], sizes)
-    again = gelu_backward_triton(grad, h, bias)
+    *again, output = gelu_backward_triton(grad, h, bias, with_output=True)
     assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+    assert output.dtype == dtype
+    assert_as_close(output, gelu_reference(h, bias), truth.detach(), argument)
 
 
 def test_gelu_is_right_in_the_tails_and_at_zero():
@@ -152,4 +160,6 @@ def test_gelu_of_any_strides_and_of_nothing():
     got = gelu_backward_triton(h.mT.contiguous().mT, h, bias)
     assert all(torch.equal(a, b) for a, b in zip(got, gelu_backward_triton(h, h, bias), strict=True))
     assert gelu_triton(h[:0], bias).shape == (0, 40)
-    assert not gelu_backward_triton(h[:0], h[:0], bias)[1].any()
+    of_nothing = gelu_backward_triton(h[:0], h[:0], bias, with_output=True)
+    assert [x.shape for x in of_nothing] == [(0, 40), (40,), (0, 40)]
+    assert not of_nothing[1].any()

@@ -67,7 +67,7 @@ class Inputs:
         monkeypatch.setattr(vit, "block_output", noted)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "gelu", "selective", "full"])
 @pytest.mark.parametrize("kind", [MaskedAutoencoderViT, CrossMAE])
 def test_loss_and_gradients_are_those_of_torchs_own_operations(kind, checkpointing, batch, fused, monkeypatch):
     model, inputs = fresh(kind), Inputs(monkeypatch)
@@ -103,7 +103,9 @@ def test_a_block_alone_takes_and_gives_tokens(fused):
     block, x = fresh().blocks[0], torch.randn(2, 5, 32)
     got, parts = block(x), block(vit.Sum(x, torch.zeros_like(x)))
     assert isinstance(parts, vit.Sum)
-    torch.testing.assert_close(parts.stream + parts.branch, got)
+    assert torch.equal(parts.bias, block.mlp.fc2.bias)
+    torch.testing.assert_close(vit.added(parts), got)
+    assert torch.equal(vit.added(parts), parts.stream + (parts.branch + parts.bias))
     torch.testing.assert_close(block(vit.Sum(x, x), 2).stream.shape, got[:, 2:].shape)
     fused.ops.clear()
     torch.testing.assert_close(got, block(x))

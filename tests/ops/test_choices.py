@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from fastmae.ops.backends import op_choice, using
+from fastmae.ops.backends import op_choice, uses_fused, using
 from fastmae.ops.choices import CANDIDATES, LINEAR, OF_0_1, TORCHS_OWN, Choice, Choices
 
 MEASURED = Choices(
@@ -160,6 +160,26 @@ def test_anything_else_is_refused_in_a_line(damaged):
         Choices.from_json(damaged)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
+
+
+def test_compiled_code_is_compiled_anew_for_other_choices_and_not_for_those_of_before():
+    from torch._dynamo.testing import CompileCounter
+
+    counter, x, h = CompileCounter(), torch.ones(3, 8), torch.ones(3, 8)
+
+    def which(x):
+        products = x * 2 if op_choice("linear_forward", (400, 768, 2304), x.dtype) == "onednn" else x * 3
+        return products * 5 if uses_fused("gelu", x, x.dtype) else products * 7
+
+    compiled = torch.compile(which, fullgraph=True, backend=counter)
+    asked = [TORCHS_OWN, MEASURED, OF_0_1, Choices.always("float32", gelu="cpu")]
+    for choices in asked + asked:
+        with using(choices=choices):
+            assert torch.equal(compiled(x), which(h)), choices
+    with using(choices=asked[3], ops="reference"):
+        assert torch.equal(compiled(x), which(h))
+    assert counter.frame_count == len(asked) + 1
+    torch.compiler.reset()
 
 
 def test_it_compiles_into_one_graph_with_sizes_that_are_unknown():

@@ -291,6 +291,10 @@ def test_gelu(loops, shape, dtype, biased):
         assert len(grad_bias) == biased
         if biased:
             assert_as_close(grad_bias[0], sames[1], truths[1], truths[0].abs().flatten(0, -2).sum(0))
+        *gradients, again = cpu.gelu_backward(layout(grad), layout(h), bias, with_output=True)
+        assert torch.equal(again, cpu.gelu(layout(h), bias))
+        assert all(map(torch.equal, gradients, [grad_h, *grad_bias]))
+        assert len(gradients) == 1 + biased
 
 
 def test_gelu_at_every_size(loops):
@@ -334,7 +338,7 @@ def test_add_layer_norm(loops, shape, x_dtype, dtype, with_stream):
     rstd_true = 1 / (added[1].double().var(-1, correction=0, keepdim=True) + EPS).sqrt()
     unit = 35 * rstd_true * (1 + weight.abs())
     for layout in (lambda y: y, relaid):
-        stream, normed, mean, rstd = cpu.add_layer_norm(layout(x), layout(branch), weight, bias, EPS, dtype)
+        stream, normed, mean, rstd = cpu.add_layer_norm(layout(x), layout(branch), None, weight, bias, EPS, dtype)
         assert_as_close(stream, added[1], added[0])
         assert torch.equal(stream, added[1])
         assert_as_close(normed, same.to(dtype), truth, unit)
@@ -349,13 +353,33 @@ def test_add_layer_norm(loops, shape, x_dtype, dtype, with_stream):
         assert len(results) == 2 + (dtype != x_dtype)
 
 
+@pytest.mark.parametrize(("x_dtype", "dtype"), [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize("shape", ROWS)
+def test_add_layer_norm_adds_the_bias_of_a_branch_and_sums_up_its_gradient(loops, shape, x_dtype, dtype):
+    generator = torch.Generator().manual_seed(6)
+    x, branch, grad_stream, grad = (torch.randn(*shape, generator=generator).to(x_dtype) for _ in range(4))
+    added, weight, bias = (torch.randn(shape[-1:], generator=generator) for _ in range(3))
+    stream, *others = cpu.add_layer_norm(x, branch, added, weight, bias, EPS, dtype)
+    assert torch.equal(stream, (x.float() + (branch.float() + added)).to(x_dtype))
+    without = cpu.add_layer_norm(stream, torch.zeros_like(x), None, weight, bias, EPS, dtype)[1:]
+    assert all(map(torch.equal, others, without))
+    arguments = grad_stream, grad, stream, weight, *others[1:], torch.float32
+    grad_x, *_, affine = cpu.add_layer_norm_backward(*arguments, has_branch_bias=True)
+    plain = cpu.add_layer_norm_backward(*arguments)
+    assert torch.equal(grad_x, plain[0])
+    assert torch.equal(affine[:2], plain[-1])
+    unrounded = plain[1 if x_dtype == torch.bfloat16 else 0].double().flatten(0, -2)
+    torch.testing.assert_close(affine[2].double(), unrounded.sum(0), rtol=0, atol=2e-6 * len(unrounded))
+
+
 def test_fused_ops_take_weights_of_any_dtype_and_slices(loops):
     x = torch.randn(3, 9, 40)
     for dtype in FLOATS:
         weight, bias = torch.randn(2, 40).to(dtype)
         assert torch.equal(cpu.gelu(x, bias), cpu.gelu(x, bias.float()))
-        one = cpu.add_layer_norm(x[:, 4:], x[:, :5], relaid(weight), bias, EPS, torch.float32)
-        other = cpu.add_layer_norm(x[:, 4:].clone(), x[:, :5].clone(), weight.float(), bias.float(), EPS, torch.float32)
+        one = cpu.add_layer_norm(x[:, 4:], x[:, :5], bias, relaid(weight), bias, EPS, torch.float32)
+        weights = bias.float(), weight.float(), bias.float()
+        other = cpu.add_layer_norm(x[:, 4:].clone(), x[:, :5].clone(), *weights, EPS, torch.float32)
         assert all(map(torch.equal, one, other))
 
 
@@ -685,11 +709,11 @@ def test_no_images_give_empty_results(loops):
     assert grad_mask_token.tolist() == [0] * 8
     nothing, row = torch.zeros(0, 3, 8), torch.ones(8)
     assert cpu.gelu(nothing, row).shape == (0, 3, 8)
-    assert [x.tolist() for x in cpu.gelu_backward(nothing, nothing, row)] == [[], [0] * 8]
-    stream, normed, *statistics = cpu.add_layer_norm(nothing, nothing, row, row, EPS, torch.float32)
+    assert [x.tolist() for x in cpu.gelu_backward(nothing, nothing, row, True)] == [[], [0] * 8, []]
+    stream, normed, *statistics = cpu.add_layer_norm(nothing, nothing, row, row, row, EPS, torch.float32)
     assert stream.shape == normed.shape == (0, 3, 8)
-    gradients = cpu.add_layer_norm_backward(None, normed, stream, row, *statistics, torch.float32)
-    assert [x.tolist() for x in gradients] == [[], [[0] * 8] * 2]
+    gradients = cpu.add_layer_norm_backward(None, normed, stream, row, *statistics, torch.float32, True)
+    assert [x.tolist() for x in gradients] == [[], [[0] * 8] * 3]
     patches = torch.zeros(0, 4, 48)
     assert cpu.scatter_patches(patches, ids, (2, 2), (4, 4), mean, std, torch.uint8).shape == (0, 8, 8, 3)
     out, lse = cpu.attention(torch.zeros(0, 5, 6, 16), None)
@@ -729,8 +753,8 @@ def all_results(dtype):
         *loss_and_gradient(pred, images, ids[:, 49:], (8, 8), mean, std, True, nodata=7.0),
         cpu.scatter_patches(pred, ids[:, 49:], (14, 14), (8, 8), mean, std, torch.uint8),
         *cpu.transpose_and_sum(pred.flatten(0, 1).float()),
-        *(normed := cpu.add_layer_norm(grad, grad.flip(1), mask_token, pos_embed[0], EPS, dtype)),
-        *cpu.add_layer_norm_backward(grad, normed[1], normed[0], mask_token, *normed[2:], torch.bfloat16),
+        *(normed := cpu.add_layer_norm(grad, grad.flip(1), pos_embed[1], mask_token, pos_embed[0], EPS, dtype)),
+        *cpu.add_layer_norm_backward(grad, normed[1], normed[0], mask_token, *normed[2:], torch.bfloat16, True),
     ]
 
 
@@ -740,10 +764,10 @@ def test_bits_of_gelu_do_not_depend_on_threads(loops, threads, dtype):
     h, grad = torch.randn(2, 5, 147, 192, generator=torch.Generator().manual_seed(3)).to(dtype)
     bias = torch.ones(192)
     threads(1)
-    wanted = [cpu.gelu(h, bias), *cpu.gelu_backward(grad, h, bias)]
+    wanted = [cpu.gelu(h, bias), *cpu.gelu_backward(grad, h, bias, True)]
     for count in (2, 5):
         threads(count)
-        assert all(map(torch.equal, [cpu.gelu(h, bias), *cpu.gelu_backward(grad, h, bias)], wanted)), count
+        assert all(map(torch.equal, [cpu.gelu(h, bias), *cpu.gelu_backward(grad, h, bias, True)], wanted)), count
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -883,11 +907,11 @@ def _wrong():
 
     slopes, total = rows.copy(), column.copy()
 
-    def activate_back(grad=slopes, h=rows, bias=column, grad_h=results[0], grad_bias=total):
-        return lambda: _C.gelu_backward(grad, h, bias, 1, grad_h, grad_bias)
+    def activate_back(grad=slopes, h=rows, bias=column, grad_h=results[0], grad_bias=total, out=None):
+        return lambda: _C.gelu_backward(grad, h, bias, 1, grad_h, grad_bias, out)
 
-    def norm(x=rows, branch=rows, weight=column, bias=column, eps=EPS, outs=(*results, *numbers)):
-        return lambda: _C.add_layer_norm(x, branch, weight, bias, eps, 1, *outs)
+    def norm(x=rows, branch=rows, added=None, weight=column, bias=column, eps=EPS, outs=(*results, *numbers)):
+        return lambda: _C.add_layer_norm(x, branch, added, weight, bias, eps, 1, *outs)
 
     def norm_back(past=None, grad=rows, stream=rows, weight=column, statistics=numbers, outs=None):
         outs = outs or (results[0], None, np.zeros((2, 8), np.float32))
@@ -910,8 +934,15 @@ def _wrong():
         "no bias's gradient": ("grad_bias must come with bias", activate_back(grad_bias=None)),
         "gradient of no bias": ("grad_bias must come with bias", activate_back(bias=None)),
         "bias's gradient in place": ("grad_bias must not overlap bias", activate_back(grad_bias=column)),
+        "output on grad_h": ("grad_h must not overlap out", activate_back(out=results[0])),
+        "output on h": ("out must not overlap h", activate_back(out=rows)),
+        "short output": ("out must have the shape of h", activate_back(out=results[1][:1])),
+        "output of halves": ("out must be float32, got float16", activate_back(out=results[1].astype(np.float16))),
         "x of ints": ("x must be .* got int64", norm(x=rows.astype(np.int64))),
         "short branch": ("branch must have the shape of x", norm(branch=rows[:1])),
+        "short bias of the branch": ("branch_bias must have shape of a row", norm(added=column[1:])),
+        "stream on the branch's bias": ("must not overlap branch_bias", norm(added=results[0][0, 0])),
+        "four sums": (r"grad_affine must have shape \[2 or 3, D\]", norm_back(outs=(results[0], None, rows[0, :4]))),
         "short weight": ("weight must have shape of a row", norm(weight=column[1:])),
         "two axes of bias": ("bias must have shape of a row", norm(bias=rows[0, :1])),
         "eps below 0": ("eps must be at least 0, got -1", norm(eps=-1.0)),
@@ -942,7 +973,7 @@ def _wrong():
             norm_back(outs=(results[0], results[0], np.zeros((2, 8), np.float32))),
         ),
         "one sum for two": (
-            r"grad_affine must have shape \[2, D\] = \[2, 8\]",
+            r"grad_affine must have shape \[2 or 3, D\] = \[2, 8\]",
             norm_back(outs=(results[0], None, column)),
         ),
         "sums on weight": (

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import fastmae.model.vit as vit
+import fastmae.ops.gelu_linear as gelu_linear_module
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.vit import Block, Mlp
 from fastmae.model.weight_copies import WeightCopies
@@ -44,7 +45,7 @@ def fresh(kind=Mlp):
     model = Mlp(D, 4 * D) if kind is Mlp else Block(D, 2, 4, nn.LayerNorm)
     for part in model.modules():
         if isinstance(part, Mlp):
-            part.computes_gelu_again = True
+            part.gelu_again = "on a CPU"
     return model
 
 
@@ -115,13 +116,49 @@ def test_a_block_keeps_one_piece_of_the_hidden_width(taken, bf16, apart):
         assert kept(block, x, bf16).count(hidden) == 2
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_pretraining_takes_it_in_the_encoder_unless_blocks_are_computed_again(checkpointing):
-    """Otherwise GELU would be computed a third time, and with ``full`` the last product for nobody."""
+@pytest.mark.parametrize(
+    ("checkpointing", "encoder", "decoder"),
+    [
+        ("none", "on a CPU", "in one pass"),
+        ("gelu", "always", "always"),
+        ("selective", "no", "no"),
+        ("full", "no", "no"),
+    ],
+)
+def test_pretraining_takes_it_where_it_costs_little_or_is_asked_for(checkpointing, encoder, decoder):
+    """Where blocks are computed again it would be a third time, and with ``full`` the last product for nobody."""
     model = MaskedAutoencoderViT(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2, decoder_embed_dim=16)
     prepare(TrainingLoss(model, 0.75), checkpointing, "off")
-    assert [block.mlp.computes_gelu_again for block in model.blocks] == 3 * [checkpointing == "none"]
-    assert not any(block.mlp.computes_gelu_again for block in model.decoder_blocks)
+    assert [block.mlp.gelu_again for block in model.blocks] == 3 * [encoder]
+    assert {block.mlp.gelu_again for block in model.decoder_blocks} == {decoder}
+
+
+@pytest.mark.parametrize(
+    ("where", "taken", "pieces"),
+    [("no", {"gelu": "cpu"}, 2), ("in one pass", {}, 2), ("in one pass", {"gelu": "cpu"}, 1), ("always", {}, 1)],
+    ids=str,
+)
+def test_gelu_is_computed_again_in_the_pass_of_its_gradient_if_there_is_one(where, taken, pieces):
+    model, x = fresh(), drawn(8, 20, D).requires_grad_()
+    model.gelu_again = where
+    with using(choices=Choices.always("float32", **taken)):
+        assert kept(model, x).count(8 * 20 * 4 * D) == pieces
+
+
+def test_one_pass_over_the_argument_gives_gelu_and_its_gradient(monkeypatch):
+    """GELU's forward pass is not called again, and its gradient comes with it."""
+    model, x, calls = fresh(), drawn(3, 7, D).requires_grad_(), []
+    for name in ("gelu", "gelu_backward", "gelu_again_and_backward"):
+        function = getattr(gelu_linear_module, name)
+
+        def noted(*arguments, _function=function, _name=name):
+            calls.append(_name)
+            return _function(*arguments)
+
+        monkeypatch.setattr(gelu_linear_module, name, noted)
+    with using(choices=Choices.always("float32", gelu="cpu")):
+        model(x).sum().backward()
+    assert calls == ["gelu", "gelu_again_and_backward"]
 
 
 def test_a_step_has_the_same_bits_and_keeps_less():
@@ -170,13 +207,28 @@ def test_a_weight_that_changed_before_the_backward_pass_is_refused():
         out.sum().backward()
 
 
-def test_a_compiled_mlp_is_one_graph_with_the_same_gradients():
-    model, x = fresh(), drawn(2, 3, D).requires_grad_()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    expected = results(model, x, False)
-    out = compiled(x)
-    gradients = torch.autograd.grad(out, [x, *model.parameters()], drawn(*out.shape, seed=1))
-    assert_equal([out.detach(), *gradients], expected)
+@pytest.mark.parametrize("taken", [{}, {"gelu": "cpu"}], ids=["torch", "cpu"])
+def test_a_compiled_mlp_is_one_graph_with_the_same_gradients_and_keeps_less_if_asked(taken):
+    """The compiler keeps what it likes unless a run asks for less."""
+    hidden, pieces = 6 * 4 * D, []
+    with using(choices=Choices.always("float32", **taken)):
+        for where in ("on a CPU", "always"):
+            model, x = fresh(), drawn(2, 3, D).requires_grad_()
+            model.gelu_again = where
+            expected = results(model, x, False)
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            pieces.append(kept(compiled, x).count(hidden))
+            out = compiled(x)
+            gradients = torch.autograd.grad(out, [x, *model.parameters()], drawn(*out.shape, seed=1))
+            for got, wanted in zip([out.detach(), *gradients], expected, strict=True):
+                # The compiler multiplies matrices where eager code may multiply stacks of them.
+                assert (
+                    torch.equal(got, wanted)
+                    if where == "on a CPU"
+                    else torch.allclose(got, wanted, rtol=1e-6, atol=1e-6)
+                )
+    # torch's GELU, called twice, is called once by the compiler, which keeps the result.
+    assert pieces == [2, 1 if taken else 2]
 
 
 def test_functions_of_torch_func_take_it():

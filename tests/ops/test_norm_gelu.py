@@ -14,7 +14,7 @@ from tools import step_kernels
 from fastmae.ops import backends
 from fastmae.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from fastmae.ops.backends import using
-from fastmae.ops.gelu import gelu, gelu_reference
+from fastmae.ops.gelu import gelu, gelu_again_and_backward, gelu_backward, gelu_reference
 
 
 def drawn(*shape, dtype=torch.float32, seed=0):
@@ -43,13 +43,38 @@ def test_a_sum_and_its_norm_by_hand():
             torch.testing.assert_close(normed[n, t], expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("has_branch_bias", [False, True])
 @pytest.mark.parametrize("uses", [("stream", "normed"), ("stream",), ("normed",)])
-def test_gradients_of_the_norm_are_those_of_finite_differences(uses):
-    def chosen(*tensors):
-        outputs = dict(zip(("stream", "normed"), add_layer_norm(*tensors, 1e-2), strict=True))
+def test_gradients_of_the_norm_are_those_of_finite_differences(uses, has_branch_bias):
+    def chosen(x, branch, weight, bias, *added):
+        outputs = dict(
+            zip(("stream", "normed"), add_layer_norm(x, branch, weight, bias, 1e-2, None, *added), strict=True)
+        )
         return tuple(outputs[name] for name in uses)
 
-    assert torch.autograd.gradcheck(chosen, sample(torch.float64, D=5))
+    added = [drawn(5, dtype=torch.float64, seed=4).requires_grad_()] if has_branch_bias else []
+    assert torch.autograd.gradcheck(chosen, [*sample(torch.float64, D=5), *added])
+
+
+@pytest.mark.parametrize("ops", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2]
+)
+def test_the_bias_of_a_branch_is_added_before_the_sum_is_rounded(dtypes, ops):
+    x, branch, weight, bias = sample(*dtypes)
+    added = drawn(24, seed=4).requires_grad_()
+    tensors = x, branch, weight, bias, added
+    with using(ops=ops):
+        outputs = add_layer_norm(*tensors[:4], 1e-6, dtypes[1], added)
+        gradients = torch.autograd.grad(outputs, tensors, [torch.ones_like(tensor) for tensor in outputs])
+    references = add_layer_norm_reference(*tensors[:4], 1e-6, dtypes[1], added)
+    expected = torch.autograd.grad(references, tensors, [torch.ones_like(tensor) for tensor in references])
+    assert torch.equal(outputs[0], references[0])
+    rtol, atol = (1e-2, 2e-2) if dtypes[1] == torch.bfloat16 else (2e-5, 1e-5)
+    for one, other in zip((*outputs, *gradients), (*references, *expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
+    (frozen,) = torch.autograd.grad(add_layer_norm(*tensors[:4], 1e-6, None, added.detach())[1].sum(), (x,))
+    assert frozen.shape == x.shape
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -57,6 +82,23 @@ def test_gradients_of_gelu_are_those_of_finite_differences(has_bias):
     h, bias = drawn(2, 3, 5, dtype=torch.float64).requires_grad_(), drawn(5, dtype=torch.float64).requires_grad_()
     torch.testing.assert_close(gelu(h, bias), h.add(bias) * torch.special.ndtr(h + bias), rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(gelu, (h, bias) if has_bias else (h,))
+
+
+@pytest.mark.parametrize("ops", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_gelu_comes_again_with_its_gradients(has_bias, dtype, ops):
+    """The same bits as from the two passes."""
+    h, grad, bias = (
+        drawn(7, 24, dtype=dtype),
+        drawn(7, 24, dtype=dtype, seed=1),
+        drawn(24, seed=2) if has_bias else None,
+    )
+    with using(ops=ops):
+        again, *gradients = gelu_again_and_backward(grad, h, bias)
+        assert torch.equal(again, gelu(h, bias))
+        for one, other in zip(gradients, gelu_backward(grad, h, bias), strict=True):
+            assert one is other is None or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("ops", ["auto", "reference"])
@@ -91,17 +133,19 @@ def test_they_are_well_behaved_torch_ops(ops):
     named = torch.ops.fastmae
     tensors = sample(torch.float32, torch.bfloat16)
     with using(ops=ops):
-        torch.library.opcheck(named.add_layer_norm.default, (*tensors, 1e-6, torch.bfloat16))
-        stream, normed, mean, rstd = (t.detach() for t in named.add_layer_norm(*tensors, 1e-6, torch.bfloat16))
+        for added in (tensors[3], None):
+            arguments = *tensors[:2], added, *tensors[2:], 1e-6, torch.bfloat16
+            torch.library.opcheck(named.add_layer_norm.default, arguments)
+        stream, normed, mean, rstd = (t.detach() for t in named.add_layer_norm(*arguments))
         for grad_stream, branch_dtype in ((None, torch.bfloat16), (torch.ones_like(stream), torch.float32)):
-            arguments = grad_stream, normed, stream, tensors[2].detach(), mean, rstd, branch_dtype
+            arguments = grad_stream, normed, stream, tensors[2].detach(), mean, rstd, branch_dtype, grad_stream is None
             torch.library.opcheck(named.add_layer_norm_backward.default, arguments)
     for bias in (None, tensors[3]):
         with using(ops=ops):
             torch.library.opcheck(named.gelu.default, (tensors[0], bias))
-            torch.library.opcheck(
-                named.gelu_backward.default, (normed, tensors[1].detach(), None if bias is None else bias.detach())
-            )
+            for with_output in (False, True):
+                arguments = normed, tensors[1].detach(), None if bias is None else bias.detach(), with_output
+                torch.library.opcheck(named.gelu_backward.default, arguments)
 
 
 def test_they_compile_to_one_graph_under_autocast():
@@ -110,7 +154,7 @@ def test_they_compile_to_one_graph_under_autocast():
 
     def run(x, branch, weight, bias):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            stream, normed = add_layer_norm(x, branch, weight, bias, 1e-6, torch.bfloat16)
+            stream, normed = add_layer_norm(x, branch, weight, bias, 1e-6, torch.bfloat16, weight)
             return (stream + gelu(F.linear(normed, matrix), bias)).square().sum()
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -147,11 +191,13 @@ X, BRANCH, W, B = (tensor.detach() for tensor in sample())
         ((X, BRANCH, W[:3], B), r"weight must have shape \[24\], got \[3\]"),
         ((X, BRANCH, W, B[None]), r"bias must have shape \[24\], got \[1, 24\]"),
         ((X, BRANCH.to("meta"), W, B), "branch must be on the device of x"),
+        ((X, BRANCH, W, B, 1e-6, None, B[:3]), r"branch_bias must have shape \[24\], got \[3\]"),
+        ((X, BRANCH, W, B, 1e-6, None, B.long()), "branch_bias must be floating point"),
     ],
 )
 def test_wrong_arguments_of_the_norm_are_named(arguments, words):
     with pytest.raises(ValueError, match=words):
-        add_layer_norm(*arguments, 1e-6)
+        add_layer_norm(*(*arguments, 1e-6) if len(arguments) == 4 else arguments)
 
 
 @pytest.mark.parametrize(

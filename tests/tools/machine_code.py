@@ -3,16 +3,18 @@
 Compiles every Triton kernel with the shapes and types that training uses for GPUs that need not be there, and reads
 the cubin with the cuobjdump of Triton's wheel. The table in docs/kernels.md is this file's output:
 
-    python tests/tools/machine_code.py docs/kernels.md
+    python tests/tools/machine_code.py docs/kernels.md                     # all of it: a minute and a half
+    python tests/tools/machine_code.py docs/kernels.md --only norm gelu    # some rows of it
+    python tests/tools/machine_code.py                                     # printed
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,7 @@ class Case:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int = 3
+    maxnreg: int | None = None
     wide_loads: bool = False
     wide_stores: bool = False
     tensor_cores: bool = False
@@ -194,7 +197,8 @@ def _tokens(width: int, name: str, pointer: str) -> Iterator[Case]:
 
 def _norms(width: int, stream: str) -> Iterator[Case]:
     """With bfloat16 branches, as under autocast."""
-    forward = {"p_x": TYPES[stream], "p_branch": "*bf16", "p_weight": "*fp32", "p_bias": "*fp32"}
+    forward = {"p_x": TYPES[stream], "p_branch": "*bf16", "p_branch_bias": "*fp32", "p_weight": "*fp32"}
+    forward |= {"p_bias": "*fp32"}
     forward |= {"p_stream": TYPES[stream], "p_normed": "*bf16", "p_mean": "*fp32", "p_rstd": "*fp32", "R": "i32"}
     forward |= {"T": "i32", "x_stride_n": "i32", "branch_stride_n": "i32"}
     size = 4 if stream == "fp32" else 2
@@ -205,29 +209,30 @@ def _norms(width: int, stream: str) -> Iterator[Case]:
         f"add_layer_norm D={width} {stream}",
         add_layer_norm.add_layer_norm_kernel,
         forward | {"x_stride_t": "i32", "branch_stride_t": "i32"},
-        {**blocks, "EPS": 1e-6},
+        {**blocks, "HAS_BIAS": True, "EPS": 1e-6},
         warps,
         wide_loads=True,
         wide_stores=True,
         least=(tile * (size + 2), tile * (size + 2)),
-        weights=(2 * affine, 0),
+        weights=(3 * affine, 0),
     )
     backward = {"p_grad_stream": TYPES[stream], "p_grad_normed": "*bf16", "p_stream": TYPES[stream]}
     backward |= {"p_weight": "*fp32", "p_mean": "*fp32", "p_rstd": "*fp32", "p_grad_x": TYPES[stream]}
     backward |= {"p_grad_branch": "*bf16", "p_sums": "*fp32", "R": "i32", "rows": "i32"}
     blocks = add_layer_norm.backward_block_sizes(width)
-    warps = blocks.pop("num_warps")
+    warps, maxnreg = blocks.pop("num_warps"), blocks.pop("maxnreg")
     tile, two = blocks["BR"] * blocks["BD"], 2 if stream == "fp32" else 0
     yield Case(
         f"add_layer_norm backward D={width} {stream}",
         add_layer_norm.add_layer_norm_backward_kernel,
         backward,
-        {**blocks, "HAS_STREAM": True, "TWO": stream == "fp32"},
+        {**blocks, "HAS_STREAM": True, "TWO": stream == "fp32", "HAS_BIAS": True},
         warps,
+        maxnreg=maxnreg,
         wide_loads=True,
         wide_stores=True,
         least=(tile * (2 * size + 2), tile * (size + two)),
-        weights=(affine, 2 * affine),
+        weights=(affine, 3 * affine),
     )
 
 
@@ -235,6 +240,7 @@ def _gelu(width: int, dtype: str) -> Iterator[Case]:
     constants, pointer = {**gelu.block_sizes(width), "HAS_BIAS": True}, TYPES[dtype]
     forward = {"p_h": pointer, "p_bias": "*fp32", "p_out": pointer, "R": "i32"}
     backward = {"p_grad": pointer, "p_h": pointer, "p_bias": "*fp32", "p_grad_h": pointer, "p_sums": "*fp32"}
+    backward |= {"p_out": pointer, "R": "i32", "rows": "i32"}
     tile = (4 if dtype == "fp32" else 2) * constants["BR"] * constants["BF"]
     bias = 4 * constants["BF"]
     wide = dict(wide_loads=True, wide_stores=True)
@@ -248,16 +254,17 @@ def _gelu(width: int, dtype: str) -> Iterator[Case]:
         least=(tile, tile),
         weights=(bias, 0),
     )
-    yield Case(
-        f"gelu backward {dtype}",
-        gelu.gelu_backward_kernel,
-        backward | {"R": "i32", "rows": "i32"},
-        constants,
-        gelu.NUM_WARPS,
-        **wide,
-        least=(2 * tile, tile),
-        weights=(bias, bias),
-    )
+    for name, again in ((f"gelu backward {dtype}", False), (f"gelu again, and backward {dtype}", True)):
+        yield Case(
+            name,
+            gelu.gelu_backward_kernel,
+            backward,
+            {**constants, "AGAIN": again},
+            gelu.NUM_WARPS,
+            **wide,
+            least=(2 * tile, 2 * tile if again else tile),
+            weights=(bias, bias),
+        )
 
 
 def _attention(T: int, S: int, D: int) -> Iterator[Case]:
@@ -296,7 +303,7 @@ def compile_case(case: Case, sm: int) -> MachineCode:
     aligned = [name for name in case.signature if name.startswith("p_") or "stride" in name]
     attributes = {(case.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(case.kernel, case.signature, constexprs=case.constants, attrs=attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -314,22 +321,40 @@ def compile_named(name: str, sm: int) -> MachineCode:
     return compile_case(next(case for case in cases() if case.name == name), sm)
 
 
-def table() -> str:
-    """A Markdown table: registers a thread and shared memory a program for every case and architecture."""
+def row(case: Case) -> str:
+    """A row of the table: registers a thread and shared memory a program on every architecture."""
+    codes = [compile_case(case, sm) for sm in ARCHITECTURES]
+    costs = " | ".join(f"{code.registers}, {code.shared:,}" for code in codes)
+    return f"| {case.name} | {case.num_warps} | {costs} |"
+
+
+def table(before: str = "", words: Sequence[str] = ()) -> str:
+    """A Markdown table of all cases. Those whose names have none of the ``words`` are as in the table ``before``."""
+    known = {line.split(" | ")[0].removeprefix("| "): line for line in before.splitlines()}
     rows = ["| kernel | warps | " + " | ".join(f"sm_{sm}: registers, shared bytes" for sm in ARCHITECTURES) + " |"]
     rows.append("|---|---|" + "---|" * len(ARCHITECTURES))
     for case in cases():
-        codes = [compile_case(case, sm) for sm in ARCHITECTURES]
-        costs = " | ".join(f"{code.registers}, {code.shared:,}" for code in codes)
-        rows.append(f"| {case.name} | {case.num_warps} | {costs} |")
+        if not words or any(word in case.name for word in words):
+            rows.append(row(case))
+        elif case.name in known:
+            rows.append(known[case.name])
     return "\n".join([*rows, "", f"Triton {triton.__version__}."])
 
 
 def main() -> None:
-    """Puts the table between the two marks of a document."""
-    path = Path(sys.argv[1])
-    before, rest = path.read_text().split(START)
-    path.write_text(f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}")
+    """Puts the table between the two marks of a document, or prints it if none is given."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "document", nargs="?", type=Path, help="a file with the two marks; without it the table is printed"
+    )
+    parser.add_argument("--only", nargs="+", default=(), help="compile kernels with these words in their names alone")
+    options = parser.parse_args()
+    if options.document is None:
+        print(table(words=options.only))
+        return
+    before, rest = options.document.read_text().split(START)
+    old, after = rest.split(END)
+    options.document.write_text(f"{before}{START}\n{table(old, options.only)}\n{END}{after}")
 
 
 if __name__ == "__main__":

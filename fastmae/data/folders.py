@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmae.data.arrays import ArraySource, Split, open_array_folder
+from fastmae.data.arrow import open_arrow
 from fastmae.data.formats import nifti, npy
 from fastmae.data.formats.nifti import VolumeSource, open_volumes
 from fastmae.data.formats.npy import ArrayFiles
@@ -122,8 +124,10 @@ def _open(
     return open_volumes(files, read_as) if nifti.is_nifti(Path(images.paths[0])) else ArrayFiles(files, read_as)
 
 
-def open_files(paths: list[Path], read_as: ReadAs, folder: Stock | None = None) -> PackedSource | ParquetSource:
-    """Opens tar or Parquet files as one source.
+def open_files(
+    paths: list[Path], read_as: ReadAs, folder: Stock | None = None
+) -> PackedSource | ParquetSource | FolderSource:
+    """Opens tar, Parquet or Arrow files as one source.
 
     Args:
         paths: the files.
@@ -135,9 +139,12 @@ def open_files(paths: list[Path], read_as: ReadAs, folder: Stock | None = None) 
     """
     suffixes = {path.suffix.lower() for path in paths}
     if len(suffixes) > 1:
-        raise UserError(f"{paths[0].parent}: holds both .tar and .parquet files; name those of one kind by a pattern")
-    if suffixes != {".tar"}:
-        return open_parquet(paths, folder)
+        kinds = " and ".join(sorted(suffixes))
+        raise UserError(f"{paths[0].parent}: holds both {kinds} files; name those of one kind by a pattern")
+    if suffixes == {".parquet"}:
+        return open_parquet(paths, read_as.root, folder)
+    if suffixes == {".arrow"}:
+        return open_arrow(paths, read_as.root, folder)
     source = open_shards(paths, read_as.image_key)
     return replace(source, stock=within(source.stock, folder))
 
@@ -246,7 +253,7 @@ def _found(listing: Listing, folder: str, split: Split | None, without: Iterable
     images = choose_images(listing, folder, [*without])
     if images.paths:
         return Found(folder, images)
-    below = [name for name in listing.shards if _is_below(name, folder)]
+    below = _without_derived([name for name in listing.shards if _is_below(name, folder)])
     below = [name for name in below if not any(_is_below(name, other) for other in without)]
     places = sorted(set(map(os.path.dirname, below)))
     if not places:
@@ -269,6 +276,12 @@ def _of_part(shards: list[str], split: Split | None) -> list[str]:
     if split == "train":
         return [name for name in shards if name not in said]
     return [name for name in said if said[name] == "val"] or [*said]
+
+
+def _without_derived(shards: list[str]) -> list[str]:
+    """Returns shards without those that `datasets` derived from others and keeps beside them."""
+    own = [name for name in shards if not re.fullmatch(r"cache-[0-9a-f]+.*\.arrow", os.path.basename(name))]
+    return own or shards
 
 
 def _choose_val(listing: Listing, layout: Layout, train: Found) -> tuple[Found | None, dict[str, str], tuple[str, ...]]:

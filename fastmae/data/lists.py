@@ -14,13 +14,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastmae.data.arrays import Split
+from fastmae.data.columns import IMAGE_COLUMNS, LABEL_COLUMNS
 from fastmae.data.images import WORTH_KEEPING, FolderSource
 from fastmae.data.index import (
     Index,
@@ -34,7 +35,6 @@ from fastmae.data.index import (
     write_index,
 )
 from fastmae.data.openfile import OpenFile
-from fastmae.data.parquet import IMAGE_COLUMNS, LABEL_COLUMNS
 from fastmae.data.parts import Part, read_part
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of
 from fastmae.data.suffixes import IMAGE_SUFFIXES, suffix_of
@@ -105,6 +105,29 @@ def open_list(path: Path, split: Split, root: str | None = None) -> FolderSource
         return None
     rows = _read(other, root)
     return _source(other, rows, np.flatnonzero(rows.state == THERE), root, "")
+
+
+def listed_paths(
+    origin: str, paths: list[str], labels: np.ndarray | None, classes: tuple[str, ...], base: str, text: str
+) -> FolderSource:
+    """Returns the files that the rows of a table name.
+
+    Args:
+        origin: the table, for people.
+        paths: the path in each row; "" where there is none.
+        labels: int64 [rows], or None.
+        classes: what they number, if they are no numbers.
+        base: the folder that relative paths are relative to.
+        text: where the images lie, for people.
+
+    Raises:
+        SettingError: none of the files is there.
+    """
+    label = np.zeros(len(paths), np.int64) if labels is None else labels
+    has_label, state = np.full(len(paths), labels is not None, np.uint8), _find(paths, base)[0]
+    rows = Rows(names_of(pack_names(paths)), label, has_label, classes, np.zeros(len(paths), np.uint8), state)
+    source = _source(Path(origin), rows, np.flatnonzero(state == THERE), base, "")
+    return replace(source, listed=text)
 
 
 def _beside(path: Path) -> Path | None:

@@ -6,35 +6,38 @@ is in use, and few groups are in use at a time.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import resource
-import signal
 import threading
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastmae.data.columns import (
+    columns_left_out,
+    holds_images,
+    image_column,
+    label_column,
+    label_values,
+    naming,
+    numbered,
+    refuse_what_aborts,
+)
+from fastmae.data.images import FolderSource
+from fastmae.data.lists import listed_paths
 from fastmae.data.memory import readable
 from fastmae.data.openfile import OpenFile
 from fastmae.data.plan import Shards
-from fastmae.data.stock import EXAMPLES, LeftOut, Stock, within
+from fastmae.data.stock import LeftOut, Stock, count_of, within
 from fastmae.errors import UserError, install_hint
 
-IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
-LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label", "target")
 # The memory that the row groups in use may take together, and the least number of them.
 HELD_BYTES = 512 << 20
 MIN_HELD = 4
 MAX_GROUP_BYTES = 2 << 30
-# A footer is looked at in a millisecond.
-SECONDS_FOR_FOOTERS = 60
 # Files of images have less than one row for a byte; a footer that claims far more is damaged.
 MAX_ROWS_A_BYTE = 1000
 
@@ -141,18 +144,23 @@ class Recent:
         return result.result()
 
 
-def open_parquet(paths: Sequence[Path], folder: Stock | None = None) -> ParquetSource:
+def open_parquet(
+    paths: Sequence[Path], root: str | None = None, folder: Stock | None = None
+) -> ParquetSource | FolderSource:
     """Opens Parquet files as one source, in the order given, and reads only their footers and labels.
 
     The image column is a struct of `bytes` and `path` or a column of bytes, found by its name or by being the only one.
     Labels are the integers of a column `label` or the like, if every row has one.
 
+    Where the column holds paths and no bytes, the images are the files that they name.
+
     Args:
         paths: the files.
+        root: what relative paths are relative to; None for the folder of the first file.
         folder: the stock of the folder that they were found in.
 
     Raises:
-        UserError: pyarrow is not installed, there is no such column, or it holds paths instead of images.
+        UserError: pyarrow is not installed, there is no such column, or no file that it names.
         OSError, ValueError: a file cannot be read.
     """
     try:
@@ -161,12 +169,12 @@ def open_parquet(paths: Sequence[Path], folder: Stock | None = None) -> ParquetS
         raise UserError(f"{paths[0]}: Parquet files need pyarrow; run {install_hint('parquet')}") from error
     stamps = tuple(OpenFile(path).stamp for path in paths)
     metadata = tuple(map(_metadata, paths))
-    column = _image_column(paths[0], metadata[0].schema.to_arrow_schema())
+    column = image_column(paths[0], metadata[0].schema.to_arrow_schema())
     for path, facts in zip(paths, metadata, strict=True):
         schema = facts.schema.to_arrow_schema()
-        if column not in schema.names or not _holds_images(schema.field(column).type):
+        if column not in schema.names or not holds_images(schema.field(column).type):
             raise UserError(f"{path}: has no image column {column!r} as {paths[0]} has; leave it out")
-    _refuse_what_aborts(paths, metadata, column)
+    refuse_what_aborts(paths, lambda number: _groups(paths[number], metadata[number], column), "footer")
     inside = [_groups(path, facts, column) for path, facts in zip(paths, metadata, strict=True)]
     groups = [(file, group) for file, those in enumerate(inside) for group in those if group.rows]
     rows = np.array([group.rows for _, group in groups], np.int64)
@@ -174,8 +182,8 @@ def open_parquet(paths: Sequence[Path], folder: Stock | None = None) -> ParquetS
     if largest > MAX_GROUP_BYTES:
         size = readable(largest)
         raise UserError(f"{paths[0]}: a row group of {size} is too large to be held; write it with row_group_size=100")
-    name, problem = _label_column(metadata)
-    labels, without = (None, 0) if name is None else _labels(paths, metadata, name)
+    name, problem = label_column([facts.schema.to_arrow_schema() for facts in metadata])
+    labels, classes, without = (None, (), 0) if name is None else _labels(paths, metadata, name)
     if without:
         problem = f"labels, as {without:,} of {rows.sum():,} rows have none; give each row one to use them"
     source = ParquetSource(
@@ -186,13 +194,31 @@ def open_parquet(paths: Sequence[Path], folder: Stock | None = None) -> ParquetS
         starts=np.concatenate([[0], np.cumsum(rows)]).astype(np.int64),
         held=max(MIN_HELD, HELD_BYTES // max(1, largest)),
         labels=labels,
+        classes=classes,
         metadata=metadata,
         stamps=stamps,
         stock=within(_stock_of(metadata, [group for _, group in groups], column, problem), folder),
     )
     if len(source) and _holds_only_paths(source):
-        raise UserError(f"{paths[0]}: column {column!r} holds paths without the images; embed them, then write it anew")
+        return _files_named(source, paths, root, folder)
     return source
+
+
+def _files_named(source: ParquetSource, paths: Sequence[Path], root: str | None, folder: Stock | None) -> FolderSource:
+    """Returns the files that the rows of a table without bytes name."""
+    import pyarrow.parquet as pq
+
+    found: list[str] = []
+    for path, facts in zip(paths, source.metadata, strict=True):
+        with naming(path), pq.ParquetFile(path, metadata=facts) as file:
+            rows = file.read(columns=[source.column], use_threads=False).column(source.column).to_pylist()
+            found += [str((row.get("path") if isinstance(row, dict) else None) or "") for row in rows]
+    if not any(found):
+        raise UserError(f"{paths[0]}: column {source.column!r} holds neither images nor paths; write it anew")
+    text = f"listed in column {source.column!r} of {count_of(len(paths), 'Parquet files')}"
+    base = root or str(paths[0].parent)
+    files = listed_paths(str(paths[0]), found, source.labels, source.classes, base, text)
+    return replace(files, taken=within(files.stock, folder))
 
 
 @dataclass(frozen=True)
@@ -213,7 +239,7 @@ def _groups(path: Path, facts: Any, column: str) -> list[_Group]:
     Raises:
         ValueError: the footer contradicts itself, or claims more rows than the file can hold.
     """
-    with _naming(path):
+    with naming(path):
         groups = []
         for number in range(facts.num_row_groups):
             group = facts.row_group(number)
@@ -229,35 +255,6 @@ def _groups(path: Path, facts: Any, column: str) -> list[_Group]:
         return groups
 
 
-def _refuse_what_aborts(paths: Sequence[Path], metadata: Sequence[Any], column: str) -> None:
-    """Looks at the footers in a process of its own first, as pyarrow ends the process over some damage.
-
-    Raises:
-        ValueError: a footer that ended the process.
-    """
-    reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads; the child takes no lock and never returns
-        child = os.fork()
-    if child == 0:
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            signal.alarm(SECONDS_FOR_FOOTERS)
-            for path, facts in zip(paths, metadata, strict=True):
-                os.write(writer, b".")
-                with contextlib.suppress(ValueError):
-                    _groups(path, facts, column)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    os.close(writer)
-    with open(reader, "rb") as begun:
-        count = len(begun.read())
-    if os.waitpid(child, 0)[1] != 0:
-        raise ValueError(f"{paths[max(0, count - 1)].name}: its footer is damaged")
-
-
 def _stock_of(metadata: Sequence[Any], groups: Sequence[_Group], column: str, label_problem: str) -> Stock:
     """Returns which rows and columns are used.
 
@@ -269,85 +266,39 @@ def _stock_of(metadata: Sequence[Any], groups: Sequence[_Group], column: str, la
     """
     rows, empty = sum(group.rows for group in groups), sum(group.empty for group in groups)
     names = list(dict.fromkeys(name for facts in metadata for name in facts.schema.to_arrow_schema().names))
-    label = next((name for name in LABEL_COLUMNS if name in names), None)
-    others = [name for name in names if name not in (column, label)]
-    left_out = []
+    columns, left_out = columns_left_out(names, column, label_problem)
     if empty:
-        left_out.append(LeftOut("rows", empty, "they hold no image; a run takes the next row's"))
-    if label is not None and label_problem:
-        left_out.append(LeftOut("columns", 1, label_problem, (label,)))
-    if others:
-        left_out.append(LeftOut("columns", len(others), "neither images nor labels", tuple(others[:EXAMPLES])))
-    columns = len(names) - len(others) - (label is not None and bool(label_problem))
+        left_out.insert(0, LeftOut("rows", empty, "they hold no image; a run takes the next row's"))
     used = {"files": len(metadata), "images": rows, "rows": rows - empty, "columns": columns}
     return Stock(used, tuple(left_out))
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Adds the name of the file to errors, and makes those of pyarrow ValueErrors."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{path.name}: {error}") from error
 
 
 def _metadata(path: Path) -> Any:
     import pyarrow.parquet as pq
 
-    with _naming(path):
+    with naming(path):
         return pq.read_metadata(path)
 
 
-def _holds_images(type_: Any) -> bool:
-    import pyarrow.types as types
+def _labels(
+    paths: Sequence[Path], metadata: Sequence[Any], name: str
+) -> tuple[np.ndarray | None, tuple[str, ...], int]:
+    """Reads labels int64 [length] from a column, and the names of their classes.
 
-    if types.is_struct(type_):
-        return any(child.name == "bytes" and _holds_images(child.type) for child in type_)
-    return types.is_binary(type_) or types.is_large_binary(type_)
-
-
-def _image_column(path: Path, schema: Any) -> str:
-    usable = [name for name in schema.names if _holds_images(schema.field(name).type)]
-    named = [name for name in IMAGE_COLUMNS if name in usable]
-    if named or len(usable) == 1:
-        return (named or usable)[0]
-    several = f"several of bytes ({', '.join(usable)})" if usable else f"none of bytes among {', '.join(schema.names)}"
-    raise UserError(f"{path}: no column of images, {several}; call it `image`")
-
-
-def _label_column(metadata: Sequence[Any]) -> tuple[str | None, str]:
-    """Returns the column of labels, if all files have it with integers; else None and what is wrong with it."""
-    import pyarrow.types as types
-
-    schemas = [facts.schema.to_arrow_schema() for facts in metadata]
-    name = next((name for name in LABEL_COLUMNS if any(name in schema.names for schema in schemas)), None)
-    if name is None:
-        return None, ""
-    if not all(name in schema.names for schema in schemas):
-        return None, "some of the files have no such column; write it into all to use its labels"
-    wrong = next((kind for s in schemas if not types.is_integer(kind := s.field(name).type)), None)
-    if wrong is not None:
-        return None, f"labels must be integers, these are {wrong}; number the classes to use them"
-    return name, ""
-
-
-def _labels(paths: Sequence[Path], metadata: Sequence[Any], name: str) -> tuple[np.ndarray | None, int]:
-    """Reads labels int64 [length] from a column. Returns None if rows lack theirs, and how many do."""
+    Returns None for the labels if rows lack theirs, and how many do.
+    """
     import pyarrow.parquet as pq
 
     parts, without = [], 0
     for path, facts in zip(paths, metadata, strict=True):
-        with _naming(path), pq.ParquetFile(path, metadata=facts) as file:
+        with naming(path), pq.ParquetFile(path, metadata=facts) as file:
             column = file.read(columns=[name], use_threads=False).column(name)
             if len(column) != facts.num_rows:
                 raise ValueError(f"has {len(column)} labels for {facts.num_rows} rows")
-            without += column.null_count
-            if not without:
-                parts.append(column.to_numpy().astype(np.int64))
-    return (None if without else np.concatenate(parts)), without
+            values, missing = label_values(column, name, facts.schema.to_arrow_schema())
+            without += missing
+            parts.append(values)
+    return (None, (), without) if without else (*numbered(parts), 0)
 
 
 def read_group(path: str, number: int, column: str, metadata: Any) -> Any:

@@ -47,6 +47,9 @@ def parts_among(names: Iterable[str]) -> dict[Part, list[str]]:
 
 
 def shard_part(name: str) -> Part | None:
-    """Returns the part to evaluate on that a shard's name says: "val" for "cats-val-0001.tar"; otherwise None."""
-    said = (_WORDS.get(word) for word in re.findall("[a-z]+", name.lower()))
-    return next((part for part in said if part in ("val", "test")), None)
+    """Returns the part to evaluate on that a shard's name says: "val" for "cats-val-0001.tar"; otherwise None.
+
+    Of several words the last one counts, as "test-set-train-0001.tar" is to train on.
+    """
+    said = [_WORDS[word] for word in re.findall("[a-z]+", name.lower()) if word in _WORDS]
+    return said[-1] if said and said[-1] != "train" else None

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastmae.data.columns import LABEL_COLUMNS
 from fastmae.data.index import (
     Index,
     cache_file,
@@ -33,7 +34,6 @@ from fastmae.data.index import (
 )
 from fastmae.data.openfile import OpenFile
 from fastmae.data.packed import PackedSource
-from fastmae.data.parquet import LABEL_COLUMNS
 from fastmae.data.parts import read_part, shard_part
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of, joined
 from fastmae.data.suffixes import IMAGE_SUFFIXES, suffix_of, why_not

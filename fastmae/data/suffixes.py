@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastmae.errors import install_hint
 
-SHARD_SUFFIXES = (".tar", ".parquet")
+SHARD_SUFFIXES = (".tar", ".parquet", ".arrow")
 
 # Formats of Pillow's that are programs (EPS, WMF), that it knows by name alone (MPEG, HDF5, GRIB, BUFR), whose scale it
 # does not apply (FITS), or that hold icons, brushes or drawn animations.
@@ -63,14 +63,23 @@ def _by_suffix(texts: dict[str, str]) -> dict[str, str]:
 
 
 _REMEDIES = _by_suffix({
-    ".arrow .feather .lmdb .mdb .tfrecord .tfrecords .rec .beton .mat .pkl .pickle .pt .pth":
+    ".feather .mat":
         "which fastmae does not read; write the images to files, tar shards, Parquet or .npy",
+    ".lmdb .mdb": "LMDB, which has no common layout and may hold pickles, so it is never read; write its images to tar "
+        "shards, as docs/containers.md shows",
+    ".tfrecord .tfrecords": "TFRecord, which fastmae does not read; write its images to tar shards, as "
+        "docs/containers.md shows",
+    ".rec": "RecordIO, which fastmae does not read; write its images to tar shards, as docs/containers.md shows",
+    ".beton": "FFCV's, which fastmae does not read; give the images that it was made from, or write them to .npy, as "
+        "docs/containers.md shows",
+    ".pkl .pickle .pt .pth": "which may run code when it is opened, so it never is; write its images to .npy, as "
+        "docs/containers.md shows",
     ".zip .7z .rar .gz .tgz .bz2 .xz .zst .lz4": "which is compressed; unpack it",
     ".npy .npz .bin": "an array, which is not read from a folder of images; give its own path",
     ".h5 .hdf5 .hdf .he5": "a file of arrays; give its own path, with ::KEY behind it if it holds several",
     ".nii": "a volume, which is not read from a folder of images; give its own path",
     ".csv .tsv .jsonl": "a list or a table; if it names the images, give its own path",
-    ".tar .parquet": "a shard beside image files; give its own path",
+    ".tar .parquet .arrow": "a shard beside image files; give its own path",
     ".heic .heif .hif": "which needs pillow-heif; run pip install pillow-heif",
     ".avif .avifs": "which this Pillow cannot decode; run pip install -U pillow",
     ".dcm .dicom .ima": f"which needs pydicom; run {install_hint('science')}",

@@ -56,8 +56,10 @@ def test_files_follow_each_other_and_names_decide_their_part(tmp_path):
     assert describe(train).location == "in column 'image' of 2 Parquet files"
 
 
-@pytest.mark.parametrize("label", [None, pa.array([0.5] * 50), pa.array(["cat"] * 50), pa.array([1] * 49 + [None])])
-def test_labels_only_if_every_row_has_an_integer(tmp_path, label):
+@pytest.mark.parametrize(
+    "label", [None, pa.array([0.5] * 50), pa.array(["cat"] * 49 + [None]), pa.array([1] * 49 + [None])]
+)
+def test_labels_only_if_every_row_has_an_integer_or_a_word(tmp_path, label):
     columns = {"image": images()} if label is None else {"image": images(), "label": label}
     assert open_train(write(tmp_path / "x.parquet", columns)).labels is None
 
@@ -74,11 +76,11 @@ def test_rows_and_columns_are_used_or_left_out_for_a_reason(tmp_path):
     write(tmp_path / "a.parquet", {**columns, "label": pa.array(["cat"] * 5)}, group=2)
     write(tmp_path / "b.parquet", {"image": images([b"x"] * 4), "label": pa.array(["dog"] * 4)})
     source = open_train(str(tmp_path))
-    assert source.stock.used == {"files": 2, "images": 9, "rows": 7, "columns": 1}
+    assert source.stock.used == {"files": 2, "images": 9, "rows": 7, "columns": 2}
     assert source.stock.total("rows") == len(source) == 9
+    assert (source.classes, source.labels.tolist()) == (("cat", "dog"), [0] * 5 + [1] * 4)
     assert source.stock.lines() == [
         "2 rows left out: they hold no image; a run takes the next row's",
-        "1 column left out: labels must be integers, these are string; number the classes to use them (label)",
         "2 columns left out: neither images nor labels (id, caption)",
     ]
 
@@ -126,7 +128,7 @@ def _spoil(path):
 
 
 REFUSED = {
-    "paths only": (lambda p: write(p, {"image": images([None] * 9)}), "holds paths without the images"),
+    "paths only": (lambda p: write(p, {"image": images([None] * 9)}), "none of its 9 files is there"),
     "no column of bytes": (lambda p: write(p, {"image": ["x"], "label": [1]}), "none of bytes among image, label"),
     "several of bytes": (lambda p: write(p, {"a": [b"x"], "b": [b"x"]}), "several of bytes (a, b); call it `image`"),
     "empty table": (lambda p: write(p, {"image": images([])}), "holds no images"),

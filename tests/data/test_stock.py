@@ -219,8 +219,8 @@ REFUSED = {
         "a folder in it has parts of its own (set); give their paths, such as {root}/set",
     ),
     "another library's format": (
-        ["a.arrow", "b.arrow", "state.json"],
-        "holds no images; 2 files left out: .arrow, which fastmae does not read; write the images to files, tar shards",
+        ["a.tfrecord", "b.tfrecord", "state.json"],
+        "holds no images; 2 files left out: .tfrecord, TFRecord, which fastmae does not read; write its images to tar",
     ),
     "scans": (
         ["a/1.mha", "a/.x/2.png"],

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from fastmae.data.packed import PackedSource
 from fastmae.data.pages import PagedSource
 from fastmae.data.parquet import ParquetSource
 from fastmae.data.sources import Concat, Source, Subset
+from fastmae.data.zips import ZipSource
 
 Fingerprint = dict[str, Any]
 """What JSON can hold: ``kind``, as that of a source; ``length``, the number of images; ``ranges``, at most ``RANGES``
@@ -124,6 +126,9 @@ def _things(source: Source) -> Things:
             members = [_hash([column.data, source.size.data, source.shard.data])]
             sizes = dict(enumerate(str(size) for size, _ in source.stamps))
             return [*_relative(source.paths), "the members"], {**sizes, len(sizes): members[0]}
+        case ZipSource():
+            columns = [source.names.column.data, source.size.data, source.check.data]
+            return [Path(source.path).name, "the members"], {1: _hash(columns)}
         case ParquetSource():
             groups = [np.diff(source.starts)[source.group_file == file].tolist() for file in range(len(source.files))]
             sizes = _sizes(source.files)

@@ -24,11 +24,14 @@ from fastmae.data.images import (
     list_images,
     others_left_out,
 )
+from fastmae.data.index import Names
+from fastmae.data.openfile import OpenFile
 from fastmae.data.packed import PackedSource
 from fastmae.data.parquet import ParquetSource, open_parquet
 from fastmae.data.parts import Part, parts_among, shard_part
 from fastmae.data.shards import open_shards, refuse_compressed
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, within
+from fastmae.data.zips import ZipSource, list_zip, read_table
 from fastmae.errors import SettingError, UserError
 from fastmae.facts import AS_STORED, ReadAs
 
@@ -102,6 +105,48 @@ def _listing(path: Path) -> Listing:
             if len(others):
                 return others
     return listing
+
+
+def open_zip(path: Path, split: Split) -> ZipSource | None:
+    """Opens a part of a zip archive as if it were a folder; None if it has no val part.
+
+    Raises:
+        SettingError: as ``open_folder``.
+        OSError, ValueError: the archive cannot be read, or is damaged.
+    """
+    archive = OpenFile(path)
+    table = read_table(archive)
+    listing, around = list_zip(path, table)
+    layout = find_layout(listing)
+    train = _found(listing, layout.train, "train", () if layout.train else layout.evaluate)
+    val, refused, notes = _choose_val(listing, layout, train)
+    parts = [train, *([] if val is None else [val])]
+    problems = (LeftOut("files", found.count, reason, tuple(found.names)) for reason, found in table.problems.items())
+    left_out = [*_unused(listing, layout, parts, refused), *problems, *others_left_out(listing)]
+    found, stock = (val, Stock()) if split == "val" else (train, None)
+    if found is None:
+        return None
+    images = found.images
+    if stock is None:
+        every = (*layout.notes, *train.notes, *images.notes, *notes)
+        members = tuple(replace(item, unit="members") for item in left_out)
+        stock = Stock({"files": 1, "members": sum(len(part.images.paths) for part in parts)}, members, every)
+    inside = Names(images.paths.column, images.paths.ends, around)
+    numbers = {name: number for number, name in enumerate(table.names)}
+    chosen = np.array([numbers[name] for name in inside], np.int64)
+    return ZipSource(
+        path=str(path),
+        stamp=archive.stamp,
+        names=inside,
+        header=table.header[chosen],
+        packed=table.packed[chosen],
+        size=table.size[chosen],
+        check=table.check[chosen],
+        labels=images.labels,
+        classes=images.classes,
+        part=found.folder,
+        stock=stock,
+    )
 
 
 def _files(found: Found, listing: Listing) -> int:

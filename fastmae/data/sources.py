@@ -19,7 +19,7 @@ import numpy as np
 
 from fastmae.data.arrays import FEW, UNREADABLE, ArraySource, Split, open_array
 from fastmae.data.convert import narrowest
-from fastmae.data.folders import open_files, open_folder
+from fastmae.data.folders import open_files, open_folder, open_zip
 from fastmae.data.headers import read_header
 from fastmae.data.images import FolderSource, begins_as_an_image
 from fastmae.data.lists import LIST_SUFFIXES, open_list
@@ -487,6 +487,8 @@ def _digits(split: Split) -> Source:
 
 
 def _open_file(path: Path, split: Split, read_as: ReadAs) -> Source | None:
+    if suffix_of(path.name) == ".zip":
+        return open_zip(path, split)
     if suffix_of(path.name) in LIST_SUFFIXES:
         return open_list(path, split, read_as.root)
     if split == "val":  # only an array file can hold two parts

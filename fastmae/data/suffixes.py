@@ -74,7 +74,8 @@ _REMEDIES = _by_suffix({
         "docs/containers.md shows",
     ".pkl .pickle .pt .pth": "which may run code when it is opened, so it never is; write its images to .npy, as "
         "docs/containers.md shows",
-    ".zip .7z .rar .gz .tgz .bz2 .xz .zst .lz4": "which is compressed; unpack it",
+    ".zip": "an archive; give its own path",
+    ".7z .rar .gz .tgz .bz2 .xz .zst .lz4": "which is compressed; unpack it",
     ".npy .npz .bin": "an array, which is not read from a folder of images; give its own path",
     ".h5 .hdf5 .hdf .he5": "a file of arrays; give its own path, with ::KEY behind it if it holds several",
     ".nii": "a volume, which is not read from a folder of images; give its own path",

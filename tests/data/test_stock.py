@@ -266,7 +266,7 @@ def test_what_pillow_reads_is_used_and_other_files_are_counted_by_suffix(tmp_pat
         "1 file left out: .dat, no image (e.dat)",
         "1 file left out: .mpg, a video; write its frames to image files (c.mpg)",
         "1 file left out: .svs, which fastmae does not read; convert it to PNG, TIFF or .npy (x.svs)",
-        "1 file left out: .zip, which is compressed; unpack it (d.zip)",
+        "1 file left out: .zip, an archive; give its own path (d.zip)",
     ]
 
 

@@ -85,8 +85,8 @@ def open_arrow(paths: Sequence[Path], root: str | None, folder: Stock | None = N
         if name is not None and table.labels:
             with naming(path):
                 column_of_labels = pa.chunked_array(table.labels).filter(pa.array(chosen))
-                own, missing = label_values(column_of_labels, name, table.schema)
-            values.append(own)
+                found_here, missing = label_values(column_of_labels, name, table.schema)
+            values.append(found_here)
             without += missing
     labels, classes = (None, ()) if name is None or without else numbered(values)
     if without:

@@ -185,8 +185,8 @@ def read_table(archive: OpenFile) -> Table:
             if name in files:
                 problems.setdefault("replaced by a later file of the same name", Tally()).add(name)
             files[name] = (header, packed, unpacked, method << 32 | crc)
-    columns = np.array([*files.values()], np.int64).reshape(-1, 4).T
-    return Table([*files], *map(np.ascontiguousarray, columns), others, problems)
+    header, packed_size, size_unpacked, check = np.array([*files.values()], np.int64).reshape(-1, 4).T.copy()
+    return Table([*files], header, packed_size, size_unpacked, check, others, problems)
 
 
 def _problem(flags: int, method: int, attributes: int, packed: int, size: int, header: int, end: int) -> str:

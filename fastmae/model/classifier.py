@@ -18,7 +18,7 @@ from torch import nn
 
 from fastmae.facts import UINT8, PixelFacts
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.pixels import pixels_of, register_pixels
+from fastmae.model.pixels import pixels_of, register_pixels, value_range_of
 from fastmae.model.vit import (
     Block,
     NormLayer,
@@ -131,7 +131,7 @@ class Classifier(nn.Module):
 
     mean: torch.Tensor
     std: torch.Tensor
-    value_range: torch.Tensor | None
+    value_range = property(value_range_of)
     pixels: PixelFacts
     other_sizes: tuple[tuple[int, int], ...] = ()
 

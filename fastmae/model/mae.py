@@ -22,6 +22,7 @@ from fastmae.model.pixels import (
     pixels_of,
     register_pixels,
     size_of,
+    value_range_of,
     without_missing,
 )
 from fastmae.model.vit import (
@@ -140,7 +141,7 @@ class MaskedAutoencoderViT(nn.Module):
     """Which of ``OFFICIAL_STEPS`` are not this class's own; ``training_loss`` then goes by the official steps."""
     mean: torch.Tensor
     std: torch.Tensor
-    value_range: torch.Tensor | None
+    value_range = property(value_range_of)
     pixels: PixelFacts
     read_as: ReadAs = AS_STORED
     """How files become its images, where it is known."""

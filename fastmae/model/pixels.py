@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -49,15 +50,26 @@ def register_pixels(
             raise ValueError(f"{name} needs {in_chans} numbers, one per channel, got {len(values)}")
     if min(std) <= 0:
         raise ValueError(f"std must be positive, got {list(std)}")
-    for one, other in zip(low, high, strict=True):
+    with np.errstate(over="ignore"):
+        ends = np.array([low, high], dtype=np.float32).T.tolist()  # as pixels are compared with them
+    for one, other in ends:
         if not (one < other and math.isfinite(other - one)):
-            raise ValueError(f"low must be below high, both finite, got {one:g} and {other:g}")
+            raise ValueError(f"low must be below high, both finite float32 numbers, got {one:g} and {other:g}")
     numbers = {"mean": mean, "std": std, "_zeros": (0.0,) * in_chans, "_ones": (1.0,) * in_chans}
     for name, values in numbers.items():
         model.register_buffer(name, torch.tensor(list(values), dtype=torch.float32), persistent=False)
     value_range = torch.tensor([low, high], dtype=torch.float32) if pixels.low or pixels.high else None
-    model.register_buffer("value_range", value_range, persistent=False)
+    bits = None if value_range is None else value_range.view(torch.int32)
+    model.register_buffer("_range_bits", bits, persistent=False)
     model.pixels = pixels  # type: ignore[assignment]
+
+
+def value_range_of(model: Any) -> torch.Tensor | None:
+    """Returns low and high of each channel, float32 [2, C], or None for those of the dtype: the ops' ``value_range``.
+
+    A model keeps their bits, so that casting it to a narrow type does not move them.
+    """
+    return None if model._range_bits is None else model._range_bits.view(torch.float32)
 
 
 def nodata_of(pixels: PixelFacts) -> float | None:

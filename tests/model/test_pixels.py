@@ -192,6 +192,13 @@ def test_wide_pixels_are_the_same_in_every_form_and_way(dtype):
     torch.testing.assert_close(model.training_loss(images, ids, 0.5), 2 * expected)
 
 
+def test_casting_a_model_leaves_its_range():
+    pixels = PixelFacts(dtype="float32", low=(273.15,), high=(280.0,))
+    model = model_of(pixels, in_chans=1).bfloat16()
+    assert model.value_range.tolist() == torch.tensor([[273.15], [280.0]]).tolist()
+    assert classifier_of(model, 2).half().value_range.dtype == torch.float32
+
+
 def test_float_pixels_are_told_from_normalised_images_by_their_shape():
     square = MaskedAutoencoderViT(
         img_size=16, patch_size=8, in_chans=16, embed_dim=16, depth=1, num_heads=2, decoder_embed_dim=16,
@@ -216,8 +223,9 @@ def test_pixels_of_another_type_are_refused():
     ("wrong", "words"),
     [
         (dict(low=(0.0,)), "low needs 2 numbers"),
-        (dict(low=(0.0, 300.0)), "low must be below high, both finite, got 300 and 255"),
+        (dict(low=(0.0, 300.0)), "low must be below high, both finite float32 numbers, got 300 and 255"),
         (dict(high=(math.inf, 1.0)), "both finite"),
+        (dict(low=(1e9, 0.0), high=(1e9 + 1, 1.0)), r"got 1e\+09 and 1e\+09"),
         (dict(low=(math.nan, 1.0)), "low must be below high"),
     ],
 )

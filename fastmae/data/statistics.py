@@ -49,6 +49,7 @@ def measure(
     value_range: ValueRange = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    known: str = "given",
 ) -> Measured:
     """Measures what is not given on up to 2048 images; a pure function of the data.
 
@@ -60,6 +61,7 @@ def measure(
         reading: how its images become pixels.
         value_range: the setting: numbers, ``dtype`` or ``auto``; None is as ``config.images`` says.
         mean, std: what is given of each channel, in units of the range.
+        known: for people, where numbers of ``value_range`` come from.
 
     Raises:
         SettingError: no image can be decoded, a channel is missing as a whole, or the range does not suit.
@@ -67,9 +69,9 @@ def measure(
     C, dtype = reading.in_chans, reading.dtype
     ends = _given_range(value_range, C, dtype)
     if ends is not None and mean is not None and std is not None:
-        return Measured(pixels=_facts(reading, ends), mean=mean, std=std, lines=_lines(reading, ends, "given"))
+        return Measured(pixels=_facts(reading, ends), mean=mean, std=std, lines=_lines(reading, ends, known))
     parts = _sample(source, reading, whole=dtype == "uint8" and ends is not None)
-    how = "given"
+    how = known
     if dtype != "uint8" or ends is None:
         values = np.concatenate([*parts])
         parts = iter([values])
@@ -112,6 +114,11 @@ def shown_range(pixels: PixelFacts) -> str:
         return pairs[0]
     more = f" and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
     return "; ".join(pairs[:SHOWN]) + more
+
+
+def range_line(pixels: PixelFacts, how: str) -> str:
+    """Returns the line of the start block about a value range."""
+    return f"range           {shown_range(pixels)} of {pixels.dtype} ({how})"
 
 
 def _sample(source: Source, reading: Reading, whole: bool) -> Iterator[np.ndarray]:
@@ -214,7 +221,7 @@ def _lines(
     pixels = _facts(reading, ends)
     if pixels == UINT8:
         return ()
-    said = [f"range           {shown_range(pixels)} of {pixels.dtype} ({how})"]
+    said = [range_line(pixels, how)]
     if beyond >= WORTH_SAYING:
         said.append(f"{100 * beyond:.1f} % of the values lie beyond and are kept")
     if missing:

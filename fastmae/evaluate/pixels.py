@@ -27,7 +27,7 @@ def measure_for(opened: Opened, given: ImagesConfig, source: Source) -> tuple[st
         return ()
     model = opened.model
     model.read_as = dataclasses.replace(model.read_as, pixel_type=given.pixel_type or model.pixels.dtype)
-    facts = describe(source).pixels
+    facts = describe(source, read_as=model.read_as).pixels
     reading = Reading(model.in_chans, dtype=facts.dtype, nodata=model.pixels.nodata, read_as=model.read_as)
     mean, std = tuple(model.mean.tolist()), tuple(model.std.tolist())
     measured = measure(source, reading, given.value_range, mean, std)

@@ -31,7 +31,7 @@ from fastmae.config import (
 )
 from fastmae.config.model import ModelSpec
 from fastmae.config.shared import ReadingConfig
-from fastmae.data.augment import BatchAugment, RandAugment, parse_randaugment
+from fastmae.data.augment import CHANNELS, BatchAugment, RandAugment, parse_randaugment
 from fastmae.data.loader import Batch, View, default_workers, describe_decoder
 from fastmae.data.plan import central_share
 from fastmae.data.sample import crops_note
@@ -45,6 +45,7 @@ from fastmae.data.sources import (
     with_known_classes,
     without_labels,
 )
+from fastmae.data.statistics import range_line
 from fastmae.data.stock import RUN_LINES, joined
 from fastmae.data.survey import take_stock
 from fastmae.errors import SettingError
@@ -244,6 +245,8 @@ def _open(
     encoder = open_checkpoint(flags.finetune, given, resize=False)
     train, val = train_and_val(flags.data_path, encoder.model.read_as)
     lines = measure_for(encoder, given, train)
+    if not lines and encoder.model.pixels != UINT8:
+        lines = (range_line(encoder.model.pixels, "that of the encoder"),)
     flags = dataclasses.replace(flags, **images_given(flags, encoder.settings))
     return flags, train, val, encoder, lines
 
@@ -544,4 +547,14 @@ def _summary(config: ResolvedFinetuneConfig, train: Source, val: Source, model: 
         f"tuned           {config.tune}: {share}, {config.nb_classes} classes",
         f"batch           {config.global_batch} images per step, lr {config.lr:.2e}, {config.epochs} epochs",
         f"regularised by  {', '.join(f'{name} {value}' for name, value in chosen.items() if value) or 'nothing'}",
+        *_without_randaugment(config, train),
+    ]
+
+
+def _without_randaugment(config: ResolvedFinetuneConfig, train: Source) -> list[str]:
+    """Returns a line where the official script would change colours, and wider pixels than 8 bits prevent it."""
+    if config.aa or train.kind != "folder" or config.in_chans not in CHANNELS or pixel_facts(config) == UINT8:
+        return []
+    return [
+        f"note            RandAugment (--aa) is for uint8 images in 0 to 255, so none is used on {config.pixel_type}"
     ]

@@ -36,10 +36,11 @@ from fastmae.model.build import build_model
 from fastmae.model.calls import calls_of
 from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.pixels import DTYPES
+from fastmae.model.pixels import DTYPES, nodata_of
 from fastmae.model.sharding import in_one_piece, is_sharded
 from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops.choices import Choices
+from fastmae.ops.masked_mse import excluded_share
 from fastmae.ops.tuning import measured
 from fastmae.signals import StopSignals
 from fastmae.train import parallel
@@ -82,6 +83,8 @@ from fastmae.train.step import MicroBatch, PassGraph, TrainingLoss, require_grap
 
 PICTURE_IMAGES = 8
 PROBE_RUN = 100
+LOOKED_AT = 64
+"""How many images are looked at for missing pixels when a run begins."""
 LARGE_MODEL = 200e6
 """From this number of parameters on, a run on a CPU begins with a note: ViT-L has 330 million, ViT-B 112 million."""
 CORE_FLOPS = 7e10
@@ -380,10 +383,23 @@ def _summary(
     if len(masks_of) > 1:
         lines.append(f"sizes           {describe_sizes(list(masks_of), config.grow_epochs, config.epochs)}")
     lines.append(f"masks           {masks_of[config.input_size]}")
+    lines += _without_targets(model, source)
     lines.append(f"batch           {config.global_batch} images per step, lr {config.lr:.2e}, {config.epochs} epochs")
     if next(model.parameters()).device.type == "cpu" and parameters >= LARGE_MODEL:
         lines.append(f"note            {_cpu_note(config, model)}")
     return lines
+
+
+def _without_targets(model: MaskedAutoencoderViT, source: Source) -> list[str]:
+    """Returns a line about the share of patches that are no targets, as pixels are missing, if there are any."""
+    nodata = nodata_of(model.pixels)
+    if nodata is None:
+        return []
+    images = fixed_images(model, source, LOOKED_AT)
+    ids = torch.arange(model.num_patches, device=images.device).expand(len(images), -1)
+    share = 100 * float(excluded_share(images, ids, model.patch_size, nodata))
+    what = f"{share:.2g} % of the patches of {count_of(len(images), 'images')} have a missing pixel"
+    return [f"targets         {what}, and are never among them"] if share else []
 
 
 def _cpu_note(config: ResolvedConfig, model: MaskedAutoencoderViT) -> str:

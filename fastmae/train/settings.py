@@ -82,7 +82,8 @@ def measure_pixels(flags: PretrainConfig, source: Source, facts: DataFacts) -> M
     is_plain = facts.pixels == UINT8 and flags.value_range in (None, ("dtype",))
     if facts.kind == "folder" and in_chans == 3 and is_plain:
         mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
-    return measure(source, reading, flags.value_range, mean, std)
+    goes_on = bool(flags.resume) and "pixel_type" in peek(flags.resume, Path(flags.output_dir)).get("settings", {})
+    return measure(source, reading, flags.value_range, mean, std, "as before" if goes_on else "given")
 
 
 def resolve_settings(

@@ -1,0 +1,162 @@
+"""The range of wide pixels from the start of a run to its checkpoints, and to all that is done with them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import small_run
+
+import fastmae
+from fastmae.checkpoint.load import load_classifier, load_model, open_checkpoint
+from fastmae.commands.reconstruct import run_reconstruct
+from fastmae.config import ExportConfig, FinetuneConfig, ReconstructConfig
+from fastmae.config.model import ModelSpec
+from fastmae.config.shared import ReadingConfig
+from fastmae.data import statistics
+from fastmae.errors import SettingError
+from fastmae.evaluate.anomaly import patch_errors
+from fastmae.evaluate.reconstruct import drawn
+from fastmae.export.encoder import Encoder
+from fastmae.export.hf import save_huggingface
+from fastmae.export.run import export
+from fastmae.facts import PixelFacts
+from fastmae.model.build import build_model
+from fastmae.model.pixels import normalised
+from fastmae.train.finetune import finetune
+from fastmae.train.pretrain import pretrain
+
+SMALL = dict(model="mae_vit_tiny_patch4", input_size=(8, 8), epochs=1, tune="off", save_freq=1)
+FLOATS = PixelFacts(dtype="float32", low=(-1024.0, 0.0), high=(3071.0, 2.0), nodata=-2000.0)
+
+
+def model_of(pixels, channels=1):
+    torch.manual_seed(0)
+    spec = ModelSpec(
+        model="mae_vit_tiny_patch4", input_size=(8, 8), in_chans=channels, mean=(0.3,) * channels,
+        std=(0.2,) * channels, **fastmae.config.pixel_settings(pixels),
+    )  # fmt: skip
+    return build_model(spec).eval()
+
+
+def floats(count=3):
+    """Float pixels [N, 8, 8, 2] of which some are missing."""
+    random = np.random.default_rng(0)
+    images = random.normal([500, 1], [300, 0.4], (count, 8, 8, 2)).astype(np.float32)
+    images[0, 0, 0, 0], images[1, 5, 5] = np.nan, -2000
+    return torch.from_numpy(images)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """The path of 24 labelled images of 12 bits, and a run on them."""
+    folder = tmp_path_factory.mktemp("wide")
+    values = np.random.default_rng(0).normal(1000, 200, (24, 8, 8, 1)).clip(0, 4095).astype(np.uint16)
+    np.savez(folder / "wide.npz", images=values, labels=np.arange(24) % 2)
+    config = small_run(str(folder / "wide.npz"), folder / "run", **SMALL)
+    assert pretrain(config) == 0
+    return folder
+
+
+def test_a_run_keeps_the_range_and_its_files_say_it(wide):
+    settings = json.loads((wide / "run" / "config.json").read_text())
+    values = np.load(wide / "wide.npz")["images"]
+    low, high = np.percentile(values, [0.1, 99.9], method="nearest").tolist()
+    assert (settings["pixel_type"], settings["value_range"], settings["nodata"]) == ("uint16", [low, high], None)
+    expected = PixelFacts(dtype="uint16", low=(low,), high=(high,))
+    for name in ("", "checkpoint-0.pth", "checkpoint-0.safetensors"):
+        assert load_model(wide / "run" / name).pixels == expected
+    features = fastmae.extract_features(str(wide / "run"), str(wide / "wide.npz"))
+    assert features.values.isfinite().all()
+    assert len(features.values) == 24
+
+
+def test_a_run_that_goes_on_measures_nothing_and_refuses_another_range(wide, monkeypatch, capsys):
+    monkeypatch.setattr(statistics, "_sample", None)  # calling it would fail
+    again = small_run(str(wide / "wide.npz"), wide / "run", **{**SMALL, "epochs": 2, "resume": "auto"})
+    assert pretrain(again) == 0
+    assert "of uint16 (as before)" in capsys.readouterr().out
+    other = small_run(
+        str(wide / "wide.npz"), wide / "run", **{**SMALL, "epochs": 3, "resume": "auto"}, value_range=(0, 4095)
+    )
+    with pytest.raises(SettingError, match=r"made with value_range \[.*\], not \[0.0, 4095.0\]"):
+        pretrain(other)
+
+
+def test_fine_tuning_and_pictures_take_the_range_of_the_encoder(wide, capsys):
+    config = FinetuneConfig(
+        finetune=str(wide / "run"), data_path=str(wide / "wide.npz"), output_dir=str(wide / "tuned"), epochs=1,
+        warmup_epochs=0.1, batch_size=6, device="cpu", autotune="off", num_workers=1,
+    )  # fmt: skip
+    assert finetune(config) == 0
+    assert "(that of the encoder)" in capsys.readouterr().out
+    assert load_classifier(wide / "tuned").pixels == load_model(wide / "run").pixels
+    picture = wide / "grid.png"
+    run_reconstruct(ReconstructConfig(checkpoint=str(wide / "run"), output=str(picture), count=2, device="cpu"))
+    assert picture.exists()
+
+
+def test_flags_give_a_checkpoint_another_range(wide):
+    path = wide / "run" / "checkpoint-0.pth"
+    given = open_checkpoint(path, ReadingConfig(value_range=(0, 4095))).model
+    assert given.pixels == PixelFacts(dtype="uint16", low=(0.0,), high=(4095.0,))
+    assert open_checkpoint(path, ReadingConfig(value_range=("dtype",))).model.pixels == PixelFacts(dtype="uint16")
+    with pytest.raises(SettingError, match=r"^value_range=.*or 1 pairs, one for each channel"):
+        open_checkpoint(path, ReadingConfig(value_range=(0, 1, 0, 1)))
+
+
+def test_wide_pixels_are_drawn_through_the_range():
+    model, images = model_of(FLOATS, 2), floats()
+    picture = drawn(model, images)
+    low, high = torch.tensor(FLOATS.low), torch.tensor(FLOATS.high)
+    expected = (255 * (images - low) / (high - low)).round().clamp(0, 255)
+    is_there = ~images.isnan() & (images != -2000)
+    assert picture.dtype == torch.uint8
+    assert (picture.float() - expected)[is_there].abs().max() <= 1
+    assert (picture[~is_there] == round(0.3 * 255)).all()
+
+
+def test_a_patch_with_missing_pixels_has_no_error_of_reconstruction():
+    maps = patch_errors(model_of(FLOATS, 2), floats(), torch.arange(3), mask_ratio=0.75, rounds=1, seed=0)
+    assert maps.isnan().flatten(1).tolist() == [
+        [True, False, False, False], [False, False, False, True], [False] * 4
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_a_program_normalises_raw_pixels_as_the_model_does(dtype):
+    pixels = FLOATS if dtype == "float32" else PixelFacts(dtype="uint16", low=(100.0, 0.0), high=(4000.0, 9.0))
+    model = model_of(pixels, 2)
+    images = floats() if dtype == "float32" else floats().nan_to_num(0).clamp(0, 4095).to(torch.uint16)
+    with torch.no_grad():
+        wanted = model.forward_features(images)
+        raw, prepared = (Encoder(model, torch.float32, raw) for raw in (True, False))
+        torch.testing.assert_close(raw(images), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(prepared(normalised(model, images)), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_input_of_another_type_than_the_models_is_refused(tmp_path):
+    opened = dict(checkpoint="x", to="torch-export", output=str(tmp_path / "x.pt2"))
+    from fastmae.checkpoint.load import Opened
+
+    for given in ("uint8", "float32"):
+        with pytest.raises(SettingError, match=rf"^input='{given}': must be uint16"):
+            export(ExportConfig(**opened, input=given), Opened(model_of(PixelFacts(dtype="uint16")), {}, True), 1)
+    with pytest.raises(SettingError, match="other than auto"):
+        ExportConfig(**opened, value_range=("auto",))
+
+
+def test_a_folder_of_transformers_says_the_range_in_its_own_terms_and_in_ours(tmp_path):
+    model = model_of(FLOATS, 2)
+    save_huggingface(tmp_path / "hf", model, 0.75, "full")
+    said = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    images = torch.tensor([[[[500.0, 1.5]]]]).expand(1, 8, 8, 2)
+    theirs = (images * said["rescale_factor"] - torch.tensor(said["image_mean"])) / torch.tensor(said["image_std"])
+    torch.testing.assert_close(theirs.permute(0, 3, 1, 2), normalised(model, images), rtol=1e-4, atol=1e-4)
+    assert said["do_resize"] is False
+    back = load_model(tmp_path / "hf")
+    assert back.pixels == FLOATS
+    assert torch.equal(back.mean, model.mean)
+    assert torch.equal(back.std, model.std)
+    assert math.isclose(said["rescale_factor"], 1 / 4095)

@@ -30,7 +30,7 @@ from fastmae.data.openfile import OpenFile
 from fastmae.data.parquet import HELD_BYTES, MAX_GROUP_BYTES, MIN_HELD, Recent
 from fastmae.data.plan import Shards
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of
-from fastmae.errors import UserError, in_one_line, install_hint
+from fastmae.errors import SettingError, UserError, in_one_line, install_hint
 from fastmae.facts import AxisName, ReadAs
 
 SUFFIXES = (".nii", ".nii.gz")
@@ -268,7 +268,9 @@ def _turn(path: Path, affine: np.ndarray, axis: AxisName) -> tuple[tuple[int, in
 
     turned = nibabel.io_orientation(affine) if np.isfinite(affine).all() else np.full((3, 2), np.nan)
     if not np.isfinite(turned).all():
-        raise ValueError(f"{path.name}: its affine does not say how it lies in the body; use --axis 0, 1 or 2")
+        raise SettingError(
+            "axis", axis, f"the affine of {path} does not say how it lies in the body; set it to 0, 1 or 2"
+        )
     # Of each axis of the body (right, front, top): the axis of the array, and whether that runs against it.
     stored = {int(body): (number, way < 0) for number, (body, way) in enumerate(turned)}
     columns, rows = [stored[body] for body in range(3) if body != AXES[axis]]

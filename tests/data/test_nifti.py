@@ -142,7 +142,7 @@ def test_a_gzipped_volume_is_unpacked_once_while_the_order_stays_with_it(tmp_pat
 
 
 def test_hostile_volumes_are_refused_in_one_line_and_nothing_is_allocated(tmp_path):
-    whole = Path(save(tmp_path / "x.nii", np.zeros((8, 9, 10), np.int16))).read_bytes()
+    whole = Path(save(tmp_path / "x.nii", RNG.integers(0, 999, (8, 9, 10)).astype(np.int16))).read_bytes()
 
     def changed(start, form, *values):
         data = bytearray(whole)

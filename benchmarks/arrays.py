@@ -87,7 +87,7 @@ def load_epoch(path: str, epoch: int, count: int) -> float:
 
 def by_library(array: Any, epoch: int, count: int) -> float:
     """Returns the images a second that `array[i]` gives in a full shuffle."""
-    order = plan_epoch(0, epoch, len(array), 1).order[:count].tolist()
+    order = plan_epoch(0, epoch, array.shape[0], 1).order[:count].tolist()
     started = time.perf_counter()
     for index in order:
         array[index]

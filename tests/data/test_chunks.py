@@ -259,6 +259,12 @@ def test_nothing_outside_of_a_file_is_read(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_this_process_has_open_is_read_all_the_same(tmp_path):
+    path = write_h5(tmp_path / "x.h5", images_of("8 bits"), chunks=(3, 7, 9, 2), compression="lzf")
+    with h5py.File(path) as file:
+        expect(open_train(path), file["images"][()])
+
+
 def test_a_changed_file_ends_the_run_and_a_damaged_chunk_costs_its_images(tmp_path):
     images = RNG.integers(0, 4096, (12, 16, 16), dtype=np.uint16)
     path = tmp_path / "x.h5"

@@ -63,7 +63,7 @@ def open_hdf5(path: Path, keys: str | None, split: Split, layout: LayoutName = "
     file = OpenFile(path)
     if not is_hdf5(path):
         raise ValueError("does not begin as an HDF5 file does")
-    with _naming(path), h5py.File(path, "r", locking=False) as opened:
+    with _naming(path), _opened(h5py, path) as opened:
         listed = _listed(h5py, opened, keys)
         chosen = choose_keys(listed, keys, split, str(path))
         if chosen is None:
@@ -79,6 +79,14 @@ def _h5py(path: Path) -> Any:
     with contextlib.suppress(ImportError):  # more filters, where somebody has installed them
         import hdf5plugin  # noqa: F401
     return h5py
+
+
+def _opened(h5py: Any, path: str | Path) -> Any:
+    """Opens a file without a lock, which not every file system has, unless this process has it open with one."""
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError:
+        return h5py.File(path, "r")
 
 
 @contextlib.contextmanager
@@ -169,7 +177,7 @@ def _stored(h5py: Any, opened: Any, key: str, file: OpenFile) -> Stored:
         if OpenFile(file.path).stamp != file.stamp:
             raise changed(file.path)
         try:
-            with h5py.File(file.path, "r", locking=False) as again:
+            with _opened(h5py, file.path) as again:
                 return np.asarray(again[name][start:stop])
         except Exception as error:  # h5py raises all kinds of errors for damage
             raise OSError(f"{where}[{start}]: {' '.join(str(error).split())}") from error

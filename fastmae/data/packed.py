@@ -16,6 +16,7 @@ from fastmae.data.images import LARGE_FILE, LOOKED_AT, MAX_FILE_BYTES, refuse_no
 from fastmae.data.index import Names
 from fastmae.data.openfile import OpenFile
 from fastmae.data.plan import Shards
+from fastmae.data.remote import RemoteFile, open_file
 from fastmae.data.stock import Stock, count_of
 
 OPEN_SHARDS = 256
@@ -49,7 +50,7 @@ class PackedSource:
     """(file, what is wrong) of each that ends too early or is damaged inside."""
     classes: tuple[str, ...] = ()
     kind: str = "folder"
-    _open: Callable[[int], OpenFile] = field(init=False, repr=False, compare=False)
+    _open: Callable[[int], OpenFile | RemoteFile] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Bounded, because there may be more shards than files that a process may have open.
@@ -96,8 +97,8 @@ class PackedSource:
             return f"{self.paths[shard]}[{index - int(np.searchsorted(self.shard, shard))}]"
         return f"{self.paths[shard]}:{self.names[index]}"
 
-    def _open_shard(self, number: int) -> OpenFile:
-        shard = OpenFile(self.paths[number])
+    def _open_shard(self, number: int) -> OpenFile | RemoteFile:
+        shard = open_file(self.paths[number])
         if shard.stamp != self.stamps[number]:
             raise OSError(f"{self.paths[number]} has changed since it was indexed; start again")
         return shard

@@ -32,9 +32,9 @@ from fastmae.data.index import (
     unpack_names,
     write_index,
 )
-from fastmae.data.openfile import OpenFile
 from fastmae.data.packed import PackedSource
 from fastmae.data.parts import read_part, shard_part
+from fastmae.data.remote import ReadAhead, file_name, is_remote, open_file
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of, joined
 from fastmae.data.suffixes import IMAGE_SUFFIXES, suffix_of, why_not
 from fastmae.errors import SettingError, UserError
@@ -79,7 +79,7 @@ COMPRESSED_STARTS = {
 }  # fmt: skip
 
 
-def open_shards(paths: Sequence[Path], image_key: str | None = None) -> PackedSource:
+def open_shards(paths: Sequence[Path | str], image_key: str | None = None) -> PackedSource:
     """Opens tar files as one source, in the order given.
 
     Samples are grouped as webdataset does: a group is consecutive members whose names agree up to the first dot of the
@@ -98,8 +98,9 @@ def open_shards(paths: Sequence[Path], image_key: str | None = None) -> PackedSo
     """
     for path in paths:
         refuse_compressed(path)
-    stamps = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, paths)]
-    shards = [[path.name, *stamp] for path, stamp in zip(paths, stamps, strict=True)]
+    with ThreadPoolExecutor(INDEX_THREADS) as pool:
+        stamps = list(pool.map(_stamp, paths))
+    shards = [[file_name(path), *stamp] for path, stamp in zip(paths, stamps, strict=True)]
     fingerprint = hashlib.sha256(json.dumps([RULES, image_key, sorted(IMAGE_SUFFIXES), shards]).encode()).hexdigest()
     index_paths = _index_paths(paths)
     for index_path in index_paths:
@@ -112,25 +113,35 @@ def open_shards(paths: Sequence[Path], image_key: str | None = None) -> PackedSo
     if others and not any(inside.samples for inside in indexed):
         there = sorted({f".{name.rpartition('/')[2].partition('.')[2]}" for item in others for name in item.examples})
         raise SettingError("image_key", image_key, f"no image of the tars ends so; there are {', '.join(there)}")
-    columns = _columns(indexed, [path.stem for path in paths])
+    columns = _columns(indexed, [os.path.splitext(file_name(path))[0] for path in paths])
     if is_settled(modified for _, modified in stamps):
         any(write_index(index_path, Index(fingerprint, columns)) for index_path in index_paths)  # the first that works
     return _source(paths, stamps, columns)
 
 
-def refuse_compressed(path: Path) -> None:
+def _stamp(path: Path | str) -> tuple[int, int]:
+    """Returns the size of a shard, and what tells it from another version of it: its modification time, or an ETag."""
+    if is_remote(path):
+        return open_file(path).stamp
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def refuse_compressed(path: Path | str) -> None:
     """Refuses a compressed tar file by its name, because nothing can be read in place in it.
 
     Raises:
         UserError: the name is that of a compressed tar file.
     """
     for suffix, tool in COMPRESSED_SUFFIXES.items():
-        if path.name.lower().endswith(suffix):
+        if file_name(path).lower().endswith(suffix):
             raise UserError(f"{path}: a compressed tar cannot be read in place; run `{tool} {path}` first")
 
 
-def _index_paths(paths: Sequence[Path]) -> list[Path]:
+def _index_paths(paths: Sequence[Path | str]) -> list[Path]:
     """Returns where the index of these shards may be: beside them (if they share a folder), and in the cache folder."""
+    if any(map(is_remote, paths)):
+        return [cache_file("\0".join(["shards", *map(str, paths)]))]
     real = [os.path.realpath(path) for path in paths]
     folders = {os.path.dirname(path) for path in real}
     # The name of an index beside the shards depends on their names alone, so that it can be moved with them.
@@ -176,7 +187,7 @@ def _is_sound(columns: dict[str, np.ndarray], stamps: Sequence[tuple[int, int]])
     return bool(np.all((offset >= 0) & (size >= 0) & (size <= ends) & (offset <= ends - size)))
 
 
-def _source(paths: Sequence[Path], stamps: list[tuple[int, int]], columns: dict[str, np.ndarray]) -> PackedSource:
+def _source(paths: Sequence[Path | str], stamps: list[tuple[int, int]], columns: dict[str, np.ndarray]) -> PackedSource:
     labelled = len(columns["label"]) > 0 and bool(columns["has_label"].all())
     stock = _unpacked_stock(columns["stock"])
     assert stock is not None
@@ -346,14 +357,23 @@ def _unpacked_stock(column: np.ndarray) -> Stock | None:
         return None
 
 
-def index_shard(path: Path, image_key: str | None = None) -> _Inside:
+def index_shard(path: Path | str, image_key: str | None = None) -> _Inside:
     """Reads the headers of a shard and of the tars inside it, and its labels.
 
     Raises:
         UserError: the file is compressed, or its first header is not one of a tar file.
     """
-    shard = OpenFile(path)
-    start = shard.read(BLOCK, 0)
+    shard = open_file(path)
+    ahead = ReadAhead(shard) if is_remote(path) else None
+    try:
+        return _index(path, shard.size, shard.read if ahead is None else ahead.read, image_key)
+    finally:
+        if ahead is not None:
+            ahead.close()
+
+
+def _index(path: Path | str, size: int, read: Callable[[int, int], bytes], image_key: str | None) -> _Inside:
+    start = read(BLOCK, 0)
     for magic, tool in COMPRESSED_STARTS.items():
         if start.startswith(magic):
             raise UserError(f"{path}: a compressed tar cannot be read in place; unpack it with `{tool}` first")
@@ -362,20 +382,20 @@ def index_shard(path: Path, image_key: str | None = None) -> _Inside:
 
     def intact() -> Iterator[_Member]:
         try:
-            for member in _members(shard.read, shard.size):
+            for member in _members(read, size):
                 if member.kind == "folder":
                     inside.folders += 1
                 elif member.kind != "file":
                     inside.leave_out(member.name, NO_FILES[member.kind])
                 elif member.name.lower().endswith(".tar") and member.size:
-                    yield from _inner_members(shard.read, member, inside)
+                    yield from _inner_members(read, member, inside)
                 else:
                     yield member
         except _DamageError as error:
             damage.append(error)
 
-    _find_samples(intact(), shard.read, inside, image_key)
-    if damage and damage[0].position == 0 and shard.size:
+    _find_samples(intact(), read, inside, image_key)
+    if damage and damage[0].position == 0 and size:
         raise UserError(f"{path}: not a tar file ({damage[0]}); check or replace it")
     inside.damage = str(damage[0]) if damage else None
     return inside

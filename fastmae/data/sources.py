@@ -25,7 +25,8 @@ from fastmae.data.images import FolderSource, begins_as_an_image
 from fastmae.data.lists import LIST_SUFFIXES, open_list
 from fastmae.data.pages import PagedSource, by_page
 from fastmae.data.plan import Shards, describe_order, holdout
-from fastmae.data.shards import expand_braces, refuse_compressed
+from fastmae.data.remote import file_name, is_remote
+from fastmae.data.shards import expand_braces, open_shards, refuse_compressed
 from fastmae.data.stock import EXAMPLES, RUN_LINES, LeftOut, Stock, count_of, joined
 from fastmae.data.suffixes import IMAGE_SUFFIXES, SHARD_SUFFIXES, remedy_for, suffix_of
 from fastmae.data.volumes import is_stack, open_stack
@@ -219,7 +220,7 @@ def open_train(data_path: str | Sequence[str], read_as: ReadAs = AS_STORED) -> S
 
 def _used_twice(paths: Sequence[str]) -> Iterator[str]:
     """Yields a note for each path that is another one's or lies in another one."""
-    real = [os.path.join(os.path.realpath(os.path.expanduser(path)), "") for path in paths]
+    real = [path if is_remote(path) else os.path.join(os.path.realpath(os.path.expanduser(path)), "") for path in paths]
     for number, path in enumerate(real):
         around = next((other for other in range(len(real)) if other != number and path.startswith(real[other])), None)
         if around is not None and (path != real[around] or number > around):
@@ -446,6 +447,8 @@ def _paths(data_path: str | Sequence[str]) -> list[str]:
 def _open(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
     if data_path == "digits":
         return _digits(split)
+    if is_remote(data_path):
+        return _open_remote(data_path, split, read_as)
     place, keys = _without_keys(data_path)
     path = Path(place).expanduser()
     try:
@@ -506,6 +509,20 @@ def _open_file(path: Path, split: Split, read_as: ReadAs) -> Source | None:
     if remedy is not None:
         raise SettingError("data_path", str(path), f"a {suffix} file, {remedy}")
     raise ValueError("not an image, .npy, .npz, .h5, .tar, .parquet, IDX or CIFAR .bin file, nor a list of paths")
+
+
+def _open_remote(pattern: str, split: Split, read_as: ReadAs) -> Source | None:
+    """Opens the tar shards behind an address, or those that a brace pattern names; they have no val part."""
+    urls = [*expand_braces(pattern)]
+    for url in urls:
+        refuse_compressed(url)
+        if not file_name(url).lower().endswith(".tar"):
+            raise SettingError("data_path", pattern, f"{url} is no tar; only tar shards are read from an address")
+    try:
+        return open_shards(urls, read_as.image_key) if split == "train" else None
+    except OSError as error:
+        reason = in_one_line(" ".join(str(error).split()), 400)
+        raise SettingError("data_path", pattern, f"cannot be read ({reason}); check the address") from error
 
 
 def _open_pattern(pattern: str, read_as: ReadAs) -> Source | None:

@@ -1,0 +1,166 @@
+"""Files behind an address (`https://`, `s3://`, `gs://` …), read by ranges through fsspec.
+
+A file is what ``OpenFile`` is for one on a disk. What fails is asked for again, which is said; an object that is
+replaced is noticed by its size, ETag or time. Nothing is kept on a disk but the index of tars.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from fastmae.data.openfile import OpenFile
+from fastmae.errors import UserError, in_one_line, install_hint
+
+logger = logging.getLogger("fastmae")
+T = TypeVar("T")
+
+WAITS = (0.5, 2.0, 8.0)
+"""Seconds before what failed is asked for again."""
+AGAIN = (408, 425, 429)
+"""Answers of a server that call for another try, besides those from 500 on."""
+BLOCK = 4 << 20
+"""Bytes that are asked for at a time where a file is read from its start to its end."""
+CHECK_SECONDS = 60.0
+"""How often it is asked whether an object is still the same."""
+TAGS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "updated", "mtime")
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+
+
+def is_remote(path: str | Path) -> bool:
+    """Tells whether a path is an address."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", str(path)) is not None
+
+
+def file_name(path: str | Path) -> str:
+    """Returns the last part of a path or an address, without what follows a `?`."""
+    return PurePosixPath(urlsplit(str(path)).path).name if is_remote(path) else Path(path).name
+
+
+def open_file(path: str | Path) -> OpenFile | RemoteFile:
+    """Opens a file on a disk, or behind an address.
+
+    Raises:
+        UserError: the package for such addresses is not installed.
+        OSError: there is no such file, or it may not be read.
+    """
+    return RemoteFile(str(path)) if is_remote(path) else OpenFile(path)
+
+
+class RemoteFile:
+    """A file behind an address, which any thread may read.
+
+    Raises:
+        UserError: the package for such addresses is not installed.
+        OSError: there is no such file, it may not be read, or its server does not say how long it is.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.path = url
+        self._files, self._inside = _filesystem(url)
+        self.stamp = self._asked_stamp()
+        """(size in bytes, a number that another version of the object does not have) when it was opened."""
+        self._checked = time.monotonic()
+
+    @property
+    def size(self) -> int:
+        """The bytes of the file when it was opened."""
+        return self.stamp[0]
+
+    def is_unchanged(self) -> bool:
+        """Tells whether the object is that which was opened; its server is asked once a minute."""
+        if time.monotonic() - self._checked < CHECK_SECONDS:
+            return True
+        self._checked = time.monotonic()
+        return self._asked_stamp() == self.stamp
+
+    def read(self, size: int, position: int) -> bytes:
+        """Returns up to ``size`` bytes from a position on; fewer where the file ends."""
+        end = min(position + size, self.size)
+        if end <= position:
+            return b""
+        data = self._retried(lambda: self._files.cat_file(self._inside, start=position, end=end))
+        if len(data) > end - position:
+            raise OSError(f"{self.path}: its server gives whole files and no ranges of them; copy it to a disk")
+        return bytes(data)
+
+    def _asked_stamp(self) -> tuple[int, int]:
+        self._files.invalidate_cache()
+        facts = self._retried(lambda: self._files.info(self._inside))
+        size = facts.get("size")
+        if not isinstance(size, int) or facts.get("type") == "directory":
+            raise OSError(f"{self.path}: no file, or one whose server does not say how long it is; copy it to a disk")
+        told = json.dumps([str(facts.get(name)) for name in TAGS])
+        return size, int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "big")  # below any time in ns
+
+    def _retried(self, ask: Callable[[], T]) -> T:
+        """Asks, and asks again after a while if that fails in a way that may pass.
+
+        Raises:
+            OSError: it failed to the end.
+        """
+        for wait in (*WAITS, None):
+            try:
+                return ask()
+            except Exception as error:  # whatever the library of this kind of address raises
+                said = error.__cause__ or error  # fsspec takes every failure over HTTP for a file that is not there
+                reason = in_one_line(f"{type(said).__name__}: {said}", 300)
+                status = getattr(said, "status", None)
+                is_final = isinstance(said, FileNotFoundError | PermissionError) or (
+                    isinstance(status, int) and 400 <= status < 500 and status not in AGAIN
+                )
+                if wait is None or is_final:
+                    raise OSError(f"{self.path}: {reason}") from error
+                logger.warning("%s: %s; asking again in %g s", self.path, reason, wait)
+                time.sleep(wait)
+        raise AssertionError
+
+
+class ReadAhead:
+    """Reads a file of ``open_file`` from its start to its end in large ranges, the next one while this one is used."""
+
+    def __init__(self, file: OpenFile | RemoteFile) -> None:
+        self._file, self._start, self._block = file, 0, b""
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fastmae-ahead")
+        self._next: tuple[int, Future[bytes]] | None = None
+
+    def read(self, size: int, position: int) -> bytes:
+        """Returns up to ``size`` bytes from a position on; fewer where the file ends."""
+        inside = position - self._start
+        if not 0 <= inside <= inside + size <= len(self._block):
+            if size >= BLOCK:
+                return self._file.read(size, position)
+            follows = 0 <= inside <= len(self._block)
+            if self._next is not None and self._next[0] == position:
+                block = self._next[1].result()
+            else:
+                block = self._file.read(BLOCK, position)
+            self._start, self._block, inside = position, block, 0
+            after = position + len(block)
+            self._next = (after, self._pool.submit(self._file.read, BLOCK, after)) if follows else None
+        return self._block[inside : inside + size]
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """Returns fsspec's file system for an address, and what the file is called there."""
+    scheme = url.partition("://")[0]
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        hint = f"pip install {PACKAGES[scheme]}" if scheme in PACKAGES else install_hint("remote")
+        raise UserError(f"{url}: addresses of {scheme}:// need another package; run {hint}") from error
+    except ValueError as error:
+        raise UserError(f"{url}: no kind of address that fsspec knows ({in_one_line(str(error))})") from error

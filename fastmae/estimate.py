@@ -55,9 +55,10 @@ CONSTANTS: dict[str, Constant] = {
     "pointwise_block_backward": _assumed(90, "fused by --compile block"),
     # The same with the kernels of add_layer_norm and gelu, compiled or not, and with a bfloat16 residual.
     "pointwise_fused_forward": Constant(40, "counted", "add and LayerNorm twice 12, bias and GELU 16"),
-    "pointwise_fused_backward": Constant(66, "counted", "add and LayerNorm twice 16, GELU 24, bias gradients 10"),
+    "pointwise_fused_backward": Constant(62, "counted", "add and LayerNorm twice 16, GELU 24, a bias gradient 6"),
     "pointwise_fused_bf16_forward": Constant(32, "counted", "add and LayerNorm twice 8, bias and GELU 16"),
-    "pointwise_fused_bf16_backward": Constant(50, "counted", "add and LayerNorm twice 8, GELU 24, bias gradients 10"),
+    "pointwise_fused_bf16_backward": Constant(46, "counted", "add and LayerNorm twice 8, GELU 24, a bias gradient 6"),
+    "gelu_again": Constant(8, "counted", "more of them under --checkpointing gelu, in the pass of GELU's gradient"),
     "pointwise_reached": _assumed(0.85, "share of a copy's rate that pointwise kernels and the optimiser reach"),
     "patches": Constant(9, "counted", "bytes per number of decoder tokens and of predicted patches; 3 per visible one"),
     "optimiser": Constant(32, "counted", "bytes per weight and step: AdamW 28, norm 4"),
@@ -65,8 +66,8 @@ CONSTANTS: dict[str, Constant] = {
     "copies": Constant(6, "counted", "bytes per weight and step: bf16 copies; products write float32 gradients"),
     "launches_off": Constant(66, "counted", "kernels per block, forward 21 (traced) and backward 45, eager"),
     "launches_block": _assumed(35, "kernels per block under --compile block"),
-    "launches_fused_off": _assumed(32, "kernels per block with add_layer_norm and gelu, eager"),
-    "launches_fused_block": _assumed(26, "kernels per block with add_layer_norm and gelu under --compile block"),
+    "launches_fused_off": _assumed(30, "kernels per block with add_layer_norm and gelu, eager"),
+    "launches_fused_block": _assumed(24, "kernels per block with add_layer_norm and gelu under --compile block"),
     "launch": _assumed(8e-6, "seconds of Python and PyTorch per kernel"),
     "links_reached": _assumed(0.8, "share of a link's data sheet that collectives reach"),
     "local_hop": _assumed(3.4e-6, "seconds per hop within a machine, as NCCL itself assumes for NVLink"),
@@ -75,6 +76,7 @@ CONSTANTS: dict[str, Constant] = {
     "stop_hop": _assumed(40e-6, "seconds per hop of gloo's ring, by which ranks agree after every step not to stop"),
     "decode": _assumed(500, "JPEGs per second and core, about what one Zen 4 core gave"),
     "kept_none": Constant(36, "counted", "bytes per token and channel that a block keeps for backward, bf16"),
+    "kept_gelu": Constant(28, "counted", "the same under --checkpointing gelu"),
     "kept_selective": Constant(24, "counted", "the same under --checkpointing selective"),
     "kept_full": Constant(4, "counted", "the same under --checkpointing full"),
     "weight_copies": Constant(2, "counted", "bytes per weight that autocast keeps in bf16 from forward to backward"),
@@ -88,11 +90,13 @@ ON_CPU: dict[str, Constant] = {
     "attention_cpu": _assumed(0.4, "share of a 2048³ product's rate; backward computes 2.5 times as much"),
     "pointwise_off_forward": Constant(72, "counted", "bytes per token and channel: norms 16, additions 24, GELU 32"),
     "pointwise_off_backward": Constant(132, "counted", "norms 24, additions 24, GELU 48, bias gradients 36"),
+    "gelu_again": Constant(32, "counted", "more of them where GELU is computed again, in a pass of its own"),
     "pointwise_reached": _assumed(0.6, "share of a copy's rate: GELU's erf is arithmetic"),
     "optimiser": Constant(32, "counted", "bytes per weight: AdamW 28, norm 4"),
     "gloo": _assumed(0.15, "share of a copy's rate at which gloo sums gradients"),
     "local_hop": _assumed(110e-6, "seconds per hop of gloo"),
     "kept_none": Constant(64, "counted", "bytes per token and channel that a block keeps for backward, float32"),
+    "kept_gelu": Constant(48, "counted", "the same where GELU is computed again: in the encoder"),
     "kept_selective": Constant(44, "counted", "the same under --checkpointing selective"),
     "weight_copies": Constant(0, "counted", "float32 needs no copies"),
 }
@@ -206,7 +210,7 @@ def estimate(config: EstimateConfig, measure_cpu: Callable[[int], Machine]) -> E
     copying = rates.of_machine("copy") * rates["pointwise_reached"]
     ends = 9 * (L + 1) * E + 9 * (L - K) * sizes.patch_numbers + 3 * K * sizes.patch_numbers
     forward["pointwise"] += rates["patches"] / 9 * N * ends / copying
-    again = {"none": (), "selective": ("pointwise",), "full": tuple(forward)}[config.checkpointing]
+    again = {"selective": ("pointwise",), "full": tuple(forward)}.get(config.checkpointing, ())
     classes = {name: config.accum_iter * (forward[name] * (1 + (name in again)) + backward[name]) for name in forward}
     moved = rates["optimiser"]
     if config.gpu != "cpu":
@@ -285,6 +289,11 @@ def _pointwise(config: EstimateConfig) -> str:
     return f"pointwise_{_compiled(config)}"
 
 
+def _keeps_less_on_cpu(config: EstimateConfig) -> bool:
+    """Whether the encoder computes GELU again though nothing was said of it, as on a CPU."""
+    return config.gpu == "cpu" and config.checkpointing == "none"
+
+
 def _attention(config: EstimateConfig, tokens: int, head_dim: int) -> str:
     """Returns the name of the share that attention reaches. ``auto`` is as without a table of measurements."""
     triton = tokens <= 320 and head_dim in (32, 64) if config.attention == "auto" else config.attention == "triton"
@@ -313,11 +322,14 @@ def _passes(
             seconds = N * product.flops / peak / rates["attention_cpu"]
             forward["attention"] += seconds
             backward["attention"] += 2.5 * seconds
-    for count, read, given, width, head_dim in blocks:
+    for number, (count, read, given, width, head_dim) in enumerate(blocks):
         numbers = count * (read + given) / 2 * width
         pointwise = _pointwise(config)
         forward["pointwise"] += numbers * rates[f"{pointwise}_forward"] / copy / rates["pointwise_reached"]
-        backward["pointwise"] += numbers * rates[f"{pointwise}_backward"] / copy / rates["pointwise_reached"]
+        moved = rates[f"{pointwise}_backward"]
+        if config.checkpointing == "gelu" or (number == 0 and _keeps_less_on_cpu(config)):
+            moved += rates["gelu_again"]
+        backward["pointwise"] += numbers * moved / copy / rates["pointwise_reached"]
         if config.gpu != "cpu":
             share = rates[_attention(config, read // N, head_dim)]
             forward["attention"] += numbers * rates["attention_forward"] / copy / share
@@ -350,7 +362,9 @@ def _memory(config: EstimateConfig, rates: _Rates, sizes: Sizes, blocks: Blocks)
     """Bytes by what they hold; activations are those between blocks and of the block at work."""
     numbers = [count * read * width for count, read, _, width, _ in blocks]
     kept = rates[f"kept_{config.checkpointing}"] * sum(numbers)
-    if config.checkpointing != "none":
+    if _keeps_less_on_cpu(config):
+        kept -= (rates["kept_none"] - rates["kept_gelu"]) * numbers[0]
+    if config.checkpointing in ("selective", "full"):
         kept += rates["kept_none"] * max(read * width for _, read, _, width, _ in blocks)
     P = sizes.parameters
     weights = (WEIGHT + rates["weight_copies"]) * P

@@ -85,6 +85,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"},
     "bf16-residual": {"precision": "bf16", "residual": "bf16"},
     "tf32": {"precision": "tf32"},
+    "checkpointing-gelu": {"checkpointing": "gelu"},
     "checkpointing-selective": {"checkpointing": "selective"},
     "checkpointing-full": {"checkpointing": "full"},
     "compile-off": {"compile": "off"},
@@ -103,7 +104,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "flash": {"attention": "flash"},
     "xformers": {"attention": "xformers"},
     "triton": {"attention": "triton"},
+    "sdpa-float32": {"attention": "sdpa-float32"},
     "cpp": {"attention": "cpu"},
+    "cpu-dot": {"attention": "cpu-dot"},
+    "cpu-amx": {"attention": "cpu-amx"},
     "reference-ops": {"ops": "reference"},
     "untuned": {"tune": "off"},
 }

@@ -83,6 +83,7 @@ def test_python_dash_m_works(tmp_path):
     info = json.loads(done.stdout)
     assert info.keys() == {"versions", "hardware", "backends", "choices"}
     assert "C++" in info["backends"]["ops"]
+    assert "off" in info["backends"]["compile"]
 
 
 def test_probe_prints_json(finished, blobs, capsys):

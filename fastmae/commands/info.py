@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from fastmae.config import InfoConfig
+from fastmae.config.training import COMPILED_STEPS
 from fastmae.data.loader import choose_decoder, describe_decoder
 from fastmae.data.reading import Reading
 from fastmae.environment import hardware, versions
@@ -21,6 +22,7 @@ def run_info(config: InfoConfig) -> int:
     shapes = {"encoder": (50, 64), "decoder": (197, 32)}  # of ViT-B/16 and ViT-L/16 with three quarters masked
     decoding = describe_decoder(*choose_decoder("auto", device, None, Reading(3)))
     backends = describe_backends(device, choose_precision("auto", device), shapes, decoding)
+    backends["compile"] = _compile_auto(device.type == "cuda")
     sections = {"versions": versions(), "hardware": hardware(), "backends": backends, "choices": known_here()}
     if config.json:
         print(json.dumps(sections))
@@ -31,3 +33,10 @@ def run_info(config: InfoConfig) -> int:
         rows += [(name, ", ".join(v) or "none" if isinstance(v, list) else str(v)) for name, v in entries.items()]
     show_table({"name": "left", "value": "left"}, rows[1:], header=False)
     return 0
+
+
+def _compile_auto(on_gpu: bool) -> str:
+    """Describes what --compile auto comes to here."""
+    if not on_gpu:
+        return "off (on a CPU)"
+    return f"block for runs of at least {COMPILED_STEPS:,} steps where it works, else off (on a GPU)"

@@ -22,9 +22,10 @@ BenchOp = Literal[
 ]  # fmt: skip
 BENCH_OPS: tuple[BenchOp, ...] = get_args(BenchOp)
 BENCH_SWITCHES = (
-    "bf16", "bf16-residual", "tf32", "checkpointing-selective", "checkpointing-full", "compile-block", "compile-model",
-    "compile-off", "float8", "cuda-graph", "clip-grad", "ema", "fsdp", "hsdp", "reduce-bf16", "cross", "sdpa", "cudnn",
-    "flash", "xformers", "triton", "cpp", "reference-ops", "untuned",
+    "bf16", "bf16-residual", "tf32", "checkpointing-gelu", "checkpointing-selective", "checkpointing-full",
+    "compile-block", "compile-model", "compile-off", "float8", "cuda-graph", "clip-grad", "ema", "fsdp", "hsdp",
+    "reduce-bf16", "cross", "sdpa", "cudnn", "flash", "xformers", "triton", "sdpa-float32", "cpp", "cpu-dot", "cpu-amx",
+    "reference-ops", "untuned",
 )  # fmt: skip
 BenchBaseline = Literal["official", "strong", "strong-compiled", "transformers", "transformers-compiled", "timm"]
 BenchPart = Literal[
@@ -100,11 +101,11 @@ class BenchStepConfig:
     attention and a fused optimiser (strong), of timm's blocks (timm), and transformers' ViTMAE; those with -compiled
     through torch.compile, which takes minutes on a CPU. `--baselines` without a name times none."""
     switches: tuple[str, ...] = ()
-    """Time our step with each of these as well: bf16, bf16-residual, tf32, checkpointing-selective, checkpointing-full,
-    compile-off, compile-block, compile-model, float8, cuda-graph, clip-grad, ema, fsdp, hsdp, reduce-bf16, cross;
-    attention by sdpa, cudnn, flash, xformers, triton or cpp; reference-ops, untuned; or several of them joined by +,
-    such as compile-block+bf16-residual+triton. fsdp, hsdp and reduce-bf16 need several ranks. Compiling takes minutes
-    on a CPU."""
+    """Time our step with each of these as well: bf16, bf16-residual, tf32, checkpointing-gelu, checkpointing-selective,
+    checkpointing-full, compile-off, compile-block, compile-model, float8, cuda-graph, clip-grad, ema, fsdp, hsdp,
+    reduce-bf16, cross; attention by sdpa, cudnn, flash, xformers, triton, sdpa-float32, cpp, cpu-dot or cpu-amx;
+    reference-ops, untuned; or several of them joined by +, such as compile-block+bf16-residual+triton. fsdp, hsdp and
+    reduce-bf16 need several ranks. Compiling takes minutes on a CPU."""
     phases: bool = False
     """Say where the time goes: forward, backward, optimiser, and communication where there are several ranks."""
     tune: Literal["auto", "off"] | None = None

@@ -18,7 +18,7 @@ from torch import nn
 from fastmae.model.classifier import LoraLinear
 from fastmae.model.sharding import is_sharded
 from fastmae.model.vit import PatchEmbed, has_hooks
-from fastmae.ops.linear import Linear, reads_copies
+from fastmae.ops.linear import Linear, TorchLinear, reads_copies
 from fastmae.ops.linear_bf16 import Copies
 from fastmae.torch_compat import copy_all
 
@@ -28,7 +28,7 @@ Weights = tuple[torch.Tensor | None, torch.Tensor | None]
 
 def takes_copies(module: nn.Module) -> TypeGuard[Layer]:
     """Whether a layer uses copies if it has them. Somebody's subclass may change its weights before it uses them."""
-    return type(module) in (Linear, LoraLinear, PatchEmbed)
+    return type(module) in (Linear, TorchLinear, LoraLinear, PatchEmbed)
 
 
 class WeightCopies:

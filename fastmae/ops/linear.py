@@ -51,6 +51,15 @@ class Linear(nn.Linear):
         return linear(x, weight, bias, (weight_copy[rows], None if bias_copy is None else bias_copy[rows]))
 
 
+class TorchLinear(Linear):
+    """A ``Linear`` whose products are torch's own, whatever was chosen."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.copies is not None and is_bf16(x):
+            return linear_bf16(x, self.weight, self.bias, self.copies)
+        return F.linear(x, self.weight, self.bias)
+
+
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, copies: Copies | None = None
 ) -> torch.Tensor:

@@ -150,7 +150,9 @@ def test_a_step_of_fine_tuning_is_that_of_autocast(what):
     assert_same(trainers[0].state(), trainers[1].state())
     assert all((p.grad is not None) == p.requires_grad for p in trainers[0].model.parameters())
     assert model.blocks[0].attn.qkv.copies is None
-    assert trainers[0].model.blocks[0].attn.qkv in lent(trainers[0].copies)
+    copied = lent(trainers[0].copies)
+    assert trainers[0].model.blocks[0].attn.qkv in copied
+    assert trainers[0].model.head in copied
 
 
 def test_gradients_are_added_up_in_float32():

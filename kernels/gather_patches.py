@@ -47,8 +47,11 @@ def gather_patches_kernel(
 
 
 def block_sizes(pixels: int) -> dict[str, int]:
-    """Returns the tile, BK patches × BP pixels per program: patches of up to 256 numbers P are whole, others cut."""
-    block = min(256, max(16, triton.next_power_of_2(pixels)))
+    """Returns the tile, BK patches × BP pixels per program: patches of up to 256 numbers P are whole, others cut.
+
+    Patches of many bands are cut into whole tiles, as each part is code of its own, which takes long to compile.
+    """
+    block = min(256, max(16, triton.next_power_of_2(pixels))) if pixels <= 4096 else TILE
     return {"BK": max(1, TILE // block), "BP": block}
 
 

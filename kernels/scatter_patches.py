@@ -50,8 +50,8 @@ def scatter_patches_kernel(
 
 
 def block_sizes(pixels: int) -> dict[str, int]:
-    """Returns the tile, BL cells × BP pixels per program: patches of up to 256 numbers P are whole, others cut."""
-    block = min(256, max(16, triton.next_power_of_2(pixels)))
+    """Returns the tile, BL cells × BP pixels per program, as ``block_sizes`` of gather_patches does."""
+    block = min(256, max(16, triton.next_power_of_2(pixels))) if pixels <= 4096 else TILE
     cells = max(1, TILE // block)
     return {"BL": cells, "BP": block, "CHUNK": COMPARISONS // cells}
 

@@ -161,7 +161,7 @@ def test_any_shape_and_strides(gh, gw, ph, pw, channels, layout, seed):
 
 
 # (size, patch, channels) of images with a range: few and many channels, odd patches, larger than a tile.
-RANGED = [((8, 12), (4, 4), 1), ((21, 6), (7, 2), 3), ((6, 10), (3, 5), 13), ((4, 6), (4, 3), 256)]
+RANGED = [((8, 12), (4, 4), 1), ((21, 6), (7, 2), 3), ((6, 10), (3, 5), 13), ((4, 10), (4, 5), 256)]
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])

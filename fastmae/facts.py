@@ -8,7 +8,7 @@ from typing import Literal
 FULL_SHUFFLE = "a full shuffle"
 
 
-LayoutName = Literal["auto", "hwc", "chw"]
+LayoutName = Literal["auto", "hwc", "chw", "tc", "ct"]
 AxisName = Literal["axial", "coronal", "sagittal", "0", "1", "2"]
 PixelType = Literal["uint8", "uint16", "float32"]
 """The types of the pixels of a batch. A data set has one of them, which holds all of its images exactly."""
@@ -47,6 +47,8 @@ class ReadAs:
     """The order of the axes of an image in an array."""
     window: tuple[Literal["file"] | float, ...] | None = None
     """The (center, width) of the numbers of a DICOM that become 0 to 1; ("file",) for those that it states."""
+    spectrogram: int | None = None
+    """Sound files are read, as log-mel spectrograms of at least this many frames of 10 ms."""
     root: str | None = None
     """The folder that the relative paths of a list are relative to. None: that of the list."""
     image_key: str | None = None

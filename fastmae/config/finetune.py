@@ -208,7 +208,7 @@ def resolve_finetune(
         drop_path = 0.0
     input_size = config.input_size or img_size
     takes_randaugment = facts.kind == "folder" and len(mean) in (1, 3) and pixels == UINT8
-    is_series = input_size[0] == 1
+    is_series = input_size[0] == 1 or config.spectrogram is not None
     blr = given(config.blr, blr)
     global_batch = config.batch_size * config.accum_iter * ranks
     chosen = dict(

@@ -8,7 +8,8 @@ MAIN = (
 
 GROUPS = {
     "data": (
-        "data_path", "root", "image_key", "layout", "axis", "constant_slices", "bands", "pages", "window", "in_chans",
+        "data_path", "root", "image_key", "layout", "axis", "constant_slices", "bands", "pages", "window",
+        "spectrogram", "in_chans",
         "pixel_type", "value_range", "nodata", "mean", "std", "crop_scale", "flip", "aa", "reprob", "mixup", "cutmix",
         "mixup_switch_prob", "repeated_masks",
     ),

@@ -46,7 +46,8 @@ class ImagesConfig:
     """CENTER WIDTH of the numbers of a DICOM that become 0 to 1, or file for the window that each states. Default: as
     in the checkpoint; without one no number is cut off."""
     layout: LayoutName | None = None
-    """The axes of arrays of images: hwc for [N, H, W, C], chw for [N, C, H, W]; of a file with one image, without N.
+    """The axes of arrays of images: hwc for [N, H, W, C], chw for [N, C, H, W]; for time series, which are
+    images of one row, tc for [N, T, C] and ct for [N, C, T]; of a file with one image, without N.
     auto: as their sizes say, and refused where they do not. Default: as in the checkpoint; without one auto."""
     axis: AxisName | None = None
     """Which slices of a NIfTI volume are the images: axial, coronal or sagittal ones of the body, turned by the affine
@@ -55,6 +56,10 @@ class ImagesConfig:
     constant_slices: Literal["keep", "drop"] | None = None
     """Whether slices of volumes whose voxels are all alike are images. drop reads every volume once before the run.
     Default: as in the checkpoint; without one keep."""
+    spectrogram: int | None = None
+    """Read sound files (WAV, FLAC, Ogg, MP3; the extra `audio`) as log-mel spectrograms of this many frames of 10 ms,
+    by 128 bands; AudioMAE has 1024. Shorter sounds are followed by zeros, of longer ones each epoch takes another part.
+    Default: as in the checkpoint; without one sounds are not read."""
     root: str | None = None
     """The folder that the relative paths of a list (.txt, .csv, .tsv, .jsonl) are relative to. Default: as in the
     checkpoint; without one the folder of the list."""
@@ -150,6 +155,7 @@ def check_images(config: ImagesConfig) -> None:
     if config.window is not None and config.window != ("file",):
         is_pair = len(config.window) == 2 and not any(isinstance(value, str) for value in config.window)
         need(config, is_pair and float(config.window[1]) > 0, "window", "CENTER WIDTH with WIDTH above 0, or file")
+    need(config, config.spectrogram is None or config.spectrogram >= 1, "spectrogram", "a number of frames, from 1")
     largest = LARGEST_WHOLE.get(config.pixel_type or "")
     if config.nodata is not None and largest is not None:
         fits = 0 <= config.nodata <= largest and config.nodata.is_integer()

@@ -18,6 +18,8 @@ SMALL_SIDE = 64
 SMALL_MODEL = "mae_vit_tiny_patch4"
 PROBE_LIMIT = 20_000
 OFFICIAL_WARMUP = 40.0
+SOUND_BANDS = 128
+"""Of a spectrogram."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class PretrainConfig(TrainingConfig, MaskingConfig):
     """The run folder, into which checkpoints, log.txt, metrics.jsonl, config.yaml and reconstructions are written."""
     crop_scale: tuple[float, float] | None = None
     """Smallest and largest share of an image's area that a crop takes. Default: 0.2 and 1; for the digits 0.7
-    and 1; for images of one row, which are time series, 1 and 1."""
+    and 1; for time series (images of one row) and sounds 1 and 1."""
     in_chans: int | None = None
     """Channels of the model. 1 turns colour images into gray ones, 3 repeats a gray channel. Default: as many as the
     data have."""
@@ -210,13 +212,15 @@ def resolve(
         model = SMALL_MODEL if small else "mae_vit_large_patch16"
     if config.input_size is not None:
         input_size = config.input_size
+    elif config.spectrogram is not None:
+        input_size = (config.spectrogram, SOUND_BANDS)
     elif facts.size is not None and config.patch_size is not None:
         patch = config.patch_size[0], config.patch_size[-1]
         input_size = tuple(side * math.ceil(size / side) for size, side in zip(facts.size, patch, strict=True))
     elif model == SMALL_MODEL and facts.size is not None:
         # Patches of 4×4, at least 16 of them: the images' own size if it is that large, rounded up to whole patches.
         input_size = tuple(4 * math.ceil(max(side, 16) / 4) for side in facts.size)
-    is_series = input_size[0] == 1  # whose rate and direction mean something
+    is_series = input_size[0] == 1 or config.spectrogram is not None  # whose rate and direction mean something
     epochs = given(config.epochs, 60 if digits else 400)
     need(config, config.start_epoch < epochs, "start_epoch", f"below the {epochs} of --epochs")
     start_size = config.start_size

@@ -240,6 +240,10 @@ def _folder_stock(folder: Path, files: Sequence[Path], split: Split) -> Stock:
 # --- what an array means ----------------------------------------------------------------------------------------------
 
 
+SERIES = ("tc", "ct")
+"""The layouts of time series: [N, T, C] and [N, C, T], images of one row."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the axes of an array are read."""
@@ -280,6 +284,12 @@ def layout_of(dtype: np.dtype, shape: tuple[int, ...], origin: str, name: Layout
 
 def _axes(shape: tuple[int, ...], origin: str, name: LayoutName) -> Layout:
     has = f"images must have shape [N, H, W] or [N, H, W, C], {origin} has {list(shape)}"
+    if name in SERIES:
+        if len(shape) != 3 or (shape[0] and min(shape[1:]) < 1):
+            raise SettingError(
+                "layout", name, f"is for series [N, {', '.join(name.upper())}], {origin} has {list(shape)}"
+            )
+        return Layout((shape[0], 1, *shape[1:])) if name == "tc" else Layout((*shape[:2], 1, shape[2]), True)
     if len(shape) == 2:
         side = math.isqrt(shape[1])
         rows = f", or if its rows are images save array.reshape(-1, {side}, {side})" if side**2 == shape[1] else ""
@@ -310,7 +320,9 @@ def _axes(shape: tuple[int, ...], origin: str, name: LayoutName) -> Layout:
 def _gray_axes(shape: tuple[int, ...], has: str, origin: str) -> Layout:
     n, height, width = shape
     if width <= FEW < height:
-        raise UserError(f"{has}, which is one image [H, W, C]; save array[None]")
+        raise UserError(
+            f"{has}, which is one image [H, W, C]; save array[None], or for series [N, T, C] use --layout tc"
+        )
     note = f"{origin} has shape {list(shape)} and is read as {n} gray images of {height} × {width}; if it is one"
     note += " image [C, H, W], save array.transpose(1, 2, 0)[None]"
     along_last = (

@@ -99,9 +99,10 @@ class ChunkedImages:
         """
         rows = self.stored.rows
         image = self.stored.read(index, index + 1)[0] if rows == 1 else self._group(index // rows)[index % rows]
-        if image.ndim == 2:
-            return image[..., None]
-        return image.transpose(1, 2, 0) if self.planes else image
+        height, width, channels = self.shape[1:]
+        if self.planes:
+            return image.reshape(channels, height, width).transpose(1, 2, 0)
+        return image.reshape(height, width, channels)
 
     def _read_group(self, group: int) -> np.ndarray:
         start = group * self.stored.rows

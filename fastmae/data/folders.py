@@ -31,6 +31,7 @@ from fastmae.data.parquet import ParquetSource, open_parquet
 from fastmae.data.parts import Part, parts_among, shard_part
 from fastmae.data.shards import open_shards, refuse_compressed
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, within
+from fastmae.data.suffixes import SOUND_SUFFIXES
 from fastmae.data.zips import ZipSource, list_zip, read_table
 from fastmae.errors import SettingError, UserError
 from fastmae.facts import AS_STORED, ReadAs
@@ -78,7 +79,7 @@ def open_folder(
     arrays = open_array_folder(path, split)
     if arrays is not None:
         return arrays
-    listing = _listing(path)
+    listing = _listing(path, read_as)
     layout = find_layout(listing)
     train = _found(listing, layout.train, "train", () if layout.train else layout.evaluate)
     val, refused, notes = _choose_val(listing, layout, train)
@@ -94,8 +95,17 @@ def open_folder(
     return _open(listing, train, Stock({"files": used}, tuple(left_out), notes), read_as)
 
 
-def _listing(path: Path) -> Listing:
-    """Lists the image files and shards of a folder; without any its volumes, or else its arrays."""
+def _listing(path: Path, read_as: ReadAs) -> Listing:
+    """Lists the image files and shards of a folder; without any its volumes, or else its arrays. Or lists its sounds.
+
+    Raises:
+        UserError: sounds are asked for, and there are none.
+    """
+    if read_as.spectrogram:
+        listing = list_images(path, SOUND_SUFFIXES)
+        if not len(listing):
+            raise SettingError("data_path", str(path), "holds no sound files, which --spectrogram reads")
+        return listing
     listing = list_images(path)
     if len(listing) or listing.shards:
         return listing
@@ -164,7 +174,11 @@ def _open(
     damage = tuple((folder, "may not be listed, so its images are missed") for folder in sorted(listing.unreadable))
     images = found.images
     files = FolderSource(images.paths, images.labels, images.classes, part=found.folder, taken=stock, damage=damage)
-    if not images.paths or not images.paths[0].lower().endswith((*nifti.SUFFIXES, *npy.SUFFIXES)):
+    if (
+        read_as.spectrogram
+        or not images.paths
+        or not images.paths[0].lower().endswith((*nifti.SUFFIXES, *npy.SUFFIXES))
+    ):
         return files
     return open_volumes(files, read_as) if nifti.is_nifti(Path(images.paths[0])) else ArrayFiles(files, read_as)
 

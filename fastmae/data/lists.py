@@ -37,9 +37,10 @@ from fastmae.data.index import (
 from fastmae.data.openfile import OpenFile
 from fastmae.data.parts import Part, read_part
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of
-from fastmae.data.suffixes import IMAGE_SUFFIXES, suffix_of
+from fastmae.data.suffixes import IMAGE_SUFFIXES, SOUND_SUFFIXES, suffix_of
 from fastmae.errors import SettingError, in_one_line
 
+FILE_SUFFIXES = IMAGE_SUFFIXES.union(SOUND_SUFFIXES)
 LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
 PATH_COLUMNS = (
     "path", "file_path", "filepath", "file_name", "filename", "file", "image_path", "image_file", "image_name",
@@ -303,7 +304,7 @@ def _read(path: Path, root: str | None) -> Rows:
     """Reads a list, or what was kept of it."""
     file = OpenFile(path)
     base = os.path.realpath(_base(path, root))
-    fingerprint = [RULE, str(path.name), base, list(file.stamp), sorted(IMAGE_SUFFIXES)]
+    fingerprint = [RULE, str(path.name), base, list(file.stamp), sorted(FILE_SUFFIXES)]
     kept = cache_file(f"list {os.path.realpath(path)} in {base}")
     index = read_index(kept)
     rows = None if index is None or index.fingerprint != fingerprint else _kept(index.columns, base)
@@ -437,8 +438,8 @@ def _from_csv(text: str, suffix: str) -> _Table:
     if not rows:
         return _Table()
     head = [cell.strip().lower() for cell in rows[0]]
-    if any(suffix_of(cell) in IMAGE_SUFFIXES for cell in head):
-        path = next(number for number, cell in enumerate(head) if suffix_of(cell) in IMAGE_SUFFIXES)
+    if any(suffix_of(cell) in FILE_SUFFIXES for cell in head):
+        path = next(number for number, cell in enumerate(head) if suffix_of(cell) in FILE_SUFFIXES)
         names = ["path" if number == path else "label" if len(head) == 2 else f"column {number + 1}"
                  for number in range(len(head))]  # fmt: skip
     else:
@@ -498,7 +499,7 @@ def _columns(names: list[str], sample: dict[str, Any]) -> tuple[str, str | None,
     Raises:
         ValueError: none is of paths.
     """
-    images = [name for name, value in sample.items() if isinstance(value, str) and suffix_of(value) in IMAGE_SUFFIXES]
+    images = [name for name, value in sample.items() if isinstance(value, str) and suffix_of(value) in FILE_SUFFIXES]
     path = next((name for name in (*PATH_COLUMNS, *images) if name in names), None)
     if path is None:
         raise ValueError(f"no column of paths among {', '.join(map(str, names[:8]))}; call it `path`")

@@ -212,6 +212,14 @@ def random_box(
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
+def random_rows(draws: np.ndarray, height: int, width: int, rows: int) -> Box:
+    """Returns a box of ``rows`` whole rows of an image at a random place, from one row of ``crop_draws``.
+
+    It is how a model sees one part of a longer spectrogram, whose rows are time, at its own rate.
+    """
+    return Box(int(draws[0, 2] * (height - rows + 1)), 0, rows, width)
+
+
 def is_flipped(draws: np.ndarray) -> bool:
     """Tells whether a sample is mirrored, from the same row of ``crop_draws``."""
     return bool(draws[CROP_ATTEMPTS, 0] < 0.5)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastmae.data.augment import RandAugment
 from fastmae.data.decode import BadImageError, decode, plain_jpeg_shape
-from fastmae.data.plan import Box, central_box, is_flipped, random_box, unseen_note
+from fastmae.data.plan import Box, central_box, is_flipped, random_box, random_rows, unseen_note
 from fastmae.data.reading import Reading
 from fastmae.data.resize import crop_and_resize
 from fastmae.data.sources import Source, evenly_spaced
@@ -128,6 +128,9 @@ def _crop(view: View, draws: np.ndarray | None, height: int, width: int) -> tupl
     """Returns the region of an image of this size, and whether it is mirrored."""
     if draws is None:
         return central_box(height, width, view.size, view.central_share), False
+    rows, columns = view.size
+    if view.reading.read_as.spectrogram and view.scale[0] == 1 and width == columns and height >= rows:
+        return random_rows(draws, height, width, rows), False
     return random_box(draws, height, width, view.scale, view.size), view.flip and is_flipped(draws)
 
 

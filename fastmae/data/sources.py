@@ -20,6 +20,8 @@ import numpy as np
 from fastmae.data.arrays import FEW, UNREADABLE, ArraySource, Split, open_array
 from fastmae.data.convert import narrowest
 from fastmae.data.folders import open_files, open_folder, open_zip
+from fastmae.data.formats import sound
+from fastmae.data.formats.npy import ArrayFiles
 from fastmae.data.headers import read_header
 from fastmae.data.images import FolderSource, begins_as_an_image
 from fastmae.data.lists import LIST_SUFFIXES, open_list
@@ -28,7 +30,7 @@ from fastmae.data.plan import Shards, describe_order, holdout
 from fastmae.data.remote import file_name, is_remote
 from fastmae.data.shards import expand_braces, open_shards, refuse_compressed
 from fastmae.data.stock import EXAMPLES, RUN_LINES, LeftOut, Stock, count_of, joined
-from fastmae.data.suffixes import IMAGE_SUFFIXES, SHARD_SUFFIXES, remedy_for, suffix_of
+from fastmae.data.suffixes import IMAGE_SUFFIXES, SHARD_SUFFIXES, SOUND_SUFFIXES, remedy_for, suffix_of
 from fastmae.data.volumes import is_stack, open_stack
 from fastmae.errors import SettingError, in_one_line
 from fastmae.facts import AS_STORED, DataFacts, PixelFacts, ReadAs
@@ -463,6 +465,8 @@ def _open(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
         if keys is not None:
             raise SettingError("data_path", data_path, "only HDF5 files and Zarr stores have keys; give the path alone")
         found = open_folder(path, split, read_as) if path.is_dir() else _open_file(path, split, read_as)
+        if read_as.spectrogram and isinstance(found, FolderSource):
+            return ArrayFiles(found, read_as, sound.pixels, "sound")
         return (
             by_page(found, read_as)
             if found is not None and found.kind == "folder" and read_as.pages == "all"
@@ -503,7 +507,8 @@ def _open_file(path: Path, split: Split, read_as: ReadAs) -> Source | None:
     if array is not None:
         return array
     suffix = suffix_of(path.name)
-    if suffix in IMAGE_SUFFIXES or (not suffix and begins_as_an_image(str(path))):
+    is_sound = bool(read_as.spectrogram) and suffix in SOUND_SUFFIXES
+    if suffix in IMAGE_SUFFIXES or is_sound or (not suffix and begins_as_an_image(str(path))):
         return FolderSource((str(path),), None, ())
     remedy = remedy_for(suffix)
     if remedy is not None:

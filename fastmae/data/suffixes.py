@@ -13,6 +13,7 @@ from PIL import Image
 from fastmae.errors import install_hint
 
 SHARD_SUFFIXES = (".tar", ".parquet", ".arrow")
+SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
 
 # Formats of Pillow's that are programs (EPS, WMF), that it knows by name alone (MPEG, HDF5, GRIB, BUFR), whose scale it
 # does not apply (FITS), or that hold icons, brushes or drawn animations.
@@ -91,6 +92,7 @@ _REMEDIES = _by_suffix({
     ".mha .mhd .nrrd .nd2 .czi .lif .oib .oif .vsi .svs .ndpi .mrxs .fits .fit .nc .hgt":
         "which fastmae does not read; convert it to PNG, TIFF or .npy",
     ".mp4 .m4v .avi .mov .mkv .webm .mpg .mpeg .wmv .flv": "a video; write its frames to image files",
+    " ".join(SOUND_SUFFIXES): "a sound; give --spectrogram 1024 to train on spectrograms",
     ".svg .eps .ps .pdf .ai .wmf .emf": "a drawing; render it to PNG",
     ".ico .cur .icns .gbr .palm .fli .flc .iim": "which holds no photographs; convert it to PNG to use it",
 })  # fmt: skip

@@ -30,6 +30,7 @@ from fastmae.config import (
 )
 from fastmae.data.decode import FOLDER_CHANNELS
 from fastmae.data.fingerprint import difference, fingerprint
+from fastmae.data.formats.sound import AUDIOSET_MEAN, AUDIOSET_STD
 from fastmae.data.loader import default_workers
 from fastmae.data.masks import MaskFile
 from fastmae.data.reading import Reading
@@ -78,12 +79,15 @@ def measure_pixels(flags: PretrainConfig, source: Source, facts: DataFacts) -> M
             "in_chans", in_chans, "image files give 1, 3 or 4 channels; choose bands, or use an array for others"
         )
     reading = Reading(in_chans, dtype=facts.pixels.dtype, nodata=facts.pixels.nodata, read_as=read_as(flags))
-    mean, std = flags.mean, flags.std
-    is_plain = facts.pixels == UINT8 and flags.value_range in (None, ("dtype",))
+    mean, std, value_range = flags.mean, flags.std, flags.value_range
+    is_plain = facts.pixels == UINT8 and value_range in (None, ("dtype",))
+    if flags.spectrogram is not None and value_range is None:
+        # AudioMAE's numbers are those of the logarithms themselves.
+        value_range, mean, std = (0.0, 1.0), mean or (AUDIOSET_MEAN,), std or (AUDIOSET_STD,)
     if facts.kind == "folder" and in_chans == 3 and is_plain:
         mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
     goes_on = bool(flags.resume) and "pixel_type" in peek(flags.resume, Path(flags.output_dir)).get("settings", {})
-    return measure(source, reading, flags.value_range, mean, std, "as before" if goes_on else "given")
+    return measure(source, reading, value_range, mean, std, "as before" if goes_on else "given")
 
 
 def resolve_settings(

@@ -1,5 +1,6 @@
 """Patches of any size: time series of one row, oblong patches, and what reads their checkpoints afterwards."""
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,9 @@ from helpers import small_run
 from fastmae.checkpoint.load import load_model, open_checkpoint
 from fastmae.config import FinetuneConfig, PretrainConfig
 from fastmae.data.plan import Box, crop_draws, random_box
+from fastmae.data.sources import open_train
 from fastmae.errors import UserError
+from fastmae.facts import ReadAs
 from fastmae.train.finetune import finetune
 from fastmae.train.pretrain import pretrain
 
@@ -82,6 +85,34 @@ def test_a_size_of_no_whole_patches_names_the_flags(series, tmp_path):
         pretrain(config)
     with pytest.raises(UserError, match="one or two positive numbers"):
         PretrainConfig(patch_size=(1, 0))
+
+
+@pytest.mark.parametrize("kind", ["npz", "h5", "folder"])
+@pytest.mark.parametrize("layout", ["tc", "ct"])
+def test_series_without_an_axis_of_rows_are_read_by_their_layout(kind, layout, tmp_path):
+    values = np.random.default_rng(0).normal(size=(5, 40, 3)).astype(np.float32)
+    stored = values if layout == "tc" else np.ascontiguousarray(values.transpose(0, 2, 1))
+    path = str(tmp_path)
+    if kind == "npz":
+        path += "/series.npz"
+        np.savez(path, images=stored)
+    elif kind == "h5":
+        path += "/series.h5"
+        with h5py.File(path, "w") as file:
+            file.create_dataset("images", data=stored, chunks=(2, *stored.shape[1:]))
+    else:
+        for number, one in enumerate(stored):
+            np.save(tmp_path / f"{number}.npy", one)
+    source = open_train(path, ReadAs(layout=layout))
+    assert len(source) == 5
+    for index in range(5):
+        assert np.array_equal(source.read(index), values[index][None])
+
+
+def test_a_layout_of_series_is_refused_for_images(tmp_path):
+    np.save(tmp_path / "images.npy", np.zeros((5, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match=r"is for series \[N, T, C\], .* has \[5, 8, 8, 3\]"):
+        open_train(str(tmp_path / "images.npy"), ReadAs(layout="tc"))
 
 
 def test_crops_of_one_row_are_shares_of_the_width_anywhere():

@@ -8,13 +8,14 @@ from __future__ import annotations
 import io
 import math
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import BinaryIO, cast
 
 import numpy as np
 
-from fastmae.data.arrays import MAX_DEFLATE_RATIO, UNREADABLE, as_native, npy_header, refuse_no_numbers
+from fastmae.data.arrays import MAX_DEFLATE_RATIO, SERIES, UNREADABLE, as_native, npy_header, refuse_no_numbers
 from fastmae.data.images import FolderSource
 from fastmae.data.reading import BadImageError, check_pixels
 from fastmae.data.stock import Stock
@@ -81,6 +82,12 @@ def _npz_array(data: bytes) -> np.ndarray:
 def _as_image(array: np.ndarray, layout: LayoutName) -> np.ndarray:
     """Returns an array as [H, W, C]."""
     shape = array.shape
+    if layout in SERIES:
+        if len(shape) != 2 or min(shape) < 1:
+            raise BadImageError(
+                f"an array of shape {list(shape)}, a series has [{', '.join(layout.upper())}]; set layout"
+            )
+        return (array if layout == "tc" else array.T)[None]
     if len(shape) not in (2, 3) or min(shape) < 1:
         remedy = "; give the file's own path for the images in it" if len(shape) == 4 else ""
         raise BadImageError(f"an array of shape {list(shape)}, an image has [H, W], [H, W, C] or [C, H, W]{remedy}")
@@ -102,10 +109,13 @@ def _as_image(array: np.ndarray, layout: LayoutName) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ArrayFiles:
-    """Arrays in files, one image each."""
+    """Arrays in files, or sounds, one image each."""
 
     files: FolderSource
     read_as: ReadAs
+    decode: Callable[[bytes, ReadAs], np.ndarray] = pixels
+    """Makes the bytes of a file the pixels [H, W, C] of an image, or raises BadImageError."""
+    noun: str = "array"
     kind: str = "array"
     shards = None
 
@@ -130,7 +140,9 @@ class ArrayFiles:
             name = "layout" if "set layout" in problem else "data_path"
             value = self.read_as.layout if name == "layout" else self.files.part or "the folder"
             raise SettingError(
-                name, value, f"none of {min(len(self), LOOKED_AT)} arrays that were looked at is an image, {problem}"
+                name,
+                value,
+                f"none of {min(len(self), LOOKED_AT)} {self.noun}s that were looked at is an image, {problem}",
             )
         return shapes
 
@@ -149,7 +161,7 @@ class ArrayFiles:
 
     @property
     def location(self) -> str:
-        return f"of one array each, {self.files.location}"
+        return f"of one {self.noun} each, {self.files.location}"
 
     @property
     def stock(self) -> Stock:
@@ -165,7 +177,7 @@ class ArrayFiles:
             OSError: the file is gone or unreadable.
             BadImageError: it holds no image.
         """
-        return pixels(self.files.read(index), self.read_as)
+        return self.decode(self.files.read(index), self.read_as)
 
     def name(self, index: int) -> str:
         return self.files.name(index)

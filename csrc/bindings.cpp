@@ -99,6 +99,14 @@ void gather_patches(const py::array& images, const py::array& ids, Pair patch_si
   fastmae::gather_patches(in, checked.ids, checked.grid, by.get(), workers, out);
 }
 
+void resize(const py::array& image, bool mirrored, std::optional<double> nodata, const py::array& resized) {
+  const Array in = view("image", image), out = view("resized", resized);
+  fastmae::check_resize(in, out);
+  const float value = nodata ? static_cast<float>(*nodata) : 0.0f;
+  const py::gil_scoped_release release;
+  fastmae::resize(in, mirrored, nodata ? &value : nullptr, out);
+}
+
 void assemble_tokens(const py::array& visible, const py::array& mask_token, const py::array& pos_embed,
                      const py::array& ids_shuffle, std::int64_t threads, const py::array& tokens) {
   const Array in = view("visible", visible), mask = view("mask_token", mask_token);
@@ -252,6 +260,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("gather_patches", &gather_patches, arg("images"), arg("ids"), arg("patch_size"), arg("mean"),
         arg("std"), arg("value_range"), arg("nodata"), arg("threads"), arg("patches"),
         "images [N, H, W, C], ids [N, K], mean and std [C], value_range [2, C] or None -> patches [N, K, P]");
+  m.def("resize", &resize, arg("image"), arg("mirrored"), arg("nodata"), arg("resized"),
+        "image [H, W, C] -> resized [H, W, C], antialiased bicubic");
   m.def("assemble_tokens", &assemble_tokens, arg("visible"), arg("mask_token"), arg("pos_embed"),
         arg("ids_shuffle"), arg("threads"), arg("tokens"),
         "visible [N, K+1, D], mask_token [D], pos_embed [L+1, D], ids_shuffle [N, L] -> tokens [N, L+1, D]");

@@ -298,6 +298,22 @@ Checked check_gather_patches(const Array& images, const Array& ids, Pair patch_s
   return {std::move(checked), grid};
 }
 
+void check_resize(const Array& image, const Array& resized) {
+  check_dtype(image, {DType::kUint8, DType::kUint16, DType::kFloat32});
+  check_axes(image, 3, "[H, W, C]");
+  check_axes(resized, 3, "[H, W, C]");
+  if (resized.dtype != DType::kFloat32) check_dtype(resized, {image.dtype});
+  const std::int64_t C = image.shape[2];
+  check_shape(resized, {resized.shape[0], resized.shape[1], C}, "[H, W, C]");
+  if (elements_of(image) < 1 || elements_of(resized) < 1)
+    refuse("image and resized must have pixels, got shapes " + shape_of(image) + " and " + shape_of(resized));
+  product("resized", {image.shape[0] + resized.shape[0], resized.shape[1], C, 4});
+  const std::int64_t size = size_of(image.dtype);
+  if ((C > 1 && image.strides[2] != size) || (image.shape[1] > 1 && image.strides[1] != C * size))
+    refuse("image must have rows without gaps, got strides of " + text_of(image.strides.data(), 3) + " bytes");
+  check_output(resized, {&image});
+}
+
 Ids check_assemble_tokens(const Array& visible, const Array& mask_token, const Array& pos_embed,
                           const Array& ids_shuffle, const Array& tokens) {
   check_floating(visible);

@@ -14,6 +14,10 @@ void random_masking(const Array& draw_ids, std::uint64_t seed, int threads, cons
 void gather_patches(const Array& images, const Ids& ids, const Grid& grid, const PixelScale& by, int threads,
                     const Array& patches);
 
+// image uint8, uint16 or float32 [h, w, C], whose rows have no gaps → resized [h', w', C] of its type or float32. Pixels
+// of the value *nodata become NaN, as does all that their filters touch, if nodata is not null.
+void resize(const Array& image, bool mirrored, const float* nodata, const Array& resized);
+
 // visible [N, K+1, D], mask_token [D], pos_embed [L+1, D] → tokens [N, L+1, D].
 void assemble_tokens(const Array& visible, const Array& mask_token, const Array& pos_embed, const Ids& ids_shuffle,
                      int threads, const Array& tokens);

@@ -23,6 +23,7 @@ def gather_patches(
     threads: int,
     patches: _Array,
 ) -> None: ...
+def resize(image: _Array, mirrored: bool, nodata: float | None, resized: _Array) -> None: ...
 def assemble_tokens(
     visible: _Array,
     mask_token: _Array,

@@ -46,6 +46,23 @@ def gather_patches(
     return patches
 
 
+def resize(
+    image: npt.NDArray[Any], size: tuple[int, int], mirrored: bool, nodata: float | None, out_dtype: npt.DTypeLike
+) -> npt.NDArray[Any]:
+    """Resizes an image uint8, uint16 or float32 [H, W, C], antialiased bicubic in float32, on one thread.
+
+    Args:
+        image: with rows without gaps, which may themselves lie apart.
+        size: (height, width) of the result.
+        mirrored: whether left becomes right.
+        nodata: the value of pixels that become NaN, as does all that their filters touch.
+        out_dtype: the image's type, to which is rounded and clamped, or float32.
+    """
+    resized = np.empty((*size, image.shape[2]), out_dtype)
+    _C.resize(_known(image), mirrored, nodata, _known(resized))
+    return resized
+
+
 def assemble_tokens(
     visible: torch.Tensor,
     mask_token: torch.Tensor,
@@ -361,6 +378,11 @@ def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     if tensor.dtype == torch.int16:
         raise ValueError("tensors of dtype int16 are not supported, got one")
     return _bits(tensor).numpy()
+
+
+def _known(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Views uint16 as int16, which is what the extension takes for it."""
+    return array.view(np.int16) if array.dtype == np.uint16 else array
 
 
 def _array_or_none(tensor: torch.Tensor | None) -> npt.NDArray[Any] | None:

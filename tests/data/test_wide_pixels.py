@@ -154,7 +154,7 @@ def test_what_is_asked_for_is_done():
 def test_an_image_that_does_not_fit_is_replaced_and_named(tmp_path):
     source = folder(tmp_path / "x", [png(np.zeros((8, 8), np.uint16)), png(np.ones((8, 8), np.uint8))])
     batch = batch_of(source, View((8, 8), Reading(1)))
-    assert [(bad.index, bad.reason[:39]) for bad in batch.skipped] == [(0, "uint16 pixels where uint8 ones are meant")]
+    assert [(bad.index, bad.reason[:40]) for bad in batch.skipped] == [(0, "uint16 pixels where uint8 ones are meant")]
     assert batch.images.unique().tolist() == [1]
 
 

@@ -19,9 +19,11 @@ from fastmae.data.codestreams import J2K_SIZE, JPEG_START, jpeg_frame, jpeg_segm
 from fastmae.data.formats import dicom, heif, jpeg2000
 from fastmae.data.formats import tiff as wide_tiff
 from fastmae.data.reading import Header
-from fastmae.facts import AS_STORED
+from fastmae.facts import AS_STORED, ReadAs
 
 ORIENTATION = 0x0112
+PAGED = ("TIFF", "DICOM")
+"""The formats whose pages can be read each, or all as channels."""
 _REACH = 4096
 """How far into a file the patterns of its first bytes may reach."""
 _JPEG_COLOURS = {1: "gray", 3: "colour", 4: "CMYK"}
@@ -61,6 +63,15 @@ def read_header(data: bytes) -> Header:
         with contextlib.suppress(Exception):  # damaged EXIF does not make an image unusable
             turned = image.getexif().get(ORIENTATION, 1)
             header = replace(header, orientation=turned if isinstance(turned, int) else 1)
+    return header
+
+
+def as_read(header: Header, read_as: ReadAs) -> Header:
+    """Returns what a file gives where pages become channels, or a window makes floats of numbers."""
+    if header.format == "DICOM" and read_as.window is not None and header.bands == 1:
+        header = replace(header, dtype="float32")
+    if header.format in PAGED and read_as.pages == "channels" and header.pages > 1:
+        header = replace(header, bands=header.bands * header.pages, pages=1)
     return header
 
 

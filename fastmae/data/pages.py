@@ -24,7 +24,7 @@ from fastmae.data.images import FolderSource
 from fastmae.data.index import Index, cache_file, is_settled, read_index, write_index
 from fastmae.data.plan import Shards
 from fastmae.data.reading import BadImageError
-from fastmae.data.stock import Stock, joined
+from fastmae.data.stock import Stock, count_of, joined
 from fastmae.facts import ReadAs
 
 _THREADS = 16
@@ -73,7 +73,7 @@ class PagedSource:
 
     @property
     def location(self) -> str:
-        return f"that are the pages of {len(self.files):,} {self.files.location}"
+        return f"{self.files.location}, the pages of {count_of(len(self.files), 'files')}"
 
     @property
     def stock(self) -> Stock:
@@ -112,10 +112,10 @@ class PagedSource:
             return self.files.read(number)
         with _opened(self.files, number) as file:
             start = file.read(_START)
-            if tiff.is_tiff(start):
-                return tiff.page(file, int(self.places[index]), self.read_as)
             if dicom.is_dicom(start):
                 return dicom.page(file, int(self.places[index]), self.read_as)
+            if tiff.is_tiff(start):
+                return tiff.page(file, int(self.places[index]), self.read_as)
         raise BadImageError("no file of several pages any more; start the run again")
 
     def name(self, index: int) -> str:
@@ -172,7 +172,7 @@ def _places(files: Files, number: int) -> list[int]:
     try:
         with _opened(files, number) as file:
             start = file.read(_START)
-            found = tiff.places(file) if tiff.is_tiff(start) else dicom.places(file) if dicom.is_dicom(start) else [0]
+            found = dicom.places(file) if dicom.is_dicom(start) else tiff.places(file) if tiff.is_tiff(start) else [0]
     except (BadImageError, OSError):  # which reading it will tell
         return [0]
     return found if len(found) > 1 else [0]

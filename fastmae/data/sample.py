@@ -5,15 +5,14 @@ It knows nothing of batches or threads; fastmae/data/decoders has those.
 
 from __future__ import annotations
 
-import io
 import time
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from fastmae.data.augment import RandAugment
 from fastmae.data.decode import BadImageError, decode, plain_jpeg_shape
+from fastmae.data.headers import read_header
 from fastmae.data.plan import Box, central_box, is_flipped, random_box, random_rows, unseen_note
 from fastmae.data.reading import Reading
 from fastmae.data.resize import crop_and_resize
@@ -152,7 +151,7 @@ def _shape(source: Source, index: int) -> tuple[int, int] | None:
         data = source.read(index)
         if isinstance(data, np.ndarray):
             return data.shape[0], data.shape[1]
-        with Image.open(io.BytesIO(data)) as image:
-            return image.height, image.width
-    except (BadImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        size = read_header(data).size
+        return size if min(size) else None
+    except OSError:
         return None

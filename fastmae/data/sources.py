@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from fastmae.data.convert import narrowest
 from fastmae.data.folders import open_files, open_folder, open_zip
 from fastmae.data.formats import sound
 from fastmae.data.formats.npy import ArrayFiles
-from fastmae.data.headers import read_header
+from fastmae.data.headers import as_read, read_header
 from fastmae.data.images import FolderSource, begins_as_an_image
 from fastmae.data.lists import LIST_SUFFIXES, open_list
 from fastmae.data.pages import PagedSource, by_page
@@ -363,11 +363,9 @@ def describe(source: Source, stock: Stock | None = None, read_as: ReadAs = AS_ST
         stock: what is told of it, as ``survey.take_stock`` returns it; by default what the source itself knows.
         read_as: what the user asks for.
     """
-    types, bands = _stored(source)
+    types, bands, stated = _stored(source, read_as)
     dtype = narrowest(types) if read_as.pixel_type == "auto" else read_as.pixel_type
-    size, channels = None, 3
-    if len(bands) == 1 and max(bands) > FEW:  # files of many bands, of which no colour is made
-        channels = max(bands)
+    size, channels = None, channels_of_files(bands, read_as)
     if source.kind != "folder":
         parts = source.parts if isinstance(source, Concat) else (source,)
         shapes = set().union(*(getattr(part, "shapes", None) or {np.shape(part.read(0))} for part in parts))
@@ -385,34 +383,50 @@ def describe(source: Source, stock: Stock | None = None, read_as: ReadAs = AS_ST
         length=len(source),
         order=describe_order(len(source), source.shards),
         location=source.location,
-        pixels=PixelFacts(dtype=dtype, nodata=read_as.nodata),
+        pixels=PixelFacts(dtype=dtype, nodata=read_as.nodata if dtype == "uint8" else agreed_nodata(stated, read_as)),
         stock=tuple((stock or source.stock).lines(RUN_LINES)),
     )
 
 
-def _stored(source: Source) -> tuple[Counter[str], set[int]]:
-    """Returns the types, by their names in NumPy, and the numbers of bands of a sample of images, of files by headers.
+def channels_of_files(bands: Collection[int], read_as: ReadAs) -> int:
+    """Returns the channels that a model has by default for image files with these numbers of bands."""
+    if read_as.bands:
+        return len(read_as.bands)
+    # Of files of many bands, and of pages as channels, no colour is made.
+    are_channels = len(bands) == 1 and (max(bands) > FEW or read_as.pages == "channels")
+    return max(bands) if are_channels else 3
+
+
+def agreed_nodata(stated: Collection[float | None], read_as: ReadAs) -> float | None:
+    """Returns the value of missing pixels that a user gives, or else that all images state."""
+    return read_as.nodata if read_as.nodata is not None or len(stated) != 1 else next(iter(stated))
+
+
+def _stored(source: Source, read_as: ReadAs) -> tuple[Counter[str], set[int], set[float | None]]:
+    """Returns what a sample of images are, of files by headers: types, by their names in NumPy, numbers of bands, and
+    the values of missing pixels that files state.
 
     An array says it of all of its images. The first image of each part of joined data is among them. What cannot be
     read is passed over: whatever reads it later says why.
     """
     if isinstance(source, ArraySource):
-        return Counter({source.images.dtype.name: len(source)}), {source.images.shape[3]}
+        return Counter({source.images.dtype.name: len(source)}), {source.images.shape[3]}, set()
     indices = {*evenly_spaced(source, LOOKED_AT, IN_A_ROW).tolist()}
     if isinstance(source, Concat):
         indices |= {*source.starts[:-1].tolist()}
     types: Counter[str] = Counter()
-    bands = set()
+    bands, nodata = set(), set[float | None]()
     for index in sorted(indices):
         with contextlib.suppress(Exception):
             data = source.read(index)
             if isinstance(data, np.ndarray):
                 types[data.dtype.name] += 1
                 bands.add(data.shape[2])
-            elif (header := read_header(data)).bands:
+            elif (header := as_read(read_header(data), read_as)).bands:
                 types[header.dtype] += 1
                 bands.add(header.bands)
-    return types, bands
+                nodata.add(header.nodata)
+    return types, bands, nodata
 
 
 def evenly_spaced(source: Source, count: int, run: int) -> np.ndarray:

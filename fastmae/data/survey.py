@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastmae.data.arrays import FEW
 from fastmae.data.convert import as_type, narrowest, pixel_type_of
 from fastmae.data.decode import BadImageError, decode, refuse_by_header
-from fastmae.data.headers import Header, read_header
+from fastmae.data.headers import PAGED, Header, as_read, read_header
 from fastmae.data.reading import Reading
-from fastmae.data.sources import IN_A_ROW, LOOKED_AT, Source, evenly_spaced
+from fastmae.data.sources import IN_A_ROW, LOOKED_AT, Source, channels_of_files, evenly_spaced
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of, joined
 from fastmae.errors import SettingError
 from fastmae.facts import AS_STORED, ReadAs
@@ -30,10 +29,13 @@ SHARE = 0.1
 """Of what share of the images it cannot be."""
 TURNED = "turned by EXIF or TIFF orientation, which a run does not do"
 PAGES = "only the first page, frame or size of a file is used; save each as a file of its own to use all"
+CHOICE_OF_PAGES = (
+    "only the first page or frame of a file is used; set pages to all for each as an image, or to channels"
+)
 ALPHA = "alpha is used with in_chans 4 only"
 FOURTH = "a band beside the colours is used with in_chans 4 only"
 CHOSEN = "other bands than those that bands names are not used"
-SECOND = "a band beside gray or a palette is never used; save it as a file of its own"
+SECOND = "a band beside gray or a palette is not used; name both by bands to use it"
 
 
 @dataclass
@@ -63,6 +65,8 @@ class Survey:
     """By format, colours and depth."""
     types: Counter[str] = field(default_factory=Counter)
     """By the type of their numbers as they are stored, as NumPy calls it."""
+    nodata: Counter[float | None] = field(default_factory=Counter)
+    """By the value of missing pixels that they state; None for none."""
     used: Counter[str] = field(default_factory=Counter)
     """How many pages and bands are used."""
     left_out: dict[tuple[str, str], tuple[int, tuple[str, ...]]] = field(default_factory=dict)
@@ -80,12 +84,14 @@ class Survey:
 
     def see(self, header: Header, name: str, pixels: np.ndarray | None, reading: Reading) -> None:
         """Adds an image. Its pixels [H, W, in_chans], as they are read, may be left out."""
-        in_chans = reading.in_chans
+        in_chans, pages = reading.in_chans, header.pages
+        header = as_read(header, reading.read_as)
         self.images += 1
         self.kinds[header.kind] += 1
         self.types[header.dtype] += 1
-        self.used["pages"] += 1
-        self._leave_out("pages", header.pages - 1, PAGES, name)
+        self.nodata[header.nodata] += 1
+        self.used["pages"] += 1 + pages - header.pages
+        self._leave_out("pages", header.pages - 1, CHOICE_OF_PAGES if header.format in PAGED else PAGES, name)
         unused = header.unspecified + header.alpha if in_chans < 4 else 0  # of 4 none is used without all its bands
         chosen = reading.read_as.bands
         if chosen is not None:
@@ -126,6 +132,7 @@ class Survey:
         self.images += later.images
         self.kinds.update(later.kinds)
         self.types.update(later.types)
+        self.nodata.update(later.nodata)
         self.used.update(later.used)
         for key, (count, names) in later.left_out.items():
             before, earlier = self.left_out.get(key, (0, ()))
@@ -164,6 +171,7 @@ class Survey:
             f"{_depth_text(bits, depth, bracket)}; scale them to 8 bits yourself if too few, first {depth.first}"
             for bits, depth in sorted(self.depths.items())
         ]
+        notes += self._nodata_notes(reading, bracket)
         if self.turned[0]:
             notes.append(f"{count_of(self.turned[0], 'images')} {TURNED}{bracket}, first {self.turned[1]}")
         if in_chans == 3 and self.images:
@@ -174,6 +182,19 @@ class Survey:
             elif self.gray_pixels == self.measured > 0:
                 notes.append(f"all images{bracket} are stored in colour and hold gray: they {become}; {advice}")
         return notes
+
+    def _nodata_notes(self, reading: Reading, bracket: str) -> list[str]:
+        """Returns what is done with the values that files state for missing pixels."""
+        stated = {value: count for value, count in self.nodata.items() if value is not None}
+        if not stated or reading.read_as.nodata is not None:
+            return []
+        if len(self.nodata) == 1 and reading.dtype != "uint8":
+            (value,) = stated
+            return [f"all images{bracket} state that {value:g} marks missing pixels: nodata is {value:g}"]
+        return [
+            f"{count_of(count, 'images')}{bracket} of which {value:g} marks missing pixels: not used; set nodata to it"
+            for value, count in stated.items()
+        ]
 
 
 def _depth_text(bits: int, depth: Depth, bracket: str) -> str:
@@ -286,8 +307,9 @@ def sample(source: Source, in_chans: int | None, read_as: ReadAs) -> tuple[Surve
                 if isinstance(data, np.ndarray):
                     continue
                 header = read_header(data)
-                channels = in_chans or (header.bands if header.bands > FEW else 3)
-                reading = reading_of(channels, {header.dtype: 1}, read_as)
+                gives = as_read(header, read_as)
+                channels = in_chans or channels_of_files([gives.bands], read_as)
+                reading = reading_of(channels, {gives.dtype: 1}, read_as)
                 refuse_by_header(data, reading)
                 depth = survey.depths.get(header.bits, Depth())
                 wants_pixels = number % max(1, len(indices) // DECODED) == 0

@@ -82,8 +82,8 @@ class Tags:
 
 
 def is_tiff(data: bytes) -> bool:
-    """Tells whether bytes begin as those of a TIFF file."""
-    return data[:4] in STARTS
+    """Tells whether bytes begin as those of a TIFF file. A DICOM may do so too, and goes on with its own prefix."""
+    return data[:4] in STARTS and data[128:132] != b"DICM"
 
 
 def read_tags(data: bytes) -> Tags:
@@ -94,7 +94,7 @@ def read_tags(data: bytes) -> Tags:
     """
     try:
         first, _, _ = _directory(data, _first_directory(data))
-    except (struct.error, KeyError) as error:
+    except (struct.error, KeyError, OverflowError) as error:
         raise ValueError(f"its TIFF tags cannot be read ({error})") from error
     values = {tag: value for tag, (value, _, _) in first.items()}
 
@@ -237,7 +237,7 @@ def _directories(data: bytes) -> Iterator[_Directory]:
             if unread < 0:
                 return
             yield page
-    except (struct.error, KeyError, ValueError):
+    except (struct.error, KeyError, ValueError, OverflowError):
         return
 
 

@@ -13,11 +13,13 @@ import pytest
 from PIL import Image
 
 from fastmae.data import pages
+from fastmae.data.decode import decode
 from fastmae.data.fingerprint import fingerprint
 from fastmae.data.pages import PagedSource
-from fastmae.data.reading import BadImageError
-from fastmae.data.sources import Subset, open_train, open_val, train_and_val
-from fastmae.facts import ReadAs
+from fastmae.data.reading import BadImageError, Reading
+from fastmae.data.sources import Subset, describe, open_train, open_val, train_and_val
+from fastmae.data.survey import sample, take_stock
+from fastmae.facts import PixelFacts, ReadAs
 
 tifffile = pytest.importorskip("tifffile")
 ALL = ReadAs(pages="all")
@@ -55,7 +57,7 @@ def test_every_page_is_a_sample_with_the_label_of_its_file(folder: Any) -> None:
         else:
             np.testing.assert_array_equal(np.asarray(found)[..., 0], page)
     assert source.name(5) == f"{root / 'a/3.tif'}, page 2"
-    assert source.location == "that are the pages of 4 in 2 class folders (a, b)"
+    assert source.location == "in 2 class folders (a, b), the pages of 4 files"
     assert source.stock.used == {"files": 4, "pages": 11}
 
 
@@ -139,3 +141,44 @@ def test_the_pages_of_a_val_part(folder: Any) -> None:
     val = open_val(str(root), ALL)
     assert val is not None
     assert len(val) == 5
+
+
+def test_pages_as_channels_are_all_channels_of_the_model(folder: Any) -> None:
+    root, _ = folder
+    facts = describe(open_train(str(root / "b")), read_as=ReadAs(pages="channels"))
+    assert (facts.channels, facts.pixels.dtype) == (2, "uint16")
+    survey, _ = sample(open_train(str(root / "b")), None, ReadAs(pages="channels"))
+    assert (survey.used["pages"], survey.left_out) == (2, {})
+
+
+def test_the_first_page_alone_is_told_with_both_remedies(folder: Any) -> None:
+    lines = take_stock(open_train(str(folder[0] / "b")), 1).lines()
+    words = "1 page left out: only the first page or frame of a file is used; set pages to all for each as an image"
+    assert any(line.startswith(words) for line in lines), lines
+
+
+def test_missing_pixels_that_all_files_state_are_missing(tmp_path: Path) -> None:
+    stated = [(42113, "s", 0, "-9999", False)]
+    for number in range(3):
+        array = stack(8, 8, seed=number).astype(np.float32)
+        tifffile.imwrite(tmp_path / f"{number}.tif", array, photometric="minisblack", extratags=stated)
+    source = open_train(str(tmp_path))
+    assert describe(source).pixels == PixelFacts(dtype="float32", nodata=-9999)
+    assert describe(source, read_as=ReadAs(nodata=0)).pixels.nodata == 0
+    assert "all images state that -9999 marks missing pixels: nodata is -9999" in take_stock(source, 1).lines()
+    tifffile.imwrite(tmp_path / "3.tif", stack(8, 8).astype(np.float32), photometric="minisblack")
+    source = open_train(str(tmp_path))
+    assert describe(source).pixels.nodata is None
+    words = "3 images of which -9999 marks missing pixels: not used; set nodata to it"
+    assert words in take_stock(source, 1).lines()
+
+
+def test_a_window_makes_floats_of_a_dicom(tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    real = Path(pydicom.__file__).parent / "data" / "test_files" / "MR_small.dcm"
+    (tmp_path / "1.dcm").write_bytes(real.read_bytes())
+    source = open_train(str(tmp_path))
+    given = ReadAs(window=(600.0, 1600.0))
+    assert describe(source).pixels.dtype == describe(source, read_as=given).pixels.dtype == "float32"
+    found = decode(source.read(0), Reading(1, dtype="float32", read_as=given))
+    assert 0 <= found.min() < found.max() <= 1

@@ -11,7 +11,7 @@ from fastmae.cli import main
 from fastmae.data.headers import read_header
 from fastmae.data.reading import Reading
 from fastmae.data.sources import LOOKED_AT, Concat, FolderSource, describe, open_train
-from fastmae.data.survey import ALPHA, FOURTH, PAGES, SECOND, TURNED, Survey, take_stock
+from fastmae.data.survey import ALPHA, CHOICE_OF_PAGES, FOURTH, SECOND, TURNED, Survey, take_stock
 from fastmae.errors import SettingError
 from fastmae.facts import ReadAs
 
@@ -119,11 +119,10 @@ def test_a_fourth_band_that_is_used_is_not_left_out(tmp_path):
 def test_pages_that_are_not_used_are_counted(tmp_path, capsys):
     source = folder(tmp_path / "x", [tiff(RNG.integers(0, 256, (10, 40, 40), dtype=np.uint8)), png(colour())])
     stock = take_stock(source, 3)
-    assert [(item.unit, item.count, item.reason) for item in stock.left_out] == [("pages", 9, PAGES)]
+    assert [(item.unit, item.count, item.reason) for item in stock.left_out] == [("pages", 9, CHOICE_OF_PAGES)]
     assert (stock.used["pages"], stock.total("pages")) == (2, 11)
-    assert any(
-        line.startswith(f"  note          9 pages left out: {PAGES}") for line in verified(tmp_path / "x", capsys)[1]
-    )
+    lines = verified(tmp_path / "x", capsys)[1]
+    assert any(line.startswith(f"  note          9 pages left out: {CHOICE_OF_PAGES}") for line in lines)
 
 
 def test_images_that_a_viewer_turns_are_counted(tmp_path):

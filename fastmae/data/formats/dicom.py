@@ -29,6 +29,7 @@ _DEFLATED, _BIG_ENDIAN = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"
 _MOST_DEFLATED = 200
 """Times that the elements of a deflated DICOM may be as long as the file."""
 _JPEG_LOSSLESS = {"1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70"}
+_RLE = "1.2.840.10008.1.2.5"
 _JPEG_12 = "1.2.840.10008.1.2.4.51"
 _JPEG_LS = {"1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"}
 _HTJ2K = {"1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.202", "1.2.840.10008.1.2.4.203"}
@@ -348,8 +349,11 @@ def _stored(dataset: Any, number: int) -> np.ndarray:
     if not syntax.is_encapsulated:
         return pixel_array(dataset, index=number)
     frame = get_frame(dataset.PixelData, number, number_of_frames=_frames(dataset))
+    is_codestream = syntax != _RLE
     size = size_of_jpeg(frame) if frame[:3] == JPEG_START else size_of_jpeg2000(frame[:4096])
-    if size is not None and size != (int(dataset.Rows), int(dataset.Columns)):
+    if size is None and is_codestream:
+        raise BadImageError("a frame that does not say its size")
+    if size is not None and is_codestream and size != (int(dataset.Rows), int(dataset.Columns)):
         stated = f"{dataset.Columns}×{dataset.Rows} pixels by its elements"
         raise BadImageError(f"{stated}, {size[1]}×{size[0]} by its frame")
     with contextlib.suppress(NotImplementedError):

@@ -21,7 +21,8 @@ from fastmae.facts import ReadAs
 
 is_tiff = tiff.is_tiff
 
-_WHITE_IS_ZERO, _PALETTE, _MASK, _YCBCR = 0, 3, 4, 6
+_WHITE_IS_ZERO, _PALETTE, _MASK, _SEPARATED, _YCBCR = 0, 3, 4, 5, 6
+_INK_SET = 332
 _KNOWN_COLOURS = {0, 1, 2, 3, 5, 6}
 _JPEG = 7
 _JPEG2000 = {33003, 33004, 33005, 34712}
@@ -47,7 +48,7 @@ def header(data: bytes) -> Header:
     return Header(
         "TIFF",
         tiff.colours(tags),
-        tags.bands,
+        tags.bands - (tags.photometric == tiff.SEPARATED),  # CMYK becomes RGB
         bits,
         alpha=len(tags.extra) > tags.unspecified,
         unspecified=tags.unspecified,
@@ -113,15 +114,16 @@ def page(file: BinaryIO, place: int, read_as: ReadAs) -> np.ndarray:
     tifffile = library("tifffile", "such a TIFF")
     library("imagecodecs", "such a TIFF")
     try:
-        offset = place if place > 0 else _first_directory(file)
+        first = _first_directory(file)
+        offset = place if place > 0 else first
         _check_entries(file, offset)
         file.seek(0)
         with tifffile.TiffFile(file, is_ome=False) as opened:
             opened.filehandle.seek(offset)
-            found = tifffile.TiffPage(opened, index=0)
+            found = opened.pages.first if offset == first else tifffile.TiffPage(opened, index=0)
             _check(found, opened.filehandle.size)
             stored = _image_behind(file, found, -place) if place < 0 else found.asarray(maxworkers=1)
-            return _as_shown(found, stored)
+            return _as_shown(found, stored, read_as)
     except (BadImageError, MemoryError):
         raise
     except Exception as error:  # of tifffile's and imagecodecs' many kinds
@@ -181,7 +183,9 @@ def _check_codestreams(page: Any, offsets: list[int], chunk: tuple[int, ...]) ->
         handle.seek(offset)
         start = handle.read(1 << 16)
         size = size_of_jpeg(start) if page.compression == _JPEG else size_of_jpeg2000(start)
-        if size is not None and (size[0] > chunk[0] or size[1] > chunk[1]):
+        if size is None:
+            raise BadImageError("a tile that does not say its size")
+        if size[0] > chunk[0] or size[1] > chunk[1]:
             raise BadImageError(f"a tile of {chunk[1]}×{chunk[0]} pixels that holds {size[1]}×{size[0]}")
 
 
@@ -201,8 +205,8 @@ def _image_behind(file: BinaryIO, first: Any, number: int) -> np.ndarray:
     return stored.astype(first.dtype)
 
 
-def _as_shown(page: Any, stored: np.ndarray) -> np.ndarray:
-    """Returns pixels [H, W, C] with bands last, black at zero, and the colours of a palette."""
+def _as_shown(page: Any, stored: np.ndarray, read_as: ReadAs) -> np.ndarray:
+    """Returns pixels [H, W, C] with bands last, black at zero, and the colours of a palette or of inks."""
     if stored.dtype == bool:
         stored = stored.astype(np.uint8) * np.uint8(255)
     if page.photometric == _PALETTE and page.colormap is not None:
@@ -214,7 +218,22 @@ def _as_shown(page: Any, stored: np.ndarray) -> np.ndarray:
         bits = page.bitspersample if page.bitspersample > 1 else 8
         shown = shown.copy()
         shown[..., 0] = shown.dtype.type((1 << bits) - 1) - shown[..., 0]
-    return shown
+    return _without_ink(page, shown) if page.photometric == _SEPARATED and read_as.bands is None else shown
+
+
+def _without_ink(page: Any, inks: np.ndarray) -> np.ndarray:
+    """Returns CMYK as RGB, as Pillow does it with 8 bits.
+
+    Raises:
+        BadImageError: other inks.
+    """
+    if page.tags.valueof(_INK_SET, 1) != 1 or inks.shape[2] < 4 or inks.dtype.kind != "u":
+        raise BadImageError(f"{inks.shape[2]} inks other than CMYK have no rule; name them by bands, or store RGB")
+    white = np.uint64((1 << page.bitspersample) - 1)
+    paper = white - inks[..., 3:4].astype(np.uint64)
+    covered = (inks[..., :3].astype(np.uint64) * paper + white // np.uint64(2)) // white
+    colours = (paper - np.minimum(covered, paper)).astype(inks.dtype)
+    return np.concatenate([colours, inks[..., 4:]], axis=2)
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
@@ -241,7 +260,7 @@ def places(file: BinaryIO) -> list[int]:
                 found.append(offset)
             check_pages(len(seen))
             offset = following
-    except struct.error as error:
+    except (struct.error, OverflowError, OSError) as error:
         raise BadImageError("cut within its tags") from error
     return found or [_first_directory(file)]
 
@@ -302,7 +321,7 @@ def _check_entries(file: BinaryIO, offset: int) -> None:
     size = file.seek(0, io.SEEK_END)
     try:
         entries, _ = _entries(file, offset)
-    except struct.error as error:
+    except (struct.error, OverflowError, OSError) as error:
         raise BadImageError("cut within its tags") from error
     for tag, (kind, values, where) in entries.items():
         if values * _SIZES.get(kind, 1) > size or where > size:

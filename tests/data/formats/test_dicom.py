@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +292,19 @@ def test_without_the_library_one_line_names_the_extra(monkeypatch: pytest.Monkey
     monkeypatch.setattr(common, "_imported", missing)
     with pytest.raises(BadImageError, match=r"pydicom; run pip install 'fastmae\[science\]'"):
         dicom.pixels(GOOD, AS_STORED)
+
+
+def test_many_threads_read_the_same_as_one() -> None:
+    files = [path.read_bytes() for name in ("CT_small", "MR_small_RLE", "JPEG2000") for path in [REAL / f"{name}.dcm"]]
+    alone = [dicom.pixels(data, AS_STORED) for data in files]
+    with ThreadPoolExecutor(8) as pool:
+        together = [*pool.map(lambda data: dicom.pixels(data, AS_STORED), files * 8)]
+    for number, found in enumerate(together):
+        np.testing.assert_array_equal(found, alone[number % 3])
+
+
+def test_a_frame_that_does_not_say_its_size_is_refused() -> None:
+    data = (REAL / "MR_small_jpeg_ls_lossless.dcm").read_bytes()
+    start = data.index(b"\xff\xd8\xff\xf7")
+    with pytest.raises(BadImageError, match="does not say its size"):
+        dicom.pixels(data[: start + 3] + b"\xe1" + data[start + 4 :], AS_STORED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -281,3 +282,27 @@ def test_without_the_library_one_line_names_the_extra(monkeypatch: pytest.Monkey
     plain = io.BytesIO()
     Image.fromarray(numbers("uint8", 20, 30)).save(plain, "TIFF")
     assert tiff.pixels(plain.getvalue(), AS_STORED) is None
+
+
+def test_many_threads_read_the_same_as_one() -> None:
+    files = [written(numbers("uint16", 40, 50) + np.uint16(seed), compression="zlib") for seed in range(16)]
+    alone = [tiff.pixels(data, AS_STORED) for data in files]
+    with ThreadPoolExecutor(8) as pool:
+        together = [*pool.map(lambda data: tiff.pixels(data, AS_STORED), files * 4)]
+    for number, found in enumerate(together):
+        np.testing.assert_array_equal(found, alone[number % 16])
+
+
+def test_cmyk_of_16_bits_becomes_rgb_as_that_of_8_does() -> None:
+    few = numbers("uint8", 20, 30, 4)
+    inks = few * np.uint16(257)
+    found = tiff.pixels(written(inks, photometric="separated"), AS_STORED)
+    assert found is not None
+    assert (found.shape, found.dtype) == ((20, 30, 3), np.uint16)
+    narrow = np.asarray(Image.fromarray(few, "CMYK").convert("RGB"))
+    np.testing.assert_allclose(found / 257, narrow, atol=0.6)
+    named = tiff.pixels(written(inks, photometric="separated"), ReadAs(bands=(4, 1)))
+    np.testing.assert_array_equal(named, inks)
+    others = written(inks, photometric="separated", extratags=[(332, "H", 1, 2, False)])
+    with pytest.raises(BadImageError, match="name them by bands, or store RGB"):
+        tiff.pixels(others, AS_STORED)

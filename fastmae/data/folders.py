@@ -31,7 +31,7 @@ from fastmae.data.parquet import ParquetSource, open_parquet
 from fastmae.data.parts import Part, parts_among, shard_part
 from fastmae.data.shards import open_shards, refuse_compressed
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, within
-from fastmae.data.suffixes import SOUND_SUFFIXES
+from fastmae.data.suffixes import SHARD_SUFFIXES, SOUND_SUFFIXES
 from fastmae.data.zips import ZipSource, list_zip, read_table
 from fastmae.errors import SettingError, UserError
 from fastmae.facts import AS_STORED, ReadAs
@@ -198,7 +198,7 @@ def open_files(
     """
     suffixes = {path.suffix.lower() for path in paths}
     if len(suffixes) > 1:
-        kinds = " and ".join(sorted(suffixes))
+        kinds = " and ".join(suffix for suffix in SHARD_SUFFIXES if suffix in suffixes)
         raise UserError(f"{paths[0].parent}: holds both {kinds} files; name those of one kind by a pattern")
     if suffixes == {".parquet"}:
         return open_parquet(paths, read_as.root, folder)

@@ -51,6 +51,8 @@ LOOKED_BEHIND = 16 << 20
 # A brace pattern stands for no more names.
 MAX_NAMES = 1_000_000
 INDEX_THREADS = 8
+# Bytes that are read for a header, with what follows it: about what a disk reads at a time anyway.
+WINDOW = 32 << 10
 # Why members are left out. A shard has no more reasons than ``MAX_REASONS``, whatever suffixes there are in it.
 HIDDEN = "hidden files, such as macOS adds"
 NO_SUFFIX = "no suffix in the name"
@@ -366,10 +368,25 @@ def index_shard(path: Path | str, image_key: str | None = None) -> _Inside:
     shard = open_file(path)
     ahead = ReadAhead(shard) if is_remote(path) else None
     try:
-        return _index(path, shard.size, shard.read if ahead is None else ahead.read, image_key)
+        return _index(path, shard.size, _Window(shard.read) if ahead is None else ahead.read, image_key)
     finally:
         if ahead is not None:
             ahead.close()
+
+
+class _Window:
+    """Reads a file by position, and keeps what follows what was asked for: the next header, where files are small."""
+
+    def __init__(self, read: Callable[[int, int], bytes]) -> None:
+        self._read, self._start, self._bytes = read, 0, b""
+
+    def __call__(self, size: int, position: int) -> bytes:
+        inside = position - self._start
+        if not 0 <= inside <= inside + size <= len(self._bytes):
+            if size > WINDOW:
+                return self._read(size, position)
+            self._start, self._bytes, inside = position, self._read(WINDOW, position), 0
+        return self._bytes[inside : inside + size]
 
 
 def _index(path: Path | str, size: int, read: Callable[[int, int], bytes], image_key: str | None) -> _Inside:
@@ -459,7 +476,8 @@ def _stem(name: str) -> str:
 
 def _suffix(name: str) -> str:
     """Returns the last suffix of a name, in small letters."""
-    return os.path.splitext(name)[1].lower()
+    stem, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return f".{suffix.lower()}" if dot and stem.strip(".") else ""
 
 
 def _find_samples(

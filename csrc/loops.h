@@ -267,15 +267,15 @@ inline TargetScale target_scale(float* target, std::int64_t count, bool norm_pix
   return {mean, static_cast<float>(1 / __builtin_sqrt(variance + eps))};
 }
 
-// Calls body(i, pred, n) for blocks of kLaneBlock numbers from i on, of which n are there; the others are 0.
+// Calls body(i, numbers) for blocks of kLaneBlock numbers from i on; those beyond the end are 0.
 template <class T, class Body>
 inline void for_each_block(const T* pred, std::int64_t count, Body body) {
   std::int64_t i = 0;
-  for (; i + kLaneBlock <= count; i += kLaneBlock) body(i, pred + i, std::int64_t{kLaneBlock});
+  for (; i + kLaneBlock <= count; i += kLaneBlock) body(i, pred + i);
   if (i == count) return;
   T padded[kLaneBlock] = {};
   __builtin_memcpy(padded, pred + i, static_cast<std::size_t>(count - i) * sizeof(T));
-  body(i, static_cast<const T*>(padded), count - i);
+  body(i, static_cast<const T*>(padded));
 }
 
 double patch_error(float* target, std::int64_t count, bool norm_pix, double eps, const void* pred, DType dtype) {
@@ -283,7 +283,7 @@ double patch_error(float* target, std::int64_t count, bool norm_pix, double eps,
   const Float centre = broadcast(by.mean), factor = broadcast(by.scale);
   Float squares[kParts] = {};
   with_float_pointer(pred, dtype, [&](const auto* from) {
-    for_each_block(from, count, [&](std::int64_t first, const auto* numbers, std::int64_t) {
+    for_each_block(from, count, [&](std::int64_t first, const auto* numbers) {
 #pragma GCC unroll 8
       for (int part = 0; part < kParts; ++part) {
         const int i = part * kLanes;

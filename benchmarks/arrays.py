@@ -112,7 +112,7 @@ def main() -> int:
         reads: dict[str, Callable[..., float]] = {}
         for name, path in paths.items():
             reads[f"read {name}"] = partial(read_epoch, path, count=IMAGES)
-            reads[f"load {name}"] = partial(load_epoch, path, count=IMAGES // 2)
+            reads[f"load {name}"] = partial(load_epoch, path, count=IMAGES)
         gzip, zstd = h5py.File(paths["HDF5, gzip and shuffle"]), zarr.open_array(paths["Zarr, zstd"], mode="r")
         reads["read by h5py alone, gzip and shuffle"] = partial(by_library, gzip["images"], count=64)
         reads["read by zarr alone, zstd"] = partial(by_library, zstd, count=64)

@@ -134,7 +134,13 @@ def read_chunks(
     """
     counts = [-(-length // size) for length, size in zip(shape[1:], chunks[1:], strict=True)]
 
+    is_whole = tuple(chunks[1:]) == tuple(shape[1:])
+
     def read(start: int, stop: int) -> np.ndarray:
+        if is_whole and start % chunks[0] == 0 and stop - start <= chunks[0]:  # one chunk, which need not be copied
+            only = chunk((start // chunks[0], *[0] * len(counts)))
+            if only is not None:
+                return only[: stop - start]
         out = np.empty((stop - start, *shape[1:]), dtype)
         first = range(start // chunks[0], -(-stop // chunks[0]))
         for place in itertools.product(first, *map(range, counts)):

@@ -220,8 +220,8 @@ def _stored(h5py: Any, opened: Any, key: str, file: OpenFile) -> Stored:
     return Stored(dtype, shape, chunks[0], read, contents, notes=notes)
 
 
-def _unpack(data: bytes, filters: list[int], chunks: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """Undoes the filters of a chunk, the last one first.
+def _unpack(data: Any, filters: list[int], chunks: tuple[int, ...], dtype: np.dtype) -> Any:
+    """Undoes the filters of a chunk, the last one first. Returns bytes, or an array of them.
 
     Raises:
         ValueError, RuntimeError: it is damaged, or does not hold as many bytes as a chunk has.
@@ -240,7 +240,7 @@ def _unpack(data: bytes, filters: list[int], chunks: tuple[int, ...], dtype: np.
             data = numcodecs.Shuffle(dtype.itemsize).decode(data)
     if len(data) != size:
         raise ValueError(f"{len(data)} bytes instead of {size}")
-    return bytes(data) if not isinstance(data, np.ndarray) else data.tobytes()
+    return data
 
 
 @dataclass(frozen=True)

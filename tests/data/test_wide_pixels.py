@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fastmae import _C
 from fastmae.data.cache import cached
 from fastmae.data.convert import convert_channels, narrowest, to_batch
 from fastmae.data.decode import decode
@@ -301,3 +302,20 @@ def test_dali_is_for_8_bits_of_all_bands():
     for reading, what in ((Reading(3, dtype="uint16"), "uint16"), (chosen, "all bands")):
         with pytest.raises(SettingError, match=what):
             choose_decoder("dali-cpu", CPU, None, reading)
+
+
+@pytest.mark.parametrize(
+    ("image", "resized", "reason"),
+    [
+        (np.zeros((4, 4, 2), np.int32), np.zeros((2, 2, 2), np.int32), "image must be uint8, uint16 .as int16., float32"),
+        (np.zeros((4, 4, 2), np.float32), np.zeros((2, 2, 2), np.uint8), "resized must be float32, got uint8"),
+        (np.zeros((4, 4), np.uint8), np.zeros((2, 2, 2), np.uint8), "image must have shape"),
+        (np.zeros((4, 4, 2), np.uint8), np.zeros((2, 2, 3), np.uint8), "resized must have shape"),
+        (np.zeros((4, 0, 2), np.uint8), np.zeros((2, 2, 2), np.uint8), "must have pixels"),
+        (np.zeros((4, 8, 2), np.uint8)[:, ::2], np.zeros((2, 2, 2), np.uint8), "rows without gaps"),
+        (np.zeros((4, 4, 2), np.uint8), np.zeros((2, 4, 2), np.uint8)[:, ::2], "resized must be contiguous"),
+    ],
+)
+def test_the_extension_refuses_what_it_cannot_resize(image, resized, reason):
+    with pytest.raises(ValueError, match=reason):
+        _C.resize(image, False, None, resized)

@@ -307,7 +307,7 @@ def test_dali_is_for_8_bits_of_all_bands():
 @pytest.mark.parametrize(
     ("image", "resized", "reason"),
     [
-        (np.zeros((4, 4, 2), np.int32), np.zeros((2, 2, 2), np.int32), "image must be uint8, uint16 .as int16., float32"),
+        (np.zeros((4, 4, 2), np.int32), np.zeros((2, 2, 2), np.int32), "must be uint8, uint16 .as int16., float32"),
         (np.zeros((4, 4, 2), np.float32), np.zeros((2, 2, 2), np.uint8), "resized must be float32, got uint8"),
         (np.zeros((4, 4), np.uint8), np.zeros((2, 2, 2), np.uint8), "image must have shape"),
         (np.zeros((4, 4, 2), np.uint8), np.zeros((2, 2, 3), np.uint8), "resized must have shape"),

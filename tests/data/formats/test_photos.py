@@ -30,14 +30,14 @@ def scaled(stored: np.ndarray, bits: int) -> np.ndarray:
 
 @pytest.mark.parametrize("bits", [10, 12])
 def test_an_avif_keeps_all_of_its_numbers_with_white_at_65535(bits: int) -> None:
-    stored = RANDOM.integers(0, 1 << bits, (64, 80, 3), np.uint16)
+    stored = RANDOM.integers(0, 1 << bits, (16, 24, 3), np.uint16)
     data = imagecodecs.avif_encode(stored, level=100, bitspersample=bits)
     assert heif.is_heif(data[:16])
     found = heif.pixels(data, AS_STORED)
     np.testing.assert_array_equal(found, scaled(stored, bits))
     header = heif.header(data)
     assert header is not None
-    assert (header.bits, header.dtype, header.size) == (bits, "uint16", (64, 80))
+    assert (header.bits, header.dtype, header.size) == (bits, "uint16", (16, 24))
     assert heif.pixels(data, ReadAs(pixel_type="uint8")) is None
     with pytest.raises(BadImageError, match="cannot be decoded"):
         heif.pixels(data[:-10], AS_STORED)
@@ -58,7 +58,7 @@ def test_a_heic_of_10_bits_keeps_all_of_its_numbers() -> None:
 
 
 def test_8_bits_are_left_to_pillow() -> None:
-    assert heif.pixels(imagecodecs.avif_encode(numbers("uint8", 64, 80, 3)), AS_STORED) is None
+    assert heif.pixels(imagecodecs.avif_encode(numbers("uint8", 16, 24, 3)), AS_STORED) is None
     assert jpeg2000.pixels(imagecodecs.jpeg2k_encode(numbers("uint8", 64, 80, 3), level=0), AS_STORED) is None
 
 
@@ -100,7 +100,7 @@ def test_a_jpeg_xl_is_as_it_was_stored(dtype: str, shape: tuple[int, ...]) -> No
             jpeg2000.pixels(data[:end], AS_STORED)
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (600, 900), (1000, 3), (3, 1000), (480, 640), (1080, 1920)])
+@pytest.mark.parametrize("shape", [(8, 8), (600, 900), (1000, 3), (3, 1000), (480, 640)])
 def test_the_size_of_a_jpeg_xl_is_read_from_its_first_bits(shape: tuple[int, int]) -> None:
     assert size_of_jpegxl(imagecodecs.jpegxl_encode(np.zeros(shape, np.uint8))) == shape
 
@@ -112,7 +112,7 @@ def test_what_claims_to_be_huge_is_refused_before_it_is_decoded(monkeypatch: pyt
     monkeypatch.setattr(imagecodecs, "jpeg2k_decode", None)
     with pytest.raises(BadImageError, match="over the limit"):
         jpeg2000.pixels(bytes(data), AS_STORED)
-    avif = imagecodecs.avif_encode(numbers("uint16", 64, 80, 3) >> 6, level=100, bitspersample=10)
+    avif = imagecodecs.avif_encode(numbers("uint16", 16, 24, 3) >> 6, level=100, bitspersample=10)
     at = avif.index(b"ispe") + 8
     monkeypatch.setattr(imagecodecs, "avif_decode", None)
     with pytest.raises(BadImageError, match="over the limit"):

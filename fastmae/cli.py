@@ -28,6 +28,7 @@ from fastmae.config import (
     FeaturesConfig,
     FinetuneConfig,
     InfoConfig,
+    PackConfig,
     PretrainConfig,
     ProbeConfig,
     ReconstructConfig,
@@ -63,6 +64,7 @@ COMMANDS: dict[str, type] = {
     "anomaly": AnomalyConfig,
     "export": ExportConfig,
     "verify": VerifyConfig,
+    "pack": PackConfig,
     "info": InfoConfig,
     "estimate": EstimateConfig,
     "bench kernels": BenchKernelsConfig,
@@ -242,6 +244,10 @@ def call(config: Any, argv: list[str]) -> int:
             from fastmae.commands.export import run_export
 
             return run_export(config)
+        case PackConfig():
+            from fastmae.commands.pack import run_pack
+
+            return run_pack(config)
         case VerifyConfig():
             from fastmae.commands.verify import run_verify
 

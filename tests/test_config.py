@@ -18,6 +18,7 @@ from fastmae.config import (
     FeaturesConfig,
     FinetuneConfig,
     InfoConfig,
+    PackConfig,
     MaskingConfig,
     PretrainConfig,
     ProbeConfig,
@@ -130,7 +131,7 @@ def settings_of(config):
         (config, field.name)
         for config in (
             PretrainConfig, FinetuneConfig, ProbeConfig, ReconstructConfig, FeaturesConfig, SearchConfig, AnomalyConfig,
-            ExportConfig, VerifyConfig, InfoConfig,
+            ExportConfig, VerifyConfig, PackConfig, InfoConfig,
         )
         for field in dataclasses.fields(config)
     ],

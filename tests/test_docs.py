@@ -42,8 +42,8 @@ SHORTEST = [
 ]  # fmt: skip
 # Their first commands take long, start ranks of their own, or are another file's to test: they are parsed alone.
 NOT_RUN = (
-    "benchmarks.md", "dicom.md", "finetuning.md", "large-runs.md", "loading.md", "photo-formats.md", "photos.md",
-    "quality.md", "ranges.md", "tiff.md",
+    "benchmarks.md", "dicom.md", "finetuning.md", "large-runs.md", "loading.md", "pack.md", "photo-formats.md", "photos.md",
+    "quality.md", "ranges.md", "sound.md", "tiff.md",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastmae.config import VerifyConfig, read_as
 from fastmae.data.loader import default_workers
+from fastmae.data.pack import changed_shards
 from fastmae.data.reading import Reading
 from fastmae.data.sources import Source, open_train, open_val, shown, unknown_classes
 from fastmae.data.stock import count_of
@@ -41,6 +43,8 @@ def run_verify(config: VerifyConfig) -> int:
     reading = choose_reading(config.in_chans, parts, asked)
     num_workers = config.num_workers or default_workers()
     damage = [(part, *shard) for part, source in parts.items() for shard in damage_of(source)]
+    folders = [Path(path).expanduser() for path in config.data_path]
+    damage += [("train", *shard) for folder in folders for shard in changed_shards(folder)]
     findings = {part: Findings() for part in parts}
     with _written(config.output) as write, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # of images that it takes all the same

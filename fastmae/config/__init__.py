@@ -78,6 +78,9 @@ from fastmae.config.masking import (
 from fastmae.config.model import (
     ModelSpec,
 )
+from fastmae.config.pack import (
+    PackConfig,
+)
 from fastmae.config.pretrain import (
     FIXED_IN_A_RUN,
     OFFICIAL_WARMUP,

@@ -428,8 +428,10 @@ def _kind(entry: os.DirEntry[str], suffixes: tuple[str, ...]) -> str:
     name = entry.name
     if not _is_file(entry):
         return "broken" if entry.is_symlink() and not os.path.exists(entry.path) else "special"
+    if name.startswith(".fastmae-") or name == "fastmae-pack.json":
+        return "index"
     if name.startswith("."):
-        return "index" if name.startswith(".fastmae-") and name.endswith(".index") else "hidden"
+        return "hidden"
     suffix = suffix_of(name)
     if suffixes:
         return "image" if name.lower().endswith(suffixes) else suffix

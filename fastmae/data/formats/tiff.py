@@ -95,7 +95,9 @@ def is_for_pillow(data: bytes, read_as: ReadAs) -> bool:
         raise BadImageError(str(error)) from error
     as_before = read_as.pixel_type == "uint8" and tags.samples == "unsigned" and max(tags.bits) <= 16
     is_first = read_as.pages == "first" or tiff.count_pages(data) == 1
-    return is_first and read_as.bands is None and not tags.problem and (max(tags.bits) <= 8 or as_before)
+    is_pair = tags.bands == 2 and tags.unspecified == 1  # of which Pillow makes gray with alpha
+    is_plain = max(tags.bits) <= 8 and not is_pair
+    return is_first and read_as.bands is None and not tags.problem and (is_plain or as_before)
 
 
 # --- one page ---------------------------------------------------------------------------------------------------------

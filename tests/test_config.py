@@ -18,8 +18,8 @@ from fastmae.config import (
     FeaturesConfig,
     FinetuneConfig,
     InfoConfig,
-    PackConfig,
     MaskingConfig,
+    PackConfig,
     PretrainConfig,
     ProbeConfig,
     ReconstructConfig,
@@ -122,7 +122,8 @@ NEEDED |= dict(model="mae_vit_tiny_patch4", input_size=(16,), in_chans=1)
 def settings_of(config):
     """What must be given, with values that work."""
     required = [field.name for field in dataclasses.fields(config) if field.default is dataclasses.MISSING]
-    return {name: NEEDED[name] for name in required} | ({"output": "a.pth"} if config is ExportConfig else {})
+    others = {ExportConfig: {"output": "a.pth"}, PackConfig: {"data_path": "digits"}}
+    return {name: NEEDED[name] for name in required} | others.get(config, {})
 
 
 @pytest.mark.parametrize(

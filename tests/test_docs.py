@@ -37,13 +37,14 @@ LOOKED_UP = ("install.md", "fidelity.md", "glossary.md", "reference.md", "troubl
 # The shortest command of every kind, to which a flag with a value can be added. "x" stands for any file.
 SHORTEST = [
     ["pretrain"], ["finetune"], ["probe", "x"], ["reconstruct", "x"], ["verify"], ["features", "x"], ["search", "x"],
-    ["anomaly", "x"], ["export", "x", "--to", "hf", "--output", "y"], ["info"], ["bench", "step"], ["bench", "all"],
+    ["anomaly", "x"], ["pack", "x", "y"],
+    ["export", "x", "--to", "hf", "--output", "y"], ["info"], ["bench", "step"], ["bench", "all"],
     ["bench", "loader"], ["bench", "quality"], ["estimate"],
 ]  # fmt: skip
 # Their first commands take long, start ranks of their own, or are another file's to test: they are parsed alone.
 NOT_RUN = (
-    "benchmarks.md", "dicom.md", "finetuning.md", "large-runs.md", "loading.md", "pack.md", "photo-formats.md", "photos.md",
-    "quality.md", "ranges.md", "sound.md", "tiff.md",
+    "benchmarks.md", "containers.md", "dicom.md", "finetuning.md", "large-runs.md", "loading.md", "pack.md",
+    "photo-formats.md", "photos.md", "quality.md", "ranges.md", "sound.md", "tiff.md", "volumes.md",
 )  # fmt: skip
 
 

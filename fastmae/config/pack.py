@@ -14,9 +14,9 @@ from fastmae.config.values import coerce, need_at_least_one, need_seed, need_utf
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig(ImagesConfig):
-    """Write any data that fastmae reads into tar shards, with labels and a manifest of checksums. Image files keep their
-    bytes, arrays and slices of volumes become TIFF of the same numbers. A pack that was stopped goes on where it was
-    when the command is given again."""
+    """Write any data that fastmae reads into tar shards, with labels and a manifest of checksums. Image files
+    keep their bytes, arrays and slices of volumes become TIFF of the same numbers. A pack that was stopped goes on
+    where it was when the command is given again."""
 
     data_path: Annotated[str, Positional]
     """The images, as --data_path of pretrain. A val part is packed as well."""

@@ -426,7 +426,7 @@ def open_volumes(files: FolderSource, read_as: ReadAs) -> VolumeSource:
         size, count = readable(max(volume.voxels for volume in volumes if volume.is_packed)), min(source.held, packed)
         notes.append(
             f"{count_of(packed, 'volumes')} of at most {size} are gzipped and unpacked whole, {count} of them in "
-            "use at a time; gunzip them to have them read a volume of a 4-D file at a time"
+            "use at a time; write their slices into shards once (`fastmae pack`), or gunzip them"
         )
     used = {**folder.used, "images": len(source), "volumes": len(volumes)}
     return replace(source, taken=Stock(used, (*folder.left_out, *left_out), tuple(notes)))

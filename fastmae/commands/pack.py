@@ -53,10 +53,8 @@ def run_pack(config: PackConfig) -> int:
         for line in source.stock.lines():
             console.print(printable(f"  {'stock':13} {line}"))
     folder = Path(config.output).expanduser()
-    settings = {
-        "shard_mb": config.shard_mb, "order": config.order, "seed": config.seed, "read_as": dataclasses.asdict(asked),
-    }  # fmt: skip
-    settings["read_as"] = {name: list(v) if isinstance(v, tuple) else v for name, v in settings["read_as"].items()}
+    reading = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(asked).items()}
+    settings = {"shard_mb": config.shard_mb, "order": config.order, "seed": config.seed, "read_as": reading}
     if (folder / MANIFEST).exists():
         raise UserError(f"{folder}: a whole pack is there already; name another folder, or remove it")
     done = done_before(folder, parts, settings)

@@ -207,7 +207,11 @@ def done_before(folder: Path, parts: dict[str, Source], settings: dict[str, Any]
         OSError: it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    begun = {"version": VERSION, "settings": settings, "data": {part: fingerprint(parts[part]) for part in parts}}
+    begun: dict[str, Any] = {
+        "version": VERSION,
+        "settings": settings,
+        "data": {part: fingerprint(parts[part]) for part in parts},
+    }
     rows, _ = read_rows(folder / LOG)
     if not rows:
         others = sorted(os.listdir(folder))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmae.data import arrays, images, shards
+from fastmae.data import arrays, images, packed
 from fastmae.data.arrays import FileRows, array_source
 from fastmae.data.plan import Shards
 from fastmae.data.sources import ArraySource, Concat, describe, open_train, open_val, train_and_val
@@ -301,7 +301,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
 
 
 def test_a_large_file_is_looked_at_before_it_is_read(tmp_path, monkeypatch):
-    for module in (images, shards):
+    for module in (images, packed):
         monkeypatch.setattr(module, "LARGE_FILE", 2 << 20)
     image = io.BytesIO()
     Image.new("RGB", (40, 30)).save(image, "JPEG")

@@ -40,7 +40,7 @@ setup(
     packages=find_packages(include=["fastmae*"]) + BESIDE,
     package_dir={"fastmae.kernels": "kernels", "fastmae.benchmarks": "benchmarks"},
     package_data={
-        "fastmae": ["py.typed", "_C.pyi", "ops/attention_table.json"],
+        "fastmae": ["py.typed", "_C.pyi", "ops/attention_table.json", "commands/verify_report.html.jinja"],
         "fastmae.benchmarks": ["report.html.jinja"],
     },
     include_package_data=False,  # what MANIFEST.in adds to the sdist, such as measured results, is not for the wheel

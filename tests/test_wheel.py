@@ -106,6 +106,7 @@ def test_a_wheel_from_the_sdist_installs(version, sdist, tmp_path):
         modules = [path.relative_to(ROOT / source) for path in (ROOT / source).rglob("*.py*") if path.suffix != ".pyc"]
         assert {f"{target}/{path}" for path in modules} <= set(names)
     data = {"fastmae/ops/attention_table.json", "fastmae/benchmarks/report.html.jinja", "fastmae/py.typed"}
+    data |= {"fastmae/commands/verify_report.html.jinja"}
     assert data <= set(names)
     assert [name for name in names if name.startswith("fastmae/_C.") and name.endswith(".so")]
     assert {name.split("/")[0] for name in names} == {"fastmae", f"fastmae-{VERSION}.dist-info"}

@@ -14,18 +14,24 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastmae.commands.verify_report import Part, need_report, write_report
 from fastmae.config import VerifyConfig, read_as
+from fastmae.data.copies import Copies, Digests, copies_across, copies_within
 from fastmae.data.loader import default_workers
 from fastmae.data.pack import changed_shards
 from fastmae.data.reading import Reading
 from fastmae.data.sources import Source, open_train, open_val, shown, unknown_classes
+from fastmae.data.statistics import given_range
 from fastmae.data.stock import count_of
 from fastmae.data.survey import refuse_dark
+from fastmae.data.values import PERCENTS, Values
 from fastmae.data.verify import EXAMPLES, Findings, check, choose_reading, damage_of
 from fastmae.errors import UserError
 from fastmae.screen import open_console, printable
 
 QUIET_SECONDS = 15.0
+CHANNELS = 4
+"""Of how many channels the values are printed."""
 
 
 def run_verify(config: VerifyConfig) -> int:
@@ -36,39 +42,66 @@ def run_verify(config: VerifyConfig) -> int:
             said after all else.
     """
     asked = read_as(config)
+    if config.report is not None:
+        need_report(config.report)
     parts = {"train": open_train(config.data_path, asked)}
     val = open_val(config.data_path, asked)
     if val is not None:
         parts["val"] = val
     reading = choose_reading(config.in_chans, parts, asked)
+    shown_range = given_range(config.value_range, reading.in_chans, reading.dtype)
     num_workers = config.num_workers or default_workers()
     damage = [(part, *shard) for part, source in parts.items() for shard in damage_of(source)]
     folders = [Path(path).expanduser() for path in config.data_path]
     damage += [("train", *shard) for folder in folders for shard in changed_shards(folder)]
     findings = {part: Findings() for part in parts}
+    digests = {part: Digests(len(source)) for part, source in parts.items()}
+    pages: list[Part] = []
     with _written(config.output) as write, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # of images that it takes all the same
         for part, name, reason in damage:
             write({"part": part, "index": None, "name": name, "reason": reason})
         with _Screen(sum(map(len, parts.values()))) as screen:
             for part, source in parts.items():
-                screen.print(
-                    f"{part:15} {shown(config.data_path)}: {count_of(len(source), 'images')} {source.location}"
-                )
+                what = f"{shown(config.data_path)}: {count_of(len(source), 'images')} {source.location}"
+                screen.print(f"{part:15} {what}")
                 unknown = unknown_classes(parts["train"], source) if part == "val" else []
-                for line in [*source.stock.lines(), *unknown]:
-                    screen.print(f"  {'stock':13} {line}")
-                with contextlib.closing(check(source, reading, num_workers)) as chunks:
+                stock = [("stock", line) for line in [*source.stock.lines(), *unknown]]
+                for name, text in stock:
+                    screen.print(f"  {name:13} {text}")
+                values = Values(len(source), reading)
+                with contextlib.closing(check(source, reading, num_workers, values)) as chunks:
                     for chunk in chunks:
                         for bad in chunk.examples:
                             write({"part": part, **dataclasses.asdict(bad)})
+                        for index, digest in chunk.digests:
+                            digests[part].add(index, digest)
                         findings[part].add(chunk)
                         screen.update(chunk)
-                for name, text in _facts(source, findings[part], reading):
+                copies = copies_within(digests[part], EXAMPLES)
+                facts = [
+                    *_facts(source, findings[part], reading),
+                    *_values(values, reading),
+                    *_copies(source, copies),
+                    *_notes(source, findings[part], reading),
+                ]
+                for name, text in facts:
                     screen.print(f"  {name:13} {text}")
+                if config.report is not None:
+                    pages.append(Part(part, what, source, findings[part], values, copies, (*stock, *facts)))
             how = f"--num_workers {num_workers} --in_chans {reading.in_chans}"
             screen.print(f"speed           {screen.speed():,.0f} images/s with {how}")
-            status = _report(screen.print, findings, damage, config.output)
+            leaks = [*_leaks(parts, digests)]
+            for line in leaks:
+                screen.print(f"{'copies':15} {line}")
+            verdict = _verdict(findings, damage)
+            status = _report(screen.print, verdict, findings, damage, config.output)
+            if config.report is not None:
+                unusable = [f"{part}: {name} {what}" for part, name, what in damage]
+                write_report(
+                    config.report, shown(config.data_path), verdict, pages, leaks, unusable, reading, shown_range
+                )
+                screen.print(f"shown in {config.report}")
     for found in findings.values():
         refuse_dark(found.survey)
     return status
@@ -143,6 +176,66 @@ def _facts(source: Source, findings: Findings, reading: Reading) -> Iterator[tup
     else:
         for name, (_, height, width, index) in (("smallest", findings.smallest), ("largest", findings.largest)):
             yield name, f"{width}×{height} pixels, {source.name(abs(index))}"
+
+
+def _values(values: Values, reading: Reading) -> Iterator[tuple[str, str]]:
+    """(name, text) of the values of the pixels: a line of each of the first channels, one of all if they are alike."""
+    channels = values.channels()
+    if not values.pixels:
+        return
+    part = "" if values.counted == values.pixels else f" of {_percent(values.counted / values.pixels)} of the pixels"
+    at = ", ".join(f"{percent:g}" for percent in PERCENTS)
+    count = count_of(len(channels), "channels")
+    yield "values", f"{reading.dtype} of {count}: lowest to highest of all, then those at {at} %{part}"
+    alike = len(channels) > 1 and len({*channels}) == 1
+    for number, channel in enumerate(channels[: 1 if alike else CHANNELS], 1):
+        name = "each channel" if alike else f"channel {number}"
+        if channel is None:
+            yield name, "every pixel is missing"
+        else:
+            at_percents = ", ".join(f"{value:.6g}" for value in channel.percentiles)
+            yield name, f"{channel.low:.6g} to {channel.high:.6g}; {at_percents}"
+    if not alike and len(channels) > CHANNELS:
+        yield "channels", f"{len(channels) - CHANNELS} more, which --report FILE shows"
+    if values.missing:
+        share = _percent(values.missing / values.pixels)
+        where = count_of(values.with_missing, "images")
+        yield "missing", f"{values.missing:,} of {values.pixels:,} pixels ({share}), in {where}"
+    elif reading.nodata is not None:
+        yield "missing", f"no pixel has the value {reading.nodata:g}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.995 else "almost 100 %" if share < 1 else "100 %"
+
+
+def _copies(source: Source, copies: Copies) -> Iterator[tuple[str, str]]:
+    """(name, text) of images that are copies of another in their part."""
+    if copies.count:
+        first, copy = copies.pairs[0]
+        are = "is an exact copy" if copies.count == 1 else "are exact copies"
+        which = f"{count_of(copies.count, 'images')} {are} of another"
+        yield "copies", f"{which}, first {source.name(copy)} of {source.name(first)}"
+
+
+def _leaks(parts: dict[str, Source], digests: dict[str, Digests]) -> Iterator[str]:
+    """What to know of images of val that are in train as well."""
+    if "val" not in parts:
+        return
+    copies = copies_across(digests["train"], digests["val"], EXAMPLES)
+    if copies.count:
+        ours, theirs = copies.pairs[0]
+        which = (
+            f"{copies.count:,} of {count_of(len(parts['val']), 'images')} of val {'is' if copies.count == 1 else 'are'}"
+        )
+        first = f"first {parts['val'].name(theirs)}, which is {parts['train'].name(ours)}"
+        yield f"{which} in train as well, so what is measured on val is too good; take them out of one part, {first}"
+
+
+def _notes(source: Source, findings: Findings, reading: Reading) -> Iterator[tuple[str, str]]:
+    """(name, text) of what the owner may not expect of images that a run uses."""
+    if findings.smallest is None:
+        return
     for line in findings.survey.stock(reading).lines():
         yield "note", line
     for note, (count, index) in sorted(findings.notes.items()):
@@ -157,13 +250,8 @@ def _bytes(count: float) -> str:
     return f"{count:,.1f} TB"
 
 
-def _report(
-    print_line: Callable[[str], None],
-    findings: dict[str, Findings],
-    damage: list[tuple[str, str, str]],
-    output: str | None,
-) -> int:
-    """Prints how many images are usable and what is not, and returns the exit status."""
+def _verdict(findings: dict[str, Findings], damage: list[tuple[str, str, str]]) -> str:
+    """Returns how many images are usable, as a sentence."""
     images = sum(part.images for part in findings.values())
     unusable = sum(part.unusable for part in findings.values())
     whole = "the image is usable" if images == 1 else f"all {images:,} images are usable"
@@ -173,10 +261,22 @@ def _report(
     if damage:
         kinds = "shard or folder" if len(damage) == 1 else "shards or folders"
         line += f"; {len(damage):,} {kinds} cannot be read whole"
+    return line
+
+
+def _report(
+    print_line: Callable[[str], None],
+    verdict: str,
+    findings: dict[str, Findings],
+    damage: list[tuple[str, str, str]],
+    output: str | None,
+) -> int:
+    """Prints the verdict and what is not usable, and returns the exit status."""
+    unusable = sum(part.unusable for part in findings.values())
     bad = [f"{part}: {name} {what}" for part, name, what in damage[:EXAMPLES]]
     examples = [(part, example) for part in findings for example in findings[part].examples]
     bad += [f"{part}: {example.name}: {example.reason}" for part, example in examples[:EXAMPLES]]
-    print_line(line + ":" * bool(bad))
+    print_line(verdict + ":" * bool(bad))
     for text in bad:
         print_line(f"  {text}")
     if len(bad) < unusable + len(damage):

@@ -22,6 +22,9 @@ class VerifyConfig(ImagesConfig):
     num_workers: Workers = None
     output: str | None = None
     """A file in which every unusable image is listed: lines of JSON with part, index, name and reason."""
+    report: str | None = None
+    """A file for one page of HTML that shows what was found: formats, values, histograms, pictures, copies, notes and
+    what is unusable. It needs nothing else, and no network."""
 
     def __post_init__(self) -> None:
         coerce(self)

@@ -67,7 +67,7 @@ def measure(
         SettingError: no image can be decoded, a channel is missing as a whole, or the range does not suit.
     """
     C, dtype = reading.in_chans, reading.dtype
-    ends = _given_range(value_range, C, dtype)
+    ends = given_range(value_range, C, dtype)
     if ends is not None and mean is not None and std is not None:
         return Measured(pixels=_facts(reading, ends), mean=mean, std=std, lines=_lines(reading, ends, known))
     parts = _sample(source, reading, whole=dtype == "uint8" and ends is not None)
@@ -161,7 +161,7 @@ def _require_values(count: np.ndarray, reading: Reading) -> None:
         raise SettingError("nodata", reading.nodata, problem)
 
 
-def _given_range(value_range: ValueRange, channels: int, dtype: str) -> tuple[np.ndarray, np.ndarray] | None:
+def given_range(value_range: ValueRange, channels: int, dtype: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Returns low and high [C] as they are given, or those of the type; None if they are to be found.
 
     Raises:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from fastmae.data.copies import digest_of
 from fastmae.data.decode import FOLDER_CHANNELS, BadImageError, decode
 from fastmae.data.headers import read_header
 from fastmae.data.packed import PackedSource
@@ -25,6 +26,7 @@ from fastmae.data.reading import Reading
 from fastmae.data.sample import Skipped
 from fastmae.data.sources import ArraySource, Concat, FolderSource, Source, describe
 from fastmae.data.survey import Survey
+from fastmae.data.values import Values
 from fastmae.errors import SettingError, UserError
 from fastmae.facts import AS_STORED, ReadAs
 
@@ -60,6 +62,8 @@ class Findings:
     """(pixels, height, width, -index) of the first largest usable image."""
     notes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """What the owner may not expect of images that a run uses: the kind of it, (how many, index of the first)."""
+    digests: list[tuple[int, tuple[int, int]]] = field(default_factory=list)
+    """(index, digest) of the usable images in a chunk; the sum of many has none."""
 
     def add(self, later: Findings) -> None:
         """Adds the findings in the images that follow."""
@@ -111,10 +115,11 @@ def _parts(source: Source) -> tuple[Source, ...]:
 # --- every image ------------------------------------------------------------------------------------------------------
 
 
-def check(source: Source, reading: Reading, num_workers: int) -> Generator[Findings]:
+def check(source: Source, reading: Reading, num_workers: int, values: Values | None = None) -> Generator[Findings]:
     """Reads and decodes every image, and yields the findings a few images at a time, in the order of the source.
 
-    The threads end with the iterator, however it ends, once each has finished its image.
+    The values of all pixels are added to ``values``, if it is given. The threads end with the iterator, however it
+    ends, once each has finished its image.
     """
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="fastmae-verify")
     stop = threading.Event()
@@ -123,7 +128,7 @@ def check(source: Source, reading: Reading, num_workers: int) -> Generator[Findi
     try:
         while True:
             while len(ahead) < AHEAD * num_workers and (indices := next(chunks, None)) is not None:
-                ahead.append(pool.submit(_check_chunk, source, indices, reading, stop))
+                ahead.append(pool.submit(_check_chunk, source, indices, reading, stop, values))
             if not ahead:
                 return
             yield _result(ahead.popleft())
@@ -139,7 +144,9 @@ def _result(future: Future[Findings]) -> Findings:
     return future.result()
 
 
-def _check_chunk(source: Source, indices: Sequence[int], reading: Reading, stop: threading.Event) -> Findings:
+def _check_chunk(
+    source: Source, indices: Sequence[int], reading: Reading, stop: threading.Event, values: Values | None
+) -> Findings:
     findings = Findings()
     for index in indices:
         if stop.is_set():
@@ -158,6 +165,9 @@ def _check_chunk(source: Source, indices: Sequence[int], reading: Reading, stop:
             findings.examples.append(Skipped(index, source.name(index), reason))
         else:
             _note(findings, index, source.name(index), data, pixels, reading)
+            findings.digests.append((index, digest_of(data)))
+            if values is not None:
+                values.add(index, pixels)
     findings.unusable = len(findings.examples)
     return findings
 

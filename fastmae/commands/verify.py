@@ -82,6 +82,7 @@ def run_verify(config: VerifyConfig) -> int:
                 facts = [
                     *_facts(source, findings[part], reading),
                     *_values(values, reading),
+                    *_stated(findings[part], values),
                     *_copies(source, copies),
                     *_notes(source, findings[part], reading),
                 ]
@@ -203,6 +204,16 @@ def _values(values: Values, reading: Reading) -> Iterator[tuple[str, str]]:
         yield "missing", f"{values.missing:,} of {values.pixels:,} pixels ({share}), in {where}"
     elif reading.nodata is not None:
         yield "missing", f"no pixel has the value {reading.nodata:g}"
+
+
+def _stated(findings: Findings, values: Values) -> Iterator[tuple[str, str]]:
+    """(name, text) of pixels that files state to be missing, and that a run takes for values."""
+    if findings.stated:
+        share = _percent(findings.stated / values.pixels)
+        which = (
+            f"{findings.stated:,} of {values.pixels:,} pixels ({share}) have the value that their file states for it"
+        )
+        yield "missing", f"{which}, and are used all the same; set nodata to it"
 
 
 def _percent(share: float) -> str:

@@ -19,6 +19,8 @@ PERCENTS = (0.1, 1.0, 50.0, 99.0, 99.9)
 OF_AN_IMAGE = 2**12
 """Of a uint8 image with more pixels, about so many are counted, in whole rows: to count all takes half as long as to
 decode a JPEG."""
+IN_ALL = 2**25
+"""So many pixels are counted in any case, which takes a tenth of a second: all of most small data sets."""
 AT_ONCE = 2**17
 """So many numbers of uint8 are counted together."""
 SAMPLE = 2**22
@@ -65,6 +67,7 @@ class Values:
         self._waiting: list[np.ndarray] = []
         self._sample: dict[int, np.ndarray] = {}
         self._each = max(1, SAMPLE // max(1, length * C))
+        self._most = max(OF_AN_IMAGE, IN_ALL // max(1, length))
         self._every = -(-length * C // SAMPLE)
         self._low, self._high = np.full(C, np.inf), np.full(C, -np.inf)
         self.pixels = 0
@@ -93,7 +96,7 @@ class Values:
             if index % self._every == 0:
                 kept = pixels.reshape(seen, -1)[_spaced(seen, self._each)]
         elif pixels.dtype == np.uint8:
-            step = -(-seen // OF_AN_IMAGE) if nodata is None else 1
+            step = -(-seen // self._most) if nodata is None else 1
             kept = np.array(pixels[::step]).reshape(-1, pixels.shape[2])
         else:
             counts = _counts(pixels.reshape(seen, -1))

@@ -62,6 +62,8 @@ class Findings:
     """(pixels, height, width, -index) of the first largest usable image."""
     notes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """What the owner may not expect of images that a run uses: the kind of it, (how many, index of the first)."""
+    stated: int = 0
+    """Pixels that have the value which their file states for missing ones, where a run does not go by it."""
     digests: list[tuple[int, tuple[int, int]]] = field(default_factory=list)
     """(index, digest) of the usable images in a chunk; the sum of many has none."""
 
@@ -71,6 +73,7 @@ class Findings:
         self.unusable += later.unusable
         self.examples += later.examples[: EXAMPLES - len(self.examples)]
         self.size += later.size
+        self.stated += later.stated
         self.survey.add(later.survey)
         self.smallest = min((e for e in (self.smallest, later.smallest) if e is not None), default=None)
         self.largest = max((e for e in (self.largest, later.largest) if e is not None), default=None)
@@ -186,6 +189,8 @@ def _note(
     else:
         header = read_header(data)
         findings.survey.see(header, name, pixels, reading)
+        if header.nodata is not None and reading.nodata is None and header.dtype == reading.dtype:
+            findings.stated += int((pixels == header.nodata).any(axis=2).sum())
         named_format = _formats().get(os.path.splitext(name)[1].lower(), header.format)
         notes += [SMALL] * (min(height, width) < SMALL_SIDE)
         notes += [MISNAMED] * (named_format != header.format and header.format != "MPO")

@@ -95,6 +95,10 @@ def test_of_large_images_some_rows_count_and_the_range_is_that_of_all(monkeypatc
     pixels[1, 1], pixels[3, 3] = 3, 251  # in rows that are not counted
     values = Values(1, Reading(3))
     values.add(0, pixels)
+    assert values.counted == values.pixels  # all, as there are few
+    monkeypatch.setattr(values_module, "IN_ALL", 1)
+    values = Values(1, Reading(3))
+    values.add(0, pixels)
     assert values.pixels == 20_000
     assert values.counted == 4000
     assert all((c.low, c.high, c.percentiles) == (3, 251, (100,) * 5) for c in values.channels())
@@ -255,3 +259,17 @@ def test_a_page_that_cannot_be_written_is_told_before_the_images_are_read(photos
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert main(["verify", "--data_path", str(photos), "--report", str(tmp_path / "report.html")]) == 2
     assert capsys.readouterr().err.endswith("--report needs jinja2, which is not installed; run pip install jinja2\n")
+
+
+def test_pixels_that_files_state_to_be_missing_are_counted_though_a_run_uses_them(tmp_path, capsys):
+    tifffile = pytest.importorskip("tifffile")
+    pixels = np.arange(40 * 40, dtype=np.uint16).reshape(40, 40) + 1
+    pixels[:2] = 0
+    tags = [(42113, "s", 2, "0", True)]
+    tifffile.imwrite(tmp_path / "a.tif", pixels, extratags=tags)
+    tifffile.imwrite(tmp_path / "b.tif", pixels + np.uint16(1))  # states nothing, so none is agreed on
+    assert main(["verify", "--data_path", str(tmp_path)]) == 0
+    used = "80 of 3,200 pixels (2.5 %) have the value that their file states for it, and are used all the same"
+    assert f"  missing       {used}; set nodata to it\n" in capsys.readouterr().out
+    assert main(["verify", "--data_path", str(tmp_path), "--nodata", "0"]) == 0
+    assert "  missing       80 of 3,200 pixels (2.5 %), in 1 image\n" in capsys.readouterr().out

@@ -65,6 +65,7 @@ class Values:
         is_float = reading.dtype == "float32"
         self._counts = None if is_float else np.zeros((C, np.iinfo(reading.dtype).max + 1), np.int64)
         self._waiting: list[np.ndarray] = []
+        self._waiting_numbers = 0
         self._sample: dict[int, np.ndarray] = {}
         self._each = max(1, SAMPLE // max(1, length * C))
         self._most = max(OF_AN_IMAGE, IN_ALL // max(1, length))
@@ -88,8 +89,8 @@ class Values:
         if nodata is not None:
             is_value = pixels != (np.float32(nodata) if self._counts is None else nodata)
             there = is_value if there is None else there & is_value
-        missing = 0 if there is None else seen - int(there.all(axis=2).sum())
-        extent = None if self._is_full() else _extent(pixels, there if missing else None)
+        missing = 0 if there is None or there.all() else seen - int(there.all(axis=2).sum())
+        extent = None if self._knows_extent() else _extent(pixels, there if missing else None)
         kept = np.zeros((0, pixels.shape[2]), pixels.dtype)
         counts: _Counts = []
         if self._counts is None:
@@ -112,17 +113,20 @@ class Values:
                 self._sample[index] = kept
             else:
                 self._waiting += [kept] * bool(len(kept))
-                if sum(part.size for part in self._waiting) > AT_ONCE:
+                self._waiting_numbers += kept.size
+                if self._waiting_numbers > AT_ONCE:
                     counts = self._take_waiting()
                 self._count(counts)
 
-    def _is_full(self) -> bool:
-        """Tells whether every channel has the lowest and the highest number of the type: then no image widens it."""
-        return self._counts is not None and self._low.max() == 0 and self._high.min() == self._counts.shape[1] - 1
+    def _knows_extent(self) -> bool:
+        """Tells whether no image can widen the range: all uint16 are counted, and uint8 have had 0 and 255."""
+        if self._counts is None or self._reading.dtype == "uint16":
+            return self._counts is not None
+        return self._low.max() == 0 and self._high.min() == 255
 
     def _take_waiting(self) -> _Counts:
         parts = self._waiting
-        self._waiting = []
+        self._waiting, self._waiting_numbers = [], 0
         return _counts(np.concatenate(parts)) if parts else []
 
     def _count(self, counts: _Counts) -> None:
@@ -158,6 +162,8 @@ class Values:
         up_to = np.cumsum(counts)
         if not up_to[-1]:
             return None
+        if self._reading.dtype == "uint16":
+            self._low[c], self._high[c] = np.flatnonzero(counts)[[0, -1]]
         ranks = [round(percent / 100 * (int(up_to[-1]) - 1)) for percent in PERCENTS]
         percentiles = np.searchsorted(up_to, ranks, side="right").tolist()
         first, last = percentiles[0], percentiles[-1]

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastmae.commands.verify_report import Part, need_report, write_report
 from fastmae.config import VerifyConfig, read_as
-from fastmae.data.copies import Copies, Digests, copies_across, copies_within
+from fastmae.data.copies import Copies, copies_across, copies_within
 from fastmae.data.loader import default_workers
 from fastmae.data.pack import changed_shards
 from fastmae.data.reading import Reading
@@ -54,58 +54,57 @@ def run_verify(config: VerifyConfig) -> int:
     damage = [(part, *shard) for part, source in parts.items() for shard in damage_of(source)]
     folders = [Path(path).expanduser() for path in config.data_path]
     damage += [("train", *shard) for folder in folders for shard in changed_shards(folder)]
-    findings = {part: Findings() for part in parts}
-    digests = {part: Digests(len(source)) for part, source in parts.items()}
-    pages: list[Part] = []
+    found: list[Part] = []
     with _written(config.output) as write, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # of images that it takes all the same
-        for part, name, reason in damage:
-            write({"part": part, "index": None, "name": name, "reason": reason})
+        for where, name, reason in damage:
+            write({"part": where, "index": None, "name": name, "reason": reason})
         with _Screen(sum(map(len, parts.values()))) as screen:
-            for part, source in parts.items():
+            for name, source in parts.items():
                 what = f"{shown(config.data_path)}: {count_of(len(source), 'images')} {source.location}"
-                screen.print(f"{part:15} {what}")
-                unknown = unknown_classes(parts["train"], source) if part == "val" else []
+                screen.print(f"{name:15} {what}")
+                unknown = unknown_classes(parts["train"], source) if name == "val" else []
                 stock = [("stock", line) for line in [*source.stock.lines(), *unknown]]
-                for name, text in stock:
-                    screen.print(f"  {name:13} {text}")
-                values = Values(len(source), reading)
-                with contextlib.closing(check(source, reading, num_workers, values)) as chunks:
-                    for chunk in chunks:
-                        for bad in chunk.examples:
-                            write({"part": part, **dataclasses.asdict(bad)})
-                        for index, digest in chunk.digests:
-                            digests[part].add(index, digest)
-                        findings[part].add(chunk)
-                        screen.update(chunk)
-                copies = copies_within(digests[part], EXAMPLES)
-                facts = [
-                    *_facts(source, findings[part], reading),
-                    *_values(values, reading),
-                    *_stated(findings[part], values),
-                    *_copies(source, copies),
-                    *_notes(source, findings[part], reading),
-                ]
-                for name, text in facts:
-                    screen.print(f"  {name:13} {text}")
-                if config.report is not None:
-                    pages.append(Part(part, what, source, findings[part], values, copies, (*stock, *facts)))
+                screen.print_facts(stock)
+                part = Part(name, what, source, reading, facts=[*stock])
+                _check_part(part, num_workers, write, screen)
+                screen.print_facts(part.facts[len(stock) :])
+                found.append(part)
             how = f"--num_workers {num_workers} --in_chans {reading.in_chans}"
             screen.print(f"speed           {screen.speed():,.0f} images/s with {how}")
-            leaks = [*_leaks(parts, digests)]
+            leaks = [*_leaks(*found)] if len(found) == 2 else []
             for line in leaks:
                 screen.print(f"{'copies':15} {line}")
+            findings = {part.name: part.findings for part in found}
             verdict = _verdict(findings, damage)
             status = _report(screen.print, verdict, findings, damage, config.output)
             if config.report is not None:
-                unusable = [f"{part}: {name} {what}" for part, name, what in damage]
-                write_report(
-                    config.report, shown(config.data_path), verdict, pages, leaks, unusable, reading, shown_range
-                )
+                unusable = [f"{where}: {name} {reason}" for where, name, reason in damage]
+                write_report(config.report, shown(config.data_path), verdict, found, leaks, unusable, shown_range)
                 screen.print(f"shown in {config.report}")
-    for found in findings.values():
-        refuse_dark(found.survey)
+    for part in found:
+        refuse_dark(part.findings.survey)
     return status
+
+
+def _check_part(part: Part, num_workers: int, write: Callable[[dict[str, Any]], None], screen: _Screen) -> None:
+    """Checks every image of a part, writes those that are unusable, and adds all that is found to the part."""
+    with contextlib.closing(check(part.source, part.reading, num_workers, part.values)) as chunks:
+        for chunk in chunks:
+            for bad in chunk.examples:
+                write({"part": part.name, **dataclasses.asdict(bad)})
+            for index, digest in chunk.digests:
+                part.digests.add(index, digest)
+            part.findings.add(chunk)
+            screen.update(chunk)
+    part.copies = copies_within(part.digests, EXAMPLES)
+    part.facts += [
+        *_facts(part.source, part.findings),
+        *_values(part.values, part.reading),
+        *_stated(part.findings, part.values),
+        *_copies(part.source, part.copies),
+        *_notes(part.source, part.findings, part.reading),
+    ]
 
 
 class _Screen:
@@ -137,6 +136,11 @@ class _Screen:
         """Prints a line; of names that come from files, what is not printable is escaped."""
         self._console.print(printable(line))
 
+    def print_facts(self, facts: Iterable[tuple[str, str]]) -> None:
+        """Prints (name, text) below the line of a part."""
+        for name, text in facts:
+            self.print(f"  {name:13} {text}")
+
     def speed(self) -> float:
         """Images a second since the start."""
         return self._done / max(time.perf_counter() - self._started, 1e-9)
@@ -166,7 +170,7 @@ def _written(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield lambda record: print(json.dumps(record), file=file)
 
 
-def _facts(source: Source, findings: Findings, reading: Reading) -> Iterator[tuple[str, str]]:
+def _facts(source: Source, findings: Findings) -> Iterator[tuple[str, str]]:
     """(name, text) of what is known about a part."""
     yield "size", f"{_bytes(findings.size)}, {_bytes(findings.size / findings.images)} per image"
     if findings.smallest is None or findings.largest is None:
@@ -229,17 +233,15 @@ def _copies(source: Source, copies: Copies) -> Iterator[tuple[str, str]]:
         yield "copies", f"{which}, first {source.name(copy)} of {source.name(first)}"
 
 
-def _leaks(parts: dict[str, Source], digests: dict[str, Digests]) -> Iterator[str]:
+def _leaks(train: Part, val: Part) -> Iterator[str]:
     """What to know of images of val that are in train as well."""
-    if "val" not in parts:
-        return
-    copies = copies_across(digests["train"], digests["val"], EXAMPLES)
+    copies = copies_across(train.digests, val.digests, EXAMPLES)
     if copies.count:
         ours, theirs = copies.pairs[0]
         which = (
-            f"{copies.count:,} of {count_of(len(parts['val']), 'images')} of val {'is' if copies.count == 1 else 'are'}"
+            f"{copies.count:,} of {count_of(len(val.source), 'images')} of val {'is' if copies.count == 1 else 'are'}"
         )
-        first = f"first {parts['val'].name(theirs)}, which is {parts['train'].name(ours)}"
+        first = f"first {val.source.name(theirs)}, which is {train.source.name(ours)}"
         yield f"{which} in train as well, so what is measured on val is too good; take them out of one part, {first}"
 
 

@@ -10,13 +10,13 @@ import base64
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from fastmae.data.copies import Copies
+from fastmae.data.copies import NO_COPIES, Copies, Digests
 from fastmae.data.decode import BadImageError, decode
 from fastmae.data.reading import Reading
 from fastmae.data.sources import Source, evenly_spaced
@@ -36,19 +36,24 @@ TEMPLATE = Path(__file__).with_name("verify_report.html.jinja")
 Ends = tuple[np.ndarray, np.ndarray]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
-    """What was found in one part of a data set."""
+    """One part of a data set, and what was found in it."""
 
     name: str
     what: str
     """How many images there are, and where."""
     source: Source
-    findings: Findings
-    values: Values
-    copies: Copies
-    facts: tuple[tuple[str, str], ...]
+    reading: Reading
+    facts: list[tuple[str, str]]
     """(name, text): the lines that are printed."""
+    copies: Copies = NO_COPIES
+    findings: Findings = field(default_factory=Findings)
+    values: Values = field(init=False)
+    digests: Digests = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.values, self.digests = Values(len(self.source), self.reading), Digests(len(self.source))
 
 
 def need_report(path: str) -> None:
@@ -73,7 +78,6 @@ def write_report(
     parts: Sequence[Part],
     leaks: Sequence[str],
     damage: Sequence[str],
-    reading: Reading,
     ends: Ends | None,
 ) -> None:
     """Writes the page.
@@ -85,7 +89,6 @@ def write_report(
         parts: what was found.
         leaks: what to know of images that two parts share.
         damage: shards and folders that cannot be read whole.
-        reading: how the images were read.
         ends: low and high [C] that pictures show as black and white; None for the outer percentiles.
 
     Raises:
@@ -93,7 +96,7 @@ def write_report(
     """
     from jinja2 import Environment
 
-    bad = [*damage]
+    bad, reading = [*damage], parts[0].reading
     for part in parts:
         bad += [f"{part.name}: {example.name}: {example.reason}" for example in part.findings.examples]
     unusable = sum(part.findings.unusable for part in parts) + len(damage)
@@ -105,7 +108,7 @@ def write_report(
         is_whole=not unusable,
         how=f"read as {reading.dtype} with --in_chans {reading.in_chans}{nodata}",
         leaks=[printable(leak) for leak in leaks],
-        parts=[_shown(part, reading, ends) for part in parts],
+        parts=[_shown(part, ends) for part in parts],
         percents=[f"{percent:g} %" for percent in PERCENTS],
         bad=[printable(line) for line in bad],
         more=unusable - len(bad),
@@ -116,7 +119,7 @@ def write_report(
         raise UserError(f"--report {path}: cannot be written ({error}); name another file") from error
 
 
-def _shown(part: Part, reading: Reading, ends: Ends | None) -> dict[str, object]:
+def _shown(part: Part, ends: Ends | None) -> dict[str, object]:
     """Returns what the template shows of a part, as texts."""
     channels, survey, values = part.values.channels(), part.findings.survey, part.values
     kinds = [
@@ -137,7 +140,7 @@ def _shown(part: Part, reading: Reading, ends: Ends | None) -> dict[str, object]
         "rows": [_row(number, channel) for number, channel in enumerate(channels, 1)],
         "charts": [*_charts(channels)],
         "uncharted": max(0, len(channels) - CHARTS),
-        "pictures": [*_pictures(part.source, reading, ends or _ends(channels, reading))],
+        "pictures": [*_pictures(part.source, part.reading, ends or _ends(channels, part.reading))],
         "shows": "the first three channels" if len(channels) > 3 else "the first channel" if len(channels) == 2 else "",
     }
 

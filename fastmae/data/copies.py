@@ -50,6 +50,9 @@ class Copies:
     """The first of them: (index of the first image that is so, index of the copy)."""
 
 
+NO_COPIES = Copies(0)
+
+
 def copies_within(part: Digests, most: int) -> Copies:
     """Returns how many images are copies of an earlier one in their part, and the first ``most`` of them."""
     indices, digests = part.known()

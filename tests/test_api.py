@@ -119,7 +119,8 @@ def test_features_of_a_path_an_array_and_a_tensor(pretrained):
 @pytest.mark.parametrize(
     ("data", "settings", "words"),
     [
-        (np.zeros((2, 16, 16, 1)), {}, "data: images must be uint8, the array holds float64"),
+        (np.full((2, 16, 16, 1), 0.5), {}, "float64 pixels where uint8 ones are meant; set pixel_type to float32"),
+        (np.zeros((2, 16, 16, 1), complex), {}, "data: images must be integers or floating-point numbers"),
         (np.zeros((2, 16), np.uint8), {}, "data: images must have shape"),
         ("digits", {"pool": "max"}, "pool='max': must be one of mean, cls, both, tokens"),
         ("digits", {"split": "test"}, "split='test': must be one of train, val"),

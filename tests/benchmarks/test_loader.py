@@ -149,7 +149,7 @@ def test_the_official_pipeline_makes_the_crops_of_the_requests(image_folder):
 
 
 def test_processes_serve_turn_after_turn_until_closed(image_folder):
-    paths = open_train(str(image_folder)).paths
+    paths = tuple(open_train(str(image_folder)).paths)
     (image_folder / "broken.jpg").write_bytes(b"no image")
     paths += (str(image_folder / "broken.jpg"),)
     before = set(multiprocessing.active_children())

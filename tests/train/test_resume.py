@@ -252,7 +252,16 @@ def test_the_run_folder_says_everything(undisturbed):
     assert config["input_size"] == [16, 16]
     assert config["lr"] == pytest.approx(1e-3 * 8 / 256)
     may_stay_open = {"log_dir", "wandb", "profile", "checkpoint_freq", "keep_every", "shard_size", "device", "cache_gb"}
-    may_stay_open |= {"clip_grad", "ema", "start_size", "decoder_depth", "predict_ratio", "probe_freq", "tune"}
+    may_stay_open |= {
+        "clip_grad",
+        "ema",
+        "start_size",
+        "patch_size",
+        "decoder_depth",
+        "predict_ratio",
+        "probe_freq",
+        "tune",
+    }
     may_stay_open |= {field.name for field in dataclasses.fields(ImagesConfig)} - {"pixel_type"}
     assert {key for key, value in config.items() if value is None} <= may_stay_open
     start = json.loads((undisturbed / "environment.jsonl").read_text().splitlines()[0])

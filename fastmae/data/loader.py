@@ -20,6 +20,7 @@ from fastmae.data.reading import Reading
 from fastmae.data.sample import Skipped, View, load_sample
 from fastmae.data.sources import Source
 from fastmae.errors import SettingError, install_hint
+from fastmae.facts import PixelType
 
 __all__ = [
     "PREFETCH", "Batch", "LoadingStats", "Requests", "Skipped", "View", "choose_decoder", "default_workers",
@@ -127,9 +128,11 @@ def _is_threads(decoder: str) -> bool:
     return decoder in ("threads", "pool")
 
 
-def describe_decoder(name: str, reason: str) -> str:
-    """Returns a line about a decoder for people and for the run folder; ``choose_decoder`` gives both arguments."""
-    if name == "threads":
+def describe_decoder(name: str, reason: str, dtype: PixelType = "uint8") -> str:
+    """Returns a line about a decoder for people and for the run folder; ``choose_decoder`` gives the first two."""
+    if name == "threads" and dtype != "uint8":
+        what = f"all formats as stored, in {dtype}, resized in C++"
+    elif name == "threads":
         what = "simplejpeg for JPEG, Pillow for other formats, resized by torch"
     else:
         where = "GPU" if name == "dali-gpu" else "CPU"

@@ -331,5 +331,6 @@ def refuse_dark(survey: Survey, among: str = "") -> None:
     for bits, depth in survey.depths.items():
         if depth.measured and depth.levels < LEVELS and depth.images > SHARE * survey.images:
             text = _depth_text(bits, depth, f" ({among})" * bool(among))
-            problem = f"{text}, which cannot be meant; scale them to the range of 8 bits, first {depth.first}"
+            remedy = f"leave pixel_type out to keep all bits, or scale them to 8 bits, first {depth.first}"
+            problem = f"{text}, which cannot be meant; {remedy}"
             raise SettingError("data_path", problem=problem)

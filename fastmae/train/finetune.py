@@ -360,7 +360,7 @@ def _backends(
 ) -> dict[str, str]:
     """Returns which implementation of each part is used."""
     shapes = {"encoder": (model.num_patches + 1, model.head_dim)}
-    decoding = describe_decoder("threads", "the one that augments")
+    decoding = describe_decoder("threads", "the one that augments", config.pixel_type)
     backends = describe_backends(context.device, precision, shapes, decoding)
     backends |= {"choice": chosen, "compile": compiling}
     backends["parallel"] = f"{parallelism.kind} ({parallelism.reason})"

@@ -133,7 +133,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     restored, rollbacks = restore_attempt(config, model, optimizer, steps, same, FIXED_IN_A_RUN, fresh_step)
     average = start_average(model, restored.origin) if config.ema is not None else {}
     chosen = _choose(model, config, context, precision, restored)
-    decoding = describe_decoder(image_decoder, why_decoder)
+    decoding = describe_decoder(image_decoder, why_decoder, config.pixel_type)
     backends = describe_backends(context.device, precision, model.attention_shapes(config.mask_ratio), decoding)
     backends |= _more_backends(config, chosen, compiling, parallelism, source)
     summary = [*_summary(config, source, facts, model, masks_of), *pixels.lines, *probed.lines, *notes]

@@ -63,7 +63,8 @@ def verified(path, capsys, *words):
 def test_12_bits_in_16_are_refused_with_what_would_be_left_of_them(tmp_path, capsys):
     source = folder(tmp_path / "x", [deep(4095) for _ in range(6)])
     told = f"6 images of 16 bits: {UPPER} and 4,095, so 16 of 4,096 levels"
-    with pytest.raises(SettingError, match=f"{told} remain, which cannot be meant; scale them .* first .*000.png"):
+    remedy = "leave pixel_type out to keep all bits, .* first .*000.png"
+    with pytest.raises(SettingError, match=f"{told} remain, which cannot be meant; {remedy}"):
         take_stock(source, 1, IN_8_BITS)
     status, lines = verified(tmp_path / "x", capsys, "--pixel_type", "uint8")
     assert status == 2

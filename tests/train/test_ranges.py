@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import small_run
+from helpers import metrics, small_run
+from ranks import run_ranks
 
 import fastmae
 from fastmae.checkpoint.load import load_classifier, load_model, open_checkpoint
@@ -20,6 +21,8 @@ from fastmae.evaluate.anomaly import patch_errors
 from fastmae.evaluate.reconstruct import drawn
 from fastmae.export.encoder import Encoder
 from fastmae.export.hf import save_huggingface
+from fastmae.export.onnx import opened_onnx, save_onnx
+from fastmae.export.program import opened_program, save_program
 from fastmae.export.run import export
 from fastmae.facts import PixelFacts
 from fastmae.model.build import build_model
@@ -160,3 +163,40 @@ def test_a_folder_of_transformers_says_the_range_in_its_own_terms_and_in_ours(tm
     assert torch.equal(back.mean, model.mean)
     assert torch.equal(back.std, model.std)
     assert math.isclose(said["rescale_factor"], 1 / 4095)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_on_wide_pixels_as_one_does(wide, tmp_path):
+    settings = {**SMALL, "epochs": 2}
+    one = small_run(str(wide / "wide.npz"), tmp_path / "one", **settings)
+    assert pretrain(one) == 0
+    halves = {**settings, "batch_size": 4}
+    run_ranks(2, small_run(str(wide / "wide.npz"), tmp_path / "two", **halves))
+    losses = {run: [loss for _, _, loss, _ in metrics(tmp_path / run)] for run in ("one", "two")}
+    assert len(losses["one"]) == 6
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-5)
+    of_runs = [json.loads((tmp_path / run / "config.json").read_text()) for run in ("one", "two")]
+    assert len({(*of_run["value_range"], *of_run["mean"], *of_run["std"]) for of_run in of_runs}) == 1
+
+
+@pytest.mark.slow
+def test_an_average_and_growing_crops_keep_the_range(wide, tmp_path):
+    settings = {**SMALL, "epochs": 3, "ema": 0.9, "input_size": (16, 16), "start_size": (8, 8), "grow_epochs": 2}
+    assert pretrain(small_run(str(wide / "wide.npz"), tmp_path / "run", **settings)) == 0
+    expected = load_model(tmp_path / "run").pixels
+    assert expected.dtype == "uint16"
+    assert load_model(tmp_path / "run" / "checkpoint-2-ema.pth").pixels == expected
+    assert all(math.isfinite(loss) for _, _, loss, _ in metrics(tmp_path / "run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["onnx", "program"])
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_programs_take_wide_pixels_as_they_are(form, dtype, tmp_path):
+    pixels = PixelFacts(dtype=dtype, low=(100.0,), high=(3000.0,))
+    model, path = model_of(pixels), tmp_path / f"encoder.{'onnx' if form == 'onnx' else 'pt2'}"
+    save, opened = (save_onnx, opened_onnx) if form == "onnx" else (save_program, opened_program)
+    save(path, model, "fp32", True)
+    values = np.random.default_rng(0).uniform(0, 4095, (5, 8, 8, 1)).astype(dtype)
+    expected = model.forward_features(torch.from_numpy(values))
+    assert (torch.as_tensor(opened(path)(torch.from_numpy(values))) - expected).abs().max() < 1e-4

@@ -33,7 +33,6 @@ from fastmae.screen import open_console, printable
 SHOWN = 10
 SIGNAL_TICK = 0.1
 """Seconds after which a wait for a shard looks for a signal."""
-HEADROOM = 64 << 20
 
 
 def run_pack(config: PackConfig) -> int:
@@ -61,10 +60,9 @@ def run_pack(config: PackConfig) -> int:
     seed = config.seed if config.order == "shuffled" else None
     plans = [plan for part, source in parts.items() for plan in plan_shards(part, source, config.shard_mb << 20, seed)]
     left = [plan for plan in plans if plan.name not in done]
-    need, free = len(left) * (config.shard_mb << 20), shutil.disk_usage(folder).free
-    smallest = min(need, sum(len(plan.indices) for plan in left) * 2 * 512)
-    if free < smallest + HEADROOM:
-        raise UserError(f"{folder}: {readable(free)} are free there, and more is needed; make room")
+    need, free = sum(plan.bytes for plan in left), shutil.disk_usage(folder).free
+    if free < need:
+        raise UserError(f"{folder}: about {readable(need)} are to be written, {readable(free)} are free; make room")
     if done:
         console.print(f"resume          {len(done)} of {len(plans)} shards are there; {len(left)} are left")
     _write(folder, left, parts, done, config.num_workers or default_workers())

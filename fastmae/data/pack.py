@@ -45,6 +45,8 @@ class ShardPlan:
     part: str
     indices: np.ndarray
     """int64 [images]: the samples of the part, in the order of the shard."""
+    bytes: int
+    """About its size."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,15 @@ def plan_shards(part: str, source: Source, shard_bytes: int, seed: int | None) -
         shard_bytes: the size of a shard.
         seed: of the shuffled order; None keeps that of the source.
     """
-    count = max(1, min(len(source), shard_bytes // _bytes_an_image(source)))
+    image = _bytes_an_image(source)
+    count = max(1, min(len(source), shard_bytes // image))
     order = np.arange(len(source))
     if seed is not None:  # of a source with shards, one that reads few of them at a time
         order = plan_epoch(seed, 0, len(source), 1, shards=source.shards).order
-    starts = range(0, len(source), count)
+    shards = (order[start : start + count] for start in range(0, len(source), count))
     return [
-        ShardPlan(f"{part}-{number:06d}.tar", part, order[start : start + count]) for number, start in enumerate(starts)
+        ShardPlan(f"{part}-{number:06d}.tar", part, indices, len(indices) * image)
+        for number, indices in enumerate(shards)
     ]
 
 

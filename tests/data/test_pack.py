@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -154,6 +155,13 @@ def test_a_pack_of_other_data_is_not_gone_on_with(photos, tmp_path, monkeypatch,
     assert "the pack there is of other data" in capsys.readouterr().err
     assert packed(photos, tmp_path / "out", "--seed", 1) == 2
     assert "with other settings" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.shutil, "disk_usage", lambda path: SimpleNamespace(free=3000))
+    assert packed("digits", tmp_path / "out") == 2
+    assert "are to be written, 3 KiB are free; make room" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "out") == [LOG]
 
 
 def test_a_shuffled_pack_has_another_order_and_a_kept_one_the_same(tmp_path):

@@ -56,9 +56,11 @@ def run_pack(config: PackConfig) -> int:
     settings = {"shard_mb": config.shard_mb, "order": config.order, "seed": config.seed, "read_as": reading}
     if (folder / MANIFEST).exists():
         raise UserError(f"{folder}: a whole pack is there already; name another folder, or remove it")
-    done = done_before(folder, parts, settings)
-    seed = config.seed if config.order == "shuffled" else None
-    plans = [plan for part, source in parts.items() for plan in plan_shards(part, source, config.shard_mb << 20, seed)]
+    done, sizes = done_before(folder, parts, settings)
+    seed, shard_bytes = config.seed if config.order == "shuffled" else None, config.shard_mb << 20
+    plans = [
+        plan for part, source in parts.items() for plan in plan_shards(part, source, sizes[part], shard_bytes, seed)
+    ]
     left = [plan for plan in plans if plan.name not in done]
     need, free = sum(plan.bytes for plan in left), shutil.disk_usage(folder).free
     if free < need:

@@ -53,7 +53,7 @@ def run_verify(config: VerifyConfig) -> int:
     num_workers = config.num_workers or default_workers()
     damage = [(part, *shard) for part, source in parts.items() for shard in damage_of(source)]
     folders = [Path(path).expanduser() for path in config.data_path]
-    damage += [("train", *shard) for folder in folders for shard in changed_shards(folder)]
+    damage += [shard for folder in folders for shard in changed_shards(folder)]
     found: list[Part] = []
     with _written(config.output) as write, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # of images that it takes all the same

@@ -64,28 +64,28 @@ class Packed:
 # --- which images go where --------------------------------------------------------------------------------------------
 
 
-def plan_shards(part: str, source: Source, shard_bytes: int, seed: int | None) -> list[ShardPlan]:
-    """Returns the shards of a part. Each has as many images as fill ``shard_bytes``, by the size of a sample of them.
+def plan_shards(part: str, source: Source, image_bytes: int, shard_bytes: int, seed: int | None) -> list[ShardPlan]:
+    """Returns the shards of a part, each with as many images as fill ``shard_bytes``.
 
     Args:
         part: its name, which the names of its shards begin with.
         source: its images.
+        image_bytes: the mean size of an image, as ``bytes_an_image`` said when the pack was begun.
         shard_bytes: the size of a shard.
         seed: of the shuffled order; None keeps that of the source.
     """
-    image = _bytes_an_image(source)
-    count = max(1, min(len(source), shard_bytes // image))
+    count = max(1, min(len(source), shard_bytes // image_bytes))
     order = np.arange(len(source))
     if seed is not None:  # of a source with shards, one that reads few of them at a time
         order = plan_epoch(seed, 0, len(source), 1, shards=source.shards).order
     shards = (order[start : start + count] for start in range(0, len(source), count))
     return [
-        ShardPlan(f"{part}-{number:06d}.tar", part, indices, len(indices) * image)
+        ShardPlan(f"{part}-{number:06d}.tar", part, indices, len(indices) * image_bytes)
         for number, indices in enumerate(shards)
     ]
 
 
-def _bytes_an_image(source: Source) -> int:
+def bytes_an_image(source: Source) -> int:
     """Returns the mean size of evenly spaced images with their headers in a tar, without those that cannot be read."""
     sizes = []
     for index in evenly_spaced(source, SAMPLES, RUN).tolist():
@@ -203,8 +203,13 @@ def _tiff_of(pixels: np.ndarray) -> bytes:
 # --- a pack -----------------------------------------------------------------------------------------------------------
 
 
-def done_before(folder: Path, parts: dict[str, Source], settings: dict[str, Any]) -> dict[str, Packed]:
+def done_before(
+    folder: Path, parts: dict[str, Source], settings: dict[str, Any]
+) -> tuple[dict[str, Packed], dict[str, int]]:
     """Returns the shards that an earlier, stopped pack of the same data wrote, and begins the log if there is none.
+
+    The mean size of an image of each part is returned too, as it was when the pack was begun: shards depend on it, and
+    an image of the sample may be readable at one time and not at another.
 
     Raises:
         UserError: the folder holds something else: another pack, or files of the user's.
@@ -218,11 +223,12 @@ def done_before(folder: Path, parts: dict[str, Source], settings: dict[str, Any]
     }
     rows, _ = read_rows(folder / LOG)
     if not rows:
-        others = sorted(os.listdir(folder))
+        others = sorted({*os.listdir(folder)} - {LOG})  # whose first line a kill may have cut
         if others:
             raise UserError(f"{folder}: is not empty ({others[0]}, …) and no pack was begun there; name another folder")
-        JsonLines(folder / LOG).add([begun])
-        return {}
+        sizes = {part: bytes_an_image(source) for part, source in parts.items()}
+        JsonLines(folder / LOG).add([begun | {"image_bytes": sizes}])
+        return {}, sizes
     before = rows[0]
     for what, now in begun.items():
         if what != "data" and before.get(what) != now:
@@ -232,8 +238,11 @@ def done_before(folder: Path, parts: dict[str, Source], settings: dict[str, Any]
         other = "no such part" if earlier is None else difference(now, earlier)
         if other:
             raise UserError(f"{folder}: the pack there is of other data: {part} has {other}; name another folder")
+    if {*before.get("data", {})} != {*parts}:
+        raise UserError(f"{folder}: the pack there has other parts ({', '.join(before['data'])}); name another folder")
     shards = (Packed(**{**row, "left_out": tuple(map(tuple, row["left_out"]))}) for row in rows[1:] if "sha256" in row)
-    return {shard.name: shard for shard in shards if _size(folder / shard.name) == shard.bytes}
+    done = {shard.name: shard for shard in shards if _size(folder / shard.name) == shard.bytes}
+    return done, {part: int(before["image_bytes"][part]) for part in parts}
 
 
 def _size(path: Path) -> int:
@@ -260,8 +269,8 @@ def write_manifest(folder: Path, shards: Sequence[Packed], parts: dict[str, Sour
     (folder / LOG).unlink(missing_ok=True)
 
 
-def changed_shards(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yields (shard, what is wrong) for the shards of a pack that are not as they were written. Reads all bytes.
+def changed_shards(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Yields (part, shard, what is wrong) for the shards of a pack that are not as they were written. Reads all bytes.
 
     A folder without a manifest has none.
 
@@ -278,11 +287,12 @@ def changed_shards(folder: Path) -> Iterator[tuple[str, str]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is damaged ({error}); remove it to go without checksums") from error
     for name, size, checksum in shards:
-        place = folder / os.path.basename(name)
-        if _size(place) != size:
-            yield str(place), "is missing" if _size(place) < 0 else f"has {_size(place)} bytes, {size} were written"
+        place, part = folder / os.path.basename(name), name.partition("-")[0]
+        held = _size(place)
+        if held != size:
+            yield part, str(place), "is missing" if held < 0 else f"has {held} bytes, {size} were written"
         elif _checksum(place) != checksum:
-            yield str(place), f"has another checksum than {MANIFEST} says; pack it again"
+            yield part, str(place), f"has another checksum than {MANIFEST} says; pack it again"
 
 
 def _checksum(path: Path) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -480,7 +480,9 @@ def _open(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
             raise SettingError("data_path", data_path, "only HDF5 files and Zarr stores have keys; give the path alone")
         found = open_folder(path, split, read_as) if path.is_dir() else _open_file(path, split, read_as)
         if read_as.spectrogram and isinstance(found, FolderSource):
-            return ArrayFiles(found, read_as, sound.pixels, "sound")
+            notes = Stock(notes=sound.conversions(found, read_as.spectrogram))
+            told = replace(found, taken=joined([found.stock, notes]))
+            return ArrayFiles(told, read_as, sound.pixels, "sound")
         return (
             by_page(found, read_as)
             if found is not None and found.kind == "folder" and read_as.pages == "all"

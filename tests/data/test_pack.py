@@ -13,6 +13,7 @@ from PIL import Image
 
 from fastmae.cli import main
 from fastmae.commands import pack as command
+from fastmae.data import pack
 from fastmae.data.decode import decode
 from fastmae.data.pack import LOG, MANIFEST
 from fastmae.data.reading import Reading
@@ -155,6 +156,33 @@ def test_a_pack_of_other_data_is_not_gone_on_with(photos, tmp_path, monkeypatch,
     assert "the pack there is of other data" in capsys.readouterr().err
     assert packed(photos, tmp_path / "out", "--seed", 1) == 2
     assert "with other settings" in capsys.readouterr().err
+
+
+def test_shards_stay_the_same_when_another_image_of_the_sample_cannot_be_read(tmp_path, monkeypatch):
+    """Shards by another count of images would hold some images twice and others never."""
+    np.savez(tmp_path / "a.npz", images=np.random.default_rng(0).integers(0, 9, (30, 256, 256, 1), dtype=np.uint16))
+    written = []
+
+    def two(folder, plan, source):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(plan.name)
+        return write_shard(folder, plan, source)
+
+    write_shard, words = command.write_shard, ("--shard_mb", 1, "--num_workers", 1)
+    monkeypatch.setattr(command, "write_shard", two)
+    assert packed(tmp_path / "a.npz", tmp_path / "out", *words) == 130
+    monkeypatch.setattr(command, "write_shard", write_shard)
+    monkeypatch.setattr(pack, "bytes_an_image", lambda source: 500_000)
+    assert packed(tmp_path / "a.npz", tmp_path / "out", *words) == 0
+    assert sorted(by_index(open_train(str(tmp_path / "out")))) == [*range(30)]
+    assert len(open_train(str(tmp_path / "out"))) == 30
+
+
+def test_a_log_whose_first_line_was_cut_is_begun_anew(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LOG).write_text('{"version": 1, "set')
+    assert packed("digits", tmp_path / "out") == 0
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch, capsys):

@@ -132,6 +132,17 @@ def test_a_folder_of_sounds_is_described_and_its_other_files_are_counted(sounds)
     assert len(open_train(str(next(sounds.rglob("*.flac"))), ReadAs(spectrogram=32))) == 1
 
 
+def test_what_is_converted_is_said_with_numbers(tmp_path):
+    for number in range(4):
+        samples = tone(0.5, 48_000) if number else np.stack([tone(0.2)] * 2, axis=1)
+        soundfile.write(tmp_path / f"{number}.wav", samples, 48_000 if number else RATE)
+    (line,) = open_train(str(tmp_path), ReadAs(spectrogram=32)).stock.notes
+    assert line == (
+        "of 4 sounds sampled 3 are resampled to 16 kHz; 1 have their channels averaged; "
+        "1 are shorter than 32 frames and followed by zeros"
+    )
+
+
 def test_longer_sounds_are_seen_part_by_part_at_their_own_rate(sounds):
     read_as = ReadAs(spectrogram=16)
     source = open_train(str(sounds), read_as)

@@ -7,6 +7,7 @@ AST in transformers compute them. soundfile (the extra `audio`) reads the files.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fastmae.data.images import FolderSource
 from fastmae.data.reading import MAX_PIXELS, BadImageError
 from fastmae.facts import ReadAs
 
@@ -27,6 +29,7 @@ PREEMPHASIS = 0.97
 FLOOR = torch.finfo(torch.float32).eps
 """The smallest energy of a band, so that its logarithm exists."""
 MAX_SAMPLES = 1 << 27
+LOOKED_AT = 16
 AUDIOSET_MEAN, AUDIOSET_STD = -4.2677393, 2 * 4.5689974
 """Of the logarithms over AudioSet; AudioMAE divides by twice their deviation."""
 
@@ -50,6 +53,32 @@ def pixels(data: bytes, read_as: ReadAs) -> np.ndarray:
         raise BadImageError(f"a sound of {1000 * len(waveform) / RATE:.3g} ms; a frame needs 25 ms")
     energies = log_mel(torch.from_numpy(waveform))
     return F.pad(energies, (0, 0, 0, max(0, (read_as.spectrogram or 0) - len(energies)))).numpy()[..., None]
+
+
+def conversions(sounds: FolderSource, frames: int) -> tuple[str, ...]:
+    """Returns a sentence about what is converted of a few evenly spaced sounds, by their headers; none without any.
+
+    Args:
+        sounds: the files.
+        frames: the number of frames of the model.
+    """
+    rates = channels = short = looked = 0
+    for index in np.linspace(0, len(sounds) - 1, min(len(sounds), LOOKED_AT)).astype(int).tolist():
+        with contextlib.suppress(Exception):  # what cannot be read is said by whatever reads it
+            import soundfile
+
+            about = soundfile.info(io.BytesIO(sounds.read(index)))
+            looked += 1
+            rates += about.samplerate != RATE
+            channels += about.channels > 1
+            short += about.duration < (HOP * (frames - 1) + WINDOW) / RATE
+    kinds = (
+        (rates, "are resampled to 16 kHz"),
+        (channels, "have their channels averaged"),
+        (short, f"are shorter than {frames} frames and followed by zeros"),
+    )
+    told = "; ".join(f"{count} {what}" for count, what in kinds if count)
+    return (f"of {looked} sounds sampled {told}",) if told else ()
 
 
 def _waveform(data: bytes) -> tuple[np.ndarray, int]:

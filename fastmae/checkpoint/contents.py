@@ -24,7 +24,7 @@ _DEEPEST = 6
 
 _IN_A_BLOCK = r"(?:norm1|norm2|norm_kv|attn\.(?:qkv|q|kv|proj)|mlp\.fc[12])\.(?:weight|bias)"
 _ENCODER = re.compile(
-    rf"cls_token|pos_embed|patch_embed\.proj\.(?:weight|bias)|(?:norm|fc_norm)\.(?:weight|bias)|blocks\.\d+\.{_IN_A_BLOCK}"
+    rf"cls_token|reg_token|pos_embed|patch_embed\.proj\.(?:weight|bias)|(?:norm|fc_norm)\.(?:weight|bias)|blocks\.\d+\.{_IN_A_BLOCK}"
 )
 _DECODER = re.compile(
     r"mask_token|decoder_pos_embed|decoder_map_weights|decoder_(?:embed|norm|pred)\.(?:weight|bias)"

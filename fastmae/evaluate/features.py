@@ -68,8 +68,10 @@ def usable_batches(
             yield indices[:0], batch.images[:0], skipped
 
 
-def pooled(tokens: torch.Tensor, pool: AnomalyPool, fc_norm: nn.Module | None = None) -> torch.Tensor:
-    """Turns tokens [N, 1+L, D] into features; ``fc_norm`` is applied to the mean, as in a fine-tuned classifier.
+def pooled(tokens: torch.Tensor, pool: AnomalyPool, fc_norm: nn.Module | None = None, prefix: int = 1) -> torch.Tensor:
+    """Turns tokens [N, ``prefix`` + L, D] into features; the class token is the first, registers are left out.
+
+    ``fc_norm`` is applied to the mean, as in a fine-tuned classifier.
 
     ``mean`` takes the mean of the patch tokens [N, D], ``cls`` the class token [N, D], ``both`` the class token and the
     mean [N, 2·D], and ``tokens`` all patch tokens one after another [N, L·D].
@@ -77,8 +79,8 @@ def pooled(tokens: torch.Tensor, pool: AnomalyPool, fc_norm: nn.Module | None = 
     if pool == "cls":
         return tokens[:, 0]
     if pool == "tokens":
-        return tokens[:, 1:].flatten(1)
-    mean = tokens[:, 1:].mean(dim=1)
+        return tokens[:, prefix:].flatten(1)
+    mean = tokens[:, prefix:].mean(dim=1)
     mean = mean if fc_norm is None else fc_norm(mean)
     return torch.cat([tokens[:, 0], mean], dim=1) if pool == "both" else mean
 
@@ -98,7 +100,7 @@ def extract_features(
     indices: list[np.ndarray] = []
     skipped: list[Skipped] = []
     for chosen, images, bad in usable_batches(model, source, batch_size=batch_size, num_workers=num_workers):
-        features = pooled(model.forward_features(images), pool, model.fc_norm).float()
+        features = pooled(model.forward_features(images), pool, model.fc_norm, model.prefix_tokens).float()
         if not indices:
             values = features.new_empty(len(source), features.shape[1])
         values[count : count + len(chosen)] = features

@@ -38,7 +38,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.projection = nn.Conv2d(model.in_chans, model.cls_token.shape[-1], model.patch_size, model.patch_size)
         self.projection.load_state_dict(model.patch_embed.proj.state_dict())
-        self.class_token = nn.Parameter((model.cls_token + model.pos_embed[:, :1]).detach())
+        prefix = [model.cls_token + model.pos_embed[:, :1], *([] if model.reg_token is None else [model.reg_token])]
+        self.prefix = nn.Parameter(torch.cat(prefix, dim=1).detach())  # the class token and registers
         self.positions = nn.Parameter(model.pos_embed[:, 1:].detach().clone())
         self.blocks, self.norm = _with_torchs_linear(copy.deepcopy(model.blocks)), copy.deepcopy(model.norm)
         self.fc_norm, self.head = copy.deepcopy(model.fc_norm), linear_of(head) if head else None
@@ -50,16 +51,16 @@ class Encoder(nn.Module):
             self.register_buffer(name, end[:, None, None].clone())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns normalised tokens float32 [N, 1+L, D], class token first; of a classifier logits [N, classes]."""
+        """Returns normalised tokens float32 [N, 1+R+L, D], as the model; of a classifier logits [N, classes]."""
         if self.raw:
             images = self._normalised(images.permute(0, 3, 1, 2).float())
         x = self.projection(images.to(self.dtype)).flatten(2).transpose(1, 2) + self.positions
-        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
+        x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
         if self.head is not None:
-            x = self.head(x[:, 0] if self.fc_norm is None else self.fc_norm(x[:, 1:].mean(dim=1)))
+            x = self.head(x[:, 0] if self.fc_norm is None else self.fc_norm(x[:, self.prefix.shape[1] :].mean(dim=1)))
         return x.float()
 
     def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:

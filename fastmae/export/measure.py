@@ -21,7 +21,7 @@ from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import DTYPES, normalised, range_ends
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
-"""A function from a batch of images, in the form that the encoder takes, to tokens [N, 1+L, D]."""
+"""A function from a batch of images, in the form that the encoder takes, to tokens [N, 1+R+L, D]."""
 BATCH, NEIGHBOURS = 32, 20
 
 
@@ -55,7 +55,7 @@ def sample_difference(
     images = as_taken(model, _noise(model), raw)
     truth = model.forward_features(images)
     if head:
-        truth = linear_of(head)(pooled(truth, "mean" if model.fc_norm else "cls", model.fc_norm))
+        truth = linear_of(head)(pooled(truth, "mean" if model.fc_norm else "cls", model.fc_norm, model.prefix_tokens))
     return float((encode(images) - truth).abs().max()), float(truth.abs().max())
 
 
@@ -145,6 +145,6 @@ def _encoded(
             seconds[name].append((time.perf_counter() - start) / len(images))
             first = tokens if first is None else first
             differences[name] = max(differences[name], float((tokens - first).abs().max()))
-            features[name].append(pooled(tokens, "mean", model.fc_norm))
+            features[name].append(pooled(tokens, "mean", model.fc_norm, model.prefix_tokens))
     joined = {name: torch.cat(parts) for name, parts in features.items()}
     return _Encoded(np.concatenate(classes), joined, differences, seconds)

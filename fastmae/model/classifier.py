@@ -85,6 +85,7 @@ class Classifier(nn.Module):
         in_chans: channels C of an image.
         embed_dim, depth, num_heads, mlp_ratio: sizes of the encoder.
         num_classes: the number of logits.
+        registers: tokens beside the class token, as in ``MaskedAutoencoderViT``.
         global_pool: classify the mean of the patch tokens; otherwise the class token.
         mean, std: C numbers each, in units of the range of ``pixels``, by which images are normalised.
         pixels: what the numbers of images are: their dtype, their range, and the value of those that are missing.
@@ -104,6 +105,7 @@ class Classifier(nn.Module):
         num_classes: int,
         *,
         mlp_ratio: float = 4.0,
+        registers: int = 0,
         global_pool: bool = True,
         mean: Sequence[float],
         std: Sequence[float],
@@ -117,6 +119,7 @@ class Classifier(nn.Module):
         self.head_dim = embed_dim // num_heads
         self.global_pool = global_pool
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, embed_dim))
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.blocks = nn.ModuleList(ClassifierBlock(embed_dim, num_heads, mlp_ratio, norm_layer) for _ in range(depth))
@@ -135,6 +138,11 @@ class Classifier(nn.Module):
     pixels: PixelFacts
     other_sizes: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens come before those of the patches: the class token and the registers."""
+        return 1 if self.reg_token is None else 1 + self.reg_token.shape[1]
+
     def forward(self, images: torch.Tensor, depth_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Computes the logits [N, classes].
 
@@ -145,15 +153,20 @@ class Classifier(nn.Module):
         x = as_sum(self._embed(images), biased=depth_mask is None)
         for number, block in enumerate(self.blocks):
             x = call_block(block, x, None if depth_mask is None else depth_mask[number], kind=ClassifierBlock)
-        return self.head(self.fc_norm(added(x)[:, 1:].mean(dim=1)) if self.global_pool else normed(x, self.norm)[:, 0])
+        if self.global_pool:
+            return self.head(self.fc_norm(added(x)[:, self.prefix_tokens :].mean(dim=1)))
+        return self.head(normed(x, self.norm)[:, 0])
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Makes tokens [N, 1+L, D] with their positions, class token first."""
+        """Makes tokens [N, 1+R+L, D] with their positions, class token and registers first."""
         pixels, mean, std, value_range, nodata = pixels_of(self, images)
         dtype = autocast_dtype(images.device) or self.head.weight.dtype
         ids = torch.arange(self.num_patches, device=images.device, dtype=torch.int32).expand(len(images), -1)
         x = self.patch_embed(gather_patches(pixels, ids, self.patch_size, mean, std, dtype, value_range, nodata))
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        if self.reg_token is None:
+            return x
+        return torch.cat([x[:, :1], self.reg_token.expand(len(x), -1, -1), x[:, 1:]], dim=1)
 
 
 class ClassificationLoss(nn.Module):
@@ -192,6 +205,7 @@ def classifier_of(
         block.attn.num_heads,
         num_classes,
         mlp_ratio=block.mlp.fc1.out_features / block.mlp.fc1.in_features,
+        registers=mae.prefix_tokens - 1,
         global_pool=global_pool,
         mean=mae.mean.tolist(),
         std=mae.std.tolist(),

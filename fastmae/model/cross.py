@@ -55,20 +55,21 @@ class CrossMAE(MaskedAutoencoderViT):
 
     def attention_shapes(self, mask_ratio: float) -> dict[str, tuple[int, int]]:
         """Returns (number of keys S, width Dh of a head) of the encoder's and the decoder's attention in training."""
-        visible_tokens = self.num_visible(mask_ratio) + 1
+        visible = self.num_visible(mask_ratio)
         encoder, decoder = self.head_dims
-        return {"encoder": (visible_tokens, encoder), "decoder": (visible_tokens, decoder)}
+        return {"encoder": (visible + self.prefix_tokens, encoder), "decoder": (visible + 1, decoder)}
 
     def _latent(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Returns what each of the decoder's B blocks reads of the patches ``ids`` [N, K]: tokens [B, N, 1+K, D].
 
         They are learnt sums of the encoder's feature maps: the input of its first block and the output of every block,
-        the last one normalised.
+        the last one normalised, all without registers.
         """
         maps = [self._embed(images, ids)]
         for block in self.blocks:
             maps.append(block(maps[-1]))
         maps[-1] = self.norm(maps[-1])
+        maps = [self._without_registers(tokens) for tokens in maps]
         return (self.decoder_map_weights @ torch.stack(maps).flatten(1)).unflatten(1, maps[-1].shape)
 
     def _decode(

@@ -51,9 +51,10 @@ def products_of(
     K = int(L * (1 - mask_ratio))
     M = L - K if predict_ratio is None else int(L * predict_ratio)
     S, D, E, P = K + 1, sizes.width, sizes.decoder_width, sizes.patch_numbers
+    inside = S + sizes.registers  # tokens of the encoder; the decoder sees no registers
     encoder = (D, D, sizes.hidden, sizes.heads)
     decoder = (E, D if sizes.crosses else E, sizes.decoder_hidden, sizes.decoder_heads)
-    products = [Product("patch embedding", K, D, P, 1), *_blocks("encoder", sizes.depth, *encoder, S, S)]
+    products = [Product("patch embedding", K, D, P, 1), *_blocks("encoder", sizes.depth, *encoder, inside, inside)]
     if sizes.crosses:
         products.append(Product("decoder maps", S * D, sizes.decoder_depth, sizes.depth + 1, 1))
         products += _blocks("decoder", sizes.decoder_depth, *decoder, S, M)
@@ -70,8 +71,8 @@ def classifier_products(model: Classifier) -> tuple[Product, ...]:
     block: Any = model.blocks[0]
     L, D = model.num_patches, model.cls_token.shape[2]
     P = model.patch_size[0] * model.patch_size[1] * model.in_chans
-    sizes = (D, D, block.mlp.fc1.out_features, block.attn.num_heads)
-    blocks = _blocks("encoder", len(model.blocks), *sizes, L + 1, L + 1)
+    sizes, tokens = (D, D, block.mlp.fc1.out_features, block.attn.num_heads), model.prefix_tokens + L
+    blocks = _blocks("encoder", len(model.blocks), *sizes, tokens, tokens)
     head = Product("head", 1, model.head.out_features, D, 1)
     return (Product("patch embedding", L, D, P, 1), *blocks, head)
 

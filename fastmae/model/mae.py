@@ -70,6 +70,9 @@ class MaskedAutoencoderViT(nn.Module):
         embed_dim, depth, num_heads: the encoder.
         decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder.
         mlp_ratio: hidden width of an MLP over the width of a token.
+        decoder_mlp_ratio: the same of the decoder; by default as ``mlp_ratio``.
+        registers: how many learnt tokens the encoder has beside the class token (Darcet et al. 2024, arXiv 2309.16588).
+            They follow it, have no positions, and the decoder does not see them.
         norm_layer: a function that makes a norm for a width.
         norm_pix_loss: predict pixels normalised by their patch's own mean and variance (paper, table 1d).
         mean, std: C numbers each, in units of the range of ``pixels``, by which images are normalised. The defaults are
@@ -98,11 +101,14 @@ class MaskedAutoencoderViT(nn.Module):
         norm_layer: NormLayer = nn.LayerNorm,
         norm_pix_loss: bool = False,
         *,
+        decoder_mlp_ratio: float | None = None,
+        registers: int = 0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         pixels: PixelFacts = UINT8,
     ) -> None:
         super().__init__()
+        decoder_mlp_ratio = mlp_ratio if decoder_mlp_ratio is None else decoder_mlp_ratio
         self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
         self.grid_size = patch_grid(self.img_size, self.patch_size)
         if decoder_depth < 1:
@@ -115,6 +121,7 @@ class MaskedAutoencoderViT(nn.Module):
         # Parameters are registered in the official order: a saved optimiser refers to them by number.
         self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.grid_size)[None], requires_grad=False)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_layer) for _ in range(depth))
         self.norm = norm_layer(embed_dim)
@@ -124,7 +131,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.decoder_pos_embed = nn.Parameter(
             sincos_positions(decoder_embed_dim, self.grid_size)[None], requires_grad=False
         )
-        self._add_decoder_blocks(decoder_embed_dim, decoder_depth, decoder_num_heads, mlp_ratio, norm_layer)
+        self._add_decoder_blocks(decoder_embed_dim, decoder_depth, decoder_num_heads, decoder_mlp_ratio, norm_layer)
         self.decoder_norm = norm_layer(decoder_embed_dim)
         self.decoder_pred = Linear(decoder_embed_dim, self.patch_size[0] * self.patch_size[1] * in_chans)
 
@@ -165,6 +172,8 @@ class MaskedAutoencoderViT(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=0.02)  # last, so that the others are as without registers
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -178,6 +187,11 @@ class MaskedAutoencoderViT(nn.Module):
             for name, own in _OWN_STEPS.items()
             if getattr(type(self), name) is not own or (name in self.__dict__ and name != "forward")
         )
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens come before those of the patches in the encoder: the class token and the registers."""
+        return 1 if self.reg_token is None else 1 + self.reg_token.shape[1]
 
     # --- pixels -----------------------------------------------------------------------------------------------------
 
@@ -263,7 +277,8 @@ class MaskedAutoencoderViT(nn.Module):
     def attention_shapes(self, mask_ratio: float) -> dict[str, tuple[int, int]]:
         """Returns (number of keys S, width Dh of a head) of the encoder's and the decoder's attention in training."""
         encoder, decoder = self.head_dims
-        return {"encoder": (self.num_visible(mask_ratio) + 1, encoder), "decoder": (self.num_patches + 1, decoder)}
+        tokens = self.num_visible(mask_ratio) + self.prefix_tokens
+        return {"encoder": (tokens, encoder), "decoder": (self.num_patches + 1, decoder)}
 
     def _pixels(self, images: torch.Tensor) -> Pixels:
         """Returns images of either form with what normalises them."""
@@ -285,25 +300,33 @@ class MaskedAutoencoderViT(nn.Module):
     # --- encoder and decoder ----------------------------------------------------------------------------------------
 
     def _encode(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Runs the encoder on the patches ``ids`` [N, K] alone: tokens [N, 1+K, D], class token first."""
+        """Runs the encoder on the patches ``ids`` [N, K] alone: tokens [N, 1+R+K, D], patches last."""
         x = as_sum(self._embed(images, ids))
         for block in self.blocks:
             x = call_block(block, x, kind=Block)
         return normed(x, self.norm)
 
     def _latent(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Returns what the decoder reads of the patches ``ids`` [N, K]: the tokens of ``_encode``."""
-        return self._encode(images, ids)
+        """Returns what the decoder reads of the patches ``ids`` [N, K]: tokens [N, 1+K, D], without registers."""
+        return self._without_registers(self._encode(images, ids))
+
+    def _without_registers(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Drops the registers from tokens [N, 1+R+K, D]."""
+        if self.reg_token is None:
+            return tokens
+        return torch.cat([tokens[:, :1], tokens[:, self.prefix_tokens :]], dim=1)
 
     def _embed(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Makes the input of the encoder's first block: tokens [N, 1+K, D] with their positions, class token first."""
+        """Makes the input of the encoder's first block: tokens [N, 1+R+K, D], of which registers have no positions."""
         pixels, mean, std, value_range, nodata = self._pixels(images)
         dtype = autocast_dtype(images.device) or self.patch_embed.proj.weight.dtype
         x = self.patch_embed(gather_patches(pixels, ids, self.patch_size, mean, std, dtype, value_range, nodata))
         pos_embed, _ = self._positions(images)
         x = x + pos_embed[0, 1:][ids.long()]
-        cls_token = self.cls_token + pos_embed[:, :1]
-        return self._residual(torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1))
+        prefix = self.cls_token + pos_embed[:, :1]
+        if self.reg_token is not None:
+            prefix = torch.cat([prefix, self.reg_token], dim=1)
+        return self._residual(torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1))
 
     def _residual(self, x: torch.Tensor) -> torch.Tensor:
         """Casts tokens to the dtype that they have between blocks. Blocks keep it: autocast's products have it too."""
@@ -311,7 +334,10 @@ class MaskedAutoencoderViT(nn.Module):
         return x if dtype is None else x.to(dtype)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Runs the encoder on whole images, nothing masked: normalised tokens [N, 1+L, D], class token first."""
+        """Runs the encoder on whole images, nothing masked: normalised tokens [N, 1+R+L, D].
+
+        The class token is first, then come R registers, if there are any; from ``prefix_tokens`` on are the patches.
+        """
         ids = torch.arange(self._positions(images)[0].shape[1] - 1, device=images.device)
         return self._encode(images, ids.expand(images.shape[0], -1))
 
@@ -327,8 +353,8 @@ class MaskedAutoencoderViT(nn.Module):
                 torch's generator of the device, as in the official model.
 
         Returns:
-            latent [N, 1+K, D] (CrossMAE has [B, N, 1+K, D], one for each of the decoder's B blocks); mask [N, L] with
-            1 at masked patches; ids_restore int64 [N, L], the inverse permutation.
+            latent [N, 1+K, D], without registers (CrossMAE has [B, N, 1+K, D], one for each of the decoder's B blocks);
+            mask [N, L] with 1 at masked patches; ids_restore int64 [N, L], the inverse permutation.
         """
         N, L = imgs.shape[0], self._positions(imgs)[0].shape[1] - 1
         if ids_shuffle is None:

@@ -52,6 +52,7 @@ class ReferenceMAE(nn.Module):
         decoder_num_heads: int,
         mlp_ratio: float = 4.0,
         norm_pix_loss: bool = False,
+        registers: int = 0,
     ) -> None:
         super().__init__()
         self.patch_size, self.norm_pix_loss = patch_size, norm_pix_loss
@@ -60,6 +61,7 @@ class ReferenceMAE(nn.Module):
         projection = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.patch_embed = nn.ModuleDict({"proj": projection})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
         # Positions are constants that come with the state dict; this file does not compute them.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + L, embed_dim), requires_grad=False)
         self.blocks = nn.ModuleList(ReferenceBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
@@ -94,9 +96,13 @@ class ReferenceMAE(nn.Module):
         x = self.patch_embed["proj"](imgs).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
         x = x.gather(1, ids_shuffle[:, :K, None].expand(-1, -1, x.shape[2]))
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(N, -1, -1), x], dim=1)
+        registers = 0
+        if self.reg_token is not None:  # Darcet et al. 2024: they take part in the encoder and are then dropped
+            registers = self.reg_token.shape[1]
+            x = torch.cat([self.reg_token.expand(N, -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
-        x = self.decoder_embed(self.norm(x))
+        x = self.decoder_embed(self.norm(x[:, registers:]))
 
         patches = torch.cat([x[:, 1:], self.mask_token.expand(N, L - K, -1)], dim=1)
         patches = patches.gather(1, ids_restore[:, :, None].expand(-1, -1, x.shape[2]))

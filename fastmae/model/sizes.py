@@ -47,6 +47,8 @@ class Sizes:
     decoder_depth: int
     decoder_heads: int
     decoder_hidden: int
+    registers: int = 0
+    """R, tokens of the encoder beside the class token."""
     crosses: bool = False
     """Whether the decoder reads the encoder's feature maps by cross-attention, as CrossMAE does."""
 
@@ -57,7 +59,7 @@ class Sizes:
         encoder = self.depth * _block_parameters(D, self.hidden) + 2 * D
         decoder = self.decoder_depth * _block_parameters(E, self.decoder_hidden) + 2 * E
         ends = (self.patch_numbers + 1) * D + (D + 1) * E + (E + 1) * self.patch_numbers
-        return encoder + decoder + ends + D + E  # and the class token and the mask token
+        return encoder + decoder + ends + (1 + self.registers) * D + E  # the class token, registers, the mask token
 
 
 def _block_parameters(width: int, hidden: int) -> int:
@@ -109,5 +111,6 @@ def sizes_of(model: MaskedAutoencoderViT) -> Sizes:
         decoder_depth=len(model.decoder_blocks),
         decoder_heads=decoder.attn.num_heads,
         decoder_hidden=decoder.mlp.fc1.out_features,
+        registers=model.prefix_tokens - 1,
         crosses=hasattr(model, "decoder_map_weights"),
     )

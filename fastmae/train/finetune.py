@@ -359,7 +359,7 @@ def _backends(
     chosen: str,
 ) -> dict[str, str]:
     """Returns which implementation of each part is used."""
-    shapes = {"encoder": (model.num_patches + 1, model.head_dim)}
+    shapes = {"encoder": (model.prefix_tokens + model.num_patches, model.head_dim)}
     decoding = describe_decoder("threads", "the one that augments", config.pixel_type)
     backends = describe_backends(context.device, precision, shapes, decoding)
     backends |= {"choice": chosen, "compile": compiling}

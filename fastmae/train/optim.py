@@ -9,7 +9,7 @@ from torch import nn
 
 BETAS = (0.9, 0.95)
 FINETUNING_BETAS = (0.9, 0.999)
-WITHOUT_DECAY = ("cls_token", "pos_embed")
+WITHOUT_DECAY = ("cls_token", "reg_token", "pos_embed")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -28,7 +28,7 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
 
 def layer_of(name: str, depth: int) -> int:
     """Returns the layer of a parameter of a classifier: 0 is the embedding, ``depth`` + 1 the head."""
-    if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+    if name.startswith(("cls_token", "reg_token", "pos_embed", "patch_embed")):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
 
@@ -37,7 +37,8 @@ def layer_decay_groups(model: nn.Module, depth: int, weight_decay: float, layer_
     """Returns the official groups of fine-tuning: two per layer, of which one has weight decay.
 
     ``lr_scale`` is ``layer_decay`` to the power of the number of layers above (Clark et al. 2020; Bao et al. 2021).
-    Biases, other 1-D parameters, the class token and positions have no weight decay. Empty groups are left out.
+    Biases, other 1-D parameters, the class token, registers and positions have no weight decay. Empty groups are left
+    out.
     """
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -26,19 +26,20 @@ ALLOWED = {
     "config": LEAVES | {"launch"},
     "_C": set(),
     "kernels": LEAVES,
+    "report": LEAVES | {"config"},
     "ops": LEAVES | {"_C", "environment", "kernels"},
     "model": LEAVES | {"config", "ops"},
     "data": LEAVES | {"config", "ops"},
     "checkpoint": LEAVES | {"config", "model"},
     "evaluate": LEAVES | {"config", "ops", "model", "data", "checkpoint"},
     "export": LEAVES | {"config", "model", "data", "checkpoint", "evaluate"},
-    "train": LEAVES | {"config", "environment", "launch", "ops", "model", "data", "checkpoint", "evaluate"},
+    "train": LEAVES | {"config", "environment", "launch", "ops", "model", "data", "checkpoint", "evaluate", "report"},
     "benchmarks": LEAVES
     | {"config", "environment", "kernels", "ops", "model", "data", "checkpoint", "evaluate", "train"},
     "estimate": {"errors", "config", "model"},
     "commands": LEAVES
     | {"argv", "flags", "config", "environment", "estimate", "model", "data", "checkpoint"}
-    | {"evaluate", "export", "train", "benchmarks"},
+    | {"evaluate", "export", "report", "train", "benchmarks"},
     "flags": set(),
     "argv": {"errors", "flags", "config"},
     "cli": {"environment"}
@@ -97,7 +98,7 @@ LEVELS = (
     {"errors", "facts", "files", "philox", "screen", "signals", "torch_compat", "environment", "flags", "_C"},
     {"messages", "faults", "launch"},
     {"config", "kernels"},
-    {"argv", "ops"},
+    {"argv", "ops", "report"},
     {"model", "data"},
     {"checkpoint", "estimate"},
     {"evaluate"},

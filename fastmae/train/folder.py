@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from fastmae.checkpoint.manifest import FOLDER, SAVED, BadCheckpointError, newest_first, superseded
 from fastmae.errors import SettingError, UserError
-from fastmae.files import json_lines, open_file, read_json, write_text
+from fastmae.files import json_lines, open_file, write_text
 from fastmae.messages import logger
+from fastmae.report.run_folder import read_probes
 from fastmae.train.schedule import Steps
 
 AUTO, ANEW = "auto", "anew"
@@ -34,9 +33,9 @@ ROOM = 3
 _N = "(?:0|[1-9][0-9]*)"
 OFFICIAL = re.compile(rf"checkpoint-({_N})(-ema)?\.(pth|safetensors)")
 _RECORDS = re.compile(rf"metrics\.jsonl|log\.txt|(probe|rollbacks|detours|saved)\.json|quarantine(-{_N})?\.jsonl")
-_APPENDED = re.compile(rf"(metrics|quarantine(-{_N})?|environment)\.jsonl|log\.txt")
+_APPENDED = re.compile(rf"(metrics|quarantine(-{_N})?|environment|events)\.jsonl|log\.txt")
 _OTHERS = re.compile(
-    rf"config\.(json|yaml)|environment\.jsonl|hang-{_N}\.txt|"
+    rf"config\.(json|yaml)|(environment|events)\.jsonl|hang-{_N}\.txt|"
     rf"superseded-(metrics|log|probe|checkpoint-{_N}(-ema)?)(-{_N})?\.(jsonl|txt|json|pth|safetensors)"
 )
 _FOLDERS = (FOLDER, "reconstructions", "profile")
@@ -198,31 +197,6 @@ def set_aside_official(folder: Path, epochs: int) -> list[Path]:
 
 
 # --- accuracies -------------------------------------------------------------------------------------------------------
-
-
-def read_probes(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """Returns what is usable of ``probe.json``, and what is wrong with it, if anything."""
-    try:
-        found = read_json(folder / "probe.json")
-    except FileNotFoundError:
-        return {}, None
-    except (OSError, ValueError) as error:
-        return {}, str(error)
-    if not isinstance(found, dict):
-        return {}, "no object"
-    usable = {when: found[when] for when in ("before", "after") if _is_probe(found.get(when))}
-    epochs = found.get("epochs", {})
-    if isinstance(epochs, dict):
-        kept = {number: one for number, one in epochs.items() if re.fullmatch(r"[0-9]{1,9}", number) and _is_probe(one)}
-        usable |= {"epochs": kept} if kept else {}
-    lost = found.keys() - usable.keys()
-    return usable, f"no accuracies under {_listed(sorted(lost))}" if lost else None
-
-
-def _is_probe(entry: Any) -> bool:
-    if not isinstance(entry, dict):
-        return False
-    return all(isinstance(entry.get(key), int | float) and math.isfinite(entry[key]) for key in ("knn", "linear"))
 
 
 def take_up_probes(folder: Path, *, goes_on: bool) -> None:

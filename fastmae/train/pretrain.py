@@ -42,13 +42,13 @@ from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops.choices import Choices
 from fastmae.ops.masked_mse import excluded_share
 from fastmae.ops.tuning import measured
+from fastmae.report.run_folder import read_probes
 from fastmae.signals import StopSignals
 from fastmae.train import parallel
 from fastmae.train.average import Average, in_checkpoint, start_average, update_average
 from fastmae.train.batches import BatchStream
 from fastmae.train.choosing import choose
 from fastmae.train.compiling import prepare_as_chosen
-from fastmae.train.folder import read_probes
 from fastmae.train.optim import make_optimizer
 from fastmae.train.precision import Precision, choose_precision, require_float8
 from fastmae.train.recovery import data_seed, restore_attempt, roll_back, run_attempts

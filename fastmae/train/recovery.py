@@ -42,7 +42,7 @@ from fastmae.train.allocator import keep_freed_memory
 from fastmae.train.batches import BatchStream
 from fastmae.train.folder import ANEW, AUTO, look_back, require_room, take_up_probes
 from fastmae.train.lock import owned
-from fastmae.train.run import Run
+from fastmae.train.run import Run, note_event
 from fastmae.train.schedule import Steps
 from fastmae.train.settings import as_json, require_same_data
 from fastmae.train.sinks import check_sinks
@@ -226,6 +226,7 @@ def roll_back(
         resume = run.config.resume
         raise UserError(f"{report}; no checkpoint was saved since {resume}: lower --blr and name another folder")
     logger.warning("%s; going back to step %d, and on with other data", report, target)
+    note_event(run.folder, run.context, step + 1, "rolled back", f"to step {target}, and on with other data")
     if run.context.is_main:
         write_rollbacks(run.folder, [*run.rollbacks, target])
     run.context.barrier()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +35,7 @@ from fastmae.errors import SettingError, UserError
 from fastmae.files import JsonLines, write_text
 from fastmae.messages import logger
 from fastmae.model.sharding import in_one_piece
+from fastmae.report.run_folder import EVENTS
 from fastmae.signals import EXIT_INTERRUPTED, StopSignals
 from fastmae.train import parallel
 from fastmae.train.choosing import in_manifest
@@ -125,6 +126,8 @@ def open_run(
     if context.is_main:
         sinks = open_sinks(folder, log_dir=config.log_dir, wandb=config.wandb, settings=as_json(config), say=screen.say)
     on_main(lambda: _write_beginning(folder, config, context, backends))
+    if restored.step < steps.total:
+        note_event(folder, context, restored.step, *_beginning(restored))
     log = StepLog(
         folder,
         device=context.device,
@@ -182,6 +185,18 @@ def _write_beginning(folder: Path, config: Resolved, context: parallel.DistConte
         JsonLines(folder / "environment.jsonl").add([start])
     except OSError as error:
         raise SettingError("output_dir", str(folder), f"cannot be written ({error}); name another") from error
+
+
+def _beginning(restored: Restored) -> tuple[str, str]:
+    """Returns the kind of the event with which this process begins, and its text."""
+    return ("started", "") if restored.origin is None else ("resumed", f"from {Path(restored.origin).name}")
+
+
+def note_event(folder: Path, context: parallel.DistContext, step: int, kind: str, text: str) -> None:
+    """Adds a line to events.jsonl, on the main rank: what happened to the run, and after which step."""
+    if context.is_main:
+        time = datetime.now(UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
+        JsonLines(folder / EVENTS).add([{"step": step, "event": kind, "text": text, "time": time}])
 
 
 def _announce(run: Run, summary: Iterable[str], backends: dict[str, str]) -> None:
@@ -404,6 +419,7 @@ def stop_run(run: Run, step: int) -> int:
     reason = run.stop.received or "a signal to another rank"
     is_skipped = run.log.skipped_in_a_row > 0
     saved = "which was skipped, so an earlier one is saved" if is_skipped else "which is saved"
+    note_event(run.folder, run.context, step + 1, "stopped", f"by {reason}")
     run.say(f"stopped         by {reason} after step {step + 1}, {saved}; continue with --resume auto")
     return EXIT_INTERRUPTED
 
@@ -418,6 +434,8 @@ def close_run(run: Run, unsaved: str | None) -> None:
     run.log.close()
     if run.context.any(unsaved is not None):
         raise UserError(unsaved or "the main rank could not save all that it should; its last line says what")
+    if run.restored.step < run.steps.total:
+        note_event(run.folder, run.context, run.steps.total, "complete", f"after {run.config.epochs} epochs")
 
 
 def say_results(run: Run, lines: Sequence[str] = (), files: Mapping[str, Path] = MappingProxyType({})) -> None:

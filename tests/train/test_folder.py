@@ -359,8 +359,8 @@ def test_a_file_at_the_end_of_the_run_is_refused(run, again, capsys, tmp_path, n
 
 FILES = (
     "config.json", "config.yaml", "environment.jsonl", "metrics.jsonl", "log.txt", "probe.json", "rollbacks.json",
-    "quarantine.jsonl", "saved.json", "run.lock", "superseded-metrics.jsonl", "hang-0.txt", "checkpoint-1.pth",
-    "checkpoint-1.safetensors", "checkpoints", "reconstructions", "profile",
+    "quarantine.jsonl", "saved.json", "run.lock", "superseded-metrics.jsonl", "hang-0.txt",
+    "checkpoint-1.pth", "checkpoint-1.safetensors", "checkpoints", "reconstructions", "profile",
 )  # fmt: skip
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda data: b"",
@@ -479,7 +479,7 @@ def test_a_run_with_a_damaged_file_is_refused_or_goes_on_and_is_read_all_the_sam
 
 def test_a_torn_line_is_ended_before_the_next_is_added_in_every_log(run, again):
     """A kill cuts a line anywhere; what is written after it must be whole, and what was before it, too."""
-    for name in ("environment.jsonl", "metrics.jsonl", "log.txt", "quarantine.jsonl"):
+    for name in ("environment.jsonl", "events.jsonl", "metrics.jsonl", "log.txt", "quarantine.jsonl"):
         with open(run / name, "a") as file:
             file.write('{"index": 5, "step": 19, "epo')
     assert again(epochs=3) == 0

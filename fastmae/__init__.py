@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from fastmae.api import Run, extract_features, finetune, pretrain, tune
     from fastmae.checkpoint.load import load_model
     from fastmae.errors import UserError
+    from fastmae.model.loss import MAELoss
     from fastmae.model.mae import MaskedAutoencoderViT
+    from fastmae.model.masks import ids_from_mask
     from fastmae.model.presets import (
         mae_vit_base_patch16,
         mae_vit_base_patch16_dec512d8b,
@@ -28,12 +30,14 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "MAELoss",
     "MaskedAutoencoderViT",
     "Run",
     "UserError",
     "__version__",
     "extract_features",
     "finetune",
+    "ids_from_mask",
     "load_model",
     "mae_vit_base_patch16",
     "mae_vit_base_patch16_dec512d8b",
@@ -50,11 +54,13 @@ __all__ = [
 ]
 
 _HOME = {
+    "MAELoss": "fastmae.model.loss",
     "MaskedAutoencoderViT": "fastmae.model.mae",
     "Run": "fastmae.api",
     "UserError": "fastmae.errors",
     "extract_features": "fastmae.api",
     "finetune": "fastmae.api",
+    "ids_from_mask": "fastmae.model.masks",
     "load_model": "fastmae.checkpoint.load",
     "pretrain": "fastmae.api",
     "tune": "fastmae.api",

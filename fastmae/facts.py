@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,3 +92,14 @@ class MaskFacts:
     mask_ratio: float
     description: str
     """What the masks are, for people. Two files with the same masks have the same description."""
+
+
+def exact_ratio(visible: int, patches: int) -> float:
+    """Returns the mask ratio nearest to the exact one for which int(L · (1 − ratio)) is ``visible``.
+
+    This is how the model counts visible patches, and rounding of the exact ratio may be off by one patch.
+    """
+    ratio = (patches - visible) / patches
+    while int(patches * (1 - ratio)) < visible:
+        ratio = math.nextafter(ratio, 0)
+    return ratio

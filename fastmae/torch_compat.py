@@ -82,6 +82,15 @@ def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         target.copy_(source)
 
 
+def is_in_backward() -> bool:
+    """Tells whether autograd is executing a backward pass in this thread, where checkpoints are computed again.
+
+    Seen in torch 2.13. Without the name, and in what torch.compile traces, the answer is no.
+    """
+    current = getattr(torch._C, "_current_graph_task_id", None)
+    return current is not None and not torch.compiler.is_compiling() and current() != -1
+
+
 # --- the compiler -----------------------------------------------------------------------------------------------------
 
 

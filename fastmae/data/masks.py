@@ -17,7 +17,7 @@ import torch
 from fastmae.config import PUBLISHED_RATIO, Masking
 from fastmae.data.arrays import StoredArray
 from fastmae.errors import SettingError, in_one_line
-from fastmae.facts import MaskFacts
+from fastmae.facts import MaskFacts, exact_ratio
 from fastmae.ops.random_masking import random_masking
 from fastmae.philox import STREAM_BLOCKS, STREAM_MASK_FILE, uniforms_numpy, words_numpy
 
@@ -286,14 +286,3 @@ def _checked(path: Path) -> tuple[np.ndarray, int, str]:
             )
         digest.update(part.data)
     return masked, count, digest.hexdigest()[:12]
-
-
-def exact_ratio(visible: int, patches: int) -> float:
-    """Returns the mask ratio nearest to the exact one for which int(L · (1 − ratio)) is ``visible``.
-
-    This is how the model counts visible patches, and rounding of the exact ratio may be off by one patch.
-    """
-    ratio = (patches - visible) / patches
-    while int(patches * (1 - ratio)) < visible:
-        ratio = math.nextafter(ratio, 0)
-    return ratio

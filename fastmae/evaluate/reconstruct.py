@@ -12,14 +12,14 @@ from PIL import Image
 
 from fastmae.data.decode import BadImageError, decode
 from fastmae.data.loader import View, load_batches
-from fastmae.data.masks import exact_ratio, visible_first
+from fastmae.data.masks import visible_first
 from fastmae.data.plan import central_box
 from fastmae.data.sources import Source
 from fastmae.data.statistics import shown_range
 from fastmae.errors import SettingError, UserError
 from fastmae.evaluate.features import evaluation_view, reading_for
 from fastmae.evaluate.pictures import coloured, grid_picture, save_gif, save_png
-from fastmae.facts import UINT8
+from fastmae.facts import UINT8, exact_ratio
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import normalised, pixels_of
 from fastmae.ops import gather_patches, scatter_patches

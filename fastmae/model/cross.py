@@ -59,13 +59,13 @@ class CrossMAE(MaskedAutoencoderViT):
         encoder, decoder = self.head_dims
         return {"encoder": (visible + self.prefix_tokens, encoder), "decoder": (visible + 1, decoder)}
 
-    def _latent(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Returns what each of the decoder's B blocks reads of the patches ``ids`` [N, K]: tokens [B, N, 1+K, D].
+    def _latent(self, embedded: torch.Tensor) -> torch.Tensor:
+        """Returns what each of the decoder's B blocks reads, [B, N, 1+K, D], for what ``_embed`` makes.
 
         They are learnt sums of the encoder's feature maps: the input of its first block and the output of every block,
         the last one normalised, all without registers.
         """
-        maps = [self._embed(images, ids)]
+        maps = [embedded]
         for block in self.blocks:
             maps.append(block(maps[-1]))
         maps[-1] = self.norm(maps[-1])

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fastmae.facts import AS_STORED, UINT8, PixelFacts, ReadAs
+from fastmae.facts import AS_STORED, UINT8, PixelFacts, ReadAs, exact_ratio
+from fastmae.model.masks import order_of
 from fastmae.model.pixels import (
     Pixels,
     nodata_of,
@@ -44,8 +45,10 @@ from fastmae.ops.masked_mse import masked_mse
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-OFFICIAL_STEPS = ("forward", "forward_encoder", "forward_decoder", "forward_loss", "patchify")
+OFFICIAL_STEPS = ("forward", "forward_encoder", "random_masking", "forward_decoder", "forward_loss", "patchify")
 """The methods of the official model that compute the loss, and that a subclass may override."""
+DRAW_MASKS = ("forward", "forward_encoder", "random_masking")
+"""Those that draw the masks, unless they take them as ``ids_shuffle``."""
 
 Size = int | tuple[int, int]
 DecoderAttention = Literal["self", "cross"]
@@ -301,14 +304,18 @@ class MaskedAutoencoderViT(nn.Module):
 
     def _encode(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Runs the encoder on the patches ``ids`` [N, K] alone: tokens [N, 1+R+K, D], patches last."""
-        x = as_sum(self._embed(images, ids))
+        return self._encoded(self._embed(images, ids))
+
+    def _encoded(self, embedded: torch.Tensor) -> torch.Tensor:
+        """Runs the blocks and the norm of the encoder on what ``_embed`` makes."""
+        x = as_sum(embedded)
         for block in self.blocks:
             x = call_block(block, x, kind=Block)
         return normed(x, self.norm)
 
-    def _latent(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Returns what the decoder reads of the patches ``ids`` [N, K]: tokens [N, 1+K, D], without registers."""
-        return self._without_registers(self._encode(images, ids))
+    def _latent(self, embedded: torch.Tensor) -> torch.Tensor:
+        """Returns what the decoder reads, tokens [N, 1+K, D] without registers, for what ``_embed`` makes."""
+        return self._without_registers(self._encoded(embedded))
 
     def _without_registers(self, tokens: torch.Tensor) -> torch.Tensor:
         """Drops the registers from tokens [N, 1+R+K, D]."""
@@ -318,11 +325,17 @@ class MaskedAutoencoderViT(nn.Module):
 
     def _embed(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Makes the input of the encoder's first block: tokens [N, 1+R+K, D], of which registers have no positions."""
+        return self._with_prefix(self._patch_tokens(images, ids), self._positions(images)[0])
+
+    def _patch_tokens(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Makes the tokens [N, K, D] of the patches ``ids`` [N, K], with their positions."""
         pixels, mean, std, value_range, nodata = self._pixels(images)
         dtype = autocast_dtype(images.device) or self.patch_embed.proj.weight.dtype
         x = self.patch_embed(gather_patches(pixels, ids, self.patch_size, mean, std, dtype, value_range, nodata))
-        pos_embed, _ = self._positions(images)
-        x = x + pos_embed[0, 1:][ids.long()]
+        return x + self._positions(images)[0][0, 1:][ids.long()]
+
+    def _with_prefix(self, x: torch.Tensor, pos_embed: torch.Tensor) -> torch.Tensor:
+        """Puts the class token, with its position, and the registers before the tokens [N, K, D] of patches."""
         prefix = self.cls_token + pos_embed[:, :1]
         if self.reg_token is not None:
             prefix = torch.cat([prefix, self.reg_token], dim=1)
@@ -338,11 +351,20 @@ class MaskedAutoencoderViT(nn.Module):
 
         The class token is first, then come R registers, if there are any; from ``prefix_tokens`` on are the patches.
         """
+        return self._encode(images, self._all_ids(images))
+
+    def _all_ids(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the numbers of all patches [N, L] of images, in order."""
         ids = torch.arange(self._positions(images)[0].shape[1] - 1, device=images.device)
-        return self._encode(images, ids.expand(images.shape[0], -1))
+        return ids.expand(images.shape[0], -1)
 
     def forward_encoder(
-        self, imgs: torch.Tensor, mask_ratio: float = 0.75, *, ids_shuffle: torch.Tensor | None = None
+        self,
+        imgs: torch.Tensor,
+        mask_ratio: float = 0.75,
+        *,
+        ids_shuffle: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Runs the encoder on the visible patches.
 
@@ -351,20 +373,102 @@ class MaskedAutoencoderViT(nn.Module):
             mask_ratio: K = int(L · (1 − mask_ratio)) patches are seen.
             ids_shuffle: int [N, L], a permutation per row, its first K entries visible. By default it is drawn from
                 torch's generator of the device, as in the official model.
+            mask: bool [N, L] or [N, rows, columns] of patches, True where masked, as many in each row of the batch;
+                in place of the two before it. ``ids_from_mask`` says what a mask on a GPU costs.
 
         Returns:
             latent [N, 1+K, D], without registers (CrossMAE has [B, N, 1+K, D], one for each of the decoder's B blocks);
             mask [N, L] with 1 at masked patches; ids_restore int64 [N, L], the inverse permutation.
         """
         N, L = imgs.shape[0], self._positions(imgs)[0].shape[1] - 1
-        if ids_shuffle is None:
-            ids_shuffle = torch.rand(N, L, device=imgs.device).argsort(dim=1)
-        elif ids_shuffle.shape != (N, L):
+        ids_shuffle, mask_ratio = self._given_order(imgs, mask_ratio, ids_shuffle, mask)
+        if ids_shuffle is not None and ids_shuffle.shape != (N, L):
             raise ValueError(f"ids_shuffle must have shape [{N}, {L}], got {list(ids_shuffle.shape)}")
+        if "random_masking" in self.overridden:
+            x, is_masked, ids_restore = self._call_random_masking(imgs, mask_ratio, ids_shuffle)
+        else:
+            ids_shuffle = _drawn(N, L, imgs.device) if ids_shuffle is None else ids_shuffle
+            K = self.num_visible(mask_ratio, L)
+            ids_restore = ids_shuffle.argsort(dim=1)
+            is_masked = (ids_restore >= K).to(self.cls_token.dtype)
+            x = self._patch_tokens(imgs, ids_shuffle[:, :K])
+        return self._latent(self._with_prefix(x, self._positions(imgs)[0])), is_masked, ids_restore
+
+    def random_masking(
+        self, x: torch.Tensor, mask_ratio: float, *, ids_shuffle: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keeps the tokens of visible patches, as the official step of this name does. A subclass can override it.
+
+        Our own encoder never makes the tokens of masked patches, so it calls this only where it is overridden.
+
+        Args:
+            x: the tokens [N, L, D] of all patches, with their positions.
+            mask_ratio: as in ``forward_encoder``.
+            ids_shuffle: the order that training has drawn. An override that is to work with ``fastmae pretrain``, which
+                draws masks so that a run can be repeated, takes this argument; with ``MAELoss`` and ``forward`` it need
+                not.
+
+        Returns:
+            the visible tokens [N, K, D]; mask [N, L] with 1 at masked patches; ids_restore int64 [N, L].
+        """
+        N, L, D = x.shape
+        ids_shuffle = _drawn(N, L, x.device) if ids_shuffle is None else ids_shuffle.long()
         K = self.num_visible(mask_ratio, L)
         ids_restore = ids_shuffle.argsort(dim=1)
-        mask = (ids_restore >= K).to(self.cls_token.dtype)
-        return self._latent(imgs, ids_shuffle[:, :K]), mask, ids_restore
+        kept = x.gather(1, ids_shuffle[:, :K, None].expand(-1, -1, D))
+        return kept, (ids_restore >= K).to(x.dtype), ids_restore
+
+    def _call_random_masking(
+        self, images: torch.Tensor, mask_ratio: float, ids_shuffle: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Calls an overridden ``random_masking``, which gets the tokens of all patches.
+
+        Raises:
+            TypeError: masks are given, and it does not take any.
+        """
+        self._check_takes_order(ids_shuffle)
+        given = {} if ids_shuffle is None else {"ids_shuffle": ids_shuffle}
+        return self.random_masking(self._patch_tokens(images, self._all_ids(images)), mask_ratio, **given)
+
+    def _given_order(
+        self,
+        images: torch.Tensor,
+        mask_ratio: float,
+        ids_shuffle: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, float]:
+        """Returns the order of the patches that ``ids_shuffle`` or ``mask`` gives, if one does, and the mask ratio.
+
+        Raises:
+            ValueError: both are given, or the mask does not suit the images.
+        """
+        if mask is None:
+            return ids_shuffle, mask_ratio
+        if ids_shuffle is not None:
+            raise ValueError("ids_shuffle and mask say the same, so only one of them can be given")
+        grid = self.grid_of(self._size_of(images))
+        ids_shuffle, K = order_of(mask, len(images), grid)
+        return ids_shuffle.to(images.device, non_blocking=True), exact_ratio(K, grid[0] * grid[1])
+
+    @property
+    def draws_masks(self) -> str | None:
+        """The name of an overridden step that draws the masks itself and cannot be given any, such as official code."""
+        for name in DRAW_MASKS:
+            if name in self.overridden and "ids_shuffle" not in inspect.signature(getattr(self, name)).parameters:
+                return name
+        return None
+
+    def _check_takes_order(self, ids_shuffle: torch.Tensor | None) -> None:
+        """Refuses masks that an overridden step would not use.
+
+        Raises:
+            TypeError: there are masks, and a step draws its own.
+        """
+        if ids_shuffle is not None and (name := self.draws_masks) is not None:
+            raise TypeError(
+                f"{type(self).__name__}.{name} must take the argument ids_shuffle, the order of the patches of each "
+                "image, where masks are given, as a run does; fastmae.MAELoss lets it draw its own"
+            )
 
     def forward_decoder(self, x: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         """Runs the decoder on ``forward_encoder``'s latent: predictions [N, L, P] of every patch, in image order."""
@@ -392,22 +496,29 @@ class MaskedAutoencoderViT(nn.Module):
     # --- losses -----------------------------------------------------------------------------------------------------
 
     def forward(
-        self, imgs: torch.Tensor, mask_ratio: float = 0.75, *, ids_shuffle: torch.Tensor | None = None
+        self,
+        imgs: torch.Tensor,
+        mask_ratio: float = 0.75,
+        *,
+        ids_shuffle: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Runs the official forward pass; the arguments are those of ``forward_encoder``.
 
         Returns:
             loss, a scalar: the mean over masked pixels; pred [N, L, P] for every patch; mask [N, L], 1 where masked.
         """
+        ids_shuffle, mask_ratio = self._given_order(imgs, mask_ratio, ids_shuffle, mask)
         given_imgs, imgs = imgs, self._normalised(imgs) if self.overridden else imgs
+        self._check_takes_order(ids_shuffle)
         given = {} if ids_shuffle is None else {"ids_shuffle": ids_shuffle}
-        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **given)
+        latent, is_masked, ids_restore = self.forward_encoder(imgs, mask_ratio, **given)
         pred = self.forward_decoder(latent, ids_restore)
         if self.overridden:
-            return self.forward_loss(imgs, pred, without_missing(self, given_imgs, mask)), pred, mask
+            return self.forward_loss(imgs, pred, without_missing(self, given_imgs, is_masked)), pred, is_masked
         ids_masked = ids_restore.argsort(dim=1)[:, self.num_visible(mask_ratio) :]
         masked = pred.gather(1, ids_masked[:, :, None].expand(-1, -1, pred.shape[2]))
-        return self._masked_mse(masked, imgs, ids_masked), pred, mask
+        return self._masked_mse(masked, imgs, ids_masked), pred, is_masked
 
     def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Computes the official loss: the mean over masked patches of the squared error of their pixels.
@@ -435,9 +546,11 @@ class MaskedAutoencoderViT(nn.Module):
     def training_loss(
         self,
         images: torch.Tensor,
-        ids_shuffle: torch.Tensor,
+        ids_shuffle: torch.Tensor | None = None,
         mask_ratio: float = 0.75,
         predict_ratio: float | None = None,
+        *,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Computes the loss of ``forward`` without the work that the loss does not need.
 
@@ -447,17 +560,24 @@ class MaskedAutoencoderViT(nn.Module):
 
         Args:
             images: pixels [N, H, W, C] of the model's dtype, or float [N, C, H, W], normalised.
-            ids_shuffle: int [N, L], from ``fastmae.ops.random_masking``.
-            mask_ratio: as in ``forward_encoder``.
+            ids_shuffle: int [N, L], from ``fastmae.ops.random_masking``; by default drawn as in ``forward_encoder``.
+            mask_ratio, mask: as in ``forward_encoder``.
             predict_ratio: for CrossMAE alone: the loss is that of the first int(L · ``predict_ratio``) masked patches,
                 which random ids list in random order. None means all of them.
+
+        This is a method and no forward pass: DistributedDataParallel and other wrappers need ``fastmae.MAELoss``.
         """
+        if mask is not None and predict_ratio is not None:
+            raise ValueError("predict_ratio takes the first masked patches, and a mask has no order; give ids_shuffle")
+        ids_shuffle, mask_ratio = self._given_order(images, mask_ratio, ids_shuffle, mask)
         if self.overridden or self._forward_hooks or self._forward_pre_hooks:
             return self._official_loss(images, ids_shuffle, mask_ratio, predict_ratio)
+        if ids_shuffle is None:
+            ids_shuffle = _drawn(images.shape[0], self._positions(images)[0].shape[1] - 1, images.device)
         L = ids_shuffle.shape[1]
         K = self.num_visible(mask_ratio, L)
         ids_shuffle = ids_shuffle[:, : K + self.num_predicted(mask_ratio, predict_ratio, L)]
-        latent = self._latent(images, ids_shuffle[:, :K])
+        latent = self._latent(self._embed(images, ids_shuffle[:, :K]))
         pred = self._decode(latent, self._positions(images)[1], ids_shuffle, start=K + 1)
         return self._masked_mse(pred, images, ids_shuffle[:, K:])
 
@@ -467,20 +587,17 @@ class MaskedAutoencoderViT(nn.Module):
         return masked_mse(pred, pixels, ids, self.patch_size, mean, std, self.norm_pix_loss, value_range, nodata)
 
     def _official_loss(
-        self, images: torch.Tensor, ids_shuffle: torch.Tensor, mask_ratio: float, predict_ratio: float | None
+        self, images: torch.Tensor, ids_shuffle: torch.Tensor | None, mask_ratio: float, predict_ratio: float | None
     ) -> torch.Tensor:
         """Computes the training loss by a call of the model, so that overridden steps and hooks have their effect.
 
         Raises:
-            TypeError: an overridden step does not take the masks that training draws.
+            TypeError: an overridden step does not take the masks that are given.
             ValueError: a share of the masked patches, images of another size, or missing pixels, which the official
                 steps do not know.
         """
         names = ", ".join(self.overridden) or "the model with its hooks"
-        for name in ("forward", "forward_encoder"):
-            if name in self.overridden and "ids_shuffle" not in inspect.signature(getattr(self, name)).parameters:
-                problem = "must take the argument ids_shuffle, the order of the patches of each image"
-                raise TypeError(f"{type(self).__name__}.{name} {problem}; training draws the masks itself")
+        self._check_takes_order(ids_shuffle)
         if predict_ratio is not None:
             raise ValueError(f"{names} predicts all masked patches, so that it takes no predict_ratio")
         if self._size_of(images) != self.img_size:
@@ -489,7 +606,13 @@ class MaskedAutoencoderViT(nn.Module):
             images = self._normalised(images)
         elif "forward" in self.overridden:
             raise ValueError(f"{type(self).__name__}.forward takes normalised images, which cannot tell missing pixels")
-        return self(images, mask_ratio, ids_shuffle=ids_shuffle)[0]
+        given = {} if ids_shuffle is None else {"ids_shuffle": ids_shuffle}
+        return self(images, mask_ratio, **given)[0]
+
+
+def _drawn(N: int, L: int, device: torch.device) -> torch.Tensor:
+    """Draws the order of the patches, int64 [N, L], from torch's generator of the device, as the official one."""
+    return torch.rand(N, L, device=device).argsort(dim=1)
 
 
 _OWN_STEPS = {name: getattr(MaskedAutoencoderViT, name) for name in OFFICIAL_STEPS}

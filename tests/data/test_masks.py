@@ -23,13 +23,13 @@ from fastmae.data.masks import (
     Masks,
     block_masks,
     choose_masks,
-    exact_ratio,
     grid_mask,
     masked_patches,
     open_masks,
     shuffled_ids,
 )
 from fastmae.errors import UserError
+from fastmae.facts import exact_ratio
 from fastmae.ops import random_masking
 from fastmae.philox import STREAM_BLOCKS, STREAM_MASK, uniforms_numpy
 from fastmae.train import pretrain as training

@@ -40,14 +40,20 @@ _PROJECTIONS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projecti
 _TAKEN = re.compile(r"\b(teacher|target_encoder)\b")
 _COPIED = re.compile(r"\b(student|momentum_encoder|\w*ema\w*)\b")
 
+# LayerScale: of DINOv2 and timm, and as CaiT and BEiT call it.
+_SCALE = re.compile(r"(blocks\.\d+\.)(ls[12]\.gamma|gamma_[12])")
+
 # What a name tells about a part of a vision transformer that a masked autoencoder does not have.
 _FOREIGN_PARTS = {
-    r"\bls\d\.|\bgamma_\d": "layer scale",
+    r"\bls\d\.|\bgamma_\d": "layer scale of other widths",
     r"rel(ative)?_pos": "relative positions",
     r"dist_token": "distillation token",
     r"reg(ister)?_token": "register tokens",
     r"[qk]_norm": "normalised queries and keys",
-    r"mlp\.w\d|mlp\.fc1_[gx]": "gated MLPs",
+    r"mlp\.w\d|mlp\.fc1_[gx]|mlp\.(?:gate|up|down)_proj|mlp\.weights_": "gated MLPs (SwiGLU)",
+    r"rope|inv_freq|periods": "rotary positions",
+    r"local_cls_norm|norm_pre|pre_layrnorm|pre_layernorm": "norm before the first block",
+    r"storage_tokens": "storage tokens (DINOv3)",
     r"lora_|\.adapter": "adapters, which must be merged first",
     r"parametrizations": "parametrised weights, which must be merged first",
 }
@@ -102,7 +108,8 @@ def understand(content: Any) -> Contents:
         found = {name: pair for name, pair in official.items() if _DECODER.fullmatch(name) and name not in inside}
         taken = {name for name, _ in found.values()} if "decoder_pred.weight" in found else set()
         inside |= {name: tensor for name, (full, tensor) in found.items() if full in taken}
-    inside, converted = _with_packed_biases(inside)
+    inside, packed = _with_packed_biases(inside)
+    inside, folded = _with_scales_folded(inside)
     weights, head, left = _sorted_out(inside)
     others = [name for name in beside if name not in taken]
     outside = [name for name in tensors if not name.startswith(prefix) and _below(name, prefix, is_huggingface) is None]
@@ -121,7 +128,7 @@ def understand(content: Any) -> Contents:
         epoch=container["epoch"] if isinstance(container.get("epoch"), int) else None,
         args=_args(container),
         is_huggingface=is_huggingface,
-        notes=tuple([*notes, *converted]),
+        notes=(*notes, *packed, *folded),
     )
 
 
@@ -291,6 +298,29 @@ def _with_packed_biases(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, tor
     if split:
         return result, [f"biases of attn.qkv of {split} blocks are made of q_bias and v_bias, with zeros for the keys"]
     return result, [f"biases of attn.qkv are taken as zeros, as none of {len(packed)} blocks has one"]
+
+
+def _with_scales_folded(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Multiplies LayerScale into the product that it follows, so that the encoder computes the same without it.
+
+    LayerScale (Touvron et al. 2021, arXiv 2103.17239, section 2) multiplies each of the D numbers that a branch adds to
+    the tokens; γ · (W·x + b) = (γW)·x + γb. What does not fit its product keeps its name, which loading then refuses.
+    """
+    result, folded = dict(tensors), 0
+    for name, scale in tensors.items():
+        found = _SCALE.fullmatch(name)
+        if found is None:
+            continue
+        product = f"{found[1]}{'attn.proj' if '1' in found[2] else 'mlp.fc2'}"
+        weight, bias = tensors.get(f"{product}.weight"), tensors.get(f"{product}.bias")
+        if weight is None or weight.ndim != 2 or scale.shape != weight.shape[:1]:
+            continue
+        del result[name]
+        result[f"{product}.weight"] = weight.float() * scale.float()[:, None]
+        if bias is not None:
+            result[f"{product}.bias"] = bias.float() * scale.float()
+        folded += 1
+    return result, [f"LayerScale of {folded} branches is multiplied into their last products"] if folded else []
 
 
 def _sorted_out(

@@ -21,6 +21,8 @@ PIXELS = "fastmae"
 # The first is what is written.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 EPS = 1e-6
+READ = ("vit_mae", "vit", "dinov2", "dinov2_with_registers")
+"""The values of model_type whose encoder is one of a masked autoencoder."""
 
 _OUTSIDE = {
     "cls_token": "vit.embeddings.cls_token",
@@ -53,9 +55,12 @@ _OF_VERSION_5 = {
     "mlp.fc2": "output.dense",
 }
 _IN_VERSION_5 = {old: new for new, old in _OF_VERSION_5.items()}
+# Read as well: what a Dinov2Model calls its parts, where that is another name; those of either version.
+_OF_DINOV2 = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+_SCALES = {"layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma"}
 _BLOCK = re.compile(rf"({'|'.join(map(re.escape, _STACKS.values()))})\.(\d+)\.(.+)\.(\w+)")
-# What stands on an encoder for another purpose; it is left out, and that is said.
-_HEADS = ("vit.pooler.", "pooler.")
+# What an encoder has for another purpose; it is left out, and that is said.
+_UNUSED = ("vit.pooler.", "pooler.", "vit.embeddings.mask_token")
 
 
 def weights_file(folder: Path) -> Path | None:
@@ -110,9 +115,9 @@ def from_huggingface(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.
         module, _, leaf = name.rpartition(".")
         inside = re.fullmatch(r"(.+?)\.(\d+)\.(.+)", module)
         inside = inside if inside and inside[1] in stacks else None
-        part = _OF_VERSION_5.get(inside[3], inside[3]) if inside else ""
+        part = {**_OF_VERSION_5, **_OF_DINOV2}.get(inside[3], inside[3]) if inside else ""
         prefix = f"{stacks[inside[1]]}.{inside[2]}" if inside else ""
-        if key.startswith(_HEADS):
+        if name.startswith(_UNUSED):
             unused.append(key)
         elif name in modules:
             renamed[modules[name]] = tensor
@@ -120,6 +125,8 @@ def from_huggingface(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.
             renamed[f"{modules[module]}.{leaf}"] = tensor
         elif part in parts:
             renamed[f"{prefix}.{parts[part]}.{leaf}"] = tensor
+        elif f"{part}.{leaf}" in _SCALES:
+            renamed[f"{prefix}.{_SCALES[f'{part}.{leaf}']}"] = tensor
         elif part in _THIRDS:
             thirds.setdefault(f"{prefix}.attn.qkv.{leaf}", {})[_THIRDS.index(part)] = key, tensor
         else:
@@ -147,8 +154,10 @@ def read_config(folder: Path) -> tuple[dict[str, Any], tuple[int, int | None] | 
     if not config:
         return {}, None, []
     path, kind = folder / CONFIG, config.get("model_type")
-    if kind not in ("vit", "vit_mae"):
-        raise UserError(f"{path}: model_type {kind} is another architecture; give a folder of vit_mae or vit")
+    if kind not in READ:
+        raise UserError(f"{path}: model_type {kind} is another architecture; give a folder of {', '.join(READ)}")
+    if config.get("use_swiglu_ffn", False):
+        raise UserError(f"{path}: use_swiglu_ffn is another architecture; a MAE has MLPs with GELU (DINOv2 S, B and L)")
     if config.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{path}: hidden_act {config['hidden_act']} is another architecture; a MAE has gelu")
     settings: dict[str, Any] = {"input_size": config.get("image_size", 224)}

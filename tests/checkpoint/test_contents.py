@@ -1,10 +1,12 @@
 """Files of other trainers: what is understood gives the same bits, the rest is left out with a line or refused."""
 
+import copy
 import json
 import os
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from fastmae.checkpoint.contents import NotMeantError, understand
@@ -123,6 +125,40 @@ def test_split_biases_are_joined(model, encoder, saved):
     assert "biases of attn.qkv of 4 blocks are made of q_bias and v_bias" in understand(split).notes[0]
 
 
+@pytest.mark.parametrize("names", [("ls1.gamma", "ls2.gamma"), ("gamma_1", "gamma_2")])
+def test_layer_scale_is_multiplied_into_the_products_before_it(names, model, encoder, saved):
+    gammas = {f"blocks.{i}.{name}": torch.randn(128) for i in range(4) for name in names}
+    scaled = copy.deepcopy(model)
+    for i, block in enumerate(scaled.blocks):
+        for name, product in zip(names, (block.attn.proj, block.mlp.fc2), strict=True):
+            product.weight.data *= gammas[f"blocks.{i}.{name}"][:, None]
+            product.bias.data *= gammas[f"blocks.{i}.{name}"]
+    assert same_features(saved(encoder | gammas), scaled)
+    assert understand(encoder | gammas).notes == ("LayerScale of 8 branches is multiplied into their last products",)
+
+
+def test_a_dinov2_of_transformers_gives_its_features(tmp_path, caplog):
+    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    theirs = transformers.Dinov2Model(transformers.Dinov2Config(**sizes, layerscale_value=0.5)).eval()
+    theirs.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 28, 28)
+    ours = load_model(tmp_path)
+    assert ours.patch_size == (14, 14)
+    torch.testing.assert_close(ours.forward_features(images), theirs(images).last_hidden_state, rtol=1e-5, atol=1e-5)
+    assert "LayerScale of 8 branches" in caplog.text
+    assert "1 tensors not used, as no masked autoencoder has them: vit.embeddings.mask_token" in caplog.text
+
+
+def test_a_dinov2_with_gated_mlps_is_refused(tmp_path):
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, use_swiglu_ffn=True
+    )
+    transformers.Dinov2Model(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="use_swiglu_ffn is another architecture"):
+        load_model(tmp_path)
+
+
 # --- what a file is ---------------------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -131,7 +167,16 @@ REFUSED = {
         "is the state of an optimiser",
     ),
     "two encoders": (lambda e: {"a": e, "b": e}, r"holds 2 encoders \(a, b\), and nothing tells"),
-    "layer scale": (lambda e: e | {"blocks.0.ls1.gamma": torch.zeros(128)}, "has no layer scale"),
+    "layer scale of another width": (
+        lambda e: e | {"blocks.0.ls1.gamma": torch.zeros(64)},
+        "has no layer scale of other widths",
+    ),
+    "gated MLPs": (
+        lambda e: e | {"blocks.0.mlp.w12.weight": torch.zeros(4, 128)},
+        r"has no gated MLPs \(SwiGLU\)",
+    ),
+    "rotary positions": (lambda e: e | {"rope_embed.periods": torch.zeros(16)}, "has no rotary positions"),
+    "a first norm": (lambda e: e | {"norm_pre.weight": torch.zeros(128)}, "has no norm before the first block"),
     "registers": (lambda e: e | {"register_tokens": torch.zeros(1, 4, 128)}, "has no register tokens"),
     "distilled": (lambda e: e | {"dist_token": torch.zeros(1, 1, 128)}, "has no distillation token"),
     "relative positions": (

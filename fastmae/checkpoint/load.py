@@ -100,13 +100,17 @@ def lacks_decoder(checkpoint: str | Path, opened: Opened) -> str:
     return f"{checkpoint}: {held} {opened.what}; reconstruction needs a file with its decoder"
 
 
-def open_checkpoint(checkpoint: str | Path, given: ReadingConfig | None = None, *, resize: bool = True) -> Opened:
+def open_checkpoint(
+    checkpoint: str | Path, given: ReadingConfig | None = None, *, resize: bool = True, weights_alone: bool = False
+) -> Opened:
     """Opens a checkpoint as ``load_model`` does, and returns what else it says.
 
     Args:
         given: what is known of the checkpoint besides, and the size that is wanted.
         resize: make the model one of the wanted size. Otherwise ``given.input_size`` only tells the grid of positions
             that do not tell it themselves.
+        weights_alone: how pixels are normalised and predicted is decided elsewhere, so that it is no matter if a file
+            does not say it.
     """
     path, given = Path(checkpoint), given or ReadingConfig()
     if not path.exists():
@@ -114,7 +118,7 @@ def open_checkpoint(checkpoint: str | Path, given: ReadingConfig | None = None, 
     if holds_file(path):
         file = read_official(path)
         report_remarks(file)
-        opened = _opened_file(file, given)
+        opened = _opened_file(file, given, weights_alone)
     else:
         opened = _of_newest(path, lambda found, manifest: _opened_run(found, manifest, given))
     if resize and given.input_size is not None:
@@ -260,10 +264,10 @@ def _file_of_classifier(path: Path, manifest: dict[str, Any]) -> OfficialFile:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _opened_file(file: OfficialFile, given: ReadingConfig) -> Opened:
+def _opened_file(file: OfficialFile, given: ReadingConfig, weights_alone: bool = False) -> Opened:
     spec, _, notes = spec_of_file(file, given)
     model = model_of_file(file, given)
-    report(file.path, [*notes, *_unsaid(file, given, model)])
+    report(file.path, [*notes, *([] if weights_alone else _unsaid(file, given, model))])
     return Opened(model, {**file.args, **spec.as_json()}, file.has_decoder, file.kind, file.head)
 
 

@@ -14,8 +14,8 @@ GROUPS = {
         "mixup_switch_prob", "repeated_masks",
     ),
     "model and masks": (
-        "finetune", "model", "input_size", "patch_size", "start_size", "grow_epochs", "mask_ratio", "masking", "masks",
-        "norm_pix_loss", "decoder_attention", "decoder_depth", "predict_ratio", "nb_classes", "global_pool",
+        "finetune", "model", "init", "input_size", "patch_size", "start_size", "grow_epochs", "mask_ratio", "masking",
+        "masks", "norm_pix_loss", "decoder_attention", "decoder_depth", "predict_ratio", "nb_classes", "global_pool",
         "cls_token", "drop_path",
     ),
     "optimisation": (

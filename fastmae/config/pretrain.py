@@ -61,6 +61,10 @@ class PretrainConfig(TrainingConfig, MaskingConfig):
     # Model.
     model: str | None = None
     """The name of a preset. Default: mae_vit_large_patch16; for images of up to 64 pixels mae_vit_tiny_patch4."""
+    init: str = ""
+    """Begin with the encoder of a checkpoint and a fresh decoder: a run folder, a .pth or .safetensors file of the
+    official code, timm or DINOv2 (S, B, L), or a folder of transformers. It decides the model and the size of the crops
+    where these are not given; positions and channels are adapted. Default: random weights."""
     input_size: tuple[int, ...] | None = None
     """Side of the training crops in pixels, or their height and width. Default: 224; for mae_vit_tiny_patch4, and
     with --patch_size, the size of the images if they have one, rounded up to whole patches."""
@@ -281,6 +285,8 @@ def check_pretrain(config: PretrainConfig) -> None:
     needed(config.start_epoch >= 0, "start_epoch", "0 or more")
     if config.epochs is not None:
         needed(config.start_epoch < config.epochs, "start_epoch", f"below --epochs={config.epochs}")
+    alone = not config.init or config.resume in ("", "auto", "anew")
+    needed(alone, "init", f"left out with --resume={config.resume}, which has the weights to begin with")
     need_size(config, "patch_size")
     need_size(config, "start_size")
     needed(config.start_size is None or not config.masks, "start_size", "left out with --masks, which are of one size")

@@ -22,7 +22,8 @@ TOLD_IF_CHANGED = (
 )  # fmt: skip
 # These may differ from rank to rank: where its data lie, and how it reads them and computes.
 PER_RANK = (
-    "data_path", "root", "masks", "finetune", "log_dir", "device", "num_workers", "pin_mem", "cache", "cache_gb",
+    "data_path", "root", "masks", "finetune", "init", "log_dir", "device", "num_workers", "pin_mem", "cache",
+    "cache_gb",
 )  # fmt: skip
 MOST_WORKERS = 4096
 COMPILED_STEPS = 2000

@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 
+from fastmae.checkpoint.load import Opened
+from fastmae.checkpoint.manifest import peek
 from fastmae.checkpoint.restore import Restored
 from fastmae.checkpoint.save import training_tensors
+from fastmae.checkpoint.start import begin_with, normalised_alike, open_start
 from fastmae.config import FIXED_IN_A_RUN, PROBE_LIMIT, PretrainConfig, ResolvedConfig, read_as
 from fastmae.config.model import ModelSpec
 from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
@@ -104,21 +107,21 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     """Makes one attempt, from where --resume says to the end or a signal. Returns None after a rollback."""
     # Settings and data, the same on every rank: from here on nothing is left open.
     with parallel.agreeing(context) as same:
-        flags, source, facts, pixels = _open(flags)
+        flags, source, facts, pixels, start = _open(flags)
         masks = open_masks(flags.masks, flags.mask_ratio)
         config, notes = resolve_as_before(flags, lambda flags: _resolve(flags, pixels, facts, masks, context))
         probed = _probed(flags, config)
         precision = _precision(config, context)
         image_decoder, why_decoder = choose_decoder(config.image_decoder, context.device, source, reading_of(config))
         steps = plan_steps(config, context.size, config.batch_size // config.repeated_masks, "images")
-        same |= identity(flags, config, {"train": source})
+        same |= identity(flags, config, {"train": source}, None if start is None else start.model)
         if config.cache == "ram":
             budget = memory_budget(config.cache_gb, parallel.ranks_here())
             source = cached(source, reading_of(config), budget, image_decoder)
     fresh_step = config.start_epoch * steps.per_epoch
 
     # Model, loss and optimiser, the same on every rank.
-    model = _model(config, context)
+    model, lines = _model(config, start, context)
     masks_of = {size: _masks(config, model, size, masks) for size in _sizes(config, model)}
     model.allow_sizes(tuple(masks_of))
     training_loss = TrainingLoss(model, config.mask_ratio, config.predict_ratio)
@@ -136,7 +139,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     decoding = describe_decoder(image_decoder, why_decoder, config.pixel_type)
     backends = describe_backends(context.device, precision, model.attention_shapes(config.mask_ratio), decoding)
     backends |= _more_backends(config, chosen, compiling, parallelism, source)
-    summary = [*_summary(config, source, facts, model, masks_of), *pixels.lines, *probed.lines, *notes]
+    summary = [*_summary(config, source, facts, model, masks_of), *lines, *pixels.lines, *probed.lines, *notes]
     run = open_run(config, context, stop, steps, restored, rollbacks, same, summary=summary, backends=backends)
     if restored.step == 0:
         _probe(run, "before", model, probed)
@@ -184,13 +187,21 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def _open(flags: PretrainConfig) -> tuple[PretrainConfig, Source, DataFacts, Measured]:
-    """Opens the data. Returns the settings, with what a run that goes on had, the data and what is known of them."""
-    flags = as_begun(flags)
+def _open(flags: PretrainConfig) -> tuple[PretrainConfig, Source, DataFacts, Measured, Opened | None]:
+    """Opens the data, and the encoder to begin with.
+
+    Returns the settings, with what a run that goes on had and what the encoder decides; the data and what is known of
+    them; and the encoder. A run that goes on has its own weights, so that it needs none.
+    """
+    flags, start = as_begun(flags), None
+    if flags.init and not peek(flags.resume, Path(flags.output_dir)):
+        flags, start = open_start(flags)
     asked = read_as(flags)
     source = open_train(flags.data_path, asked)
     facts = describe(source, take_stock(source, flags.in_chans, asked), asked)
-    return flags, source, facts, measure_pixels(flags, source, facts)
+    if start is not None:
+        flags = normalised_alike(flags, start, facts)
+    return flags, source, facts, measure_pixels(flags, source, facts), start
 
 
 def _resolve(
@@ -247,8 +258,13 @@ def _more_backends(
     return backends
 
 
-def _model(config: ResolvedConfig, context: parallel.DistContext) -> MaskedAutoencoderViT:
-    """Builds the model on its device. Its first weights follow from the seed."""
+def _model(
+    config: ResolvedConfig, start: Opened | None, context: parallel.DistContext
+) -> tuple[MaskedAutoencoderViT, list[str]]:
+    """Builds the model on its device. Its first weights follow from the seed, and from the encoder to begin with.
+
+    Returns it with an account of what of that encoder it has.
+    """
     torch.manual_seed(config.seed)
     model = build_model(ModelSpec.of(config))
     name, ratio = "mask_ratio", config.mask_ratio
@@ -260,7 +276,12 @@ def _model(config: ResolvedConfig, context: parallel.DistContext) -> MaskedAutoe
     except ValueError as error:
         raise SettingError(name, ratio, f"{error}; choose another ratio or --input_size") from error
     model.autocast_residual = config.residual == "bf16"
-    return model.to(context.device)
+    lines: list[str] = []
+    if start is not None:
+        lines = begin_with(model, start, config.init, fixed_positions=config.start_size is not None)
+    elif config.init:
+        lines = [f"start           {config.init} is not read again: the run goes on with its own weights"]
+    return model.to(context.device), lines
 
 
 def _prepare(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fastmae.checkpoint.manifest import peek
+from fastmae.checkpoint.start import shape_of
 from fastmae.config import (
     LEFT_OPEN,
     OFFICIAL_FINETUNING_WARMUP,
@@ -64,6 +65,8 @@ def as_begun(flags: Flags) -> Flags:
     kept = images_given(flags, before)
     if isinstance(flags, PretrainConfig) and flags.in_chans in (None, before.get("in_chans")):
         kept |= {name: before.get(name) for name in ("mean", "std") if getattr(flags, name) is None}
+    if isinstance(flags, PretrainConfig) and before.get("init"):
+        kept |= {"init": flags.init or before["init"], **shape_of(flags, before)}
     return dataclasses.replace(flags, **kept)
 
 
@@ -320,6 +323,6 @@ def require_same_data(resume: str, manifest: Mapping[str, Any], now: Mapping[str
             raise SettingError("resume", resume, problem)
     if manifest and "data" not in manifest:
         logger.warning("%s does not say which data it was made with (version 0.1), so they are not compared", resume)
-    if manifest.get("start", now["start"]) != now["start"]:
+    if now["start"] and manifest.get("start", now["start"]) != now["start"]:
         text = "--finetune holds other weights than %s began with; they are not used, as the run goes on with its own"
         logger.warning(text, resume)

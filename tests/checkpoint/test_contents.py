@@ -6,7 +6,6 @@ import os
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 
 from fastmae.checkpoint.contents import NotMeantError, understand
@@ -138,6 +137,8 @@ def test_layer_scale_is_multiplied_into_the_products_before_it(names, model, enc
 
 
 def test_a_dinov2_of_transformers_gives_its_features(tmp_path, caplog):
+    import transformers
+
     sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
     torch.manual_seed(0)
     theirs = transformers.Dinov2Model(transformers.Dinov2Config(**sizes, layerscale_value=0.5)).eval()
@@ -151,6 +152,8 @@ def test_a_dinov2_of_transformers_gives_its_features(tmp_path, caplog):
 
 
 def test_a_dinov2_with_gated_mlps_is_refused(tmp_path):
+    import transformers
+
     config = transformers.Dinov2Config(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, use_swiglu_ffn=True
     )

@@ -48,6 +48,10 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: it was not installed from Python
 
+    def stop(self, reason: str) -> None:
+        """Stops the run as a signal does."""
+        self.received = self.received or reason
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             signal.signal(number, signal.SIG_DFL)
@@ -55,7 +59,7 @@ class StopSignals:
             return
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number).name
+        self.stop(signal.Signals(number).name)
 
 
 @contextmanager

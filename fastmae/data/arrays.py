@@ -133,7 +133,8 @@ class ArraySource:
     others: Stock = field(default_factory=Stock)
     """What else lies there, and what to know of the images."""
     shards: Shards | None = None
-    classes = ()
+    classes: tuple[str, ...] = ()
+    """The names of the classes that the labels number, if they have names."""
 
     @property
     def location(self) -> str:

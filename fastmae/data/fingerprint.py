@@ -4,7 +4,8 @@ Ranks compare theirs when a run starts, and a run compares that of its checkpoin
 not part of it, so a data set may be moved as a whole; which files there are, in which order, their sizes, labels and
 classes are. Files are not read. All names are hashed; of image files the sizes of at most ``SIZES`` evenly spaced ones,
 of tars the names and sizes of all members, of Parquet files sizes and rows, and of arrays the dtype, the shape and the
-pixels of at most ``ROWS`` evenly spaced images, or as many as have ``ROW_BYTES`` together.
+pixels of at most ``ROWS`` evenly spaced images, or as many as have ``ROW_BYTES`` together. Of objects in
+Python at most ``OBJECTS`` are read.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ RANGES = 64
 SIZES = 4096
 ROWS = 1024
 ROW_BYTES = 32 << 20
+OBJECTS = 256
 STAT_THREADS = 16
 DIGITS = 16
 
@@ -141,8 +143,22 @@ def _things(source: Source) -> Things:
             shape = f"{source.images.dtype} {list(source.images.shape[1:])}"
             pixels = [_hash([shape, np.ascontiguousarray(source.read(row)).data]) for row in rows]
             return [f"image {row}" for row in rows], dict(enumerate(pixels))
-        case _:
-            return [source.name(row) for row in _evenly(len(source), ROWS)], {}
+        case _:  # objects of Python, of which nothing is known but what they give
+            most = ROW_BYTES // max(1, len(_contents(source, 0)))
+            rows = _evenly(len(source), min(OBJECTS, max(RANGES - 1, most)))
+            hashes = [_hash([_contents(source, row)]) for row in rows]
+            return [f"image {row}" for row in rows], dict(enumerate(hashes))
+
+
+def _contents(source: Source, index: int) -> memoryview:
+    """Returns the bytes of an image file, or those of the pixels of an image behind their type and shape."""
+    try:
+        data = source.read(index)
+    except OSError:
+        data = b"not readable"
+    if isinstance(data, bytes):
+        return memoryview(data)
+    return memoryview(f"{data.dtype} {list(data.shape)} ".encode() + np.ascontiguousarray(data).tobytes())
 
 
 def _labels(source: Source) -> str:

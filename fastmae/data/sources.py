@@ -205,12 +205,28 @@ class Concat:
         return part.name(inside)
 
 
-def open_train(data_path: str | Sequence[str], read_as: ReadAs = AS_STORED) -> Source:
+@dataclass(frozen=True)
+class Parts:
+    """Sources that a program in Python has made, where other data are named by paths."""
+
+    train: Source
+    val: Source | None
+    phrase: str
+    """Stands for them where a path would: "<Dataset Flowers of 1,000 images>"."""
+
+
+Data = str | Sequence[str] | Parts
+"""What data are: one or several paths, as ``data_path`` takes them, or sources that are there."""
+
+
+def open_train(data_path: Data, read_as: ReadAs = AS_STORED) -> Source:
     """Finds out what ``data_path`` names and opens it, or its train part if it has parts; several paths are joined.
 
     Raises:
         UserError: nothing there, nothing usable in it, or a file that is not what its name says.
     """
+    if isinstance(data_path, Parts):
+        return data_path.train
     parts, paths = [], _paths(data_path)
     for path in paths:
         source = _open(path, "train", read_as)
@@ -229,18 +245,20 @@ def _used_twice(paths: Sequence[str]) -> Iterator[str]:
             yield f"{paths[number]} is or lies in {paths[around]}, so images may be used twice; leave one out if so"
 
 
-def open_val(data_path: str | Sequence[str], read_as: ReadAs = AS_STORED) -> Source | None:
+def open_val(data_path: Data, read_as: ReadAs = AS_STORED) -> Source | None:
     """Opens the val (or test) part of the data: of several paths, the val parts of all that have one; None if none has.
 
     Raises:
         UserError: as ``open_train``.
     """
+    if isinstance(data_path, Parts):
+        return data_path.val
     opened = (_open(path, "val", read_as) for path in _paths(data_path))
     parts = [source for source in opened if source is not None and len(source)]
     return Concat(tuple(parts)) if len(parts) > 1 else parts[0] if parts else None
 
 
-def train_and_val(data_path: str | Sequence[str], read_as: ReadAs = AS_STORED) -> tuple[Source, Source]:
+def train_and_val(data_path: Data, read_as: ReadAs = AS_STORED) -> tuple[Source, Source]:
     """Opens both parts of a data set. Without a val part, a fixed fifth of the train part is held out.
 
     Raises:
@@ -268,7 +286,7 @@ def _held_out(source: Source) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def scored_parts(data_path: str | Sequence[str], read_as: ReadAs = AS_STORED) -> tuple[Source, Source]:
+def scored_parts(data_path: Data, read_as: ReadAs = AS_STORED) -> tuple[Source, Source]:
     """Opens both parts for what measures accuracy: the val part without classes that the train part has not.
 
     Raises:
@@ -350,9 +368,16 @@ def classes_of(source: Source, indices: np.ndarray) -> np.ndarray | None:
     return labels.astype(str) if names is None else np.array(names)[labels]
 
 
-def shown(data_path: str | Sequence[str]) -> str:
+def shown(data_path: Data) -> str:
     """Returns the paths as they were given, for people."""
+    if isinstance(data_path, Parts):
+        return data_path.phrase
     return data_path if isinstance(data_path, str) else " ".join(data_path)
+
+
+def is_phrase(data_path: str) -> bool:
+    """Tells whether a path is the phrase that stands for data that were given in Python."""
+    return data_path.startswith("<") and data_path.endswith(">")
 
 
 def describe(source: Source, stock: Stock | None = None, read_as: ReadAs = AS_STORED) -> DataFacts:
@@ -470,6 +495,8 @@ def _open(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
     try:
         if "{" in data_path and not path.exists():
             return _open_pattern(data_path, read_as) if split == "train" else None
+        if is_phrase(data_path) and not path.exists():
+            raise SettingError("data_path", data_path, "was given in Python; call fastmae from Python with the data")
         if not path.exists():
             raise SettingError("data_path", data_path, "no such file or folder; give an existing one, or `digits`")
         if not path.is_dir() and not path.is_file():

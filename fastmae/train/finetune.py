@@ -70,6 +70,7 @@ from fastmae.train import parallel
 from fastmae.train.batches import BatchStream
 from fastmae.train.choosing import choose
 from fastmae.train.compiling import prepare_as_chosen
+from fastmae.train.given import NOTHING, Given
 from fastmae.train.optim import make_finetuning_optimizer
 from fastmae.train.precision import Precision, choose_precision
 from fastmae.train.recovery import data_seed, restore_attempt, roll_back, run_attempts
@@ -106,21 +107,25 @@ from fastmae.train.step import MicroBatch, PassGraph, require_graph, train_step
 TOP = 5
 
 
-def finetune(config: FinetuneConfig) -> int:
+def finetune(config: FinetuneConfig, given: Given = NOTHING) -> int:
     """Runs or continues a fine-tuning and returns the exit status: 0 when done, 75 when stopped by a signal.
+
+    Args:
+        config: the settings.
+        given: what a program gives in place of the data that they name.
 
     Raises:
         UserError: settings, data or checkpoints that cannot work.
     """
-    return run_attempts(_with_data(config), _finetune)
+    return run_attempts(_with_data(config), partial(_finetune, given))
 
 
-def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSignals) -> int | None:
+def _finetune(given: Given, flags: FinetuneConfig, context: parallel.DistContext, stop: StopSignals) -> int | None:
     """Makes one attempt, from where --resume says to the end or a signal. Returns None after a rollback."""
     # Settings, data and encoder, the same on every rank: from here on nothing is left open.
     assert flags.data_path is not None
     with parallel.agreeing(context) as same:
-        flags, train, val, encoder, lines = _open(flags, context)
+        flags, train, val, encoder, lines = _open(flags, given, context)
         nb_classes = _classes(flags, train, val)
         val = with_known_classes(train, val)
         config, notes = resolve_as_before(flags, lambda flags: _resolve(flags, train, encoder, nb_classes, context))
@@ -144,7 +149,7 @@ def _finetune(flags: FinetuneConfig, context: parallel.DistContext, stop: StopSi
     chosen = _choose(model, config, context, precision, restored)
     backends = _backends(config, context, precision, parallelism, model, compiling, chosen)
     summary = [*_summary(config, train, val, model), *lines, *notes]
-    run = open_run(config, context, stop, steps, restored, rollbacks, same, summary=summary, backends=backends)
+    run = open_run(config, given, context, stop, steps, restored, rollbacks, same, summary=summary, backends=backends)
 
     # The loop.
     stream = _stream(run, train, randaugment, model)
@@ -229,22 +234,23 @@ def _classes(flags: FinetuneConfig, train: Source, val: Source) -> int:
 
 
 def _open(
-    flags: FinetuneConfig, context: parallel.DistContext
+    flags: FinetuneConfig, given: Given, context: parallel.DistContext
 ) -> tuple[FinetuneConfig, Source, Source, Opened, tuple[str, ...]]:
     """Opens the encoder, and the data as it reads images. Returns the settings, with what it says of that, both parts
     of the data, the encoder, and lines about the value range."""
     flags = as_begun(flags)
-    assert flags.data_path is not None
+    data = given.data or flags.data_path
+    assert data is not None
     torch.manual_seed(flags.seed)
     preset = f"mae_{flags.model}" if flags.model and flags.model.startswith("vit_") else flags.model
     if not flags.finetune:
-        train, val = train_and_val(flags.data_path, read_as(flags))
+        train, val = train_and_val(data, read_as(flags))
         return flags, train, val, *_random_encoder(flags, preset, train, context)
     known = {"input_size": flags.input_size, "mean": flags.mean, "std": flags.std, **images_given(flags)}
-    given = ReadingConfig(model=preset, **known)
-    encoder = open_checkpoint(flags.finetune, given, resize=False)
-    train, val = train_and_val(flags.data_path, encoder.model.read_as)
-    lines = measure_for(encoder, given, train)
+    reading = ReadingConfig(model=preset, **known)
+    encoder = open_checkpoint(flags.finetune, reading, resize=False)
+    train, val = train_and_val(data, encoder.model.read_as)
+    lines = measure_for(encoder, reading, train)
     if not lines and encoder.model.pixels != UINT8:
         lines = (range_line(encoder.model.pixels, "that of the encoder"),)
     flags = dataclasses.replace(flags, **images_given(flags, encoder.settings))

@@ -73,6 +73,7 @@ class StepLog:
         num_workers: the number of decoding threads per rank.
         spike_score: returns the score of a loss that is a spike, and None for any other.
         sinks: take the lines as well.
+        tell: is called with the lines of steps once their numbers are read, on the rank that writes them.
         say: shows a line to people.
         early_steps: steps of this process after which numbers are read as well, so that a run soon shows them.
     """
@@ -91,6 +92,7 @@ class StepLog:
         sinks: Sequence[Sink],
         say: Callable[[str], None],
         early_steps: Sequence[int] = EARLY_STEPS,
+        tell: Callable[[Sequence[dict[str, Any]]], None] | None = None,
     ) -> None:
         self.loading = LoadingStats()
         self._num_workers = num_workers
@@ -100,7 +102,7 @@ class StepLog:
         self._waiting = torch.zeros(3, log_freq, device=device)  # loss, gradient norm, and whether it was skipped
         self._rows: list[dict[str, Any]] = []
         self._steps_added, self._early_steps = 0, early_steps
-        self._spike_score, self._sinks, self._say = spike_score, sinks, say
+        self._spike_score, self._sinks, self._say, self._tell = spike_score, sinks, say, tell
         self._images, self._seconds_at_peak, self._since = 0, 0.0, time.perf_counter()
         self.epoch_sums = {"loss": 0.0, "lr": 0.0, "steps": 0}
         self.latest: dict[str, Any] = {}
@@ -190,6 +192,8 @@ class StepLog:
             for row in rows:
                 for sink in self._sinks:
                     sink.write(row)
+        if self._tell is not None:
+            self._tell(rows)
 
     def _read(self, count: int, mine: list[float]) -> tuple[list[list[float]], list[float]]:
         """Returns (loss, gradient norm, skipped) of ``count`` steps as means over ranks, and the maxima of ``mine``."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
 from contextlib import closing
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ from fastmae.train.average import Average, in_checkpoint, start_average, update_
 from fastmae.train.batches import BatchStream
 from fastmae.train.choosing import choose
 from fastmae.train.compiling import prepare_as_chosen
+from fastmae.train.given import NOTHING, Given
 from fastmae.train.optim import make_optimizer
 from fastmae.train.precision import Precision, choose_precision, require_float8
 from fastmae.train.recovery import data_seed, restore_attempt, roll_back, run_attempts
@@ -94,34 +97,38 @@ CORE_FLOPS = 7e10
 """Operations per second and core of a step on a CPU: 2.49 images/s of ViT-B in float32 on two cores of a Zen 4."""
 
 
-def pretrain(config: PretrainConfig) -> int:
+def pretrain(config: PretrainConfig, given: Given = NOTHING) -> int:
     """Runs or continues a pretraining and returns the exit status: 0 when done, 75 when stopped by a signal.
+
+    Args:
+        config: the settings.
+        given: what a program gives in place of the data and the model that they name.
 
     Raises:
         UserError: settings, data or checkpoints that cannot work.
     """
-    return run_attempts(config, _pretrain)
+    return run_attempts(config, partial(_pretrain, given))
 
 
-def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSignals) -> int | None:
+def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext, stop: StopSignals) -> int | None:
     """Makes one attempt, from where --resume says to the end or a signal. Returns None after a rollback."""
     # Settings and data, the same on every rank: from here on nothing is left open.
     with parallel.agreeing(context) as same:
-        flags, source, facts, pixels, start = _open(flags)
+        flags, source, facts, pixels, start = _open(flags, given)
         masks = open_masks(flags.masks, flags.mask_ratio)
         config, notes = resolve_as_before(flags, lambda flags: _resolve(flags, pixels, facts, masks, context))
-        probed = _probed(flags, config)
+        probed = _probed(flags, config, given)
         precision = _precision(config, context)
         image_decoder, why_decoder = choose_decoder(config.image_decoder, context.device, source, reading_of(config))
         steps = plan_steps(config, context.size, config.batch_size // config.repeated_masks, "images")
-        same |= identity(flags, config, {"train": source}, None if start is None else start.model)
+        same |= identity(flags, config, {"train": source}, given.model if start is None else start.model)
         if config.cache == "ram":
             budget = memory_budget(config.cache_gb, parallel.ranks_here())
             source = cached(source, reading_of(config), budget, image_decoder)
     fresh_step = config.start_epoch * steps.per_epoch
 
     # Model, loss and optimiser, the same on every rank.
-    model, lines = _model(config, start, context)
+    model, lines = _model(config, given, start, context)
     masks_of = {size: _masks(config, model, size, masks) for size in _sizes(config, model)}
     model.allow_sizes(tuple(masks_of))
     training_loss = TrainingLoss(model, config.mask_ratio, config.predict_ratio)
@@ -140,7 +147,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
     backends = describe_backends(context.device, precision, model.attention_shapes(config.mask_ratio), decoding)
     backends |= _more_backends(config, chosen, compiling, parallelism, source)
     summary = [*_summary(config, source, facts, model, masks_of), *lines, *pixels.lines, *probed.lines, *notes]
-    run = open_run(config, context, stop, steps, restored, rollbacks, same, summary=summary, backends=backends)
+    run = open_run(config, given, context, stop, steps, restored, rollbacks, same, summary=summary, backends=backends)
     if restored.step == 0:
         _probe(run, "before", model, probed)
 
@@ -187,7 +194,7 @@ def _pretrain(flags: PretrainConfig, context: parallel.DistContext, stop: StopSi
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def _open(flags: PretrainConfig) -> tuple[PretrainConfig, Source, DataFacts, Measured, Opened | None]:
+def _open(flags: PretrainConfig, given: Given) -> tuple[PretrainConfig, Source, DataFacts, Measured, Opened | None]:
     """Opens the data, and the encoder to begin with.
 
     Returns the settings, with what a run that goes on had and what the encoder decides; the data and what is known of
@@ -197,7 +204,7 @@ def _open(flags: PretrainConfig) -> tuple[PretrainConfig, Source, DataFacts, Mea
     if flags.init and not peek(flags.resume, Path(flags.output_dir)):
         flags, start = open_start(flags)
     asked = read_as(flags)
-    source = open_train(flags.data_path, asked)
+    source = open_train(given.data or flags.data_path, asked)
     facts = describe(source, take_stock(source, flags.in_chans, asked), asked)
     if start is not None:
         flags = normalised_alike(flags, start, facts)
@@ -259,14 +266,15 @@ def _more_backends(
 
 
 def _model(
-    config: ResolvedConfig, start: Opened | None, context: parallel.DistContext
+    config: ResolvedConfig, given: Given, start: Opened | None, context: parallel.DistContext
 ) -> tuple[MaskedAutoencoderViT, list[str]]:
-    """Builds the model on its device. Its first weights follow from the seed, and from the encoder to begin with.
+    """Builds the model on its device. Its first weights follow from the seed, and from the encoder to begin with; or
+    they are those of the model that was given.
 
     Returns it with an account of what of that encoder it has.
     """
     torch.manual_seed(config.seed)
-    model = build_model(ModelSpec.of(config))
+    model = _fresh(config, given)
     name, ratio = "mask_ratio", config.mask_ratio
     try:
         model.num_visible(ratio)
@@ -282,6 +290,11 @@ def _model(
     elif config.init:
         lines = [f"start           {config.init} is not read again: the run goes on with its own weights"]
     return model.to(context.device), lines
+
+
+def _fresh(config: ResolvedConfig, given: Given) -> MaskedAutoencoderViT:
+    """Returns a model of a run, or a copy of the one that was given, that nothing wraps or shards yet."""
+    return build_model(ModelSpec.of(config)) if given.model is None else copy.deepcopy(given.model).train()
 
 
 def _prepare(
@@ -445,9 +458,9 @@ def _whole_model(run: Run[ResolvedConfig], model: MaskedAutoencoderViT) -> Maske
         return None
     if not (is_sharded(model) or run.config.float8):
         return model
-    copy = build_model(ModelSpec.of(run.config)).to(model.mean.device)
-    copy.load_state_dict(weights)
-    return copy
+    whole = _fresh(run.config, run.given).to(model.mean.device)
+    whole.load_state_dict(weights)
+    return whole
 
 
 def _export(
@@ -507,7 +520,7 @@ class Probed:
     """What a run says of it when it begins."""
 
 
-def _probed(flags: PretrainConfig, config: ResolvedConfig) -> Probed:
+def _probed(flags: PretrainConfig, config: ResolvedConfig, given: Given) -> Probed:
     """Opens what accuracies are measured on.
 
     Raises:
@@ -517,7 +530,7 @@ def _probed(flags: PretrainConfig, config: ResolvedConfig) -> Probed:
         return Probed()
     is_asked = bool(flags.probe) or config.probe_freq is not None
     try:
-        train, val = scored_parts(config.data_path, read_as(config))
+        train, val = scored_parts(given.data or config.data_path, read_as(config))
     except UserError as error:
         if is_asked:
             name = "probe" if config.probe_freq is None else "probe_freq"

@@ -40,6 +40,7 @@ from fastmae.signals import EXIT_INTERRUPTED, StopSignals
 from fastmae.train import parallel
 from fastmae.train.choosing import in_manifest
 from fastmae.train.folder import ANEW, AUTO, set_aside_official
+from fastmae.train.given import Given, told
 from fastmae.train.health import LossSpikes, Watchdog
 from fastmae.train.metrics import Screen, StepLog
 from fastmae.train.precision import Precision
@@ -60,6 +61,8 @@ class Run(Generic[Resolved]):
     """A run, from the step where this process begins to its end."""
 
     config: Resolved
+    given: Given
+    """What was given in Python beside the settings."""
     folder: Path
     steps: Steps
     context: parallel.DistContext
@@ -87,6 +90,7 @@ class Run(Generic[Resolved]):
 
 def open_run(
     config: Resolved,
+    given: Given,
     context: parallel.DistContext,
     stop: StopSignals,
     steps: Steps,
@@ -101,6 +105,7 @@ def open_run(
 
     Args:
         config: the resolved settings.
+        given: what was given in Python beside them.
         context: this process among the ranks.
         stop: the signals that end a run.
         steps: the schedule.
@@ -139,11 +144,13 @@ def open_run(
         spike_score=LossSpikes().score,
         sinks=sinks,
         say=screen.say,
+        tell=told(given.on_step, steps.total, stop.stop) if context.is_main and given.on_step else None,
     )
     quarantine = "quarantine.jsonl" if context.size == 1 else f"quarantine-{context.rank}.jsonl"
     keep_every = config.keep_every and config.keep_every * steps.between_checkpoints
     run = Run(
         config=config,
+        given=given,
         folder=folder,
         steps=steps,
         context=context,

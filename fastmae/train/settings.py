@@ -273,8 +273,15 @@ def disagreement(ranks: Sequence[Mapping[str, Any]]) -> UserError | None:
         return SettingError(name, problem=f"is {shown}; start every rank with the same settings")
     if len({rank.get("start") for rank in ranks}) > 1:
         which = _by_rank([rank.get("start") or "none" for rank in ranks])
-        return SettingError("finetune", problem=f"holds other weights from rank to rank ({which}); give all the same")
+        name = _name_of_start(first)
+        return SettingError(name, problem=f"holds other weights from rank to rank ({which}); give all the same")
     return None
+
+
+def _name_of_start(identity: Mapping[str, Any]) -> str:
+    """Returns which setting gives the weights that a training begins with."""
+    names = ("finetune", "init")
+    return next((name for name in names if identity["settings"].get(name)), "model")
 
 
 def _differing(ranks: Sequence[Mapping[str, Any]], kind: str, name: str) -> tuple[str, list[Any]] | None:
@@ -324,5 +331,5 @@ def require_same_data(resume: str, manifest: Mapping[str, Any], now: Mapping[str
     if manifest and "data" not in manifest:
         logger.warning("%s does not say which data it was made with (version 0.1), so they are not compared", resume)
     if now["start"] and manifest.get("start", now["start"]) != now["start"]:
-        text = "--finetune holds other weights than %s began with; they are not used, as the run goes on with its own"
-        logger.warning(text, resume)
+        text = "--%s holds other weights than %s began with; they are not used, as the run goes on with its own"
+        logger.warning(text, _name_of_start(now), resume)

@@ -9,7 +9,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import nn
 
 from fastmae.config import AnomalyPool
 from fastmae.data.loader import Skipped, View, load_batches
@@ -68,23 +67,6 @@ def usable_batches(
             yield indices[:0], batch.images[:0], skipped
 
 
-def pooled(tokens: torch.Tensor, pool: AnomalyPool, fc_norm: nn.Module | None = None, prefix: int = 1) -> torch.Tensor:
-    """Turns tokens [N, ``prefix`` + L, D] into features; the class token is the first, registers are left out.
-
-    ``fc_norm`` is applied to the mean, as in a fine-tuned classifier.
-
-    ``mean`` takes the mean of the patch tokens [N, D], ``cls`` the class token [N, D], ``both`` the class token and the
-    mean [N, 2·D], and ``tokens`` all patch tokens one after another [N, L·D].
-    """
-    if pool == "cls":
-        return tokens[:, 0]
-    if pool == "tokens":
-        return tokens[:, prefix:].flatten(1)
-    mean = tokens[:, prefix:].mean(dim=1)
-    mean = mean if fc_norm is None else fc_norm(mean)
-    return torch.cat([tokens[:, 0], mean], dim=1) if pool == "both" else mean
-
-
 @torch.no_grad()
 def extract_features(
     model: MaskedAutoencoderViT, source: Source, *, pool: AnomalyPool, batch_size: int, num_workers: int
@@ -93,14 +75,14 @@ def extract_features(
 
     Args:
         model: the encoder; features are computed on its device, without gradients.
-        pool: as in ``pooled``.
+        pool: as in ``model.pool_tokens``.
         num_workers: threads that read and decode images.
     """
     values, count = torch.empty(0), 0
     indices: list[np.ndarray] = []
     skipped: list[Skipped] = []
     for chosen, images, bad in usable_batches(model, source, batch_size=batch_size, num_workers=num_workers):
-        features = pooled(model.forward_features(images), pool, model.fc_norm, model.prefix_tokens).float()
+        features = model.pool_tokens(model.forward_features(images), pool).float()
         if not indices:
             values = features.new_empty(len(source), features.shape[1])
         values[count : count + len(chosen)] = features

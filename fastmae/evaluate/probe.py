@@ -93,7 +93,7 @@ def probe_in_detail(
     """Fits classifiers on the features of ``train`` and scores them on those of ``test`` of the same classes.
 
     Args:
-        pool: as in ``features.pooled``.
+        pool: as in ``model.pool_tokens``.
         ks: the numbers of neighbours of k-NN.
         linear: the linear classifier: ``logistic`` regression, or the official probe with ``lars``.
         rates: learning rates of ``lars``, from which a held-out share of ``train`` chooses.

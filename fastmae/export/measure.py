@@ -12,7 +12,7 @@ import torch
 
 from fastmae.data.sources import Source, classes_of, train_and_val, with_known_classes
 from fastmae.errors import SettingError
-from fastmae.evaluate.features import pooled, usable_batches
+from fastmae.evaluate.features import usable_batches
 from fastmae.evaluate.knn import knn_predictions
 from fastmae.evaluate.linear_probe import logistic_predictions
 from fastmae.export.encoder import linear_of
@@ -55,7 +55,7 @@ def sample_difference(
     images = as_taken(model, _noise(model), raw)
     truth = model.forward_features(images)
     if head:
-        truth = linear_of(head)(pooled(truth, "mean" if model.fc_norm else "cls", model.fc_norm, model.prefix_tokens))
+        truth = linear_of(head)(model.pool_tokens(truth, "mean" if model.fc_norm else "cls"))
     return float((encode(images) - truth).abs().max()), float(truth.abs().max())
 
 
@@ -145,6 +145,6 @@ def _encoded(
             seconds[name].append((time.perf_counter() - start) / len(images))
             first = tokens if first is None else first
             differences[name] = max(differences[name], float((tokens - first).abs().max()))
-            features[name].append(pooled(tokens, "mean", model.fc_norm, model.prefix_tokens))
+            features[name].append(model.pool_tokens(tokens))
     joined = {name: torch.cat(parts) for name, parts in features.items()}
     return _Encoded(np.concatenate(classes), joined, differences, seconds)

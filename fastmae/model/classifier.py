@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmae.facts import UINT8, PixelFacts
+from fastmae.model.intermediates import TokenPool, attention_maps, forward_intermediates, pool_tokens
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import pixels_of, register_pixels, value_range_of
 from fastmae.model.vit import (
@@ -150,14 +151,28 @@ class Classifier(nn.Module):
             images: pixels [N, H, W, C] of the model's dtype, or float [N, C, H, W], normalised.
             depth_mask: [depth, 2, N] from ``stochastic_depth_mask``; None means that no branch is skipped.
         """
-        x = as_sum(self._embed(images), biased=depth_mask is None)
+        return self.head(self.pool_tokens(self.forward_features(images, depth_mask), self.pool))
+
+    def forward_features(self, images: torch.Tensor, depth_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Computes the tokens [N, 1+R+L, D] that are pooled and classified; the arguments are those of ``forward``.
+
+        They are normalised if the class token is classified; otherwise ``fc_norm`` comes after their mean.
+        """
+        x = as_sum(self._embed_all(images), biased=depth_mask is None)
         for number, block in enumerate(self.blocks):
             x = call_block(block, x, None if depth_mask is None else depth_mask[number], kind=ClassifierBlock)
-        if self.global_pool:
-            return self.head(self.fc_norm(added(x)[:, self.prefix_tokens :].mean(dim=1)))
-        return self.head(normed(x, self.norm)[:, 0])
+        return added(x) if self.global_pool else normed(x, self.norm)
 
-    def _embed(self, images: torch.Tensor) -> torch.Tensor:
+    forward_intermediates = forward_intermediates
+    attention_maps = attention_maps
+    pool_tokens = pool_tokens
+
+    @property
+    def pool(self) -> TokenPool:
+        """What is classified, in the words of ``pool_tokens``."""
+        return "mean" if self.global_pool else "cls"
+
+    def _embed_all(self, images: torch.Tensor) -> torch.Tensor:
         """Makes tokens [N, 1+R+L, D] with their positions, class token and registers first."""
         pixels, mean, std, value_range, nodata = pixels_of(self, images)
         dtype = autocast_dtype(images.device) or self.head.weight.dtype

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastmae.facts import AS_STORED, UINT8, PixelFacts, ReadAs, exact_ratio
+from fastmae.model.intermediates import attention_maps, forward_intermediates, pool_tokens
 from fastmae.model.masks import order_of
 from fastmae.model.pixels import (
     Pixels,
@@ -351,7 +352,15 @@ class MaskedAutoencoderViT(nn.Module):
 
         The class token is first, then come R registers, if there are any; from ``prefix_tokens`` on are the patches.
         """
-        return self._encode(images, self._all_ids(images))
+        return self._encoded(self._embed_all(images))
+
+    forward_intermediates = forward_intermediates
+    attention_maps = attention_maps
+    pool_tokens = pool_tokens
+
+    def _embed_all(self, images: torch.Tensor) -> torch.Tensor:
+        """Makes the input of the encoder's first block for whole images: tokens [N, 1+R+L, D]."""
+        return self._embed(images, self._all_ids(images))
 
     def _all_ids(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the numbers of all patches [N, L] of images, in order."""

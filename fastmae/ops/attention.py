@@ -90,9 +90,14 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def attention_reference(packed: torch.Tensor, queries: torch.Tensor | None = None) -> torch.Tensor:
     """Defines the op in PyTorch: two matrix products with a softmax between them."""
-    q, k, v = (x.transpose(1, 2) for x in _unpack(packed, queries))
-    scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
-    return (scores.softmax(dim=3) @ v).transpose(1, 2)
+    values = _unpack(packed, queries)[2].transpose(1, 2)
+    return (attention_weights(packed, queries) @ values).transpose(1, 2)
+
+
+def attention_weights(packed: torch.Tensor, queries: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns the softmax [N, H, T, S] by which ``attention_reference`` multiplies the values."""
+    q, k, _ = (x.transpose(1, 2) for x in _unpack(packed, queries))
+    return (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(dim=3)
 
 
 def _unpack(packed: torch.Tensor, queries: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

@@ -7,7 +7,6 @@ import torch
 
 from fastmae.checkpoint.load import load_classifier, load_model, open_checkpoint
 from fastmae.cli import main
-from fastmae.evaluate.features import pooled
 from fastmae.export.encoder import Encoder
 from fastmae.model.classifier import Classifier
 
@@ -66,7 +65,7 @@ def test_a_classifier_is_exported_and_read_again_with_the_same_logits(classifier
 def test_features_of_a_classifier_are_what_its_head_sees(classifier, images):
     model, path = classifier
     encoder = load_model(path)
-    features = pooled(encoder.forward_features(images), "mean" if model.global_pool else "cls", encoder.fc_norm)
+    features = encoder.pool_tokens(encoder.forward_features(images), model.pool)
     torch.testing.assert_close(features @ model.head.weight.T + model.head.bias, model(images))
 
 

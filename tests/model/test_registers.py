@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmae.evaluate.features import pooled
 from fastmae.model.classifier import classifier_of, tune
 from fastmae.model.cross import CrossMAE
 from fastmae.model.flops import classifier_products, flops_per_image
@@ -75,9 +74,9 @@ def test_tokens_are_the_class_token_then_registers_then_patches():
     assert torch.equal(embedded[:, 0], (model.cls_token + model.pos_embed[:, :1]).expand(N, -1, -1)[:, 0])
     assert torch.equal(embedded[:, 1 : 1 + REGISTERS], model.reg_token.expand(N, -1, -1))
     patches = tokens[:, model.prefix_tokens :]
-    assert torch.equal(pooled(tokens, "mean", None, model.prefix_tokens), patches.mean(dim=1))
-    assert torch.equal(pooled(tokens, "tokens", None, model.prefix_tokens), patches.flatten(1))
-    assert torch.equal(pooled(tokens, "cls", None, model.prefix_tokens), tokens[:, 0])
+    assert torch.equal(model.pool_tokens(tokens), patches.mean(dim=1))
+    assert torch.equal(model.pool_tokens(tokens, "tokens"), patches.flatten(1))
+    assert torch.equal(model.pool_tokens(tokens, "cls"), tokens[:, 0])
     assert model.forward_encoder(images, ids_shuffle=ids)[0].shape == (N, 1 + 7, 48)
 
 

@@ -7,14 +7,11 @@ name and its shape. How chunks are stored is known to formats/hdf5.py and format
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -158,46 +155,6 @@ def read_chunks(
         return out
 
     return read
-
-
-def inflate(data: bytes, size: int, wbits: int = zlib.MAX_WBITS) -> bytes:
-    """Unpacks DEFLATE to ``size`` bytes, and no more of a file that says another size.
-
-    Args:
-        data: compressed.
-        size: of what it holds, in bytes.
-        wbits: of ``zlib``: `MAX_WBITS` for zlib's header, 16 more for that of gzip.
-
-    Raises:
-        ValueError: it holds more or fewer, or is damaged.
-    """
-    fast = _fast_inflate(wbits)
-    if fast is not None:
-        with contextlib.suppress(Exception):  # what it does not take is judged by zlib
-            unpacked = fast(data, out=size)
-            if len(unpacked) == size:
-                return bytes(unpacked)
-    try:
-        unpacker = zlib.decompressobj(wbits)
-        unpacked = unpacker.decompress(data, size + 1)
-    except zlib.error as error:
-        raise ValueError(str(error)) from error
-    if len(unpacked) != size or not unpacker.eof:
-        raise ValueError(f"unpacks to {'more' if len(unpacked) > size else 'other'} than its {size} bytes")
-    return unpacked
-
-
-@functools.cache
-def _fast_inflate(wbits: int) -> Callable[..., bytes] | None:
-    """Returns libdeflate's decoder, which takes less than half of zlib's time, if imagecodecs is installed."""
-    try:
-        import imagecodecs
-    except ImportError:
-        return None
-    decoder = imagecodecs.GZIP if wbits > zlib.MAX_WBITS else imagecodecs.DEFLATE
-    if not decoder.available:
-        return None
-    return cast(Callable[..., bytes], imagecodecs.gzip_decode if wbits > zlib.MAX_WBITS else imagecodecs.deflate_decode)
 
 
 # --- which array holds the images -------------------------------------------------------------------------------------

@@ -5,15 +5,17 @@ import shutil
 import struct
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from fastmae.data import chunks
-from fastmae.data.chunks import ChunkedImages, choose_keys, inflate
+from fastmae.data import chunks, codecs
+from fastmae.data.chunks import ChunkedImages, choose_keys
+from fastmae.data.codecs import inflate, unshuffle, zstd_size
 from fastmae.data.fingerprint import difference, fingerprint
 from fastmae.data.formats import hdf5
-from fastmae.data.formats.zarr import _zstd_size
+from fastmae.data.openfile import OpenFile
 from fastmae.data.plan import plan_epoch
 from fastmae.data.sources import describe, open_train, open_val
 from fastmae.errors import UserError
@@ -138,8 +140,8 @@ def test_a_chunk_is_unpacked_once_while_the_order_stays_with_it(tmp_path, monkey
     monkeypatch.setattr(chunks, "HELD_BYTES", 4 * 20 * 128)  # four chunks of twenty images
     path = write_h5(tmp_path / "x.h5", images, chunks=(20, 8, 8), compression="gzip")
     unpacked = []
-    unpack = hdf5._unpack
-    monkeypatch.setattr(hdf5, "_unpack", lambda data, *rest: (unpacked.append(1), unpack(data, *rest))[1])
+    unpack = hdf5.unpack
+    monkeypatch.setattr(hdf5, "unpack", lambda data, *rest: (unpacked.append(1), unpack(data, *rest))[1])
     source = open_train(path)
     assert isinstance(source.images, ChunkedImages)
     assert (len(source.shards.starts), source.shards.window) == (21, 80)
@@ -349,14 +351,92 @@ def test_hostile_zarr_stores_are_refused_in_one_line(tmp_path):
 
 def test_claims_of_compressed_data_are_read_before_they_are_unpacked():
     for size in (1, 255, 256, 300, 70_000):
-        assert _zstd_size(bytes(numcodecs.Zstd().encode(bytes(size)))) == size
+        assert zstd_size(bytes(numcodecs.Zstd().encode(bytes(size)))) == size
     with pytest.raises(ValueError, match="does not begin"):
-        _zstd_size(struct.pack("<IB", 1, 0))
-    packed = zlib.compress(bytes(1000))
-    assert inflate(packed, 1000) == bytes(1000)
+        zstd_size(struct.pack("<IB", 1, 0))
+    packed, out = zlib.compress(bytes(1000)), np.ones(1001, np.uint8)
+    inflate(packed, out[:1000])
+    assert not out[:1000].any()
+    assert out[1000] == 1
     for size in (999, 1001):
         with pytest.raises(ValueError, match="than its"):
-            inflate(packed, size)
+            inflate(packed, out[:size])
+
+
+@pytest.mark.parametrize("with_imagecodecs", [True, False])
+def test_what_deflate_refuses_is_refused_with_and_without_libdeflate(monkeypatch, with_imagecodecs):
+    if not with_imagecodecs:
+        monkeypatch.setattr(codecs, "_fast_inflate", lambda wbits: None)
+    data = RNG.integers(0, 9, 5000).astype(np.uint8)
+    for wbits in (zlib.MAX_WBITS, zlib.MAX_WBITS + 16):
+        packer = zlib.compressobj(wbits=wbits)
+        packed = packer.compress(data) + packer.flush()
+        out = np.empty(5000, np.uint8)
+        inflate(np.frombuffer(packed, np.uint8), out, wbits)
+        assert np.array_equal(out, data)
+        for damaged in (packed[:-9], packed[:40] + b"\xff" * 40 + packed[80:], b"", b"no deflate"):
+            with pytest.raises(ValueError, match=r"."):
+                inflate(damaged, out, wbits)
+
+
+@pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16])
+def test_shuffled_bytes_are_put_back_as_numcodecs_does(itemsize):
+    for count in (1, 7, 70_001):
+        data = RNG.integers(0, 256, count * itemsize, dtype=np.uint8)
+        shuffled = np.frombuffer(numcodecs.Shuffle(itemsize).encode(data), np.uint8) if itemsize > 1 else data
+        out = np.full(len(data) + 4, 77, np.uint8)  # with a checksum, which is left where it is
+        unshuffle(np.append(shuffled, np.uint8([1, 2, 3, 4])), out, itemsize if itemsize > 4 else 1)
+        assert out[-4:].tolist() == [1, 2, 3, 4]
+        unshuffle(shuffled, out[:-4], itemsize)
+        assert np.array_equal(out[:-4], data)
+    with pytest.raises(ValueError, match="bytes instead of"):
+        unshuffle(data, out, itemsize)
+
+
+def test_numbers_of_every_width_and_order_of_filters_are_what_h5py_reads(tmp_path):
+    path = tmp_path / "x.h5"
+    types = [f"{order}{kind}{size}" for order in "<>" for kind, sizes in (("u", (2, 4, 8)), ("f", (2, 4, 8)))
+             for size in sizes]  # fmt: skip
+    with h5py.File(path, "w") as file:
+        for name in types:
+            images = RNG.integers(0, 60000, (9, 5, 6)).astype(name)
+            for before in (False, True):
+                plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+                plist.set_chunk((4, 5, 3))
+                if before:  # the checksum is shuffled and packed as well
+                    plist.set_fletcher32()
+                plist.set_shuffle()
+                plist.set_deflate(6)
+                if not before:
+                    plist.set_fletcher32()
+                space = h5py.h5s.create_simple(images.shape)
+                kind = h5py.h5t.py_create(np.dtype(name))
+                key = f"{name}{before}".replace("<", "little ").replace(">", "big ").encode()
+                h5py.h5d.create(file.id, key, kind, space, plist).write(h5py.h5s.ALL, h5py.h5s.ALL, images)
+    with h5py.File(path) as file:
+        for key in file:
+            stored = hdf5._stored(h5py, file, key, OpenFile(path))
+            read = stored.read(0, 9)
+            assert read.dtype == file[key].dtype
+            assert read.tobytes() == file[key][()].tobytes(), key
+            assert stored.read(2, 7).tobytes() == file[key][2:7].tobytes()
+
+
+def test_threads_do_not_share_the_memory_that_they_unpack_into(tmp_path):
+    """Chunks of different sizes in turns, by several threads: the memory of each is its own, and grows."""
+    paths = []
+    for number, side in enumerate((4, 40, 9)):
+        images = RNG.integers(0, 65536, (64, side, side), dtype=np.uint16)
+        options = {"compression": "gzip", "shuffle": True, "fletcher32": number == 1}
+        paths.append((images, write_h5(tmp_path / f"{number}.h5", images, chunks=(2, side, side), **options)))
+    sources = [(images, open_train(path)) for images, path in paths]
+
+    def read(number):
+        images, source = sources[number % 3]
+        return np.array_equal(source.read(number // 3)[..., 0], images[number // 3])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(192)))
 
 
 def test_a_missing_library_is_one_line_with_the_command(tmp_path, monkeypatch):

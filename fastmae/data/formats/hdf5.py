@@ -9,6 +9,7 @@ for each of them. Nothing outside of the file is read: no external links or file
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -20,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from fastmae.data.arrays import ArraySource, Split, changed, refuse_beyond_memory
-from fastmae.data.chunks import Stored, choose_keys, chunked_source, inflate, read_chunks
+from fastmae.data.chunks import Stored, choose_keys, chunked_source, read_chunks
+from fastmae.data.codecs import CHECKSUM_BYTES, Codec, fletcher32, inflate, own_memory, unpack, unshuffle
 from fastmae.data.openfile import OpenFile
 from fastmae.data.parquet import MAX_ROWS_A_BYTE
 from fastmae.errors import UserError, install_hint
@@ -198,8 +200,8 @@ def _stored(h5py: Any, opened: Any, key: str, file: OpenFile) -> Stored:
     contents[f"{key}, chunks"] = index.digest()
     missing = math.prod(index.grid) - len(index.places)
     notes = (f"{where}: {missing:,} chunks were never written and hold {dataset.fillvalue}",) if missing else ()
-    codes = [code for code, _, _ in filters]
-    if not {*codes} <= {DEFLATE, SHUFFLE, FLETCHER32}:
+    codecs = _codecs([code for code, _, _ in filters], dtype.itemsize)
+    if codecs is None:
         return Stored(dtype, shape, chunks[0], by_h5py, contents, notes=notes)
 
     def chunk(place: tuple[int, ...]) -> np.ndarray | None:
@@ -207,40 +209,31 @@ def _stored(h5py: Any, opened: Any, key: str, file: OpenFile) -> Stored:
         if found is None:
             return None
         offset, stored_size, skipped = found
-        data = file.read(stored_size, offset)
-        if len(data) != stored_size or not file.is_unchanged():
+        applied = [codec for number, codec in enumerate(codecs) if not skipped >> number & 1]
+        pixels = np.empty(chunks, dtype)
+        out = pixels.reshape(-1).view(np.uint8)
+        data = own_memory("stored", stored_size) if applied else out
+        if not file.read_into(data, offset) or not file.is_unchanged():
             raise changed(file.path)
         try:
-            applied = [code for number, code in enumerate(codes) if not skipped >> number & 1]
-            return np.frombuffer(_unpack(data, applied, chunks, dtype), dtype).reshape(chunks)
+            if applied:
+                unpack(data, applied, out)
         except (ValueError, RuntimeError) as error:
             raise OSError(f"{where}: the chunk {list(place)} is damaged ({error})") from error
+        return pixels
 
     read = read_chunks(chunk, shape, chunks, dtype, dataset.fillvalue)
     return Stored(dtype, shape, chunks[0], read, contents, notes=notes)
 
 
-def _unpack(data: Any, filters: list[int], chunks: tuple[int, ...], dtype: np.dtype) -> Any:
-    """Undoes the filters of a chunk, the last one first. Returns bytes, or an array of them.
-
-    Raises:
-        ValueError, RuntimeError: it is damaged, or does not hold as many bytes as a chunk has.
-    """
-    import numcodecs  # comes with zarr
-    from numcodecs.fletcher32 import Fletcher32
-
-    size = math.prod(chunks) * dtype.itemsize
-    for code in reversed(filters):
-        if code == FLETCHER32:
-            data = Fletcher32().decode(data)
-        elif code == DEFLATE:
-            # A checksum that was added before lies behind the numbers.
-            data = inflate(data, size + 4 * (FLETCHER32 in filters[: filters.index(DEFLATE)]))
-        else:
-            data = numcodecs.Shuffle(dtype.itemsize).decode(data)
-    if len(data) != size:
-        raise ValueError(f"{len(data)} bytes instead of {size}")
-    return data
+def _codecs(filters: list[int], itemsize: int) -> list[Codec] | None:
+    """Returns how the filters of chunks are undone; None if h5py has to."""
+    codecs = {
+        DEFLATE: Codec(inflate),
+        SHUFFLE: Codec(functools.partial(unshuffle, itemsize=itemsize)),
+        FLETCHER32: Codec(fletcher32, adds=CHECKSUM_BYTES),
+    }
+    return [codecs[code] for code in filters] if {*filters} <= {*codecs} and filters.count(DEFLATE) < 2 else None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ they must hold, by any thread. Shards and codecs beyond those of ``CODECS`` are 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -21,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from fastmae.data.arrays import ArraySource, Split
-from fastmae.data.chunks import Stored, choose_keys, chunked_source, inflate, read_chunks
+from fastmae.data.arrays import ArraySource, Split, changed
+from fastmae.data.chunks import Stored, choose_keys, chunked_source, read_chunks
+from fastmae.data.codecs import CHECKSUM_BYTES, Codec, crc32c, decoder_of, inflate, own_memory, unpack
 from fastmae.data.openfile import OpenFile
 from fastmae.errors import UserError, install_hint
 from fastmae.facts import LayoutName
@@ -37,7 +39,6 @@ SIZES = 4096
 MAX_ARRAYS = 10_000
 MAX_GRID = 1 << 50
 MAX_STORED = 2 << 30
-ZSTD_START = b"\x28\xb5\x2f\xfd"
 STAT_THREADS = 16
 
 
@@ -130,8 +131,8 @@ def _stored(array: Any, folder: Path, key: str) -> Stored:
         except Exception as error:  # zarr raises all kinds of errors for damage
             raise OSError(f"{where}[{start}]: {' '.join(str(error).split())}") from error
 
-    unpack = _unpacker(array, dtype)
-    if unpack is None:
+    unpacked = _unpacker(array, dtype)
+    if unpacked is None:
         return Stored(dtype, shape, outer[0], by_zarr, contents, notes=notes)
 
     def chunk(place: tuple[int, ...]) -> np.ndarray | None:
@@ -144,8 +145,11 @@ def _stored(array: Any, folder: Path, key: str) -> Stored:
             return None
         if file.size > MAX_STORED:
             raise OSError(f"{name} has {file.size:,} bytes")
+        data = own_memory("stored", file.size)
+        if not file.read_into(data, 0):
+            raise changed(name)
         try:
-            return unpack(file.read(file.size, 0))
+            return unpacked(data)
         except (ValueError, RuntimeError, struct.error) as error:
             raise OSError(f"{name} is damaged ({' '.join(str(error).split())})") from error
 
@@ -188,7 +192,7 @@ def _size(name: str) -> int:
 # --- codecs -----------------------------------------------------------------------------------------------------------
 
 
-def _unpacker(array: Any, dtype: np.dtype) -> Callable[[bytes], np.ndarray] | None:
+def _unpacker(array: Any, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray] | None:
     """Returns what makes a chunk of the bytes of its file; None if zarr has to."""
     chunks = tuple(array.chunks)
     size = math.prod(chunks) * dtype.itemsize
@@ -197,70 +201,30 @@ def _unpacker(array: Any, dtype: np.dtype) -> Callable[[bytes], np.ndarray] | No
         compressor = metadata.compressor
         if metadata.filters or (compressor is not None and compressor.codec_id not in CODECS):
             return None
-        codecs = [] if compressor is None else [(compressor.codec_id, compressor)]
+        codecs = [] if compressor is None else [_codec(compressor.codec_id, compressor)]
         order, stored = metadata.order, dtype
     else:
         described = [codec.to_dict() for codec in metadata.codecs]
         names = [codec["name"] for codec in described]
-        if names[:1] != ["bytes"] or not {*names[1:]} <= {*CODECS, "crc32c"}:
+        packing = [name for name in names[1:] if name != "crc32c"]
+        if names[:1] != ["bytes"] or not {*packing} <= {*CODECS} or len(packing) > 1:
             return None
         endian = described[0].get("configuration", {}).get("endian", "little")
         order, stored = "C", dtype.newbyteorder(">" if endian == "big" else "<")
-        codecs = [(name, None) for name in names[1:]]
+        codecs = [_codec(name) for name in names[1:]]
 
-    def unpack(data: bytes) -> np.ndarray:
-        for number, (name, codec) in reversed([*enumerate(codecs)]):
-            # A checksum that was added before lies behind the numbers.
-            rest = size + 4 * sum(before == "crc32c" for before, _ in codecs[:number])
-            data = _decode(name, codec, data, rest)
-        if len(data) != size:
-            raise ValueError(f"{len(data)} bytes instead of {size}")
-        pixels = np.frombuffer(data, stored).reshape(chunks, order=order)
+    def unpacked(data: np.ndarray) -> np.ndarray:
+        out = np.empty(size, np.uint8)
+        unpack(data, codecs, out)
+        pixels = out.view(stored).reshape(chunks, order=order)
         return pixels if stored == dtype else pixels.astype(dtype)
 
-    return unpack
+    return unpacked
 
 
-def _decode(name: str, codec: Any, data: bytes, size: int) -> bytes:
-    """Undoes a codec; what it holds must have ``size`` bytes, which is known before anything is allocated for it.
-
-    Raises:
-        ValueError, RuntimeError: it is damaged, or holds another size.
-    """
-    import numcodecs
-    from numcodecs.checksum32 import CRC32C
-
-    if name in ("zlib", "gzip"):
-        return inflate(data, size, zlib.MAX_WBITS + 16 * (name == "gzip"))
+def _codec(name: str, codec: Any = None) -> Codec:
     if name == "crc32c":
-        return bytes(CRC32C().decode(data))
-    claimed = {"blosc": _blosc_size, "zstd": _zstd_size, "lz4": _lz4_size}[name](data)
-    if claimed != size:
-        raise ValueError(f"says {claimed:,} bytes instead of {size:,}")
-    decoder = {"blosc": numcodecs.Blosc, "zstd": numcodecs.Zstd, "lz4": numcodecs.LZ4}[name]()
-    return bytes(decoder.decode(data)) if codec is None else bytes(codec.decode(data))
-
-
-def _blosc_size(data: bytes) -> int:
-    size, packed = struct.unpack_from("<I4xI", data, 4)
-    if packed != len(data):
-        raise ValueError(f"{len(data):,} bytes instead of {packed:,}")
-    return int(size)
-
-
-def _lz4_size(data: bytes) -> int:
-    return int(struct.unpack_from("<I", data)[0])
-
-
-def _zstd_size(data: bytes) -> int:
-    """Returns the size that the header of a Zstandard frame names (RFC 8878, section 3.1.1.1)."""
-    if data[:4] != ZSTD_START:
-        raise ValueError("does not begin as Zstandard does")
-    descriptor = data[4]
-    is_single = descriptor >> 5 & 1
-    width = (is_single, 2, 4, 8)[descriptor >> 6]
-    if not width:
-        raise ValueError("Zstandard without the size of what it holds; write it with another codec")
-    start = 5 + (not is_single) + (0, 1, 2, 4)[descriptor & 3]
-    size = int.from_bytes(data[start : start + width], "little")
-    return size + 256 if width == 2 else size
+        return Codec(crc32c, adds=CHECKSUM_BYTES)
+    if name in ("zlib", "gzip"):
+        return Codec(functools.partial(inflate, wbits=zlib.MAX_WBITS + 16 * (name == "gzip")))
+    return Codec(decoder_of(name, codec))

@@ -107,6 +107,13 @@ void resize(const py::array& image, bool mirrored, std::optional<double> nodata,
   fastmae::resize(in, mirrored, nodata ? &value : nullptr, out);
 }
 
+void unshuffle(const py::array& data, const py::array& out) {
+  const Array in = view("data", data), into = view("out", out);
+  fastmae::check_unshuffle(in, into);
+  const py::gil_scoped_release release;
+  fastmae::unshuffle(in, into);
+}
+
 void assemble_tokens(const py::array& visible, const py::array& mask_token, const py::array& pos_embed,
                      const py::array& ids_shuffle, std::int64_t threads, const py::array& tokens) {
   const Array in = view("visible", visible), mask = view("mask_token", mask_token);
@@ -262,6 +269,8 @@ PYBIND11_MODULE(_C, m) {
         "images [N, H, W, C], ids [N, K], mean and std [C], value_range [2, C] or None -> patches [N, K, P]");
   m.def("resize", &resize, arg("image"), arg("mirrored"), arg("nodata"), arg("resized"),
         "image [H, W, C] -> resized [H, W, C], antialiased bicubic");
+  m.def("unshuffle", &unshuffle, arg("data"), arg("out"),
+        "data uint8 [B, n], by the place of bytes in a number -> out uint8 [n, B]");
   m.def("assemble_tokens", &assemble_tokens, arg("visible"), arg("mask_token"), arg("pos_embed"),
         arg("ids_shuffle"), arg("threads"), arg("tokens"),
         "visible [N, K+1, D], mask_token [D], pos_embed [L+1, D], ids_shuffle [N, L] -> tokens [N, L+1, D]");

@@ -314,6 +314,17 @@ void check_resize(const Array& image, const Array& resized) {
   check_output(resized, {&image});
 }
 
+void check_unshuffle(const Array& data, const Array& out) {
+  check_dtype(data, {DType::kUint8});
+  check_dtype(out, {DType::kUint8});
+  check_axes(data, 2, "[B, n]");
+  const std::int64_t B = data.shape[0], n = data.shape[1];
+  check_shape(out, {n, B}, "[n, B]");
+  if ((n > 1 && data.strides[1] != 1) || (B > 1 && n > 0 && data.strides[0] != n))
+    refuse("data must have no gaps, got strides of " + text_of(data.strides.data(), 2) + " bytes");
+  check_output(out, {&data});
+}
+
 Ids check_assemble_tokens(const Array& visible, const Array& mask_token, const Array& pos_embed,
                           const Array& ids_shuffle, const Array& tokens) {
   check_floating(visible);

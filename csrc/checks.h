@@ -32,6 +32,7 @@ void check_random_masking(const Array& draw_ids, const Array& ids_shuffle);
 Checked check_gather_patches(const Array& images, const Array& ids, Pair patch_size, const PixelScale& by,
                              const Array& patches);
 void check_resize(const Array& image, const Array& resized);
+void check_unshuffle(const Array& data, const Array& out);
 Ids check_assemble_tokens(const Array& visible, const Array& mask_token, const Array& pos_embed,
                           const Array& ids_shuffle, const Array& tokens);
 void check_assemble_tokens_backward(const Array& grad, const Array& grad_visible, const Array& grad_mask_token);

@@ -18,6 +18,9 @@ void gather_patches(const Array& images, const Ids& ids, const Grid& grid, const
 // of the value *nodata become NaN, as does all that their filters touch, if nodata is not null.
 void resize(const Array& image, bool mirrored, const float* nodata, const Array& resized);
 
+// data uint8 [B, n], the first bytes of n numbers, then their second ones … → out uint8 [n, B].
+void unshuffle(const Array& data, const Array& out);
+
 // visible [N, K+1, D], mask_token [D], pos_embed [L+1, D] → tokens [N, L+1, D].
 void assemble_tokens(const Array& visible, const Array& mask_token, const Array& pos_embed, const Ids& ids_shuffle,
                      int threads, const Array& tokens);

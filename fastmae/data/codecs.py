@@ -10,20 +10,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import struct
-import sys
 import threading
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+
+from fastmae.ops import cpu
 
 ZSTD_START = b"\x28\xb5\x2f\xfd"
 CHECKSUM_BYTES = 4
 # A thread keeps no more of its own; larger chunks get fresh memory.
 MAX_OWN_BYTES = 64 << 20
-_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def unpack(data: np.ndarray, codecs: Sequence[Codec], out: np.ndarray) -> None:
 
     Args:
         data: uint8, as stored; may be memory of ``own_memory("stored", …)``.
-        codecs: in the order in which they were applied, at most one of which packs (else nobody knows the size between).
+        codecs: in the order in which they were applied, of which at most one packs: nobody knows the size between two.
         out: uint8, with as many bytes as the numbers have.
 
     Raises:
@@ -124,10 +124,8 @@ def _fast_inflate(wbits: int) -> Callable[..., np.ndarray] | None:
     decoder = imagecodecs.GZIP if wbits > zlib.MAX_WBITS else imagecodecs.DEFLATE
     if not decoder.available:
         return None
-    decode: Callable[..., np.ndarray] = (
-        imagecodecs.gzip_decode if wbits > zlib.MAX_WBITS else imagecodecs.deflate_decode
-    )
-    return decode
+    decode: Any = imagecodecs.gzip_decode if wbits > zlib.MAX_WBITS else imagecodecs.deflate_decode
+    return cast(Callable[..., np.ndarray], decode)
 
 
 # --- HDF5's own -------------------------------------------------------------------------------------------------------
@@ -144,28 +142,8 @@ def unshuffle(data: np.ndarray, out: np.ndarray, itemsize: int) -> None:
     if len(data) != len(out):
         raise ValueError(f"{len(data):,} bytes instead of {len(out):,}")
     whole = len(data) // itemsize * itemsize
-    planes = [*data[:whole].reshape(itemsize, -1)]
-    while len(planes) % 2 == 0 and planes[0].dtype.itemsize < 8:  # two of n bytes to one of 2n
-        wide = planes[0].dtype.itemsize * 2
-        is_last = len(planes) == 2
-        joined = out[:whole] if is_last else own_memory(f"planes of {wide}", whole)
-        into = joined.view(f"u{wide}").reshape(len(planes) // 2, -1)
-        for number, plane in enumerate(into):
-            _interleave(planes[2 * number], planes[2 * number + 1], plane)
-        planes = [*into]
-    if len(planes) > 1 or itemsize == 1:  # as of long double
-        out[:whole].reshape(-1, itemsize).T[:] = data[:whole].reshape(itemsize, -1)
+    cpu.unshuffle(data[:whole].reshape(itemsize, -1), out[:whole].reshape(-1, itemsize))
     out[whole:] = data[whole:]
-
-
-def _interleave(first: np.ndarray, second: np.ndarray, out: np.ndarray) -> None:
-    """Fills numbers, each of which has the bytes of one of ``first`` and then of one of ``second``."""
-    low, high = (first, second) if sys.byteorder == "little" else (second, first)
-    bits = 8 * low.dtype.itemsize
-    for start in range(0, len(out), _BLOCK):  # what is written is still near when it is read again
-        part = slice(start, start + _BLOCK)
-        np.left_shift(high[part], bits, out=out[part], dtype=out.dtype)
-        np.bitwise_or(out[part], low[part], out=out[part])
 
 
 def fletcher32(data: np.ndarray, out: np.ndarray) -> None:

@@ -63,6 +63,11 @@ def resize(
     return resized
 
 
+def unshuffle(data: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8]) -> None:
+    """Transposes bytes: fills out uint8 [n, B] with data uint8 [B, n], both without gaps, on one thread."""
+    _C.unshuffle(data, out)
+
+
 def assemble_tokens(
     visible: torch.Tensor,
     mask_token: torch.Tensor,

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from fastmae import _C
 from fastmae.data import chunks, codecs
 from fastmae.data.chunks import ChunkedImages, choose_keys
 from fastmae.data.codecs import inflate, unshuffle, zstd_size
@@ -381,7 +382,7 @@ def test_what_deflate_refuses_is_refused_with_and_without_libdeflate(monkeypatch
 
 @pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16])
 def test_shuffled_bytes_are_put_back_as_numcodecs_does(itemsize):
-    for count in (1, 7, 70_001):
+    for count in (0, 1, 7, 70_001):
         data = RNG.integers(0, 256, count * itemsize, dtype=np.uint8)
         shuffled = np.frombuffer(numcodecs.Shuffle(itemsize).encode(data), np.uint8) if itemsize > 1 else data
         out = np.full(len(data) + 4, 77, np.uint8)  # with a checksum, which is left where it is
@@ -391,6 +392,21 @@ def test_shuffled_bytes_are_put_back_as_numcodecs_does(itemsize):
         assert np.array_equal(out[:-4], data)
     with pytest.raises(ValueError, match="bytes instead of"):
         unshuffle(data, out, itemsize)
+
+
+@pytest.mark.parametrize(
+    ("data", "out", "reason"),
+    [
+        (np.zeros((2, 5), np.int32), np.zeros((5, 2), np.uint8), "data must be uint8"),
+        (np.zeros((2, 5), np.uint8), np.zeros((2, 5), np.uint8), r"out must have shape \[n, B\]"),
+        (np.zeros(10, np.uint8), np.zeros((5, 2), np.uint8), "data must have shape"),
+        (np.zeros((2, 8), np.uint8)[:, :5], np.zeros((5, 2), np.uint8), "no gaps"),
+        (np.zeros((2, 5), np.uint8), np.zeros((5, 4), np.uint8)[:, ::2], "out must be contiguous"),
+    ],
+)
+def test_the_extension_refuses_what_it_cannot_put_back(data, out, reason):
+    with pytest.raises(ValueError, match=reason):
+        _C.unshuffle(data, out)
 
 
 def test_numbers_of_every_width_and_order_of_filters_are_what_h5py_reads(tmp_path):

@@ -92,6 +92,7 @@ def test_nothing_is_left_open():
     assert left == {
         "start_size", "patch_size", "decoder_depth", "predict_ratio", "clip_grad", "ema", "device", "shard_size",
         "cache_gb", "checkpoint_freq", "keep_every", "log_dir", "wandb", "profile", "probe_freq", "tune", "root",
+            "held_out",
     } | {*IMAGE_SETTINGS} - {"pixel_type"}  # fmt: skip
 
 

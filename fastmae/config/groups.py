@@ -11,7 +11,7 @@ GROUPS = {
         "data_path", "root", "image_key", "layout", "axis", "constant_slices", "bands", "pages", "window",
         "spectrogram", "in_chans",
         "pixel_type", "value_range", "nodata", "mean", "std", "crop_scale", "flip", "aa", "reprob", "mixup", "cutmix",
-        "mixup_switch_prob", "repeated_masks",
+        "mixup_switch_prob", "repeated_masks", "held_out",
     ),
     "model and masks": (
         "finetune", "model", "init", "input_size", "patch_size", "start_size", "grow_epochs", "mask_ratio", "masking",

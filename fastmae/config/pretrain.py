@@ -51,6 +51,11 @@ class PretrainConfig(TrainingConfig, MaskingConfig):
     """What decodes plain JPEG files: threads of this process, or NVIDIA DALI (the extra `dali`) on the CPU or on the
     GPU (dali-gpu is experimental: it has not run on a GPU yet). Other images are always decoded by threads. auto is
     threads."""
+    held_out: float | None = None
+    """Share of the images that is never trained on, drawn by the seed. After every epoch the loss on them, with fixed
+    masks and central crops, is logged as held_out_loss, and two numbers that tell how far their features spread
+    (rankme, feature_std). Of more than 2,048 images, 2,048 evenly spaced ones are measured. Default: none, as in the
+    official script."""
     cache: Literal["none", "ram"] = "none"
     """ram keeps images in memory after they were first read; they are kept decoded if all of them fit. The results are
     the same."""
@@ -180,13 +185,13 @@ FIXED_IN_A_RUN = (
     "model", "input_size", "in_chans", "norm_pix_loss", "mask_ratio", "mean", "std", "crop_scale", "flip",
     "seed", "global_batch", "dataset_length", "order", "keep_last", "repeated_masks",
     "ema", "masking", "given_masks", "start_size", "grow_epochs", "decoder_attention", "decoder_depth", "predict_ratio",
-    "patch_size", *IMAGE_SETTINGS,
+    "patch_size", "held_out", *IMAGE_SETTINGS,
 )  # fmt: skip
 # What those were in a checkpoint from before they could be chosen.
 UNLESS_SAVED = {
     "order": FULL_SHUFFLE, "keep_last": False, "repeated_masks": 1, "ema": None, "masking": "random", "given_masks": "",
     "start_size": None, "grow_epochs": 0, "decoder_attention": "self", "decoder_depth": None, "predict_ratio": None,
-    "patch_size": None, **dict.fromkeys(IMAGE_SETTINGS), "pixel_type": "uint8",
+    "patch_size": None, "held_out": None, **dict.fromkeys(IMAGE_SETTINGS), "pixel_type": "uint8",
 }  # fmt: skip
 
 
@@ -274,6 +279,7 @@ def check_pretrain(config: PretrainConfig) -> None:
     need_at_least_one(config, "repeated_masks", "in_chans", "grow_epochs", "decoder_depth", "probe_freq")
     divides = config.batch_size % config.repeated_masks == 0
     needed(divides, "repeated_masks", f"a divisor of --batch_size={config.batch_size}")
+    needed(config.held_out is None or 0 < config.held_out < 1, "held_out", "a share above 0 and below 1")
     needed(config.cache_gb is None or config.cache == "ram", "cache_gb", "given together with --cache=ram")
     needed(config.cache_gb is None or config.cache_gb > 0, "cache_gb", "a positive number of GiB")
     if config.predict_ratio is not None:

@@ -14,7 +14,15 @@ from typing import TypeGuard
 import numpy as np
 
 from fastmae.facts import FULL_SHUFFLE
-from fastmae.philox import STREAM_CROP, STREAM_ORDER, STREAM_SPLIT, permutation_numpy, uniforms_numpy, words_numpy
+from fastmae.philox import (
+    STREAM_CROP,
+    STREAM_HELD_OUT,
+    STREAM_ORDER,
+    STREAM_SPLIT,
+    permutation_numpy,
+    uniforms_numpy,
+    words_numpy,
+)
 
 CROP_ATTEMPTS = 10
 RATIO = (3 / 4, 4 / 3)
@@ -154,6 +162,19 @@ def holdout(length: int, share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
     order = permutation_numpy(0, STREAM_SPLIT, 0, length)
     count = max(1, round(length * share))
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def held_out_of_training(length: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws the samples that --held_out keeps from training: sorted indices of those to train on, and of the others."""
+    order = permutation_numpy(seed, STREAM_HELD_OUT, 0, length)
+    count = max(1, round(length * share))
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def shards_of(indices: np.ndarray, shards: Shards) -> Shards:
+    """Returns the shards of some samples, sorted int64 [n], with as many of them open at a time as of all samples."""
+    window = max(1, shards.window * len(indices) // int(shards.starts[-1]))
+    return Shards(np.searchsorted(indices, shards.starts).astype(np.int64), window)
 
 
 def mask_draws(draw_ids: np.ndarray, length: int, repeated_masks: int) -> np.ndarray:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +26,7 @@ from fastmae.data.headers import as_read, read_header
 from fastmae.data.images import FolderSource, begins_as_an_image
 from fastmae.data.lists import LIST_SUFFIXES, open_list
 from fastmae.data.pages import PagedSource, by_page
-from fastmae.data.plan import Shards, describe_order, holdout
+from fastmae.data.plan import Shards, describe_order, held_out_of_training, holdout, shards_of
 from fastmae.data.remote import file_name, is_remote
 from fastmae.data.shards import expand_braces, open_shards, refuse_compressed
 from fastmae.data.stock import EXAMPLES, RUN_LINES, LeftOut, Stock, count_of, joined
@@ -86,7 +86,8 @@ class Subset:
     """int64 [length]: which samples."""
     taken: Stock | None = None
     """Their stock, if it is not that of the source."""
-    shards = None
+    shards: Shards | None = None
+    """Which of them are best read at about the same time. Parts of version 0.1 have none, and keep their order."""
 
     @property
     def kind(self) -> str:
@@ -271,17 +272,33 @@ def train_and_val(data_path: Data, read_as: ReadAs = AS_STORED) -> tuple[Source,
     return Subset(train, train_indices), Subset(train, val_indices, Stock())
 
 
-def _held_out(source: Source) -> tuple[np.ndarray, np.ndarray]:
+def without_held_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
+    """Draws ``share`` of the samples of a source by a seed, whole files of pages, and returns the others and these.
+
+    Raises:
+        SettingError: none would be left to train on.
+    """
+    train, held = _held_out(source, partial(held_out_of_training, share=share, seed=seed))
+    if not len(train):
+        problem = f"leaves none of {count_of(len(source), 'images')} to train on; lower it, or leave it out"
+        raise SettingError("held_out", share, problem)
+    shards = None if source.shards is None else shards_of(train, source.shards)
+    return Subset(source, train, shards=shards), Subset(source, held)
+
+
+def _held_out(
+    source: Source, draw: Callable[[int], tuple[np.ndarray, np.ndarray]] = holdout
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the samples to train on, and those that are held out; pages of one file are held out together."""
     parts = source.parts if isinstance(source, Concat) else (source,)
     if not any(isinstance(part, PagedSource) for part in parts):
-        return holdout(len(source))
+        return draw(len(source))
     files = [np.diff(part.starts) if isinstance(part, PagedSource) else np.ones(len(part), np.int64) for part in parts]
     pages = np.concatenate(files)
     if len(pages) == 1:  # one file, whose pages are all there is
-        return holdout(len(source))
+        return draw(len(source))
     is_held = np.zeros(len(pages), bool)
-    is_held[holdout(len(pages))[1]] = True
+    is_held[draw(len(pages))[1]] = True
     held = np.repeat(is_held, pages)
     return np.flatnonzero(~held), np.flatnonzero(held)
 

@@ -230,6 +230,10 @@ class StepLog:
             if (self._run / name).exists():
                 fsync_file(self._run / name)
 
+    def leave_out(self, seconds: float) -> None:
+        """Takes a pause, in which something was measured, out of the time from which rates are computed."""
+        self._since += seconds
+
     def end_epoch(self, epoch: int, results: dict[str, Any] | None = None) -> None:
         """Writes the line of an epoch into log.txt: mean loss and learning rate, null if every step was skipped, and
         the ``results`` of a test after it.

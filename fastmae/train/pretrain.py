@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import time
 from contextlib import closing
 from functools import partial
 from importlib.metadata import version
@@ -24,17 +25,28 @@ from fastmae.config.model import ModelSpec
 from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
 from fastmae.data.loader import Batch, View, choose_decoder, describe_decoder
 from fastmae.data.masks import MaskFile, Masks, choose_masks, open_masks, shuffled_ids
-from fastmae.data.plan import mask_draws
+from fastmae.data.plan import describe_order, mask_draws
 from fastmae.data.sample import crops_note
 from fastmae.data.sizes import Size, describe_sizes, growing_sizes, size_in
-from fastmae.data.sources import Source, Subset, describe, evenly_spaced, open_train, scored_parts, shown
+from fastmae.data.sources import (
+    Source,
+    Subset,
+    describe,
+    evenly_spaced,
+    open_train,
+    scored_parts,
+    shown,
+    without_held_out,
+)
 from fastmae.data.statistics import Measured
 from fastmae.data.stock import count_of
 from fastmae.data.survey import take_stock
 from fastmae.environment import peak_flops
 from fastmae.errors import SettingError, UserError
+from fastmae.evaluate.held_out import held_out_loss
 from fastmae.evaluate.probe import probe
 from fastmae.evaluate.reconstruct import caption, fixed_images, reconstruct, save_grid
+from fastmae.evaluate.spread import feature_spread, some_of
 from fastmae.facts import DataFacts
 from fastmae.files import write_text
 from fastmae.model.build import build_model
@@ -114,10 +126,10 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
     """Makes one attempt, from where --resume says to the end or a signal. Returns None after a rollback."""
     # Settings and data, the same on every rank: from here on nothing is left open.
     with parallel.agreeing(context) as same:
-        flags, source, facts, pixels, start = _open(flags, given)
+        flags, source, held, facts, pixels, start = _open(flags, given)
         masks = open_masks(flags.masks, flags.mask_ratio)
         config, notes = resolve_as_before(flags, lambda flags: _resolve(flags, pixels, facts, masks, context))
-        probed = _probed(flags, config, given)
+        probed = _probed(flags, config, given, source, held)
         precision = _precision(config, context)
         image_decoder, why_decoder = choose_decoder(config.image_decoder, context.device, source, reading_of(config))
         steps = plan_steps(config, context.size, config.batch_size // config.repeated_masks, "images")
@@ -164,18 +176,18 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
             )
             if config.ema is not None:
                 update_average(average, model, config.ema, result.skipped)
-            measured = _probe_epoch(run, step, model, probed)
+            measured = _measure_epoch(run, step, model, probed, masks_of[config.input_size], autocast)
             record_step(run, step, result, lr, at_peak[_size_at(step, run, tuple(masks_of))], measured)
             profile_step()
             if steps.ends_epoch(step):
-                run.log.end_epoch(step // steps.per_epoch)
+                run.log.end_epoch(step // steps.per_epoch, _of_epoch(measured))
 
             actions = actions_after(run, step)
             if actions.rolls_back:
                 roll_back(run, step, stream, model, loss_of, autocast, fresh_step)
                 return None
             if actions.exports:
-                unsaved = _export(run, step, masks_of[config.input_size], model, optimizer, average, source)
+                unsaved = _export(run, step, masks_of[config.input_size], model, optimizer, average, probed.pictured)
             if actions.saves:
                 save_run(run, step, model, training_tensors(model, optimizer) | in_checkpoint(average))
             if actions.stops:
@@ -184,7 +196,7 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
 
     # What is left behind.
     if lacks_official(run):
-        unsaved = _export(run, steps.total - 1, masks_of[config.input_size], model, optimizer, average, source)
+        unsaved = _export(run, steps.total - 1, masks_of[config.input_size], model, optimizer, average, probed.pictured)
     close_run(run, unsaved)
     accuracies = _probe(run, "after", model, probed)
     say_results(run, _shown(accuracies), {"reconstruction": _picture_path(run.folder, config.epochs - 1)})
@@ -194,21 +206,28 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def _open(flags: PretrainConfig, given: Given) -> tuple[PretrainConfig, Source, DataFacts, Measured, Opened | None]:
+def _open(
+    flags: PretrainConfig, given: Given
+) -> tuple[PretrainConfig, Source, Source | None, DataFacts, Measured, Opened | None]:
     """Opens the data, and the encoder to begin with.
 
-    Returns the settings, with what a run that goes on had and what the encoder decides; the data and what is known of
-    them; and the encoder. A run that goes on has its own weights, so that it needs none.
+    Returns the settings, with what a run that goes on had and what the encoder decides; the data to train on, those
+    that are held out, if any, and what is known of the former; and the encoder. A run that goes on has its own weights,
+    so that it needs none.
     """
     flags, start = as_begun(flags), None
     if flags.init and not peek(flags.resume, Path(flags.output_dir)):
         flags, start = open_start(flags)
     asked = read_as(flags)
-    source = open_train(given.data or flags.data_path, asked)
+    source, held = open_train(given.data or flags.data_path, asked), None
     facts = describe(source, take_stock(source, flags.in_chans, asked), asked)
+    if flags.held_out is not None:
+        source, held = without_held_out(source, flags.held_out, flags.seed)
+        order = describe_order(len(source), source.shards)
+        facts = dataclasses.replace(facts, length=len(source), order=order)
     if start is not None:
         flags = normalised_alike(flags, start, facts)
-    return flags, source, facts, measure_pixels(flags, source, facts), start
+    return flags, source, held, facts, measure_pixels(flags, source, facts), start
 
 
 def _resolve(
@@ -503,13 +522,17 @@ def _picture(path: Path, mask_ratio: float, masks: Masks, model: MaskedAutoencod
     save_grid(path, rows, caption(model, mask_ratio))
 
 
-# --- probes -----------------------------------------------------------------------------------------------------------
+# --- what is measured -------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Probed:
-    """What accuracies are measured on."""
+    """What is measured while and after a run trains, and on what."""
 
+    pictured: Source
+    """What reconstructions are drawn of: the images that are held out, or else those that are trained on."""
+    held: Source | None = None
+    """The images that are held out, on which the loss is measured after each epoch."""
     parts: tuple[Source, Source] | None = None
     """What is fitted on and what is scored, before and after the training; None to measure nothing."""
     some: tuple[Source, Source] | None = None
@@ -520,14 +543,18 @@ class Probed:
     """What a run says of it when it begins."""
 
 
-def _probed(flags: PretrainConfig, config: ResolvedConfig, given: Given) -> Probed:
-    """Opens what accuracies are measured on.
+def _probed(flags: PretrainConfig, config: ResolvedConfig, given: Given, source: Source, held: Source | None) -> Probed:
+    """Opens what losses and accuracies are measured on.
 
     Raises:
         UserError: --probe or --probe_freq was given, and no accuracy can be measured.
     """
+    lines: tuple[str, ...] = ()
+    if held is not None:
+        lines = (f"held out        {_about_held_out(held)}",)
+    nothing = Probed(source if held is None else held, held, lines=lines)
     if not config.probe and config.probe_freq is None:
-        return Probed()
+        return nothing
     is_asked = bool(flags.probe) or config.probe_freq is not None
     try:
         train, val = scored_parts(given.data or config.data_path, read_as(config))
@@ -535,11 +562,18 @@ def _probed(flags: PretrainConfig, config: ResolvedConfig, given: Given) -> Prob
         if is_asked:
             name = "probe" if config.probe_freq is None else "probe_freq"
             raise SettingError(name, problem=f"{_reason(error, config)}; leave it out") from error
-        return Probed(lines=(_left_out(f"{_reason(error, config)}; --probe False leaves it out"),))
+        reason = _left_out(f"{_reason(error, config)}; --probe False leaves it out")
+        return dataclasses.replace(nothing, lines=(*lines, reason))
     parts = train, val
     some = None if config.probe_freq is None else (_some_of(train), _some_of(val))
-    lines = tuple(f"probe           {item}" for item in val.stock.left_out)
-    return Probed(parts if config.probe else None, some, is_asked, lines)
+    lines += tuple(f"probe           {item}" for item in val.stock.left_out)
+    return Probed(nothing.pictured, held, parts if config.probe else None, some, is_asked, lines)
+
+
+def _about_held_out(held: Source) -> str:
+    some = len(some_of(held))
+    measured = "" if some == len(held) else f", of which {some:,} are measured"
+    return f"{count_of(len(held), 'images')}, drawn by the seed and never trained on{measured}"
 
 
 def _some_of(part: Source) -> Source:
@@ -585,29 +619,61 @@ def _probe(run: Run[ResolvedConfig], when: str, model: MaskedAutoencoderViT, pro
     return results
 
 
-def _probe_epoch(run: Run[ResolvedConfig], step: int, model: MaskedAutoencoderViT, probed: Probed) -> dict[str, float]:
-    """Measures the accuracies after a step if --probe_freq says so, and returns them; otherwise an empty dict.
+def _measure_epoch(
+    run: Run[ResolvedConfig],
+    step: int,
+    model: MaskedAutoencoderViT,
+    probed: Probed,
+    masks: Masks,
+    autocast: torch.autocast,
+) -> dict[str, float]:
+    """Measures, after the last step of an epoch, the loss on images that are held out, how far features spread, and the
+    accuracies that --probe_freq asks for. Returns them by name; an empty dict if there are none.
 
-    They are added to probe.json, from which those of later epochs are dropped. All ranks call it. What goes wrong in
-    the middle of a run is said in a line, and the training goes on.
+    All ranks call it, and the main one measures. What goes wrong in the middle of a run is said in a line, and the
+    training goes on.
     """
-    epochs = (step + 1) // run.steps.per_epoch
-    if probed.some is None or not run.steps.ends_epoch(step) or epochs % (run.config.probe_freq or 1):
+    epochs, held = (step + 1) // run.steps.per_epoch, probed.held
+    probes = probed.some is not None and epochs % (run.config.probe_freq or 1) == 0
+    if not run.steps.ends_epoch(step) or (held is None and not probes):
         return {}
     require_finite_weights(run, model, step)
-    whole = _whole_model(run, model)
+    whole, config, found, began = _whole_model(run, model), run.config, dict[str, float | None](), time.perf_counter()
     if whole is None:
         return {}
+    ratios, workers = (config.mask_ratio, config.predict_ratio), config.num_workers
     try:
-        results, _ = read_probes(run.folder)
         with torch.compiler.set_stance("force_eager"):
-            accuracies = probe(whole, *probed.some, num_workers=run.config.num_workers)
-        earlier = {number: values for number, values in results.get("epochs", {}).items() if int(number) < epochs}
-        results["epochs"] = earlier | {str(epochs): accuracies}
-        write_text(run.folder / "probe.json", json.dumps(results, indent=1))
+            if held is not None:
+                found["held_out_loss"] = held_out_loss(
+                    whole, held, masks, *ratios, autocast=autocast, num_workers=workers
+                )
+                run.watchdog.beat()
+            if probes and probed.some is not None:
+                found |= _probe_after(run, epochs, whole, probed.some)
+            spread_of = held if held is not None else probed.some and probed.some[1]
+            assert spread_of is not None
+            found |= feature_spread(whole, spread_of, num_workers=workers)
     except Exception as error:
         run.say(_left_out(f"after epoch {epochs}, {_in_a_line(error)}"))
-        return {}
+    run.log.leave_out(time.perf_counter() - began)
+    return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def _of_epoch(measured: dict[str, float]) -> dict[str, float]:
+    """Returns what of it stands in log.txt, too."""
+    return {name: value for name, value in measured.items() if name == "held_out_loss"}
+
+
+def _probe_after(
+    run: Run[ResolvedConfig], epochs: int, whole: MaskedAutoencoderViT, parts: tuple[Source, Source]
+) -> dict[str, float]:
+    """Adds the accuracies after ``epochs`` to probe.json, from which those of later ones are dropped; returns them."""
+    results, _ = read_probes(run.folder)
+    accuracies = probe(whole, *parts, num_workers=run.config.num_workers)
+    earlier = {number: values for number, values in results.get("epochs", {}).items() if int(number) < epochs}
+    results["epochs"] = earlier | {str(epochs): accuracies}
+    write_text(run.folder / "probe.json", json.dumps(results, indent=1))
     knn, linear = accuracies["knn"], accuracies["linear"]
     run.say(f"probe           after epoch {epochs}: k-NN {knn:.1f} %, linear probe {linear:.1f} %")
     return {"knn": knn, "linear": linear}

@@ -63,11 +63,28 @@ def as_begun(flags: Flags) -> Flags:
     """
     before = peek(flags.resume, Path(flags.output_dir)).get("settings", {})
     kept = images_given(flags, before)
+    if isinstance(flags, PretrainConfig):
+        kept |= _held_out_as_before(flags, before)
     if isinstance(flags, PretrainConfig) and flags.in_chans in (None, before.get("in_chans")):
         kept |= {name: before.get(name) for name in ("mean", "std") if getattr(flags, name) is None}
     if isinstance(flags, PretrainConfig) and before.get("init"):
         kept |= {"init": flags.init or before["init"], **shape_of(flags, before)}
     return dataclasses.replace(flags, **kept)
+
+
+def _held_out_as_before(flags: PretrainConfig, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the share that is held out, as the checkpoint has it if no flag gives it.
+
+    Raises:
+        SettingError: the share or the seed is another one, so that images which were held out would be trained on.
+    """
+    share = before.get("held_out")
+    if before and flags.held_out not in (None, share):
+        began = "held no images out" if share is None else f"began with {share}"
+        raise SettingError("held_out", flags.held_out, f"is another share than the run, which {began}; leave it out")
+    if share is not None and flags.seed != before.get("seed"):
+        raise SettingError("seed", flags.seed, f"would hold out other images than the run's {before.get('seed')}")
+    return {"held_out": share if flags.held_out is None else flags.held_out}
 
 
 def measure_pixels(flags: PretrainConfig, source: Source, facts: DataFacts) -> Measured:

@@ -260,6 +260,7 @@ def test_the_run_folder_says_everything(undisturbed):
         "decoder_depth",
         "predict_ratio",
         "probe_freq",
+        "held_out",
         "tune",
     }
     may_stay_open |= {field.name for field in dataclasses.fields(ImagesConfig)} - {"pixel_type"}

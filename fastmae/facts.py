@@ -38,6 +38,9 @@ class ReadAs:
 
     pixel_type: Literal["auto", "uint8", "uint16", "float32"] = "auto"
     """The type of the pixels; `auto` is the narrowest that holds the images exactly."""
+    other_types: Literal["skip", "convert"] | None = None
+    """What is done with an image that this type does not hold. None: it is skipped where the type is left to the data,
+    and converted where the user names the type."""
     nodata: float | None = None
     """The value of pixels that are missing."""
     bands: tuple[int, ...] | None = None
@@ -58,6 +61,12 @@ class ReadAs:
     """Which slices of a volume are images: those of a direction in the body, or along an axis as it is stored."""
     constant_slices: Literal["keep", "drop"] = "keep"
     """Whether slices whose voxels are all alike are images; to leave them out, every volume is read once."""
+
+    @property
+    def converts(self) -> bool:
+        """Whether an image that the type of the pixels does not hold is converted: to its upper 8 bits, or rounded."""
+        by_default = "skip" if self.pixel_type == "auto" else "convert"
+        return (self.other_types or by_default) == "convert"
 
 
 AS_STORED = ReadAs()

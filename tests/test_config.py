@@ -93,7 +93,7 @@ def test_nothing_is_left_open():
         "start_size", "patch_size", "decoder_depth", "predict_ratio", "clip_grad", "ema", "device", "shard_size",
         "cache_gb", "checkpoint_freq", "keep_every", "log_dir", "wandb", "profile", "probe_freq", "tune", "root",
             "held_out",
-    } | {*IMAGE_SETTINGS} - {"pixel_type"}  # fmt: skip
+    } | {*IMAGE_SETTINGS} - {"pixel_type", "other_types"}  # fmt: skip
 
 
 @pytest.mark.parametrize(

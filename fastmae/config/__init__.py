@@ -58,6 +58,7 @@ from fastmae.config.images import (
     IMAGE_SETTINGS,
     ImagesConfig,
     check_images,
+    chosen_other_types,
     images_given,
     images_of_model,
     must_measure,

@@ -153,6 +153,7 @@ class ResolvedFinetuneConfig(FinetuneConfig):
     num_workers: int
     in_chans: int
     pixel_type: PixelType
+    other_types: Literal["skip", "convert"]
     value_range: tuple[float, ...] | None
     """As that of a pretraining."""
     mean: tuple[float, ...]
@@ -186,6 +187,7 @@ def resolve_finetune(
     img_size: tuple[int, int],
     patch_size: tuple[int, int],
     pixels: PixelFacts = UINT8,
+    other_types: Literal["skip", "convert"] = "convert",
     mean: tuple[float, ...],
     std: tuple[float, ...],
     nb_classes: int,
@@ -195,7 +197,7 @@ def resolve_finetune(
     on_gpu: bool = False,
 ) -> ResolvedFinetuneConfig:
     """Fills in what was left open, from the data (``facts``, ``nb_classes``), the encoder (``model``, the ``width`` of
-    its tokens, ``img_size``, ``patch_size``, ``pixels``, ``mean``, ``std``) and the machine."""
+    its tokens, ``img_size``, ``patch_size``, ``pixels``, ``other_types``, ``mean``, ``std``) and the machine."""
     digits = facts.kind == "digits"
     # Of ViT-B, ViT-L and ViT-H in the official script.
     epochs, blr, layer_decay, drop_path = (
@@ -234,6 +236,7 @@ def resolve_finetune(
         compile=chosen_compile(config, epochs * facts.length // global_batch, on_gpu),
         in_chans=len(mean),
         **pixel_settings(pixels),
+        other_types=other_types,
         mean=mean,
         std=std,
         global_batch=global_batch,

@@ -10,8 +10,8 @@ GROUPS = {
     "data": (
         "data_path", "root", "image_key", "layout", "axis", "constant_slices", "bands", "pages", "window",
         "spectrogram", "in_chans",
-        "pixel_type", "value_range", "nodata", "mean", "std", "crop_scale", "flip", "aa", "reprob", "mixup", "cutmix",
-        "mixup_switch_prob", "repeated_masks", "held_out",
+        "pixel_type", "other_types", "value_range", "nodata", "mean", "std", "crop_scale", "flip", "aa", "reprob",
+        "mixup", "cutmix", "mixup_switch_prob", "repeated_masks", "held_out",
     ),
     "model and masks": (
         "finetune", "model", "init", "input_size", "patch_size", "start_size", "grow_epochs", "mask_ratio", "masking",

@@ -27,6 +27,10 @@ class ImagesConfig:
     pixel_type: Literal["auto", "uint8", "uint16", "float32"] | None = None
     """The type of the pixels in memory. auto: the narrowest of the three that holds the images exactly. uint8 keeps the
     upper 8 of more bits, as version 0.1 did. Default: as in the checkpoint; without one auto."""
+    other_types: Literal["skip", "convert"] | None = None
+    """What is done with an image whose numbers the type does not hold: skip lists it as unusable, convert takes the
+    upper 8 of 16 bits, or rounds 64-bit floats, and counts it. Default: convert with a --pixel_type of its own;
+    otherwise as in the checkpoint; without one skip."""
     value_range: tuple[Literal["auto", "dtype"] | float, ...] | None = None
     """The values that count as 0 and 1: LOW HIGH, or such a pair for each channel. Values beyond them are kept. dtype:
     the range of the type (0 to 255, 0 to 65535, 0 to 1). auto: from the 0.1st to the 99.9th percentile of each channel.
@@ -77,7 +81,7 @@ def images_given(config: ImagesConfig, before: Mapping[str, Any] = NOTHING) -> d
 
     Args:
         before: the settings of a checkpoint or a run, as JSON has them. Those without a ``pixel_type`` are of version
-            0.1 or of another program, and mean uint8.
+            0.1 or of another program, and mean uint8. Those without ``other_types`` convert images of other types.
 
     Raises:
         SettingError: one of ``before`` is of another type.
@@ -85,6 +89,8 @@ def images_given(config: ImagesConfig, before: Mapping[str, Any] = NOTHING) -> d
     types, before = field_types(ImagesConfig), _as_saved(before)
     own = {name: getattr(config, name) for name in types}
     earlier = {name: check_type(name, before.get(name), types[name]) for name, value in own.items() if value is None}
+    if "other_types" in earlier and config.pixel_type is not None:
+        earlier["other_types"] = None  # that of the checkpoint is about the type there
     return own | earlier
 
 
@@ -122,7 +128,15 @@ def must_measure(config: ImagesConfig, before: Mapping[str, Any]) -> bool:
 
 
 def _as_saved(before: Mapping[str, Any]) -> Mapping[str, Any]:
-    return before if not before or "pixel_type" in before else {"pixel_type": "uint8"}
+    """Returns settings as earlier versions meant them, which converted images of other types."""
+    if not before or "other_types" in before:
+        return before
+    return {"pixel_type": "uint8", "other_types": "convert", **before}
+
+
+def chosen_other_types(config: ImagesConfig) -> Literal["skip", "convert"]:
+    """Returns what is done with images of other types, by default as ``pixel_type`` is given or left to the data."""
+    return "convert" if read_as(config).converts else "skip"
 
 
 def pixel_settings(pixels: PixelFacts) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from fastmae.config.images import IMAGE_SETTINGS, pixel_settings
+from fastmae.config.images import IMAGE_SETTINGS, chosen_other_types, pixel_settings
 from fastmae.config.masking import Masking, MaskingConfig, check_masking, chosen_masking
 from fastmae.config.training import TrainingConfig, check_rates, check_training, chosen_compile, default_warmup
 from fastmae.config.values import coerce, given, need, need_at_least_one, need_size, need_statistics
@@ -161,6 +161,7 @@ class ResolvedConfig(PretrainConfig):
     flip: bool
     in_chans: int
     pixel_type: PixelType
+    other_types: Literal["skip", "convert"]
     value_range: tuple[float, ...] | None
     """LOW HIGH of each channel; None: 0 to 255, of uint8."""
     mean: tuple[float, ...]
@@ -192,6 +193,7 @@ UNLESS_SAVED = {
     "order": FULL_SHUFFLE, "keep_last": False, "repeated_masks": 1, "ema": None, "masking": "random", "given_masks": "",
     "start_size": None, "grow_epochs": 0, "decoder_attention": "self", "decoder_depth": None, "predict_ratio": None,
     "patch_size": None, "held_out": None, **dict.fromkeys(IMAGE_SETTINGS), "pixel_type": "uint8",
+    "other_types": "convert",
 }  # fmt: skip
 
 
@@ -252,6 +254,7 @@ def resolve(
         flip=given(config.flip, in_chans == 3 and not is_series),
         in_chans=in_chans,
         **pixel_settings(pixels),
+        other_types=chosen_other_types(config),
         mean=given(config.mean, mean),
         std=given(config.std, std),
         num_workers=given(config.num_workers, num_workers),

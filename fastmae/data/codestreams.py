@@ -9,6 +9,11 @@ from collections.abc import Iterator
 JPEG_START = b"\xff\xd8\xff"
 J2K_SIZE = b"\xff\x4f\xff\x51"
 """The markers with which the codestream of a JPEG 2000 begins; the sizes and depths follow."""
+EXIF_START = b"Exif\0\0"
+_EXIF_REACH = 4096
+"""How far into a JPEG its EXIF begins at most, and how many bytes of it are looked at."""
+_EXIF_TAGS, _ORIENTATION = 64, 0x0112
+"""The orientation is one of the first tags, which are sorted by their numbers."""
 
 
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
@@ -26,6 +31,25 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
             return
         yield marker, start + 4
         position = start + 2 + max(2, int.from_bytes(data[start + 2 : start + 4], "big"))
+
+
+def exif_of_jpeg(data: bytes) -> bytes:
+    """Returns the first bytes of the EXIF tags of a JPEG; nothing if it has none at its beginning."""
+    start = data.find(EXIF_START, 0, _EXIF_REACH)
+    return data[start + len(EXIF_START) : start + _EXIF_REACH] if start > 0 else b""
+
+
+def is_turned(exif: bytes) -> bool:
+    """Tells whether EXIF tags, which begin as a TIFF does, say that a viewer is to turn or mirror the image."""
+    with contextlib.suppress(struct.error, KeyError):
+        order = {b"II": "<", b"MM": ">"}[exif[:2]]
+        (first,) = struct.unpack_from(order + "I", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, first)
+        for entry in range(min(count, _EXIF_TAGS)):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", exif, first + 2 + 12 * entry)
+            if tag == _ORIENTATION:
+                return value in range(2, 9)
+    return False
 
 
 def jpeg_frame(data: bytes) -> tuple[int, int, int] | None:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
+from fastmae.data.changes import note
 from fastmae.data.reading import BadImageError, Reading
 from fastmae.facts import PixelType
 
@@ -76,34 +77,54 @@ def _choose_bands(pixels: np.ndarray, bands: tuple[int, ...], in_chans: int) -> 
 def as_type(pixels: np.ndarray, reading: Reading) -> np.ndarray:
     """Returns numbers of any shape in the type of the batch, by the rule at the top of this file.
 
-    Where the type is not left to the data (``pixel_type``), more is done. For uint8 the upper 8 bits of uint16 are
-    taken, as version 0.1 did; for uint8 and uint16 whole numbers of any type that lie in their range are taken as they
-    are; and for float32 floats of 64 bits are rounded.
+    Where images of other types are converted (``ReadAs.converts``), more is done. For uint8 the upper 8 bits of uint16
+    are taken, as version 0.1 did; for uint8 and uint16 whole numbers of any type that lie in their range are taken as
+    they are; and for float32 floats of 64 bits are rounded.
 
     Raises:
         BadImageError: numbers that do not fit, or that are infinite.
     """
-    stored, wanted, asked = pixels.dtype.name, reading.dtype, reading.read_as.pixel_type
+    stored, wanted, converts = pixels.dtype.name, reading.dtype, reading.read_as.converts
     if stored != wanted:
         if stored == "bool":
             pixels, stored = pixels.astype(np.uint8) * np.uint8(255), "uint8"
-        if _WIDTH[pixel_type_of(stored)] > _WIDTH[wanted] and asked == "auto":
-            problem = f"{stored} pixels where {wanted} ones are meant; set pixel_type to {pixel_type_of(stored)}"
-            upper = ", or to uint8 for their upper 8 bits" if (stored, wanted) == ("uint16", "uint8") else ""
-            raise BadImageError(f"{problem} to keep them{upper}")
+        if not converts:
+            refuse_wider(stored, wanted)
         if (stored, wanted) == ("uint8", "uint16"):
+            note("multiplied")
             return np.multiply(pixels, 257, dtype=np.uint16)
         if (stored, wanted) == ("uint16", "uint8"):
             if reading.nodata is not None:
                 raise BadImageError("uint16 pixels with nodata do not become uint8; set pixel_type to uint16")
-            return (pixels >> 8).astype(np.uint8)
-        pixels = _exactly(pixels, wanted, may_round=asked == "float32" and pixels.dtype.kind == "f")
+            return upper_bits(pixels, 16)
+        if stored in ("uint8", "uint16"):
+            note("kept")
+        pixels = _exactly(pixels, wanted, may_round=converts and wanted == "float32" and pixels.dtype.kind == "f")
     elif not pixels.dtype.isnative:
         pixels = pixels.astype(wanted)
     if wanted == "float32" and np.isinf(pixels).any() and not np.isinf(reading.nodata or 0):
         count = int(np.isinf(pixels).sum())
         raise BadImageError(f"{count} of {pixels.size} values are infinite; store NaN for what is missing")
     return pixels
+
+
+def refuse_wider(stored: str, wanted: PixelType) -> None:
+    """Refuses an image of a type, by its name in NumPy, that a type of a batch does not hold.
+
+    Raises:
+        BadImageError: it does not.
+    """
+    kept_by = pixel_type_of(stored)
+    if _WIDTH[kept_by] > _WIDTH[wanted]:
+        upper = ", or to uint8 for their upper 8 bits" if (stored, wanted) == ("uint16", "uint8") else ""
+        problem = f"{stored} pixels where {wanted} ones are meant; set pixel_type to {kept_by} to keep them{upper}"
+        raise BadImageError(problem)
+
+
+def upper_bits(pixels: np.ndarray, bits: int) -> np.ndarray:
+    """Returns the upper 8 of the bits of whole numbers of more than 8 bits, as uint8."""
+    note("upper bits")
+    return (pixels >> (bits - 8)).clip(0, 255).astype(np.uint8)
 
 
 def _exactly(pixels: np.ndarray, wanted: PixelType, may_round: bool) -> np.ndarray:
@@ -119,6 +140,7 @@ def _exactly(pixels: np.ndarray, wanted: PixelType, may_round: bool) -> np.ndarr
         if wanted == "float32" and pixels.dtype.name in _ALWAYS_EXACT:
             return converted
         if may_round:
+            note("rounded")
             differs = np.isinf(converted) & np.isfinite(pixels)
         else:
             # Compared as they were stored, but int64 in float32 is compared in float64: no 2**63 may wrap around.
@@ -148,10 +170,13 @@ def convert_channels(pixels: np.ndarray, in_chans: int, nodata: float | None = N
     if channels == in_chans:
         return pixels
     if channels in (2, 4):  # gray or colour with alpha
+        note("alpha")
         return convert_channels(pixels[..., : channels - 1], in_chans, nodata)
     if channels == 1:
+        note("repeated")
         return np.repeat(pixels, in_chans, axis=2)
     if channels == 3 and in_chans == 1:
+        note("luma")
         return _luma(pixels, nodata)[..., None]
     advice = f"set in_chans to {channels}" + (f", or choose {in_chans} of them by bands" if channels > in_chans else "")
     raise BadImageError(f"no rule turns {channels} channels into {in_chans}; {advice}")

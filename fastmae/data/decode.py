@@ -19,7 +19,9 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from fastmae.data import tiff
-from fastmae.data.convert import convert_channels, to_batch
+from fastmae.data.changes import note
+from fastmae.data.codestreams import EXIF_START, exif_of_jpeg, is_turned
+from fastmae.data.convert import convert_channels, to_batch, upper_bits
 from fastmae.data.formats import dicom, heif, jpeg2000, netpbm, png
 from fastmae.data.formats import tiff as wide_tiff
 from fastmae.data.headers import JPEG_START, explain, jpeg2000_problem, native_header, read_header
@@ -32,6 +34,7 @@ _REACH = 4096
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _AS_STORED = ("L", "LA", "RGB", "RGBA", "CMYK")
 """Modes of which Pillow gives every band as it is stored."""
+_GRAY = ("1", "L", "LA")
 _SCALED_TO_16_BITS = ("PNG", "PPM", "JPEG2000")
 """Formats of which Pillow's modes I and I;16 hold 16 bits, to which it scales fewer. In a TIFF it scales nothing."""
 _DAMAGED_PIXELS = ("premature end", "bad Huffman code", "instead of RST", "Inconsistent progression")
@@ -60,13 +63,16 @@ def _file_pixels(data: bytes, reading: Reading) -> np.ndarray:
     if data[:3] == JPEG_START and (reading.in_chans in (1, 3) or reading.read_as.bands):
         pixels = _decode_jpeg(data)
         if pixels is not None:
+            if is_turned(exif_of_jpeg(data)):
+                note("turned")
             return pixels
     native = native_pixels(data, reading.read_as)
     if native is not None:
-        if native.dtype == np.uint16 and reading.read_as.pixel_type == "uint8":
-            native = (native >> (read_header(data).bits - 8)).astype(np.uint8)
+        if native.dtype == np.uint16 and _takes_upper_bits(reading.read_as):
+            native = upper_bits(native, read_header(data).bits)
         return native if reading.read_as.bands else _with_fourth_band(native, reading.in_chans)
     with _opened(data, reading) as (image, stored_bits):
+        _note_tags(data, image)
         return _pixels_of(image, stored_bits, reading)
 
 
@@ -106,7 +112,12 @@ def _is_native(data: bytes, read_as: ReadAs) -> bool:
     if dicom.is_dicom(start) or jpeg2000.is_jpegxl(start):
         return True
     is_known = png.is_png16(start) or netpbm.is_netpbm16(start) or native_header(data) is not None
-    return is_known and read_as.pixel_type != "uint8"
+    return is_known and not _takes_upper_bits(read_as)
+
+
+def _takes_upper_bits(read_as: ReadAs) -> bool:
+    """Tells whether files of 16 bits are read as version 0.1 did."""
+    return read_as.pixel_type == "uint8" and read_as.converts
 
 
 def refuse_by_header(data: bytes, reading: Reading) -> None:
@@ -212,6 +223,14 @@ def _opened(data: bytes, reading: Reading) -> Iterator[tuple[Image.Image, int]]:
         yield image, 16 if is_scaled or tags is None else tiff.stored_bits(tags)
 
 
+def _note_tags(data: bytes, image: Image.Image) -> None:
+    """Notes that an opened image would be turned, or states a value of missing pixels."""
+    if tiff.is_tiff(data):
+        wide_tiff.note_tags(tiff.read_tags(data))
+    elif is_turned(image.info.get("exif", b"").removeprefix(EXIF_START)):
+        note("turned")
+
+
 def _pixels_of(image: Image.Image, stored_bits: int, reading: Reading) -> np.ndarray:
     """Returns the pixels of an opened image: uint16 [H, W, 1] of more than 8 bits, else uint8 [H, W, in_chans].
 
@@ -219,10 +238,10 @@ def _pixels_of(image: Image.Image, stored_bits: int, reading: Reading) -> np.nda
     """
     if image.mode.startswith("I"):  # more than 8 bits per pixel, which Pillow itself would clip at 255
         wide = np.asarray(image).astype(np.int64)[..., None]
-        if reading.read_as.pixel_type == "uint8":  # as version 0.1 did
-            return (wide >> (stored_bits - 8)).clip(0, 255).astype(np.uint8)
-        return wide.astype(np.uint16)
+        return upper_bits(wide, stored_bits) if _takes_upper_bits(reading.read_as) else wide.astype(np.uint16)
     if reading.in_chans != 4:
+        if image.has_transparency_data:
+            note("alpha")
         image.info.pop("transparency", None)  # dropped anyway, and Pillow would warn about palettes
     # Pillow converts gray that was multiplied by its alpha to nothing else.
     plain = image.convert("LA") if image.mode == "La" else image
@@ -230,6 +249,9 @@ def _pixels_of(image: Image.Image, stored_bits: int, reading: Reading) -> np.nda
         mode = plain.mode if plain.mode in _AS_STORED else "RGBA" if plain.has_transparency_data else "RGB"
     else:
         mode = _PIL_MODES[reading.in_chans]
+        is_gray = plain.mode in _GRAY
+        if is_gray != (mode == "L"):
+            note("repeated" if is_gray else "luma")
     pixels = np.asarray(plain.convert(mode))
     return pixels[..., None] if pixels.ndim == 2 else pixels
 

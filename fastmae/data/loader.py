@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -48,6 +48,9 @@ class Batch:
     """Seconds that threads spent reading and decoding it, added up."""
     redone: str = ""
     """Why DALI failed on this batch, which the threads then decoded; empty if it did not."""
+    changed: Mapping[str, list[tuple[int, str]]] = field(default_factory=dict)
+    """The numbers and names of images that were changed, by the kind of the change, a key of ``CHANGES``. Of plain
+    JPEGs that DALI decodes it is not known."""
 
 
 @dataclass
@@ -182,6 +185,7 @@ def load_batches(
                 images,
                 batch.draw_ids,
                 skipped=batch.skipped,
+                changed=batch.changed,
                 wait=time.perf_counter() - started,
                 ready=batch.ready,
                 bytes_read=batch.bytes_read,

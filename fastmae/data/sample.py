@@ -6,11 +6,12 @@ It knows nothing of batches or threads; fastmae/data/decoders has those.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fastmae.data.augment import RandAugment
+from fastmae.data.changes import noting
 from fastmae.data.decode import BadImageError, decode, plain_jpeg_shape
 from fastmae.data.headers import read_header
 from fastmae.data.plan import Box, central_box, is_flipped, random_box, random_rows, unseen_note
@@ -74,6 +75,10 @@ class LoadedSample:
     bytes_read: int
     busy: float
     """Seconds that a thread spent on it."""
+    changes: tuple[str, ...] = ()
+    """What was done to the image that its owner may not expect: keys of ``CHANGES``."""
+    image: tuple[int, str] = (0, "")
+    """The number and the name of an image that was changed."""
 
 
 def load_sample(
@@ -105,12 +110,13 @@ def load_sample(
         candidate = (index + attempt) % len(source)
         encoded = None
         try:
-            data = source.read(candidate)
-            bytes_read += len(data) if isinstance(data, bytes) else data.nbytes
-            if for_dali and isinstance(data, bytes) and (shape := plain_jpeg_shape(data, view.reading)):
-                encoded = Encoded(data, *_crop(view, draws, *shape))
-            else:
-                pixels = decode(data, view.reading)
+            with noting() as noted:
+                data = source.read(candidate)
+                bytes_read += len(data) if isinstance(data, bytes) else data.nbytes
+                if for_dali and isinstance(data, bytes) and (shape := plain_jpeg_shape(data, view.reading)):
+                    encoded = Encoded(data, *_crop(view, draws, *shape))
+                else:
+                    pixels = decode(data, view.reading)
         except (BadImageError, OSError) as error:
             skipped.append(Skipped(candidate, source.name(candidate), str(error)))
             continue
@@ -118,7 +124,11 @@ def load_sample(
             out[:] = crop_and_resize(pixels, *_crop(view, draws, *pixels.shape[:2]), view.size, view.reading.nodata)
             if view.augment is not None and changes is not None:
                 out[:] = view.augment(out, changes)
-        return LoadedSample(tuple(skipped), encoded, bytes_read, time.perf_counter() - started)
+        loaded = LoadedSample(tuple(skipped), encoded, bytes_read, time.perf_counter() - started)
+        kinds = dict.fromkeys(kind for kind, stated in noted if stated is None or stated != view.reading.nodata)
+        if kinds:
+            loaded = replace(loaded, changes=(*kinds,), image=(candidate, source.name(candidate)))
+        return loaded
     first = skipped[0]
     raise UserError(f"{len(skipped)} images in a row cannot be used, from {first.name} ({first.reason}); mend the data")
 

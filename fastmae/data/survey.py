@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastmae.data.convert import as_type, narrowest, pixel_type_of
+from fastmae.data.convert import as_type, narrowest, pixel_type_of, refuse_wider
 from fastmae.data.decode import BadImageError, decode, refuse_by_header
 from fastmae.data.headers import PAGED, Header, as_read, read_header
 from fastmae.data.reading import Reading
@@ -214,18 +214,18 @@ def type_notes(types: Mapping[str, int], reading: Reading, bracket: str = "") ->
         reading: how they are read.
         bracket: behind the count, of which images.
     """
-    asked, notes = reading.read_as.pixel_type, []
+    converts, notes = reading.read_as.converts, []
     for name, count in sorted(types.items()):
         images = f"{count_of(count, 'images')} of {name}{bracket}"
         if name == reading.dtype or (name, reading.dtype) == ("uint16", "uint8"):  # of the latter the depth is told
             continue
-        if asked == "auto" and pixel_type_of(name) == "float32" != reading.dtype:
+        if not converts and pixel_type_of(name) == "float32" != reading.dtype:
             notes.append(f"{images} among those of {reading.dtype}: not used; pixel_type float32 uses all")
         elif (name, reading.dtype) == ("uint8", "uint16"):
             notes.append(f"{images} among those of uint16: multiplied by 257, so that 255 becomes 65535")
         elif reading.dtype == "float32" and len(types) > 1 and name in ("uint8", "uint16"):
             notes.append(f"{images} among other types: their numbers are kept as float32; scale them if they mean else")
-        elif name == "float64" and asked == "float32":
+        elif name == "float64" and converts and reading.dtype == "float32":
             notes.append(f"{images}: rounded to float32, as pixel_type says")
         else:
             notes.append(f"{images}: kept as {reading.dtype}, exactly; an image that does not fit is not used")
@@ -310,6 +310,8 @@ def sample(source: Source, in_chans: int | None, read_as: ReadAs) -> tuple[Surve
                 gives = as_read(header, read_as)
                 channels = in_chans or channels_of_files([gives.bands], read_as)
                 reading = reading_of(channels, {gives.dtype: 1}, read_as)
+                if not read_as.converts:
+                    refuse_wider(gives.dtype, reading.dtype)
                 refuse_by_header(data, reading)
                 depth = survey.depths.get(header.bits, Depth())
                 wants_pixels = number % max(1, len(indices) // DECODED) == 0

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fastmae.config import AnomalyPool
+from fastmae.data.changes import OF_NUMBERS, ChangedImages
 from fastmae.data.loader import Skipped, View, load_batches
 from fastmae.data.plan import central_share
 from fastmae.data.reading import Reading
@@ -52,11 +53,14 @@ def usable_batches(
     """Yields (indices int64 [n], central crops [n, H, W, C] on the model's device, skipped images), in order.
 
     The loader puts another image where one is unusable; it has another name and label, so it is removed here.
+    What was done to the numbers of images is told at the end.
     """
     chunks = [np.arange(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
     device, view = model.cls_token.device, evaluation_view(model, source)
     batches = load_batches(source, ((i, i) for i in chunks), view, device=device, num_workers=num_workers)
+    changed = ChangedImages(len(source))
     for indices, batch in zip(chunks, batches, strict=True):
+        changed.add(batch.changed, read=len(indices))
         usable = ~np.isin(indices, [skipped.index for skipped in batch.skipped])
         skipped = tuple(image for image in batch.skipped if indices[0] <= image.index <= indices[-1])
         if usable.all():
@@ -65,6 +69,8 @@ def usable_batches(
             yield indices[usable], batch.images[torch.from_numpy(usable).to(device)], skipped
         else:
             yield indices[:0], batch.images[:0], skipped
+    for line in changed.lines(OF_NUMBERS):
+        logger.warning("%s", line)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fastmae.facts import PixelFacts
-from fastmae.ops.gather_patches import missing_pixels, range_of
+from fastmae.ops.gather_patches import missing_patches, missing_pixels, range_of
 
 FAR_FROM_ZERO, LARGE = 100.0, 8.0
 """Normalised pixels are not so far from zero, nor so large without any below zero."""
@@ -146,11 +146,10 @@ def normalised(model: Any, images: torch.Tensor) -> torch.Tensor:
 
 def without_missing(model: Any, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Returns ``mask`` [N, L] with 0 at the patches of images, of either form, that have a missing pixel."""
-    nodata, (ph, pw) = nodata_of(model.pixels), model.patch_size
+    nodata = nodata_of(model.pixels)
     if nodata is None or not is_raw(model, images):
         return mask
-    missing = missing_pixels(images, nodata).any(dim=3).unflatten(2, (-1, pw)).unflatten(1, (-1, ph))
-    return mask.masked_fill(missing.any(dim=4).any(dim=2).flatten(1), 0)  # of [N, gh, ph, gw, pw]
+    return mask.masked_fill(missing_patches(images, model.patch_size, nodata), 0)
 
 
 def check_images(model: nn.Module, images: torch.Tensor) -> None:

@@ -100,6 +100,13 @@ def missing_pixels(pixels: torch.Tensor, nodata: float) -> torch.Tensor:
     return (pixels == as_nodata(nodata, pixels.dtype)) | pixels.isnan()
 
 
+def missing_patches(images: torch.Tensor, patch_size: Sequence[int], nodata: float) -> torch.Tensor:
+    """Tells which patches [N, L] of images [N, H, W, C] have a missing pixel."""
+    ph, pw = patch_size
+    missing = missing_pixels(images, nodata).any(dim=3).unflatten(2, (-1, pw)).unflatten(1, (-1, ph))
+    return missing.any(dim=4).any(dim=2).flatten(1)  # of [N, gh, ph, gw, pw]
+
+
 def range_of(
     pixels: torch.dtype, value_range: torch.Tensor | None, compute: torch.dtype
 ) -> tuple[torch.Tensor | float, torch.Tensor | float]:

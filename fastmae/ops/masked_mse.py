@@ -25,7 +25,7 @@ from fastmae.ops.checks import (
     check_value_range,
     grid_patches,
 )
-from fastmae.ops.gather_patches import chosen_patches, gather_patches_reference, missing_pixels
+from fastmae.ops.gather_patches import chosen_patches, gather_patches_reference, missing_patches, missing_pixels
 
 VARIANCE_EPS = 1e-6
 
@@ -87,7 +87,7 @@ def excluded_share(
     """
     if nodata is None:
         return torch.zeros((), device=images.device)
-    return (~_targets(images, ids, patch_size, nodata)).float().mean()
+    return missing_patches(images, patch_size, nodata).gather(1, ids.long()).float().mean()
 
 
 def masked_mse_reference(

@@ -11,7 +11,7 @@ import numpy as np
 from fastmae.data.loader import Batch, View
 from fastmae.data.plan import EpochPlan, plan_epoch
 from fastmae.data.sources import Source
-from fastmae.train.run import Run, load
+from fastmae.train.run import Run, load, say_changed
 from fastmae.train.step import MicroBatch
 
 
@@ -19,7 +19,7 @@ class BatchStream:
     """The micro-batches of this rank, for any steps of a run and as often as they are asked for.
 
     The stream keeps no position, so a resumed run and a step that is computed again get the same batches. Every batch
-    is entered into the log of the run (loading times) and into its quarantine (unusable images).
+    is entered into the log of the run (loading times), its quarantine (unusable images) and its changed images.
 
     Args:
         run: says which rank this is, and how many micro-steps and decoding threads there are.
@@ -54,6 +54,7 @@ class BatchStream:
         decoding threads. They also end, and start anew, where the view changes, which happens a few times in a run.
         """
         per_epoch = self._run.steps.per_epoch
+        first_end = (first // per_epoch + 1) * per_epoch - 1
         epochs = range(first // per_epoch, -(-end // per_epoch))
         try:
             for view, group in itertools.groupby(epochs, self._view_of):
@@ -63,6 +64,8 @@ class BatchStream:
                 with closing(load(self._run, self._source, requests, view, self._image_decoder)) as batches:
                     for step in steps:
                         yield step, self._micro_batches(batches)
+                        if step == first_end:
+                            say_changed(self._run)
         finally:
             if self._dali_failures:
                 number = self._dali_failures
@@ -91,6 +94,7 @@ class BatchStream:
             batch = next(batches)
             self._run.log.loading.add(batch)
             self._run.quarantine.add(batch.skipped, good=len(batch.images))
+            self._run.changed.add(batch.changed, read=len(batch.images))
             if batch.redone:
                 self._dali_failures += 1
                 if self._dali_failures == 1:

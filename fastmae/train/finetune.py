@@ -293,12 +293,13 @@ def _resolve(
     """
     config = resolve_finetune(
         flags,
-        describe(train),
+        describe(train, read_as=encoder.model.read_as),
         model=encoder.settings["model"],
         width=encoder.model.cls_token.shape[2],
         img_size=encoder.model.img_size,
         patch_size=encoder.model.patch_size,
         pixels=encoder.model.pixels,
+        other_types="convert" if encoder.model.read_as.converts else "skip",
         mean=tuple(encoder.model.mean.tolist()),
         std=tuple(encoder.model.std.tolist()),
         nb_classes=nb_classes,

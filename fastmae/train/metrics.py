@@ -99,7 +99,10 @@ class StepLog:
         self._run, self._device, self._log_freq = run, device, log_freq
         self._rank, self._ranks, self._mean_over_ranks, self._writes = rank, ranks, mean_over_ranks, rank == 0
         self._metrics, self._log = JsonLines(run / METRICS), JsonLines(run / LOG)
-        self._waiting = torch.zeros(3, log_freq, device=device)  # loss, gradient norm, and whether it was skipped
+        # Loss, gradient norm, whether it was skipped, and the share of masked patches that are no targets.
+        self._waiting = torch.zeros(4, log_freq, device=device)
+        self._excluded: list[torch.Tensor] = []
+        self._excludes = False
         self._rows: list[dict[str, Any]] = []
         self._steps_added, self._early_steps = 0, early_steps
         self._spike_score, self._sinks, self._say, self._tell = spike_score, sinks, say, tell
@@ -146,7 +149,7 @@ class StepLog:
             seconds_at_peak: how long the step would take at the peak rate of all devices (MFU 1), if it is known.
             measured: accuracies of the weights after the step, for its line.
         """
-        for kind, value in enumerate((result.loss, result.grad_norm, result.skipped)):
+        for kind, value in enumerate((result.loss, result.grad_norm, result.skipped, *self._take_excluded())):
             self._waiting[kind, len(self._rows)] = value
         self._rows.append({"step": step, "epoch": epoch, "loss": None, "lr": lr, **(measured or {})})
         self._images += images
@@ -157,6 +160,15 @@ class StepLog:
         elif len(self._rows) == self._log_freq or self._steps_added in self._early_steps:
             self.flush()
 
+    def exclude(self, share: torch.Tensor) -> None:
+        """Notes of a micro-batch of the coming step which share of its masked patches are no targets; nobody waits."""
+        self._excluded.append(share)
+        self._excludes = True
+
+    def _take_excluded(self) -> list[torch.Tensor]:
+        shares, self._excluded = self._excluded, []
+        return [torch.stack(shares).mean()] if shares else []
+
     def flush(self, *, is_log_step: bool = False) -> None:
         """Reads the collected numbers and writes their lines. All ranks call it at the same steps."""
         rows, self._rows = self._rows, []
@@ -166,8 +178,8 @@ class StepLog:
         steps, worst = self._read(len(rows), worst)
         elapsed = time.perf_counter() - self._since  # now that the device has done what was asked of it
         before = self.skipped
-        for row, (loss, grad_norm, skipped) in zip(rows, steps, strict=True):
-            self._count(row, loss, grad_norm, bool(skipped))
+        for row, (loss, grad_norm, skipped, excluded) in zip(rows, steps, strict=True):
+            self._count(row, loss, grad_norm, bool(skipped), excluded)
         if self.skipped > before:
             last = max(row["step"] for row in rows if "skipped" in row)
             self._say(
@@ -196,18 +208,21 @@ class StepLog:
             self._tell(rows)
 
     def _read(self, count: int, mine: list[float]) -> tuple[list[list[float]], list[float]]:
-        """Returns (loss, gradient norm, skipped) of ``count`` steps as means over ranks, and the maxima of ``mine``."""
+        """Returns (loss, gradient norm, skipped, excluded) of ``count`` steps as means over ranks, and the maxima of
+        ``mine``."""
         table = torch.zeros(self._ranks, len(mine), device=self._device)
         table[self._rank] = torch.tensor(mine, device=self._device)
         # Where only this rank's row is not zero, the mean holds every rank's: one exchange for all.
         both = self._mean_over_ranks(torch.cat([self._waiting[:, :count].T.flatten(), table.flatten()])).cpu()
-        table = both[3 * count :].view(self._ranks, len(mine)) * self._ranks
-        return both[: 3 * count].view(count, 3).tolist(), table.amax(dim=0).tolist()
+        table = both[4 * count :].view(self._ranks, len(mine)) * self._ranks
+        return both[: 4 * count].view(count, 4).tolist(), table.amax(dim=0).tolist()
 
-    def _count(self, row: dict[str, Any], loss: float, grad_norm: float, skipped: bool) -> None:
+    def _count(self, row: dict[str, Any], loss: float, grad_norm: float, skipped: bool, excluded: float) -> None:
         """Completes the line of a step and adds its numbers to the sums."""
         for key, value in (("loss", loss), ("grad_norm", grad_norm)):
             row[key] = value if math.isfinite(value) else None  # JSON has no NaN
+        if self._excludes:
+            row["excluded"] = round(excluded, 6)
         if skipped:
             row["skipped"] = True
             self.skipped += 1
@@ -217,6 +232,8 @@ class StepLog:
         self.epoch_sums["loss"] += loss
         self.epoch_sums["lr"] += row["lr"]
         self.epoch_sums["steps"] += 1
+        if self._excludes:
+            self.epoch_sums["excluded"] = self.epoch_sums.get("excluded", 0.0) + excluded
         spike = self._spike_score(loss)
         if spike is not None:
             row["spike"] = round(spike, 1)
@@ -242,6 +259,8 @@ class StepLog:
         sums, self.epoch_sums = self.epoch_sums, {"loss": 0.0, "lr": 0.0, "steps": 0}
         means = {key: sums[key] / sums["steps"] if sums["steps"] else None for key in ("lr", "loss")}
         line = {"train_lr": means["lr"], "train_loss": means["loss"], **(results or {}), "epoch": epoch}
+        if "excluded" in sums:
+            line["excluded"] = round(sums["excluded"] / max(1, sums["steps"]), 6)
         if self._writes:
             self._log.add([line])
 

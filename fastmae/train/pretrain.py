@@ -20,7 +20,7 @@ from fastmae.checkpoint.manifest import peek
 from fastmae.checkpoint.restore import Restored
 from fastmae.checkpoint.save import training_tensors
 from fastmae.checkpoint.start import begin_with, normalised_alike, open_start
-from fastmae.config import FIXED_IN_A_RUN, PROBE_LIMIT, PretrainConfig, ResolvedConfig, read_as
+from fastmae.config import FIXED_IN_A_RUN, PROBE_LIMIT, PretrainConfig, ResolvedConfig, pixel_facts, read_as
 from fastmae.config.model import ModelSpec
 from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
 from fastmae.data.loader import Batch, View, choose_decoder, describe_decoder
@@ -381,7 +381,7 @@ def _stream(run: Run[ResolvedConfig], source: Source, masks_of: dict[Size, Masks
     seed = data_seed(config.seed, len(run.rollbacks))
     masks_of = {size: dataclasses.replace(masks, seed=seed) for size, masks in masks_of.items()}
     sizes, repeats = tuple(masks_of), config.repeated_masks
-    reading = reading_of(config)
+    reading, nodata = reading_of(config), nodata_of(pixel_facts(config))
     views = {size: View(size, reading, seed=seed, scale=config.crop_scale, flip=config.flip) for size in sizes}
 
     def view_of(epoch: int) -> View:
@@ -393,7 +393,13 @@ def _stream(run: Run[ResolvedConfig], source: Source, masks_of: dict[Size, Masks
         if repeats > 1:
             images = images.repeat_interleave(repeats, dim=0)
             draw_ids = torch.from_numpy(mask_draws(draw_ids.numpy(), config.dataset_length, repeats))
-        return images, shuffled_ids(draw_ids, masks_of[images.shape[1], images.shape[2]], images.device)
+        (H, W), device = images.shape[1:3], images.device
+        masks = masks_of[H, W]
+        ids_shuffle = shuffled_ids(draw_ids, masks, device)
+        if nodata is not None:
+            patch_size = H // masks.grid[0], W // masks.grid[1]
+            run.log.exclude(excluded_share(images, ids_shuffle[:, masks.visible :], patch_size, nodata))
+        return images, ids_shuffle
 
     return BatchStream(
         run,

@@ -27,6 +27,7 @@ from fastmae.checkpoint.restore import Restored, on_main
 from fastmae.checkpoint.save import Saver
 from fastmae.config import ResolvedConfig, ResolvedFinetuneConfig
 from fastmae.config.load import settings_as_yaml
+from fastmae.data.changes import ChangedImages
 from fastmae.data.loader import Batch, View, load_batches
 from fastmae.data.quarantine import Quarantine
 from fastmae.data.sources import Source
@@ -77,6 +78,8 @@ class Run(Generic[Resolved]):
     screen: Screen
     log: StepLog
     quarantine: Quarantine
+    changed: ChangedImages
+    """What was done to images that their owner may not expect, since this process started."""
     saver: Saver
     watchdog: Watchdog
 
@@ -162,6 +165,7 @@ def open_run(
         screen=screen,
         log=log,
         quarantine=Quarantine(folder / quarantine, config.max_corrupt),
+        changed=ChangedImages(config.dataset_length),
         saver=Saver(
             folder,
             keep=config.keep,
@@ -445,6 +449,16 @@ def close_run(run: Run, unsaved: str | None) -> None:
         note_event(run.folder, run.context, run.steps.total, "complete", f"after {run.config.epochs} epochs")
 
 
+def say_changed(run: Run) -> None:
+    """Shows what was done to images that their owner may not expect, if more images are known than when it was shown.
+
+    It is about the images that the main rank reads.
+    """
+    among = " (of what rank 0 read)" if run.context.size > 1 else ""
+    for line in run.changed.news():
+        run.say(f"changed         {line}{among}")
+
+
 def say_results(run: Run, lines: Sequence[str] = (), files: Mapping[str, Path] = MappingProxyType({})) -> None:
     """Shows, on the main rank, what the run leaves behind: lines, and those of the ``files`` by name that are there.
 
@@ -453,6 +467,7 @@ def say_results(run: Run, lines: Sequence[str] = (), files: Mapping[str, Path] =
     if run.context.is_main:
         if len(run.quarantine):
             run.say(f"skipped         {len(run.quarantine)} unusable images, listed in {run.quarantine.path}")
+        say_changed(run)
         for line in lines:
             run.say(line)
         official = official_path(run.folder, run.config.epochs - 1)

@@ -21,6 +21,7 @@ from fastmae.config import (
     OFFICIAL_WARMUP,
     PER_RANK,
     TOLD_IF_CHANGED,
+    ImagesConfig,
     PretrainConfig,
     ResolvedConfig,
     ResolvedFinetuneConfig,
@@ -63,6 +64,8 @@ def as_begun(flags: Flags) -> Flags:
     """
     before = peek(flags.resume, Path(flags.output_dir)).get("settings", {})
     kept = images_given(flags, before)
+    if flags.other_types is None:
+        kept["other_types"] = images_given(ImagesConfig(), before)["other_types"]
     if isinstance(flags, PretrainConfig):
         kept |= _held_out_as_before(flags, before)
     if isinstance(flags, PretrainConfig) and flags.in_chans in (None, before.get("in_chans")):

@@ -55,6 +55,14 @@ def test_skipped_steps_are_counted_in_a_row_and_are_no_part_of_means(tmp_path):
     ]
     log.end_epoch(0)
     assert json.loads((tmp_path / "log.txt").read_text()) == {"train_lr": 11 / 3, "train_loss": 2.0, "epoch": 0}
+    log.exclude(torch.tensor(0.5))
+    log.exclude(torch.tensor(0.25))
+    log.add(result(1.0), step=9, epoch=1, lr=1, images=8)
+    log.exclude(torch.tensor(1.0))
+    log.add(result(math.nan, skipped=True), step=10, epoch=1, lr=1, images=8)
+    log.end_epoch(1)
+    assert [row.get("excluded") for row in rows(tmp_path)[-3:]] == [None, 0.375, 1.0]
+    assert json.loads((tmp_path / "log.txt").read_text().splitlines()[1])["excluded"] == 0.375
     again = step_log(tmp_path, said)
     again.resume(6, 0, None)
     assert again.skipped == 3

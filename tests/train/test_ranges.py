@@ -87,6 +87,26 @@ def test_a_run_that_goes_on_measures_nothing_and_refuses_another_range(wide, mon
         pretrain(other)
 
 
+def test_the_share_of_masked_patches_without_a_target_is_logged_for_each_step_and_epoch(tmp_path):
+    """Every patch of 6 of 24 images has a missing pixel, and a batch is all of them. Runs of 8 bits do not say it."""
+    images = np.random.default_rng(0).normal(size=(24, 8, 8, 1)).astype(np.float32)
+    images[:6] = np.nan
+    np.save(tmp_path / "floats.npy", images)
+    np.save(tmp_path / "bytes.npy", np.zeros((24, 8, 8, 1), np.uint8))
+    small = SMALL | dict(epochs=2, batch_size=24, mean=(0.0,), std=(1.0,))
+    for name in ("floats", "bytes"):
+        pretrain(small_run(str(tmp_path / f"{name}.npy"), tmp_path / name, **small))
+    logged = {
+        name: [json.loads(line) for line in (tmp_path / name / "log.txt").read_text().splitlines()]
+        for name in ("floats", "bytes")
+    }
+    assert [row.get("excluded") for row in logged["floats"]] == [0.25, 0.25]
+    assert not any("excluded" in row for row in logged["bytes"])
+    for name, expected in (("floats", 0.25), ("bytes", None)):
+        steps = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [row.get("excluded") for row in steps] == [expected, expected]
+
+
 def test_fine_tuning_and_pictures_take_the_range_of_the_encoder(wide, capsys):
     config = FinetuneConfig(
         finetune=str(wide / "run"), data_path=str(wide / "wide.npz"), output_dir=str(wide / "tuned"), epochs=1,

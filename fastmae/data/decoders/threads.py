@@ -6,7 +6,7 @@ It knows nothing of devices; its images lie in the memory of the host.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -33,6 +33,8 @@ class DecodedBatch:
     draw_ids: torch.Tensor
     """int64 [N] on the CPU."""
     skipped: tuple[Skipped, ...]
+    changed: Mapping[str, list[tuple[int, str]]]
+    """The numbers and names of images that were changed, by the kind of the change, a key of ``CHANGES``."""
     bytes_read: int
     busy: float
     """Seconds that threads spent on it, added up."""
@@ -75,12 +77,22 @@ class PendingBatch:
             self.images,
             self.draw_ids,
             skipped=tuple(bad for sample in samples for bad in sample.skipped),
+            changed=_by_kind(samples),
             bytes_read=sum(sample.bytes_read for sample in samples),
             busy=sum(sample.busy for sample in samples),
             ready=sum(batch.is_done() for batch in behind),
             by_dali=by_dali,
             redone=redone,
         )
+
+
+def _by_kind(samples: Iterable[LoadedSample]) -> dict[str, list[tuple[int, str]]]:
+    """Returns which images were changed, by the kind of the change."""
+    changed: dict[str, list[tuple[int, str]]] = {}
+    for sample in samples:
+        for kind in sample.changes:
+            changed.setdefault(kind, []).append(sample.image)
+    return changed
 
 
 class DecodeThreads:

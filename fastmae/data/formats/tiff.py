@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastmae.data import tiff
+from fastmae.data.changes import note
 from fastmae.data.codestreams import size_of_jpeg, size_of_jpeg2000
 from fastmae.data.formats.common import as_channels, check_pages, check_size, library
 from fastmae.data.reading import BadImageError, Header
@@ -76,6 +77,7 @@ def pixels(data: bytes, read_as: ReadAs) -> np.ndarray | None:
     """
     if is_for_pillow(data, read_as):
         return None
+    note_tags(tiff.read_tags(data))
     file = io.BytesIO(data)
     if read_as.pages != "channels":
         return page(file, _first_directory(file), read_as)
@@ -98,6 +100,14 @@ def is_for_pillow(data: bytes, read_as: ReadAs) -> bool:
     is_pair = tags.bands == 2 and tags.unspecified == 1  # of which Pillow makes gray with alpha
     is_plain = max(tags.bits) <= 8 and not is_pair
     return is_first and read_as.bands is None and not tags.problem and (is_plain or as_before)
+
+
+def note_tags(tags: tiff.Tags) -> None:
+    """Notes that a page would be turned, or states a value of missing pixels."""
+    if tags.orientation != 1:
+        note("turned")
+    if tags.nodata is not None and not math.isnan(tags.nodata):  # NaN is missing in any case
+        note("missing", tags.nodata)
 
 
 # --- one page ---------------------------------------------------------------------------------------------------------

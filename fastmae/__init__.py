@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastmae import ops
-    from fastmae.api import Run, extract_features, finetune, pretrain, tune
+    from fastmae.api import Run, extract_features, finetune, pretrain, probe, tune
     from fastmae.checkpoint.load import load_model
+    from fastmae.data.objects import as_source
+    from fastmae.data.preprocess import Preprocessing
+    from fastmae.data.sources import Source
     from fastmae.errors import UserError
     from fastmae.model.loss import MAELoss
     from fastmae.model.mae import MaskedAutoencoderViT
@@ -26,15 +29,20 @@ if TYPE_CHECKING:
         mae_vit_tiny_patch4,
         mae_vit_tiny_patch16,
     )
+    from fastmae.train.given import StepInfo
 
     __version__: str
 
 __all__ = [
     "MAELoss",
     "MaskedAutoencoderViT",
+    "Preprocessing",
     "Run",
+    "Source",
+    "StepInfo",
     "UserError",
     "__version__",
+    "as_source",
     "extract_features",
     "finetune",
     "ids_from_mask",
@@ -50,19 +58,25 @@ __all__ = [
     "mae_vit_tiny_patch16",
     "ops",
     "pretrain",
+    "probe",
     "tune",
 ]
 
 _HOME = {
     "MAELoss": "fastmae.model.loss",
     "MaskedAutoencoderViT": "fastmae.model.mae",
+    "Preprocessing": "fastmae.data.preprocess",
     "Run": "fastmae.api",
+    "Source": "fastmae.data.sources",
+    "StepInfo": "fastmae.train.given",
     "UserError": "fastmae.errors",
+    "as_source": "fastmae.data.objects",
     "extract_features": "fastmae.api",
     "finetune": "fastmae.api",
     "ids_from_mask": "fastmae.model.masks",
     "load_model": "fastmae.checkpoint.load",
     "pretrain": "fastmae.api",
+    "probe": "fastmae.api",
     "tune": "fastmae.api",
 }
 

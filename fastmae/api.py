@@ -1,32 +1,55 @@
-"""The functions of ``import fastmae`` that begin a run or compute features. They load torch when they are called."""
+"""The functions of ``import fastmae`` that begin a run or use a model. They load torch when they are called."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from fastmae.config import FinetuneConfig, PretrainConfig
+from fastmae.config import FinetuneConfig, PretrainConfig, ProbeConfig
 from fastmae.config.load import make_config
-from fastmae.errors import SettingError, UserError
+from fastmae.errors import SettingError
 from fastmae.files import read_rows
 from fastmae.messages import logger
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
+    from fastmae.data.sources import Parts
     from fastmae.evaluate.features import Features
     from fastmae.model.classifier import Classifier
     from fastmae.model.mae import MaskedAutoencoderViT
     from fastmae.ops.choices import Choices
+    from fastmae.train.given import OnStep
 
-DataPath = str | PathLike[str] | Sequence[str | PathLike[str]]
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 POOLS = ("mean", "cls", "both", "tokens")
+FOR_PATHS = ("pages", "spectrogram", "root", "image_key", "axis", "constant_slices")
+"""Settings that say how files of a path are found and taken apart."""
+_LOOP = "copy the loop in fastmae/train/pretrain.py, one page, and change {}"
+_DATA = "images are cropped and flipped by (seed, epoch, image); set crop_scale and flip, or change {}"
+HOOKS = {
+    **dict.fromkeys(("optimizer", "optim"), _LOOP.format("make_optimizer (fastmae/train/optim.py)")),
+    **dict.fromkeys(("lr_scheduler", "scheduler"), _LOOP.format("learning_rate_at (fastmae/train/schedule.py)")),
+    **dict.fromkeys(
+        ("loss_fn", "loss", "criterion"),
+        "give a model whose forward_loss is your own, as a subclass of fastmae.MaskedAutoencoderViT",
+    ),
+    **dict.fromkeys(("on_batch", "before_step"), _LOOP.format("_stream, which makes the batches")),
+    **dict.fromkeys(
+        ("callbacks", "callback", "hooks", "on_epoch", "on_epoch_end", "on_train_end"),
+        "on_step is called with the numbers of every step, and " + _LOOP.format("what else is done there"),
+    ),
+    **dict.fromkeys(
+        ("transform", "transforms", "augment", "augmentation"), _DATA.format("fastmae/data/sample.py: prepared")
+    ),
+    **dict.fromkeys(
+        ("collate_fn", "sampler", "batch_sampler", "shuffle", "dataloader"),
+        _LOOP.format("fastmae/train/batches.py, which says which images a step trains on"),
+    ),
+}
+"""What other trainers take and a run does not, as it would not be exact and resumable any more: where to change it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +59,16 @@ class Run:
     folder: Path
     """The ``output_dir``, with checkpoints, ``metrics.jsonl``, ``log.txt`` and the settings."""
     status: int
-    """0 if the run is done; 75 if a signal stopped it, so that ``resume="auto"`` continues it."""
+    """0 if the run is done; 75 if a signal or ``on_step`` stopped it, so that ``resume="auto"`` continues it."""
     is_classifier: bool
     """Whether ``finetune`` made it."""
+    given_model: MaskedAutoencoderViT | None = dataclasses.field(default=None, repr=False)
+    """The model that the run was given, which has its weights since it ended."""
 
     @cached_property
     def model(self) -> MaskedAutoencoderViT | Classifier:
-        """The model of the newest intact checkpoint, on the CPU, in evaluation mode. It is read once, when asked for.
+        """The model of the newest intact checkpoint, in evaluation mode: the one that was given, or a new one on the
+        CPU. It is read once, when asked for.
 
         After ``pretrain`` it is the masked autoencoder; after ``finetune`` the classifier, which turns uint8 images
         [N, H, W, C] into logits [N, classes].
@@ -52,11 +78,14 @@ class Run:
         """
         from fastmae.checkpoint.load import load_classifier, load_model
 
-        return load_classifier(self.folder) if self.is_classifier else load_model(self.folder)
+        return load_classifier(self.folder) if self.is_classifier else load_model(self.folder, self.given_model)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of ``metrics.jsonl``: one for each optimiser step, with its step, loss and learning rate."""
+        """The rows of ``metrics.jsonl``: one for each optimiser step, with its step, loss and learning rate.
+
+        ``pandas.DataFrame(run.metrics)`` is a table of them.
+        """
         path = self.folder / "metrics.jsonl"
         rows, damaged = read_rows(path)
         if damaged:
@@ -65,67 +94,156 @@ class Run:
 
 
 def pretrain(
-    data_path: DataPath, *, output_dir: str | PathLike[str], config: str | PathLike[str] | None = None, **settings: Any
+    data: Any = None,
+    *,
+    output_dir: str | PathLike[str],
+    model: str | MaskedAutoencoderViT | None = None,
+    val: Any = None,
+    on_step: OnStep | None = None,
+    config: str | PathLike[str] | None = None,
+    **settings: Any,
 ) -> Run:
     """Pretrains a masked autoencoder on images, as ``fastmae pretrain`` does.
 
-    ``fastmae.train.pretrain.pretrain`` is the form that takes a configuration.
-
     Args:
-        data_path: images as ``--data_path`` takes them (a folder, shards, arrays, ``"digits"``), or several of them.
+        data: a torch Dataset, a list of paths, bytes, arrays or images of Pillow, an array or a tensor, a Hugging Face
+            ``Dataset`` or ``DatasetDict``, or a source of your own (``fastmae.Source``): ``fastmae.as_source`` says
+            more. Or a path, or several, as ``--data_path`` takes them: a folder, shards, arrays, ``"digits"``. It may
+            be left out where ``config`` names a path.
         output_dir: the run folder.
+        model: the name of a preset, or a model: a ``fastmae.MaskedAutoencoderViT`` or a subclass. It is trained from
+            the weights that it has, has the trained ones when the run ends, and decides the sizes of images.
+        val: labelled images for the probe, as ``data``, where that is no path. Default: a fifth of ``data``.
+        on_step: a function that is called on the first rank with a ``StepInfo`` for every optimiser step, when numbers
+            are read (every ``log_freq`` steps, for all steps since), so that no step waits for it. If it returns
+            ``"stop"``, the run saves a checkpoint and ends with status 75.
         config: a YAML, TOML or JSON file of settings, or a run folder; arguments override it.
-        settings: the flags of ``fastmae pretrain`` by their names, such as ``model="mae_vit_base_patch16"``,
-            ``input_size=96`` (pixels), ``epochs=100``, ``blr=1.5e-4``, ``resume="auto"``. What is left out gets its
-            default from the data.
+        settings: the flags of ``fastmae pretrain`` by their names, such as ``input_size=96`` (pixels), ``epochs=100``,
+            ``blr=1.5e-4``, ``resume="auto"``. What is left out gets its default from the data.
 
     Returns:
-        The run, once it is done or stopped by a signal.
+        The run, once it is done or stopped.
 
     Raises:
         UserError: a setting, the data or a checkpoint cannot work. The message names the argument.
     """
-    given = {"data_path": data_path, "output_dir": output_dir, **settings}
-    configuration = make_config(PretrainConfig, given, config)
+    _refuse_hooks(settings)
+    parts = _parts(data, val, settings, config, needs_labels=bool(settings.get("probe") or settings.get("probe_freq")))
+    own = None if model is None or isinstance(model, str) else _trainable(model)
+    settings |= {"model": model} if own is None else _settings_of_model(own, settings)
+    if model is None:
+        settings.pop("model")
+    configuration = make_config(PretrainConfig, {"output_dir": output_dir, **settings}, config)
+    from fastmae.train.given import Given
     from fastmae.train.pretrain import pretrain as run_pretraining
 
-    return Run(Path(configuration.output_dir), run_pretraining(configuration), is_classifier=False)
+    status = run_pretraining(configuration, Given(data=parts, model=own, on_step=on_step))
+    folder = Path(configuration.output_dir)
+    if own is not None:
+        from fastmae.checkpoint.load import load_weights
+        from fastmae.checkpoint.manifest import newest_first
+
+        if newest_first(folder):  # none where a signal came before the first step
+            load_weights(folder, own)
+    return Run(folder, status, is_classifier=False, given_model=own)
 
 
 def finetune(
-    data_path: DataPath,
+    data: Any = None,
     *,
     output_dir: str | PathLike[str],
-    finetune: str | PathLike[str] = "",
+    finetune: str | PathLike[str] | Run = "",
+    val: Any = None,
+    on_step: OnStep | None = None,
     config: str | PathLike[str] | None = None,
     **settings: Any,
 ) -> Run:
     """Fine-tunes a pretrained encoder on labelled images, as ``fastmae finetune`` does.
 
     Args:
-        data_path: labelled images as ``--data_path`` takes them, or several of them.
+        data: labelled images, as for ``pretrain``.
         output_dir: the run folder.
-        finetune: the pretrained encoder: a run folder of ``pretrain``, one of its checkpoints, or a file with an
-            encoder. Random weights if it is left out.
+        finetune: the pretrained encoder: a ``Run`` or its folder, one of its checkpoints, or a file with an encoder.
+            Random weights if it is left out.
+        val: labelled images to test on, as ``data``, where that is no path. Default: a fifth of ``data``, fixed, which
+            is not trained on.
+        on_step: as for ``pretrain``.
         config: a YAML, TOML or JSON file of settings, or a run folder; arguments override it.
         settings: the flags of ``fastmae finetune`` by their names, such as ``epochs=50`` or ``tune="lora"``.
 
     Returns:
-        The run, once it is done or stopped by a signal. Its ``model`` is the classifier.
+        The run, once it is done or stopped. Its ``model`` is the classifier.
 
     Raises:
         UserError: a setting, the data or a checkpoint cannot work. The message names the argument.
     """
-    given = {"data_path": data_path, "output_dir": output_dir, **settings}
-    configuration = make_config(FinetuneConfig, given | ({"finetune": finetune} if finetune else {}), config)
+    _refuse_hooks(settings)
+    start = finetune.folder if isinstance(finetune, Run) else finetune
+    parts = _parts(data, val, settings, config or start or None, needs_labels=True)
+    given = {"output_dir": output_dir, **({"finetune": start} if start else {}), **settings}
+    configuration = make_config(FinetuneConfig, given, config)
     from fastmae.train.finetune import finetune as run_finetuning
+    from fastmae.train.given import Given
 
-    return Run(Path(configuration.output_dir), run_finetuning(configuration), is_classifier=True)
+    status = run_finetuning(configuration, Given(data=parts, on_step=on_step))
+    return Run(Path(configuration.output_dir), status, is_classifier=True)
+
+
+def probe(
+    model: MaskedAutoencoderViT | Run | str | PathLike[str], data: Any = None, *, val: Any = None, **settings: Any
+) -> dict[str, Any]:
+    """Measures frozen features on labelled images with k-NN and a linear classifier, as ``fastmae probe`` does.
+
+    Args:
+        model: a masked autoencoder, whose device is used; a ``Run``; or what ``load_model`` opens.
+        data: labelled images to fit the classifiers on, as for ``pretrain``. Default: the data of the run, if paths.
+        val: labelled images to score them on. Default: the val part of paths, or a fixed fifth of ``data``.
+        settings: the flags of ``fastmae probe`` by their names: ``pool``, ``k``, ``linear``, ``blr``, ``linear_batch``,
+            ``batch_size`` and ``num_workers``.
+
+    Returns:
+        What the command prints with ``--json``: ``knn`` and ``linear`` in percent, and how they were measured.
+
+    Raises:
+        UserError: a wrong argument, no labels, or data or a checkpoint that cannot be opened.
+    """
+    allowed = ("pool", "k", "linear", "blr", "linear_batch", "batch_size", "num_workers")
+    for name in settings:
+        if name not in allowed:
+            raise SettingError(name, problem=f"no argument of probe, which takes {', '.join(allowed)}")
+    config = make_config(ProbeConfig, {"checkpoint": "", **settings})
+    from fastmae.checkpoint.load import own_data, read_settings
+    from fastmae.data.loader import default_workers
+    from fastmae.data.sources import scored_parts
+    from fastmae.evaluate.features import report_skipped
+    from fastmae.evaluate.probe import probe_in_detail
+
+    encoder = _encoder(model)
+    if data is None:
+        checkpoint = model.folder if isinstance(model, Run) else model
+        if not isinstance(checkpoint, str | PathLike):
+            raise SettingError("data", problem="must be given with a model, which does not know its data")
+        data = own_data(str(checkpoint), read_settings(str(checkpoint)), "data")
+    train, test = scored_parts(_opened(data, val, encoder, needs_labels=True), encoder.read_as)
+    result = probe_in_detail(
+        encoder,
+        train,
+        test,
+        pool=config.pool,
+        ks=config.k,
+        linear=config.linear,
+        rates=config.blr,
+        linear_batch=config.linear_batch,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers or default_workers(),
+    )
+    report_skipped(result.skipped)
+    return result.summary()
 
 
 def extract_features(
-    model: MaskedAutoencoderViT | str | PathLike[str],
-    data: DataPath | np.ndarray | torch.Tensor,
+    model: MaskedAutoencoderViT | Run | str | PathLike[str],
+    data: Any,
     *,
     pool: Literal["mean", "cls", "both", "tokens"] = "mean",
     split: Literal["train", "val"] = "train",
@@ -134,15 +252,15 @@ def extract_features(
 ) -> Features:
     """Computes the features of images with a frozen encoder, without gradients.
 
-    Image files are resized and cropped as in the official evaluation, arrays are resized as a whole.
+    Image files are resized and cropped as in the official evaluation, arrays are resized as a whole. For a few images
+    ``model.embed`` is shorter.
 
     Args:
-        model: a masked autoencoder, whose device is used; or what ``load_model`` opens.
-        data: images as ``--data_path`` takes them, or an array or tensor [N, H, W] or [N, H, W, C] of pixels (uint8
-            in [0, 255]).
+        model: a masked autoencoder, whose device is used; a ``Run``; or what ``load_model`` opens.
+        data: images, as for ``pretrain``.
         pool: ``mean`` of the patch tokens (D numbers per image), the class token (``cls``, D numbers), ``both``
             (2·D), or all patch tokens one after another (``tokens``, L·D).
-        split: which part of the data is used; an array has none.
+        split: which part of the data is used; without a val part, ``val`` is a fixed fifth, and ``train`` is all.
         batch_size: images per forward pass.
         num_workers: threads that read and decode images. Default: one per core, at most 10.
 
@@ -159,28 +277,13 @@ def extract_features(
     for name, number in (("batch_size", batch_size), ("num_workers", num_workers)):
         if number is not None and number < 1:
             raise SettingError(name, number, "must be at least 1")
-    import numpy as np
-    import torch
-
-    from fastmae.checkpoint.load import load_model
-    from fastmae.data.arrays import array_source
     from fastmae.data.loader import default_workers
-    from fastmae.data.sources import Source, open_train, train_and_val
+    from fastmae.data.sources import open_train, train_and_val
     from fastmae.evaluate import features
 
-    source: Source
-    encoder = load_model(Path(model)) if isinstance(model, str | PathLike) else model
-    if isinstance(data, torch.Tensor):
-        data = data.detach().cpu().numpy()
-    if isinstance(data, np.ndarray):
-        try:
-            source = array_source(data, None, "the array")
-        except UserError as error:
-            raise SettingError("data", problem=str(error)) from error
-    else:
-        paths = str(data) if isinstance(data, str | PathLike) else [str(path) for path in data]
-        images = encoder.read_as
-        source = open_train(paths, images) if split == "train" else train_and_val(paths, images)[1]
+    encoder = _encoder(model)
+    opened, images = _opened(data, None, encoder), encoder.read_as
+    source = open_train(opened, images) if split == "train" else train_and_val(opened, images)[1]
     workers = num_workers or default_workers()
     return features.extract_features(encoder, source, pool=pool, batch_size=batch_size, num_workers=workers)
 
@@ -239,3 +342,102 @@ def tune(
     choices = measured(calls, torch.bfloat16 if precision == "bf16" else torch.float32, anew=anew)
     set_backends(dataclasses.replace(asked_backends(), choices=choices))
     return choices
+
+
+# --- what is given ----------------------------------------------------------------------------------------------------
+
+
+def _refuse_hooks(settings: Mapping[str, Any]) -> None:
+    """Refuses what would change the training in a way that no checkpoint and no other rank knows of."""
+    for name in settings:
+        if name in HOOKS:
+            raise SettingError(name, problem=f"is not taken, as a run must be exact and resumable; {HOOKS[name]}")
+
+
+def _parts(
+    data: Any, val: Any, settings: dict[str, Any], config: str | PathLike[str] | None, *, needs_labels: bool
+) -> Parts | None:
+    """Returns objects as sources. Puts into the settings what stands for them there, or the paths that were given."""
+    if data is None:
+        if val is not None:
+            raise SettingError("val", problem="is for objects in Python; give data as well")
+        if config is None and "data_path" not in settings:
+            raise SettingError("data", problem="must be given: a Dataset, a list, an array, a path or digits")
+        return None
+    if "data_path" in settings:
+        raise SettingError("data_path", settings["data_path"], "is another name of data, which is given as well")
+    from fastmae.data.objects import given_parts
+
+    parts = given_parts(data, val, layout=settings.get("layout") or "auto", needs_labels=needs_labels)
+    settings["data_path"] = data if parts is None else parts.phrase
+    for name in FOR_PATHS if parts is not None else ():
+        if settings.get(name) is not None:
+            raise SettingError(name, settings[name], "is for files that a path names; leave it out, or give their path")
+    return parts
+
+
+def _opened(data: Any, val: Any, encoder: MaskedAutoencoderViT, *, needs_labels: bool = False) -> Any:
+    """Returns what ``open_train`` takes."""
+    from fastmae.data.objects import given_parts
+
+    parts = given_parts(data, val, layout=encoder.read_as.layout, needs_labels=needs_labels)
+    if parts is not None:
+        return parts
+    return str(data) if isinstance(data, str | PathLike) else [str(path) for path in data]
+
+
+def _encoder(model: MaskedAutoencoderViT | Run | str | PathLike[str]) -> MaskedAutoencoderViT:
+    """Returns the masked autoencoder that an argument means; of a fine-tuning, its encoder."""
+    from fastmae.checkpoint.load import load_model
+    from fastmae.model.mae import MaskedAutoencoderViT
+
+    if isinstance(model, Run):
+        return load_model(model.folder, model.given_model)
+    if isinstance(model, str | PathLike):
+        return load_model(Path(model))
+    if not isinstance(model, MaskedAutoencoderViT):
+        problem = "must be a masked autoencoder of fastmae, a run, or the path of a checkpoint"
+        raise SettingError("model", type(model).__name__, problem)
+    return model
+
+
+def _trainable(model: Any) -> MaskedAutoencoderViT:
+    """Returns a model that a run can train.
+
+    Raises:
+        SettingError: it is none, or its masks cannot be given.
+    """
+    from fastmae.model.mae import MaskedAutoencoderViT
+
+    name = type(model).__name__
+    if not isinstance(model, MaskedAutoencoderViT):
+        problem = (
+            "is no preset's name and no fastmae.MaskedAutoencoderViT; give one of these, a subclass of it, or what "
+            "fastmae.wrap makes of a timm model; fastmae.accelerate makes transformers' ViTMAE faster in its own loop"
+        )
+        raise SettingError("model", name, problem)
+    if model.draws_masks is not None:
+        problem = f"its {model.draws_masks} draws masks of its own; let it take ids_shuffle, as a run gives the masks"
+        raise SettingError("model", name, problem)
+    return model
+
+
+def _settings_of_model(model: MaskedAutoencoderViT, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that a model decides.
+
+    Raises:
+        SettingError: one of those that were given is another.
+    """
+    from fastmae.model.build import settings_of
+
+    decided = settings_of(model)
+    if settings.get("init"):
+        raise SettingError("init", settings["init"], "is for a preset; the model that is given has weights already")
+    for name, value in decided.items():
+        given = settings.get(name)
+        if given is None:
+            continue
+        as_pair = (given, given) if isinstance(given, int) and isinstance(value, tuple) else given
+        if as_pair != value and list(as_pair if isinstance(as_pair, list | tuple) else [as_pair]) != [value]:
+            raise SettingError(name, given, f"is {value} of the model that is given; leave it out")
+    return decided

@@ -28,7 +28,7 @@ ALLOWED = {
     "kernels": LEAVES,
     "report": LEAVES | {"config"},
     "ops": LEAVES | {"_C", "environment", "kernels"},
-    "model": LEAVES | {"config", "ops"},
+    "model": LEAVES | {"config", "ops", "data"},
     "data": LEAVES | {"config", "ops"},
     "checkpoint": LEAVES | {"config", "model"},
     "evaluate": LEAVES | {"config", "ops", "model", "data", "checkpoint"},
@@ -46,7 +46,7 @@ ALLOWED = {
     | LEAVES - {"facts", "files", "philox", "torch_compat"}
     | {"faults", "launch", "flags", "argv", "config", "commands", "train"},
     "api": {"errors", "files", "messages", "config", "ops", "model", "data", "checkpoint", "evaluate", "train"},
-    "__init__": {"errors", "ops", "model", "checkpoint", "api"},
+    "__init__": {"errors", "ops", "model", "data", "checkpoint", "train", "api"},
     "__main__": {"cli", "signals"},
 }
 BESIDE = {"kernels", "benchmarks"}  # folders beside the package in the repository, installed inside it
@@ -99,7 +99,8 @@ LEVELS = (
     {"messages", "faults", "launch"},
     {"config", "kernels"},
     {"argv", "ops", "report"},
-    {"model", "data"},
+    {"data"},
+    {"model"},
     {"checkpoint", "estimate"},
     {"evaluate"},
     {"export", "train"},

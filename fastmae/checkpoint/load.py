@@ -61,7 +61,7 @@ class Opened:
 
 def load_model(
     checkpoint: str | Path,
-    model: str | None = None,
+    model: str | MaskedAutoencoderViT | None = None,
     *,
     needs_decoder: bool = False,
     input_size: int | Sequence[int] | None = None,
@@ -77,7 +77,8 @@ def load_model(
     Args:
         checkpoint: a run folder (its newest intact checkpoint counts), a ``step-NNNNNNNN`` folder, a .pth, a
             .safetensors, or a folder of transformers.
-        model: the preset, for a file that does not name its own.
+        model: the preset, for a file that does not name its own; or a model of your own class, into which the weights
+            of a run folder or a checkpoint of it are loaded, and which is returned.
         needs_decoder: whether a file with the encoder alone is refused.
         input_size: side of the images in pixels, or (height, width). For another size than the checkpoint's, positions
             are computed or interpolated.
@@ -88,10 +89,28 @@ def load_model(
         UserError: nothing there, not intact, or not a masked autoencoder.
     """
     settings: dict[str, Any] = dict(input_size=input_size, norm_pix_loss=norm_pix_loss, mean=mean, std=std)
+    if isinstance(model, MaskedAutoencoderViT):
+        for name, value in settings.items():
+            if value is not None:
+                raise SettingError(name, value, "is decided by the model that is given; leave it out")
+        return load_weights(checkpoint, model).eval()
     opened = open_checkpoint(checkpoint, ReadingConfig(model=model, **settings))
     if needs_decoder and not opened.has_decoder:
         raise UserError(lacks_decoder(checkpoint, opened))
     return opened.model
+
+
+def load_weights(checkpoint: str | Path, model: MaskedAutoencoderViT) -> MaskedAutoencoderViT:
+    """Loads the weights of a checkpoint, or of the newest intact one of a run folder, into a model, and returns it.
+
+    Raises:
+        UserError: nothing there, not intact, or of another architecture.
+    """
+    path = Path(checkpoint)
+    if not path.exists() or holds_file(path):
+        raise UserError(f"{path}: no run folder nor a checkpoint of one, of which a model of your own gets its weights")
+    _of_newest(path, lambda found, _: load_checkpoint(found, model))
+    return model
 
 
 def lacks_decoder(checkpoint: str | Path, opened: Opened) -> str:

@@ -4,17 +4,15 @@
 read, and is quarantined when reading it raises. Nothing here knows of order, crops or models.
 
 A few evenly spaced samples are looked at first. They tell where the image and the label are in a sample, how tensors
-are laid out, whether floats are 8 bits in disguise, whether the same number gives the same image twice, and whether
-several threads may read at a time.
+are laid out, whether floats are 8 bits in disguise, and whether the same number gives the same image twice.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -37,9 +35,7 @@ from fastmae.messages import logger
 LOOKED_AT = 64
 """How many samples are looked at before a run."""
 THREADS = 8
-"""How many threads read them at the same time, to see whether that gives the same images."""
-SWITCH = 1e-6
-"""Seconds after which Python lets another thread go on meanwhile, so that what they share comes to light."""
+"""How many threads read the labels of samples that may be read at the same time."""
 IMAGE_NAMES = (*IMAGE_COLUMNS, "pixel_values")
 LABEL_NAMES = (*LABEL_COLUMNS, "targets", "y")
 PARTS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
@@ -185,8 +181,8 @@ def as_source(
             array or a tensor of images [N, …], alone or with labels, as (images, labels).
         labels: of all images, integers or words. Default: those of the data.
         classes: the names of the classes that integers number. Default: those of the data, if it has some.
-        threads: whether several threads may read samples at a time. Default: they may if it gave the same images when
-            it was tried; lists and arrays are always read so.
+        threads: whether several threads may read samples at the same time. Default: they may where that is known to be
+            safe: of lists, arrays, tensors, data sets of Hugging Face and of torchvision, and sources.
         layout: the order of the axes of arrays and tensors; ``auto`` tells it by the shape.
         needs_labels: whether every sample is read once where nothing else tells the labels.
 
@@ -204,7 +200,7 @@ def as_source(
     if labels is None and _are_image_files(data):
         return FolderSource(tuple(os.fspath(path) for path in data), None, (), listed="listed in Python")
     samples = _samples(data, length)
-    seen, is_safe = _looked_at(samples, threads)
+    seen = _looked_at(samples)
     form, notes = _form([look for look in seen.values() if isinstance(look, _Look)], layout)
     objects = Objects(
         get=samples.image,
@@ -213,13 +209,13 @@ def as_source(
         form=form,
         kind="folder" if any(look.is_file for look in seen.values() if isinstance(look, _Look)) else "array",
         shapes=frozenset(_shapes(form, seen)),
-        lock=contextlib.nullcontext() if is_safe else threading.Lock(),
+        lock=contextlib.nullcontext() if samples.are_safe or threads else threading.Lock(),
     )
     numbers, names, problem = _labels(samples, seen, objects, labels, classes, needs_labels)
-    if not is_safe and threads is None:
+    if not samples.are_safe and threads is None:
         notes.append(
-            f"{samples.what} gave other images when {THREADS} threads read at the same time, so its samples are read "
-            "one at a time; mend it, as such a Dataset shares an open file or a buffer between its samples"
+            f"samples are read one at a time, as a {samples.what} may share an open file or a buffer among threads; if "
+            "it does not, fastmae.as_source(data, threads=True) has several read at the same time"
         )
     return replace(objects, labels=numbers, classes=names, notes=(*notes, *problem))
 
@@ -263,6 +259,8 @@ def _of_array(data: Any, labels: Any, classes: Sequence[str], layout: LayoutName
     levels = whole_levels(array) if isinstance(data, torch.Tensor) and array.dtype.kind == "f" else None
     if levels is not None:
         array, notes = levels, (LEVELS,)
+    if isinstance(data, torch.Tensor) and layout == "auto" and array.ndim == 4:
+        layout = "chw" if _reads_as_planes(array.shape[1:], is_tensor=True) else "hwc"
     numbers, names, problem = (None, (), ()) if labels is None else _numbered(_as_list(labels), classes)
     try:
         source = array_source(array, numbers, "the array", layout)
@@ -290,8 +288,8 @@ class _Samples:
     labels: Any = None
     """Of all samples, where the data set has them without reading any."""
     classes: tuple[str, ...] = ()
-    are_safe: bool | None = None
-    """Whether several threads may read; None where that is not known."""
+    are_safe: bool = False
+    """Whether several threads may read at the same time, as far as that is known."""
     are_kept: bool = False
     """Whether they lie in a list, so that they are the same whenever they are read."""
 
@@ -311,7 +309,7 @@ class _Samples:
 def _samples(data: Any, length: int) -> _Samples:
     if type(data).__module__.split(".")[0] == "datasets" and hasattr(data, "features"):
         return _of_hugging_face(data, length)
-    if callable(getattr(data, "read", None)):
+    if not hasattr(data, "__getitem__"):  # a source, as Datasets may have anything beside their samples
         classes = tuple(getattr(data, "classes", ()))
         labels = getattr(data, "labels", None)
         samples = _Samples(data.read, length, _type_of(data), labels=labels, classes=classes, are_safe=True)
@@ -325,8 +323,16 @@ def _samples(data: Any, length: int) -> _Samples:
         labels = [samples.label(sample) for sample in data] if label_key is not None else None
         return replace(samples, labels=labels, are_safe=True)
     labels, classes = _said(data)
-    is_safe = True if isinstance(data, torch_data.TensorDataset) else None
-    return replace(samples, labels=labels, classes=classes, are_safe=is_safe)
+    return replace(samples, labels=labels, classes=classes, are_safe=_is_safe(data))
+
+
+def _is_safe(data: Any) -> bool:
+    """Tells whether several threads may read a Dataset at the same time: it holds arrays, or opens a file each time."""
+    if isinstance(data, torch_data.Subset):
+        return _is_safe(data.dataset)
+    if isinstance(data, torch_data.ConcatDataset):
+        return all(map(_is_safe, data.datasets))
+    return isinstance(data, torch_data.TensorDataset | list | tuple) or type(data).__module__.startswith("torchvision.")
 
 
 def _first(samples: _Samples) -> Any:
@@ -442,8 +448,8 @@ def _look(samples: _Samples, index: int) -> _Look | Exception:
         return error
 
 
-def _looked_at(samples: _Samples, threads: bool | None) -> tuple[dict[int, _Look | Exception], bool]:
-    """Reads some samples. Returns them, and whether several threads may read at the same time.
+def _looked_at(samples: _Samples) -> dict[int, _Look | Exception]:
+    """Reads some samples.
 
     Raises:
         SettingError: none can be read, or they are other images when they are read again.
@@ -455,43 +461,15 @@ def _looked_at(samples: _Samples, threads: bool | None) -> tuple[dict[int, _Look
         first = f"{samples.what}[{numbers[0]}] ({_in_a_line(failed[numbers[0]])})"
         problem = f"none of {len(failed)} samples that were looked at can be read, the first is {first}; mend the data"
         raise SettingError("data", problem=problem)
-    if samples.are_kept:
-        return seen, True
-    is_tried = threads is None and samples.are_safe is None
-    differing = [index for index, again in _again(samples, numbers, is_tried) if not _same(seen[index], again)]
-    if is_tried and differing:  # by other threads, or in any case
-        differing = [index for index in differing if not _same(seen[index], _look(samples, index))]
-        is_safe = False
-    else:
-        is_safe = threads is not False
-    if differing:
+    again = () if samples.are_kept else numbers
+    differing = next((index for index in again if not _same(seen[index], _look(samples, index))), None)
+    if differing is not None:
         problem = (
-            f"{samples.what}[{differing[0]}] is another image when it is read again, as a random transform makes it; "
+            f"{samples.what}[{differing}] is another image when it is read again, as a random transform makes it; "
             "give the data without it (transform=None), as crops and flips are made here, exactly and resumably"
         )
         raise SettingError("data", problem=problem)
-    return seen, is_safe
-
-
-def _again(samples: _Samples, numbers: Sequence[int], by_threads: bool) -> Iterator[tuple[int, _Look | Exception]]:
-    """Yields samples once more, read by several threads at the same time if that is asked for."""
-    if not by_threads:
-        yield from ((index, _look(samples, index)) for index in numbers)
-        return
-    with _switching_often(), ThreadPoolExecutor(THREADS) as pool:
-        # Evenly mixed, so that neighbours in an open file are read at the same time as samples far away.
-        mixed = [index for start in range(THREADS) for index in numbers[start::THREADS]]
-        yield from zip(mixed, [*pool.map(lambda index: _look(samples, index), mixed)], strict=True)
-
-
-@contextlib.contextmanager
-def _switching_often() -> Generator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
+    return seen
 
 
 def _same(one: _Look | Exception, other: _Look | Exception) -> bool:
@@ -654,6 +632,20 @@ def _numbered(values: list[Any], classes: Sequence[str]) -> Labelled:
 
 
 # --- one image --------------------------------------------------------------------------------------------------------
+
+
+def one_image(item: Any, layout: LayoutName = "auto") -> tuple[bytes | np.ndarray, Literal["folder", "array"]]:
+    """Returns an image that stands alone, as a source reads it, and of which kind that source would be.
+
+    Raises:
+        ValueError, OSError: it is none, cannot be read, or has axes in an order that is guessed too easily.
+    """
+    look = _Look(plain_image(item), isinstance(item, Image.Image), isinstance(item, torch.Tensor), None)
+    try:
+        form, _ = _form([look], layout)
+    except SettingError as error:
+        raise ValueError(error.problem) from error
+    return form.pixels(item), "folder" if look.is_file else "array"
 
 
 def plain_image(item: Any) -> bytes | np.ndarray:

@@ -121,7 +121,7 @@ def load_sample(
             skipped.append(Skipped(candidate, source.name(candidate), str(error)))
             continue
         if encoded is None:
-            out[:] = crop_and_resize(pixels, *_crop(view, draws, *pixels.shape[:2]), view.size, view.reading.nodata)
+            out[:] = _cropped(pixels, view, draws)
             if view.augment is not None and changes is not None:
                 out[:] = view.augment(out, changes)
         loaded = LoadedSample(tuple(skipped), encoded, bytes_read, time.perf_counter() - started)
@@ -131,6 +131,23 @@ def load_sample(
         return loaded
     first = skipped[0]
     raise UserError(f"{len(skipped)} images in a row cannot be used, from {first.name} ({first.reason}); mend the data")
+
+
+def prepared(data: bytes | np.ndarray, view: View, draws: np.ndarray | None) -> np.ndarray:
+    """Returns what a source gave as pixels [H, W, C] of a view.
+
+    Args:
+        data, view: of ``load_sample``.
+        draws: float64, the row of ``plan.crop_draws`` that decides crop and flip; None for the central region.
+
+    Raises:
+        BadImageError: it cannot be used.
+    """
+    return _cropped(decode(data, view.reading), view, draws)
+
+
+def _cropped(pixels: np.ndarray, view: View, draws: np.ndarray | None) -> np.ndarray:
+    return crop_and_resize(pixels, *_crop(view, draws, *pixels.shape[:2]), view.size, view.reading.nodata)
 
 
 def _crop(view: View, draws: np.ndarray | None, height: int, width: int) -> tuple[Box, bool]:

@@ -14,7 +14,6 @@ from fastmae.config import AnomalyPool
 from fastmae.data.changes import OF_NUMBERS, ChangedImages
 from fastmae.data.loader import Skipped, View, load_batches
 from fastmae.data.plan import central_share
-from fastmae.data.reading import Reading
 from fastmae.data.sources import Source, classes_of
 from fastmae.errors import SettingError, UserError, install_hint
 from fastmae.files import write_whole
@@ -37,14 +36,9 @@ class Features:
     """The images that could not be used."""
 
 
-def reading_for(model: MaskedAutoencoderViT) -> Reading:
-    """Returns how files become the images of a model: as in its training, as far as it is known."""
-    return Reading(model.in_chans, dtype=model.pixels.dtype, nodata=model.pixels.nodata, read_as=model.read_as)
-
-
 def evaluation_view(model: MaskedAutoencoderViT, source: Source) -> View:
     """Returns the central crop that suits the images of a source."""
-    return View(model.img_size, reading_for(model), central_share=central_share(source.kind, model.img_size))
+    return View(model.img_size, model.reading, central_share=central_share(source.kind, model.img_size))
 
 
 def usable_batches(

@@ -17,7 +17,7 @@ from fastmae.data.plan import central_box
 from fastmae.data.sources import Source
 from fastmae.data.statistics import shown_range
 from fastmae.errors import SettingError, UserError
-from fastmae.evaluate.features import evaluation_view, reading_for
+from fastmae.evaluate.features import evaluation_view
 from fastmae.evaluate.pictures import coloured, grid_picture, save_gif, save_png
 from fastmae.facts import UINT8, exact_ratio
 from fastmae.model.mae import MaskedAutoencoderViT
@@ -129,7 +129,7 @@ def masks_of_pictures(
     for n, index in enumerate(indices.tolist()):
         row = n % len(paths)
         try:
-            size = decode(source.read(index), reading_for(model)).shape[:2]
+            size = decode(source.read(index), model.reading).shape[:2]
         except (BadImageError, OSError) as error:
             raise UserError(f"{source.name(index)} cannot be used ({error}); give images without it") from error
         if white[row].shape != size:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+from typing import Any
 
-from fastmae.config.images import read_as
+import torch
+
+from fastmae.config.images import pixel_settings, read_as
 from fastmae.config.model import ModelSpec
 from fastmae.errors import SettingError
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.presets import PRESETS
+from fastmae.model.presets import MODELS, PRESETS
+from fastmae.model.sizes import PRESET_SIZES, Sizes, sizes_of
 
 
 def build_model(spec: ModelSpec) -> MaskedAutoencoderViT:
@@ -17,6 +22,9 @@ def build_model(spec: ModelSpec) -> MaskedAutoencoderViT:
     Raises:
         SettingError: an unknown preset, or sizes that do not fit each other.
     """
+    if is_phrase(spec.model):
+        problem = "was given in Python; make such a model and give it as model, its weights are loaded into it"
+        raise SettingError("model", spec.model, problem)
     if spec.model not in PRESETS:
         near = difflib.get_close_matches(spec.model, PRESETS, 1)
         hint = f"; did you mean {near[0]}?" if near else ";"
@@ -39,3 +47,57 @@ def build_model(spec: ModelSpec) -> MaskedAutoencoderViT:
         ) from error
     model.read_as = read_as(spec)
     return model
+
+
+def is_phrase(name: str) -> bool:
+    """Tells whether the name of a preset is the phrase that stands for a model that no preset makes."""
+    return name.startswith("<")
+
+
+def settings_of(model: MaskedAutoencoderViT) -> dict[str, Any]:
+    """Returns the settings of a run that trains a model, as far as the model decides them.
+
+    Their ``model`` is the preset by which ``build_model`` makes one like it, or a phrase where none does.
+    """
+    images = dict(
+        input_size=model.img_size,
+        patch_size=model.patch_size,
+        in_chans=model.in_chans,
+        mean=tuple(model.mean.tolist()),
+        std=tuple(model.std.tolist()),
+        norm_pix_loss=model.norm_pix_loss,
+        decoder_attention=model.decoder_attention,
+        **{name: value for name, value in pixel_settings(model.pixels).items() if value not in (None, "uint8")},
+    )
+    if type(model) in MODELS.values():
+        fields = {field.name for field in dataclasses.fields(ModelSpec)}
+        own = {name: value for name, value in _arguments(sizes_of(model)).items() if name in fields}
+        for preset, usual in PRESET_SIZES.items():
+            others = {name: value for name, value in own.items() if value != usual[name]}
+            settings = images | {"model": preset} | others
+            if _makes(settings, model):
+                return settings
+    return images | {"model": f"<{type(model).__name__} of {type(model).__module__}>"}
+
+
+def _arguments(sizes: Sizes) -> dict[str, int]:
+    """Returns the arguments that decide the sizes of a model."""
+    return dict(
+        embed_dim=sizes.width,
+        depth=sizes.depth,
+        num_heads=sizes.heads,
+        decoder_embed_dim=sizes.decoder_width,
+        decoder_depth=sizes.decoder_depth,
+        decoder_num_heads=sizes.decoder_heads,
+    )
+
+
+def _makes(settings: dict[str, Any], model: MaskedAutoencoderViT) -> bool:
+    """Tells whether settings make a model like this one: the same modules, sizes and names of weights."""
+    try:
+        with torch.device("meta"):
+            other = build_model(ModelSpec(**settings))
+    except SettingError:
+        return False
+    shapes = [{name: tensor.shape for name, tensor in one.state_dict().items()} for one in (model, other)]
+    return shapes[0] == shapes[1] and sizes_of(model) == sizes_of(other) and repr(model) == repr(other)

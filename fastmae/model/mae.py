@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from fastmae.data.reading import Reading
 from fastmae.facts import AS_STORED, UINT8, PixelFacts, ReadAs, exact_ratio
 from fastmae.model.intermediates import attention_maps, forward_intermediates, pool_tokens
 from fastmae.model.masks import order_of
@@ -22,6 +23,7 @@ from fastmae.model.pixels import (
     nodata_of,
     normalised,
     pixels_of,
+    range_ends,
     register_pixels,
     size_of,
     value_range_of,
@@ -42,6 +44,9 @@ from fastmae.ops.assemble_tokens import assemble_tokens
 from fastmae.ops.gather_patches import gather_patches
 from fastmae.ops.linear import Linear
 from fastmae.ops.masked_mse import masked_mse
+
+if TYPE_CHECKING:
+    from fastmae.data.preprocess import Preprocessing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -616,7 +621,47 @@ class MaskedAutoencoderViT(nn.Module):
         elif "forward" in self.overridden:
             raise ValueError(f"{type(self).__name__}.forward takes normalised images, which cannot tell missing pixels")
         given = {} if ids_shuffle is None else {"ids_shuffle": ids_shuffle}
-        return self(images, mask_ratio, **given)[0]
+        return self(images, mask_ratio, **given)[0].reshape(())  # as a loss of one's own may have the shape [1]
+
+    @property
+    def preprocess(self) -> Preprocessing:
+        """Prepares images for this model, as evaluation does: ``model.preprocess("a.jpg")`` is its pixels [H, W, C]."""
+        from fastmae.data.preprocess import Preprocessing
+
+        low, high = (tuple(ends.tolist()) for ends in range_ends(self))
+        mean, std = tuple(self.mean.tolist()), tuple(self.std.tolist())
+        return Preprocessing(self.reading, self.img_size, low, high, mean, std)
+
+    @property
+    def reading(self) -> Reading:
+        """How files become the images of this model: as in its training, as far as that is known."""
+        return Reading(self.in_chans, dtype=self.pixels.dtype, nodata=self.pixels.nodata, read_as=self.read_as)
+
+    @torch.no_grad()
+    def embed(
+        self, images: Any, *, pool: Literal["mean", "cls", "both", "tokens"] = "mean", batch_size: int = 64
+    ) -> torch.Tensor:
+        """Returns the features of images, float32 [n, D], on the model's device, without gradients.
+
+        They are those of ``fastmae.extract_features``, which is for whole data sets. In evaluation mode they are the
+        same each time.
+
+        Args:
+            images: a list of paths, bytes of files, images of Pillow, arrays or tensors, mixed as you like; or a
+                single one.
+            pool: as for ``fastmae.extract_features``.
+            batch_size: images per forward pass.
+
+        Raises:
+            UserError: one of them is no image, or cannot be used.
+        """
+        images = images if isinstance(images, list | tuple) else [images]
+        preprocess, device = self.preprocess, self.cls_token.device
+        features = []
+        for start in range(0, len(images), batch_size):
+            tokens = self.forward_features(preprocess.batch(images[start : start + batch_size]).to(device))
+            features.append(self.pool_tokens(tokens, pool).float())
+        return torch.cat(features)
 
 
 def _drawn(N: int, L: int, device: torch.device) -> torch.Tensor:

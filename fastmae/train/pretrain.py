@@ -53,7 +53,7 @@ from fastmae.model.build import build_model
 from fastmae.model.calls import calls_of
 from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.pixels import DTYPES, nodata_of
+from fastmae.model.pixels import DTYPES, nodata_of, register_pixels
 from fastmae.model.sharding import in_one_piece, is_sharded
 from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops.choices import Choices
@@ -313,7 +313,13 @@ def _model(
 
 def _fresh(config: ResolvedConfig, given: Given) -> MaskedAutoencoderViT:
     """Returns a model of a run, or a copy of the one that was given, that nothing wraps or shards yet."""
-    return build_model(ModelSpec.of(config)) if given.model is None else copy.deepcopy(given.model).train()
+    if given.model is None:
+        return build_model(ModelSpec.of(config))
+    model, pixels = copy.deepcopy(given.model).train(), pixel_facts(config)
+    if model.pixels != pixels:  # as the data have another type or range
+        register_pixels(model, config.in_chans, config.mean, config.std, pixels)
+    model.read_as = read_as(config)
+    return model
 
 
 def _prepare(

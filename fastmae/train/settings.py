@@ -300,8 +300,8 @@ def disagreement(ranks: Sequence[Mapping[str, Any]]) -> UserError | None:
 
 def _name_of_start(identity: Mapping[str, Any]) -> str:
     """Returns which setting gives the weights that a training begins with."""
-    names = ("finetune", "init")
-    return next((name for name in names if identity["settings"].get(name)), "model")
+    settings = identity["settings"]
+    return "finetune" if "mask_ratio" not in settings else "init" if settings.get("init") else "model"
 
 
 def _differing(ranks: Sequence[Mapping[str, Any]], kind: str, name: str) -> tuple[str, list[Any]] | None:

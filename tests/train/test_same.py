@@ -84,7 +84,7 @@ def test_data_versions_and_first_weights_that_differ_are_named():
         "rank 1 reads other train data than rank 0: it has other contents or sizes of b; give every rank the same"
     )
     assert expected in problem(data=other)
-    assert problem(start="t").startswith("--finetune: holds other weights from rank to rank (s on rank 0 and t on rank")
+    assert problem(start="t").startswith("--model: holds other weights from rank to rank (s on rank 0 and t on rank")
     newer = dict(fastmae="0.2", torch="2.14.0+cpu")
     assert (
         problem(versions=newer)
@@ -155,7 +155,7 @@ def test_a_checkpoint_that_tells_no_data_is_resumed_with_a_line(capsys):
     require_same_data("run", rank(), rank(), "begin anew")
     assert capsys.readouterr().err == ""
     require_same_data("run", rank(), rank(start="t"), "begin anew")
-    assert "--finetune holds other weights than run began with; they are not used" in capsys.readouterr().err
+    assert "--model holds other weights than run began with; they are not used" in capsys.readouterr().err
 
 
 def test_replaced_data_are_refused_on_resume_and_moved_data_are_not(blobs, tmp_path, capsys):

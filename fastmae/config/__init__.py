@@ -99,6 +99,13 @@ from fastmae.config.quality import (
     check_quality,
     pretraining,
 )
+from fastmae.config.sweep import (
+    Parameter,
+    Pruner,
+    Sweep,
+    SweepConfig,
+    load_sweep,
+)
 from fastmae.config.training import (
     LEFT_OPEN,
     PER_RANK,

@@ -53,7 +53,7 @@ def load_settings(path: str | PathLike[str], config_class: type) -> dict[str, An
     path = Path(path)
     if path.is_dir():
         path = next((file for file in (path / "config.yaml", path / "config.json") if file.exists()), path)
-    settings = _read(path)
+    settings = read_file(path)
     known = field_types(config_class)
     computed = [name for name in COMPUTED if name in settings and name not in known]
     if computed and is_first(os.environ):  # otherwise every rank would say so
@@ -158,7 +158,12 @@ def dump_yaml(settings: dict[str, Any]) -> str:
 # --- the three formats ------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
+    """Reads a YAML, TOML or JSON file as plain values by their names, which nothing has checked yet.
+
+    Raises:
+        UserError: no such file, too large, or not readable.
+    """
     parsers: dict[str, Callable[[str], Any]] = {
         ".json": _parse_json, ".toml": tomllib.loads, ".yaml": _parse_yaml, ".yml": _parse_yaml,
     }  # fmt: skip

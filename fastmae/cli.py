@@ -33,6 +33,7 @@ from fastmae.config import (
     ProbeConfig,
     ReconstructConfig,
     SearchConfig,
+    SweepConfig,
     VerifyConfig,
 )
 from fastmae.config.load import load_settings, settings_as_words
@@ -57,6 +58,7 @@ from fastmae.signals import remembered
 COMMANDS: dict[str, type] = {
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
+    "sweep": SweepConfig,
     "probe": ProbeConfig,
     "reconstruct": ReconstructConfig,
     "features": FeaturesConfig,
@@ -79,8 +81,10 @@ COMMANDS: dict[str, type] = {
 EXIT_OUTPUT_LOST = 1
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPT = 130
-# The commands whose settings --config reads from a file. Their result is a run folder: they go on without a screen.
+# The commands whose settings --config reads from a file.
 TRAININGS = ("pretrain", "finetune")
+# Their results are run folders: they go on without a screen, and stop with 75 at a signal, whenever it comes.
+LONG = (*TRAININGS, "sweep")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,12 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     hold_standard_files()
     words = sys.argv[1:] if argv is None else list(argv)
-    trains = words[:1] in [[command] for command in TRAININGS]
+    is_long = words[:1] in [[command] for command in LONG]
     command = ["fastmae", *words]
-    with safe_streams(must_show=not trains), contextlib.ExitStack() as stack:
+    with safe_streams(must_show=not is_long), contextlib.ExitStack() as stack:
         config = None
         try:
-            if trains:
+            if is_long:
                 stack.enter_context(remembered())
             stack.enter_context(threads_reported(command))
             if asks_for_help(words):
@@ -220,6 +224,10 @@ def call(config: Any, argv: list[str]) -> int:
             from fastmae.train.finetune import finetune
 
             return finetune(config)
+        case SweepConfig():
+            from fastmae.commands.sweep import run_sweep
+
+            return run_sweep(config)
         case ProbeConfig():
             from fastmae.commands.probe import run_probe
 

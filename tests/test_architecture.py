@@ -27,6 +27,7 @@ ALLOWED = {
     "_C": set(),
     "kernels": LEAVES,
     "report": LEAVES | {"config"},
+    "sweep": LEAVES | {"config", "launch", "report"},
     "ops": LEAVES | {"_C", "environment", "kernels"},
     "model": LEAVES | {"config", "ops", "data"},
     "data": LEAVES | {"config", "ops"},
@@ -39,7 +40,7 @@ ALLOWED = {
     "estimate": {"errors", "config", "model"},
     "commands": LEAVES
     | {"argv", "flags", "config", "environment", "estimate", "model", "data", "checkpoint"}
-    | {"evaluate", "export", "report", "train", "benchmarks"},
+    | {"evaluate", "export", "report", "sweep", "train", "benchmarks"},
     "flags": set(),
     "argv": {"errors", "flags", "config"},
     "cli": {"environment"}
@@ -99,7 +100,7 @@ LEVELS = (
     {"messages", "faults", "launch"},
     {"config", "kernels"},
     {"argv", "ops", "report"},
-    {"data"},
+    {"data", "sweep"},
     {"model"},
     {"checkpoint", "estimate"},
     {"evaluate"},

@@ -24,6 +24,7 @@ from fastmae.config import (
     ProbeConfig,
     ReconstructConfig,
     SearchConfig,
+    SweepConfig,
     VerifyConfig,
     images_given,
     pixel_settings,
@@ -116,7 +117,7 @@ def test_settings_that_cannot_work_are_named(flags):
 
 
 CONFIGS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
-NEEDED = dict(checkpoint="run", output="a.npz", data_path=("digits",), queries=("a.jpg",), to="timm")
+NEEDED = dict(checkpoint="run", file="sweep.yaml", output="a.npz", data_path=("digits",), queries=("a.jpg",), to="timm")
 NEEDED |= dict(model="mae_vit_tiny_patch4", input_size=(16,), in_chans=1)
 
 
@@ -134,6 +135,7 @@ def settings_of(config):
         for config in (
             PretrainConfig, FinetuneConfig, ProbeConfig, ReconstructConfig, FeaturesConfig, SearchConfig, AnomalyConfig,
             ExportConfig, VerifyConfig, PackConfig, InfoConfig,
+            SweepConfig,
         )
         for field in dataclasses.fields(config)
     ],

@@ -39,12 +39,12 @@ SHORTEST = [
     ["pretrain"], ["finetune"], ["probe", "x"], ["reconstruct", "x"], ["verify"], ["features", "x"], ["search", "x"],
     ["anomaly", "x"], ["pack", "x", "y"],
     ["export", "x", "--to", "hf", "--output", "y"], ["info"], ["bench", "step"], ["bench", "all"],
-    ["bench", "loader"], ["bench", "quality"], ["estimate"],
+    ["bench", "loader"], ["bench", "quality"], ["estimate"], ["sweep", "x"],
 ]  # fmt: skip
 # Their first commands take long, start ranks of their own, or are another file's to test: they are parsed alone.
 NOT_RUN = (
     "benchmarks.md", "containers.md", "dicom.md", "finetuning.md", "large-runs.md", "loading.md", "pack.md",
-    "photo-formats.md", "photos.md", "quality.md", "ranges.md", "sound.md", "tiff.md", "volumes.md",
+    "photo-formats.md", "photos.md", "quality.md", "ranges.md", "sound.md", "sweeps.md", "tiff.md", "volumes.md",
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ LONGEST = 44
 PATHS = ("path", "dir", "output", "folder", "config", "finetune", "resume", "masks")
 """How the names of settings end whose values are paths."""
 SECTIONS = {
-    "Train": ("pretrain", "finetune"),
+    "Train": ("pretrain", "finetune", "sweep"),
     "Use a trained model": ("probe", "reconstruct", "features", "search", "anomaly", "export"),
     "Check and measure": ("verify", "pack", "info", "estimate", "bench"),
 }
@@ -43,6 +43,10 @@ EXAMPLES = {
         "torchrun --nproc_per_node 8 -m fastmae pretrain --data_path imagenet --batch_size 512",
     ),
     "finetune": ("fastmae finetune --finetune runs/photos --data_path photos --output_dir runs/classifier",),
+    "sweep": (
+        "fastmae sweep digits.yaml",
+        'fastmae sweep imagenet.yaml --trials 50 --launch "torchrun --nproc_per_node 8"',
+    ),
     "probe": ("fastmae probe runs/digits",),
     "reconstruct": ("fastmae reconstruct runs/digits --output digits.png",),
     "features": ("fastmae features runs/photos photos --output photos.npz",),

@@ -100,11 +100,7 @@ from fastmae.config.quality import (
     pretraining,
 )
 from fastmae.config.sweep import (
-    Parameter,
-    Pruner,
-    Sweep,
     SweepConfig,
-    load_sweep,
 )
 from fastmae.config.training import (
     LEFT_OPEN,

@@ -172,8 +172,8 @@ def _settings(given: dict[str, Any], command: str, metric: str, pruner: Pruner |
     settings |= _checked(own, config_class, "settings")
     for name in OF_THE_SWEEP:
         _need(name not in settings, f"settings.{name}", problem="is the sweep's; leave it out")
-    epochs = settings.get("epochs")
-    _need(epochs is not None, "settings.epochs", problem="must be given: how long each trial trains")
+    _need(settings.get("epochs") is not None, "settings.epochs", problem="must be given: how long each trial trains")
+    epochs: int = settings["epochs"]
     if metric in PROBES:
         settings.setdefault("probe_freq", pruner.min_epochs if pruner else epochs)
         settings.setdefault("probe", False)

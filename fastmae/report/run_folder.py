@@ -246,7 +246,7 @@ def _events(folder: Path, problems: list[str], rows: Iterable[Row], starts: Iter
 
 
 def _status(folder: Path, settings: dict[str, Any], epochs: tuple[Row, ...], events: tuple[Event, ...]) -> Status:
-    if _is_held(folder / LOCK):
+    if is_held(folder):
         return "running"
     total = settings.get("epochs")
     if epochs and type(total) is int and epochs[-1]["epoch"] + 1 >= total:
@@ -255,10 +255,10 @@ def _status(folder: Path, settings: dict[str, Any], epochs: tuple[Row, ...], eve
     return "stopped" if told and max(told, key=lambda event: event.time).kind == "stopped" else "unfinished"
 
 
-def _is_held(path: Path) -> bool:
-    """Tells whether a process holds the lock of a run. The file is empty when nobody does."""
+def is_held(folder: Path) -> bool:
+    """Tells whether a process holds a run folder. The file of the lock is empty when nobody does."""
     try:
-        with open_file(path) as file:
+        with open_file(folder / LOCK) as file:
             if not file.read(1):
                 return False
             try:

@@ -19,7 +19,7 @@ from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from fastmae.config import Parameter, Pruner, Sweep
+from fastmae.config.sweep import Parameter, Pruner, Sweep
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 NEEDED = 4

@@ -19,7 +19,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from fastmae.config import Sweep
+from fastmae.config.sweep import Sweep
 from fastmae.errors import UserError
 from fastmae.sweep.propose import distributions, propose
 
@@ -112,9 +112,7 @@ class Record:
         if len(trials) >= self.sweep.trials:
             return None, None
         params = propose(self.sweep, len(trials), trials)
-        template = create_trial(
-            state=TrialState.RUNNING, params=params, distributions=distributions(self.sweep)
-        )
+        template = create_trial(state=TrialState.RUNNING, params=params, distributions=distributions(self.sweep))
         trial = self._storage.get_trial(self._storage.create_new_trial(self._study, template))
         return trial, self._claim(trial)
 
@@ -136,7 +134,6 @@ class Record:
             self._storage.set_trial_user_attr(self._id(trial), "reason", reason)
         self._storage.set_trial_state_values(self._id(trial), state, None if value is None else [value])
         return self._storage.get_trial(self._id(trial))
-
 
     def _id(self, trial: FrozenTrial) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study, trial.number)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
-from fastmae.config import Sweep
+from fastmae.config.sweep import Sweep
 from fastmae.errors import UserError
 from fastmae.signals import EXIT_INTERRUPTED, StopSignals
 from fastmae.sweep.propose import as_settings, pruned_after
@@ -20,7 +20,11 @@ MOST_FAILED = 3
 
 
 def run_trials(
-    sweep: Sweep, folder: Path, train: Train, began: Callable[[FrozenTrial], None], ended: Callable[[Record, FrozenTrial], None]
+    sweep: Sweep,
+    folder: Path,
+    train: Train,
+    began: Callable[[FrozenTrial], None],
+    ended: Callable[[Record, FrozenTrial], None],
 ) -> tuple[Record, bool]:
     """Trains trials until there are as many as the sweep asks for.
 
@@ -53,7 +57,6 @@ def run_trials(
 def _trained(record: Record, trial: FrozenTrial, train: Train, stop: StopSignals) -> FrozenTrial | None:
     """Trains a trial to its end, and returns it as it is recorded then; None if it was stopped and goes on later."""
     sweep, folder = record.sweep, trial_folder(record.folder, trial)
-    others = [other.intermediate_values for other in record.trials() if other.number != trial.number]
     seen: dict[int, float] = {}
     stopped_after: int | None = None
 
@@ -61,8 +64,9 @@ def _trained(record: Record, trial: FrozenTrial, train: Train, stop: StopSignals
         """Looks at what the trial has reached. What decides is what is written, not when it was looked at."""
         nonlocal seen, stopped_after
         now = reached(folder, sweep.metric)
-        if now != seen:
+        if repr(now) != repr(seen):  # NaN is not itself
             seen = now
+            others = [other.intermediate_values for other in record.trials() if other.number != trial.number]
             stopped_after = pruned_after(sweep, now, others)
             record.note(trial, [(n, value) for n, value in now.items() if n <= (stopped_after or n)])
         return stopped_after is not None

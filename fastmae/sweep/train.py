@@ -13,19 +13,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmae.checkpoint.manifest import RUN_LOCK
-from fastmae.config import Sweep
 from fastmae.config.load import settings_as_words
-from fastmae.config.sweep import COMMANDS, PROBES
-from fastmae.errors import in_one_line
-from fastmae.files import is_locked, open_file, read_json, read_rows
+from fastmae.config.sweep import COMMANDS, PROBES, Sweep
+from fastmae.errors import UserError, in_one_line
+from fastmae.files import open_file, read_rows
+from fastmae.launch import read_launch
+from fastmae.report.run_folder import is_held, is_number, read_probes
 from fastmae.signals import EXIT_INTERRUPTED, StopSignals
-from fastmae.sweep.propose import Values
 
 OUTPUT = "output.txt"
 """In the run folder: what the process prints."""
@@ -59,7 +58,13 @@ def words_of(sweep: Sweep, searched: Mapping[str, Any], folder: Path) -> list[st
 
 
 def train_in_a_process(launch: str = "") -> Train:
-    """Returns what trains each trial in a process of its own, started by the words of ``launch`` if there are any."""
+    """Returns what trains each trial in a process of its own, started by the words of ``launch`` if there are any.
+
+    Raises:
+        UserError: this process is one of several ranks, each of which would sweep.
+    """
+    if read_launch(os.environ).size > 1:
+        raise UserError('fastmae sweep: is one process; start its trials with --launch "torchrun …" instead')
     start = [*shlex.split(launch), "-m", "fastmae"] if launch else [sys.executable, "-m", "fastmae"]
 
     def train(
@@ -101,7 +106,7 @@ def train_in_a_process(launch: str = "") -> Train:
 
 def _wait_for_the_former(folder: Path, stop: StopSignals) -> bool:
     """Waits until the process of a killed sweep has left the folder. Returns whether no signal came meanwhile."""
-    while is_locked(folder / RUN_LOCK):
+    while is_held(folder):
         if stop.received is not None:
             return False
         time.sleep(LOOK)
@@ -136,19 +141,10 @@ def reached(folder: Path, metric: str) -> dict[int, float]:
 
     A loss that is not finite is NaN.
     """
-    return dict(sorted(_measured(folder, metric)))
-
-
-def _measured(folder: Path, metric: str) -> Iterator[tuple[int, float]]:
     if metric in PROBES:
-        try:
-            epochs = read_json(folder / "probe.json")["epochs"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return
-        for number, accuracies in epochs.items():
-            yield int(number), float(accuracies[metric])
-        return
-    rows, _ = read_rows(folder / "log.txt")
-    for row in rows:
-        if metric in row and isinstance(row.get("epoch"), int):
-            yield row["epoch"] + 1, math.nan if row[metric] is None else float(row[metric])
+        epochs = read_probes(folder)[0].get("epochs", {})
+        values = {int(number): accuracies[metric] for number, accuracies in epochs.items()}
+    else:
+        rows = [row for row in read_rows(folder / "log.txt")[0] if metric in row and type(row.get("epoch")) is int]
+        values = {row["epoch"] + 1: row[metric] for row in rows}
+    return {epochs: float(value) if is_number(value) else math.nan for epochs, value in sorted(values.items())}

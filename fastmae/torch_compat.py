@@ -82,6 +82,20 @@ def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         target.copy_(source)
 
 
+def is_transforming() -> bool:
+    """Tells whether torch.func (grad, vmap, jvp, …) or forward-mode differentiation is active in this thread.
+
+    The names were seen in torch 2.13. Without them, and in what torch.compile traces, the answer is no, and torch says
+    which of our operations it cannot differentiate so.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    of_func = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if of_func is not None and of_func():
+        return True
+    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+
+
 def is_in_backward() -> bool:
     """Tells whether autograd is executing a backward pass in this thread, where checkpoints are computed again.
 

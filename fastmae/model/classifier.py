@@ -29,12 +29,12 @@ from fastmae.model.vit import (
     add_norm,
     added,
     as_sum,
-    autocast_dtype,
     block_output,
     call_block,
     normed,
     patch_grid,
 )
+from fastmae.ops.backends import autocast_dtype, refusing_second_gradient
 from fastmae.ops.gather_patches import gather_patches
 from fastmae.ops.linear import Linear, TorchLinear, linear
 from fastmae.philox import STREAM_DROP_PATH, uniforms_numpy
@@ -158,7 +158,7 @@ class Classifier(nn.Module):
 
         They are normalised if the class token is classified; otherwise ``fc_norm`` comes after their mean.
         """
-        x = as_sum(self._embed_all(images), biased=depth_mask is None)
+        x = as_sum(refusing_second_gradient(self._embed_all(images)), biased=depth_mask is None)
         for number, block in enumerate(self.blocks):
             x = call_block(block, x, None if depth_mask is None else depth_mask[number], kind=ClassifierBlock)
         return added(x) if self.global_pool else normed(x, self.norm)

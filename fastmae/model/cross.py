@@ -10,6 +10,7 @@ from torch import nn
 
 from fastmae.model.mae import DecoderAttention, MaskedAutoencoderViT
 from fastmae.model.vit import CrossBlock, NormLayer, as_sum, call_block, normed
+from fastmae.ops.backends import refusing_second_gradient
 
 
 class CrossMAE(MaskedAutoencoderViT):
@@ -65,7 +66,7 @@ class CrossMAE(MaskedAutoencoderViT):
         They are learnt sums of the encoder's feature maps: the input of its first block and the output of every block,
         the last one normalised, all without registers.
         """
-        maps = [embedded]
+        maps = [refusing_second_gradient(embedded)]
         for block in self.blocks:
             maps.append(block(maps[-1]))
         maps[-1] = self.norm(maps[-1])

@@ -34,13 +34,13 @@ from fastmae.model.vit import (
     NormLayer,
     PatchEmbed,
     as_sum,
-    autocast_dtype,
     call_block,
     normed,
     patch_grid,
     sincos_positions,
 )
 from fastmae.ops.assemble_tokens import assemble_tokens
+from fastmae.ops.backends import autocast_dtype, refusing_second_gradient
 from fastmae.ops.gather_patches import gather_patches
 from fastmae.ops.linear import Linear
 from fastmae.ops.masked_mse import masked_mse
@@ -314,7 +314,7 @@ class MaskedAutoencoderViT(nn.Module):
 
     def _encoded(self, embedded: torch.Tensor) -> torch.Tensor:
         """Runs the blocks and the norm of the encoder on what ``_embed`` makes."""
-        x = as_sum(embedded)
+        x = as_sum(refusing_second_gradient(embedded))
         for block in self.blocks:
             x = call_block(block, x, kind=Block)
         return normed(x, self.norm)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from fastmae.ops.add_layer_norm import add_layer_norm
 from fastmae.ops.attention import attention
-from fastmae.ops.backends import uses_fused
+from fastmae.ops.backends import autocast_dtype, uses_fused
 from fastmae.ops.gelu import gelu
 from fastmae.ops.gelu_linear import gelu_linear, keeps_less
 from fastmae.ops.linear import Linear, linear
@@ -95,11 +95,6 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     It is not if it is wrapped (adapters), parametrised, or somebody has put hooks on it or given it another forward.
     """
     return type(layer) is kind and not has_hooks(layer) and "forward" not in vars(layer)
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Returns the dtype of matrix products inside an autocast region; None outside of one."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 class PatchEmbed(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastmae.ops import cpu
-from fastmae.ops.backends import ops_backend
+from fastmae.ops.backends import is_differentiable, ops_backend
 from fastmae.ops.checks import check_devices, check_floating, check_ids, check_range
 
 
@@ -53,6 +53,9 @@ def assemble_tokens(
         raise ValueError("pos_embed must not require a gradient: the positions of a masked autoencoder are fixed")
     check_devices(visible=visible, mask_token=mask_token, pos_embed=pos_embed, ids_shuffle=ids_shuffle)
     dtype = torch.promote_types(torch.promote_types(visible.dtype, mask_token.dtype), pos_embed.dtype)
+    if is_differentiable():
+        check_range("ids_shuffle", ids_shuffle, L)
+        return assemble_tokens_reference(visible, mask_token, pos_embed, ids_shuffle).to(dtype)
     return _assemble_tokens(visible, mask_token, pos_embed, ids_shuffle, dtype)
 
 

@@ -23,7 +23,7 @@ from fastmae import _C
 from fastmae.errors import install_hint
 from fastmae.ops import cpu
 from fastmae.ops.attention_table import DTYPES, TAKEN_BY_AUTO, dtype_name, measurements
-from fastmae.ops.backends import asked_backends, op_choice, triton_runs_on
+from fastmae.ops.backends import asked_backends, autocast_dtype, is_differentiable, op_choice, triton_runs_on
 from fastmae.torch_compat import constant_when_compiled, is_exporting
 
 TRITON_TOKENS = 320
@@ -31,7 +31,11 @@ TRITON_HEAD_DIMS = (32, 64, 80)
 # Where Triton is predicted to be faster than torch (benchmarks/LOG.md); for heads of 80 numbers it is not.
 PREDICTED_ON = ((8, 0), (9, 0), (10, 0))
 PREDICTED_HEAD_DIMS = (32, 64)
-OF_TORCH = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+OF_TORCH = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "math": SDPBackend.MATH,  # of operations that can be differentiated again
+}
 OF_TORCH_HEAD_DIMS = {"cudnn": 128, "flash": 256}
 # What the ways for CPUs alone compute in another way than torch does.
 CPU_DTYPES = {
@@ -64,20 +68,22 @@ def attention(packed: torch.Tensor, queries: torch.Tensor | None = None) -> torc
     Raises:
         ValueError: a shape, dtype or device is wrong, or the backend that was asked for cannot do it.
     """
-    device = packed.device.type
-    if torch.is_autocast_enabled(device) and packed.dtype != torch.float64:
-        packed = packed.to(torch.get_autocast_dtype(device))
+    autocast = autocast_dtype(packed.device)
+    if autocast is not None and packed.dtype != torch.float64:
+        packed = packed.to(autocast)
         queries = None if queries is None else queries.to(packed.dtype)
     _check(packed, queries)
     S, T = packed.shape[1], packed.shape[1] if queries is None else queries.shape[1]
     name, _ = attention_backend(packed.device, packed.dtype, S, packed.shape[4], T)
+    if is_differentiable():
+        name = "math"
     if name == "sdpa":
         return _sdpa(*_unpack(packed, queries))
     if name in OF_TORCH:
         with sdpa_kernel(OF_TORCH[name]):
             return _sdpa(*_unpack(packed, queries))
     if name == "sdpa-float32":
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(packed.device.type, enabled=False):
             return _sdpa(*(x.float() for x in _unpack(packed, queries))).to(packed.dtype)
     return _attention(packed, queries, name)[0]
 

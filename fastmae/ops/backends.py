@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from fastmae import _C
 from fastmae.ops.attention_table import dtype_name
 from fastmae.ops.choices import CANDIDATES, TORCHS_OWN, Choices, Table, at_shape, taken_by_0_1
-from fastmae.torch_compat import constant_when_compiled, is_exporting
+from fastmae.torch_compat import constant_when_compiled, is_exporting, is_transforming
 
 OPS = ("auto", "triton", "cpu", "reference")
 ATTENTION = ("auto", "sdpa", "cudnn", "flash", "xformers", "triton", "sdpa-float32", "cpu", "cpu-dot", "cpu-amx")
@@ -39,6 +39,8 @@ class Backends:
     """What ``auto`` takes on a CPU for each product, attention and other call: torch's own, unless it was measured."""
     check_ids: bool = False
     """For debugging: check patch numbers on a GPU too, which waits for the GPU. On a CPU they are always checked."""
+    differentiable: bool = False
+    """Compute all ops and attention by torch's own operations, whose gradients have gradients; see the function."""
 
     def __post_init__(self) -> None:
         for name, values in (("ops", OPS), ("attention", ATTENTION)):
@@ -78,11 +80,51 @@ def using(**changes: Any) -> Iterator[None]:
         set_backends(before)
 
 
+def differentiable() -> AbstractContextManager[None]:
+    """Lets models and ops compute by torch's own operations alone inside a ``with`` block, in the whole process.
+
+    These can be differentiated as often as you like, and by torch.func and in forward mode: for gradient penalties,
+    products with the Hessian, or transforms inside of torch.compile. Only the forward pass has to be inside. Numbers
+    are those of the other implementations to rounding; it is slower, and attention keeps its weights for the backward
+    pass. It is not needed for a first gradient, also of images, nor where torch.func is called without torch.compile,
+    which does this by itself.
+    """
+    return using(differentiable=True)
+
+
+def is_differentiable() -> bool:
+    """Tells whether everything is to be computed by torch's own operations: asked for, or torch.func is active."""
+    return _asked_for_differentiable(_name) or is_transforming()
+
+
+def refuse_second_gradient(gradient: torch.Tensor) -> None:
+    """Says, in a backward pass that makes a graph of itself, what its forward pass needs for that.
+
+    Raises:
+        RuntimeError: gradients of gradients are wanted (``create_graph=True``), which kernels do not have.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        how = "`with fastmae.ops.differentiable():` around the forward pass"
+        raise RuntimeError(f"a gradient of a gradient (create_graph=True) needs {how}")
+
+
+def refusing_second_gradient(tokens: torch.Tensor) -> torch.Tensor:
+    """Lets a backward pass that goes through these tokens say so if it cannot be differentiated again."""
+    if tokens.requires_grad and not (torch.compiler.is_compiling() or is_differentiable()):
+        tokens.register_hook(refuse_second_gradient)
+    return tokens
+
+
+@constant_when_compiled
+def _asked_for_differentiable(name: str) -> bool:
+    return asked_backends().differentiable
+
+
 def op_choice(op: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
     """Returns which candidate computes a call on a CPU, as fastmae/ops/choices.py describes calls.
 
-    A program that is exported and the reference's ops have torch's own. A compiled function is compiled anew for other
-    choices.
+    A program that is exported, the reference's ops and ``differentiable`` have torch's own. A compiled function is
+    compiled anew for other choices.
     """
     if not choices_hold():
         return CANDIDATES[op][0]
@@ -96,7 +138,8 @@ def op_choice(op: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
 def choices_hold() -> bool:
     """Tells whether anything but torch's own may be taken on a CPU."""
     backends = asked_backends()
-    return backends.choices.rules != "torch" and backends.ops != "reference" and not is_exporting()
+    has_choices = backends.choices.rules != "torch" and backends.ops != "reference"
+    return has_choices and not is_exporting() and not is_differentiable()
 
 
 @constant_when_compiled
@@ -141,15 +184,21 @@ def ops_backend(device: torch.device, *dtypes: torch.dtype) -> str:
     return "reference" if torch.float64 in dtypes else asked
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Returns the dtype of matrix products inside an autocast region; None outside of one."""
+    has_autocast = torch.amp.is_autocast_available(device.type)  # torch.device("meta") has none
+    return torch.get_autocast_dtype(device.type) if has_autocast and torch.is_autocast_enabled(device.type) else None
+
+
 def uses_fused(op: str, x: torch.Tensor, dtype: torch.dtype, width: int | None = None) -> bool:
     """Tells whether a model computes with ``op``, ``add_layer_norm`` or ``gelu``, or with torch's own operations.
 
     ``x`` has the shape (but for the ``width``, if that is another) and the device, ``dtype`` is that of the branch or
     of what GELU is applied to. On a GPU with Triton it is the op, which moves fewer bytes than eager or compiled
     operations do (docs/kernels.md); on a CPU what was chosen, torch's own by default. An exported program has torch's
-    own, and so has float64.
+    own, and so have float64 and ``differentiable``.
     """
-    if is_exporting():
+    if is_exporting() or is_differentiable():
         return False
     backend = _backend_of_models(x.device, dtype, _name)
     if backend == "cpu":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
 import torch
 
 from fastmae.ops.backends import asked_backends
+from fastmae.torch_compat import is_transforming
 
 
 def check_ids(name: str, ids: torch.Tensor, rows: int) -> None:
@@ -22,10 +24,21 @@ def check_ids(name: str, ids: torch.Tensor, rows: int) -> None:
 
 def check_range(name: str, ids: torch.Tensor, limit: int) -> None:
     """Refuses ids outside [0, limit). On a GPU this would stall the step, so it is done only with ``check_ids``."""
-    if ids.numel() and (ids.device.type == "cpu" or asked_backends().check_ids):
-        low, high = (int(value) for value in ids.aminmax())
-        if low < 0 or high >= limit:
-            raise ValueError(f"{name} must lie in [0, {limit}), got {low} … {high}")
+    if ids.numel() and values_are_read(ids):
+        with unless_hidden():
+            low, high = (int(value) for value in ids.aminmax())
+            if low < 0 or high >= limit:
+                raise ValueError(f"{name} must lie in [0, {limit}), got {low} … {high}")
+
+
+def values_are_read(tensor: torch.Tensor) -> bool:
+    """Tells whether values are checked: always on a CPU, elsewhere if asked for; not in what torch.compile traces."""
+    return (tensor.device.type == "cpu" or asked_backends().check_ids) and not torch.compiler.is_compiling()
+
+
+def unless_hidden() -> contextlib.AbstractContextManager[None]:
+    """Returns a region for checks of values, which ends quietly where torch.func.vmap hides them."""
+    return contextlib.suppress(RuntimeError) if is_transforming() else contextlib.nullcontext()
 
 
 def check_images(images: torch.Tensor, patch_size: tuple[int, int]) -> None:
@@ -77,13 +90,14 @@ def check_value_range(channels: int, value_range: torch.Tensor | None) -> None:
 
 def check_order(value_range: torch.Tensor | None) -> None:
     """Refuses a range whose low is not below its high. On a GPU, as ``check_range``, only with ``check_ids``."""
-    if value_range is None or not (value_range.device.type == "cpu" or asked_backends().check_ids):
+    if value_range is None or not values_are_read(value_range):
         return
-    for channel, (low, high) in enumerate(value_range.T.tolist()):
-        if not (low < high and math.isfinite(high - low)):
-            raise ValueError(
-                f"value_range must have low < high, both finite, got {low:g} and {high:g} of channel {channel}"
-            )
+    with unless_hidden():
+        for channel, (low, high) in enumerate(value_range.T.tolist()):
+            if not (low < high and math.isfinite(high - low)):
+                raise ValueError(
+                    f"value_range must have low < high, both finite, got {low:g} and {high:g} of channel {channel}"
+                )
 
 
 def as_nodata(nodata: float | None, dtype: torch.dtype) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastmae.ops import cpu
-from fastmae.ops.backends import ops_backend
+from fastmae.ops.backends import is_differentiable, ops_backend
 from fastmae.ops.checks import (
     as_nodata,
     check_channels,
@@ -48,8 +48,8 @@ def gather_patches(
             NaN only NaN is missing, with None no pixel is.
 
     Returns:
-        [N, K, P] with P = ph·pw·C in (row, column, channel) order; a missing pixel is 0, which is the mean. No gradient
-        flows to the images. Equivalent to ``gather_patches_reference``.
+        [N, K, P] with P = ph·pw·C in (row, column, channel) order; a missing pixel is 0, which is the mean. Equivalent
+        to ``gather_patches_reference``, which computes it for images that require a gradient.
 
     Raises:
         ValueError: a dtype, shape or device is wrong, an id is outside the grid, or a low is not below its high (on a
@@ -62,6 +62,10 @@ def gather_patches(
     nodata = as_nodata(nodata, images.dtype)
     check_floating("dtype", dtype)
     check_devices(images=images, ids=ids, mean=mean, std=std, value_range=value_range)
+    if images.requires_grad or is_differentiable():
+        check_range("ids", ids, grid_patches(images, patch_size))
+        check_order(value_range)
+        return gather_patches_reference(images, ids, patch_size, mean, std, dtype, value_range, nodata)
     return _gather_patches(images, ids, patch_size, mean, std, dtype, value_range, nodata)
 
 

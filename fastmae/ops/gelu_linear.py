@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from fastmae.ops.backends import asked_backends
+from fastmae.ops.backends import asked_backends, autocast_dtype, is_differentiable
 from fastmae.ops.gelu import gelu, gelu_again_and_backward, gelu_backward
 from fastmae.ops.linear import choice_for, linear, linear_gradients
 from fastmae.ops.linear_bf16 import Copies, is_bf16, linear_bf16_gradients
@@ -27,11 +27,11 @@ def keeps_less(h: torch.Tensor, weight: torch.Tensor) -> bool:
     It does for plain float32 weights with a gradient, in float32 or under bfloat16 autocast. With ``--ops reference``
     the two are apart, to compare.
     """
-    if asked_backends().ops == "reference" or is_exporting() or not torch.is_grad_enabled():
+    if asked_backends().ops == "reference" or is_exporting() or is_differentiable() or not torch.is_grad_enabled():
         return False
     if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.requires_grad or h.ndim < 2 or h.numel() == 0:
         return False
-    dtype = torch.bfloat16 if is_bf16(h) else None if torch.is_autocast_enabled(h.device.type) else torch.float32
+    dtype = torch.bfloat16 if is_bf16(h) else None if autocast_dtype(h.device) else torch.float32
     return weight.dtype == torch.float32 and h.dtype == dtype
 
 

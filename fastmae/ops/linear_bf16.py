@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from fastmae.ops.backends import autocast_dtype
 from fastmae.torch_compat import product_in_float32
 
 Copies = tuple[torch.Tensor, torch.Tensor | None]
@@ -27,8 +28,7 @@ TORCHS = ("torch", "torch", "torch")
 
 def is_bf16(x: torch.Tensor) -> bool:
     """Tells whether autocast makes products with x [..., I] bfloat16 here."""
-    device = x.device.type
-    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16 and x.ndim > 1
+    return autocast_dtype(x.device) == torch.bfloat16 and x.ndim > 1
 
 
 def linear_bf16(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastmae.ops import cpu
-from fastmae.ops.backends import ops_backend
+from fastmae.ops.backends import is_differentiable, ops_backend, refuse_second_gradient
 from fastmae.ops.checks import (
     as_nodata,
     check_channels,
@@ -56,7 +56,8 @@ def masked_mse(
 
     Returns:
         A float32 scalar (float64 when ``pred`` is float64): the mean over N, M and P; 0 if no patch is a target.
-        Differentiable in ``pred``. Equivalent to ``masked_mse_reference``.
+        Differentiable in ``pred``. Equivalent to ``masked_mse_reference``, which computes it for images that require a
+        gradient and so move the target.
 
     Raises:
         ValueError: a dtype, shape or device is wrong, there are no images, an id is outside the grid, or a low is not
@@ -74,6 +75,10 @@ def masked_mse(
         raise ValueError(f"pred must have shape {list(expected)}, got {list(pred.shape)}")
     if ids.shape[0] == 0:
         raise ValueError("pred must hold at least one image: the mean of nothing is not a loss")
+    if images.requires_grad or is_differentiable():
+        check_range("ids", ids, grid_patches(images, patch_size))
+        check_order(value_range)
+        return masked_mse_reference(pred, images, ids, patch_size, mean, std, norm_pix, value_range, nodata)
     loss, _ = _masked_mse(pred, images, ids, patch_size, mean, std, norm_pix, value_range, nodata)
     return loss
 
@@ -235,6 +240,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 def _backward(ctx: Any, grad_loss: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 9
+    refuse_second_gradient(grad_loss)
     targets, pred, images, ids, mean, std, value_range = ctx.saved_tensors
     gradient = _masked_mse_backward(
         grad_loss, targets, pred, images, ids, ctx.patch_size, mean, std, ctx.norm_pix, value_range, ctx.nodata

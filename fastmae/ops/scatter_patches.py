@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fastmae.ops import cpu
-from fastmae.ops.backends import asked_backends, ops_backend
+from fastmae.ops.backends import is_differentiable, ops_backend
 from fastmae.ops.checks import (
     check_channels,
     check_devices,
@@ -18,6 +18,8 @@ from fastmae.ops.checks import (
     check_range,
     check_sizes,
     check_value_range,
+    unless_hidden,
+    values_are_read,
 )
 from fastmae.ops.gather_patches import range_of
 
@@ -47,8 +49,8 @@ def scatter_patches(
             0 and 1 for floating images.
 
     Returns:
-        images [N, gh·ph, gw·pw, C]; pixels of patches that are not listed are 0. No gradient flows back. Equivalent
-        to ``scatter_patches_reference``.
+        images [N, gh·ph, gw·pw, C]; pixels of patches that are not listed are 0. Equivalent to
+        ``scatter_patches_reference``, which computes it for patches that require a gradient.
 
     Raises:
         ValueError: a dtype, shape or device is wrong, an id is outside the grid or twice in a row, or a low is not
@@ -69,6 +71,11 @@ def scatter_patches(
     check_channels(patches.shape[2] // area, mean, std)
     check_value_range(patches.shape[2] // area, value_range)
     check_devices(patches=patches, ids=ids, mean=mean, std=std, value_range=value_range)
+    if patches.requires_grad or is_differentiable():
+        check_range("ids", ids, grid_size[0] * grid_size[1])
+        check_order(value_range)
+        _check_distinct(ids)
+        return scatter_patches_reference(patches, ids, grid_size, patch_size, mean, std, dtype, value_range)
     return _scatter_patches(patches, ids, grid_size, patch_size, mean, std, dtype, value_range)
 
 
@@ -140,7 +147,8 @@ def _(
 
 def _check_distinct(ids: torch.Tensor) -> None:
     """Refuses ids that are twice in a row; on a GPU only with ``check_ids``."""
-    if ids.device.type == "cpu" or asked_backends().check_ids:
+    if values_are_read(ids):
         ordered = ids.sort(dim=1).values
-        if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-            raise ValueError("ids must be distinct within a row: no patch has two contents")
+        with unless_hidden():
+            if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+                raise ValueError("ids must be distinct within a row: no patch has two contents")

@@ -96,6 +96,14 @@ def is_transforming() -> bool:
     return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
 
+def is_replica(module: nn.Module) -> bool:
+    """Tells whether a module is one of the short-lived copies of ``nn.DataParallel``.
+
+    Seen in torch 2.13. Without the name the answer is no.
+    """
+    return getattr(module, "_is_replica", False)
+
+
 def is_in_backward() -> bool:
     """Tells whether autograd is executing a backward pass in this thread, where checkpoints are computed again.
 

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 import fastmae.config
 from fastmae.cli import asks_for_help, main, parse
@@ -33,7 +34,15 @@ COMMAND = re.compile(r"(?:^|\s)(?:fastmae|-m fastmae) (.*)")
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
 FLAGS_OF_OTHERS = {"config", "help", "help_all", "version", "max_restarts", "requeue"}
 # Pages to look things up in, which begin with no command.
-LOOKED_UP = ("install.md", "fidelity.md", "glossary.md", "reference.md", "troubleshooting.md", "changelog.md")
+LOOKED_UP = (
+    "install.md",
+    "fidelity.md",
+    "glossary.md",
+    "loops.md",
+    "reference.md",
+    "troubleshooting.md",
+    "changelog.md",
+)
 # The shortest command of every kind, to which a flag with a value can be added. "x" stands for any file.
 SHORTEST = [
     ["pretrain"], ["finetune"], ["probe", "x"], ["reconstruct", "x"], ["verify"], ["features", "x"], ["search", "x"],
@@ -199,6 +208,23 @@ def test_the_page_about_photos_works_from_a_folder_to_a_classifier(tmp_path, mon
         assert main(words) == 0, words
     assert {path.name for path in tmp_path.iterdir()} >= {"photos", "reconstructions.png", "photos-encoder.safetensors"}
     assert (tmp_path / "runs" / "photos-classifier" / "checkpoint-1.safetensors").exists()
+
+
+@pytest.mark.parametrize("packages", [(), pytest.param(("lightning",), marks=pytest.mark.slow)])
+def test_the_page_about_loops_runs_under_torchrun(packages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0).items():
+        monkeypatch.setenv(name, str(value))
+    names: dict[str, Any] = {}
+    try:
+        for code in blocks((ROOT / "docs" / "loops.md").read_text(), "python"):
+            if "lightning" not in code or packages:
+                exec(code, names)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert names["features"].shape == (32, 256)
+    assert names["maps"][1].shape == (32, 128, 4, 4)
+    assert names["gradient"].shape == (8, 3, 16, 16)
 
 
 def test_the_quick_start_has_ten_lines():

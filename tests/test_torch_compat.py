@@ -214,6 +214,29 @@ def test_ranks_wait_long_for_each_other_where_torch_lets_them(monkeypatch):
     torch_compat.wait_long_for_ranks(timedelta(days=2))
 
 
+def test_transforms_backward_passes_and_replicas_are_told_where_torch_tells_of_them(monkeypatch):
+    told: list[bool] = []
+    torch.func.vmap(lambda x: told.append(torch_compat.is_transforming()) or x)(torch.zeros(2))
+    with torch.autograd.forward_ad.dual_level():
+        told.append(torch_compat.is_transforming())
+    x = torch.zeros(1, requires_grad=True)
+    x.register_hook(lambda gradient: told.append(torch_compat.is_in_backward()))
+    x.sum().backward()
+    assert told == [True, True, True]
+    assert not torch_compat.is_transforming()
+    assert not torch_compat.is_in_backward()
+    assert torch_compat.is_replica(torch.nn.Identity()._replicate_for_data_parallel())
+    assert not torch_compat.is_replica(torch.nn.Identity())
+    with torch.autograd.forward_ad.dual_level(), monkeypatch.context() as without:
+        without.delattr(torch._C, "_are_functorch_transforms_active")
+        without.delattr(torch._C, "_current_graph_task_id")
+        assert torch_compat.is_transforming()
+        without.delattr(torch.autograd.forward_ad, "_current_level")
+        assert not torch_compat.is_transforming()
+        assert not torch_compat.is_in_backward()
+        without.undo()
+
+
 def test_without_a_history_of_memory_it_is_said(monkeypatch, tmp_path):
     for name in ("_record_memory_history", "_dump_snapshot"):
         monkeypatch.delattr(torch.cuda.memory, name)

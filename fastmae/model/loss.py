@@ -10,7 +10,7 @@ from torch import nn
 
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.ops.random_masking import random_masking
-from fastmae.torch_compat import is_in_backward
+from fastmae.torch_compat import is_in_backward, is_replica
 
 log = logging.getLogger("fastmae")
 
@@ -82,7 +82,7 @@ class MAELoss(nn.Module):
             ids_shuffle, mask: masks of your own in place of drawn ones, as in ``training_loss``.
 
         Raises:
-            RuntimeError: it is called once more in a backward pass, where it would draw other masks.
+            RuntimeError: it is called in a backward pass or by ``nn.DataParallel``, where it would draw wrong masks.
         """
         if ids_shuffle is None and mask is None and self.model.draws_masks is None:
             ids_shuffle = self._draw(images)
@@ -98,6 +98,11 @@ class MAELoss(nn.Module):
             raise RuntimeError(
                 "MAELoss was called in a backward pass, as torch.utils.checkpoint does, and would draw other masks; "
                 'checkpoint the blocks (block.checkpointing = "full" for those of the model), or give ids_shuffle'
+            )
+        if is_replica(self):
+            raise RuntimeError(
+                "nn.DataParallel makes copies of MAELoss that forget which masks were drawn; use "
+                "DistributedDataParallel, or give ids_shuffle"
             )
         if self.training:
             self.forwards += 1

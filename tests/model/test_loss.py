@@ -3,10 +3,12 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -228,7 +230,13 @@ def test_two_ranks_have_the_masks_of_one_with_both_batches(images):
             torch.testing.assert_close((first.grad + second.grad) / 2, one.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_a_backward_pass_that_would_draw_again_is_refused(images):
+def test_dataparallel(images):
+    copies = fastmae.MAELoss(fresh())._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"forget which masks were drawn; use DistributedDataParallel"):
+        copies(images)
+
+
+def test_checkpoints_of_blocks(images):
     loss_of = fastmae.MAELoss(fresh())
     loss = checkpoint(loss_of, images, use_reentrant=False)
     with pytest.raises(RuntimeError, match=r"checkpoint the blocks .* or give ids_shuffle"):
@@ -309,3 +317,60 @@ def test_fully_shard_wraps_it_and_gives_the_same_loss_and_gradients(images, one_
         assert (one.grad is None) == (other.grad is None)
         if one.grad is not None:
             torch.testing.assert_close(other.grad.full_tensor(), one.grad)
+
+
+def two_ranks(folder):
+    """Three steps of each wrapper on this rank's half of the batch."""
+    dist.init_process_group("gloo")
+    rank, mesh = dist.get_rank(), dist.device_mesh.init_device_mesh("cpu", (2,))
+    half = whole_batch().chunk(2)[rank]
+
+    def by_fsdp(loss_of):
+        for block in (*loss_of.model.blocks, *loss_of.model.decoder_blocks):
+            fully_shard(block, mesh=mesh)
+        return fully_shard(loss_of, mesh=mesh)
+
+    for name, wrap in (("ddp", DistributedDataParallel), ("fsdp", by_fsdp)):
+        loss_of = fastmae.MAELoss(fresh())
+        wrapped = wrap(loss_of)
+        losses = steps(wrapped, half, 3)
+        weights = [
+            one.full_tensor() if isinstance(one, dist.tensor.DTensor) else one for one in loss_of.model.parameters()
+        ]
+        if rank == 0:
+            torch.save((losses, [weight.detach() for weight in weights]), folder / name)
+    dist.destroy_process_group()
+    return 0
+
+
+def whole_batch():
+    return torch.randint(0, 256, (6, 16, 16, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+def steps(loss_of, images, count):
+    """The mean losses of all ranks."""
+    optimizer, losses = torch.optim.SGD(loss_of.parameters(), lr=0.1), []
+    for _ in range(count):
+        loss = loss_of(images)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        losses.append(mean.item())
+    return losses
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_process_with_both_batches(tmp_path):
+    """Wrapped in DistributedDataParallel and sharded by FSDP2: the masks, the mean gradients and the weights."""
+    run_ranks(2, partial(two_ranks, tmp_path))
+    plain = fastmae.MAELoss(fresh())
+    losses = steps(plain, whole_batch(), 3)
+    for name in ("ddp", "fsdp"):
+        found, weights = torch.load(tmp_path / name)
+        assert found == pytest.approx(losses, rel=1e-5)
+        for one, expected in zip(weights, plain.model.parameters(), strict=True):
+            torch.testing.assert_close(one, expected.detach(), rtol=1e-4, atol=1e-6)

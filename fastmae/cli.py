@@ -32,6 +32,7 @@ from fastmae.config import (
     PretrainConfig,
     ProbeConfig,
     ReconstructConfig,
+    RunsConfig,
     SearchConfig,
     SweepConfig,
     VerifyConfig,
@@ -67,6 +68,7 @@ COMMANDS: dict[str, type] = {
     "export": ExportConfig,
     "verify": VerifyConfig,
     "pack": PackConfig,
+    "runs": RunsConfig,
     "info": InfoConfig,
     "estimate": EstimateConfig,
     "bench kernels": BenchKernelsConfig,
@@ -260,6 +262,10 @@ def call(config: Any, argv: list[str]) -> int:
             from fastmae.commands.verify import run_verify
 
             return run_verify(config)
+        case RunsConfig():
+            from fastmae.commands.runs import run_runs
+
+            return run_runs(config)
         case EstimateConfig():
             from fastmae.commands.estimate import run_estimate
 

@@ -23,6 +23,7 @@ from fastmae.config import (
     PretrainConfig,
     ProbeConfig,
     ReconstructConfig,
+    RunsConfig,
     SearchConfig,
     SweepConfig,
     VerifyConfig,
@@ -117,7 +118,15 @@ def test_settings_that_cannot_work_are_named(flags):
 
 
 CONFIGS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
-NEEDED = dict(checkpoint="run", file="sweep.yaml", output="a.npz", data_path=("digits",), queries=("a.jpg",), to="timm")
+NEEDED = dict(
+    checkpoint="run",
+    file="sweep.yaml",
+    folders=("runs",),
+    output="a.npz",
+    data_path=("digits",),
+    queries=("a.jpg",),
+    to="timm",
+)
 NEEDED |= dict(model="mae_vit_tiny_patch4", input_size=(16,), in_chans=1)
 
 
@@ -135,7 +144,7 @@ def settings_of(config):
         for config in (
             PretrainConfig, FinetuneConfig, ProbeConfig, ReconstructConfig, FeaturesConfig, SearchConfig, AnomalyConfig,
             ExportConfig, VerifyConfig, PackConfig, InfoConfig,
-            SweepConfig,
+            SweepConfig, RunsConfig,
         )
         for field in dataclasses.fields(config)
     ],

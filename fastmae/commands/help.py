@@ -28,7 +28,7 @@ PATHS = ("path", "dir", "output", "folder", "config", "finetune", "resume", "mas
 SECTIONS = {
     "Train": ("pretrain", "finetune", "sweep"),
     "Use a trained model": ("probe", "reconstruct", "features", "search", "anomaly", "export"),
-    "Check and measure": ("verify", "pack", "info", "estimate", "bench"),
+    "Check and measure": ("verify", "pack", "runs", "info", "estimate", "bench"),
 }
 CONFIG = (
     "--config",
@@ -55,6 +55,7 @@ EXAMPLES = {
     "export": ("fastmae export runs/photos --to timm --output encoder.safetensors",),
     "verify": ("fastmae verify --data_path photos",),
     "pack": ("fastmae pack volumes shards",),
+    "runs": ("fastmae runs runs", "fastmae runs digits --sort linear"),
     "info": ("fastmae info",),
     "estimate": ("fastmae estimate --gpu h100 --gpus 8 --images 1e6 --epochs 300",),
     "bench step": ("fastmae bench step --model mae_vit_small_patch16",),

@@ -34,7 +34,7 @@ default."""
 PROBES = ("linear", "knn")
 CHANGE_THE_LOSS = (
     "mask_ratio", "masking", "masks", "norm_pix_loss", "patch_size", "input_size", "predict_ratio", "mean", "std",
-    "value_range", "smoothing", "mixup", "cutmix",
+    "value_range", "held_out", "smoothing", "mixup", "cutmix",
 )  # fmt: skip
 """With another value of these, a loss is another quantity: a smaller one does not mean a better model."""
 OF_THE_SWEEP = ("output_dir", "resume")

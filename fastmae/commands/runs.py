@@ -1,0 +1,65 @@
+"""``fastmae runs``: prints run folders beside each other, as a table, as JSON or as comma-separated values."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import sys
+from typing import Any
+
+from fastmae.config import RunsConfig
+from fastmae.errors import SettingError
+from fastmae.messages import logger
+from fastmae.report.compare import differing, find_runs, order_of, row_of
+from fastmae.report.run_folder import read_run
+from fastmae.screen import show_table
+
+SHOWN = {"images_per_second": "images/s", "held_out_loss": "held out", "train_loss": "loss", "test_acc1": "test"}
+LEFT = ("run", "status", "model")
+
+
+def run_runs(config: RunsConfig) -> int:
+    """Reads run folders and prints a row of each. A damaged file is a warning.
+
+    Raises:
+        UserError: there is no run, or no such column to sort by.
+    """
+    runs = [read_run(folder) for folder in find_runs(config.folders)]
+    for run in runs:
+        for problem in run.problems:
+            logger.warning("%s/%s", run.folder, problem)
+    settings = differing(runs)
+    rows = [row_of(run) | {name: run.settings.get(name) for name in settings} for run in runs]
+    by = config.sort
+    if by is not None:
+        if by not in rows[0]:
+            near = difflib.get_close_matches(by, rows[0], 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(rows[0])}"
+            raise SettingError("sort", by, f"no such column; {hint}")
+        rows.sort(key=lambda row: order_of(by, row))
+    if config.json:
+        print(json.dumps(rows))
+    elif config.csv:
+        writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        _show(rows)
+    return 0
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    """Prints a table without the columns that are empty in all rows."""
+    names = [name for name in rows[0] if name != "of" and any(row[name] is not None for row in rows)]
+    columns = {SHOWN.get(name, name): "left" if name in LEFT else "right" for name in names}
+    show_table(columns, [[_cell(name, row) for name in names] for row in rows])  # type: ignore[arg-type]
+
+
+def _cell(name: str, row: dict[str, Any]) -> str:
+    value = row[name]
+    if name == "epochs":
+        return f"{value}/{row['of'] or '?'}"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,83 @@
+"""`fastmae runs` finds run folders, says how far they are, and shows which settings differ."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+
+import pytest
+from run_folders import write_run
+
+from fastmae.cli import main
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three runs, one of them deeper than the others."""
+    write_run(tmp_path / "a", epochs=3, steps=4, blr=1e-3, output_dir="a", dataset_length=10, crop_scale=[0.2, 1.0])
+    write_run(tmp_path / "sweep" / "b", epochs=3, steps=4, done=2, blr=3e-3, output_dir="b", dataset_length=20)
+    write_run(tmp_path / "c", epochs=3, steps=4, done=1, blr=1e-3, clip_grad=1.0, crop_scale=[0.2, 1.0])
+    (tmp_path / "c" / "run.lock").write_text("{}")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "a" / "checkpoints").mkdir()
+    (tmp_path / "a" / "checkpoints" / "log.txt").touch()  # no run of its own
+    return tmp_path
+
+
+def rows(runs, capsys, *words):
+    assert main(["runs", str(runs), "--json", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_runs_are_found_and_what_differs_is_shown(runs, capsys):
+    with open(runs / "c" / "run.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = {row["run"].removeprefix(f"{runs}/"): row for row in rows(runs, capsys)}
+    assert list(found) == ["a", "c", "sweep/b"]
+    assert [row["status"] for row in found.values()] == ["complete", "running", "unfinished"]
+    assert [(row["epochs"], row["of"]) for row in found.values()] == [(3, 3), (1, 3), (2, 3)]
+    assert found["a"]["linear"] == 62
+    assert found["a"]["train_loss"] == 1 / 12
+    assert found["a"]["held_out_loss"] == pytest.approx(1.1 / 12)
+    assert found["a"]["images_per_second"] == 100
+    assert [row["blr"] for row in found.values()] == [1e-3, 1e-3, 3e-3]
+    assert [row["clip_grad"] for row in found.values()] == [None, 1.0, None]
+    assert not {"seed", "output_dir", "dataset_length"} & set(found["a"])
+    (runs / "a" / "probe.json").write_text('{"after": {"knn": 1, "linear": 2.5}}')
+    assert rows(runs, capsys)[0]["linear"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("by", "order"), [("linear", "abc"), ("train_loss", "abc"), ("epochs", "cba"), ("clip_grad", "cab"), ("blr", "acb")]
+)
+def test_the_best_come_first(by, order, runs, capsys):
+    assert "".join(row["run"][-1] for row in rows(runs, capsys, "--sort", by)) == order
+
+
+def test_the_table_and_the_csv_have_the_same_runs(runs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["runs", str(runs / "a"), str(runs / "sweep")]) == 0
+    table = capsys.readouterr().out
+    assert "3/3" in table
+    assert "0.2 1.0" in table
+    assert "clip_grad" not in table  # it is the same in both
+    assert " test " not in table  # no run has it
+    assert main(["runs", str(runs), "--csv"]) == 0
+    found = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["status"] for row in found] == ["complete", "unfinished", "unfinished"]
+
+
+def test_what_cannot_be_compared_is_one_line(runs, refusal, capsys):
+    assert refusal(["runs", str(runs / "no")]).endswith(
+        "no: is not there; name a run folder, or a folder with run folders"
+    )
+    assert "notes: holds no run; name a folder" in refusal(["runs", str(runs / "notes")])
+    assert refusal(["runs", str(runs), "--sort", "lineer"]).endswith("no such column; did you mean linear?")
+    assert "must be left out with --json" in refusal(["runs", str(runs), "--csv", "--json"])
+    (runs / "a" / "probe.json").write_text("{")
+    assert main(["runs", str(runs), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)) == 3
+    assert captured.err.startswith(f"fastmae: {runs}/a/probe.json: ")

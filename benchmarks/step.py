@@ -49,12 +49,12 @@ from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.presets import PRESETS
 from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops import tuning
+from fastmae.ops.allocator import keep_freed_memory
 from fastmae.ops.attention import attention_backend
 from fastmae.ops.backends import using
 from fastmae.ops.choices import TORCHS_OWN, Choices
 from fastmae.ops.random_masking import random_masking
 from fastmae.train import parallel
-from fastmae.train.allocator import keep_freed_memory
 from fastmae.train.average import start_average, update_average
 from fastmae.train.choosing import VARIABLE
 from fastmae.train.optim import BETAS, make_optimizer, parameter_groups

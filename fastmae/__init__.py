@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastmae.data.preprocess import Preprocessing
     from fastmae.data.sources import Source
     from fastmae.errors import UserError
+    from fastmae.model.accelerate import accelerate
     from fastmae.model.loss import MAELoss
     from fastmae.model.mae import MaskedAutoencoderViT
     from fastmae.model.masks import ids_from_mask
@@ -42,6 +43,7 @@ __all__ = [
     "StepInfo",
     "UserError",
     "__version__",
+    "accelerate",
     "as_source",
     "extract_features",
     "finetune",
@@ -71,6 +73,7 @@ _HOME = {
     "StepInfo": "fastmae.train.given",
     "UserError": "fastmae.errors",
     "as_source": "fastmae.data.objects",
+    "accelerate": "fastmae.model.accelerate",
     "extract_features": "fastmae.api",
     "finetune": "fastmae.api",
     "ids_from_mask": "fastmae.model.masks",

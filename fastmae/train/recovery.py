@@ -34,11 +34,11 @@ from fastmae.files import read_json, write_text
 from fastmae.messages import logger
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.sharding import local_part
+from fastmae.ops.allocator import keep_freed_memory
 from fastmae.ops.backends import using
 from fastmae.ops.choices import TORCHS_OWN
 from fastmae.signals import EXIT_INTERRUPTED, StopSignals
 from fastmae.train import parallel
-from fastmae.train.allocator import keep_freed_memory
 from fastmae.train.batches import BatchStream
 from fastmae.train.folder import ANEW, AUTO, look_back, require_room, take_up_probes
 from fastmae.train.lock import owned

@@ -7,7 +7,7 @@ import pytest
 
 CODE = """
 import resource, sys, torch
-from fastmae.train.allocator import keep_freed_memory
+from fastmae.ops.allocator import keep_freed_memory
 if not keep_freed_memory():
     sys.exit(3)
 

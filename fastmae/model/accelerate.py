@@ -520,7 +520,7 @@ def _loss(
     visible, mask, ids_restore = call.masking(images.new_zeros(len(images), ours.num_patches, 1))
     ids_shuffle, K = ids_restore.argsort(dim=1), visible.shape[1]
     with shadow.packed(keep=again):
-        latent = ours._latent(images, ids_shuffle[:, :K])
+        latent = ours._latent(ours._embed(images, ids_shuffle[:, :K]))
         pred = ours._decode(latent, ours.decoder_pos_embed, ids_shuffle, start=1 if predictions else K + 1)
     masked = pred[:, K:] if predictions else pred
     loss = ours._masked_mse(masked, images, ids_shuffle[:, K:])

@@ -137,7 +137,7 @@ def official_parts(model: nn.Module) -> Parts:
     """Finds the parts of a model in the official layout."""
     _part(model, "random_masking")
     proj = _part(model, "patch_embed.proj", nn.Conv2d)
-    stacks = {}
+    stacks: dict[str, Any] = {}
     for stack in ("blocks", "decoder_blocks"):
         stacks[stack] = tuple(
             block_parts(model, f"{stack}.{number}", BLOCK, heads_of(model, f"{stack}.{number}"))
@@ -163,7 +163,7 @@ def heads_of(model: nn.Module, path: str) -> int:
     return found
 
 
-def _size_in_pixels(model: nn.Module, proj: nn.Conv2d) -> tuple[int, int]:
+def _size_in_pixels(model: Any, proj: Any) -> tuple[int, int]:
     """Returns the (height, width) of images, as the patch embedding says it, or else those of a square of patches."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(size, int):
@@ -171,7 +171,7 @@ def _size_in_pixels(model: nn.Module, proj: nn.Conv2d) -> tuple[int, int]:
     if size is not None:
         return int(size[0]), int(size[1])
     side = round((model.pos_embed.shape[1] - 1) ** 0.5)
-    return side * proj.kernel_size[0], side * proj.kernel_size[1]  # type: ignore[return-value]
+    return side * proj.kernel_size[0], side * proj.kernel_size[1]
 
 
 def vitmae_parts(model: Any) -> Parts:
@@ -182,7 +182,7 @@ def vitmae_parts(model: Any) -> Parts:
     size = config.image_size
     is_version_5 = hasattr(model.vit, "layers")
     encoder, names = ("vit.layers", BLOCK_5) if is_version_5 else ("vit.encoder.layer", BLOCK_4)
-    stacks = {}
+    stacks: dict[str, Any] = {}
     for path, name, heads in (
         (encoder, "blocks", config.num_attention_heads),
         ("decoder.decoder_layers", "decoder_blocks", config.decoder_num_attention_heads),
@@ -287,7 +287,7 @@ def shared_linear(theirs: nn.Linear) -> Linear:
 
 def shared_norm(theirs: nn.LayerNorm) -> nn.LayerNorm:
     """Returns a LayerNorm with another's parameters."""
-    ours = nn.LayerNorm(theirs.normalized_shape, eps=theirs.eps, elementwise_affine=False)  # type: ignore[arg-type]
+    ours = nn.LayerNorm(theirs.normalized_shape, eps=theirs.eps, elementwise_affine=False)
     share(ours, theirs)
     return ours
 
@@ -500,7 +500,8 @@ def _forward(model: Any, state: _State, *args: Any, **kwargs: Any) -> Any:
         return loss, pred, mask
     from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOutput
 
-    output = ViTMAEForPreTrainingOutput(loss=loss, logits=pred, mask=mask, ids_restore=ids_restore)
+    output_type: Any = ViTMAEForPreTrainingOutput
+    output = output_type(loss=loss, logits=pred, mask=mask, ids_restore=ids_restore)
     return output.to_tuple() if call.in_a_tuple else output
 
 

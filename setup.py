@@ -40,7 +40,13 @@ setup(
     packages=find_packages(include=["fastmae*"]) + BESIDE,
     package_dir={"fastmae.kernels": "kernels", "fastmae.benchmarks": "benchmarks"},
     package_data={
-        "fastmae": ["py.typed", "_C.pyi", "ops/attention_table.json", "commands/verify_report.html.jinja"],
+        "fastmae": [
+            "py.typed",
+            "_C.pyi",
+            "ops/attention_table.json",
+            "commands/verify_report.html.jinja",
+            "report/page.*",
+        ],
         "fastmae.benchmarks": ["report.html.jinja"],
     },
     include_package_data=False,  # what MANIFEST.in adds to the sdist, such as measured results, is not for the wheel

@@ -32,6 +32,7 @@ from fastmae.config import (
     PretrainConfig,
     ProbeConfig,
     ReconstructConfig,
+    ReportConfig,
     RunsConfig,
     SearchConfig,
     SweepConfig,
@@ -66,6 +67,7 @@ COMMANDS: dict[str, type] = {
     "search": SearchConfig,
     "anomaly": AnomalyConfig,
     "export": ExportConfig,
+    "report": ReportConfig,
     "verify": VerifyConfig,
     "pack": PackConfig,
     "runs": RunsConfig,
@@ -258,6 +260,10 @@ def call(config: Any, argv: list[str]) -> int:
             from fastmae.commands.pack import run_pack
 
             return run_pack(config)
+        case ReportConfig():
+            from fastmae.commands.report import run_report
+
+            return run_report(config)
         case VerifyConfig():
             from fastmae.commands.verify import run_verify
 

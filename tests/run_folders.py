@@ -32,7 +32,7 @@ def write_run(
             probes[str(epoch + 1)] = {"knn": 50.0 + epoch, "linear": 60.0 + epoch}
             row |= {**probes[str(epoch + 1)], "held_out_loss": 1.1 / step, "rankme": 9.0, "feature_std": 0.5}
             row |= {"images_per_second": 100.0, "data_wait": 0.01, "peak_memory": 2**30}
-            log.append({"train_lr": row["lr"], "train_loss": row["loss"], "epoch": epoch})
+            log.append({"train_lr": row["lr"], "train_loss": row["loss"], "held_out_loss": 1.1 / step, "epoch": epoch})
         rows.append(change(row))
     config = {"model": "mae_vit_tiny_patch4", "epochs": epochs, "seed": 0, "data_path": "photos", **settings}
     start = {
@@ -46,7 +46,7 @@ def write_run(
     if done == epochs:
         events.append({"step": epochs * steps, "event": "complete", "text": "", "time": "2026-11-30 10:30:00"})
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "probe.json").write_text(json.dumps({"epochs": probes}))
+    (folder / "probe.json").write_text(json.dumps({"epochs": probes} if probes else {}))
     named = {"metrics.jsonl": rows, "log.txt": log, "environment.jsonl": [start], "events.jsonl": events}
     for name, lines in named.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -28,7 +28,8 @@ PATHS = ("path", "dir", "output", "folder", "config", "finetune", "resume", "mas
 SECTIONS = {
     "Train": ("pretrain", "finetune", "sweep"),
     "Use a trained model": ("probe", "reconstruct", "features", "search", "anomaly", "export"),
-    "Check and measure": ("verify", "pack", "runs", "info", "estimate", "bench"),
+    "Look at runs": ("runs", "report"),
+    "Check and measure": ("verify", "pack", "info", "estimate", "bench"),
 }
 CONFIG = (
     "--config",
@@ -53,6 +54,7 @@ EXAMPLES = {
     "search": ("fastmae search runs/photos photos --queries one.jpg",),
     "anomaly": ("fastmae anomaly runs/photos photos --test_path new_photos",),
     "export": ("fastmae export runs/photos --to timm --output encoder.safetensors",),
+    "report": ("fastmae report runs/photos runs/photos-2 --output photos.html",),
     "verify": ("fastmae verify --data_path photos",),
     "pack": ("fastmae pack volumes shards",),
     "runs": ("fastmae runs runs", "fastmae runs digits --sort linear"),

@@ -99,6 +99,9 @@ from fastmae.config.quality import (
     check_quality,
     pretraining,
 )
+from fastmae.config.report import (
+    ReportConfig,
+)
 from fastmae.config.runs import (
     RunsConfig,
 )

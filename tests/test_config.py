@@ -94,7 +94,7 @@ def test_nothing_is_left_open():
     assert left == {
         "start_size", "patch_size", "decoder_depth", "predict_ratio", "clip_grad", "ema", "device", "shard_size",
         "cache_gb", "checkpoint_freq", "keep_every", "log_dir", "wandb", "profile", "probe_freq", "tune", "root",
-            "held_out",
+            "held_out", "mlflow",
     } | {*IMAGE_SETTINGS} - {"pixel_type", "other_types"}  # fmt: skip
 
 

@@ -30,7 +30,7 @@ GROUPS = {
         "output_dir", "resume", "save_freq", "checkpoint_freq", "keep", "keep_every", "async_save",
         "max_failed_saves",
     ),
-    "logging": ("log_freq", "log_dir", "wandb", "probe", "probe_freq", "test_freq"),
+    "logging": ("log_freq", "log_dir", "wandb", "mlflow", "probe", "probe_freq", "test_freq"),
     "distributed": ("parallel", "shard_size", "reduce", "hang_timeout"),
     "expert": (
         "start_epoch", "keep_last", "max_corrupt", "max_skipped", "ops", "attention", "cuda_graph", "float8", "profile",

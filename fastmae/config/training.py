@@ -155,6 +155,9 @@ class TrainingConfig(ImagesConfig):
     """Write TensorBoard files into this folder as well (needs the extra `track`)."""
     wandb: str | None = None
     """Log to this project of Weights & Biases as well (needs the extra `wandb`)."""
+    mlflow: str | None = None
+    """Log to this experiment of MLflow as well (needs the extra `mlflow`). Where it is kept, MLflow knows, such
+    as by the variable MLFLOW_TRACKING_URI."""
     profile: int | None = None
     """Trace this many steps, after the first 5, into OUTPUT_DIR/profile."""
 

@@ -55,6 +55,8 @@ class Sink(Protocol):
 
     def write(self, row: dict[str, Any]) -> None: ...
 
+    def picture(self, step: int, path: Path) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -246,6 +248,11 @@ class StepLog:
         for name in (METRICS, LOG) if self._writes else ():
             if (self._run / name).exists():
                 fsync_file(self._run / name)
+
+    def picture(self, step: int, path: Path) -> None:
+        """Hands a picture, made after a step counted from 1, to the sinks."""
+        for sink in self._sinks:
+            sink.picture(step, path)
 
     def leave_out(self, seconds: float) -> None:
         """Takes a pause, in which something was measured, out of the time from which rates are computed."""

@@ -521,6 +521,7 @@ def _export(
             path_of_means = path.with_stem(f"{path.stem}-ema")
             write_official(path_of_means, official.weights | means, official.moments, epoch, config)
         _picture(_picture_path(run.folder, epoch), config.mask_ratio, masks, whole, source)
+        run.log.picture(step + 1, _picture_path(run.folder, epoch))
 
     return try_to_write(write)
 

@@ -65,7 +65,7 @@ Attempt = Callable[[Config, parallel.DistContext, StopSignals], int | None]
 
 def run_attempts(config: Config, attempt: Attempt[Config]) -> int:
     """Joins the ranks and makes attempts until one returns an exit status; None means that another one is due."""
-    check_sinks(config.log_dir, config.wandb)
+    check_sinks(config.log_dir, config.wandb, config.mlflow)
     context = parallel.start(config.device, config.hang_timeout)
     if context.device.type == "cpu":
         keep_freed_memory()

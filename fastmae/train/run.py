@@ -132,7 +132,8 @@ def open_run(
     )
     sinks = []
     if context.is_main:
-        sinks = open_sinks(folder, log_dir=config.log_dir, wandb=config.wandb, settings=as_json(config), say=screen.say)
+        programs = {"log_dir": config.log_dir, "wandb": config.wandb, "mlflow": config.mlflow}
+        sinks = open_sinks(folder, **programs, settings=as_json(config), say=screen.say)
     on_main(lambda: _write_beginning(folder, config, context, backends))
     if restored.step < steps.total:
         note_event(folder, context, restored.step, *_beginning(restored))

@@ -1,6 +1,7 @@
 """The log says what happened, on every rank together, and nothing that only shows a run can stop it."""
 
 import gzip
+import io
 import json
 import math
 import sys
@@ -9,9 +10,11 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import metrics, small_run, step_log
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -210,10 +213,11 @@ def test_a_sink_that_fails_is_left_off_with_one_line(tmp_path):
         if row["step"] == 3:
             raise RuntimeError("no\nnetwork")
 
-    sink = Sink("wandb", lambda: (write, lambda: taken.append(-1)), said.append)
+    sink = Sink("wandb", lambda: (write, lambda step, path: taken.append(-2), lambda: taken.append(-1)), said.append)
     log = step_log(tmp_path, said, sinks=[sink])
     for step in range(1, 9):
         log.add(result(1.0), step=step, epoch=0, lr=0.1, images=8)
+    log.picture(8, tmp_path / "x.png")
     log.close()
     assert taken == [1, 2, 3]
     assert said == ["wandb           failed and is off from here on; the run and metrics.jsonl go on (no network)"]
@@ -230,6 +234,7 @@ def test_tensorboard_and_wandb_get_the_log_and_a_trace_is_written(blobs, tmp_pat
     fake.__spec__ = SimpleNamespace()  # as if it were installed
     fake.init = lambda **given: options.append(given) or there
     fake.Settings = lambda **given: given
+    fake.Image = Path
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = small_run(blobs, tmp_path / "run", epochs=2, log_dir=str(tmp_path / "tb"), wandb="mae", profile=2)
     assert pretrain(config) == 0
@@ -240,12 +245,46 @@ def test_tensorboard_and_wandb_get_the_log_and_a_trace_is_written(blobs, tmp_pat
     assert [event.step for event in events.Scalars("images_per_second")] == [5, 10, 15]
     assert options[0]["project"] == "mae"
     assert options[0]["config"]["global_batch"] == 8
-    assert [(row["step"], row["train_loss"]) for row in taken[:-1]] == expected
+    assert [(row["step"], row["train_loss"]) for row in taken[:-1] if "train_loss" in row] == expected
     assert taken[-1] == {}
+    pictures = [tmp_path / "run" / "reconstructions" / f"epoch-000{epoch}.png" for epoch in (0, 1)]
+    assert [(row["step"], row["reconstructions"]) for row in taken if "reconstructions" in row] == [
+        (9, pictures[0]),
+        (18, pictures[1]),
+    ]
+    shown = events.Images("reconstructions")
+    with Image.open(pictures[1]) as picture, Image.open(io.BytesIO(shown[1].encoded_image_string)) as sent:
+        assert [one.step for one in shown] == [9, 18]
+        np.testing.assert_array_equal(np.asarray(sent), np.asarray(picture.convert("RGB")))
+    assert b"mae_vit_tiny_patch4" in events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     with gzip.open(tmp_path / "run" / "profile" / "rank-0.json.gz", "rt") as file:
         names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
     assert {"ProfilerStep#5", "ProfilerStep#6"} == {name for name in names if name.startswith("ProfilerStep")}
     assert any("linear" in name for name in names)
+
+
+def test_mlflow_gets_numbers_settings_and_pictures_and_a_resumed_run_is_one(blobs, tmp_path, monkeypatch):
+    """In a folder of files, as mlflow-skinny has no databases."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/store")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow import MlflowClient
+
+    changes = dict(mlflow="mae", held_out=0.2, checkpoint_freq=7)
+    assert pretrain(small_run(blobs, tmp_path / "run", **changes, epochs=1)) == 0
+    assert pretrain(small_run(blobs, tmp_path / "run", **changes, epochs=2, resume="auto")) == 0
+    client = MlflowClient()
+    (one,) = client.search_runs([client.get_experiment_by_name("mae").experiment_id])
+    run = one.info.run_id
+    assert (one.info.status, one.info.run_name) == ("FINISHED", "run")
+    assert (one.data.params["held_out"], one.data.params["model"]) == ("0.2", "mae_vit_tiny_patch4")
+    losses = [(metric.step, metric.value) for metric in client.get_metric_history(run, "train_loss")]
+    assert losses == [(step, loss) for step, _, loss, _ in metrics(tmp_path / "run")]
+    for name in ("held_out_loss", "rankme", "feature_std"):
+        assert [metric.step for metric in client.get_metric_history(run, name)] == [7, 14]
+    sent = [Path(file.path).name for file in client.list_artifacts(run, "reconstructions")]
+    assert sent == ["epoch-0000.png", "epoch-0001.png"]
+    settings = json.loads(Path(client.download_artifacts(run, "settings.json", str(tmp_path))).read_text())
+    assert settings["epochs"] == 2
 
 
 def test_a_tensorboard_folder_that_cannot_be_written_costs_a_line_and_no_more(blobs, tmp_path, capsys):

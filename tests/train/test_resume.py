@@ -261,6 +261,7 @@ def test_the_run_folder_says_everything(undisturbed):
         "predict_ratio",
         "probe_freq",
         "held_out",
+        "mlflow",
         "tune",
     }
     may_stay_open |= {field.name for field in dataclasses.fields(ImagesConfig)} - {"pixel_type"}

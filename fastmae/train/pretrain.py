@@ -658,10 +658,12 @@ def _measure_epoch(
     try:
         with torch.compiler.set_stance("force_eager"):
             if held is not None:
-                found["held_out_loss"] = held_out_loss(
-                    whole, held, masks, *ratios, autocast=autocast, num_workers=workers
-                )
+                loss, bad = held_out_loss(whole, held, masks, *ratios, autocast=autocast, num_workers=workers)
+                found["held_out_loss"] = loss
                 run.watchdog.beat()
+                if bad and epochs == run.restored.step // run.steps.per_epoch + 1:  # once, they are always the same
+                    first = f"such as {bad[0].name} ({bad[0].reason})"
+                    run.say(f"held out        {count_of(len(bad), 'unusable images')} not measured, {first}")
             if probes and probed.some is not None:
                 found |= _probe_after(run, epochs, whole, probed.some)
             spread_of = held if held is not None else probed.some and probed.some[1]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import assert_same_run, metrics, small_run
+from PIL import Image
 from ranks import run_ranks
 
 from fastmae.checkpoint.load import load_model
@@ -41,7 +42,7 @@ def of_the_last_weights(run: Path, blobs: str) -> tuple[float, ...]:
     model = load_model(str(run))
     _, held = without_held_out(open_train(blobs), 0.25, 0)
     masks = choose_masks("random", None, model.grid_size, model.num_visible(0.75), 0)
-    loss = held_out_loss(model, held, masks, 0.75, autocast=contextlib.nullcontext())
+    loss, _ = held_out_loss(model, held, masks, 0.75, autocast=contextlib.nullcontext())
     return (loss, *feature_spread(model, held).values())
 
 
@@ -117,6 +118,27 @@ def test_a_run_that_held_nothing_out_does_not_begin_to(blobs, tmp_path):
 def test_a_share_must_leave_images_to_train_on(blobs, tmp_path, share, problem):
     with pytest.raises(UserError, match=problem):
         pretrain(small_run(blobs, tmp_path / "run", held_out=share))
+
+
+def test_an_unusable_image_is_named_once_and_the_mean_is_that_of_the_others(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    _, held = held_out_of_training(24, 0.25, seed=0)
+    for number in range(24):
+        path = tmp_path / "images" / f"{number:02d}.png"
+        Image.fromarray(random.integers(0, 255, (16, 16), np.uint8)).save(path)
+        if number == held[1]:
+            path.write_bytes(path.read_bytes()[:60])
+    settings = dict(HELD, batch_size=6, in_chans=1, model="mae_vit_tiny_patch4", input_size=16)
+    assert pretrain(small_run(str(tmp_path / "images"), tmp_path / "run", **settings)) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("held out")]
+    assert said[0] == "held out        6 images, drawn by the seed and never trained on"
+    assert said[1].startswith("held out        1 unusable image not measured, such as ")
+    assert f"{held[1]:02d}.png" in said[1]
+    assert len(said) == 2
+    values = [loss for loss, *_ in measured(tmp_path / "run").values()]
+    assert len(values) == 2
+    assert all(0 < loss < 5 for loss in values)
 
 
 @pytest.mark.slow

@@ -61,42 +61,33 @@ class Facts:
 
 def bench(settings: Settings, command: Sequence[str]) -> int:
     """Prints the times, writes what was asked for, and returns 1 if the losses disagree, otherwise 0."""
-    device = torch.device(settings.device)
-    seconds: dict[str, harness.Samples] = {}
-    facts: dict[str, dict[str, Facts]] = {}
+    machine = harness.machine_name(torch.device(settings.device))
     for precision in settings.precisions:
         with ExitStack() as processes:
             begun = {
                 name: processes.enter_context(harness.in_own_process(_begin, name, precision, settings))
                 for name in IMPLEMENTATIONS
             }
-            facts[precision] = {name: found for name, (found, _) in begun.items()}
-            for name, found in facts[precision].items():
-                if not harness.agree(found.losses, facts[precision][BASE].losses, TOLERANCE[precision]):
-                    return harness.refuse(f"the loss of {name} in {precision} differs ({facts[precision]})")
+            facts = {name: found for name, (found, _) in begun.items()}
+            losses = {name: found.losses for name, found in facts.items()}
+            for name, found in losses.items():
+                if not harness.agree(found, losses[BASE], TOLERANCE[precision]):
+                    return harness.refuse(f"the loss of {name} in {precision} differs ({losses})")
             samplers = {name: (lambda ask=ask: ask(None)) for name, (_, ask) in begun.items()}
-            seconds[precision] = harness.take_turns(samplers, settings.rounds)
-    machine = harness.machine_name(device)
-    rows = [
-        (
-            precision,
-            name,
-            f"{settings.batch_size / harness.quartiles(samples)[1]:.2f}",
-            f"{harness.speed_up(seconds[precision], name, BASE):.2f}",
-        )
-        for precision in settings.precisions
-        for name, samples in seconds[precision].items()
-    ]
-    what = f"{settings.model}, batch {settings.batch_size}, {machine}, median of {settings.rounds}"
-    columns = ("precision", "implementation", "images/s", f"times as fast as {BASE}")
-    measured = {
-        "losses": {precision: {name: one.losses for name, one in found.items()} for precision, found in facts.items()},
-        "choices": {precision: found["accelerate, tuned"].choices for precision, found in facts.items()},
-        "seconds": seconds,
-    }
-    file = f"accelerate-{settings.model}-{machine}-n{settings.batch_size}"
-    shown = [harness.table(what, columns, rows, left=2)]
-    harness.report(shown, file, command=command, settings=settings, measured=measured)
+            seconds = harness.take_turns(samplers, settings.rounds)
+        rows = [
+            (
+                name,
+                f"{settings.batch_size / harness.quartiles(samples)[1]:.2f}",
+                f"{harness.speed_up(seconds, name, BASE):.2f}",
+            )
+            for name, samples in seconds.items()
+        ]
+        what = f"{settings.model}, batch {settings.batch_size}, {precision}, {machine}, median of {settings.rounds}"
+        table = harness.table(what, ("implementation", "images/s", f"times as fast as {BASE}"), rows)
+        measured = {"losses": losses, "choices": facts["accelerate, tuned"].choices, "seconds": seconds}
+        file = f"accelerate-{settings.model}-{machine}-n{settings.batch_size}-{precision}"
+        harness.report([table], file, command=command, settings=settings, measured=measured)
     return 0
 
 

@@ -5,6 +5,7 @@
 #   benchmarks/gpu_campaign.sh --out DIR                                # on the GPU's machine, which needs no network
 #   benchmarks/gpu_campaign.sh --out DIR --device cpu --quick           # the same parts in small, without a GPU
 #   benchmarks/gpu_campaign.sh --out DIR --only smoke,steps-base        # some of the parts
+#   benchmarks/gpu_campaign.sh --out DIR --only accelerate              # fastmae.accelerate, where transformers is
 #
 # Each part has a limit of time and none stops the rest, but where not even a plain step runs. After every part DIR has
 # all results until then, in at most 8 files; summary.txt says how each part ended.
@@ -26,6 +27,10 @@ batches       30
 profile       20
 ncu           20
 end-to-end    40
+"
+# Only with --only: what needs packages that --prepare does not bring, here transformers.
+EXTRA="
+accelerate    90
 "
 GRACE=5  # seconds between asking a part to end and killing it
 
@@ -175,6 +180,9 @@ case $part in
     compile=off; on_gpu && compile=block
     "${fastmae[@]}" bench end-to-end --device "$device" --model "$fed" --files "$files" --steps "$window" --rounds 3 \
       --compile "$compile" --batch_size "$n" --num_workers "$((workers * 2))" "${json[@]}"; exit ;;
+  accelerate)
+    "$python" -m fastmae.benchmarks.accelerate --device "$device" --model "$B" --batch_size "$n" --rounds "$rounds" \
+      --precisions "$(half)" "${json[@]}"; exit ;;
   *) echo "gpu_campaign.sh: there is no part $part" >&2; exit 2 ;;
 esac
 [ -z "$part" ] || exit 1
@@ -211,7 +219,7 @@ while read -r name limit; do
     { echo "not even a step of plain PyTorch runs, so the rest is left out:"; cat "$work/logs/smoke.txt"; } | tee -a "$summary"
     break
   fi
-done <<<"$PARTS"
+done <<<"$PARTS${only:+$EXTRA}"
 {
   tail -n 3 "$work/logs/tests.txt"
   grep -h -A60 'implementation\|useful TFLOP' "$work"/logs/attention.txt "$work"/logs/steps-*.txt "$work"/logs/batches.txt

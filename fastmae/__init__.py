@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         mae_vit_tiny_patch4,
         mae_vit_tiny_patch16,
     )
+    from fastmae.model.wrap import wrap
     from fastmae.train.given import StepInfo
 
     __version__: str
@@ -62,6 +63,7 @@ __all__ = [
     "pretrain",
     "probe",
     "tune",
+    "wrap",
 ]
 
 _HOME = {
@@ -81,6 +83,7 @@ _HOME = {
     "pretrain": "fastmae.api",
     "probe": "fastmae.api",
     "tune": "fastmae.api",
+    "wrap": "fastmae.model.wrap",
 }
 
 

@@ -35,6 +35,7 @@ FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
 FLAGS_OF_OTHERS = {"config", "help", "help_all", "version", "max_restarts", "requeue"}
 # Pages to look things up in, which begin with no command.
 LOOKED_UP = (
+    "examples.md",
     "install.md",
     "fidelity.md",
     "glossary.md",

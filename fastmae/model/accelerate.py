@@ -39,7 +39,7 @@ CHECKED_IMAGES = 2
 WITHOUT_EFFECT = ("num_items_in_batch",)
 
 
-class _OtherModelError(Exception):
+class OtherModelError(Exception):
     """A model has something that is not computed here; the message names it."""
 
 
@@ -78,21 +78,21 @@ class Parts:
     decoder_pred: nn.Linear
 
 
-def _part(model: nn.Module, path: str, kind: type | None = None) -> Any:
+def part_of(model: nn.Module, path: str, kind: type | None = None) -> Any:
     """Returns what a model has at a dotted path, of a ``kind`` if one is given.
 
     Raises:
-        _OtherModelError: it has nothing there, or something else.
+        OtherModelError: it has nothing there, or something else.
     """
     found: Any = model
     for name in path.split("."):
         found = found[int(name)] if name.isdigit() else getattr(found, name, None)
         if found is None:
-            raise _OtherModelError(f"{type(model).__name__} has no {path}")
+            raise OtherModelError(f"{type(model).__name__} has no {path}")
     # A LayerNorm may have a name of its own, but a linear layer of another type computes something else.
     is_kind = isinstance(found, kind or object) if kind is not nn.Linear else type(found) in (nn.Linear, Linear)
     if not is_kind:
-        raise _OtherModelError(f"{path} is a {type(found).__name__}, not a {kind and kind.__name__}")
+        raise OtherModelError(f"{path} is a {type(found).__name__}, not a {kind and kind.__name__}")
     return found
 
 
@@ -123,43 +123,43 @@ BLOCK_4 = BLOCK_5 | {
 
 def block_parts(model: nn.Module, path: str, names: dict[str, Any], heads: int) -> BlockParts:
     """Returns the layers of the block at a dotted path, by their names in it."""
-    norms = {name: _part(model, f"{path}.{names[name]}", nn.LayerNorm) for name in ("norm1", "norm2")}
-    linear = {name: _part(model, f"{path}.{names[name]}", nn.Linear) for name in ("proj", "fc1", "fc2")}
-    qkv = tuple(_part(model, f"{path}.{name}", nn.Linear) for name in names["qkv"])
+    norms = {name: part_of(model, f"{path}.{names[name]}", nn.LayerNorm) for name in ("norm1", "norm2")}
+    linear = {name: part_of(model, f"{path}.{names[name]}", nn.Linear) for name in ("proj", "fc1", "fc2")}
+    qkv = tuple(part_of(model, f"{path}.{name}", nn.Linear) for name in names["qkv"])
     if sum(layer.out_features for layer in qkv) != 3 * linear["proj"].out_features:
-        raise _OtherModelError(f"the heads of {path} are not as wide together as its tokens")
+        raise OtherModelError(f"the heads of {path} are not as wide together as its tokens")
     if len({layer.bias is None for layer in qkv}) > 1:
-        raise _OtherModelError(f"only some of queries, keys and values of {path} have a bias")
+        raise OtherModelError(f"only some of queries, keys and values of {path} have a bias")
     return BlockParts(qkv=qkv, heads=heads, **norms, **linear)
 
 
 def official_parts(model: nn.Module) -> Parts:
     """Finds the parts of a model in the official layout."""
-    _part(model, "random_masking")
-    proj = _part(model, "patch_embed.proj", nn.Conv2d)
+    part_of(model, "random_masking")
+    proj = part_of(model, "patch_embed.proj", nn.Conv2d)
     stacks: dict[str, Any] = {}
     for stack in ("blocks", "decoder_blocks"):
         stacks[stack] = tuple(
             block_parts(model, f"{stack}.{number}", BLOCK, heads_of(model, f"{stack}.{number}"))
-            for number in range(len(_part(model, stack)))
+            for number in range(len(part_of(model, stack)))
         )
     return Parts(
         img_size=_size_in_pixels(model, proj),
         patch_embed=proj,
-        **{name: _part(model, name, nn.Parameter) for name in ("cls_token", "pos_embed", "mask_token")},
-        decoder_pos_embed=_part(model, "decoder_pos_embed", nn.Parameter),
-        **{name: _part(model, name, nn.LayerNorm) for name in ("norm", "decoder_norm")},
-        **{name: _part(model, name, nn.Linear) for name in ("decoder_embed", "decoder_pred")},
+        **{name: part_of(model, name, nn.Parameter) for name in ("cls_token", "pos_embed", "mask_token")},
+        decoder_pos_embed=part_of(model, "decoder_pos_embed", nn.Parameter),
+        **{name: part_of(model, name, nn.LayerNorm) for name in ("norm", "decoder_norm")},
+        **{name: part_of(model, name, nn.Linear) for name in ("decoder_embed", "decoder_pred")},
         **stacks,
     )
 
 
 def heads_of(model: nn.Module, path: str) -> int:
     """Returns the number of heads that a block in timm's layout, or its attention, says that it has."""
-    block = _part(model, path)
+    block = part_of(model, path)
     found = getattr(block.attn, "num_heads", getattr(block, "num_heads", None))
     if not isinstance(found, int):
-        raise _OtherModelError(f"{path}.attn does not say its num_heads")
+        raise OtherModelError(f"{path}.attn does not say its num_heads")
     return found
 
 
@@ -178,7 +178,7 @@ def vitmae_parts(model: Any) -> Parts:
     """Finds the parts of a ``ViTMAEForPreTraining`` of transformers."""
     config = model.config
     if config.hidden_act != "gelu":
-        raise _OtherModelError(f"the activation is {config.hidden_act}, not gelu")
+        raise OtherModelError(f"the activation is {config.hidden_act}, not gelu")
     size = config.image_size
     is_version_5 = hasattr(model.vit, "layers")
     encoder, names = ("vit.layers", BLOCK_5) if is_version_5 else ("vit.encoder.layer", BLOCK_4)
@@ -187,19 +187,19 @@ def vitmae_parts(model: Any) -> Parts:
         (encoder, "blocks", config.num_attention_heads),
         ("decoder.decoder_layers", "decoder_blocks", config.decoder_num_attention_heads),
     ):
-        stack = _part(model, path)
+        stack = part_of(model, path)
         stacks[name] = tuple(block_parts(model, f"{path}.{number}", names, heads) for number in range(len(stack)))
     return Parts(
         img_size=(size, size) if isinstance(size, int) else tuple(size),
-        patch_embed=_part(model, "vit.embeddings.patch_embeddings.projection", nn.Conv2d),
-        cls_token=_part(model, "vit.embeddings.cls_token", nn.Parameter),
-        pos_embed=_part(model, "vit.embeddings.position_embeddings", nn.Parameter),
-        norm=_part(model, "vit.layernorm", nn.LayerNorm),
-        decoder_embed=_part(model, "decoder.decoder_embed", nn.Linear),
-        mask_token=_part(model, "decoder.mask_token", nn.Parameter),
-        decoder_pos_embed=_part(model, "decoder.decoder_pos_embed", nn.Parameter),
-        decoder_norm=_part(model, "decoder.decoder_norm", nn.LayerNorm),
-        decoder_pred=_part(model, "decoder.decoder_pred", nn.Linear),
+        patch_embed=part_of(model, "vit.embeddings.patch_embeddings.projection", nn.Conv2d),
+        cls_token=part_of(model, "vit.embeddings.cls_token", nn.Parameter),
+        pos_embed=part_of(model, "vit.embeddings.position_embeddings", nn.Parameter),
+        norm=part_of(model, "vit.layernorm", nn.LayerNorm),
+        decoder_embed=part_of(model, "decoder.decoder_embed", nn.Linear),
+        mask_token=part_of(model, "decoder.mask_token", nn.Parameter),
+        decoder_pos_embed=part_of(model, "decoder.decoder_pos_embed", nn.Parameter),
+        decoder_norm=part_of(model, "decoder.decoder_norm", nn.LayerNorm),
+        decoder_pred=part_of(model, "decoder.decoder_pred", nn.Linear),
         **stacks,
     )
 
@@ -214,9 +214,9 @@ class _Shadow:
         self.parts = parts
         proj, blocks = parts.patch_embed, (*parts.blocks, *parts.decoder_blocks)
         if proj.stride != proj.kernel_size or proj.padding != (0, 0) or proj.groups != 1 or proj.dilation != (1, 1):
-            raise _OtherModelError("patches overlap")
+            raise OtherModelError("patches overlap")
         if not parts.blocks or not parts.decoder_blocks:
-            raise _OtherModelError("it has no blocks")
+            raise OtherModelError("it has no blocks")
         with torch.device("meta"):  # nothing is drawn or allocated
             self.model = MaskedAutoencoderViT(
                 img_size=parts.img_size,
@@ -234,7 +234,7 @@ class _Shadow:
         for name in ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed"):
             ours, theirs = getattr(model, name), getattr(parts, name)
             if ours.shape != theirs.shape:
-                raise _OtherModelError(f"{name} has the shape {list(theirs.shape)}, not {list(ours.shape)}")
+                raise OtherModelError(f"{name} has the shape {list(theirs.shape)}, not {list(ours.shape)}")
             setattr(model, name, theirs)
         model.blocks = nn.ModuleList(shared_block(block, "on a CPU") for block in parts.blocks)
         model.decoder_blocks = nn.ModuleList(shared_block(block, "in one pass") for block in parts.decoder_blocks)
@@ -350,7 +350,7 @@ def accelerate(model: nn.Module, *, tune: bool = False, predictions: bool = True
     try:
         state.shadow_of(model)
         _compare(model, state)
-    except _OtherModelError as why:
+    except OtherModelError as why:
         if not is_vitmae:
             wanted = "a transformers.ViTMAEForPreTraining or a model in the layout of the official MaskedAutoencoderViT"
             raise UserError(f"accelerate: {why}; it takes {wanted}") from why
@@ -383,16 +383,16 @@ class _State:
         """Returns the model of ours with the parameters that a model has now.
 
         Raises:
-            _OtherModelError: it has something that is not computed here.
+            OtherModelError: it has something that is not computed here.
         """
         if model.training and getattr(getattr(model, "config", None), "attention_probs_dropout_prob", 0) > 0:
-            raise _OtherModelError("dropout of attention")
+            raise OtherModelError("dropout of attention")
         seen: list[int] = []
         for module in model.modules():
             if module is not model and (_hooks_matter(module) or "forward" in vars(module)):
-                raise _OtherModelError(f"hooks on {_name_of(module, model)}, or another forward")
-            if module.training and _drops(module):
-                raise _OtherModelError(f"dropout in {_name_of(module, model) or 'the model'}")
+                raise OtherModelError(f"hooks on {_name_of(module, model)}, or another forward")
+            if module.training and drops(module):
+                raise OtherModelError(f"dropout in {_name_of(module, model) or 'the model'}")
             seen.append(id(module))
             seen += map(id, module._parameters.values())
         if self._shadow is None or self._seen != tuple(seen):
@@ -400,9 +400,9 @@ class _State:
             shadow = _Shadow(vitmae_parts(model) if self.is_vitmae else official_parts(model))
             for name, parameter in model.named_parameters():
                 if id(parameter) not in shadow.parameters:
-                    raise _OtherModelError(f"{name} is a parameter that a masked autoencoder does not have")
+                    raise OtherModelError(f"{name} is a parameter that a masked autoencoder does not have")
                 if type(parameter) is not nn.Parameter or parameter.is_meta:
-                    raise _OtherModelError(f"{name} is sharded, or not on a device")
+                    raise OtherModelError(f"{name} is sharded, or not on a device")
             self._shadow, self._seen = shadow, tuple(seen)  # which keeps these objects alive, so that ids hold
         return self._shadow
 
@@ -415,7 +415,7 @@ def _hooks_matter(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def _drops(module: nn.Module) -> bool:
+def drops(module: nn.Module) -> bool:
     """Whether a module leaves out something at random while it trains: dropout, or stochastic depth."""
     share = vars(module).get("p", vars(module).get("drop_prob"))
     return "Drop" in type(module).__name__ and isinstance(share, int | float) and share > 0
@@ -442,10 +442,10 @@ def _call_of_vitmae(model: Any, given: dict[str, Any]) -> _Call:
     images, noise, return_dict = (given.pop(name, None) for name in ("pixel_values", "noise", "return_dict"))
     for name, value in given.items():
         if value is not None and value is not False and name not in WITHOUT_EFFECT:
-            raise _OtherModelError(f"{name} was given")
+            raise OtherModelError(f"{name} was given")
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(model.config, name, False):
-            raise _OtherModelError(f"{name} is set in its configuration")
+            raise OtherModelError(f"{name} is set in its configuration")
     by_default = getattr(model.config, "return_dict", True)
     in_a_tuple = not (by_default if return_dict is None else return_dict)
     masking = partial(model.vit.embeddings.random_masking, noise=noise)
@@ -456,7 +456,7 @@ def _call_of_official(model: Any, given: dict[str, Any]) -> _Call:
     """Reads the arguments of the official ``MaskedAutoencoderViT.forward``."""
     images, mask_ratio = given.pop("imgs", None), given.pop("mask_ratio", 0.75)
     if given:
-        raise _OtherModelError(f"{next(iter(given))} was given")
+        raise OtherModelError(f"{next(iter(given))} was given")
     masking = partial(model.random_masking, mask_ratio=mask_ratio)
     return _Call(images, masking, mask_ratio, bool(getattr(model, "norm_pix_loss", False)))
 
@@ -465,15 +465,15 @@ def _require_images(images: Any, shadow: _Shadow) -> None:
     """Refuses images for which the model's own code has another answer, or an error."""
     ours, weight = shadow.model, shadow.parts.patch_embed.weight
     if torch.jit.is_tracing() or is_exporting():
-        raise _OtherModelError("a program is being exported")
+        raise OtherModelError("a program is being exported")
     if not isinstance(images, torch.Tensor) or images.shape[1:] != (ours.in_chans, *ours.img_size) or not len(images):
-        raise _OtherModelError(f"images are not [N, {ours.in_chans}, {ours.img_size[0]}, {ours.img_size[1]}]")
+        raise OtherModelError(f"images are not [N, {ours.in_chans}, {ours.img_size[0]}, {ours.img_size[1]}]")
     if ours.pos_embed.requires_grad or ours.decoder_pos_embed.requires_grad:
-        raise _OtherModelError("positions are trained")
+        raise OtherModelError("positions are trained")
     if images.requires_grad:
-        raise _OtherModelError("images require a gradient")
+        raise OtherModelError("images require a gradient")
     if weight.dtype not in (torch.float32, torch.float64) or images.dtype != weight.dtype:
-        raise _OtherModelError(f"weights are {weight.dtype} and images {images.dtype}, not float32")
+        raise OtherModelError(f"weights are {weight.dtype} and images {images.dtype}, not float32")
 
 
 def _forward(model: Any, state: _State, *args: Any, **kwargs: Any) -> Any:
@@ -486,9 +486,9 @@ def _forward(model: Any, state: _State, *args: Any, **kwargs: Any) -> Any:
         call = _call_of_vitmae(model, given) if state.is_vitmae else _call_of_official(model, given)
         _require_images(call.images, shadow)
         if not 1 <= int(shadow.model.num_patches * (1 - call.mask_ratio)) < shadow.model.num_patches:
-            raise _OtherModelError(f"a mask ratio of {call.mask_ratio}")
-    except (_OtherModelError, TypeError) as why:  # a TypeError is the original's to raise
-        if isinstance(why, _OtherModelError):
+            raise OtherModelError(f"a mask ratio of {call.mask_ratio}")
+    except (OtherModelError, TypeError) as why:  # a TypeError is the original's to raise
+        if isinstance(why, OtherModelError):
             state.leave(str(why))
         return own(model, *args, **kwargs)
     trains = model.training and torch.is_grad_enabled()

@@ -104,6 +104,14 @@ def test_a_part_that_fails_is_named_with_its_last_lines_and_stops_no_other(tmp_p
     assert not any("bench\tstep" in "\t".join(call) for call in calls)
 
 
+def test_accelerate_is_measured_only_where_it_is_asked_for(tmp_path):
+    calls, done = run(tmp_path, "--device", "cpu", "--quick", "--only", "accelerate")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (words,) = [call for call in calls if call[1] == "fastmae.benchmarks.accelerate"]
+    assert words[words.index("--precisions") + 1] == "fp32"
+    assert any(line.startswith("accelerate: well after") for line in lines_of(tmp_path))
+
+
 def test_where_nothing_runs_the_rest_is_left_out(tmp_path):
     calls, done = run(tmp_path, "--device", "cpu", "--quick", broken="benchmarks.smoke")
     assert done.returncode == 1

@@ -1,0 +1,56 @@
+"""Every file in examples/ does what it says: it is run as a user runs it, but in this process."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str, **settings) -> list[float]:
+    """Returns what ``main`` of an example gives."""
+    return runpy.run_path(str(EXAMPLES / name))["main"](**settings)
+
+
+def learns(losses: list[float]) -> bool:
+    """Whether the last losses are clearly below the first ones."""
+    return sum(losses[-4:]) < 0.97 * sum(losses[:4])
+
+
+def test_plain_loop():
+    assert learns(run("plain_loop.py"))
+
+
+def test_accelerate_loop():
+    assert learns(run("accelerate_loop.py"))
+
+
+@pytest.mark.slow
+def test_transformers_trainer(caplog):
+    assert learns(run("transformers_trainer.py"))
+    assert "accelerate: the model's own code" not in caplog.text
+
+
+@pytest.mark.slow
+def test_lightning_module():
+    assert learns(run("lightning_module.py"))
+
+
+def test_the_code_of_the_page_runs():
+    page = (EXAMPLES.parent / "docs" / "examples.md").read_text()
+    names: dict = {}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], names)
+    assert names["model"].decoder.mask_token.grad.abs().sum() > 0
+    assert names["model"].forward.func.__module__ == "fastmae.model.accelerate"
+
+
+def test_each_example_is_listed_and_says_what_it_needs():
+    page = (EXAMPLES.parent / "docs" / "examples.md").read_text()
+    tests = Path(__file__).read_text()
+    for path in EXAMPLES.glob("*.py"):
+        assert f"examples/{path.name}" in page, path.name
+        assert f'"{path.name}"' in tests, path.name
+        assert "Needs: fastmae" in path.read_text(), path.name
+        assert len(path.read_text().splitlines()) <= 80, path.name

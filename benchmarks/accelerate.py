@@ -31,8 +31,8 @@ BASE = "transformers"
 IMPLEMENTATIONS: dict[str, dict[str, bool] | None] = {
     BASE: None,
     "accelerate": {},
-    "accelerate, tuned": {"tune": True},
-    "accelerate, tuned, without predictions": {"tune": True, "predictions": False},
+    "accelerate-tuned": {"tune": True},
+    "accelerate-tuned-without-predictions": {"tune": True, "predictions": False},
 }
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 STEPS_COMPARED = 2
@@ -47,6 +47,7 @@ class Settings:
     batch_size: int
     rounds: int
     precisions: tuple[str, ...]
+    implementations: tuple[str, ...]
     device: str
     output: str | None
 
@@ -66,7 +67,7 @@ def bench(settings: Settings, command: Sequence[str]) -> int:
         with ExitStack() as processes:
             begun = {
                 name: processes.enter_context(harness.in_own_process(_begin, name, precision, settings))
-                for name in IMPLEMENTATIONS
+                for name in (BASE, *settings.implementations)
             }
             facts = {name: found for name, (found, _) in begun.items()}
             losses = {name: found.losses for name, found in facts.items()}
@@ -85,7 +86,7 @@ def bench(settings: Settings, command: Sequence[str]) -> int:
         ]
         what = f"{settings.model}, batch {settings.batch_size}, {precision}, {machine}, median of {settings.rounds}"
         table = harness.table(what, ("implementation", "images/s", f"times as fast as {BASE}"), rows)
-        measured = {"losses": losses, "choices": facts["accelerate, tuned"].choices, "seconds": seconds}
+        measured = {"losses": losses, "choices": {name: one.choices for name, one in facts.items()}, "seconds": seconds}
         file = f"accelerate-{settings.model}-{machine}-n{settings.batch_size}-{precision}"
         harness.report([table], file, command=command, settings=settings, measured=measured)
     return 0
@@ -128,11 +129,20 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=list(TOLERANCE))
+    ours = [name for name in IMPLEMENTATIONS if name != BASE]
+    parser.add_argument("--implementations", nargs="*", default=ours, choices=ours, help=f"those beside {BASE}")
     parser.add_argument("--device")
     parser.add_argument("--output", help="a folder for the result as JSON")
     given = parser.parse_args(words)
-    device = str(choose_device(given.device))
-    settings = Settings(given.model, given.batch_size, given.rounds, tuple(given.precisions), device, given.output)
+    settings = Settings(
+        model=given.model,
+        batch_size=given.batch_size,
+        rounds=given.rounds,
+        precisions=tuple(given.precisions),
+        implementations=tuple(given.implementations),
+        device=str(choose_device(given.device)),
+        output=given.output,
+    )
     return bench(settings, ["python", "-m", "fastmae.benchmarks.accelerate", *words])
 
 

@@ -389,7 +389,7 @@ class _State:
             raise OtherModelError("dropout of attention")
         seen: list[int] = []
         for module in model.modules():
-            if module is not model and (_hooks_matter(module) or "forward" in vars(module)):
+            if module is not model and (_hooks_matter(module) or _has_another_forward(module)):
                 raise OtherModelError(f"hooks on {_name_of(module, model)}, or another forward")
             if module.training and drops(module):
                 raise OtherModelError(f"dropout in {_name_of(module, model) or 'the model'}")
@@ -413,6 +413,12 @@ def _hooks_matter(module: nn.Module) -> bool:
     if not hooks or not all(str(getattr(hook, "__module__", "")).startswith("transformers.utils.") for hook in hooks):
         return has_hooks(module)
     return bool(module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _has_another_forward(module: nn.Module) -> bool:
+    """Whether somebody has replaced a module's forward. transformers 4 collects outputs so, and puts its own back."""
+    found = vars(module).get("forward")
+    return found is not None and getattr(found, "__func__", None) is not type(module).forward
 
 
 def drops(module: nn.Module) -> bool:

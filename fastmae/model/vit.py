@@ -106,10 +106,15 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch_size: tuple[int, int], in_chans: int, embed_dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-        self.patch_shape = (*patch_size, in_chans)
+        self.patch_size, self.patch_shape = patch_size, (*patch_size, in_chans)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Maps patches [N, K, P] in (row, column, channel) order to tokens [N, K, D]."""
+        """Maps patches [N, K, P] in (row, column, channel) order to tokens [N, K, D].
+
+        Whole normalised images [N, C, H, W], which the official code of subclasses gives it, become [N, L, D].
+        """
+        if patches.ndim == 4:
+            return self.proj(patches).flatten(2).mT
         if not is_plain(self.proj, nn.Conv2d):
             images = patches.flatten(0, 1).unflatten(1, self.patch_shape).permute(0, 3, 1, 2)
             return self.proj(images).flatten(1).unflatten(0, patches.shape[:2])

@@ -178,6 +178,49 @@ def test_our_own_random_masking_is_the_official_step(images):
         assert not mask[n, kept].any()
 
 
+class Official(MaskedAutoencoderViT):
+    """Steps as forks of the official code have them: they know nothing of ours."""
+
+    def forward_encoder(self, x, mask_ratio):
+        x = self.patch_embed(x) + self.pos_embed[:, 1:]
+        x, mask, ids_restore = self.random_masking(x, mask_ratio)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x), mask, ids_restore
+
+    def forward_decoder(self, x, ids_restore):
+        x = self.decoder_embed(x)
+        mask_tokens = self.mask_token.repeat(len(x), ids_restore.shape[1] + 1 - x.shape[1], 1)
+        patches = torch.cat([x[:, 1:], mask_tokens], dim=1)
+        patches = patches.gather(1, ids_restore[:, :, None].repeat(1, 1, x.shape[2]))
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def patchify(self, imgs):
+        p = self.patch_embed.patch_size[0]
+        side = imgs.shape[2] // p
+        patches = imgs.reshape(len(imgs), 3, side, p, side, p)
+        return torch.einsum("nchpwq->nhwpqc", patches).reshape(len(imgs), side**2, p**2 * 3)
+
+
+def test_steps_of_official_code_work_as_they_are(images):
+    ours, theirs = fresh(), fresh(Official)
+    losses = []
+    for call in (ours.training_loss, theirs.training_loss, fastmae.MAELoss(theirs)):
+        torch.manual_seed(3)
+        losses.append(call(images))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[1], losses[0])
+    assert torch.equal(losses[2], losses[1])
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(other.grad, 2 * one.grad, rtol=1e-4, atol=1e-6)
+
+
 # --- MAELoss ----------------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +346,19 @@ def _done(value):
     future = torch.futures.Future()
     future.set_result(value)
     return future
+
+
+def test_accelerate_saves_the_number_of_the_masks(images, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    loss_of = fastmae.MAELoss(fresh())
+    prepared = accelerator.prepare(loss_of)
+    accelerator.backward(prepared(images))
+    accelerator.save_state(str(tmp_path))
+    expected = prepared(images).item()
+    assert prepared(images) != expected
+    accelerator.load_state(str(tmp_path))
+    assert prepared(images) == expected
 
 
 def test_fully_shard_wraps_it_and_gives_the_same_loss_and_gradients(images, one_rank):

@@ -227,7 +227,7 @@ SWITCHES = [
 ]
 NEEDED = {
     "probe": ["RUN"], "reconstruct": ["RUN"], "features": ["RUN", "DATA", "--output", "x.npz"],
-    "search": ["RUN", "one.jpg"], "anomaly": ["RUN"],
+    "search": ["RUN", "one.jpg"], "anomaly": ["RUN"], "runs": ["RUN"],
     "export": ["RUN", "--to", "hf", "--output", "x"], "verify": ["--data_path", "x"],
     "bench all": ["--output", "x"], "pretrain float8": ["--precision", "bf16", "--compile", "block"],
 }  # fmt: skip

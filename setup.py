@@ -46,6 +46,7 @@ setup(
             "ops/attention_table.json",
             "commands/verify_report.html.jinja",
             "report/page.*",
+            "export/card.md.jinja",
         ],
         "fastmae.benchmarks": ["report.html.jinja"],
     },

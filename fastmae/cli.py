@@ -31,6 +31,7 @@ from fastmae.config import (
     PackConfig,
     PretrainConfig,
     ProbeConfig,
+    PushConfig,
     ReconstructConfig,
     ReportConfig,
     RunsConfig,
@@ -67,6 +68,7 @@ COMMANDS: dict[str, type] = {
     "search": SearchConfig,
     "anomaly": AnomalyConfig,
     "export": ExportConfig,
+    "push": PushConfig,
     "report": ReportConfig,
     "verify": VerifyConfig,
     "pack": PackConfig,
@@ -256,6 +258,10 @@ def call(config: Any, argv: list[str]) -> int:
             from fastmae.commands.export import run_export
 
             return run_export(config)
+        case PushConfig():
+            from fastmae.commands.push import run_push
+
+            return run_push(config)
         case PackConfig():
             from fastmae.commands.pack import run_pack
 

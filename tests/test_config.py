@@ -22,6 +22,7 @@ from fastmae.config import (
     PackConfig,
     PretrainConfig,
     ProbeConfig,
+    PushConfig,
     ReconstructConfig,
     RunsConfig,
     SearchConfig,
@@ -144,7 +145,7 @@ def settings_of(config):
         for config in (
             PretrainConfig, FinetuneConfig, ProbeConfig, ReconstructConfig, FeaturesConfig, SearchConfig, AnomalyConfig,
             ExportConfig, VerifyConfig, PackConfig, InfoConfig,
-            SweepConfig, RunsConfig,
+            SweepConfig, RunsConfig, PushConfig,
         )
         for field in dataclasses.fields(config)
     ],

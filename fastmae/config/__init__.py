@@ -94,6 +94,9 @@ from fastmae.config.pretrain import (
     check_pretrain,
     resolve,
 )
+from fastmae.config.push import (
+    PushConfig,
+)
 from fastmae.config.quality import (
     BenchQualityConfig,
     check_quality,

@@ -17,6 +17,7 @@ from fastmae.sweep.train import Train, reached
 
 MOST_FAILED = 3
 """So many trials may fail before one trains; then the sweep ends, as all of them seem to fail."""
+OVER = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def run_trials(
@@ -40,9 +41,8 @@ def run_trials(
         UserError: the folder cannot be used, or the first trials all failed.
     """
     with StopSignals() as stop:
-        record = Record(folder, sweep)
+        record, failed = Record(folder, sweep), []
         while stop.received is None:
-            _require_some_success(record.trials())
             with record.next_trial() as trial:
                 if trial is None:
                     return record, True
@@ -51,6 +51,10 @@ def run_trials(
             if after is None:
                 return record, False
             ended(record, after)
+            failed += [after] if after.state == TrialState.FAIL else []
+            if len(failed) >= MOST_FAILED and not any(one.state in OVER for one in record.trials()):
+                reason = after.user_attrs.get("reason", "")
+                raise UserError(f"all of the first {MOST_FAILED} trials failed, the last with: {reason}")
     return record, False
 
 
@@ -84,11 +88,3 @@ def _trained(record: Record, trial: FrozenTrial, train: Train, stop: StopSignals
         reason = f"{sweep.metric} was not {'finite' if seen else f'measured; see {folder}/output.txt'}"
         return record.end(trial, TrialState.FAIL, None, reason)
     return record.end(trial, TrialState.COMPLETE, value)
-
-
-def _require_some_success(trials: list[FrozenTrial]) -> None:
-    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
-    is_over = any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials)
-    if len(failed) >= MOST_FAILED and not is_over:
-        reason = failed[-1].user_attrs.get("reason", "")
-        raise UserError(f"all of the first {len(failed)} trials failed, the last with: {reason}; correct the settings")

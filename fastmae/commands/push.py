@@ -149,4 +149,4 @@ def _upload(folder: Path, repo: str, private: bool) -> None:
         reason = re.sub(r"hf_\w+", "hf_…", in_one_line(" ".join(f"{type(error).__name__}: {error}".split())))
         problem = f"{endpoint} did not take it ({reason})"
         raise UserError(f"--repo {repo}: {problem}; it is in {folder}: `hf upload {repo} {folder}`") from error
-    say(f"uploaded        {commit}")
+    say(f"uploaded        {commit.commit_url}")

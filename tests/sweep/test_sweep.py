@@ -250,7 +250,7 @@ def test_another_sweep_and_a_damaged_record_are_refused(tmp_path):
 
 @pytest.fixture
 def tiny(tmp_path, blobs):
-    """A sweep of three trials of two epochs, each of which takes a fraction of a second."""
+    """A sweep of two trials of two epochs, each of which takes a fraction of a second."""
     settings = {
         **RUN,
         "data_path": blobs,
@@ -261,7 +261,7 @@ def tiny(tmp_path, blobs):
         "batch_size": 72,
     }
     settings |= {"input_size": [16], "model": "mae_vit_tiny_patch4", "checkpoint_freq": 1}
-    changes: dict[str, Any] = dict(metric="train_loss", startup=1, trials=3, settings=settings)
+    changes: dict[str, Any] = dict(metric="train_loss", startup=1, trials=2, settings=settings)
     changes |= dict(search={"blr": {"low": 1e-4, "high": 1e-1, "log": True}})
     return load_sweep(written(tmp_path, **changes))
 
@@ -284,8 +284,6 @@ def test_a_sweep_that_was_stopped_and_killed_finds_what_one_in_one_piece_finds(t
 
     whole, is_done = run_trials(tiny, tmp_path / "whole", train_here, quiet, quiet)
     assert is_done
-    states = [trial.state for trial in whole.trials()]
-    assert states.count(TrialState.PRUNED) >= 1
     assert best_of(tiny, whole.trials())
 
     folder, calls = tmp_path / "stopped", []
@@ -296,14 +294,14 @@ def test_a_sweep_that_was_stopped_and_killed_finds_what_one_in_one_piece_finds(t
 
     def disturbed(sweep, searched, folder, stop, is_enough):
         calls.append(folder.name)
-        if len(calls) == 2:  # in the middle of a trial: it saves after its first step
+        if len(calls) == 1:  # in the middle of a trial: it saves after its first step
             with monkeypatch.context() as patch:
                 patch.setattr("fastmae.train.pretrain.record_step", stopping)
                 outcome = train_here(sweep, searched, folder, stop, is_enough)
             assert outcome.status == 75
             return outcome
         outcome = train_here(sweep, searched, folder, stop, is_enough)
-        if len(calls) == 4:  # trained, but not recorded
+        if len(calls) == 2:  # trained, but not recorded
             raise KilledError
         return outcome
 
@@ -314,7 +312,7 @@ def test_a_sweep_that_was_stopped_and_killed_finds_what_one_in_one_piece_finds(t
     record, is_done = run_trials(tiny, folder, disturbed, quiet, quiet)
     assert is_done
     assert found(record) == found(whole)
-    assert calls[1] == calls[2] == "trial-0001"  # the same trial went on
+    assert calls == ["trial-0000", "trial-0000", "trial-0000", "trial-0001"]  # the same trial went on
     assert [(trial.number, trial.params) for trial in best_of(tiny, record.trials())] == [
         (trial.number, trial.params) for trial in best_of(tiny, whole.trials())
     ]

@@ -32,7 +32,7 @@ from fastmae.data.parts import Part, parts_among, shard_part
 from fastmae.data.shards import open_shards, refuse_compressed
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, within
 from fastmae.data.suffixes import SHARD_SUFFIXES, SOUND_SUFFIXES
-from fastmae.data.zips import ZipSource, list_zip, read_table
+from fastmae.data.zips import ZipSource, list_zip, open_table
 from fastmae.errors import SettingError, UserError
 from fastmae.facts import AS_STORED, ReadAs
 
@@ -125,7 +125,7 @@ def open_zip(path: Path, split: Split) -> ZipSource | None:
         OSError, ValueError: the archive cannot be read, or is damaged.
     """
     archive = OpenFile(path)
-    table = read_table(archive)
+    table = open_table(archive)
     listing, around = list_zip(path, table)
     layout = find_layout(listing)
     train = _found(listing, layout.train, "train", () if layout.train else layout.evaluate)

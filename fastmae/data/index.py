@@ -184,6 +184,9 @@ def names_of(column: np.ndarray, prefix: str = "") -> Names:
     return Names(column, np.flatnonzero(column == 0), prefix)
 
 
+NO_NAMES = names_of(np.zeros(0, np.uint8))
+
+
 def join_names(folders: Iterable[tuple[str, Names]]) -> np.ndarray:
     """Returns the column of the names in folders: of ("a/", names) each name with "a/" before it."""
     chunks = []

@@ -7,6 +7,8 @@ table says. Nothing is extracted, and no name in an archive is ever opened as a 
 from __future__ import annotations
 
 import functools
+import json
+import os
 import re
 import struct
 import zlib
@@ -20,11 +22,22 @@ from fastmae.data.images import (
     LARGE_FILE,
     LOOKED_AT,
     MAX_FILE_BYTES,
+    WORTH_KEEPING,
     Listing,
     Tally,
     refuse_no_image,
 )
-from fastmae.data.index import Names, names_of, pack_names
+from fastmae.data.index import (
+    NO_NAMES,
+    Index,
+    Names,
+    cache_file,
+    is_settled,
+    names_of,
+    pack_names,
+    read_index,
+    write_index,
+)
 from fastmae.data.openfile import OpenFile
 from fastmae.data.stock import Stock
 from fastmae.data.suffixes import IMAGE_SUFFIXES, suffix_of
@@ -38,6 +51,9 @@ _END, _END64, _LOCATOR = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 _ENTRY = struct.Struct("<4s6H3I5H2I")
 _LOCAL = struct.Struct("<4s5H3I2H")
 _LONGEST_COMMENT = 65_557
+# What was kept by other rules is read again.
+RULE = "zip 1"
+_NUMBERS = ("header", "packed", "size", "check")
 
 
 @dataclass(frozen=True)
@@ -132,7 +148,7 @@ def _inflated(data: bytes, size: int, whole: bool) -> bytes:
 class Table:
     """The files of an archive, by their numbers."""
 
-    names: list[str]
+    names: Names
     header: np.ndarray
     packed: np.ndarray
     size: np.ndarray
@@ -142,6 +158,50 @@ class Table:
     """Files that are no images, by suffix, and "hidden" ones."""
     problems: dict[str, Tally]
     """Images that cannot be used, by the reason."""
+
+
+def open_table(archive: OpenFile) -> Table:
+    """Returns the table of an archive. A long one is kept in the cache folder, until the archive changes.
+
+    Raises:
+        ValueError: as ``read_table``.
+    """
+    path = os.path.realpath(archive.path)
+    fingerprint = [RULE, path, list(archive.stamp), sorted(IMAGE_SUFFIXES)]
+    index_path = cache_file(f"zip {path}")
+    index = read_index(index_path)
+    kept = None if index is None or index.fingerprint != fingerprint else _kept(index.columns, archive.size)
+    if kept is not None:
+        return kept
+    table = read_table(archive)
+    if len(table.names) >= WORTH_KEEPING and is_settled([archive.stamp[1]]):
+        tallies = [{kind: [tally.count, *tally.names] for kind, tally in part.items()}
+                   for part in (table.others, table.problems)]  # fmt: skip
+        columns = {
+            "names": table.names.column, **{name: getattr(table, name) for name in _NUMBERS},
+            "tallies": np.frombuffer(json.dumps(tallies).encode(errors="surrogatepass"), np.uint8),
+        }  # fmt: skip
+        write_index(index_path, Index(fingerprint, columns))
+    return table
+
+
+def _kept(columns: dict[str, np.ndarray], end: int) -> Table | None:
+    """Returns the table in an index; None if it is damaged, or names what cannot be in an archive of ``end`` bytes."""
+    try:
+        names, (header, packed, size, check) = names_of(columns["names"]), (columns[name] for name in _NUMBERS)
+        others, problems = (
+            {str(kind): Tally(int(count), [str(name) for name in some]) for kind, (count, *some) in part.items()}
+            for part in json.loads(columns["tallies"].tobytes().decode(errors="surrogatepass"))
+        )
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    if not len(names) == len(header) == len(packed) == len(size) == len(check):
+        return None
+    if min(map(np.min, (header, packed, size)), default=-1) < 0 or not np.isin(check >> 32, (STORED, DEFLATED)).all():
+        return None
+    if (header + _LOCAL.size > end - packed).any() or (size > MAX_RATIO * packed + 64).any():
+        return None
+    return Table(names, header, packed, size, check, others, problems)
 
 
 def read_table(archive: OpenFile) -> Table:
@@ -186,7 +246,7 @@ def read_table(archive: OpenFile) -> Table:
                 problems.setdefault("replaced by a later file of the same name", Tally()).add(name)
             files[name] = (header, packed, unpacked, method << 32 | crc)
     header, packed_size, size_unpacked, check = np.array([*files.values()], np.int64).reshape(-1, 4).T.copy()
-    return Table([*files], header, packed_size, size_unpacked, check, others, problems)
+    return Table(names_of(pack_names(files)), header, packed_size, size_unpacked, check, others, problems)
 
 
 def _problem(flags: int, method: int, attributes: int, packed: int, size: int, header: int, end: int) -> str:
@@ -248,19 +308,21 @@ def list_zip(path: Path, table: Table) -> tuple[Listing, str]:
     A folder around folders with images is passed over, as archives often have one. A name with `..` in it, or an
     absolute one, is a name as any other, as nothing is written or opened by it.
     """
+    inside: dict[str, list[str]] = {}
+    for name in table.names:
+        folder, _, base = name.rpartition("/")
+        inside.setdefault(folder, []).append(base)
     around = ""
     while True:
-        tops = {name[len(around) :].partition("/")[0] for name in table.names}
+        tops = {folder[len(around) :].partition("/")[0] for folder in inside}
         inner = f"{around}{next(iter(tops), '')}/"
-        if len(tops) != 1 or any("/" not in name[len(inner) :] for name in table.names):
+        if len(tops) != 1 or any(not f"{folder}/"[len(inner) :] for folder in inside):
             break
         around = inner
-    inside: dict[str, list[str]] = {"": []}
-    for name in table.names:
-        folder, _, base = name[len(around) :].rpartition("/")
-        inside.setdefault(folder, []).append(base)
+    packed = {folder[len(around) :]: names_of(pack_names(sorted(names))) for folder, names in inside.items()}
+    for folder in [*packed]:
         while folder:
             folder = folder.rpartition("/")[0]
-            inside.setdefault(folder, [])
-    images = {folder: names_of(pack_names(sorted(names))) for folder, names in sorted(inside.items())}
+            packed.setdefault(folder, NO_NAMES)
+    images = dict(sorted(({"": NO_NAMES} | packed).items()))
     return Listing(f"{path}/{around}".rstrip("/"), images, others=table.others), around

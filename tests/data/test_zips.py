@@ -1,6 +1,7 @@
 """Zip archives: read in place by any thread as the folder would be, whatever lies in them."""
 
 import io
+import os
 import stat
 import struct
 import zipfile
@@ -13,6 +14,7 @@ from PIL import Image
 
 from fastmae.data import zips
 from fastmae.data.fingerprint import difference, fingerprint
+from fastmae.data.index import Index, cache_file, read_index, write_index
 from fastmae.data.sources import classes_of, open_train, open_val, train_and_val
 from fastmae.errors import UserError
 
@@ -181,3 +183,33 @@ def test_an_archive_of_more_than_65_thousand_files(tmp_path):
     source = open_train(str(tmp_path / "x.zip"))
     assert len(source) == 66_000
     assert source.read(65_999) == b"x"
+
+
+def test_the_table_of_a_long_archive_is_kept_until_the_archive_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(zips, "WORTH_KEEPING", 3)
+    names = ["/set/b/1.bmp", "/set/a/2.bmp", "/set/a/sub/3.bmp", "set/\xe9.txt", "/set/a/.4.bmp"]
+    path = tmp_path / "x.zip"
+
+    def again(*names):
+        write(path, *names)
+        os.utime(path, (1_600_000_000, 1_600_000_000 + len(names)))
+        return open_train(str(path))
+
+    first = again(*names)
+    monkeypatch.setattr(zips, "read_table", lambda archive: pytest.fail("the table is read again"))
+    kept = open_train(str(path))
+    assert [kept.name(i) for i in range(3)] == [first.name(i) for i in range(3)]
+    assert [kept.read(i) for i in range(3)] == [first.read(i) for i in range(3)]
+    assert (labels(kept), kept.stock) == (labels(first), first.stock)
+    assert difference(fingerprint(kept), fingerprint(first)) is None
+    monkeypatch.undo()
+    assert len(again(*names, "/set/b/5.bmp")) == 4
+    monkeypatch.setattr(zips, "WORTH_KEEPING", 3)
+    before = again(*names)
+    index = cache_file(f"zip {os.path.realpath(path)}")
+    data = read_index(index)
+    for name, wrong in (("header", 1 << 40), ("size", -1), ("packed", 0), ("check", 7 << 32)):
+        column = data.columns[name].copy()
+        column[1] = wrong
+        write_index(index, Index(data.fingerprint, {**data.columns, name: column}))
+        assert open_train(str(path)).read(1) == before.read(1)  # what is not true is read from the archive again

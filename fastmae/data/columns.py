@@ -137,10 +137,20 @@ def label_values(column: Any, name: str, schema: Any) -> tuple[list[Any] | np.nd
         words = column.cast("string").to_pylist()
         return words, sum(word is None for word in words)
     without = column.null_count
-    numbers = column.fill_null(-1).to_numpy().astype(np.int64) if without else column.to_numpy().astype(np.int64)
+    numbers = _integers(column.fill_null(-1) if without else column)
     if names and len(numbers) and -1 <= numbers.min() <= numbers.max() < len(names):
         return [None if number < 0 else names[number] for number in numbers.tolist()], int((numbers < 0).sum())
     return numbers, without
+
+
+def _integers(column: Any) -> np.ndarray:
+    """Returns a column of integers without nulls as int64. Its own ``to_numpy`` would load pandas for it, of 60 MB."""
+    parts = [np.zeros(0, np.int64)]
+    for chunk in column.chunks:
+        dtype = np.dtype(str(chunk.type))
+        if len(chunk):
+            parts.append(np.frombuffer(chunk.buffers()[1], dtype, len(chunk), chunk.offset * dtype.itemsize))
+    return np.concatenate(parts, dtype=np.int64, casting="unsafe")
 
 
 def class_names_in(schema: Any, name: str) -> list[str]:

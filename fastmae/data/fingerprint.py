@@ -27,6 +27,7 @@ from fastmae.data.formats.nifti import VolumeSource
 from fastmae.data.formats.npy import ArrayFiles
 from fastmae.data.images import FolderSource
 from fastmae.data.index import Names
+from fastmae.data.memory import release_after
 from fastmae.data.packed import PackedSource
 from fastmae.data.pages import PagedSource
 from fastmae.data.parquet import ParquetSource
@@ -58,7 +59,10 @@ def fingerprint(source: Source) -> Fingerprint:
     for start, end in itertools.pairwise(starts):
         held = [contents[number] for number in range(start, end) if number in contents]
         ranges.append([names[start], _hash([_joined(names, start, end)]), _hash(held)])
-    return {"kind": source.kind, "length": len(source), "ranges": ranges, "labels": _labels(source)}
+    whole = {"kind": source.kind, "length": len(source), "ranges": ranges, "labels": _labels(source)}
+    del names
+    release_after(len(source))
+    return whole
 
 
 def difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:

@@ -80,12 +80,14 @@ def read_index(path: Path) -> Index | None:
 def write_index(path: Path, index: Index) -> bool:
     """Writes an index whole or not at all, even if several processes do so at once. Returns whether that succeeded."""
     arrays = {name: np.ascontiguousarray(array) for name, array in index.columns.items()}
-    body = b"".join(array.tobytes() for array in arrays.values())
+    check = 0
+    for array in arrays.values():
+        check = zlib.crc32(array.data, check)
     header = {
         "format": FORMAT,
         "fingerprint": index.fingerprint,
         "columns": [(name, array.dtype.kind, len(array)) for name, array in arrays.items()],
-        "crc32": zlib.crc32(body),
+        "crc32": check,
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,9 @@ def write_index(path: Path, index: Index) -> bool:
         return False
     try:
         with open(descriptor, "wb") as file:
-            file.write(json.dumps(header).encode() + b"\n" + body)
+            file.write(json.dumps(header).encode() + b"\n")
+            for array in arrays.values():
+                file.write(array.data)
         os.chmod(partial, 0o644)  # so that other users of the same data can read it
         os.replace(partial, path)
     except OSError:
@@ -153,12 +157,12 @@ class Names(Sequence[str]):
 
     def take(self, numbers: np.ndarray) -> Names:
         """Returns the names with these numbers, int64 [n]."""
-        starts = np.concatenate([np.zeros(1, np.int64), self.ends + 1])
         chunks = [np.zeros(0, np.uint8)]
         for first in range(0, len(numbers), _UNPACKED):
             some = numbers[first : first + _UNPACKED]
-            lengths = self.ends[some] + 1 - starts[some]
-            shift = starts[some] - np.concatenate([[0], np.cumsum(lengths[:-1])])
+            starts = np.where(some == 0, 0, self.ends[some - 1] + 1)
+            lengths = self.ends[some] + 1 - starts
+            shift = starts - np.concatenate([[0], np.cumsum(lengths[:-1])])
             chunks.append(self.column[np.repeat(shift, lengths) + np.arange(lengths.sum())])
         return names_of(np.concatenate(chunks), self.prefix)
 
@@ -182,6 +186,22 @@ _UNPACKED = 65_536
 def names_of(column: np.ndarray, prefix: str = "") -> Names:
     """Returns ``Names`` over a column of ``pack_names``."""
     return Names(column, np.flatnonzero(column == 0), prefix)
+
+
+def repeats(names: Sequence[str]) -> np.ndarray:
+    """Returns the numbers of names that are equal to an earlier one, ascending, int64; 32 bytes a name are enough."""
+    hashes = np.fromiter(map(hash, names), np.int64, len(names))
+    order = np.argsort(hashes, kind="stable")
+    alike = hashes[order[1:]] == hashes[order[:-1]]
+    del hashes
+    candidates = np.union1d(order[1:][alike], order[:-1][alike])
+    seen, again = set[str](), []
+    for number in candidates.tolist():
+        name = names[number]
+        if name in seen:
+            again.append(number)
+        seen.add(name)
+    return np.array(again, np.int64)
 
 
 NO_NAMES = names_of(np.zeros(0, np.uint8))

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from fastmae.data.index import (
     names_of,
     pack_names,
     read_index,
+    repeats,
     unpack_names,
     write_index,
 )
@@ -125,8 +128,9 @@ def listed_paths(
         SettingError: none of the files is there.
     """
     label = np.zeros(len(paths), np.int64) if labels is None else labels
-    has_label, state = np.full(len(paths), labels is not None, np.uint8), _find(paths, base)[0]
-    rows = Rows(names_of(pack_names(paths)), label, has_label, classes, np.zeros(len(paths), np.uint8), state)
+    names = names_of(pack_names(paths))
+    has_label, state = np.full(len(paths), labels is not None, np.uint8), _find(names, base)[0]
+    rows = Rows(names, label, has_label, classes, np.zeros(len(paths), np.uint8), state)
     source = _source(Path(origin), rows, np.flatnonzero(state == THERE), base, "")
     return replace(source, listed=text)
 
@@ -173,7 +177,7 @@ def _source(
     names = rows.names
     if len(chosen) < len(names):
         names = names.take(chosen)
-    if re.search(rb"\0[/~]", b"\0" + names.column.tobytes()):  # an absolute path
+    if np.isin(names.column[np.append(0, names.ends[:-1] + 1)], (ord("/"), ord("~"))).any():  # an absolute path
         names = names_of(pack_names(_located(name, base) for name in names))
     else:
         names = Names(names.column, names.ends, os.path.join(base, ""))
@@ -256,31 +260,31 @@ def _located(name: str, base: str) -> str:
     return os.path.join(base, os.path.expanduser(name) if name.startswith("~") else name)
 
 
-def _find(names: Sequence[str], base: str) -> tuple[np.ndarray, dict[str, int]]:
+def _find(names: Names, base: str) -> tuple[np.ndarray, dict[str, int]]:
     """Returns the state of each path, uint8 [rows], and the modification time in ns of each folder, -1 without one."""
     state = np.full(len(names), MISSING, np.uint8)
-    inside: dict[str, list[int]] = {}
+    inside: dict[str, array[int]] = {}
     for row, name in enumerate(names):
         if not name:
             state[row] = BLANK
         elif "://" in name:
             state[row] = ADDRESS
         else:
-            inside.setdefault(name.rpartition("/")[0] or "/" * name.startswith("/"), []).append(row)
+            inside.setdefault(name.rpartition("/")[0] or "/" * name.startswith("/"), array("q")).append(row)
 
-    def present(folder: str) -> tuple[list[int], int]:
-        where, rows = _located(folder, base), inside[folder]
+    def present(folder: str) -> tuple[np.ndarray, int]:
+        where, rows = _located(folder, base), np.array(inside[folder], np.int64)
         modified = _modified(where)
-        last = [names[row].rpartition("/")[2] for row in rows]
+        last = (name.rpartition("/")[2] for name in names.take(rows))
         try:
             if len(rows) < FEW_FILES:
-                return [
-                    row for row, name in zip(rows, last, strict=True) if os.path.exists(os.path.join(where, name))
-                ], modified
-            there = {*os.listdir(where)}
+                found = [os.path.exists(os.path.join(where, name)) for name in last]
+            else:
+                there = {*os.listdir(where)}
+                found = [name in there for name in last]
         except (OSError, ValueError):
-            return [], modified
-        return [row for row, name in zip(rows, last, strict=True) if name in there], modified
+            return rows[:0], modified
+        return rows[np.array(found, bool)], modified
 
     times = {}
     with ThreadPoolExecutor(CHECK_THREADS) as pool:
@@ -311,7 +315,7 @@ def _read(path: Path, root: str | None) -> Rows:
     if rows is not None:
         return rows
     rows = _parsed(file, path.suffix.lower())
-    state, folders = _find([*rows.names], base)
+    state, folders = _find(rows.names, base)
     rows = Rows(rows.names, rows.label, rows.has_label, rows.classes, rows.part, state, rows.others, rows.notes)
     if len(state) >= WORTH_KEEPING and is_settled([file.stamp[1], *folders.values()]):
         columns = {
@@ -345,14 +349,36 @@ def _kept(columns: dict[str, np.ndarray], base: str) -> Rows | None:
     return Rows(names, label, has_label, classes, part, state, others, notes)
 
 
-@dataclass
-class _Table:
-    """The columns of a list, before it is known which files are there."""
+class _Words:
+    """A column of words, in which each word is kept once."""
 
-    paths: list[str] = field(default_factory=list)
-    labels: list[str | None] | None = None
-    parts: list[str | None] | None = None
-    others: tuple[str, ...] = ()
+    def __init__(self) -> None:
+        self.codes = array("q")
+        """Of each row, the number of its word."""
+        self.numbers: dict[str, int] = {}
+        """By word, in the order in which they come."""
+
+    def add(self, word: str | None) -> None:
+        self.codes.append(self.numbers.setdefault((word or "").strip(), len(self.numbers)))
+
+
+class _Table:
+    """The columns of a list, before it is known which files are there. Rows are packed as they are read."""
+
+    def __init__(self, labels: bool = False, parts: bool = False, others: Iterable[str] = ()) -> None:
+        self.paths = bytearray()
+        """As ``pack_names`` packs them."""
+        self.labels = _Words() if labels else None
+        self.parts = _Words() if parts else None
+        self.others = tuple(others)
+
+    def add(self, path: str | None, label: str | None = None, part: str | None = None) -> None:
+        path = (path or "").strip().removeprefix("./").replace("\0", "\ufffd")
+        self.paths += os.fsencode(path) + b"\0"
+        if self.labels is not None:
+            self.labels.add(label)
+        if self.parts is not None:
+            self.parts.add(part)
 
 
 def _parsed(file: OpenFile, suffix: str) -> Rows:
@@ -368,31 +394,34 @@ def _parsed(file: OpenFile, suffix: str) -> Rows:
     data = b"".join(file.read(1 << 26, start) for start in range(0, file.size, 1 << 26))
     if b"\0" in data:
         raise ValueError("no text in UTF-8; save it as such")
-    text = data.removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape")
+    data = data.removeprefix(b"\xef\xbb\xbf")
     if suffix == ".jsonl":
-        table = _from_records(_records(text))
+        table = _from_records(lambda: _records(data))
     elif suffix == ".txt":
-        table = _from_lines([line for line in map(str.strip, text.split("\n")) if line and line[0] != "#"])
+        table = _from_lines(lambda: (line for line in map(str.strip, _lines(data)) if line and line[0] != "#"))
     else:
-        table = _from_csv(text, suffix)
+        table = _from_csv(data, suffix)
     if not table.paths:
         raise ValueError("an empty list")
-    label, has_label, classes = _numbered(table.labels, len(table.paths))
-    part, notes = _parts(table.parts, len(table.paths))
+    names = names_of(np.frombuffer(bytes(table.paths), np.uint8))
+    label, has_label, classes = _numbered(table.labels, len(names))
+    part, notes = _parts(table.parts, len(names))
     state = np.zeros(len(label), np.uint8)
-    paths = [path.removeprefix("./") for path in table.paths]
-    if repeated := len(paths) - len({*paths}):
+    if repeated := len(repeats(names)):
         notes = (*notes, f"{count_of(repeated, 'rows')} with the path of an earlier one, all used")
-    names = names_of(pack_names(paths))
     return Rows(names, label, has_label, classes, part, state, table.others, notes)
 
 
-def _numbered(labels: list[str | None] | None, count: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def _lines(data: bytes, newline: str = "\n") -> io.TextIOWrapper:
+    """Returns the lines of a text one by one: the text itself, and not four times as much, is in memory."""
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="surrogateescape", newline=newline)
+
+
+def _numbered(labels: _Words | None, count: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Returns labels int64, which rows have one, and the names of the classes: none if all labels are integers."""
     if labels is None:
         return np.zeros(count, np.int64), np.zeros(count, np.uint8), ()
-    codes: dict[str, int] = {}
-    code = np.array([codes.setdefault((label or "").strip(), len(codes)) for label in labels], np.int64)
+    code, codes = np.array(labels.codes, np.int64), labels.numbers
     has_label = np.array([bool(word) for word in codes], np.uint8)[code]
     words = [word for word in codes if word]
     if all(map(_INTEGER.fullmatch, words)):
@@ -402,65 +431,75 @@ def _numbered(labels: list[str | None] | None, count: int) -> tuple[np.ndarray, 
     return np.array([places.get(word, 0) for word in codes], np.int64)[code], has_label, tuple(names)
 
 
-def _parts(parts: list[str | None] | None, count: int) -> tuple[np.ndarray, tuple[str, ...]]:
+def _parts(parts: _Words | None, count: int) -> tuple[np.ndarray, tuple[str, ...]]:
     """Returns the part of each row, and a note if the column of parts says none."""
     if parts is None:
         return np.zeros(count, np.uint8), ()
-    numbers = {}
-    for word in {*parts}:
-        said = read_part(word or "")
-        numbers[word] = NO_PART if said is None else PARTS.index(said[0])
-    if {*numbers.values()} == {NO_PART}:
-        words = ", ".join(sorted(word or "nothing" for word in numbers)[:EXAMPLES])
+    said = [read_part(word) for word in parts.numbers]
+    numbers = [NO_PART if part is None else PARTS.index(part[0]) for part in said]
+    if {*numbers} == {NO_PART}:
+        words = ", ".join(sorted(word or "nothing" for word in parts.numbers)[:EXAMPLES])
         return np.zeros(count, np.uint8), (f"its column of parts names none ({words}), so all rows are to train on",)
-    return np.array([numbers[word] for word in parts], np.uint8), ()
+    return np.array(numbers, np.uint8)[np.array(parts.codes, np.int64)], ()
 
 
-def _from_lines(lines: list[str]) -> _Table:
+def _from_lines(lines: Callable[[], Iterator[str]]) -> _Table:
     """Reads a path a line. Where each line ends with a number, or has a tab, what follows the path is its label."""
-    if lines and all("\t" in line for line in lines):
-        pairs = [line.rsplit("\t", 1) for line in lines]
-    else:
-        pairs = [line.rsplit(None, 1) for line in lines]
-        if not all(len(pair) == 2 and _INTEGER.fullmatch(pair[1]) and suffix_of(pair[0]) for pair in pairs):
-            return _Table(lines)
-    return _Table([path.strip() for path, _ in pairs], [label for _, label in pairs])
+    separator = "\t" if all("\t" in line for line in lines()) else None
+
+    def split() -> Iterator[list[str]]:
+        return (line.rsplit(separator, 1) for line in lines())
+
+    if separator is None and not all(
+        len(pair) == 2 and _INTEGER.fullmatch(pair[1]) and suffix_of(pair[0]) for pair in split()
+    ):
+        table = _Table()
+        for line in lines():
+            table.add(line)
+        return table
+    table = _Table(labels=True)
+    for path, label in split():
+        table.add(path, label)
+    return table
 
 
-def _from_csv(text: str, suffix: str) -> _Table:
+def _from_csv(data: bytes, suffix: str) -> _Table:
     """Reads a table. Without a row of names, the column with names of image files is that of paths."""
-    first = text.partition("\n")[0]
-    delimiter = "\t" if suffix == ".tsv" else max(",;\t|", key=first.count)
-    try:
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if row]
-    except csv.Error as error:
-        raise ValueError(f"no table: {error}") from error
-    if not rows:
+    first_line = data.partition(b"\n")[0].decode(errors="surrogateescape")
+    delimiter = "\t" if suffix == ".tsv" else max(",;\t|", key=first_line.count)
+    rows = _csv_rows(data, delimiter)
+    first = next(rows, None)
+    if first is None:
         return _Table()
-    head = [cell.strip().lower() for cell in rows[0]]
+    head = [cell.strip().lower() for cell in first]
     if any(suffix_of(cell) in FILE_SUFFIXES for cell in head):
         path = next(number for number, cell in enumerate(head) if suffix_of(cell) in FILE_SUFFIXES)
         names = ["path" if number == path else "label" if len(head) == 2 else f"column {number + 1}"
                  for number in range(len(head))]  # fmt: skip
     else:
-        names, rows = head, rows[1:]
-    for number, row in enumerate(rows, 1):
+        names, first = head, next(rows, None)
+    sample = dict(zip(names, first or (), strict=False))
+    path_name, label_name, part_name = _columns(names, sample)
+    others = [name for name in names if name not in (path_name, label_name, part_name)]
+    table = _Table(label_name is not None, part_name is not None, others)
+    where = [None if name is None else names.index(name) for name in (path_name, label_name, part_name)]
+    for number, row in enumerate(itertools.chain(() if first is None else (first,), rows), 1):
         if len(row) > len(names):
             raise ValueError(f"row {number} has {len(row)} cells, and there are {len(names)} columns; quote its commas")
-    sample = {name: rows[0][number] for number, name in enumerate(names) if rows and number < len(rows[0])}
-    path_name, label_name, part_name = _columns(names, sample)
-    where = {name: number for number, name in reversed([*enumerate(names)])}
-
-    def column(name: str | None) -> list[str | None] | None:
-        return None if name is None else [row[at] if (at := where[name]) < len(row) else None for row in rows]
-
-    others = tuple(name for name in names if name not in (path_name, label_name, part_name))
-    paths = [(path or "").strip() for path in column(path_name) or ()]
-    return _Table(paths, column(label_name), column(part_name), others)
+        table.add(*(row[at] if at is not None and at < len(row) else None for at in where))
+    return table
 
 
-def _records(text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.split("\n"), 1):
+def _csv_rows(data: bytes, delimiter: str) -> Iterator[list[str]]:
+    """Yields the rows of a table that are not empty. Raises ValueError where it is none."""
+    try:
+        yield from filter(None, csv.reader(_lines(data, newline=""), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"no table: {error}") from error
+
+
+def _records(data: bytes) -> Iterator[Any]:
+    for number, line in enumerate(_lines(data), 1):
         if line.strip():
             try:
                 yield json.loads(line)
@@ -468,24 +507,31 @@ def _records(text: str) -> Iterator[Any]:
                 raise ValueError(f"line {number} is no JSON: {in_one_line(str(error))}") from error
 
 
-def _from_records(records: Iterable[Any]) -> _Table:
+def _from_records(records: Callable[[], Iterator[Any]]) -> _Table:
     """Reads an object a line, or a path a line in quotes."""
-    rows = [record if isinstance(record, dict) else {"path": record} for record in records]
-    names = list(dict.fromkeys(name for row in rows for name in row))
+
+    def rows() -> Iterator[dict[str, Any]]:
+        return (record if isinstance(record, dict) else {"path": record} for record in records())
+
+    first, found = next(rows(), None), dict[str, None]()
+    if first is None:
+        return _Table()
+    for row in rows():
+        found.update(dict.fromkeys(row))
+    names = [*found]
     keys = {name.lower(): name for name in reversed(names)}
-    sample = {name.lower(): value for name, value in (rows[0] if rows else {}).items()}
-    path_name, label_name, part_name = _columns([*keys], sample) if rows else ("path", None, None)
-
-    def column(name: str | None) -> list[str | None] | None:
-        return None if name is None else [_word(row.get(keys[name])) for row in rows]
-
-    wrong = [row[keys[path_name]] for row in rows if not isinstance(row.get(keys[path_name], ""), str)] if rows else []
-    if wrong:
-        raise ValueError(
-            f"{path_name} is no text but {in_one_line(repr(wrong[0]), 60)}; write the path of a file there"
-        )
-    others = tuple(name for name in names if name.lower() not in (path_name, label_name, part_name))
-    return _Table([path or "" for path in column(path_name) or ()], column(label_name), column(part_name), others)
+    chosen = _columns([*keys], {name.lower(): value for name, value in first.items()})
+    path_name, label_name, part_name = chosen
+    others = [name for name in names if name.lower() not in chosen]
+    table = _Table(label_name is not None, part_name is not None, others)
+    for row in rows():
+        path = row.get(keys[path_name], "")
+        if not isinstance(path, str):
+            raise ValueError(
+                f"{path_name} is no text but {in_one_line(repr(path), 60)}; write the path of a file there"
+            )
+        table.add(path, *(None if name is None else _word(row.get(keys[name])) for name in (label_name, part_name)))
+    return table
 
 
 def _word(value: object) -> str | None:

@@ -13,6 +13,7 @@ from typing import TypeGuard
 
 import numpy as np
 
+from fastmae.data.memory import release_after
 from fastmae.facts import FULL_SHUFFLE
 from fastmae.philox import (
     STREAM_CROP,
@@ -100,6 +101,7 @@ def plan_epoch(
         order = scattered_order(seed, epoch, shards)
     else:
         order = permutation_numpy(seed, STREAM_ORDER, epoch, length)
+    release_after(length)
     return EpochPlan(order, epoch, batch_size, rank, ranks)
 
 

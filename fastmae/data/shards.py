@@ -14,21 +14,27 @@ import itertools
 import json
 import os
 import re
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fastmae.data.columns import LABEL_COLUMNS
 from fastmae.data.index import (
+    NO_NAMES,
     Index,
+    Names,
     cache_file,
     is_settled,
     names_of,
     pack_names,
     read_index,
+    repeats,
     unpack_names,
     write_index,
 )
@@ -214,17 +220,57 @@ def _source(paths: Sequence[Path | str], stamps: list[tuple[int, int]], columns:
 # --- indexing ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Sample:
-    member: _Member
-    label: int | str | None
+class _Samples:
+    """The images of a shard with their labels, in columns: a million of them take 25 bytes each and their names."""
+
+    def __init__(self) -> None:
+        self._names = bytearray()
+        self.offset, self.size = array("q"), array("q")
+        self.tar = array("i")
+        """Of each, how many characters of its name are those of the tar inside that it lies in; 0 for none."""
+        self.label = array("i")
+        """Of each, the number of its label in ``values``; -1 without one."""
+        self.values: dict[int | str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def add(self, member: _Member, label: int | str | None) -> None:
+        self._names += os.fsencode(member.name) + b"\0"
+        self.offset.append(member.offset)
+        self.size.append(member.size)
+        self.tar.append(member.inside)
+        self.label.append(-1)
+        if label is not None:
+            self.set_label(len(self) - 1, label)
+
+    def set_label(self, number: int, label: int | str) -> None:
+        self.label[number] = self.values.setdefault(label, len(self.values))
+
+    def pop(self) -> str:
+        """Removes the last image, and returns its name."""
+        for column in (self.offset, self.size, self.tar, self.label):
+            column.pop()
+        start = self._names.rfind(b"\0", 0, -1) + 1
+        name = os.fsdecode(bytes(self._names[start:-1]))
+        del self._names[start:]
+        return name
+
+    @property
+    def names(self) -> Names:
+        return names_of(np.frombuffer(bytes(self._names), np.uint8))
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [length], numbers of ``values``, or -1."""
+        return np.array(self.label, np.int64)
 
 
 @dataclass
 class _Inside:
     """What is in a shard."""
 
-    samples: list[_Sample] = field(default_factory=list)
+    samples: _Samples = field(default_factory=_Samples)
     damage: str | None = None
     inner_damage: list[str] = field(default_factory=list)
     """What is wrong with tars inside."""
@@ -243,35 +289,40 @@ class _Inside:
 
 
 def _columns(indexed: list[_Inside], stems: list[str]) -> dict[str, np.ndarray]:
-    labelled = any(sample.label is not None for inside in indexed for sample in inside.samples)
+    labelled = any(inside.samples.values for inside in indexed)
     damaged, damages = [], []
     for number, inside in enumerate(indexed):
+        samples = inside.samples
         if inside.damage is not None:
-            if labelled and inside.samples and inside.samples[-1].label is None:
-                inside.leave_out(inside.samples.pop().member.name, "the label lies behind the damage of the tar")
+            if labelled and samples and samples.label[-1] < 0:
+                inside.leave_out(samples.pop(), "the label lies behind the damage of the tar")
             damaged.append(number)
-            used = f"only its first {len(inside.samples)} images are used; replace it to have all"
-            damages.append(f"{inside.damage}, so {used}")
+            damages.append(f"{inside.damage}, so only its first {len(samples)} images are used; replace it to have all")
         for damage in inside.inner_damage:
             damaged.append(number)
             damages.append(damage)
     stock = _stock_of(indexed)
     if not labelled and (note := _label_by_tar(indexed, stems)):
         stock = dataclasses.replace(stock, notes=(*stock.notes, note))
-    samples = [sample for inside in indexed for sample in inside.samples]
-    values = [sample.label for sample in samples]
-    classes = sorted({str(value) for value in values if value is not None})
-    if all(isinstance(value, int | None) for value in values):
-        classes = []
-    numbers: dict[object, int] = {name: number for number, name in enumerate(classes)}
+    values = {value for inside in indexed for value in inside.samples.values}
+    classes = [] if all(isinstance(value, int) for value in values) else sorted({*map(str, values)})
+    numbers = {name: number for number, name in enumerate(classes)}
+
+    def joined_columns(of: Callable[[_Samples], Any], dtype: npt.DTypeLike) -> np.ndarray:
+        return np.concatenate([np.zeros(0, dtype), *(np.array(of(inside.samples), dtype) for inside in indexed)])
+
+    def labels_of(samples: _Samples) -> np.ndarray:
+        each = [numbers[str(value)] if classes else int(value) for value in samples.values]
+        return np.array([*each, 0], np.int64)[samples.labels]
+
     return {
         "shard": np.repeat(np.arange(len(indexed)), [len(inside.samples) for inside in indexed]).astype(np.int64),
-        "offset": np.array([sample.member.offset for sample in samples], np.int64),
-        "size": np.array([sample.member.size for sample in samples], np.int64),
-        "label": np.array([numbers.get(str(value), 0) if classes else value or 0 for value in values], np.int64),
-        "has_label": np.array([value is not None for value in values], np.uint8),
+        "offset": joined_columns(lambda samples: samples.offset, np.int64),
+        "size": joined_columns(lambda samples: samples.size, np.int64),
+        "label": joined_columns(labels_of, np.int64),
+        "has_label": joined_columns(lambda samples: samples.labels >= 0, np.uint8),
         "classes": pack_names(classes),
-        "names": pack_names([sample.member.name for sample in samples]),
+        "names": joined_columns(lambda samples: samples.names.column, np.uint8),
         "damaged": np.array(damaged, np.int64),
         "damage": pack_names(damages),
         "stock": _packed_stock(stock),
@@ -283,60 +334,78 @@ def _label_by_tar(indexed: list[_Inside], stems: list[str]) -> str:
 
     They do if they are words, or if the names of their members begin with them.
     """
-    tars: dict[str, list[tuple[_Inside, int]]] = {}
+    tars: dict[str, list[tuple[_Samples, Sequence[int]]]] = {}
     for stem, inside in zip(stems, indexed, strict=True):
-        for number, sample in enumerate(inside.samples):
-            name = sample.member.name
-            inner = name[: sample.member.inside].rpartition("/")[2].removesuffix(".tar") if sample.member.inside else ""
-            tars.setdefault(inner or stem, []).append((inside, number))
+        samples = inside.samples
+        if not any(samples.tar):
+            if samples:
+                tars.setdefault(stem, []).append((samples, range(len(samples))))
+            continue
+        places: dict[str, array[int]] = {}
+        for number, (name, length) in enumerate(zip(samples.names, samples.tar, strict=True)):
+            inner = name[:length].rpartition("/")[2].removesuffix(".tar") if length else ""
+            places.setdefault(inner or stem, array("q")).append(number)
+        for tar, numbers in places.items():
+            tars.setdefault(tar, []).append((samples, numbers))
     if len(tars) < 2 or any(shard_part(tar) or read_part(tar) for tar in tars):
         return ""
     if not all(re.fullmatch(r"[^\W\d](?:[^\W\d]|[ -])+[^\W\d]", tar) for tar in tars):
-        firsts = [(tar, held[0][0].samples[held[0][1]].member.name) for tar, held in tars.items()]
+        firsts = [(tar, parts[0][0].names[parts[0][1][0]]) for tar, parts in tars.items()]
         if not all(name.rpartition("/")[2].startswith(tar) for tar, name in firsts):
             return ""
-    for tar, held in tars.items():
-        for inside, number in held:
-            inside.samples[number] = dataclasses.replace(inside.samples[number], label=tar)
+    for tar, parts in tars.items():
+        for samples, held in parts:
+            for number in held:
+                samples.set_label(number, tar)
     some = ", ".join([*tars][:EXAMPLES]) + (", …" if len(tars) > EXAMPLES else "")
     return f"the names of {count_of(len(tars), 'tars')} are taken as classes ({some}), as no image in them has a label"
 
 
+@dataclass
+class _Some:
+    """How many images there are of a kind, and the names of the first ones."""
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def see(self, name: str) -> None:
+        self.count += 1
+        if len(self.names) < EXAMPLES:
+            self.names.append(name)
+
+
 def _stock_of(indexed: list[_Inside]) -> Stock:
     """Returns the sum of the members of all shards. Labels are used if every image has one."""
-    samples = [sample for inside in indexed for sample in inside.samples]
-    without = [sample.member.name for sample in samples if sample.label is None]
-    labels, used = sum(inside.labels for inside in indexed), len(samples) + sum(inside.folders for inside in indexed)
+    count = sum(len(inside.samples) for inside in indexed)
+    without, dotted, again = _Some(), _Some(), _Some()
+    for inside in indexed:
+        names = inside.samples.names
+        for name, label in zip(names, inside.samples.label, strict=True):
+            if label < 0:
+                without.see(name)
+            if _stem(name) != _key(name):
+                dotted.see(name)
+        for number in repeats(names).tolist():
+            again.see(names[number])
+    labels, used = sum(inside.labels for inside in indexed), count + sum(inside.folders for inside in indexed)
     left_out = [item for inside in indexed for item in inside.left_out.values()]
-    if labels and without:
-        reason = f"labels, as {len(without):,} of {len(samples):,} images have none; give each its .cls to use them"
-        left_out.append(LeftOut("members", labels, reason, tuple(f"without: {name}" for name in without[:EXAMPLES])))
+    if labels and without.count:
+        reason = f"labels, as {without.count:,} of {count:,} images have none; give each its .cls to use them"
+        left_out.append(LeftOut("members", labels, reason, tuple(f"without: {name}" for name in without.names)))
     else:
         used += labels
-    dotted = [sample.member.name for sample in samples if _stem(sample.member.name) != _key(sample.member.name)]
     notes = [
         _note(dotted, "with more than one dot in their names, each taken as a sample"),
-        _note([name for inside in indexed for name in _again(inside)], "with the name of an earlier one, both used"),
+        _note(again, "with the name of an earlier one, both used"),
     ]
-    there = {"files": len(indexed), "images": len(samples), "members": used}
+    there = {"files": len(indexed), "images": count, "members": used}
     return Stock(there, joined([Stock(left_out=tuple(left_out))]).left_out, tuple(filter(None, notes)))
 
 
-def _again(inside: _Inside) -> list[str]:
-    """Returns the names of images that an earlier image of the same shard has."""
-    seen: set[str] = set()
-    again = []
-    for sample in inside.samples:
-        if sample.member.name in seen:
-            again.append(sample.member.name)
-        seen.add(sample.member.name)
-    return again
-
-
-def _note(names: list[str], text: str) -> str:
+def _note(found: _Some, text: str) -> str:
     """Returns a line about these images; none if there are none."""
-    more = ", …" if len(names) > EXAMPLES else ""
-    return f"{count_of(len(names), 'images')} {text} ({', '.join(names[:EXAMPLES])}{more})" if names else ""
+    more = ", …" if found.count > len(found.names) else ""
+    return f"{count_of(found.count, 'images')} {text} ({', '.join(found.names)}{more})" if found.count else ""
 
 
 def _packed_stock(stock: Stock) -> np.ndarray:
@@ -485,7 +554,7 @@ def _find_samples(
 ) -> None:
     """Puts samples with their labels into ``inside``, and counts the members that are of no use."""
     spare: dict[str, _Label] = {}  # labels by stem that belong to no image beside them
-    waiting: list[tuple[int, str]] = []  # samples without a label, and their keys
+    waiting = array("q")  # the numbers of samples without a label
     for key, members_of_key in itertools.groupby(members, key=lambda member: _key(member.name)):
         group = list(members_of_key)
         if key is None:
@@ -517,22 +586,24 @@ def _find_samples(
         for image in images:
             stem = _label_of(image.name, key, labels)
             if stem is None:
-                waiting.append((len(inside.samples), key))
+                waiting.append(len(inside.samples))
             else:
                 used.add(stem)
-            inside.samples.append(_Sample(image, None if stem is None else labels[stem].value))
+            inside.samples.add(image, None if stem is None else labels[stem].value)
         for stem, label in labels.items():
             if stem in used:
                 _count_label(label, inside)
             else:
                 _keep_label(label, spare, inside)
     used = set()
-    for number, key in waiting:
-        image = inside.samples[number].member
-        stem = _label_of(image.name, key, spare)
+    names = inside.samples.names if spare else NO_NAMES
+    for number in waiting if spare else ():
+        name = names[number]
+        stem = _label_of(name, _key(name), spare)
         if stem is not None:
             used.add(stem)
-            inside.samples[number] = _Sample(image, spare[stem].value)
+            if (value := spare[stem].value) is not None:
+                inside.samples.set_label(number, value)
     for stem, label in spare.items():
         if stem in used:
             _count_label(label, inside)
@@ -540,7 +611,7 @@ def _find_samples(
             inside.leave_out(label.member.name, NO_IMAGE)
 
 
-def _label_of(name: str, key: str, labels: dict[str, _Label]) -> str | None:
+def _label_of(name: str, key: str | None, labels: dict[str, _Label]) -> str | None:
     """Returns the stem of the label of an image: the image's own, or else its key."""
     return next((stem for stem in (_stem(name), key) if stem in labels), None)
 

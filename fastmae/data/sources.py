@@ -25,6 +25,7 @@ from fastmae.data.formats.npy import ArrayFiles
 from fastmae.data.headers import as_read, read_header
 from fastmae.data.images import FolderSource, begins_as_an_image
 from fastmae.data.lists import LIST_SUFFIXES, open_list
+from fastmae.data.memory import release_after
 from fastmae.data.pages import PagedSource, by_page
 from fastmae.data.plan import Shards, describe_order, held_out_of_training, holdout, shards_of
 from fastmae.data.remote import file_name, is_remote
@@ -234,6 +235,7 @@ def open_train(data_path: Data, read_as: ReadAs = AS_STORED) -> Source:
         if source is None or len(source) == 0:
             raise SettingError("data_path", path, f"holds no images{_instead(source)}; give data that does")
         parts.append(source)
+    release_after(max(map(len, parts)))
     return parts[0] if len(parts) == 1 else Concat(tuple(parts), tuple(_used_twice(paths)))
 
 
@@ -256,6 +258,7 @@ def open_val(data_path: Data, read_as: ReadAs = AS_STORED) -> Source | None:
         return data_path.val
     opened = (_open(path, "val", read_as) for path in _paths(data_path))
     parts = [source for source in opened if source is not None and len(source)]
+    release_after(max(map(len, parts), default=0))
     return Concat(tuple(parts)) if len(parts) > 1 else parts[0] if parts else None
 
 

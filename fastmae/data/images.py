@@ -6,12 +6,14 @@ The list of a large folder is kept in an index file. Nothing here decodes an ima
 from __future__ import annotations
 
 import bisect
+import contextlib
 import io
 import json
 import os
 import stat
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -20,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from fastmae.data.index import (
+    NO_NAMES,
     Index,
     Names,
     cache_file,
@@ -48,6 +51,8 @@ TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 WORTH_KEEPING = 10_000
 # It changes whenever other files are listed than before, so that older listings are made anew.
 RULE = 3
+# Folders that are read at a time.
+LIST_THREADS = 8
 SHOWN_CLASSES = 6
 SHOWN_SUFFIXES = 12
 
@@ -163,6 +168,11 @@ class Tally:
         bisect.insort(self.names, name)
         del self.names[EXAMPLES:]
 
+    def join(self, other: Tally, before: str) -> None:
+        """Adds the files of another tally, whose names lack what comes before them."""
+        self.count += other.count
+        self.names = sorted([*self.names, *(before + name for name in other.names)])[:EXAMPLES]
+
 
 @dataclass
 class Listing:
@@ -273,19 +283,34 @@ def scan_folder(folder: Path, suffixes: tuple[str, ...] = ()) -> tuple[Listing, 
     Links to folders are followed once all that is no link is listed, in the order of their names, so that what is found
     depends on no order of the file system's; links with the name of a part come first. A folder that a link leads to is
     listed once, and one around the link is not listed.
+
+    Several folders are read at a time, as each of them may have to be waited for. What is found in them is put together
+    by one thread, in the order in which one thread alone would have read them.
     """
-    scan = _Scan(str(folder), suffixes)
+    scan = _Scan(str(folder))
     waiting, links = ["", *reversed(_linked_parts(str(folder)))], list[str]()
     first = {*waiting[1:]}
-    while waiting or links:
-        is_link = not waiting
-        if is_link:
-            links.sort(reverse=True)
-        inside = waiting.pop() if waiting else links.pop()
-        if scan.is_new(inside, is_link or inside in first):
-            for name, leads_elsewhere in scan.enter(inside):
-                if name not in first:
-                    (links if leads_elsewhere else waiting).append(name)
+    ahead: dict[str, Future[_Inside]] = {}
+    pool = ThreadPoolExecutor(LIST_THREADS)
+    try:
+        while waiting or links:
+            is_link = not waiting
+            if is_link:
+                links.sort(reverse=True)
+            name = waiting.pop() if waiting else links.pop()
+            read = ahead.pop(name, None)
+            inside = _Inside(os.path.join(scan.listing.folder, name)) if read is None else read.result()
+            if not scan.is_new(name, inside, is_link or name in first):
+                continue
+            if read is None:
+                inside.read(name, suffixes)
+            for below, leads_elsewhere in scan.enter(name, inside):
+                if below not in first:
+                    (links if leads_elsewhere else waiting).append(below)
+                    if not leads_elsewhere:
+                        ahead[below] = pool.submit(_read_folder, scan.listing.folder, below, suffixes)
+    finally:
+        pool.shutdown(cancel_futures=True)
     listing = scan.listing
     listing.images = dict(sorted(listing.images.items()))
     listing.shards.sort()
@@ -310,82 +335,118 @@ def _linked_parts(folder: str) -> list[str]:
     return [name for _, name in sorted(parts)]
 
 
+class _Inside:
+    """What lies directly in a folder, by names without it. Nothing of the rest of a listing is known here."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.status: os.stat_result | None = None
+        """None if the folder cannot be read."""
+        with contextlib.suppress(OSError):
+            # Read before the listing, so that a file which is added in between makes the noted time an old one.
+            self.status = os.stat(path)
+        self.is_listed = False
+        self.is_run = self.is_zarr = False
+        self.images = NO_NAMES
+        self.folders: list[tuple[str, bool]] = []
+        """Folders in it, and whether each is a link."""
+        self.shards: list[str] = []
+        self.others: dict[str, Tally] = {}
+        """Other files by suffix or kind, as in ``Listing.others``."""
+        self.unsound: list[str] = []
+
+    def read(self, name: str, suffixes: tuple[str, ...]) -> None:
+        """Lists the folder, whose name in the listing is ``name``."""
+        try:
+            with os.scandir(self.path) as entries:
+                found = [*entries]
+        except OSError:
+            return
+        self.is_listed = True
+        self.is_run = _is_run_folder(found)
+        self.is_zarr = bool(name) and not {entry.name for entry in found}.isdisjoint(ZARR_FILES)
+        if (self.is_run and name) or self.is_zarr:
+            return
+        images: list[str] = []
+        for entry in found:
+            if _is_folder(entry):
+                self.folders.append((entry.name, entry.is_symlink()))
+            elif (kind := _kind(entry, suffixes)) == "image":
+                images.append(entry.name)
+            elif kind == "shard":
+                self.shards.append(entry.name)
+            else:
+                tally = "run" if self.is_run and kind not in (*NO_FILES, "hidden") else kind
+                self.others.setdefault(tally, Tally()).add(entry.name)
+                if kind in NO_FILES and suffix_of(entry.name) in IMAGE_SUFFIXES and not entry.name.startswith("."):
+                    images.append(entry.name)
+                    self.unsound.append(entry.name)
+        self.images = names_of(pack_names(sorted(images)))
+
+
+def _read_folder(root: str, name: str, suffixes: tuple[str, ...]) -> _Inside:
+    inside = _Inside(os.path.join(root, name))
+    if inside.status is not None:
+        inside.read(name, suffixes)
+    return inside
+
+
 class _Scan:
     """A listing in the making."""
 
-    def __init__(self, folder: str, suffixes: tuple[str, ...]) -> None:
+    def __init__(self, folder: str) -> None:
         self.listing = Listing(folder)
-        self._suffixes = suffixes
         self.modified: dict[str, int] = {}
         self._linked: set[str] = set()
         self._keys: dict[bool, set[tuple[int, int]]] = {False: set(), True: set()}
         """Device and inode of the folders that are listed, by whether a link leads to them."""
 
-    def is_new(self, inside: str, is_link: bool) -> bool:
+    def is_new(self, name: str, inside: _Inside, is_link: bool) -> bool:
         """Tells whether a folder is to be listed; notes its time, and if it is not new, that it is skipped."""
-        path = os.path.join(self.listing.folder, inside)
-        try:
-            # Read before the listing, so that a file which is added in between makes the noted time an old one.
-            status = os.stat(path)
-        except OSError:
-            self._miss(inside)
+        status = inside.status
+        if status is None:
+            self._miss(name)
             return False
-        key, is_linked = (status.st_dev, status.st_ino), is_link or os.path.dirname(inside) in self._linked
+        key, is_linked = (status.st_dev, status.st_ino), is_link or os.path.dirname(name) in self._linked
         if is_linked:
-            self._linked.add(inside)
+            self._linked.add(name)
         # Unless a part is a link to it, what no link leads to is listed, even if file systems number two folders alike.
         is_known = key in self._keys[True] or (is_linked and key in self._keys[False])
-        if is_known or (is_link and _is_around(path)):
-            self.listing.skipped[inside] = "twice"
+        if is_known or (is_link and _is_around(inside.path)):
+            self.listing.skipped[name] = "twice"
             return False
         self._keys[is_linked].add(key)
-        self.modified[inside] = status.st_mtime_ns
+        self.modified[name] = status.st_mtime_ns
         return True
 
-    def _miss(self, inside: str) -> None:
-        self.modified[inside] = -1  # such a listing is not kept
-        self.listing.images[inside] = names_of(pack_names([]))
-        self.listing.unreadable.append(os.path.join(self.listing.folder, inside))
+    def _miss(self, name: str) -> None:
+        self.modified[name] = -1  # such a listing is not kept
+        self.listing.images[name] = NO_NAMES
+        self.listing.unreadable.append(os.path.join(self.listing.folder, name))
 
-    def enter(self, inside: str) -> Iterator[tuple[str, bool]]:
-        """Lists the files directly inside a folder, and yields the folders in it with whether each is a link."""
-        try:
-            with os.scandir(os.path.join(self.listing.folder, inside)) as entries:
-                found = [*entries]
-        except OSError:
-            self._miss(inside)
+    def enter(self, name: str, inside: _Inside) -> Iterator[tuple[str, bool]]:
+        """Adds what lies directly inside a folder, and yields the folders in it with whether each is a link."""
+        listing = self.listing
+        if not inside.is_listed:
+            self._miss(name)
             return
-        is_run = _is_run_folder(found)
-        if is_run and inside:
-            self.listing.skipped[inside] = "run"
-            del self.modified[inside]
+        if (inside.is_run and name) or inside.is_zarr:
+            listing.skipped[name] = "run" if inside.is_run else "zarr"
+            del self.modified[name]
             return
-        if inside and not {entry.name for entry in found}.isdisjoint(ZARR_FILES):
-            self.listing.skipped[inside] = "zarr"
-            del self.modified[inside]
-            return
-        images: list[str] = []
-        for entry in found:
-            name = entry.name
-            path = f"{inside}/{name}" if inside else name
-            if _is_folder(entry):
-                if name.startswith("."):
-                    self.listing.skipped[path] = "hidden"
-                elif is_run and name in RUN_FOLDERS:
-                    self.listing.skipped[path] = "run"
-                else:
-                    yield path, entry.is_symlink()
-            elif (kind := _kind(entry, self._suffixes)) == "image":
-                images.append(name)
-            elif kind == "shard":
-                self.listing.shards.append(path)
+        before = f"{name}/" if name else ""
+        for kind, tally in inside.others.items():
+            listing.others.setdefault(kind, Tally()).join(tally, before)
+        listing.shards += (before + file for file in inside.shards)
+        listing.unsound += (before + file for file in inside.unsound)
+        listing.images[name] = inside.images
+        for folder, is_link in inside.folders:
+            if folder.startswith("."):
+                listing.skipped[before + folder] = "hidden"
+            elif inside.is_run and folder in RUN_FOLDERS:
+                listing.skipped[before + folder] = "run"
             else:
-                tally = "run" if is_run and kind not in (*NO_FILES, "hidden") else kind
-                self.listing.others.setdefault(tally, Tally()).add(path)
-                if kind in NO_FILES and suffix_of(name) in IMAGE_SUFFIXES and not name.startswith("."):
-                    images.append(name)
-                    self.listing.unsound.append(path)
-        self.listing.images[inside] = names_of(pack_names(sorted(images)))
+                yield before + folder, is_link
 
 
 NO_FILES = ("broken", "special")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
-import os
 import re
 
 from PIL import Image
@@ -55,7 +55,13 @@ _SUFFIX = re.compile(r"\.(?=.*[a-z])[a-z0-9_+~-]{1,12}")
 
 def suffix_of(name: str) -> str:
     """Returns the suffix of a file name in lower case; empty without one, as in "IMG 12.05" or "a cat. sitting"."""
-    suffix = os.path.splitext(name)[1].lower()
+    stem, dot, suffix = name[name.rfind("/") + 1 :].rpartition(".")
+    return _suffix(dot + suffix) if stem.strip(".") else ""
+
+
+@functools.lru_cache(1024)
+def _suffix(ending: str) -> str:
+    suffix = ending.lower()
     return suffix if _SUFFIX.fullmatch(suffix) else ""
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -243,3 +244,36 @@ def test_links_to_folders_are_followed_and_no_folder_is_listed_twice(folder, tmp
     )
     (line,) = [line for line in open_train(str(folder)).stock.lines() if "folders left out" in line]
     assert line == ("5 folders left out: linked, and listed already or around the link (a/down/back, a/round, a/up, …)")
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_a_listing_depends_on_neither_threads_nor_their_speed(tmp_path, monkeypatch, threads):
+    """Folders that are read late, links among them, and everything that is left out, beside one thread alone."""
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        inside = tmp_path / "x" / "/".join(f"{name}" for name in rng.integers(0, 4, rng.integers(1, 4)))
+        inside.mkdir(parents=True, exist_ok=True)
+        for name in (f"{number}.jpg", f"{number}.txt", f".{number}", f"{number}.tar")[: rng.integers(1, 5)]:
+            (inside / name).touch()
+        if number % 7 == 0:
+            (inside / f"link{number}").symlink_to(tmp_path / "x" / str(number % 4))
+            (inside / f"gone{number}.png").symlink_to(tmp_path / "gone")
+    (tmp_path / "x" / "train").symlink_to(tmp_path / "x" / "1")
+    (tmp_path / "x" / "2" / "zarr.json").touch()
+    monkeypatch.setattr(images, "LIST_THREADS", 1)
+    listing, modified = scan_folder(tmp_path / "x")
+    assert {*listing.skipped.values()} >= {"twice", "zarr"}
+    assert listing.shards
+    assert listing.unsound
+    read = images._read_folder
+
+    def slowly(root, name, suffixes):
+        time.sleep(0.002 * (len(name) % 3))
+        return read(root, name, suffixes)
+
+    monkeypatch.setattr(images, "LIST_THREADS", threads)
+    monkeypatch.setattr(images, "_read_folder", slowly)
+    again = scan_folder(tmp_path / "x")
+    assert again == (listing, modified)
+    assert [*again[0].images] == [*listing.images]
+    assert again[0].unsound == listing.unsound

@@ -1,6 +1,6 @@
 """How fast are images read from HDF5 and Zarr, beside the same images in an .npy file, and by h5py and zarr alone?
 
-    python -m fastmae.benchmarks.arrays [FOLDER]
+    python -m fastmae.benchmarks.arrays [noise|ct|photo]
 
 Each source is read by threads in the order of an epoch, twice: the pixels alone (`read`), and as a run reads them, that
 is cropped and resized by the thread decoder (`load`). All of them take turns, and their images are compared before the
@@ -27,35 +27,63 @@ from fastmae.data.plan import crop_draws, plan_epoch
 from fastmae.data.reading import Reading
 from fastmae.data.sample import View, load_sample
 from fastmae.data.sources import open_train
+from fastmae.facts import PixelType
+from fastmae.ops.allocator import keep_freed_memory
 
 IMAGES, SIDE, CHUNK = 1024, 224, 16
 THREADS, ROUNDS, BASE = 2, 5, ".npy"
 
 
-def write(folder: Path) -> dict[str, str]:
-    """Writes 12-bit pictures, whose noise leaves a codec as little to do as that of a camera, into every format."""
+def pictures(kind: str) -> np.ndarray:
+    """Returns images, on which the speed of a codec depends.
+
+    `noise` are 12-bit pictures with the noise of a camera, `ct` 12-bit slices of a body in air, as a scanner gives
+    them, and `photo` crops of the two photographs of scikit-learn, in colour and 8 bits.
+    """
+    rng = np.random.default_rng(0)
+    if kind == "photo":
+        from sklearn.datasets import load_sample_images
+
+        photos = load_sample_images().images
+        places = zip(rng.integers(0, 200, IMAGES), rng.integers(0, 400, IMAGES), strict=True)
+        return np.stack([photos[n % 2][y : y + SIDE, x : x + SIDE] for n, (y, x) in enumerate(places)])
+    rows, columns = np.mgrid[0:SIDE, 0:SIDE]
+    waves = rng.uniform(0.01, 0.1, (IMAGES, 2, 1, 1))
+    wave = np.sin(waves[:, 0] * rows) * np.cos(waves[:, 1] * columns)
+    if kind == "ct":
+        radius = np.hypot((rows - SIDE / 2) / 100, (columns - SIDE / 2) / 80)
+        body = np.where(radius < 1, 1040 + 60 * wave + rng.normal(0, 10, wave.shape), rng.normal(24, 6, wave.shape))
+        images = np.where(abs(radius - 0.95) < 0.03, 2200 + rng.normal(0, 30, wave.shape), body)
+    else:
+        images = 2000 + 1500 * wave + rng.normal(0, 12, wave.shape)
+    return images.clip(0, 4095).astype(np.uint16)
+
+
+def write(folder: Path, images: np.ndarray) -> dict[str, str]:
+    """Writes images into every format."""
     import h5py
     import zarr
 
-    rng = np.random.default_rng(0)
-    rows, columns = np.mgrid[0:SIDE, 0:SIDE]
-    waves = rng.uniform(0.01, 0.1, (IMAGES, 2, 1, 1))
-    images = 2000 + 1500 * np.sin(waves[:, 0] * rows) * np.cos(waves[:, 1] * columns)
-    images = (images + rng.normal(0, 12, images.shape)).clip(0, 4095).astype(np.uint16)
+    chunk = (CHUNK, *images.shape[1:])
     np.save(folder / "x.npy", images)
     paths = {BASE: str(folder / "x.npy")}
     plain: dict[str, dict[str, Any]] = {
         "HDF5, one piece": {},
-        "HDF5, chunks": {"chunks": (CHUNK, SIDE, SIDE)},
-        "HDF5, gzip and shuffle": {"chunks": (CHUNK, SIDE, SIDE), "compression": "gzip", "shuffle": True},
+        "HDF5, chunks": {"chunks": chunk},
+        "HDF5, gzip and shuffle": {"chunks": chunk, "compression": "gzip", "shuffle": True},
     }
     for number, (name, options) in enumerate(plain.items()):
         with h5py.File(folder / f"{number}.h5", "w") as file:
             file.create_dataset("images", data=images, **options)
         paths[name] = str(folder / f"{number}.h5")
-    for number, (name, kwargs) in enumerate({"Zarr, plain": {"compressors": None}, "Zarr, zstd": {}}.items()):
+    codecs: dict[str, dict[str, Any]] = {
+        "Zarr, plain": {"compressors": None},
+        "Zarr, zstd": {},
+        "Zarr, blosc": {"compressors": zarr.codecs.BloscCodec(cname="zstd", shuffle="shuffle")},
+    }
+    for number, (name, kwargs) in enumerate(codecs.items()):
         array = zarr.create_array(
-            folder / f"{number}.zarr", shape=images.shape, chunks=(CHUNK, SIDE, SIDE), dtype="uint16", **kwargs
+            folder / f"{number}.zarr", shape=images.shape, chunks=chunk, dtype=images.dtype, **kwargs
         )
         array[:] = images
         paths[name] = str(folder / f"{number}.zarr")
@@ -76,10 +104,12 @@ def load_epoch(path: str, epoch: int, count: int) -> float:
     """Returns the images a second that threads read, crop and resize in the order of an epoch."""
     source = open_train(path)
     order = plan_epoch(0, epoch, len(source), 1, shards=source.shards).order[:count]
-    view = View((SIDE, SIDE), Reading(1, dtype="uint16"), seed=0, scale=(0.2, 1.0), flip=True)
+    pixels = np.asarray(source.read(0))
+    dtype: PixelType = "uint8" if pixels.dtype == np.uint8 else "uint16"
+    view = View((SIDE, SIDE), Reading(pixels.shape[2], dtype=dtype), seed=0, scale=(0.2, 1.0), flip=True)
     draws = crop_draws(0, order)
     with ThreadPoolExecutor(THREADS) as pool:
-        outs = [np.empty((SIDE, SIDE, 1), np.uint16) for _ in range(THREADS)]
+        outs = [np.empty((SIDE, SIDE, pixels.shape[2]), dtype) for _ in range(THREADS)]
         started = time.perf_counter()
         list(pool.map(lambda n: load_sample(source, int(order[n]), view, draws[n], outs[n % THREADS]), range(count)))
         return count / (time.perf_counter() - started)
@@ -101,8 +131,10 @@ def main() -> int:
     import zarr
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
-        paths = write(Path(folder))
+    keep_freed_memory()  # as a run does
+    kind = sys.argv[1] if len(sys.argv) > 1 else "noise"
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write(Path(folder), pictures(kind))
         sources = {name: open_train(path) for name, path in paths.items()}
         for name, source in sources.items():
             for index in range(0, IMAGES, 97):
@@ -120,7 +152,7 @@ def main() -> int:
         for epoch, name in itertools.product(range(ROUNDS), reads):
             speeds[name].append(reads[name](epoch=epoch))
         gzip.close()
-    print(f"{harness.machine_name(torch.device('cpu'))}, {THREADS} threads, median of {ROUNDS} rounds")
+    print(f"{kind}, {harness.machine_name(torch.device('cpu'))}, {THREADS} threads, median of {ROUNDS} rounds")
     for name, each in speeds.items():
         base = speeds[f"{name.split()[0]} {BASE}"]
         shares = statistics.median(a / b for a, b in zip(each, base, strict=True))

@@ -263,6 +263,7 @@ def test_tensorboard_and_wandb_get_the_log_and_a_trace_is_written(blobs, tmp_pat
     assert any("linear" in name for name in names)
 
 
+@pytest.mark.slow
 def test_mlflow_gets_numbers_settings_and_pictures_and_a_resumed_run_is_one(blobs, tmp_path, monkeypatch):
     """In a folder of files, as mlflow-skinny has no databases."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/store")

@@ -52,7 +52,7 @@ from fastmae.faults import (
     wants_traceback,
 )
 from fastmae.flags import flags_of
-from fastmae.launch import is_first
+from fastmae.launch import is_first, read_launch
 from fastmae.messages import logger, messages_on_stderr
 from fastmae.screen import OutputLostError, complain, hold_standard_files, safe_streams
 from fastmae.signals import remembered
@@ -84,6 +84,8 @@ COMMANDS: dict[str, type] = {
     "bench quality": BenchQualityConfig,
     "bench all": BenchAllConfig,
 }
+# What ranks cannot share: the first one does it, so that no two write one file.
+OF_ONE_RANK = (ReconstructConfig, SearchConfig, AnomalyConfig, VerifyConfig, PackConfig, EstimateConfig)
 EXIT_OUTPUT_LOST = 1
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPT = 130
@@ -221,6 +223,13 @@ def _values_of(config: type, words: list[str], command: str) -> Any:
 
 def call(config: Any, argv: list[str]) -> int:
     """Calls the function of a configuration and returns its exit status. Each is loaded only when it is called."""
+    if isinstance(config, OF_ONE_RANK) and (ranks := read_launch(os.environ)).size > 1:
+        if ranks.rank > 0:
+            return 0
+        text = (
+            f"{argv[1]}: one process does it; the other {ranks.size - 1} ranks have left, so start it without torchrun"
+        )
+        logger.warning("%s", text)
     match config:
         case PretrainConfig():
             from fastmae.train.pretrain import pretrain

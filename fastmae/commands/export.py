@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastmae.checkpoint.load import open_checkpoint
+from fastmae.commands.shared import ranks_that_share
 from fastmae.config import ExportConfig
 from fastmae.data.loader import default_workers
 from fastmae.data.sources import shown
 from fastmae.export.run import export
 from fastmae.screen import say, show_table
+from fastmae.train import parallel
 
 
 def run_export(config: ExportConfig) -> int:
     """Writes the model and prints what was written; with ``config.check`` also how a program compares."""
-    opened = open_checkpoint(config.checkpoint, config)
-    line, comparison = export(config, opened, default_workers())
+    with ranks_that_share("cpu") as (context, share):
+        with parallel.agreeing(context):
+            opened = open_checkpoint(config.checkpoint, config)
+        line, comparison = export(config, opened, default_workers(), share, partial(parallel.agreeing, context))
+    if not share.is_first:
+        return 0
     say(line)
     if config.check is None:
         return 0

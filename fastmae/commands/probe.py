@@ -5,31 +5,46 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastmae.commands.shared import choose_workers, make_folder, open_model, report_stock
+from fastmae.commands.shared import choose_workers, make_folder, open_model, ranks_that_share, report_stock
 from fastmae.config import ProbeConfig
 from fastmae.data.sources import scored_parts, shown
-from fastmae.evaluate.features import report_skipped
-from fastmae.evaluate.probe import probe_in_detail, save_probe
+from fastmae.evaluate.features import extract_features, report_skipped
+from fastmae.evaluate.probe import fit_and_score, save_probe, scorable
 from fastmae.screen import say, show_table
+from fastmae.train import parallel
 
 
 def run_probe(config: ProbeConfig) -> int:
     """Measures the features of a frozen model and prints their accuracy."""
-    model, data_path = open_model(config)
-    if config.output is not None:
-        make_folder(Path(config.output))
-    train, val = scored_parts(data_path, model.read_as)
-    result = probe_in_detail(
-        model,
+    with ranks_that_share(config.device) as (context, share):
+        with parallel.agreeing(context):
+            model, data_path = open_model(config, device=context.device)
+            if config.output is not None:
+                make_folder(Path(config.output))
+            train, val = scored_parts(data_path, model.read_as)
+            val = scorable(train, val, config.k, config.linear)
+        features = [
+            extract_features(
+                model,
+                source,
+                pool=config.pool,
+                batch_size=config.batch_size,
+                num_workers=choose_workers(config),
+                share=share,
+            )
+            for source in (train, val)
+        ]
+    if not share.is_first:
+        return 0
+    result = fit_and_score(
         train,
         val,
+        features,
         pool=config.pool,
         ks=config.k,
         linear=config.linear,
         rates=config.blr,
         linear_batch=config.linear_batch,
-        batch_size=config.batch_size,
-        num_workers=choose_workers(config),
     )
     summary = result.summary()
     report_stock(train, val)

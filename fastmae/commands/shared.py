@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from fastmae.checkpoint.load import lacks_decoder, open_checkpoint, own_data
 from fastmae.checkpoint.official import report
@@ -20,7 +24,9 @@ from fastmae.data.sources import Source, open_train
 from fastmae.data.stock import RUN_LINES, joined
 from fastmae.errors import UserError
 from fastmae.evaluate.pixels import measure_for
+from fastmae.evaluate.sharing import Share
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.train import parallel
 from fastmae.train.parallel import choose_device
 
 logger = logging.getLogger(__name__)
@@ -30,13 +36,18 @@ def open_model(
     config: ProbeConfig | ReconstructConfig | FeaturesConfig | SearchConfig | AnomalyConfig,
     *,
     needs_decoder: bool = False,
+    device: torch.device | None = None,
 ) -> tuple[MaskedAutoencoderViT, str | tuple[str, ...]]:
     """Opens the frozen model of a command, on its device, once the settings are checked.
+
+    Args:
+        needs_decoder: whether a checkpoint without one is refused.
+        device: that of this rank. By default it follows from the settings.
 
     Returns:
         the model, and the data: those that were given, or those of the model's own run.
     """
-    device = choose_device(config.device)
+    device = device or choose_device(config.device)
     opened = open_checkpoint(config.checkpoint, config)
     if needs_decoder and not opened.has_decoder:
         raise UserError(lacks_decoder(config.checkpoint, opened))
@@ -46,6 +57,16 @@ def open_model(
     if must_measure(config, opened.settings):
         report(config.checkpoint, measure_for(opened, config, open_train(data, opened.model.read_as)))
     return opened.model.to(device), data
+
+
+@contextmanager
+def ranks_that_share(device: str | None) -> Generator[tuple[parallel.DistContext, Share]]:
+    """Joins the ranks that a launcher started, if it did; they leave each other at the end."""
+    context = parallel.start(device)
+    try:
+        yield context, Share(context.rank, context.size)
+    finally:
+        parallel.stop(context)
 
 
 def choose_workers(config: ProbeConfig | FeaturesConfig | SearchConfig | AnomalyConfig) -> int:

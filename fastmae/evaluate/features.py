@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +16,7 @@ from fastmae.data.loader import Skipped, View, load_batches
 from fastmae.data.plan import central_share
 from fastmae.data.sources import Source, classes_of
 from fastmae.errors import SettingError, UserError, install_hint
+from fastmae.evaluate.sharing import WHOLE, Share, gather
 from fastmae.files import write_whole
 from fastmae.messages import logger
 from fastmae.model.mae import MaskedAutoencoderViT
@@ -42,14 +43,16 @@ def evaluation_view(model: MaskedAutoencoderViT, source: Source) -> View:
 
 
 def usable_batches(
-    model: MaskedAutoencoderViT, source: Source, *, batch_size: int, num_workers: int
+    model: MaskedAutoencoderViT, source: Source, *, batch_size: int, num_workers: int, share: Share = WHOLE
 ) -> Iterator[tuple[np.ndarray, torch.Tensor, tuple[Skipped, ...]]]:
     """Yields (indices int64 [n], central crops [n, H, W, C] on the model's device, skipped images), in order.
 
+    They are the batches of this process's ``share``.
     The loader puts another image where one is unusable; it has another name and label, so it is removed here.
     What was done to the numbers of images is told at the end.
     """
-    chunks = [np.arange(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
+    starts = range(0, len(source), batch_size)[share.rank :: share.ranks]
+    chunks = [np.arange(start, min(start + batch_size, len(source))) for start in starts]
     device, view = model.cls_token.device, evaluation_view(model, source)
     batches = load_batches(source, ((i, i) for i in chunks), view, device=device, num_workers=num_workers)
     changed = ChangedImages(len(source))
@@ -69,9 +72,17 @@ def usable_batches(
 
 @torch.no_grad()
 def extract_features(
-    model: MaskedAutoencoderViT, source: Source, *, pool: AnomalyPool, batch_size: int, num_workers: int
+    model: MaskedAutoencoderViT,
+    source: Source,
+    *,
+    pool: AnomalyPool,
+    batch_size: int,
+    num_workers: int,
+    share: Share = WHOLE,
 ) -> Features:
     """Computes the features of the central crops of all usable images, pooled after the encoder's norm.
+
+    With a ``share`` of several ranks, all of them call it; the first returns all features, and the others their own.
 
     Args:
         model: the encoder; features are computed on its device, without gradients.
@@ -81,15 +92,30 @@ def extract_features(
     values, count = torch.empty(0), 0
     indices: list[np.ndarray] = []
     skipped: list[Skipped] = []
-    for chosen, images, bad in usable_batches(model, source, batch_size=batch_size, num_workers=num_workers):
+    batches = usable_batches(model, source, batch_size=batch_size, num_workers=num_workers, share=share)
+    for chosen, images, bad in batches:
         features = model.pool_tokens(model.forward_features(images), pool).float()
         if not indices:
-            values = features.new_empty(len(source), features.shape[1])
+            values = features.new_empty(-(-len(source) // share.ranks) + batch_size, features.shape[1])
         values[count : count + len(chosen)] = features
         count += len(chosen)
         indices.append(chosen)
         skipped += bad
-    return Features(values[:count], np.concatenate(indices), tuple(skipped))
+    own = Features(values[:count], np.concatenate([np.empty(0, np.int64), *indices]), tuple(skipped))
+    return own if share.ranks == 1 else _together(own, share)
+
+
+def _together(features: Features, share: Share) -> Features:
+    """Returns the features of all ranks on the first one, in the order of the images."""
+    tensors = {"values": features.values, "indices": torch.from_numpy(features.indices)}
+    parts = gather(share, tensors, [astuple(image) for image in features.skipped])
+    if parts is None:
+        return features
+    indices = torch.cat([part["indices"] for part, _ in parts])
+    order = indices.argsort()
+    values = torch.cat([part["values"] for part, _ in parts if len(part["indices"])])
+    skipped = sorted((Skipped(*image) for _, images in parts for image in images), key=lambda image: image.index)
+    return Features(values[order.to(values.device)], indices[order].numpy(), tuple(skipped))
 
 
 def report_skipped(skipped: Sequence[Skipped]) -> None:

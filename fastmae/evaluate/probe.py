@@ -104,6 +104,46 @@ def probe_in_detail(
         UserError: a part has no labels, ``train`` has only one class or none of those of ``test``, or fewer images
             than ``ks`` or ``lars`` need.
     """
+    test = scorable(train, test, ks, linear)
+    features = [
+        extract_features(model, source, pool=pool, batch_size=batch_size, num_workers=num_workers)
+        for source in (train, test)
+    ]
+    options: dict[str, Any] = {"ks": ks, "linear": linear, "rates": rates, "linear_batch": linear_batch}
+    return fit_and_score(train, test, features, pool=pool, **options)
+
+
+def fit_and_score(
+    train: Source,
+    test: Source,
+    features: Sequence[Features],
+    *,
+    pool: Pool,
+    ks: Sequence[int],
+    linear: LinearProbe,
+    rates: Sequence[float],
+    linear_batch: int,
+) -> ProbeResult:
+    """Does the same with the features of both parts, whose images are ``scorable``."""
+    classes, labels = _same_classes(train, test, features)
+    values, test_values = features[0].values, features[1].values
+    train_labels, truth = (torch.from_numpy(part).to(values.device) for part in labels)
+    how: dict[str, Any] = {"pool": pool, "train": len(values), "test": len(test_values)}
+    if linear == "lars":
+        predictions, rate, scores = lars_predictions(values, train_labels, test_values, rates, linear_batch)
+        how |= {"linear_by": "lars", "blr": rate, **({"held_out_of_blr": scores} if scores else {})}
+    else:
+        predictions = logistic_predictions(values, train_labels, test_values)
+    by_k = knn_predictions(values, train_labels, test_values, ks)
+    return ProbeResult(classes, truth, by_k, predictions, how, features[0].skipped + features[1].skipped)
+
+
+def scorable(train: Source, test: Source, ks: Sequence[int], linear: LinearProbe) -> Source:
+    """Returns the images of ``test`` whose classes are in ``train``, if classifiers can be fitted and scored.
+
+    Raises:
+        UserError: as ``probe_in_detail``.
+    """
     for source in (train, test):
         if source.labels is None:
             raise UserError(f"images such as {source.name(0)} have no labels; give class folders, or data with labels")
@@ -116,21 +156,7 @@ def probe_in_detail(
     if linear == "lars" and len(train) < MIN_LARS_IMAGES:
         problem = f"needs at least {MIN_LARS_IMAGES} images to train on, not {len(train)}"
         raise SettingError("linear", "lars", problem)
-    features = [
-        extract_features(model, source, pool=pool, batch_size=batch_size, num_workers=num_workers)
-        for source in (train, test)
-    ]
-    classes, labels = _same_classes(train, test, features)
-    values, test_values = features[0].values, features[1].values
-    train_labels, truth = (torch.from_numpy(part).to(values.device) for part in labels)
-    how: dict[str, Any] = {"pool": pool, "train": len(values), "test": len(test_values)}
-    if linear == "lars":
-        predictions, rate, scores = lars_predictions(values, train_labels, test_values, rates, linear_batch)
-        how |= {"linear_by": "lars", "blr": rate, **({"held_out_of_blr": scores} if scores else {})}
-    else:
-        predictions = logistic_predictions(values, train_labels, test_values)
-    by_k = knn_predictions(values, train_labels, test_values, ks)
-    return ProbeResult(classes, truth, by_k, predictions, how, features[0].skipped + features[1].skipped)
+    return test
 
 
 def _same_classes(

@@ -15,6 +15,7 @@ from fastmae.errors import SettingError
 from fastmae.evaluate.features import usable_batches
 from fastmae.evaluate.knn import knn_predictions
 from fastmae.evaluate.linear_probe import logistic_predictions
+from fastmae.evaluate.sharing import WHOLE, Share, gather
 from fastmae.export.encoder import linear_of
 from fastmae.facts import ReadAs
 from fastmae.model.mae import MaskedAutoencoderViT
@@ -23,6 +24,8 @@ from fastmae.model.pixels import DTYPES, normalised, range_ends
 Encode = Callable[[torch.Tensor], torch.Tensor]
 """A function from a batch of images, in the form that the encoder takes, to tokens [N, 1+R+L, D]."""
 BATCH, NEIGHBOURS = 32, 20
+INDICES = ""
+"""The name of the numbers of the images beside the features of encoders."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,15 @@ def measure(
     *,
     raw: bool,
     num_workers: int,
+    share: Share = WHOLE,
 ) -> dict[str, EncoderFigures]:
-    """Measures each of ``encoders``; differences are from the first of them."""
-    fitted, scored = (_encoded(model, encoders, source, raw, num_workers) for source in (train, test))
+    """Measures each of ``encoders``; differences are from the first of them.
+
+    With a ``share`` of several ranks, all of them call it; the first returns the figures, the others none.
+    """
+    fitted, scored = (_encoded(model, encoders, source, raw, num_workers, share) for source in (train, test))
+    if not share.is_first:
+        return {}
     # Classes are matched by name, as each part numbers its own class folders.
     _, numbered = np.unique(np.concatenate([fitted.classes, scored.classes]), return_inverse=True)
     labels, truth = (torch.from_numpy(part) for part in np.split(numbered.astype(np.int64), [len(fitted.classes)]))
@@ -130,15 +139,21 @@ class _Encoded:
 
 @torch.no_grad()
 def _encoded(
-    model: MaskedAutoencoderViT, encoders: dict[str, Encode], source: Source, raw: bool, num_workers: int
+    model: MaskedAutoencoderViT,
+    encoders: dict[str, Encode],
+    source: Source,
+    raw: bool,
+    num_workers: int,
+    share: Share,
 ) -> _Encoded:
-    classes: list[np.ndarray] = []
+    """Returns the results on a part of the data; on the first rank those of all."""
+    numbers: list[np.ndarray] = [np.empty(0, np.int64)]
     features: dict[str, list[torch.Tensor]] = {name: [] for name in encoders}
     seconds: dict[str, list[float]] = {name: [] for name in encoders}
     differences = dict.fromkeys(encoders, 0.0)
-    for indices, pixels, _ in usable_batches(model, source, batch_size=BATCH, num_workers=num_workers):
+    for indices, pixels, _ in usable_batches(model, source, batch_size=BATCH, num_workers=num_workers, share=share):
         images, first = as_taken(model, pixels, raw), None
-        classes.append(np.asarray(classes_of(source, indices)))
+        numbers.append(indices)
         for name, encode in encoders.items():
             start = time.perf_counter()
             tokens = encode(images)
@@ -146,5 +161,14 @@ def _encoded(
             first = tokens if first is None else first
             differences[name] = max(differences[name], float((tokens - first).abs().max()))
             features[name].append(model.pool_tokens(tokens))
-    joined = {name: torch.cat(parts) for name, parts in features.items()}
-    return _Encoded(np.concatenate(classes), joined, differences, seconds)
+    own = {name: torch.cat(parts) for name, parts in features.items() if parts}
+    parts = gather(share, own | {INDICES: torch.from_numpy(np.concatenate(numbers))}, [differences, seconds])
+    if parts is None:
+        return _Encoded(np.empty(0), own, differences, seconds)
+    everything, order = torch.cat([tensors[INDICES] for tensors, _ in parts]).sort()
+    return _Encoded(
+        np.asarray(classes_of(source, everything.numpy())),
+        {name: torch.cat([tensors[name] for tensors, _ in parts if name in tensors])[order] for name in encoders},
+        {name: max(facts[0][name] for _, facts in parts) for name in encoders},
+        {name: [one for _, facts in parts for one in facts[1][name]] for name in encoders},
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from fastmae.checkpoint.load import Opened
 from fastmae.config import ExportConfig, pixel_settings
 from fastmae.data.statistics import shown_range
 from fastmae.errors import SettingError
+from fastmae.evaluate.sharing import WHOLE, Share
 from fastmae.export.hf import save_huggingface
 from fastmae.export.measure import Encode, EncoderFigures, measure, open_labelled, sample_difference
 from fastmae.export.official import Part, export_official, numbers
@@ -24,13 +27,21 @@ from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import nodata_of
 
 
-def export(config: ExportConfig, opened: Opened, num_workers: int) -> tuple[str, dict[str, EncoderFigures]]:
-    """Exports a model as ``config`` says.
+def export(
+    config: ExportConfig,
+    opened: Opened,
+    num_workers: int,
+    share: Share = WHOLE,
+    together: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[str, dict[str, EncoderFigures]]:
+    """Exports a model as ``config`` says. With a ``share`` of several ranks, the first writes, and all check.
 
     Args:
         config: settings that are already checked.
         opened: a checkpoint, whose model is on the CPU and in evaluation mode.
         num_workers: decoding threads for ``config.check``.
+        share: this process among the ranks.
+        together: a context that all ranks leave together, or with an error if one has one.
 
     Returns:
         A line that describes the result; and the figures of encoders by name if ``config.check`` is set.
@@ -48,7 +59,9 @@ def export(config: ExportConfig, opened: Opened, num_workers: int) -> tuple[str,
     if head:
         what = f"the classifier of {head['head.weight'].shape[0]} classes"
     if config.to in ("onnx", "torch-export"):
-        return _program(config, model, head, what, num_workers)
+        return _program(config, model, head, what, num_workers, share, together)
+    if not share.is_first:
+        return "", {}
     if config.to == "official":
         export_official(path, model, _described(opened, head), part, head)
     elif config.to == "timm":
@@ -95,7 +108,13 @@ def _how_to_prepare(model: MaskedAutoencoderViT) -> str:
 
 
 def _program(
-    config: ExportConfig, model: MaskedAutoencoderViT, head: dict[str, torch.Tensor], what: str, num_workers: int
+    config: ExportConfig,
+    model: MaskedAutoencoderViT,
+    head: dict[str, torch.Tensor],
+    what: str,
+    num_workers: int,
+    share: Share,
+    together: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[str, dict[str, EncoderFigures]]:
     """Writes a program, opens it, and compares its tokens, or a classifier's logits, with the model's."""
     path, raw = Path(config.output), config.input != "float"
@@ -109,7 +128,11 @@ def _program(
     if head and config.check is not None:
         raise SettingError("check", problem="compares features; give --part=encoder with it, or leave it out")
     labelled = None if config.check is None else open_labelled(config.check, model.read_as)
-    save(path, model, config.variant, raw, head)
+    with together():
+        if share.is_first:
+            save(path, model, config.variant, raw, head)
+    if labelled is None and not share.is_first:
+        return "", {}
     encode: Encode = opened(path)
     difference, largest = sample_difference(model, encode, raw, head)
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 1e6
@@ -126,4 +149,4 @@ def _program(
             save(whole, model, "fp32", raw)
             encoders[f"fp32 in {runtime}"] = opened(whole)
         encoders[f"{config.variant} in {runtime}"] = encode
-        return line, measure(model, encoders, *labelled, raw=raw, num_workers=num_workers)
+        return line, measure(model, encoders, *labelled, raw=raw, num_workers=num_workers, share=share)

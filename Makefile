@@ -10,8 +10,9 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 DEMO := runs/demo
 SANITIZED := build/sanitize
 TIMM := build/timm
+SCHEDULERS := build/schedulers
 
-.PHONY: demo test test-all test-timm test-native soak check docs clean
+.PHONY: demo test test-all test-timm test-schedulers test-native soak check docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastmae pretrain --data_path digits --output_dir $(DEMO) --resume auto --tune off
@@ -30,6 +31,10 @@ test-all: check
 # that may be a CUDA build of several GB.
 test-timm: $(TIMM)/.installed
 	OMP_NUM_THREADS=1 $(TIMM)/bin/python -m pytest -q -k timm tests/model tests/export
+
+# What needs SkyPilot and Ray, in an environment of their own: both are large, and bring versions of what others need.
+test-schedulers: $(SCHEDULERS)/.installed
+	OMP_NUM_THREADS=1 $(SCHEDULERS)/bin/python -m pytest -q tests/test_schedulers.py
 
 # The C++ ops once more, built with the address and undefined-behaviour sanitizers.
 test-native: $(VENV)/.installed-dev
@@ -71,6 +76,12 @@ $(TIMM)/.installed: $(SOURCES)
 	test -x $(TIMM)/bin/python || $(PYTHON) -m venv $(TIMM)
 	$(TIMM)/bin/python -m pip install -q --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 timm \
 		hypothesis pytest pytest-timeout transformers -e '.[export]'
+	touch $@
+
+$(SCHEDULERS)/.installed: $(SOURCES)
+	test -x $(SCHEDULERS)/bin/python || $(PYTHON) -m venv $(SCHEDULERS)
+	$(SCHEDULERS)/bin/python -m pip install -q --disable-pip-version-check '$(TORCH)' -e . pytest pytest-timeout \
+		kubeflow-trainer-api submitit skypilot 'ray[train]'
 	touch $@
 
 clean:

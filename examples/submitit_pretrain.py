@@ -10,6 +10,7 @@ import argparse
 import signal
 import subprocess
 import sys
+import time
 
 import submitit
 
@@ -30,10 +31,11 @@ class Pretraining:
         if job.num_nodes > 1:
             command = ["--rdzv_backend", "c10d", *command]
         self.torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *command])
-        status = self.torchrun.wait()
-        if status:
-            raise SystemExit(f"the training ended with status {status}; its own last line says why")
-        return status
+        while self.torchrun.poll() is None:  # not wait(), which checkpoint could not call in the middle of it
+            time.sleep(1)
+        if self.torchrun.returncode:
+            raise SystemExit(f"the training ended with status {self.torchrun.returncode}; its last line says why")
+        return 0
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Lets the ranks finish their step and save it, and gives the job back to the queue, to go on from there."""

@@ -55,8 +55,8 @@ SHORTEST = [
 # Their first commands take long, start ranks of their own, or are another file's to test: they are parsed alone.
 NOT_RUN = (
     "benchmarks.md", "containers.md", "dicom.md", "finetuning.md", "large-runs.md", "loading.md", "pack.md",
-    "photo-formats.md", "photos.md", "quality.md", "ranges.md", "sharing.md", "sound.md", "sweeps.md", "tiff.md",
-    "volumes.md",
+    "photo-formats.md", "photos.md", "quality.md", "ranges.md", "schedulers.md", "sharing.md", "sound.md", "sweeps.md",
+    "tiff.md", "volumes.md",
 )  # fmt: skip
 
 

@@ -96,9 +96,9 @@ def test_submitit_goes_on_where_it_was_interrupted(tmp_path):
     sys.modules["submitit_pretrain"] = example
     spec.loader.exec_module(example)
     run = tmp_path / "run"
-    words = ["--output_dir", str(run), "--epochs", "40", "--probe", "False", "--device", "cpu", "--tune", "off"]
+    words = ["--output_dir", str(run), "--epochs", "4", "--probe", "False", "--device", "cpu", "--tune", "off"]
     executor = submitit.LocalExecutor(folder=tmp_path / "jobs")
-    executor.update_parameters(timeout_min=10)
+    executor.update_parameters(timeout_min=30)
     import cloudpickle
 
     cloudpickle.register_pickle_by_value(example)  # the job cannot import what lies in a folder of examples

@@ -164,6 +164,9 @@ class Estimate:
     loading: float
     useful_share: float
     """The rate of products that the loss needs over that of large products."""
+    parameters: int
+    gigaflops: float
+    """Of an image in training, forward and backward: the matrix products that the loss needs."""
     memory: dict[str, float]
     """Bytes per GPU."""
     fits: bool
@@ -201,7 +204,7 @@ def estimate(config: EstimateConfig, measure_cpu: Callable[[int], Machine]) -> E
     # (how many blocks, tokens that they read, tokens that they give, width of a token, of a head)
     of_decoder = E // sizes.decoder_heads
     blocks = [
-        (sizes.depth, N * (K + 1), N * (K + 1), D, D // sizes.heads),
+        (sizes.depth, N * (K + 1 + sizes.registers), N * (K + 1 + sizes.registers), D, D // sizes.heads),
         (sizes.decoder_depth - 1, N * (L + 1), N * (L + 1), E, of_decoder),
         (1, N * (L + 1), N * (L - K), E, of_decoder),
     ]
@@ -250,6 +253,8 @@ def estimate(config: EstimateConfig, measure_cpu: Callable[[int], Machine]) -> E
         host=host,
         loading=loading,
         useful_share=useful / step / rates.of_machine("products"),
+        parameters=sizes.parameters,
+        gigaflops=3 * sum(product.flops for product in products) / 1e9,
         memory=memory,
         fits=sum(memory.values()) <= rates["usable_memory"] * rates.of_machine("memory"),
         constants=rates.used,
@@ -262,7 +267,7 @@ def _checked_sizes(config: EstimateConfig) -> Sizes:
     if name not in PRESET_SIZES:
         raise UserError(f"--model {config.model}: unknown; one of {', '.join(PRESET_SIZES)}")
     try:
-        sizes = preset_sizes(name, config.input_size or (), config.patch_size or ())
+        sizes = preset_sizes(name, config.input_size or (), config.patch_size or (), config)
     except ValueError as error:
         raise UserError(f"{error}; choose another --input_size or --patch_size") from error
     if int(sizes.num_patches * (1 - config.mask_ratio)) < 1:

@@ -35,6 +35,7 @@ from fastmae.config import (
 )
 from fastmae.config.groups import GROUPS, MAIN
 from fastmae.config.model import ModelSpec
+from fastmae.config.shape import SHAPE
 from fastmae.config.values import field_types
 from fastmae.errors import SettingError, UserError
 from fastmae.facts import DataFacts, PixelFacts, ReadAs
@@ -93,10 +94,10 @@ def test_finetunes_tune_is_read_as_autotune_by_its_value():
 def test_nothing_is_left_open():
     left = {name for name, value in dataclasses.asdict(resolved(CIFAR)).items() if value is None}
     assert left == {
-        "start_size", "patch_size", "decoder_depth", "predict_ratio", "clip_grad", "ema", "device", "shard_size",
+        "start_size", "patch_size", "predict_ratio", "clip_grad", "ema", "device", "shard_size",
         "cache_gb", "checkpoint_freq", "keep_every", "log_dir", "wandb", "profile", "probe_freq", "tune", "root",
-            "held_out", "mlflow",
-    } | {*IMAGE_SETTINGS} - {"pixel_type", "other_types"}  # fmt: skip
+        "held_out", "mlflow", "mask_ratio_schedule",
+    } | {*SHAPE} | {*IMAGE_SETTINGS} - {"pixel_type", "other_types"}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,6 @@ _FOREIGN_PARTS = {
     r"\bls\d\.|\bgamma_\d": "layer scale of other widths",
     r"rel(ative)?_pos": "relative positions",
     r"dist_token": "distillation token",
-    r"reg(ister)?_token": "register tokens",
     r"[qk]_norm": "normalised queries and keys",
     r"mlp\.w\d|mlp\.fc1_[gx]|mlp\.(?:gate|up|down)_proj|mlp\.weights_": "gated MLPs (SwiGLU)",
     r"rope|inv_freq|periods": "rotary positions",
@@ -108,6 +107,8 @@ def understand(content: Any) -> Contents:
         found = {name: pair for name, pair in official.items() if _DECODER.fullmatch(name) and name not in inside}
         taken = {name for name, _ in found.values()} if "decoder_pred.weight" in found else set()
         inside |= {name: tensor for name, (full, tensor) in found.items() if full in taken}
+    if "register_tokens" in inside:  # as DINOv2 calls them
+        inside["reg_token"] = inside.pop("register_tokens")
     inside, packed = _with_packed_biases(inside)
     inside, folded = _with_scales_folded(inside)
     weights, head, left = _sorted_out(inside)

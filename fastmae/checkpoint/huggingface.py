@@ -26,6 +26,7 @@ READ = ("vit_mae", "vit", "dinov2", "dinov2_with_registers")
 
 _OUTSIDE = {
     "cls_token": "vit.embeddings.cls_token",
+    "reg_token": "vit.embeddings.register_tokens",  # of a DINOv2 with registers; ViT and ViTMAE have none
     "pos_embed": "vit.embeddings.position_embeddings",
     "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
     "norm": "vit.layernorm",

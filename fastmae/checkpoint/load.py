@@ -65,6 +65,7 @@ def load_model(
     *,
     needs_decoder: bool = False,
     input_size: int | Sequence[int] | None = None,
+    num_heads: int | None = None,
     norm_pix_loss: bool | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
@@ -82,13 +83,16 @@ def load_model(
         needs_decoder: whether a file with the encoder alone is refused.
         input_size: side of the images in pixels, or (height, width). For another size than the checkpoint's, positions
             are computed or interpolated.
+        num_heads: heads of the encoder, for a file that does not say them.
         norm_pix_loss: whether the decoder predicts normalised pixels.
         mean, std: what uint8 images are normalised by: one number per channel, in units of [0, 1].
 
     Raises:
         UserError: nothing there, not intact, or not a masked autoencoder.
     """
-    settings: dict[str, Any] = dict(input_size=input_size, norm_pix_loss=norm_pix_loss, mean=mean, std=std)
+    settings: dict[str, Any] = dict(
+        input_size=input_size, num_heads=num_heads, norm_pix_loss=norm_pix_loss, mean=mean, std=std
+    )
     if isinstance(model, MaskedAutoencoderViT):
         for name, value in settings.items():
             if value is not None:

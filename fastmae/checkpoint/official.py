@@ -28,6 +28,7 @@ from fastmae.checkpoint.huggingface import CONFIG, read_config, weights_file
 from fastmae.checkpoint.positions import Positions, UnknownGridError, made_table, read_table
 from fastmae.config.images import images_of_model, pixel_settings
 from fastmae.config.model import ModelSpec
+from fastmae.config.shape import Shape
 from fastmae.config.shared import ReadingConfig
 from fastmae.config.values import given as chosen
 from fastmae.errors import SettingError, UserError
@@ -38,12 +39,12 @@ from fastmae.model.classifier import take_pooled_norm
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.presets import PRESETS
 from fastmae.model.sharding import laid_out_like
-from fastmae.model.sizes import PRESET_SIZES
+from fastmae.model.sizes import HEAD_WIDTH, PRESET_SIZES, beyond_preset, full_shape, sizes_of
 from fastmae.model.vit import patch_grid
 
 # The state of a fresh gradient scaler. bf16 and fp32 need none, but the published loader asks for one.
 _SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
-_PRESET_OF_WIDTH = {sizes["embed_dim"]: name for name, sizes in PRESET_SIZES.items()}
+_PRESET_OF_WIDTH = {sizes["embed_dim"]: name for name, sizes in reversed(PRESET_SIZES.items())}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +82,27 @@ class OfficialFile:
         return "cross" if "decoder_map_weights" in self.model else "self"
 
     @property
-    def decoder_depth(self) -> int | None:
-        """How many blocks the decoder has; None for the encoder alone."""
-        return len({key.split(".")[1] for key in self.model if key.startswith("decoder_blocks.")}) or None
+    def shape(self) -> dict[str, Any]:
+        """What its tensors tell of its sizes, under the names of ``Shape``: all but heads, and what is missing.
+
+        The first block tells those of a stack. Nothing is told of blocks that would be more than twice as large as all
+        tensors together, so that no file makes us build what it does not hold.
+        """
+        said: dict[str, Any] = {}
+        numbers = sum(tensor.numel() for tensor in self.model.values())
+        for part, width_of, axis in (("", "patch_embed.proj.weight", 0), ("decoder_", "decoder_pred.weight", 1)):
+            names = {key.split(".")[1] for key in self.model if key.startswith(f"{part}blocks.")}
+            out, hidden = (self.model.get(f"{part}blocks.0.{name}.weight") for name in ("attn.proj", "mlp.fc1"))
+            width = self.model[width_of].shape[axis] if width_of in self.model else 0
+            if out is None or hidden is None or out.shape != (width, width) or hidden.shape[1:] != (width,):
+                continue
+            if len(names) * (out.numel() + hidden.numel()) <= 2 * numbers:
+                ratio = hidden.shape[0] / width
+                said |= {f"{part}embed_dim": width, f"{part}depth": len(names), f"{part}mlp_ratio": ratio}
+        registers = self.model.get("reg_token")
+        if registers is not None and registers.ndim == 3 and registers.shape[0] == 1:
+            said["registers"] = registers.shape[1]
+        return said
 
 
 def write_training_file(
@@ -296,12 +315,13 @@ def load_weights(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
     Raises:
         UserError: keys or shapes that do not fit.
     """
-    for flag, its, ours in (
-        ("--decoder_attention", file.decoder_attention, model.decoder_attention),
-        ("--decoder_depth", file.decoder_depth, len(model.decoder_blocks)),
-    ):
-        if file.has_decoder and its != ours:
-            raise UserError(f"{file.path}: its decoder has {flag} {its}, not {ours}; give its {flag} and --model")
+    sizes = {"decoder_attention": model.decoder_attention, **sizes_of(model).shape}
+    its_decoder = {"decoder_attention": file.decoder_attention} if file.has_decoder else {}
+    for name, its in {**its_decoder, "registers": 0, **file.shape}.items():
+        if its != sizes[name]:
+            flag, whose = f"--{name}", "decoder" if name.startswith("decoder_") else "encoder"
+            problem = f"its {whose} has {flag} {its}, not {sizes[name]}; give its {flag} and --model"
+            raise UserError(f"{file.path}: {problem}")
     for whose, its, ours in zip(("encoder", "decoder"), file.heads or (), _heads(model), strict=False):
         if its not in (None, ours):
             raise UserError(f"{file.path}: its {whose} has {its!r} heads, not {ours}; name its preset with --model")
@@ -345,22 +365,26 @@ def spec_of_file(
     patch = int(weight.shape[2]), int(weight.shape[3])
     size, tables, notes = _placed(file, patch, given)
     check_channels(file.path, weight.shape[1], given)
+    name = given.model or _preset(file, weight)
+    shape, unsaid = _shape(file, name, weight.shape[0], given)
     try:
         spec = ModelSpec(
-            model=given.model or _preset(file, weight),
+            model=name,
             input_size=size,
             patch_size=patch,
             in_chans=weight.shape[1],
             norm_pix_loss=bool(chosen(given.norm_pix_loss, file.args.get("norm_pix_loss", False))),
             decoder_attention=file.decoder_attention,
-            decoder_depth=file.decoder_depth,
+            **shape,
             mean=chosen(given.mean, file.args.get("mean")),
             std=chosen(given.std, file.args.get("std")),
             **images_of_model(given, file.args, weight.shape[1]),
         )
+        if name in PRESETS:
+            full_shape(name, spec)
     except SettingError as error:
         raise UserError(f"{file.path}: its settings make no model ({error}); give an intact file") from error
-    return spec, tables, notes
+    return spec, tables, (*notes, *unsaid)
 
 
 def check_channels(path: Path, channels: int, given: ReadingConfig) -> None:
@@ -380,16 +404,49 @@ def check_channels(path: Path, channels: int, given: ReadingConfig) -> None:
 
 def _preset(file: OfficialFile, weight: torch.Tensor) -> str:
     """Returns the preset that a file names, in fastmae's, the official or timm's words, or that its shapes tell."""
-    name = file.args.get("model")
-    known = _PRESET_OF_WIDTH.get(weight.shape[0])
+    name, width = file.args.get("model"), weight.shape[0]
     if isinstance(name, str) and name not in PRESETS:
         named = f"mae_{name.partition('.')[0]}"
         name = next((preset for preset in PRESETS if named == preset or named.startswith(f"{preset}_")), name)
-    if name in PRESETS or (name and known is None) or (name and "vit" not in name and "deit" not in name):
+    if name in PRESETS or (name and "vit" not in name and "deit" not in name):
         return str(name)
-    if known is None:
+    if width in _PRESET_OF_WIDTH:
+        return _PRESET_OF_WIDTH[width]
+    if file.shape.get("embed_dim") != width:
         raise UserError(f"{file.path}: is {file.what}; no preset has such a width: {', '.join(PRESETS)}")
-    return known
+    return _PRESET_OF_WIDTH[min(_PRESET_OF_WIDTH, key=lambda known: abs(known - width))]
+
+
+def _shape(file: OfficialFile, name: str, width: int, given: ReadingConfig) -> tuple[dict[str, Any], list[str]]:
+    """Returns the sizes of a file's model as settings, None where they are those of the preset ``name``; and a line on
+    the heads, if nothing says how many there are.
+
+    Raises:
+        UserError: the preset that somebody names has another width, or nothing tells the heads.
+    """
+    if name not in PRESETS:
+        return {}, []  # building refuses it
+    preset, shape, notes = full_shape(name, Shape()), file.shape, []
+    if given.model is not None and shape.get("embed_dim", width) != preset["embed_dim"]:
+        problem = f"its tokens are {preset['embed_dim']} wide, and those of {file.path} {width}; leave it out"
+        raise SettingError("model", given.model, problem)
+    said = (
+        [given.num_heads, None],
+        file.heads or (None, None),
+        [file.args.get(f"{p}num_heads") for p in ("", "decoder_")],
+    )
+    for part, numbers in zip(("", "decoder_"), zip(*said, strict=True), strict=True):
+        its = shape.get(f"{part}embed_dim")
+        heads = next((number for number in numbers if isinstance(number, int) and number > 0), None)
+        if heads is None and its not in (None, preset[f"{part}embed_dim"]):
+            whose, usual = ("decoder", HEAD_WIDTH // 2) if part else ("encoder", HEAD_WIDTH)
+            if its % usual:
+                problem = f"is {file.what}; no preset has such a width, and nothing says the heads of its {whose}"
+                raise UserError(f"{file.path}: {problem}; give --num_heads, or its settings beside the tensors")
+            heads = its // usual
+            notes.append(f"does not say the heads of its {whose}; {heads} of {usual} numbers each are taken")
+        shape[f"{part}num_heads"] = heads or preset[f"{part}num_heads"]
+    return {**beyond_preset(name, shape), "decoder_depth": shape.get("decoder_depth")}, notes
 
 
 def _placed(
@@ -410,7 +467,8 @@ def _placed(
         where = found["pos_embed"].grid if "pos_embed" in found else grid
         try:
             if name in file.model:
-                found[name] = read_table(file.model[name], name, where)
+                registers = file.shape.get("registers", 0) if name == "pos_embed" else 0
+                found[name] = read_table(file.model[name], name, where, registers)
             elif where is not None:
                 found[name] = made_table(file.model[token].shape[-1], where, name)
             else:
@@ -429,6 +487,8 @@ def _placed(
         shapes = f"of {own[0]}×{own[1]} patches, and the input_size of its settings has {grid[0]}×{grid[1]}"
         raise UserError(f"{file.path}: pos_embed is of another shape ({shapes}); give an intact file")
     tables = {name: positions.table for name, positions in found.items()}
+    if found["pos_embed"].registers is not None:
+        tables["reg_token"] = file.model["reg_token"] + found["pos_embed"].registers
     notes = tuple(note for positions in found.values() for note in positions.notes)
     return (own[0] * patch[0], own[1] * patch[1]), tables, notes
 

@@ -36,14 +36,17 @@ class Positions:
     is_fixed: bool
     """Whether it is the sine-cosine table of its grid, so that nothing but the table was needed to tell the grid."""
     notes: tuple[str, ...] = ()
+    registers: torch.Tensor | None = None
+    """[1, R, D], what the table adds to registers, as timm has it; None if it has no rows for them."""
 
 
-def read_table(table: torch.Tensor, name: str, said: Grid | None) -> Positions:
+def read_table(table: torch.Tensor, name: str, said: Grid | None, registers: int = 0) -> Positions:
     """Finds the grid of a table as a file holds it: [1, 1+L, D], also without its first axis or without a class row.
 
     Args:
         name: of the table, for the notes.
         said: the grid that somebody says. It is not needed for fixed positions.
+        registers: R, if the encoder has any: the table may have rows for them after that of the class token.
 
     Raises:
         UnknownGridError: the positions are not fixed ones, the grid is not said and not square; or this is no table.
@@ -52,23 +55,28 @@ def read_table(table: torch.Tensor, name: str, said: Grid | None) -> Positions:
     if rows.ndim != 3 or rows.shape[0] != 1 or rows.shape[1] < 1:
         raise UnknownGridError(f"{name} is of another shape ({list(table.shape)} instead of [1, 1 + patches, width])")
     count = rows.shape[1]
-    for with_class in (True, False):
-        fixed = _fixed_grid(rows[0, int(with_class) :])
+    prefixes = [1, 0, *([1 + registers] if 0 < registers < count - 1 else [])]
+    for prefix in prefixes:
+        fixed = _fixed_grid(rows[0, prefix:])
         if fixed is not None:
-            return _positions(rows, fixed, with_class, name, is_fixed=True)
-    for grid in (said, square(count - 1), square(count)):
-        if grid is None or grid[0] * grid[1] not in (count - 1, count):
+            return _positions(rows, fixed, prefix, name, is_fixed=True)
+    for grid in (said, *(square(count - prefix) for prefix in prefixes)):
+        if grid is None or count - grid[0] * grid[1] not in prefixes:
             continue
-        found = _positions(rows, grid, grid[0] * grid[1] == count - 1, name, is_fixed=False)
+        found = _positions(rows, grid, count - grid[0] * grid[1], name, is_fixed=False)
         if grid == said:
             return found
         note = f"{name} is learnt and does not tell its grid; taken as square, {_shown(grid)}; give input_size if not"
-        return Positions(found.table, grid, False, (*found.notes, note))
+        return Positions(found.table, grid, False, (*found.notes, note), found.registers)
     raise UnknownGridError(f"{name} has {count} positions that are no fixed ones of any grid, and no square")
 
 
-def _positions(rows: torch.Tensor, grid: Grid, with_class: bool, name: str, *, is_fixed: bool) -> Positions:
-    if with_class:
+def _positions(rows: torch.Tensor, grid: Grid, prefix: int, name: str, *, is_fixed: bool) -> Positions:
+    """Returns the positions of a table with ``prefix`` rows before those of the patches."""
+    if prefix > 1:
+        table = torch.cat([rows[:, :1], rows[:, prefix:]], dim=1)
+        return Positions(table, grid, is_fixed, registers=rows[:, 1:prefix])
+    if prefix == 1:
         return Positions(rows, grid, is_fixed)
     table = torch.cat([rows.new_zeros(1, 1, rows.shape[2]), rows], dim=1)
     note = f"{name} has no row for the class token, whose position is taken as zeros"

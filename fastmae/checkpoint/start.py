@@ -14,12 +14,13 @@ import torch
 from fastmae.checkpoint.load import Opened, open_checkpoint
 from fastmae.checkpoint.positions import for_grid, read_table
 from fastmae.config import PretrainConfig
+from fastmae.config.shape import ENCODER_SHAPE
 from fastmae.config.shared import ReadingConfig
 from fastmae.errors import SettingError
 from fastmae.facts import DataFacts
 from fastmae.model.mae import MaskedAutoencoderViT
 
-SHAPE = ("model", "input_size", "patch_size")
+SHAPE = ("model", "input_size", "patch_size", *ENCODER_SHAPE)
 """The settings that an encoder decides, where they are not given."""
 
 
@@ -29,7 +30,7 @@ def open_start(flags: PretrainConfig) -> tuple[PretrainConfig, Opened]:
     Raises:
         UserError: there is no such file, or its encoder is none of a masked autoencoder.
     """
-    given = ReadingConfig(model=flags.model, input_size=flags.input_size)
+    given = ReadingConfig(model=flags.model, input_size=flags.input_size, num_heads=flags.num_heads)
     start = open_checkpoint(flags.init, given, resize=False, weights_alone=True)
     return dataclasses.replace(flags, **shape_of(flags, start.settings)), start
 
@@ -88,6 +89,9 @@ def begin_with(model: MaskedAutoencoderViT, start: Opened, path: str, *, fixed_p
         found = list(its[first].shape) if first in its else "missing"
         problem = f"its {first} is {found}, and the model has {list(own[first].shape)}; leave the model's sizes out"
         raise SettingError("init", path, problem)
+    if start.model.head_dims[0] != model.head_dims[0]:
+        heads = [one.cls_token.shape[2] // one.head_dims[0] for one in (start.model, model)]
+        raise SettingError("init", path, f"its encoder has {heads[0]} heads, not {heads[1]}; leave --num_heads out")
     with torch.no_grad():
         for name in own.keys() & its.keys():
             own[name].copy_(its[name])

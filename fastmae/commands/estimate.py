@@ -40,6 +40,9 @@ def run_estimate(config: EstimateConfig) -> int:
         f"checkpoints and failures; the limit is {prediction.limit}; the products that the loss needs run at "
         f"{prediction.useful_share:.0%} of the rate of large products"
     )
+    console.print(
+        f"{prediction.parameters / 1e6:,.1f} M parameters, {prediction.gigaflops:,.1f} GFLOP for an image in training"
+    )
     console.print(_classes(prediction))
     memory = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in prediction.memory.items())
     console.print(f"memory each: {sum(prediction.memory.values()) / 2**30:.1f} GiB ({memory})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fastmae.config.shape import Shape, check_shape
 from fastmae.config.values import coerce, need_at_least_one, need_size
 from fastmae.errors import UserError
 
@@ -12,7 +13,7 @@ EstimateGpu = Literal["a100-40", "a100-80", "h100", "h200", "b200", "l4", "rtx40
 
 
 @dataclass(frozen=True, kw_only=True)
-class EstimateConfig:
+class EstimateConfig(Shape):
     """Estimate speed, hours and memory of a pretraining before it runs. No GPU is needed and none is used."""
 
     model: str = "mae_vit_base_patch16"
@@ -66,6 +67,7 @@ def check_estimate(config: EstimateConfig) -> None:
     need_at_least_one(
         config, "gpus", "gpus_per_node", "epochs", "batch_size", "accum_iter", "cores"
     )  # fmt: skip
+    check_shape(config)
     need_size(config, "input_size")
     need_size(config, "patch_size")
     if config.images < 1:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from fastmae.config.images import IMAGE_SETTINGS, pixel_settings
+from fastmae.config.shape import ENCODER_SHAPE
 from fastmae.config.training import TrainingConfig, check_rates, check_training, chosen_compile, default_warmup
 from fastmae.config.values import coerce, given, meant, need, need_at_least_one, need_size, need_statistics
 from fastmae.facts import UINT8, DataFacts, PixelFacts, PixelType
@@ -174,7 +176,7 @@ class ResolvedFinetuneConfig(FinetuneConfig):
 FIXED_IN_A_FINETUNING = (
     "model", "input_size", "in_chans", "mean", "std", "nb_classes", "global_pool", "tune", "lora_rank", "drop_path",
     "crop_scale", "flip", "aa", "reprob", "smoothing", "mixup", "cutmix", "mixup_switch_prob", "seed", "global_batch",
-    "dataset_length", "order", "keep_last", *IMAGE_SETTINGS,
+    "dataset_length", "order", "keep_last", *ENCODER_SHAPE, *IMAGE_SETTINGS,
 )  # fmt: skip
 
 
@@ -186,6 +188,7 @@ def resolve_finetune(
     width: int,
     img_size: tuple[int, int],
     patch_size: tuple[int, int],
+    shape: Mapping[str, Any] | None = None,
     pixels: PixelFacts = UINT8,
     other_types: Literal["skip", "convert"] = "convert",
     mean: tuple[float, ...],
@@ -197,7 +200,8 @@ def resolve_finetune(
     on_gpu: bool = False,
 ) -> ResolvedFinetuneConfig:
     """Fills in what was left open, from the data (``facts``, ``nb_classes``), the encoder (``model``, the ``width`` of
-    its tokens, ``img_size``, ``patch_size``, ``pixels``, ``other_types``, ``mean``, ``std``) and the machine."""
+    its tokens, ``img_size``, ``patch_size``, the ``shape`` that is not the preset's, ``pixels``, ``other_types``,
+    ``mean``, ``std``) and the machine."""
     digits = facts.kind == "digits"
     # Of ViT-B, ViT-L and ViT-H in the official script.
     epochs, blr, layer_decay, drop_path = (
@@ -217,6 +221,7 @@ def resolve_finetune(
         model=model,
         input_size=(input_size[0], input_size[-1]),
         patch_size=patch_size,
+        **(shape or {}),
         nb_classes=nb_classes,
         class_names=class_names,
         global_pool=config.global_pool and not config.cls_token,

@@ -1,5 +1,7 @@
 """In which group of ``--help`` each setting of pretrain and finetune is shown, and which ones come first."""
 
+from fastmae.config.shape import SHAPE
+
 MAIN = (
     "finetune", "data_path", "output_dir", "model", "input_size", "mask_ratio", "tune", "batch_size", "epochs", "blr",
     "device", "resume",
@@ -14,8 +16,9 @@ GROUPS = {
         "mixup", "cutmix", "mixup_switch_prob", "repeated_masks", "held_out",
     ),
     "model and masks": (
-        "finetune", "model", "init", "input_size", "patch_size", "start_size", "grow_epochs", "mask_ratio", "masking",
-        "masks", "norm_pix_loss", "decoder_attention", "decoder_depth", "predict_ratio", "nb_classes", "global_pool",
+        "finetune", "model", "init", "input_size", "patch_size", "start_size", "grow_epochs", "mask_ratio",
+        "mask_ratio_schedule", "masking", "masks", "norm_pix_loss", "decoder_attention", "predict_ratio", *SHAPE,
+        "nb_classes", "global_pool",
         "cls_token", "drop_path",
     ),
     "optimisation": (

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastmae.config.images import ImagesConfig, pixel_facts
+from fastmae.config.shape import Shape, check_shape
 from fastmae.config.values import coerce, need, need_at_least_one, need_size
 from fastmae.facts import PixelFacts, PixelType
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec(ImagesConfig):
-    """A masked autoencoder without its weights, and how its images are read."""
+class ModelSpec(ImagesConfig, Shape):
+    """A masked autoencoder without its weights, and how its images are read. Sizes that are None are the preset's."""
 
     model: str
     """The name of its preset."""
@@ -31,14 +32,13 @@ class ModelSpec(ImagesConfig):
     """LOW HIGH of each channel. None: the range of the type."""
     norm_pix_loss: bool = False
     decoder_attention: Literal["self", "cross"] = "self"
-    decoder_depth: int | None = None
-    """None: as many blocks as the preset has."""
 
     def __post_init__(self) -> None:
         coerce(self)
         need_size(self, "input_size")
         need_size(self, "patch_size")
-        need_at_least_one(self, "in_chans", "decoder_depth")
+        need_at_least_one(self, "in_chans")
+        check_shape(self)
         need(self, all(value > 0 for value in self.std or ()), "std", "above 0")
         pairs = 2 * self.in_chans
         need(

@@ -10,6 +10,7 @@ from typing import Literal
 
 from fastmae.config.images import IMAGE_SETTINGS, chosen_other_types, pixel_settings
 from fastmae.config.masking import Masking, MaskingConfig, check_masking, chosen_masking
+from fastmae.config.shape import SHAPE, Shape
 from fastmae.config.training import TrainingConfig, check_rates, check_training, chosen_compile, default_warmup
 from fastmae.config.values import coerce, given, need, need_at_least_one, need_size, need_statistics
 from fastmae.facts import FULL_SHUFFLE, UINT8, DataFacts, MaskFacts, PixelFacts, PixelType
@@ -23,7 +24,7 @@ SOUND_BANDS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainingConfig, MaskingConfig):
+class PretrainConfig(TrainingConfig, MaskingConfig, Shape):
     """Pretrain a masked autoencoder on images. The flags of the official script keep their names and meanings."""
 
     # Data.
@@ -85,8 +86,9 @@ class PretrainConfig(TrainingConfig, MaskingConfig):
     decoder_attention: Literal["self", "cross"] = "self"
     """What the decoder predicts a patch from: all other tokens, as in the paper (self), or only what the encoder saw,
     as in CrossMAE (cross). The two are different models."""
-    decoder_depth: int | None = None
-    """Number of blocks of the decoder. Default: as many as the preset has."""
+    mask_ratio_schedule: float | None = None
+    """The mask ratio of the last epochs. It goes there from mask_ratio in up to 8 equal steps of equal length. Default:
+    mask_ratio in all epochs, as in the paper."""
     predict_ratio: float | None = None
     """With --decoder_attention cross, the share of all patches that is predicted; they are drawn from the masked ones.
     Default: all masked patches."""
@@ -185,14 +187,15 @@ class ResolvedConfig(PretrainConfig):
 FIXED_IN_A_RUN = (
     "model", "input_size", "in_chans", "norm_pix_loss", "mask_ratio", "mean", "std", "crop_scale", "flip",
     "seed", "global_batch", "dataset_length", "order", "keep_last", "repeated_masks",
-    "ema", "masking", "given_masks", "start_size", "grow_epochs", "decoder_attention", "decoder_depth", "predict_ratio",
-    "patch_size", "held_out", *IMAGE_SETTINGS,
+    "ema", "masking", "given_masks", "start_size", "grow_epochs", "decoder_attention", *SHAPE, "predict_ratio",
+    "patch_size", "held_out", "mask_ratio_schedule", *IMAGE_SETTINGS,
 )  # fmt: skip
 # What those were in a checkpoint from before they could be chosen.
 UNLESS_SAVED = {
     "order": FULL_SHUFFLE, "keep_last": False, "repeated_masks": 1, "ema": None, "masking": "random", "given_masks": "",
-    "start_size": None, "grow_epochs": 0, "decoder_attention": "self", "decoder_depth": None, "predict_ratio": None,
-    "patch_size": None, "held_out": None, **dict.fromkeys(IMAGE_SETTINGS), "pixel_type": "uint8",
+    "start_size": None, "grow_epochs": 0, "decoder_attention": "self", "predict_ratio": None, "patch_size": None,
+    "held_out": None, "mask_ratio_schedule": None,
+    **dataclasses.asdict(Shape()), **dict.fromkeys(IMAGE_SETTINGS), "pixel_type": "uint8",
     "other_types": "convert",
 }  # fmt: skip
 
@@ -279,7 +282,7 @@ def check_pretrain(config: PretrainConfig) -> None:
     check_masking(config)
     check_training(config)
     needed = partial(need, config)
-    need_at_least_one(config, "repeated_masks", "in_chans", "grow_epochs", "decoder_depth", "probe_freq")
+    need_at_least_one(config, "repeated_masks", "in_chans", "grow_epochs", "probe_freq")
     divides = config.batch_size % config.repeated_masks == 0
     needed(divides, "repeated_masks", f"a divisor of --batch_size={config.batch_size}")
     needed(config.held_out is None or 0 < config.held_out < 1, "held_out", "a share above 0 and below 1")
@@ -291,6 +294,27 @@ def check_pretrain(config: PretrainConfig) -> None:
         needed(masking == "random", "predict_ratio", f"left out with --masking={masking}, which lists patches in order")
         share = f"above 0 and at most --mask_ratio={config.mask_ratio}"
         needed(0 < config.predict_ratio <= config.mask_ratio, "predict_ratio", share)
+    last = config.mask_ratio_schedule
+    if last is not None:
+        needed(0 < last < 1, "mask_ratio_schedule", "above 0 and below 1, the mask ratio of the last epochs")
+        suits = chosen_masking(config) in ("random", "block")
+        needed(
+            suits,
+            "mask_ratio_schedule",
+            f"left out with --masking={chosen_masking(config)}, which has a ratio of its own",
+        )
+        needed(
+            config.start_size is None, "mask_ratio_schedule", "left out with --start_size, which changes shapes as well"
+        )
+        needed(
+            not config.cuda_graph,
+            "mask_ratio_schedule",
+            "left out with --cuda_graph, which is of one number of patches",
+        )
+        if config.predict_ratio is not None:
+            needed(
+                last >= config.predict_ratio, "mask_ratio_schedule", f"at least --predict_ratio={config.predict_ratio}"
+            )
     needed(config.start_epoch >= 0, "start_epoch", "0 or more")
     if config.epochs is not None:
         needed(config.start_epoch < config.epochs, "start_epoch", f"below --epochs={config.epochs}")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from fastmae.config.images import ImagesConfig, check_images
-from fastmae.config.values import coerce, need_size, need_statistics
+from fastmae.config.values import coerce, need_at_least_one, need_size, need_statistics
 
 Device = Annotated[str | None, arg(help="cpu, cuda or cuda:N. Default: cuda where there is a GPU, otherwise cpu.")]
 
@@ -68,6 +68,9 @@ class ReadingConfig(ImagesConfig):
     norm_pix_loss: bool | None = None
     """Whether the decoder was trained to predict normalised pixels. Default: as the checkpoint says; otherwise no, and
     a line says so."""
+    num_heads: int | None = None
+    """Heads of the encoder's attention, which tensors do not tell. Default: as the checkpoint says; otherwise those of
+    the preset with its width, or of 64 numbers each, and a line says so."""
     mean: tuple[float, ...] | None = None
     """What pixels are normalised by: one number per channel, as a share of the value range. Default: as the checkpoint
     says; otherwise ImageNet's for 3 channels, 0.5 for any other number, and a line says so."""
@@ -86,6 +89,7 @@ def check_reading(config: ReadingConfig) -> None:
         SettingError: naming the setting, its value and what it must be.
     """
     need_size(config, "input_size")
+    need_at_least_one(config, "num_heads")
     need_statistics(config)
     check_images(config)
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Literal
 
 from fastmae.config.images import ImagesConfig, check_images
+from fastmae.config.shape import EncoderShape, check_shape
 from fastmae.config.values import need, need_at_least_one, need_seed, need_size, need_utf8
 from fastmae.errors import SettingError
 
@@ -33,7 +34,7 @@ YEAR = 366 * 24 * 3600
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(ImagesConfig):
+class TrainingConfig(ImagesConfig, EncoderShape):
     """The settings of a training, whatever is learnt."""
 
     # Data.
@@ -209,6 +210,7 @@ def check_training(config: TrainingConfig) -> None:
         needed(value is None or value >= 0, name, "0 or more")
     need_seed(config)
     check_images(config)
+    check_shape(config)
     workers = config.num_workers
     needed(workers is None or workers <= MOST_WORKERS, "num_workers", f"at most {MOST_WORKERS}")
     need_size(config, "input_size")

@@ -1,6 +1,6 @@
-"""The size of crops in each epoch: that of the model, or a smaller one that grows to it (progressive resizing).
+"""The size of crops in each epoch, which may grow to that of the model (progressive resizing), and the visible patches.
 
-Sizes are (height, width) in pixels. They depend on the epoch alone, so that a resumed run continues with the right one.
+Sizes are (height, width) in pixels. All depend on the epoch alone, so that a resumed run continues with the right one.
 """
 
 from __future__ import annotations
@@ -46,6 +46,20 @@ def describe_sizes(sizes: Sequence[Size], grow_epochs: int, epochs: int) -> str:
     size_per_epoch = [size_in(epoch, sizes, grow_epochs) for epoch in range(epochs)]
     counts = {size: size_per_epoch.count(size) for size in sizes}
     return ", then ".join(f"{_shown(size)} for {count}" for size, count in counts.items() if count) + " epochs"
+
+
+def visible_counts(first: int, last: int, epochs: int) -> tuple[int, ...]:
+    """Returns the numbers of visible patches from ``first`` to ``last``, evenly spaced and all different, a step each.
+
+    There are at most ``MAX_SIZES``, and no more than epochs; of one epoch it is the first.
+    """
+    count = min(MAX_SIZES, epochs, abs(last - first) + 1)
+    return tuple(first + round((last - first) * i / max(1, count - 1)) for i in range(count))
+
+
+def visible_in(epoch: int, counts: Sequence[int], epochs: int) -> int:
+    """Returns the number of visible patches in an epoch of a run of so many: each of ``counts`` for equal times."""
+    return counts[min(epoch, epochs - 1) * len(counts) // epochs]
 
 
 def _shown(size: Size) -> str:

@@ -50,6 +50,10 @@ def save_huggingface(
     if part == "full" and (height != width or ph != pw):
         size = f"images of {height}×{width} and patches of {ph}×{pw} pixels"
         raise SettingError("part", part, f"ViTMAE takes only squares, not {size}; {remedy}")
+    if model.reg_token is not None:
+        raise SettingError(
+            "to", "hf", "transformers' ViT and ViTMAE have no registers, which this model has; use --to=timm"
+        )
     if model.fc_norm is not None:
         problem = "transformers' ViT has no norm after the mean of the tokens, which this classifier has; use --to=timm"
         raise SettingError("to", "hf", problem)

@@ -21,10 +21,11 @@ from fastmae.export.measure import Encode, EncoderFigures, measure, open_labelle
 from fastmae.export.official import Part, export_official, numbers
 from fastmae.export.onnx import opened_onnx, save_onnx
 from fastmae.export.program import opened_program, save_program
-from fastmae.export.timm import save_timm
+from fastmae.export.timm import as_timm, save_timm
 from fastmae.facts import UINT8
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import nodata_of
+from fastmae.model.sizes import sizes_of
 
 
 def export(
@@ -70,6 +71,9 @@ def export(
         names = opened.settings.get("class_names") or ()
         save_huggingface(path, model, float(opened.settings.get("mask_ratio", 0.75)), part, head, names)
     prepared = "" if config.to == "official" else _how_to_prepare(model)
+    if config.to == "timm":
+        classes = head["head.weight"].shape[0] if head else 0
+        prepared = f": timm.models.{as_timm(model, classes)}{prepared}"
     return f"{path}: {what}, as {config.to} has it{prepared}", {}
 
 
@@ -84,7 +88,7 @@ def _described(opened: Opened, head: dict[str, torch.Tensor]) -> dict[str, Any]:
         "mean": numbers(model.mean),
         "std": numbers(model.std),
         "decoder_attention": model.decoder_attention,
-        "decoder_depth": len(model.decoder_blocks),
+        **sizes_of(model).shape,
         **_images(model),
     }
     kept = ("nb_classes", "global_pool", "class_names") if head else ("mask_ratio",)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from typing import Any
 
@@ -13,7 +12,7 @@ from fastmae.config.model import ModelSpec
 from fastmae.errors import SettingError
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.presets import MODELS, PRESETS
-from fastmae.model.sizes import PRESET_SIZES, Sizes, sizes_of
+from fastmae.model.sizes import PRESET_SIZES, beyond_preset, full_shape, sizes_of
 
 
 def build_model(spec: ModelSpec) -> MaskedAutoencoderViT:
@@ -39,7 +38,7 @@ def build_model(spec: ModelSpec) -> MaskedAutoencoderViT:
             std=spec.std,
             pixels=spec.pixels,
             **({} if spec.patch_size is None else {"patch_size": spec.patch_size}),
-            **({} if spec.decoder_depth is None else {"decoder_depth": spec.decoder_depth}),
+            **full_shape(spec.model, spec),
         )
     except ValueError as error:
         raise SettingError(
@@ -70,26 +69,13 @@ def settings_of(model: MaskedAutoencoderViT) -> dict[str, Any]:
         **{name: value for name, value in pixel_settings(model.pixels).items() if value not in (None, "uint8")},
     )
     if type(model) in MODELS.values():
-        fields = {field.name for field in dataclasses.fields(ModelSpec)}
-        own = {name: value for name, value in _arguments(sizes_of(model)).items() if name in fields}
-        for preset, usual in PRESET_SIZES.items():
-            others = {name: value for name, value in own.items() if value != usual[name]}
-            settings = images | {"model": preset} | others
-            if _makes(settings, model):
-                return settings
+        shape = sizes_of(model).shape
+        others = [{n: v for n, v in beyond_preset(preset, shape).items() if v is not None} for preset in PRESET_SIZES]
+        preset, fewest = min(zip(PRESET_SIZES, others, strict=True), key=lambda pair: len(pair[1]))
+        settings = images | {"model": preset} | fewest
+        if _makes(settings, model):
+            return settings
     return images | {"model": f"<{type(model).__name__} of {type(model).__module__}>"}
-
-
-def _arguments(sizes: Sizes) -> dict[str, int]:
-    """Returns the arguments that decide the sizes of a model."""
-    return dict(
-        embed_dim=sizes.width,
-        depth=sizes.depth,
-        num_heads=sizes.heads,
-        decoder_embed_dim=sizes.decoder_width,
-        decoder_depth=sizes.decoder_depth,
-        decoder_num_heads=sizes.decoder_heads,
-    )
 
 
 def _makes(settings: dict[str, Any], model: MaskedAutoencoderViT) -> bool:

@@ -1,4 +1,4 @@
-"""The presets: the sizes of the official models and of three smaller ones, with either decoder."""
+"""The presets: the sizes of the official models, of smaller and of larger ones, with either decoder."""
 
 from __future__ import annotations
 
@@ -39,6 +39,26 @@ def mae_vit_small_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
     return _preset("mae_vit_small_patch16", kwargs)
 
 
+def mae_vit_small_patch8(**kwargs: Any) -> MaskedAutoencoderViT:
+    """ViT-S/8: as ViT-S/16 on four times as many patches."""
+    return _preset("mae_vit_small_patch8", kwargs)
+
+
+def mae_vit_base_patch8(**kwargs: Any) -> MaskedAutoencoderViT:
+    """ViT-B/8: as ViT-B/16 on four times as many patches."""
+    return _preset("mae_vit_base_patch8", kwargs)
+
+
+def mae_vit_so400m_patch14(**kwargs: Any) -> MaskedAutoencoderViT:
+    """Shape-optimised ViT of 400 M/14: encoder 1152 wide, 27 blocks, MLPs 4304 wide; the official decoder."""
+    return _preset("mae_vit_so400m_patch14", kwargs)
+
+
+def mae_vit_giant_patch14(**kwargs: Any) -> MaskedAutoencoderViT:
+    """ViT-g/14: encoder 1408 wide, 40 blocks, MLPs 6144 wide; the official decoder."""
+    return _preset("mae_vit_giant_patch14", kwargs)
+
+
 def mae_vit_base_patch16_dec512d8b(**kwargs: Any) -> MaskedAutoencoderViT:
     """The official ViT-B/16: its decoder is 512 wide and has 8 blocks."""
     return _preset("mae_vit_base_patch16", kwargs)
@@ -63,10 +83,14 @@ PRESETS: dict[str, Callable[..., MaskedAutoencoderViT]] = {
     "mae_vit_tiny_patch4": mae_vit_tiny_patch4,
     "mae_vit_tiny_patch16": mae_vit_tiny_patch16,
     "mae_vit_small_patch16": mae_vit_small_patch16,
+    "mae_vit_small_patch8": mae_vit_small_patch8,
     "mae_vit_base_patch16": mae_vit_base_patch16,
     "mae_vit_base_patch16_dec512d8b": mae_vit_base_patch16_dec512d8b,
+    "mae_vit_base_patch8": mae_vit_base_patch8,
     "mae_vit_large_patch16": mae_vit_large_patch16,
     "mae_vit_large_patch16_dec512d8b": mae_vit_large_patch16_dec512d8b,
+    "mae_vit_so400m_patch14": mae_vit_so400m_patch14,
     "mae_vit_huge_patch14": mae_vit_huge_patch14,
     "mae_vit_huge_patch14_dec512d8b": mae_vit_huge_patch14_dec512d8b,
+    "mae_vit_giant_patch14": mae_vit_giant_patch14,
 }

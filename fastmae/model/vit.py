@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from fastmae.config.shape import hidden_width
 from fastmae.ops.add_layer_norm import add_layer_norm
 from fastmae.ops.attention import attention
 from fastmae.ops.backends import autocast_dtype, uses_fused
@@ -326,7 +327,7 @@ class Block(nn.Module):
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, num_heads)
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, hidden_width(dim, mlp_ratio))
 
     def forward(self, x: Tokens, start: int = 0) -> Tokens:
         """Computes the block's output [N, S − start, D] for the tokens from ``start`` on, for tokens [N, S, D].
@@ -357,7 +358,7 @@ class CrossBlock(nn.Module):
         self.norm_kv = norm_layer(read_dim)
         self.attn = CrossAttention(dim, read_dim, num_heads)
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, hidden_width(dim, mlp_ratio))
 
     def forward(self, x: Tokens, read: torch.Tensor) -> Tokens:
         """Computes the block's output [N, T, D] for tokens [N, T, D] that attend to ``read`` [N, S, read_dim].

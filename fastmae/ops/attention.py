@@ -163,6 +163,9 @@ def attention_backend(
         name = op_choice("attention", (S, S if T is None else T, head_dim), dtype)
         if name != "sdpa" and unmet_requirement(name, device, dtype, S, head_dim) is None:
             return name, "as in version 0.1" if asked_backends().choices.rules == "0.1" else "measured to be faster"
+        unmet = unmet_requirement("cpu", device, dtype, S, head_dim) if dtype in CPU_DTYPES["cpu"] else None
+        if unmet is not None:
+            return "sdpa", f"torch's own, as C++ needs {unmet}"
     return "sdpa", f"torch's own on {device.type}"
 
 
@@ -184,6 +187,8 @@ def _fastest_on_gpu(device: torch.device, dtype: torch.dtype, S: int, head_dim: 
     is_predicted = head_dim in PREDICTED_HEAD_DIMS and _capability(device) in PREDICTED_ON
     if is_predicted and unmet_requirement("triton", device, dtype, S, head_dim) is None:
         return "triton", f"predicted, {NOT_MEASURED}"
+    if head_dim not in TRITON_HEAD_DIMS:
+        return "sdpa", f"{NOT_MEASURED}; Triton takes heads of {', '.join(map(str, TRITON_HEAD_DIMS))} numbers"
     return "sdpa", NOT_MEASURED
 
 

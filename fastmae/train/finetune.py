@@ -30,6 +30,7 @@ from fastmae.config import (
     resolve_finetune,
 )
 from fastmae.config.model import ModelSpec
+from fastmae.config.shape import ENCODER_SHAPE
 from fastmae.config.shared import ReadingConfig
 from fastmae.data.augment import CHANNELS, BatchAugment, RandAugment, parse_randaugment
 from fastmae.data.loader import Batch, View, default_workers, describe_decoder
@@ -62,6 +63,7 @@ from fastmae.model.classifier import (
     tune,
 )
 from fastmae.model.pixels import normalised
+from fastmae.model.sizes import beyond_preset, sizes_of
 from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops.choices import Choices
 from fastmae.ops.tuning import measured
@@ -267,6 +269,7 @@ def _random_encoder(
         model=preset,
         input_size=flags.input_size,
         patch_size=flags.patch_size,
+        **{name: getattr(flags, name) for name in ENCODER_SHAPE},
         seed=flags.seed,
         mean=flags.mean,
         std=flags.std,
@@ -291,6 +294,8 @@ def _resolve(
     Raises:
         UserError: settings that do not go together.
     """
+    own = sizes_of(encoder.model).shape
+    shape = beyond_preset(encoder.settings["model"], own)
     config = resolve_finetune(
         flags,
         describe(train, read_as=encoder.model.read_as),
@@ -298,6 +303,7 @@ def _resolve(
         width=encoder.model.cls_token.shape[2],
         img_size=encoder.model.img_size,
         patch_size=encoder.model.patch_size,
+        shape={name: value for name, value in shape.items() if name in ENCODER_SHAPE},
         pixels=encoder.model.pixels,
         other_types="convert" if encoder.model.read_as.converts else "skip",
         mean=tuple(encoder.model.mean.tolist()),
@@ -308,9 +314,12 @@ def _resolve(
         num_workers=default_workers(),
         on_gpu=context.device.type == "cuda",
     )
+    for name in ENCODER_SHAPE:
+        if getattr(flags, name) not in (None, own[name]):
+            raise SettingError(name, getattr(flags, name), f"the encoder has {own[name]:g}; leave it out")
     if flags.patch_size is not None and (flags.patch_size[0], flags.patch_size[-1]) != config.patch_size:
-        own = "{}×{}".format(*config.patch_size)
-        raise SettingError("patch_size", flags.patch_size, f"the encoder's patches have {own} pixels; leave it out")
+        pixels = "{}×{}".format(*config.patch_size)
+        raise SettingError("patch_size", flags.patch_size, f"the encoder's patches have {pixels} pixels; leave it out")
     if config.batch_size % 2 and (config.mixup or config.cutmix):
         raise SettingError("batch_size", config.batch_size, "must be even with --mixup or --cutmix, which mix pairs")
     if config.warmup_epochs >= config.epochs:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from importlib.metadata import version
@@ -22,12 +24,13 @@ from fastmae.checkpoint.save import training_tensors
 from fastmae.checkpoint.start import begin_with, normalised_alike, open_start
 from fastmae.config import FIXED_IN_A_RUN, PROBE_LIMIT, PretrainConfig, ResolvedConfig, pixel_facts, read_as
 from fastmae.config.model import ModelSpec
+from fastmae.config.shape import SHAPE
 from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
 from fastmae.data.loader import Batch, View, choose_decoder, describe_decoder
 from fastmae.data.masks import MaskFile, Masks, choose_masks, open_masks, shuffled_ids
 from fastmae.data.plan import describe_order, mask_draws
 from fastmae.data.sample import crops_note
-from fastmae.data.sizes import Size, describe_sizes, growing_sizes, size_in
+from fastmae.data.sizes import Size, describe_sizes, growing_sizes, size_in, visible_counts, visible_in
 from fastmae.data.sources import (
     Source,
     Subset,
@@ -47,7 +50,7 @@ from fastmae.evaluate.held_out import held_out_loss
 from fastmae.evaluate.probe import probe
 from fastmae.evaluate.reconstruct import caption, fixed_images, reconstruct, save_grid
 from fastmae.evaluate.spread import feature_spread, some_of
-from fastmae.facts import DataFacts
+from fastmae.facts import DataFacts, exact_ratio
 from fastmae.files import write_text
 from fastmae.model.build import build_model
 from fastmae.model.calls import calls_of
@@ -55,6 +58,7 @@ from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import DTYPES, nodata_of, register_pixels
 from fastmae.model.sharding import in_one_piece, is_sharded
+from fastmae.model.sizes import sizes_of
 from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops.choices import Choices
 from fastmae.ops.masked_mse import excluded_share
@@ -165,7 +169,7 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
 
     # The loop.
     stream = _stream(run, source, masks_of, image_decoder)
-    at_peak = {size: _seconds_at_peak(model, config, size, context) for size in masks_of}
+    at_peak = _seconds_at_peak(model, run, tuple(masks_of))
     unsaved = None
     with training(run, precision) as profile_step, closing(stream.steps(restored.step, steps.total)) as batches:
         for step, inputs in batches:
@@ -177,10 +181,10 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
             if config.ema is not None:
                 update_average(average, model, config.ema, result.skipped)
             measured = _measure_epoch(run, step, model, probed, masks_of[config.input_size], autocast)
-            record_step(run, step, result, lr, at_peak[_size_at(step, run, tuple(masks_of))], measured)
+            record_step(run, step, result, lr, at_peak(step // steps.per_epoch), measured)
             profile_step()
             if steps.ends_epoch(step):
-                run.log.end_epoch(step // steps.per_epoch, _of_epoch(measured))
+                run.log.end_epoch(step // steps.per_epoch, _of_epoch(run, step, model, measured))
 
             actions = actions_after(run, step)
             if actions.rolls_back:
@@ -297,11 +301,17 @@ def _model(
     name, ratio = "mask_ratio", config.mask_ratio
     try:
         model.num_visible(ratio)
+        if config.mask_ratio_schedule is not None:
+            name, ratio = "mask_ratio_schedule", config.mask_ratio_schedule
+            model.num_visible(ratio)
         if config.predict_ratio is not None:
             name, ratio = "predict_ratio", config.predict_ratio
-            model.num_predicted(config.mask_ratio, ratio)
+            model.num_predicted(min(config.mask_ratio, config.mask_ratio_schedule or 1), ratio)
     except ValueError as error:
         raise SettingError(name, ratio, f"{error}; choose another ratio or --input_size") from error
+    if config.float8 and model.cls_token.shape[2] % 16:
+        problem = f"needs a width that is a multiple of 16, and that of the encoder is {model.cls_token.shape[2]}"
+        raise SettingError("float8", problem=f"{problem}; leave it out, or choose another --embed_dim")
     model.autocast_residual = config.residual == "bf16"
     lines: list[str] = []
     if start is not None:
@@ -336,9 +346,12 @@ def _prepare(
         size, masks = next(iter(masks_of.items()))
         shape, dtype = (config.batch_size, *size, config.in_chans), DTYPES[config.pixel_type]
         images = torch.zeros(shape, dtype=dtype, device=context.device)
-        return images, shuffled_ids(torch.arange(config.batch_size), masks, context.device)
+        ids_shuffle = shuffled_ids(torch.arange(config.batch_size), masks, context.device)
+        visible = () if config.mask_ratio_schedule is None else (torch.empty(masks.visible, 0, device=context.device),)
+        return images, ids_shuffle, *visible
 
-    return prepare_as_chosen(training_loss, flags.compile, config, inputs, precision, context.gather, len(masks_of))
+    shapes = len(masks_of) * len(_visible(config, training_loss.model.num_patches))
+    return prepare_as_chosen(training_loss, flags.compile, config, inputs, precision, context.gather, shapes)
 
 
 def _sizes(config: ResolvedConfig, model: MaskedAutoencoderViT) -> tuple[Size, ...]:
@@ -363,19 +376,32 @@ def _masks(config: ResolvedConfig, model: MaskedAutoencoderViT, size: Size, file
     return choose_masks(config.masking, file, grid, visible, config.seed)
 
 
-def _size_at(step: int, run: Run[ResolvedConfig], sizes: tuple[Size, ...]) -> Size:
-    """Returns the size of the crops of a step."""
-    return size_in(step // run.steps.per_epoch, sizes, run.config.grow_epochs)
+def _visible(config: ResolvedConfig, patches: int) -> tuple[int, ...]:
+    """Returns how many of so many patches are visible in the epochs of a run, one number for each step of a schedule.
+
+    Without a schedule it is one number.
+    """
+    last = config.mask_ratio if config.mask_ratio_schedule is None else config.mask_ratio_schedule
+    return visible_counts(int(patches * (1 - config.mask_ratio)), int(patches * (1 - last)), config.epochs)
 
 
 def _seconds_at_peak(
-    model: MaskedAutoencoderViT, config: ResolvedConfig, size: Size, context: parallel.DistContext
-) -> float | None:
-    """What a step would take if all devices computed at their peak; None where it is unknown."""
+    model: MaskedAutoencoderViT, run: Run[ResolvedConfig], sizes: tuple[Size, ...]
+) -> Callable[[int], float | None]:
+    """Returns what a step of an epoch would take if all devices computed at their peak; None where it is unknown."""
+    config, context = run.config, run.context
     peak = peak_flops(torch.cuda.get_device_name(context.device)) if context.device.type == "cuda" else None
-    L = math.prod(model.grid_of(size))
-    flops = 3 * config.global_batch * flops_per_image(model, config.mask_ratio, L, config.predict_ratio)
-    return peak and flops / (context.size * peak)
+
+    @functools.cache
+    def seconds(L: int, visible: int) -> float | None:
+        flops = 3 * config.global_batch * flops_per_image(model, exact_ratio(visible, L), L, config.predict_ratio)
+        return peak and flops / (context.size * peak)
+
+    def at(epoch: int) -> float | None:
+        L = math.prod(model.grid_of(size_in(epoch, sizes, config.grow_epochs)))
+        return seconds(L, visible_in(epoch, _visible(config, L), config.epochs))
+
+    return at
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -388,24 +414,29 @@ def _stream(run: Run[ResolvedConfig], source: Source, masks_of: dict[Size, Masks
     masks_of = {size: dataclasses.replace(masks, seed=seed) for size, masks in masks_of.items()}
     sizes, repeats = tuple(masks_of), config.repeated_masks
     reading, nodata = reading_of(config), nodata_of(pixel_facts(config))
+    counts = _visible(config, math.prod(masks_of[sizes[-1]].grid))
     views = {size: View(size, reading, seed=seed, scale=config.crop_scale, flip=config.flip) for size in sizes}
 
     def view_of(epoch: int) -> View:
         return views[size_in(epoch, sizes, config.grow_epochs)]
 
     def to_inputs(batch: Batch) -> MicroBatch:
-        """Returns the images, and the ids_shuffle of their masks."""
+        """Returns the images, the ids_shuffle of their masks, and with a schedule how many patches are visible."""
         images, draw_ids = batch.images, batch.draw_ids
         if repeats > 1:
             images = images.repeat_interleave(repeats, dim=0)
             draw_ids = torch.from_numpy(mask_draws(draw_ids.numpy(), config.dataset_length, repeats))
         (H, W), device = images.shape[1:3], images.device
         masks = masks_of[H, W]
+        if config.mask_ratio_schedule is not None:
+            epoch = int(batch.draw_ids[0]) // len(source)
+            masks = dataclasses.replace(masks, visible=visible_in(epoch, counts, config.epochs))
         ids_shuffle = shuffled_ids(draw_ids, masks, device)
         if nodata is not None:
             patch_size = H // masks.grid[0], W // masks.grid[1]
             run.log.exclude(excluded_share(images, ids_shuffle[:, masks.visible :], patch_size, nodata))
-        return images, ids_shuffle
+        visible = () if config.mask_ratio_schedule is None else (torch.empty(masks.visible, 0, device=device),)
+        return images, ids_shuffle, *visible
 
     return BatchStream(
         run,
@@ -438,6 +469,7 @@ def _summary(
         *(f"data            {line}" for line in facts.stock),
         *([f"data            {note}"] if note else []),
         f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}",
+        *([f"model           {sizes_of(model)}"] if any(getattr(config, name) for name in SHAPE) else []),
     ]
     if config.decoder_attention == "cross":
         predicted = model.num_predicted(config.mask_ratio, config.predict_ratio)
@@ -448,6 +480,12 @@ def _summary(
     if len(masks_of) > 1:
         lines.append(f"sizes           {describe_sizes(list(masks_of), config.grow_epochs, config.epochs)}")
     lines.append(f"masks           {masks_of[config.input_size]}")
+    if config.mask_ratio_schedule is not None:
+        counts = _visible(config, model.num_patches)
+        ratios = ", ".join(f"{1 - count / model.num_patches:.3g}" for count in counts)
+        lines.append(
+            f"masks           ratios {ratios}, one after another for equal parts of the {config.epochs} epochs"
+        )
     lines += _without_targets(model, source)
     lines.append(f"batch           {config.global_batch} images per step, lr {config.lr:.2e}, {config.epochs} epochs")
     if next(model.parameters()).device.type == "cpu" and parameters >= LARGE_MODEL:
@@ -675,9 +713,16 @@ def _measure_epoch(
     return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
-def _of_epoch(measured: dict[str, float]) -> dict[str, float]:
-    """Returns what of it stands in log.txt, too."""
-    return {name: value for name, value in measured.items() if name == "held_out_loss"}
+def _of_epoch(
+    run: Run[ResolvedConfig], step: int, model: MaskedAutoencoderViT, measured: dict[str, float]
+) -> dict[str, float]:
+    """Returns what stands in the line of an epoch in log.txt, too: held-out loss, and the mask ratio of a schedule."""
+    found = {name: value for name, value in measured.items() if name == "held_out_loss"}
+    if run.config.mask_ratio_schedule is not None:
+        L = model.num_patches
+        visible = visible_in(step // run.steps.per_epoch, _visible(run.config, L), run.config.epochs)
+        found["mask_ratio"] = round(1 - visible / L, 4)
+    return found
 
 
 def _probe_after(

@@ -39,8 +39,14 @@ class TrainingLoss(nn.Module):
         self.mask_ratio, self.predict_ratio = mask_ratio, predict_ratio
         model.find_overrides()  # methods of the class itself may have been replaced since the model was made
 
-    def forward(self, images: torch.Tensor, ids_shuffle: torch.Tensor) -> torch.Tensor:
-        return self.model.training_loss(images, ids_shuffle, self.mask_ratio, self.predict_ratio)
+    def forward(
+        self, images: torch.Tensor, ids_shuffle: torch.Tensor, visible: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Computes the loss. Of ``visible`` [K, 0] the shape alone counts: K patches are visible. So code that is
+        compiled for a shape follows. None means as many as the mask ratio says.
+        """
+        ratio = self.mask_ratio if visible is None else 1 - (visible.shape[0] + 0.5) / ids_shuffle.shape[1]
+        return self.model.training_loss(images, ids_shuffle, ratio, self.predict_ratio)
 
 
 def prepare(

@@ -12,8 +12,12 @@ from fastmae.checkpoint.contents import NotMeantError, understand
 from fastmae.checkpoint.huggingface import to_huggingface
 from fastmae.checkpoint.load import load_model, open_checkpoint
 from fastmae.checkpoint.restore import restore
+from fastmae.config.model import ModelSpec
+from fastmae.config.shape import SHAPE
 from fastmae.errors import UserError
+from fastmae.model.build import build_model
 from fastmae.model.presets import mae_vit_tiny_patch4
+from fastmae.model.sizes import beyond_preset, sizes_of
 from fastmae.model.vit import sincos_positions
 from fastmae.train.optim import make_optimizer
 
@@ -162,6 +166,82 @@ def test_a_dinov2_with_gated_mlps_is_refused(tmp_path):
         load_model(tmp_path)
 
 
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def of_any_shape(**changes):
+    """A model of no preset's sizes, with registers."""
+    torch.manual_seed(0)
+    spec = dict(model="mae_vit_base_patch16", input_size=(16, 32), patch_size=(4, 4), mean=[0.5] * 3, std=[0.2] * 3)
+    spec |= dict(embed_dim=192, depth=2, num_heads=3, mlp_ratio=2.5, registers=3, in_chans=3)
+    spec |= dict(decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=2, decoder_mlp_ratio=3.0)
+    model = build_model(ModelSpec(**{**spec, **changes}))
+    return model.eval()
+
+
+def test_sizes_of_no_preset_are_recognised_from_tensors_and_heads_are_said(saved, capsys):
+    model = of_any_shape()
+    found = open_checkpoint(saved(model.state_dict()))
+    assert found.settings["model"] == "mae_vit_tiny_patch16"  # whose width and heads it has
+    shape = beyond_preset("mae_vit_tiny_patch16", sizes_of(model).shape)
+    assert {name: found.settings[name] for name in SHAPE} == shape
+    assert sizes_of(found.model) == sizes_of(model)
+    assert same_features(saved(model.state_dict()), model)
+    said = capsys.readouterr().err
+    assert "does not say the heads of its decoder; 2 of 32 numbers each are taken" in said
+    assert "heads of its encoder" not in said
+
+
+def test_heads_that_nothing_says_are_asked_for_or_guessed_with_a_line(saved, capsys):
+    model = of_any_shape(embed_dim=64, num_heads=4)
+    path = saved({"model": model.state_dict()})
+    assert not same_features(path, model)
+    assert "does not say the heads of its encoder; 1 of 64 numbers each are taken" in capsys.readouterr().err
+    assert same_features(path, model, num_heads=4)
+    assert same_features(saved({"model": model.state_dict(), "args": {"num_heads": 4}}), model)
+    odd = saved(of_any_shape(embed_dim=48, num_heads=2).state_dict())
+    with pytest.raises(UserError, match="no preset has such a width, and nothing says the heads of its encoder; give"):
+        load_model(odd)
+    assert load_model(odd, num_heads=2).head_dims[0] == 24
+    with pytest.raises(UserError, match=r"its settings make no model .embed_dim=48: must be a multiple of the heads"):
+        load_model(odd, num_heads=5)
+    with pytest.raises(
+        UserError, match=r"mae_vit_base_patch16'?: its tokens are 768 wide, and those of .* 48; leave it"
+    ):
+        load_model(odd, model="mae_vit_base_patch16")
+
+
+def test_no_file_makes_us_build_what_it_does_not_hold(saved):
+    weights = of_any_shape().state_dict()
+    many = weights | {f"blocks.{number}.norm1.bias": torch.zeros(192) for number in range(2, 2000)}
+    with pytest.raises(UserError, match="is a masked autoencoder, 2000 blocks of 192, but"):
+        load_model(saved(many))
+
+
+REGISTERS = {
+    "ours": lambda w: w,
+    "timm's with positions": lambda w: (
+        w | {"pos_embed": torch.cat([w["pos_embed"][:, :1], w["reg_token"], w["pos_embed"][:, 1:]], 1)}
+        | {"reg_token": torch.zeros_like(w["reg_token"])}
+    ),
+    "timm's without": lambda w: (
+        w | {"pos_embed": w["pos_embed"][:, 1:], "cls_token": w["cls_token"] + w["pos_embed"][:, :1]}
+    ),
+    "DINOv2's": lambda w: {{"reg_token": "register_tokens"}.get(name, name): tensor for name, tensor in w.items()},
+    "transformers'": lambda w: {n.removeprefix("vit."): t for n, t in to_huggingface(w).items()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("positions", ["fixed", "learnt"])
+@pytest.mark.parametrize("name", REGISTERS)
+def test_registers_are_read_under_every_name_and_with_every_table(name, positions, saved):
+    model = of_any_shape(input_size=(16, 16))
+    if positions == "learnt":
+        torch.nn.init.normal_(model.pos_embed)
+    weights = {n: t for n, t in model.state_dict().items() if not n.startswith(("decoder_", "mask_token"))}
+    assert same_features(saved(REGISTERS[name](weights)), model)
+
+
 # --- what a file is ---------------------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -180,7 +260,6 @@ REFUSED = {
     ),
     "rotary positions": (lambda e: e | {"rope_embed.periods": torch.zeros(16)}, "has no rotary positions"),
     "a first norm": (lambda e: e | {"norm_pre.weight": torch.zeros(128)}, "has no norm before the first block"),
-    "registers": (lambda e: e | {"register_tokens": torch.zeros(1, 4, 128)}, "has no register tokens"),
     "distilled": (lambda e: e | {"dist_token": torch.zeros(1, 1, 128)}, "has no distillation token"),
     "relative positions": (
         lambda e: e | {"blocks.0.attn.relative_position_bias_table": torch.zeros(3, 4)},

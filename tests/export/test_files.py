@@ -363,8 +363,14 @@ HOSTILE = {
     "no JSON": ({"text": "{"}, "not readable as JSON"),
     "deep JSON": ({"text": "[" * 100_000}, "not readable as JSON"),
     "a list": ({"text": "[1]"}, "holds no settings"),
-    "other heads": ({"config": {"num_attention_heads": 8}}, "its encoder has 8 heads, not 4"),
-    "other heads of the decoder": ({"config": {"decoder_num_attention_heads": 6}}, "its decoder has 6 heads, not 3"),
+    "other heads": (
+        {"config": {"num_attention_heads": 6}},
+        "embed_dim=128: must be a multiple of the heads, of which there are 6;",
+    ),
+    "other heads of the decoder": (
+        {"config": {"decoder_num_attention_heads": 5}},
+        "decoder_embed_dim=96: must be a multiple of the heads, of which there are 5;",
+    ),
     "heads of text": ({"config": {"num_attention_heads": "4"}}, "its encoder has '4' heads, not 4"),
     "another activation": ({"config": {"hidden_act": "relu"}}, "hidden_act relu"),
     "a huge image": ({"config": {"image_size": 1 << 40}}, "of another shape"),

@@ -387,8 +387,9 @@ def test_without_a_measurement_triton_is_taken_where_it_is_predicted_to_win(h100
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     for S, head_dim in ((1, 32), (50, 64), (197, 32), (320, 64)):
         assert chosen(S, head_dim) == ("triton", PREDICTED)
-    for S, head_dim in ((65, 80), (321, 64), (50, 16)):
+    for S, head_dim in ((65, 80), (321, 64)):
         assert chosen(S, head_dim) == ("sdpa", NOT_MEASURED)
+    assert chosen(50, 16) == ("sdpa", f"{NOT_MEASURED}; Triton takes heads of 32, 64, 80 numbers")
     assert chosen(dtype=torch.float32) == ("sdpa", NOT_MEASURED)
     for other in ((7, 5), (8, 6), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, other=other: other)

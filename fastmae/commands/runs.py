@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import os
 import sys
 from typing import Any
 
@@ -50,14 +51,24 @@ def run_runs(config: RunsConfig) -> int:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    """Prints a table without the columns that are empty in all rows."""
+    """Prints a table without the columns that are empty or, of models, the same in all rows; paths are as short as they
+    can be.
+    """
     names = [name for name in rows[0] if name != "of" and any(row[name] is not None for row in rows)]
+    models = {row["model"] for row in rows}
+    if len(models) == 1 and "model" in names:
+        names.remove("model")
+    parent = os.path.commonpath([os.path.dirname(os.path.abspath(row["run"])) for row in rows])
     columns = {SHOWN.get(name, name): "left" if name in LEFT else "right" for name in names}
-    show_table(columns, [[_cell(name, row) for name in names] for row in rows])  # type: ignore[arg-type]
+    cells = [[_cell(name, row, parent) for name in names] for row in rows]
+    of = f" of {models.pop()}" if len(models) == 1 else ""
+    show_table(columns, cells, f"{len(rows)} run{'s' * (len(rows) > 1)}{of} in {parent}")  # type: ignore[arg-type]
 
 
-def _cell(name: str, row: dict[str, Any]) -> str:
+def _cell(name: str, row: dict[str, Any], parent: str) -> str:
     value = row[name]
+    if name == "run":
+        return os.path.relpath(value, parent)
     if name == "epochs":
         return f"{value}/{row['of'] or '?'}"
     if isinstance(value, list):

@@ -62,7 +62,8 @@ def row_of(run: RunRecord) -> dict[str, Any]:
 def differing(runs: Sequence[RunRecord]) -> list[str]:
     """Returns the settings that are not the same in all runs, in the order in which config.json has them."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in SAME)
-    return [name for name in names if len({repr(run.settings.get(name)) for run in runs}) > 1]
+    found = [name for name in names if len({repr(run.settings.get(name)) for run in runs}) > 1]
+    return [name for name in found if name != "lr" or "blr" not in found]  # it follows from blr
 
 
 def order_of(name: str, row: dict[str, Any]) -> tuple[bool, bool, Any]:

@@ -309,10 +309,27 @@ def test_it_is_fast_again_when_nothing_stands_in_the_way(monkeypatch):
     model.vit.layernorm = copy.deepcopy(model.vit.layernorm)
     model.vit.layernorm.weight.data.zero_()
     loss = model(images, noise=(noise := torch.rand(2, 16))).loss
-    assert calls == [1, 1, 2, 1, 2]
+    assert calls == [1, 1, 2, 1, 1, 2]  # it was compared again, as a layer is another one
     del model.forward
     torch.testing.assert_close(model(images, noise=noise).loss, loss)
-    assert calls == [1, 1, 2, 1, 2, 2]
+    assert calls == [1, 1, 2, 1, 1, 2, 2]
+
+
+def test_a_part_that_is_replaced_by_one_with_the_same_layers_is_compared_again(caplog):
+    class Doubled(type(vitmae().vit.layers[0].mlp)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, theirs = accelerate(vitmae()), vitmae()
+    for one in (model, theirs):
+        one.vit.layers[0].mlp.__class__ = Doubled
+        one.vit.layers[0].mlp = copy.deepcopy(one.vit.layers[0].mlp)
+    (images,) = batches((3, 24, 24), steps=1)
+    noise = torch.rand(2, 16)
+    for _ in range(2):
+        assert model(images, noise=noise).loss.equal(theirs(images, noise=noise).loss)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "random images differs" in line
 
 
 def test_a_copy_of_a_model_is_accelerated_with_its_own_weights():

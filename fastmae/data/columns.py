@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from fastmae.data.remote import file_name
 from fastmae.data.stock import EXAMPLES, LeftOut
 from fastmae.errors import UserError
 
@@ -28,17 +29,17 @@ MAX_FEATURES = 16 << 20
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Path | str) -> Iterator[None]:
     """Adds the name of the file to errors, and makes those of pyarrow ValueErrors."""
     import pyarrow as pa
 
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{path.name}: {error}") from error
+        raise ValueError(f"{file_name(path)}: {error}") from error
 
 
-def refuse_what_aborts(paths: Sequence[Path], look: Callable[[int], object], what: str) -> None:
+def refuse_what_aborts(paths: Sequence[Path | str], look: Callable[[int], object], what: str) -> None:
     """Looks at files in a process of its own first, as pyarrow ends the process over some damage.
 
     Args:
@@ -69,7 +70,7 @@ def refuse_what_aborts(paths: Sequence[Path], look: Callable[[int], object], wha
     with open(reader, "rb") as begun:
         count = len(begun.read())
     if os.waitpid(child, 0)[1] != 0:
-        raise ValueError(f"{paths[max(0, count - 1)].name}: its {what} is damaged")
+        raise ValueError(f"{file_name(paths[max(0, count - 1)])}: its {what} is damaged")
 
 
 def holds_images(type_: Any) -> bool:
@@ -81,7 +82,7 @@ def holds_images(type_: Any) -> bool:
     return types.is_binary(type_) or types.is_large_binary(type_)
 
 
-def image_column(path: Path, schema: Any) -> str:
+def image_column(path: Path | str, schema: Any) -> str:
     """Returns the name of the column of images.
 
     Raises:

@@ -137,7 +137,11 @@ def _things(source: Source) -> Things:
             return [Path(source.path).name, "the members"], {1: _hash(columns)}
         case ParquetSource():
             groups = [np.diff(source.starts)[source.group_file == file].tolist() for file in range(len(source.files))]
-            sizes = _sizes(source.files)
+            sizes = (
+                _sizes(source.files)
+                if not any(source.opened)
+                else {file: str(size) for file, (size, _) in enumerate(source.stamps)}
+            )
             return _relative(source.files), {file: f"{size} {groups[file]}" for file, size in sizes.items()}
         case ArraySource(images=ChunkedImages(contents=contents_of)):
             return [*contents_of], dict(enumerate(contents_of.values()))

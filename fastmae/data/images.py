@@ -35,6 +35,7 @@ from fastmae.data.index import (
     write_index,
 )
 from fastmae.data.parts import read_part
+from fastmae.data.remote import fetch, is_remote
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of, joined
 from fastmae.data.suffixes import IMAGE_STARTS, IMAGE_SUFFIXES, SHARD_SUFFIXES, START_BYTES, suffix_of, why_not
 
@@ -99,8 +100,10 @@ class FolderSource:
         """Opens an image file of any size, to be read by position.
 
         Raises:
-            OSError: the file is gone, unreadable, or not a regular file.
+            OSError: the file is gone, unreadable, or not a regular file; or it lies behind an address.
         """
+        if is_remote(self.paths[index]):
+            raise OSError("behind an address, where files of many pages are not read; copy it to a disk")
         file = open(self.paths[index], "rb", opener=_open_at_once)  # noqa: SIM115  # the caller closes it
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             file.close()
@@ -113,6 +116,9 @@ class FolderSource:
         Raises:
             OSError: the file is gone, unreadable, not a regular file, or too large for an image.
         """
+        path = self.paths[index]
+        if is_remote(path):
+            return fetch(path, MAX_FILE_BYTES)
         with self.open(index) as file:
             status = os.fstat(file.fileno())
             if status.st_size > MAX_FILE_BYTES:

@@ -1,8 +1,9 @@
 """Lists of paths: a `.txt`, `.csv`, `.tsv` or `.jsonl` file that names image files, with labels and parts beside them.
 
-Relative paths are relative to the folder of the list, or to ``--root``. Which of the files are there is found by
-listing their folders, several at a time, and kept with the rest of a long list in the cache folder, as long as the list
-and the modification times of those folders are the same. No image is read here.
+Relative paths are relative to the folder or the address of the list, or to ``--root``. A row may hold an address; what
+lies behind it is asked for when it is read, so that a file which is not there is an unusable image. Which of the files
+on a disk are there is found by listing their folders, several at a time, and kept with the rest of a long list in the
+cache folder, as long as the list and the modification times of those folders are the same. No image is read here.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from fastmae.data.index import (
 )
 from fastmae.data.openfile import OpenFile
 from fastmae.data.parts import Part, read_part
+from fastmae.data.remote import RemoteFile, file_name, folder_of, is_remote, joined, open_file
 from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of
 from fastmae.data.suffixes import IMAGE_SUFFIXES, SOUND_SUFFIXES, suffix_of
 from fastmae.errors import SettingError, in_one_line
@@ -54,13 +56,13 @@ PART_COLUMNS = ("split", "part", "partition", "subset", "set")
 # Files of 30 million lines are shorter.
 MAX_LIST_BYTES = 2 << 30
 # How lists are read: what was kept by other rules is made again.
-RULE = "list 1"
+RULE = "list 2"
 CHECK_THREADS = 8
 # Of a folder with fewer listed files than this, each file is asked for by itself.
 FEW_FILES = 16
 PARTS: tuple[Part, ...] = ("train", "val", "test")
 NO_PART = len(PARTS)
-THERE, MISSING, ADDRESS, BLANK = range(4)
+THERE, MISSING, BLANK = range(3)
 _INTEGER = re.compile(r"\s*[-+]?\d{1,18}(?:\.0+)?\s*")
 
 
@@ -78,22 +80,23 @@ class Rows:
     part: np.ndarray
     """uint8 [rows]: a number of ``PARTS``, or ``NO_PART``."""
     state: np.ndarray
-    """uint8 [rows]: whether the file is ``THERE``, ``MISSING``, or the path is an ``ADDRESS`` or ``BLANK``."""
+    """uint8 [rows]: whether the file is ``THERE``, as every address is taken to be, ``MISSING``, or no path is given
+    (``BLANK``)."""
     others: tuple[str, ...] = ()
     """Columns that say nothing of use."""
     notes: tuple[str, ...] = ()
 
 
-def open_list(path: Path, split: Split, root: str | None = None) -> FolderSource | None:
+def open_list(path: Path | str, split: Split, root: str | None = None) -> FolderSource | None:
     """Opens a part of a list; None if it has no val part.
 
     A column `split` (`train`, `val`, `test`) says which part a row is of. Without one, the val part of `train.csv` is
     `val.csv` or `test.csv` beside it.
 
     Args:
-        path: the list.
+        path: the list, or its address.
         split: the part.
-        root: the folder that relative paths are relative to; None for that of the list.
+        root: the folder or the address that relative paths are relative to; None for that of the list.
 
     Raises:
         SettingError: no column of paths, no row to train on, or none of the files is there.
@@ -131,12 +134,17 @@ def listed_paths(
     names = names_of(pack_names(paths))
     has_label, state = np.full(len(paths), labels is not None, np.uint8), _find(names, base)[0]
     rows = Rows(names, label, has_label, classes, np.zeros(len(paths), np.uint8), state)
-    source = _source(Path(origin), rows, np.flatnonzero(state == THERE), base, "")
+    source = _source(origin if is_remote(origin) else Path(origin), rows, np.flatnonzero(state == THERE), base, "")
     return replace(source, listed=text)
 
 
-def _beside(path: Path) -> Path | None:
-    """Returns the list to validate on that lies beside one to train on, by their names; `val` before `test`."""
+def _beside(path: Path | str) -> Path | None:
+    """Returns the list to validate on that lies beside one to train on, by their names; `val` before `test`.
+
+    What lies beside an address is not known.
+    """
+    if isinstance(path, str):
+        return None
     said = read_part(path.stem)
     if said is None or said[0] != "train":
         return None
@@ -150,7 +158,7 @@ def _beside(path: Path) -> Path | None:
     return parts.get("val") or parts.get("test")
 
 
-def _part_of(path: Path, rows: Rows, split: Split, root: str | None) -> FolderSource | None:
+def _part_of(path: Path | str, rows: Rows, split: Split, root: str | None) -> FolderSource | None:
     there = rows.state == THERE
     counts = {part: int((there & (rows.part == number)).sum()) for number, part in enumerate(PARTS)}
     if not counts["train"]:
@@ -164,7 +172,7 @@ def _part_of(path: Path, rows: Rows, split: Split, root: str | None) -> FolderSo
 
 
 def _source(
-    path: Path, rows: Rows, chosen: np.ndarray, root: str | None, part: str, stock: Stock | None = None
+    path: Path | str, rows: Rows, chosen: np.ndarray, root: str | None, part: str, stock: Stock | None = None
 ) -> FolderSource:
     """Returns the rows that are chosen.
 
@@ -177,7 +185,8 @@ def _source(
     names = rows.names
     if len(chosen) < len(names):
         names = names.take(chosen)
-    if np.isin(names.column[np.append(0, names.ends[:-1] + 1)], (ord("/"), ord("~"))).any():  # an absolute path
+    starts = names.column[np.append(0, names.ends[:-1] + 1)]
+    if np.isin(starts, (ord("/"), ord("~"))).any() or (names.column == ord(":")).any():  # absolute, or an address
         names = names_of(pack_names(_located(name, base) for name in names))
     else:
         names = Names(names.column, names.ends, os.path.join(base, ""))
@@ -186,7 +195,7 @@ def _source(
     if classes and labels is not None:  # the classes of this part alone, as those of folders are
         used, labels = np.unique(labels, return_inverse=True)
         classes = tuple(rows.classes[number] for number in used.tolist())
-    text = f"listed in {path.name}" + (f", rows of {part}" if part else "")
+    text = f"listed in {file_name(path)}" + (f", rows of {part}" if part else "")
     text += f", of {count_of(len(classes), 'classes')}" if classes else ""
     return FolderSource(
         names,
@@ -201,8 +210,6 @@ def _source(
 def _none_there(rows: Rows, base: str, root: str | None) -> str:
     """Says that no file of a list is there, and what to do."""
     first = next((name for name in rows.names if name), "")
-    if "://" in first:
-        return f"lists addresses such as {first}, and files are needed; download them, and list their paths"
     if "/" not in first and not suffix_of(first):
         return f"not an image, and no list of paths either, as none of its lines is one ({in_one_line(first, 60)})"
     where = f"none of its {count_of(len(rows.names), 'files')} is there, such as {_located(first, base)}"
@@ -222,7 +229,6 @@ def _stock(rows: Rows, best: str = "", counts: dict[Part, int] | None = None) ->
     there = rows.state == THERE
     reasons = {
         MISSING: "no such file; check the paths, or give the folder that they are relative to with --root",
-        ADDRESS: "addresses, and files are needed; download them, and list their paths",
         BLANK: "no path",
     }
     left_out = [LeftOut("rows", int((rows.state == state).sum()), reason, some(rows.state == state))
@@ -252,11 +258,17 @@ def _stock(rows: Rows, best: str = "", counts: dict[Part, int] | None = None) ->
 # --- where the files are ----------------------------------------------------------------------------------------------
 
 
-def _base(path: Path, root: str | None) -> str:
-    return os.path.expanduser(root) if root else str(path.parent)
+def _base(path: Path | str, root: str | None) -> str:
+    if root and is_remote(root):
+        return root.rstrip("/")
+    if root:
+        return os.path.expanduser(root)
+    return folder_of(path) if isinstance(path, str) else str(path.parent)
 
 
 def _located(name: str, base: str) -> str:
+    if is_remote(name) or is_remote(base):
+        return joined(base + "/", name)
     return os.path.join(base, os.path.expanduser(name) if name.startswith("~") else name)
 
 
@@ -267,8 +279,8 @@ def _find(names: Names, base: str) -> tuple[np.ndarray, dict[str, int]]:
     for row, name in enumerate(names):
         if not name:
             state[row] = BLANK
-        elif "://" in name:
-            state[row] = ADDRESS
+        elif is_remote(name) or is_remote(base):
+            state[row] = THERE
         else:
             inside.setdefault(name.rpartition("/")[0] or "/" * name.startswith("/"), array("q")).append(row)
 
@@ -304,17 +316,17 @@ def _modified(folder: str) -> int:
 # --- reading and keeping ----------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, root: str | None) -> Rows:
+def _read(path: Path | str, root: str | None) -> Rows:
     """Reads a list, or what was kept of it."""
-    file = OpenFile(path)
-    base = os.path.realpath(_base(path, root))
-    fingerprint = [RULE, str(path.name), base, list(file.stamp), sorted(FILE_SUFFIXES)]
-    kept = cache_file(f"list {os.path.realpath(path)} in {base}")
+    file, base = open_file(path), _base(path, root)
+    base = base if is_remote(base) else os.path.realpath(base)
+    fingerprint = [RULE, file_name(path), base, list(file.stamp), sorted(FILE_SUFFIXES)]
+    kept = cache_file(f"list {path if isinstance(path, str) else os.path.realpath(path)} in {base}")
     index = read_index(kept)
     rows = None if index is None or index.fingerprint != fingerprint else _kept(index.columns, base)
     if rows is not None:
         return rows
-    rows = _parsed(file, path.suffix.lower())
+    rows = _parsed(file, Path(file_name(path)).suffix.lower())
     state, folders = _find(rows.names, base)
     rows = Rows(rows.names, rows.label, rows.has_label, rows.classes, rows.part, state, rows.others, rows.notes)
     if len(state) >= WORTH_KEEPING and is_settled([file.stamp[1], *folders.values()]):
@@ -381,7 +393,7 @@ class _Table:
             self.parts.add(part)
 
 
-def _parsed(file: OpenFile, suffix: str) -> Rows:
+def _parsed(file: OpenFile | RemoteFile, suffix: str) -> Rows:
     """Reads a list.
 
     Raises:

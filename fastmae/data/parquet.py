@@ -6,10 +6,11 @@ is in use, and few groups are in use at a time.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from fastmae.data.lists import listed_paths
 from fastmae.data.memory import readable
 from fastmae.data.openfile import OpenFile
 from fastmae.data.plan import Shards
+from fastmae.data.remote import RemoteFile, Seekable, folder_of, is_remote, open_file
 from fastmae.data.stock import LeftOut, Stock, count_of, within
 from fastmae.errors import UserError, install_hint
 
@@ -38,6 +40,8 @@ from fastmae.errors import UserError, install_hint
 HELD_BYTES = 512 << 20
 MIN_HELD = 4
 MAX_GROUP_BYTES = 2 << 30
+# Footers and labels behind addresses are asked for together.
+REMOTE_THREADS = 16
 # Files of images have less than one row for a byte; a footer that claims far more is damaged.
 MAX_ROWS_A_BYTE = 1000
 
@@ -59,6 +63,8 @@ class ParquetSource:
     labels: np.ndarray | None
     metadata: tuple[Any, ...] = field(repr=False, compare=False)
     """The footer of each file, parsed."""
+    opened: tuple[RemoteFile | None, ...] = field(repr=False, compare=False)
+    """Files behind addresses; None for those on a disk, which are opened for each row group."""
     stamps: tuple[tuple[int, int], ...]
     """(size, modification time in ns) of each file when it was opened."""
     stock: Stock
@@ -107,11 +113,23 @@ class ParquetSource:
 
     def _read_group(self, group: int) -> Any:
         file = int(self.group_file[group])
-        path = self.files[file]
-        images = read_group(path, int(self.group_number[group]), self.column, self.metadata[file])
-        if OpenFile(path).stamp != self.stamps[file]:
-            raise OSError(f"{path} has changed since it was opened; start again")
+        opened, path = self.opened[file], self.files[file]
+        try:
+            source = path if opened is None else opened
+            images = read_group(source, int(self.group_number[group]), self.column, self.metadata[file])
+        except OSError:
+            if opened is not None:  # which says more than what pyarrow finds where other bytes lie now
+                self._require_unchanged(file)
+            raise
+        self._require_unchanged(file)
         return images
+
+    def _require_unchanged(self, file: int) -> None:
+        opened, path = self.opened[file], self.files[file]
+        if opened is None and OpenFile(path).stamp == self.stamps[file]:
+            return
+        if opened is None or not opened.is_unchanged():
+            raise OSError(f"{path} has changed since it was opened; start again")
 
 
 class Recent:
@@ -145,7 +163,7 @@ class Recent:
 
 
 def open_parquet(
-    paths: Sequence[Path], root: str | None = None, folder: Stock | None = None
+    paths: Sequence[Path | str], root: str | None = None, folder: Stock | None = None
 ) -> ParquetSource | FolderSource:
     """Opens Parquet files as one source, in the order given, and reads only their footers and labels.
 
@@ -155,7 +173,7 @@ def open_parquet(
     Where the column holds paths and no bytes, the images are the files that they name.
 
     Args:
-        paths: the files.
+        paths: the files, or their addresses.
         root: what relative paths are relative to; None for the folder of the first file.
         folder: the stock of the folder that they were found in.
 
@@ -167,15 +185,24 @@ def open_parquet(
         import pyarrow  # noqa: F401
     except ImportError as error:
         raise UserError(f"{paths[0]}: Parquet files need pyarrow; run {install_hint('parquet')}") from error
-    stamps = tuple(OpenFile(path).stamp for path in paths)
-    metadata = tuple(map(_metadata, paths))
+    with ThreadPoolExecutor(REMOTE_THREADS if any(map(is_remote, paths)) else 1) as pool:
+        files = tuple(pool.map(open_file, paths))
+        metadata = tuple(pool.map(_metadata, files))
+    stamps = tuple(file.stamp for file in files)
+    opened = tuple(file if isinstance(file, RemoteFile) else None for file in files)
+    sizes = [size for size, _ in stamps]
+    del files  # thousands of files on a disk do not stay open
     column = image_column(paths[0], metadata[0].schema.to_arrow_schema())
     for path, facts in zip(paths, metadata, strict=True):
         schema = facts.schema.to_arrow_schema()
         if column not in schema.names or not holds_images(schema.field(column).type):
             raise UserError(f"{path}: has no image column {column!r} as {paths[0]} has; leave it out")
-    refuse_what_aborts(paths, lambda number: _groups(paths[number], metadata[number], column), "footer")
-    inside = [_groups(path, facts, column) for path, facts in zip(paths, metadata, strict=True)]
+    groups_of = [
+        functools.partial(_groups, path, size, facts, column)
+        for path, size, facts in zip(paths, sizes, metadata, strict=True)
+    ]
+    refuse_what_aborts(paths, lambda number: groups_of[number](), "footer")
+    inside = [look() for look in groups_of]
     groups = [(file, group) for file, those in enumerate(inside) for group in those if group.rows]
     rows = np.array([group.rows for _, group in groups], np.int64)
     largest = max((group.size for _, group in groups), default=0)
@@ -183,7 +210,7 @@ def open_parquet(
         size = readable(largest)
         raise UserError(f"{paths[0]}: a row group of {size} is too large to be held; write it with row_group_size=100")
     name, problem = label_column([facts.schema.to_arrow_schema() for facts in metadata])
-    labels, classes, without = (None, (), 0) if name is None else _labels(paths, metadata, name)
+    labels, classes, without = (None, (), 0) if name is None else _labels(paths, opened, metadata, name)
     if without:
         problem = f"labels, as {without:,} of {rows.sum():,} rows have none; give each row one to use them"
     source = ParquetSource(
@@ -197,6 +224,7 @@ def open_parquet(
         classes=classes,
         metadata=metadata,
         stamps=stamps,
+        opened=opened,
         stock=within(_stock_of(metadata, [group for _, group in groups], column, problem), folder),
     )
     if len(source) and _holds_only_paths(source):
@@ -204,19 +232,21 @@ def open_parquet(
     return source
 
 
-def _files_named(source: ParquetSource, paths: Sequence[Path], root: str | None, folder: Stock | None) -> FolderSource:
+def _files_named(
+    source: ParquetSource, paths: Sequence[Path | str], root: str | None, folder: Stock | None
+) -> FolderSource:
     """Returns the files that the rows of a table without bytes name."""
     import pyarrow.parquet as pq
 
     found: list[str] = []
-    for path, facts in zip(paths, source.metadata, strict=True):
-        with naming(path), pq.ParquetFile(path, metadata=facts) as file:
+    for path, opened, facts in zip(paths, source.opened, source.metadata, strict=True):
+        with naming(path), pq.ParquetFile(_readable(path, opened), metadata=facts) as file:
             rows = file.read(columns=[source.column], use_threads=False).column(source.column).to_pylist()
             found += [str((row.get("path") if isinstance(row, dict) else None) or "") for row in rows]
     if not any(found):
         raise UserError(f"{paths[0]}: column {source.column!r} holds neither images nor paths; write it anew")
     text = f"listed in column {source.column!r} of {count_of(len(paths), 'Parquet files')}"
-    base = root or str(paths[0].parent)
+    base = root or (folder_of(str(paths[0])) if is_remote(paths[0]) else str(Path(paths[0]).parent))
     files = listed_paths(str(paths[0]), found, source.labels, source.classes, base, text)
     return replace(files, taken=within(files.stock, folder))
 
@@ -233,7 +263,7 @@ class _Group:
     """Rows that hold no image; 0 where the footer does not say."""
 
 
-def _groups(path: Path, facts: Any, column: str) -> list[_Group]:
+def _groups(path: Path | str, size: int, facts: Any, column: str) -> list[_Group]:
     """Returns the row groups of a file.
 
     Raises:
@@ -249,7 +279,7 @@ def _groups(path: Path, facts: Any, column: str) -> list[_Group]:
                      if leaf.path_in_schema in (column, f"{column}.bytes") and leaf.statistics is not None]  # fmt: skip
             empty = min(max(0, *nulls, 0), group.num_rows)
             groups.append(_Group(number, group.num_rows, sum(leaf.total_uncompressed_size for leaf in leaves), empty))
-        count, size = sum(group.rows for group in groups), path.stat().st_size
+        count = sum(group.rows for group in groups)
         if count != facts.num_rows or count > MAX_ROWS_A_BYTE * size or any(group.rows < 0 for group in groups):
             raise ValueError(f"says that it has {facts.num_rows:,} rows, {count:,} in its groups, in {size:,} bytes")
         return groups
@@ -273,15 +303,20 @@ def _stock_of(metadata: Sequence[Any], groups: Sequence[_Group], column: str, la
     return Stock(used, tuple(left_out))
 
 
-def _metadata(path: Path) -> Any:
+def _readable(path: Path | str, opened: RemoteFile | None) -> Any:
+    """Returns what pyarrow reads a file from."""
+    return path if opened is None else Seekable(opened)
+
+
+def _metadata(file: OpenFile | RemoteFile) -> Any:
     import pyarrow.parquet as pq
 
-    with naming(path):
-        return pq.read_metadata(path)
+    with naming(file.path):
+        return pq.read_metadata(_readable(file.path, file if isinstance(file, RemoteFile) else None))
 
 
 def _labels(
-    paths: Sequence[Path], metadata: Sequence[Any], name: str
+    paths: Sequence[Path | str], opened: Sequence[RemoteFile | None], metadata: Sequence[Any], name: str
 ) -> tuple[np.ndarray | None, tuple[str, ...], int]:
     """Reads labels int64 [length] from a column, and the names of their classes.
 
@@ -289,19 +324,21 @@ def _labels(
     """
     import pyarrow.parquet as pq
 
-    parts, without = [], 0
-    for path, facts in zip(paths, metadata, strict=True):
-        with naming(path), pq.ParquetFile(path, metadata=facts) as file:
+    def labels_in(number: int) -> tuple[list[Any] | np.ndarray, int]:
+        path, facts = paths[number], metadata[number]
+        with naming(path), pq.ParquetFile(_readable(path, opened[number]), metadata=facts) as file:
             column = file.read(columns=[name], use_threads=False).column(name)
             if len(column) != facts.num_rows:
                 raise ValueError(f"has {len(column)} labels for {facts.num_rows} rows")
-            values, missing = label_values(column, name, facts.schema.to_arrow_schema())
-            without += missing
-            parts.append(values)
-    return (None, (), without) if without else (*numbered(parts), 0)
+            return label_values(column, name, facts.schema.to_arrow_schema())
+
+    with ThreadPoolExecutor(REMOTE_THREADS if any(opened) else 1) as pool:
+        parts = [*pool.map(labels_in, range(len(paths)))]
+    without = sum(missing for _, missing in parts)
+    return (None, (), without) if without else (*numbered([values for values, _ in parts]), 0)
 
 
-def read_group(path: str, number: int, column: str, metadata: Any) -> Any:
+def read_group(file: str | RemoteFile, number: int, column: str, metadata: Any) -> Any:
     """Reads the images of a row group, as pyarrow's chunked array. Raises OSError for every error of pyarrow's."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -310,9 +347,10 @@ def read_group(path: str, number: int, column: str, metadata: Any) -> Any:
     is_struct = types.is_struct(metadata.schema.to_arrow_schema().field(column).type)
     try:
         # Each read opens the file, because pyarrow does not promise that threads may share an open one.
-        with pq.ParquetFile(path, metadata=metadata, pre_buffer=False) as file:  # one column: nothing to gather
+        source = file if isinstance(file, str) else Seekable(file)
+        with pq.ParquetFile(source, metadata=metadata, pre_buffer=False) as opened:  # one column: nothing to gather
             leaf = f"{column}.bytes" if is_struct else column
-            return file.read_row_group(number, columns=[leaf], use_threads=False).column(column)
+            return opened.read_row_group(number, columns=[leaf], use_threads=False).column(column)
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, KeyError, IndexError) as error:
         raise OSError(f"row group {number}: {' '.join(str(error).split())}") from error
 

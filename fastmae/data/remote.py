@@ -7,6 +7,7 @@ replaced is noticed by its size, ETag or time. Nothing is kept on a disk but the
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import re
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from fastmae.data.openfile import OpenFile
 from fastmae.errors import UserError, in_one_line, install_hint
@@ -43,6 +44,21 @@ def is_remote(path: str | Path) -> bool:
 def file_name(path: str | Path) -> str:
     """Returns the last part of a path or an address, without what follows a `?`."""
     return PurePosixPath(urlsplit(str(path)).path).name if is_remote(path) else Path(path).name
+
+
+def joined(base: str, name: str) -> str:
+    """Returns the address of a name that is relative to the file or, with a `/` at its end, the folder at ``base``."""
+    if is_remote(name):
+        return name
+    plain = base.partition("?")[0]
+    if urlsplit(base).scheme in ("http", "https"):
+        return urljoin(plain, name)
+    return folder_of(base) + "/" + name.lstrip("/")
+
+
+def folder_of(url: str) -> str:
+    """Returns the address of the folder of a file, without a `/` at its end."""
+    return url.partition("?")[0].rpartition("/")[0]
 
 
 def open_file(path: str | Path) -> OpenFile | RemoteFile:
@@ -87,41 +103,60 @@ class RemoteFile:
         end = min(position + size, self.size)
         if end <= position:
             return b""
-        data = self._retried(lambda: self._files.cat_file(self._inside, start=position, end=end))
+        data = _retried(self.path, lambda: self._files.cat_file(self._inside, start=position, end=end))
         if len(data) > end - position:
             raise OSError(f"{self.path}: its server gives whole files and no ranges of them; copy it to a disk")
         return bytes(data)
 
     def _asked_stamp(self) -> tuple[int, int]:
         self._files.invalidate_cache()
-        facts = self._retried(lambda: self._files.info(self._inside))
+        facts = _retried(self.path, lambda: self._files.info(self._inside))
         size = facts.get("size")
         if not isinstance(size, int) or facts.get("type") == "directory":
             raise OSError(f"{self.path}: no file, or one whose server does not say how long it is; copy it to a disk")
         told = json.dumps([str(facts.get(name)) for name in TAGS])
         return size, int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "big")  # below any time in ns
 
-    def _retried(self, ask: Callable[[], T]) -> T:
-        """Asks, and asks again after a while if that fails in a way that may pass.
 
-        Raises:
-            OSError: it failed to the end.
-        """
-        for wait in (*WAITS, None):
-            try:
-                return ask()
-            except Exception as error:  # whatever the library of this kind of address raises
-                said = error.__cause__ or error  # fsspec takes every failure over HTTP for a file that is not there
-                reason = in_one_line(f"{type(said).__name__}: {said}", 300)
-                status = getattr(said, "status", None)
-                is_final = isinstance(said, FileNotFoundError | PermissionError) or (
-                    isinstance(status, int) and 400 <= status < 500 and status not in AGAIN
-                )
-                if wait is None or is_final:
-                    raise OSError(f"{self.path}: {reason}") from error
-                logger.warning("%s: %s; asking again in %g s", self.path, reason, wait)
-                time.sleep(wait)
-        raise AssertionError
+def fetch(url: str, most: int) -> bytes:
+    """Returns the bytes of a small file behind an address, in one request.
+
+    Raises:
+        UserError: the package for such addresses is not installed.
+        OSError: there is no such file, it may not be read, or it has more than ``most`` bytes.
+    """
+    files, inside = _filesystem(url)
+    data = _retried(url, lambda: files.cat_file(inside))
+    if len(data) > most:
+        raise OSError(f"{len(data)} bytes, over the limit of {most}")
+    return bytes(data)
+
+
+class Seekable(io.RawIOBase):
+    """A file of ``open_file`` with a position, for libraries that read such. One thread uses it."""
+
+    def __init__(self, file: OpenFile | RemoteFile) -> None:
+        self._file, self._position = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = (0, self._position, self._file.size)[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = self._file.size - self._position
+        data = self._file.read(left if size is None or size < 0 else size, self._position) if left > 0 else b""
+        self._position += len(data)
+        return data
 
 
 class ReadAhead:
@@ -150,6 +185,29 @@ class ReadAhead:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+def _retried(url: str, ask: Callable[[], T]) -> T:
+    """Asks, and asks again after a while if that fails in a way that may pass.
+
+    Raises:
+        OSError: it failed to the end.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return ask()
+        except Exception as error:  # whatever the library of this kind of address raises
+            said = error.__cause__ or error  # fsspec takes every failure over HTTP for a file that is not there
+            reason = in_one_line(f"{type(said).__name__}: {said}", 300)
+            status = getattr(said, "status", None)
+            is_final = isinstance(said, FileNotFoundError | PermissionError) or (
+                isinstance(status, int) and 400 <= status < 500 and status not in AGAIN
+            )
+            if wait is None or is_final:
+                raise OSError(f"{url}: {reason}") from error
+            logger.warning("%s: %s; asking again in %g s", url, reason, wait)
+            time.sleep(wait)
+    raise AssertionError
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

@@ -27,6 +27,7 @@ from fastmae.data.images import FolderSource, begins_as_an_image
 from fastmae.data.lists import LIST_SUFFIXES, open_list
 from fastmae.data.memory import release_after
 from fastmae.data.pages import PagedSource, by_page
+from fastmae.data.parquet import open_parquet
 from fastmae.data.plan import Shards, describe_order, held_out_of_training, holdout, shards_of
 from fastmae.data.remote import file_name, is_remote
 from fastmae.data.shards import expand_braces, open_shards, refuse_compressed
@@ -580,15 +581,24 @@ def _open_file(path: Path, split: Split, read_as: ReadAs) -> Source | None:
 
 
 def _open_remote(pattern: str, split: Split, read_as: ReadAs) -> Source | None:
-    """Opens the tar shards behind an address, or those that a brace pattern names; they have no val part."""
+    """Opens tars, Parquet files or a list behind an address, or those that a brace pattern names.
+
+    A list alone may have a val part.
+    """
     urls = [*expand_braces(pattern)]
+    kinds = {suffix_of(file_name(url)) for url in urls}
     for url in urls:
         refuse_compressed(url)
-        if not file_name(url).lower().endswith(".tar"):
-            raise SettingError("data_path", pattern, f"{url} is no tar; only tar shards are read from an address")
     try:
-        return open_shards(urls, read_as.image_key) if split == "train" else None
-    except OSError as error:
+        if len(urls) == 1 and kinds <= {*LIST_SUFFIXES}:
+            return open_list(pattern, split, read_as.root)
+        if kinds == {".tar"}:
+            return open_shards(urls, read_as.image_key) if split == "train" else None
+        if kinds == {".parquet"}:
+            return open_parquet(urls, read_as.root) if split == "train" else None
+        problem = "no tars or Parquet files alone, and no list of paths; nothing else is read from an address"
+        raise SettingError("data_path", pattern, problem)
+    except (OSError, ValueError) as error:
         reason = in_one_line(" ".join(str(error).split()), 400)
         raise SettingError("data_path", pattern, f"cannot be read ({reason}); check the address") from error
 

@@ -88,12 +88,12 @@ def test_labels_with_gaps_are_none_and_told(folder):
 def test_files_that_are_missing_are_counted_and_named(folder):
     more = ["cat/9.png", "bird/1.png", "https://example.org/1.png", "../x.png", "cat/10.png"]
     source = open_train(write(folder, "x.csv", "path,label", *(f"{name},{name[:3]}" for name in (*FILES, *more))))
-    assert names(source) == FILES
-    assert source.classes == ("cat", "dog")
-    missing, addresses = source.stock.lines()
+    assert names(source) == [*FILES, "example.org/1.png"]
+    assert source.paths[len(FILES)] == "https://example.org/1.png", "what lies there is asked for when it is read"
+    assert source.classes == ("cat", "dog", "htt")
+    (missing,) = source.stock.lines()
     assert missing.startswith("4 rows left out: no such file; check the paths, or give the folder that they are")
     assert missing.endswith("(cat/9.png, bird/1.png, ../x.png, …)")
-    assert addresses.startswith("1 row left out: addresses, and files are needed; download them")
     assert source.stock.total("rows") == len(FILES) + len(more)
 
 
@@ -150,7 +150,6 @@ WRONG = {
     "too many cells": ("x.csv", ["path,label", "a,b.png,3"], "row 1 has 3 cells, and there are 2 columns"),
     "an endless cell": ("x.csv", ["path,label", '"' + "x" * 200_000], "no table: "),
     "binary": ("x.txt", ["a\0b"], "no text in UTF-8"),
-    "addresses": ("x.txt", ["https://example.org/1.png"], "lists addresses such as https"),
     "backslashes": ("x.txt", ["cat\\0.png"], "write / instead of"),
 }
 

@@ -5,20 +5,27 @@ It knows nothing of devices; its images lie in the memory of the host.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
 
+from fastmae.data.cache import CachedSource
 from fastmae.data.plan import crop_draws
+from fastmae.data.remote import is_remote
 from fastmae.data.sample import LoadedSample, Skipped, View, load_sample
 from fastmae.data.sources import Source
 
 PREFETCH = 3
 """Batches that the threads work on at the same time: the one that is waited for and those behind it."""
+
+READ_THREADS = 32
+"""Threads that wait for images behind addresses, besides those that decode."""
 
 Requests = Iterable[tuple[np.ndarray, np.ndarray]]
 """(indices, draw_ids) of each batch, int64 [N] each."""
@@ -95,6 +102,55 @@ def _by_kind(samples: Iterable[LoadedSample]) -> dict[str, list[tuple[int, str]]
     return changed
 
 
+class ReadAhead:
+    """A source behind addresses, whose images are asked for many at a time, before they are decoded.
+
+    An answer takes a while, however small the image is; threads that wait for one take no core.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="fastmae-read")
+        self._asked: dict[int, list[Future[bytes | np.ndarray]]] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def ask(self, indices: Iterable[int]) -> None:
+        """Starts to read images, each of which is then read once by ``read``."""
+        with self._lock:
+            for index in indices:
+                self._asked.setdefault(index, []).append(self._pool.submit(self._source.read, index))
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """As the source's, from what was asked for before, if it was."""
+        with self._lock:
+            asked = self._asked.get(index)
+            answer = asked.pop() if asked else None
+            if not asked:
+                self._asked.pop(index, None)
+        return self._source.read(index) if answer is None else answer.result()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def lies_behind_addresses(source: Any) -> bool:
+    """Tells whether reading an image of a source asks a server, as far as its first and last files tell."""
+    if isinstance(source, CachedSource) and source.form == "decoded":  # which decodes as it reads
+        return False
+    inside = getattr(source, "parts", None) or [part for part in [getattr(source, "source", None)] if part is not None]
+    if inside:
+        return any(map(lies_behind_addresses, inside))
+    files = getattr(source, "paths", None) or getattr(source, "files", ())
+    ends = [files[0], files[len(files) - 1]] if isinstance(files, Sequence) and len(files) else []
+    return any(map(is_remote, ends))
+
+
 class DecodeThreads:
     """A pool of threads that load samples of ``source`` as ``view`` says. ``close`` ends them.
 
@@ -103,7 +159,9 @@ class DecodeThreads:
     """
 
     def __init__(self, source: Source, view: View, num_workers: int, pin_memory: bool) -> None:
-        self._source, self._view, self._pin_memory = source, view, pin_memory
+        self._ahead = ReadAhead(source) if lies_behind_addresses(source) else None
+        self._source: Source = source if self._ahead is None else cast(Source, self._ahead)
+        self._view, self._pin_memory = view, pin_memory
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="fastmae-decode")
 
     def start(self, indices: np.ndarray, draw_ids: np.ndarray, for_dali: bool = False) -> PendingBatch:
@@ -114,6 +172,8 @@ class DecodeThreads:
             for_dali: only read plain JPEGs, as ``load_sample`` has it.
         """
         view = self._view
+        if self._ahead is not None:
+            self._ahead.ask(indices.tolist())
         dtype = getattr(torch, view.reading.dtype)
         images = torch.empty(len(indices), *view.size, view.in_chans, dtype=dtype, pin_memory=self._pin_memory)
         rows = images.numpy()
@@ -133,6 +193,8 @@ class DecodeThreads:
     def close(self) -> None:
         """Ends the threads, once each has finished its image."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._ahead is not None:
+            self._ahead.close()
 
 
 def decode_by_threads(

@@ -151,7 +151,7 @@ case $part in
     steps --model "$B" --batch_size "$n" --precision "$(half)" --baselines "${baselines[@]}" --switches "${switches[@]}" \
       --rounds "$rounds" --time_limit 70 "${json[@]}"; exit ;;
   steps-large)
-    switches=(clip-grad); on_gpu && switches=(compile-block+bf16-residual float8)
+    switches=(clip-grad); on_gpu && switches=(compile-block+bf16-residual compile-block+checkpointing-gelu float8)
     baselines=(strong); on_gpu && baselines=(strong-compiled official)
     steps --model "$L" --batch_size "$n" --precision "$(half)" --baselines "${baselines[@]}" --switches "${switches[@]}" \
       --rounds "$rounds" --time_limit 60 "${json[@]}"; exit ;;

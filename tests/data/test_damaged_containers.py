@@ -2,8 +2,10 @@
 
 import gzip
 import io
+import re
 import struct
 import tarfile
+import tracemalloc
 import warnings
 from collections import Counter
 
@@ -84,6 +86,11 @@ def damaged(whole, seed):
 def look_through(path, data):
     """Writes a container, opens it and reads it all. Returns what came of it."""
     path.write_bytes(data)
+    return look(path)
+
+
+def look(path, length=20):
+    """Opens a container and reads it all. Returns what came of it; ``length`` None: whatever it says it holds."""
     opened = path.with_name("x.npy") if path.name == "x_labels.npy" else path
     try:
         source = open_train(str(opened))
@@ -95,7 +102,7 @@ def look_through(path, data):
         assert str(path.parent) in line, "the line does not say where"
         return "refused"
     is_told = bool(source.stock.lines()) or bool(getattr(source, "damage", ()))
-    assert len(source) == 20 or is_told, f"{len(source)} images without a word"
+    assert len(source) == length or length is None or is_told, f"{len(source)} images without a word"
     assert describe(source).length == len(source)
     lines = []
     for index in range(min(100, len(source))):
@@ -125,6 +132,44 @@ def test_a_damaged_container_is_one_line_or_told(tmp_path, name, monkeypatch, re
     assert outcomes["refused"]
     record_property("containers with damaged headers and footers", MUTATIONS)
     record_property("refused among these", outcomes["refused"])
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_damaged_zarr_store_is_one_line_or_told_and_allocates_nothing_first(tmp_path, version, monkeypatch):
+    """Its metadata, which may claim any shape and codec, and its chunks. No memory is taken for what is claimed."""
+    zarr = pytest.importorskip("zarr")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "x.zarr"
+    zarr.create_array(str(path), data=COLOUR, chunks=(5, 8, 6, 3), zarr_format=version)
+    whole = {file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+    metadata = next(file for file in whole if file.name in ("zarr.json", ".zarray"))
+    outcomes = Counter()
+    assert look(path) == "read"
+    tracemalloc.start()
+    try:
+        for seed in range(MUTATIONS):
+            file = metadata if seed % 3 else [*whole][seed % len(whole)]
+            data = _other_number(whole[file], seed) if seed % 2 and file == metadata else damaged(whole[file], seed)
+            file.write_bytes(data)
+            try:
+                outcomes[look(path, length=None)] += 1  # a shape of fewer images is as good as any
+            except Exception as error:
+                error.add_note(f"mutation {seed} of {file.name}")
+                raise
+            file.write_bytes(whole[file])
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+    assert outcomes["refused"]
+
+
+def _other_number(text, seed):
+    """Returns JSON with one of its numbers replaced by one that nobody means."""
+    random = np.random.default_rng(seed)
+    found = [*re.finditer(rb"\d+", text)]
+    at = found[int(random.integers(len(found)))]
+    other = random.choice([b"0", b"1", b"999999999", b"99999999999999999999", b"-1", b"1e400", b"null", b'"x"'])
+    return text[: at.start()] + bytes(other) + text[at.end() :]
 
 
 def test_damaged_masks_are_one_line_or_masks(tmp_path):

@@ -67,6 +67,26 @@ def test_a_batch_beyond_32_bits():
     assert masked_mse(pred, *arguments, True).isfinite()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.float32])
+def test_wide_pixels_with_missing_ones_are_as_on_a_cpu(dtype):
+    """The patches, the loss and its gradient; a patch with a missing pixel is no target in any of them."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 4096, (8, 64, 48, 3), generator=generator, dtype=torch.int32)
+    images[0, 5, 5], images[3, 17:40] = 7, 7
+    images, ids = images.to(dtype), random_masking(torch.arange(8), 0, 12)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])
+    value_range = torch.tensor([[0.0, 10.0, -5.0], [4095.0, 4000.0, 2000.0]])
+    found = []
+    for device in ("cpu", "cuda"):
+        pixels, order, m, s, ends = (tensor.to(device) for tensor in (images, ids, mean, std, value_range))
+        visible = gather_patches(pixels, order[:, :3], (16, 16), m, s, torch.float32, ends, 7.0)
+        pred = torch.randn(8, 9, 768, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+        loss = masked_mse(pred, pixels, order[:, 3:], (16, 16), m, s, True, ends, 7.0)
+        found.append([tensor.cpu() for tensor in (visible, loss.detach(), torch.autograd.grad(loss, pred)[0])])
+    for got, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_tensors_on_the_wrong_device_are_named():
     images, ids = torch.zeros(1, 4, 4, 1, dtype=torch.uint8, device="cuda"), torch.zeros(1, 1, dtype=torch.int32)
     with pytest.raises(ValueError, match="ids must be on the device of images"):

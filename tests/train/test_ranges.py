@@ -16,6 +16,7 @@ from fastmae.config import ExportConfig, FinetuneConfig, ReconstructConfig
 from fastmae.config.model import ModelSpec
 from fastmae.config.shared import ReadingConfig
 from fastmae.data import statistics
+from fastmae.data.plan import holdout
 from fastmae.errors import SettingError
 from fastmae.evaluate.anomaly import patch_errors
 from fastmae.evaluate.reconstruct import drawn
@@ -118,6 +119,33 @@ def test_fine_tuning_and_pictures_take_the_range_of_the_encoder(wide, capsys):
     picture = wide / "grid.png"
     run_reconstruct(ReconstructConfig(checkpoint=str(wide / "run"), output=str(picture), count=2, device="cpu"))
     assert picture.exists()
+
+
+def test_an_encoder_of_8_bits_is_fine_tuned_on_wide_pixels_as_the_flags_say(wide, tmp_path, capsys):
+    """It keeps its mean and deviation; the range is measured or given; the classifier says so and goes on with it."""
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "bytes.npy", random.integers(0, 256, (24, 8, 8, 1), np.uint8))
+    pretrain(small_run(str(tmp_path / "bytes.npy"), tmp_path / "bytes", **SMALL))
+    encoder, data = load_model(tmp_path / "bytes"), np.load(wide / "wide.npz")["images"]
+    learnt = data[holdout(len(data))[0]]
+    measured = tuple(np.percentile(learnt, [0.1, 99.9], method="nearest").tolist())
+    for name, value_range in (("measured", None), ("given", (0, 4095))):
+        words = dict(data_path=str(wide / "wide.npz"), finetune=str(tmp_path / "bytes"), epochs=1, batch_size=12)
+        flags = dict(pixel_type="uint16", value_range=value_range, output_dir=str(tmp_path / name))
+        assert finetune(FinetuneConfig(**words, **flags)) == 0
+        low, high = value_range or measured
+        assert f"{low:.6g} to {high:.6g} of uint16" in capsys.readouterr().out
+        model = load_classifier(tmp_path / name)
+        assert model.pixels == PixelFacts(dtype="uint16", low=(low,), high=(high,))
+        assert torch.equal(model.mean, encoder.mean)
+        assert torch.equal(model.std, encoder.std)
+        images = torch.from_numpy(data[:4])
+        shares = (images.double() - low) / (high - low)
+        expected = ((shares - encoder.mean.double()) / encoder.std.double()).permute(0, 3, 1, 2)
+        torch.testing.assert_close(normalised(model, images).double(), expected, rtol=1e-5, atol=1e-5)
+    assert finetune(FinetuneConfig(**words, output_dir=flags["output_dir"], resume="auto")) == 0
+    with pytest.raises(SettingError, match="uint16 pixels where uint8 ones are meant; set pixel_type to uint16"):
+        finetune(FinetuneConfig(**words, output_dir=str(tmp_path / "none")))
 
 
 def test_flags_give_a_checkpoint_another_range(wide):

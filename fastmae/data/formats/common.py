@@ -16,6 +16,8 @@ from fastmae.errors import install_hint
 
 MAX_BYTES = 2 << 30
 """An image of which all bands together take more is refused."""
+MAX_CHANNELS = 1024
+"""A file of more pages is not read as one image with a channel each: to read a small page takes milliseconds."""
 MAX_PAGES = 1_000_000
 """A file that claims more pages than this is refused."""
 
@@ -68,8 +70,10 @@ def as_channels(pages: Iterable[np.ndarray], count: int) -> np.ndarray:
     """Returns ``count`` pages [H, W, c] as one image [H, W, count · c].
 
     Raises:
-        BadImageError: they differ in size or type, or are too much together.
+        BadImageError: they differ in size or type, or are too many or too much together.
     """
+    if count > MAX_CHANNELS:
+        raise BadImageError(f"{count:,} pages as channels, over the limit of {MAX_CHANNELS:,}; set pages to all")
     found: list[np.ndarray] = []
     for number, page in enumerate(pages, 1):
         found.append(page)

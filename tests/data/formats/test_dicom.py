@@ -54,6 +54,14 @@ def made(array: np.ndarray, syntax: Any = ExplicitVRLittleEndian, **elements: An
     return file.getvalue()
 
 
+def test_a_damaged_number_of_frames_does_not_keep_a_run_waiting():
+    """Thousands of frames of a pixel, which a damaged size makes of any image, are refused before one is decoded."""
+    data = made(numbers("uint16", 5000, 1, 1))
+    assert dicom.pixels(data, AS_STORED).shape == (1, 1, 1)
+    with pytest.raises(BadImageError, match="5,000 pages as channels, over the limit of 1,024; set pages to all"):
+        dicom.pixels(data, ReadAs(pages="channels"))
+
+
 def numbers(dtype: str, *shape: int, bits: int | None = None) -> np.ndarray:
     info = np.iinfo(dtype)
     top = info.max if bits is None else (1 << bits) - 1

@@ -119,7 +119,7 @@ def test_features_of_a_path_an_array_and_a_tensor(pretrained):
 @pytest.mark.parametrize(
     ("data", "settings", "words"),
     [
-        (np.full((2, 16, 16, 1), 0.5), {}, "256 of 256 values of float64 do not fit into uint8"),
+        (np.full((2, 16, 16, 1), 0.5), {}, "float64 pixels where uint8 ones are meant"),
         (np.zeros((2, 16, 16, 1), complex), {}, "data: images must be integers or floating-point numbers"),
         (np.zeros((2, 16), np.uint8), {}, "data: images must have shape"),
         ("digits", {"pool": "max"}, "pool='max': must be one of mean, cls, both, tokens"),

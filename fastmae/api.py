@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fastmae.config import FinetuneConfig, PretrainConfig, ProbeConfig
-from fastmae.config.load import make_config
+from fastmae.config.load import load_settings, make_config
 from fastmae.errors import SettingError
 from fastmae.files import read_rows
 from fastmae.messages import logger
@@ -128,7 +128,9 @@ def pretrain(
         UserError: a setting, the data or a checkpoint cannot work. The message names the argument.
     """
     _refuse_hooks(settings)
-    parts = _parts(data, val, settings, config, needs_labels=bool(settings.get("probe") or settings.get("probe_freq")))
+    in_file = {} if config is None else load_settings(config, PretrainConfig)
+    probed = {**in_file, **settings}.get("probe") or {**in_file, **settings}.get("probe_freq")
+    parts, settings = _with_data(data, val, settings, in_file, needs_labels=bool(probed))
     own = None if model is None or isinstance(model, str) else _trainable(model)
     settings |= {"model": model} if own is None else _settings_of_model(own, settings)
     if model is None:
@@ -179,7 +181,9 @@ def finetune(
     """
     _refuse_hooks(settings)
     start = finetune.folder if isinstance(finetune, Run) else finetune
-    parts = _parts(data, val, settings, config or start or None, needs_labels=True)
+    in_file = {} if config is None else load_settings(config, FinetuneConfig)
+    has_own = bool(start or in_file.get("finetune"))
+    parts, settings = _with_data(data, val, settings, in_file, needs_labels=True, is_needed=not has_own)
     given = {"output_dir": output_dir, **({"finetune": start} if start else {}), **settings}
     configuration = make_config(FinetuneConfig, given, config)
     from fastmae.train.finetune import finetune as run_finetuning
@@ -354,26 +358,39 @@ def _refuse_hooks(settings: Mapping[str, Any]) -> None:
             raise SettingError(name, problem=f"is not taken, as a run must be exact and resumable; {HOOKS[name]}")
 
 
-def _parts(
-    data: Any, val: Any, settings: dict[str, Any], config: str | PathLike[str] | None, *, needs_labels: bool
-) -> Parts | None:
-    """Returns objects as sources. Puts into the settings what stands for them there, or the paths that were given."""
+def _with_data(
+    data: Any,
+    val: Any,
+    settings: dict[str, Any],
+    in_file: Mapping[str, Any],
+    *,
+    needs_labels: bool,
+    is_needed: bool = True,
+) -> tuple[Parts | None, dict[str, Any]]:
+    """Returns objects as sources, and the settings with what stands for them there, or with the paths that are given.
+
+    Args:
+        settings: the arguments.
+        in_file: the settings of the file, which they override.
+        needs_labels: whether samples are read for their labels, where nothing else tells these.
+        is_needed: whether nothing else tells the data.
+    """
     if data is None:
         if val is not None:
             raise SettingError("val", problem="is for objects in Python; give data as well")
-        if config is None and "data_path" not in settings:
+        if is_needed and "data_path" not in settings and "data_path" not in in_file:
             raise SettingError("data", problem="must be given: a Dataset, a list, an array, a path or digits")
-        return None
+        return None, settings
     if "data_path" in settings:
         raise SettingError("data_path", settings["data_path"], "is another name of data, which is given as well")
     from fastmae.data.objects import given_parts
 
-    parts = given_parts(data, val, layout=settings.get("layout") or "auto", needs_labels=needs_labels)
-    settings["data_path"] = data if parts is None else parts.phrase
+    layout: Any = {**in_file, **settings}.get("layout") or "auto"
+    parts = given_parts(data, val, layout=layout, needs_labels=needs_labels)
     for name in FOR_PATHS if parts is not None else ():
         if settings.get(name) is not None:
             raise SettingError(name, settings[name], "is for files that a path names; leave it out, or give their path")
-    return parts
+    return parts, {**settings, "data_path": data if parts is None else parts.phrase}
 
 
 def _opened(data: Any, val: Any, encoder: MaskedAutoencoderViT, *, needs_labels: bool = False) -> Any:

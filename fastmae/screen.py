@@ -68,9 +68,13 @@ def complain(line: object) -> None:
 
 
 def open_console(**options: Any) -> Console:
-    """Returns a console of rich on stdout that takes every text as it is: brackets are no markup."""
+    """Returns a console of rich on stdout that takes every text as it is: brackets are no markup.
+
+    In a notebook lines are text as anywhere else, where rich would make an output of its own of each.
+    """
     stream = sys.stdout if isinstance(sys.stdout, Stream) else Stream(sys.stdout)
-    return Console(**{"file": stream, "markup": False, "emoji": False, "highlight": False, **options})
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "force_jupyter": False}
+    return Console(**{"file": stream, **plain, **options})
 
 
 def show_table(

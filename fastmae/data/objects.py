@@ -299,11 +299,10 @@ class _Samples:
 
     def label(self, sample: Any) -> Any:
         """Returns the label in a sample; None if there is none."""
-        if self.label_key is None:
-            return None
         if isinstance(sample, Mapping):
             return sample.get(self.label_key)
-        return sample[self.label_key] if len(sample) > int(self.label_key) else None
+        has_one = isinstance(sample, tuple | list) and isinstance(self.label_key, int) and len(sample) > self.label_key
+        return sample[self.label_key] if has_one else None
 
 
 def _samples(data: Any, length: int) -> _Samples:
@@ -584,7 +583,8 @@ def _labels(
         return None, (), ("what is beside the images in the samples are no labels, neither integers nor words",)
     if not needs_labels:
         # As a pass over all images takes long, and pretraining itself uses none.
-        return None, (), ("labels are in the samples alone and are not read, so no image has one; set probe to True",)
+        note = "labels are in the samples alone and are not read, so no image has one; probe=True reads them"
+        return None, (), (note,)
     logger.info("labels          read from %s, each once", count_of(samples.length, "samples"))
     return _numbered(_read_labels(samples, objects), names)
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from helpers import metrics
 from PIL import Image
+from ranks import run_script, start_ranks
 from torch.utils.data import Dataset
 
 import fastmae
@@ -165,6 +168,77 @@ def test_probe_returns_what_the_command_prints(pngs, of_files, capsys):
     assert main(["probe", str(of_files.folder), "--json", "--k", "5"]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert fastmae.probe(of_files, k=5) == fastmae.probe(of_files.model, Pictures(pngs), k=5) == printed
+
+
+# As a user writes it: no `if __name__ == "__main__"`, and nothing that another process would have to import.
+SCRIPT = """
+import os, signal, sys
+import numpy as np
+import torch
+from PIL import Image
+import fastmae
+
+folder, output_dir, batch_size, what = sys.argv[1:]
+
+
+class Pictures(torch.utils.data.Dataset):
+    paths = sorted(os.path.join(top, name) for top, _, names in os.walk(folder) for name in names)
+
+    def __len__(self):
+        return len(self.paths) - (what == "differ" and os.environ["RANK"] == "1")
+
+    def __getitem__(self, index):
+        return Image.open(self.paths[index]).convert("RGB")
+
+
+def look(info):
+    if what == "kill" and info.step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+fastmae.pretrain(
+    Pictures(), output_dir=output_dir, model="mae_vit_tiny_patch4", input_size=16, epochs=2, warmup_epochs=0,
+    batch_size=int(batch_size), tune="off", num_workers=2, checkpoint_freq=1, log_freq=1, resume="auto", on_step=look,
+)
+print("after the run")
+"""
+
+
+@pytest.fixture
+def script(pngs, tmp_path):
+    """Starts a script that trains on a Dataset in ``ranks`` processes."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    def start(folder, ranks=1, what=""):
+        words = (str(pngs), str(folder), str(16 // ranks), what)
+        return start_ranks(ranks, partial(run_script, tmp_path / "script.py", *words))
+
+    return start
+
+
+@pytest.mark.slow
+def test_a_script_that_was_killed_goes_on_with_its_dataset_to_the_bit(script, of_files, tmp_path):
+    (rank,) = script(tmp_path / "run", what="kill")
+    assert rank.finish()[0] == -signal.SIGKILL
+    before = len(metrics(tmp_path / "run"))
+    (rank,) = script(tmp_path / "run")
+    assert rank.finish()[0] == 0, rank.finish()
+    assert "resumed " in rank.said()
+    assert "after the run" in rank.said()
+    assert 3 <= before < 6
+    assert metrics(tmp_path / "run") == metrics(of_files.folder)
+    assert same_weights(fastmae.load_model(tmp_path / "run").state_dict(), weights(of_files))
+
+
+@pytest.mark.slow
+def test_two_ranks_with_a_dataset_train_as_one_and_must_have_the_same(script, of_files, tmp_path):
+    assert [rank.finish()[0] for rank in script(tmp_path / "run", ranks=2)] == [0, 0]
+    for row, expected in zip(metrics(tmp_path / "run"), metrics(of_files.folder), strict=True):
+        assert row[:2] == expected[:2]
+        assert row[2] == pytest.approx(expected[2], rel=1e-5)  # the loss
+    ended = [rank.finish() for rank in script(tmp_path / "other", ranks=2, what="differ")]
+    assert any("rank 1 reads other train data than rank 0: it has 47 images instead of 48" in err for _, err in ended)
+    assert all(status != 0 for status, _ in ended)
 
 
 # --- a model ----------------------------------------------------------------------------------------------------------

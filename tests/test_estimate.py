@@ -9,6 +9,8 @@ import torch
 
 from fastmae.cli import main
 from fastmae.config import EstimateConfig
+from fastmae.config.shape import Shape
+from fastmae.errors import UserError
 from fastmae.estimate import CONSTANTS, MACHINES, ON_CPU, Constant, Machine, estimate
 from fastmae.model.flops import flops_per_image
 from fastmae.model.sizes import preset_sizes
@@ -204,3 +206,14 @@ def test_bench_scaling_names_its_successor(capsys):
     assert main(["bench", "scaling", "--gpus", "8"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "fastmae estimate" in line
+
+
+def test_any_shape_is_estimated():
+    free = dict(embed_dim=512, depth=6, num_heads=8, registers=4, decoder_embed_dim=256, decoder_num_heads=4)
+    found = of(**free)
+    sizes = preset_sizes("mae_vit_base_patch16", given=Shape(**free))
+    assert (found.parameters, found.gigaflops) == (sizes.parameters, 3 * flops_per_image(sizes, 0.75) / 1e9)
+    assert found.memory["weights"] < of().memory["weights"]
+    assert of(registers=8).memory["activations"] > of().memory["activations"]
+    with pytest.raises(UserError, match="embed_dim=500: must be a multiple of the heads"):
+        of(embed_dim=500)

@@ -1,6 +1,7 @@
 """Files for other tools: what they compute is what fastmae computes, and read again they are the same bits."""
 
 import json
+import re
 from functools import partial
 
 import pytest
@@ -14,9 +15,10 @@ from fastmae.checkpoint.restore import restore
 from fastmae.cli import main
 from fastmae.errors import UserError
 from fastmae.export.hf import save_huggingface
-from fastmae.export.timm import save_timm
+from fastmae.export.timm import as_timm, save_timm
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.presets import mae_vit_tiny_patch4
+from fastmae.model.presets import PRESETS, mae_vit_tiny_patch4
+from fastmae.model.sizes import sizes_of
 from fastmae.train.optim import make_optimizer
 
 FORMATS = {
@@ -145,6 +147,15 @@ def test_timm_gets_the_keys_and_shapes_of_its_vision_transformer(tmp_path, suffi
     weights = load_file(path) if suffix == "safetensors" else torch.load(path, weights_only=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     assert shapes == timm_shapes(width=128, depth=4, patch=4, channels=1, patches=16)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_timm_makes_mlps_as_wide_as_ours(name):
+    """It rounds the product of width and ratio down."""
+    with torch.device("meta"):
+        model = PRESETS[name]()
+    ratio = float(re.search(r"mlp_ratio=([\d.]+)", as_timm(model))[1])
+    assert int(sizes_of(model).width * ratio) == sizes_of(model).hidden
 
 
 def test_timm_loads_it_strictly_and_gives_the_same_features(trained, tmp_path):

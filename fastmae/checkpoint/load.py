@@ -15,6 +15,7 @@ from fastmae.checkpoint.manifest import LOOKS, MANIFEST, BadCheckpointError, fin
 from fastmae.checkpoint.official import (
     OfficialFile,
     check_channels,
+    check_heads,
     holds_file,
     model_of_file,
     read_official,
@@ -257,6 +258,7 @@ def _opened_run(path: Path, manifest: dict[str, Any], given: ReadingConfig) -> O
     check_channels(path, settings["in_chans"], given)
     images = images_of_model(given, settings, settings["in_chans"])
     model = _fresh({**settings, **{name: value for name, value in chosen.items() if value is not None}, **images})
+    check_heads(path, model.cls_token.shape[2] // model.head_dims[0], given)
     load_checkpoint(path, model)
     return Opened(model, settings, True)
 

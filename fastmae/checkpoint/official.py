@@ -387,6 +387,16 @@ def spec_of_file(
     return spec, tables, (*notes, *unsaid)
 
 
+def check_heads(path: Path, said: Any, given: ReadingConfig) -> None:
+    """Refuses a given number of heads of the encoder if a checkpoint says another one.
+
+    Raises:
+        SettingError: naming both.
+    """
+    if said is not None and given.num_heads not in (None, said):
+        raise SettingError("num_heads", given.num_heads, f"the encoder of {path} has {said}; leave it out")
+
+
 def check_channels(path: Path, channels: int, given: ReadingConfig) -> None:
     """Refuses a given mean, std or value range of another number of channels.
 
@@ -438,6 +448,8 @@ def _shape(file: OfficialFile, name: str, width: int, given: ReadingConfig) -> t
     for part, numbers in zip(("", "decoder_"), zip(*said, strict=True), strict=True):
         its = shape.get(f"{part}embed_dim")
         heads = next((number for number in numbers if isinstance(number, int) and number > 0), None)
+        if not part:
+            check_heads(file.path, next(filter(None, numbers[1:]), None), given)
         if heads is None and its not in (None, preset[f"{part}embed_dim"]):
             whose, usual = ("decoder", HEAD_WIDTH // 2) if part else ("encoder", HEAD_WIDTH)
             if its % usual:

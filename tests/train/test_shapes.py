@@ -201,3 +201,14 @@ def test_what_does_not_fit_is_refused_in_one_line(blobs, tmp_path, flags, said):
         pretrain(small_run(blobs, tmp_path / "run", **flags))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["", "checkpoint-1.safetensors"])
+def test_a_run_begins_with_its_encoder_and_has_its_sizes(blobs, run, model, tmp_path, file):
+    begun = tmp_path / "run"
+    assert pretrain(small_run(blobs, begun, init=str(run / file), epochs=1, warmup_epochs=1e-3, lr=1e-9)) == 0
+    found = load_model(begun)
+    assert {name: sizes_of(found).shape[name] for name in ENCODER} == ENCODER
+    torch.testing.assert_close(found.reg_token, model.reg_token, rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match=r"num_heads=4: the encoder of .* has 2; leave it out"):
+        pretrain(small_run(blobs, tmp_path / "other", init=str(run / file), epochs=1, num_heads=4))

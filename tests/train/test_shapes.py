@@ -72,7 +72,8 @@ def test_it_resumes_to_the_bit_and_with_no_other_sizes(blobs, run, tmp_path):
 def test_official_files_are_read_and_resumed(blobs, run, model, tmp_path, file):
     assert gives_the_same(run / file, model)
     assert {name: open_checkpoint(run / file).settings[name] for name in SHAPE} == FREE
-    assert pretrain(small_run(blobs, tmp_path / "on", **FREE, epochs=3, resume=str(run / file))) == 0
+    if file.endswith("pth"):
+        assert pretrain(small_run(blobs, tmp_path / "on", **FREE, epochs=3, resume=str(run / file))) == 0
     changes = {**FREE, "registers": 0}
     with pytest.raises(UserError, match="its encoder has --registers 3, not 0; give its --registers and --model"):
         pretrain(small_run(blobs, tmp_path / "off", **changes, epochs=3, resume=str(run / file)))
@@ -203,12 +204,12 @@ def test_what_does_not_fit_is_refused_in_one_line(blobs, tmp_path, flags, said):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("file", ["", "checkpoint-1.safetensors"])
-def test_a_run_begins_with_its_encoder_and_has_its_sizes(blobs, run, model, tmp_path, file):
-    begun = tmp_path / "run"
+def test_a_run_begins_with_its_encoder_and_has_its_sizes(blobs, run, model, tmp_path):
+    begun, file = tmp_path / "run", "checkpoint-1.safetensors"
     assert pretrain(small_run(blobs, begun, init=str(run / file), epochs=1, warmup_epochs=1e-3, lr=1e-9)) == 0
     found = load_model(begun)
     assert {name: sizes_of(found).shape[name] for name in ENCODER} == ENCODER
     torch.testing.assert_close(found.reg_token, model.reg_token, rtol=0, atol=1e-4)
-    with pytest.raises(UserError, match=r"num_heads=4: the encoder of .* has 2; leave it out"):
-        pretrain(small_run(blobs, tmp_path / "other", init=str(run / file), epochs=1, num_heads=4))
+    for start in (run, run / file):
+        with pytest.raises(UserError, match=r"num_heads=4: the encoder of .* has 2; leave it out"):
+            pretrain(small_run(blobs, tmp_path / "other", init=str(start), epochs=1, num_heads=4))

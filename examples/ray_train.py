@@ -1,7 +1,9 @@
-"""Pretrains by Ray Train, one worker per machine, each with a torchrun of its own. Needs: pip install 'ray[train]'
+"""Pretrains by Ray Train, one worker per machine, each with a torchrun of its own.
 
     python examples/ray_train.py --nodes 4 --gpus 8 --storage /shared/ray -- \
         --data_path /data/imagenet --output_dir /shared/runs/vit-l --model mae_vit_large_patch16 --batch_size 64
+
+Needs: fastmae, ray[train].
 """
 
 from __future__ import annotations

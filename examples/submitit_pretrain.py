@@ -1,7 +1,9 @@
-"""Pretrains by submitit, on a SLURM cluster or in processes of this machine. Needs: pip install submitit
+"""Pretrains by submitit, on a SLURM cluster or in processes of this machine.
 
     python examples/submitit_pretrain.py --cluster slurm --nodes 4 --gpus 8 -- \
         --data_path /data/imagenet --output_dir runs/vit-l --model mae_vit_large_patch16 --batch_size 64
+
+Needs: fastmae, submitit.
 """
 
 from __future__ import annotations

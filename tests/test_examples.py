@@ -48,9 +48,9 @@ def test_the_code_of_the_page_runs():
 
 def test_each_example_is_listed_and_says_what_it_needs():
     page = (EXAMPLES.parent / "docs" / "examples.md").read_text()
-    tests = Path(__file__).read_text()
-    for path in EXAMPLES.glob("*.py"):
+    tests = Path(__file__).read_text() + Path(__file__).with_name("test_schedulers.py").read_text()
+    for path in filter(Path.is_file, EXAMPLES.iterdir()):
         assert f"examples/{path.name}" in page, path.name
         assert f'"{path.name}"' in tests, path.name
-        assert "Needs: fastmae" in path.read_text(), path.name
+        assert "Needs: fastmae" in path.read_text() or path.suffix != ".py", path.name
         assert len(path.read_text().splitlines()) <= 80, path.name

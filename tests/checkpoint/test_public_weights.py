@@ -113,7 +113,7 @@ def test_a_pretraining_begins_with_it(layout, size, tmp_path):
     )
     model = build_model(spec)
     registers = model.prefix_tokens - 1
-    found = len(model.blocks), model.cls_token.shape[2], model.blocks[0].attn.num_heads, model.registers
+    found = len(model.blocks), model.cls_token.shape[2], model.blocks[0].attn.num_heads, registers
     assert found == (depth, D, heads, 4 if "registers" in layout.__name__ else 0)
     account = " ".join(begin_with(model, start, given, fixed_positions=False))
     grid = "14×14" if flags.patch_size == (16, 16) else "37×37"

@@ -91,3 +91,10 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert metrics(one) == metrics(other)
     assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
     assert final_state(one) == final_state(other)
+
+
+def forget_accelerate() -> None:
+    """Lets Hugging Face Accelerate look again for ranks: it keeps for its process what the first test had."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import forget_accelerate
 from PIL import Image
 
 import fastmae.config
@@ -247,6 +248,7 @@ def test_the_page_about_loops_runs_under_torchrun(packages, tmp_path, monkeypatc
                 exec(code, names)
     finally:
         torch.distributed.destroy_process_group()
+        forget_accelerate()
     assert names["features"].shape == (32, 256)
     assert names["maps"][1].shape == (32, 128, 4, 4)
     assert names["gradient"].shape == (8, 3, 16, 16)

@@ -5,12 +5,14 @@ import runpy
 from pathlib import Path
 
 import pytest
+from helpers import forget_accelerate
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(name: str, **settings) -> list[float]:
     """Returns what ``main`` of an example gives."""
+    forget_accelerate()
     return runpy.run_path(str(EXAMPLES / name))["main"](**settings)
 
 

@@ -37,7 +37,7 @@ def everything(images, ids, mean, std, pred, visible, mask_token, pos_embed):
     patches = gather_patches(images, ids[:, :K], PATCH, mean, std, torch.float32)
     tokens = assemble_tokens(visible, mask_token, pos_embed, ids)
     loss = masked_mse(pred, images, ids[:, K:], PATCH, mean, std, True)
-    picture = scatter_patches(pred, ids[:, K:], (3, 2), PATCH, mean, std, torch.float32)
+    picture = scatter_patches(pred.detach(), ids[:, K:], (3, 2), PATCH, mean, std, torch.float32)
     gradients = torch.autograd.grad(loss + tokens.square().sum(), (pred, visible, mask_token))
     return patches, tokens, loss, picture, *gradients
 

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import forget_accelerate
 from ranks import run_ranks
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -350,6 +351,7 @@ def _done(value):
 
 def test_accelerate_saves_the_number_of_the_masks(images, tmp_path):
     accelerate = pytest.importorskip("accelerate")
+    forget_accelerate()
     accelerator = accelerate.Accelerator(cpu=True)
     loss_of = fastmae.MAELoss(fresh())
     prepared = accelerator.prepare(loss_of)

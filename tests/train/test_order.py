@@ -14,6 +14,7 @@ from helpers import assert_same_run, small_run, soak
 
 from fastmae.cli import main
 from fastmae.data import packed
+from fastmae.data.changes import ChangedImages
 from fastmae.data.loader import LoadingStats, View
 from fastmae.data.quarantine import Quarantine
 from fastmae.data.reading import Reading
@@ -156,6 +157,7 @@ def test_ranks_see_one_order_from_any_step_on(tars, tmp_path, accum_iter, repeat
                 steps=Steps(per_epoch=4, total=14, between_checkpoints=14),
                 log=SimpleNamespace(loading=LoadingStats()),
                 quarantine=Quarantine(tmp_path / "quarantine.jsonl"),
+                changed=ChangedImages(len(source)),
             )
             stream = BatchStream(
                 run,

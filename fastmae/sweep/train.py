@@ -99,6 +99,8 @@ def train_in_a_process(launch: str = "") -> Train:
         if process.returncode == -signal.SIGKILL:
             time.sleep(1)  # where all processes of a job are killed, this one must not live to call it a failure
         status = process.returncode
+        if stop.received is not None and status != 0:  # torchrun's status is not that of its ranks
+            return Outcome(EXIT_INTERRUPTED)
         return Outcome(status, "" if status in (0, EXIT_INTERRUPTED) else _reason(folder / OUTPUT, status))
 
     return train

@@ -369,6 +369,15 @@ def test_a_process_is_started_watched_and_stopped(script, outcome, tmp_path, mon
     assert second == "rank ."
 
 
+def test_a_signal_to_the_sweep_is_no_failure_of_a_trial_whose_launcher_has_a_status_of_its_own(tmp_path):
+    """torchrun ends with status 1 when its ranks were stopped; such a trial goes on later."""
+    (tmp_path / "script").write_text("trap 'exit 1' TERM; while :; do sleep 0.01; done")
+    with StopSignals() as stop:
+        stop.stop("SIGTERM")
+        train = train_in_a_process(f"sh {tmp_path / 'script'}")
+        assert train(load_sweep(written(tmp_path)), {}, tmp_path, stop, lambda: False) == Outcome(75)
+
+
 def test_a_launcher_that_is_not_there_is_a_failed_trial(tmp_path):
     with StopSignals() as stop:
         outcome = train_in_a_process("no-such-launcher")(

@@ -30,8 +30,9 @@ def run_runs(config: RunsConfig) -> int:
     for run in runs:
         for problem in run.problems:
             logger.warning("%s/%s", run.folder, problem)
-    settings = differing(runs)
-    rows = [row_of(run) | {name: run.settings.get(name) for name in settings} for run in runs]
+    found = [row_of(run) for run in runs]
+    settings = [name for name in differing(runs) if name not in found[0]]
+    rows = [row | {name: run.settings.get(name) for name in settings} for row, run in zip(found, runs, strict=True)]
     by = config.sort
     if by is not None:
         if by not in rows[0]:

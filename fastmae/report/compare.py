@@ -11,7 +11,8 @@ from fastmae.config.load import COMPUTED
 from fastmae.errors import UserError
 from fastmae.report.run_folder import RunRecord, is_run
 
-REACHED = ("train_loss", "held_out_loss", "linear", "knn", "test_acc1")
+PROBES = ("linear", "knn")
+REACHED = ("train_loss", "held_out_loss", *PROBES, "test_acc1")
 """What a run may have reached, as log.txt, metrics.jsonl and probe.json call it."""
 LARGE_IS_BETTER = ("linear", "knn", "test_acc1", "images_per_second")
 SAME = (*COMPUTED, "output_dir", "resume", "num_workers", "log_dir", "wandb", "model", "epochs")
@@ -47,11 +48,12 @@ def row_of(run: RunRecord) -> dict[str, Any]:
     epochs = run.probes.get("epochs", {})
     newest = epochs[max(epochs, key=int)] if epochs else {}
     probed = run.probes.get("after", newest)
-    reached = {name: probed.get(name, run.newest(name)) for name in REACHED}
+    reached = {name: probed[name] if probed and name in PROBES else run.newest(name) for name in REACHED}
+    model = run.settings.get("model")
     return {
         "run": str(run.folder),
         "status": run.status,
-        "model": run.settings.get("model"),
+        "model": None if model is None else str(model),
         "epochs": run.epochs[-1]["epoch"] + 1 if run.epochs else 0,
         "of": run.settings.get("epochs"),
         **reached,

@@ -21,7 +21,10 @@ from PIL import Image
 
 from fastmae.errors import UserError, install_hint
 from fastmae.files import write_text
+from fastmae.messages import logger
 from fastmae.report.colours import colour_of
+from fastmae.report.compare import row_of
+from fastmae.report.pictures import read_picture
 from fastmae.report.run_folder import RunRecord
 from fastmae.screen import printable
 
@@ -59,16 +62,19 @@ def write_report(path: str, runs: Sequence[RunRecord]) -> int:
         hint = install_hint("report")
         raise UserError(f"fastmae report needs {error.name}, which is not installed; {hint}") from None
     names = _names(runs)
-    script = SCRIPT.read_text()
+    pictures = _pictures(runs)
+    for line in pictures["lost"]:
+        logger.warning("%s", line)
+    script = SCRIPT.read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    text = environment.from_string(TEMPLATE.read_text()).render(
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=names[0] if len(runs) == 1 else f"{len(runs)} runs",
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         runs=[_shown(number, name, run) for number, (name, run) in enumerate(zip(names, runs, strict=True))],
-        results=[title for title, key, _ in RESULTS if any(run.newest(key) is not None for run in runs)],
+        results=[title for title, key, _ in RESULTS if any(_reached(run)[key] is not None for run in runs)],
         charts=list(drawn_charts(runs)),
-        pictures=_pictures(runs),
+        pictures=pictures,
         differences=_differences(runs),
     )
     try:
@@ -91,7 +97,8 @@ def _names(runs: Sequence[RunRecord]) -> list[str]:
 
 def _shown(number: int, name: str, run: RunRecord) -> dict[str, Any]:
     """Returns what the template shows of a run, as texts."""
-    found = {title: _text(run.newest(key), form) for title, key, form in RESULTS}
+    reached = _reached(run)
+    found = {title: _text(reached[key], form) for title, key, form in RESULTS}
     done = run.epochs[-1]["epoch"] + 1 if run.epochs else 0
     start = run.starts[-1] if run.starts else {}
     events = run.events[-EVENTS:]
@@ -123,6 +130,11 @@ def _shown(number: int, name: str, run: RunRecord) -> dict[str, Any]:
     }
 
 
+def _reached(run: RunRecord) -> dict[str, Any]:
+    """Returns the newest of what a run reached, by the names of ``RESULTS``; None where it does not say."""
+    return row_of(run) | {"rankme": run.newest("rankme")}
+
+
 def _text(value: float | None, form: str, times: float = 1.0) -> str:
     return "–" if value is None else form.format(value * times)
 
@@ -135,7 +147,7 @@ def _middle(run: RunRecord, key: str) -> float | None:
 def _value(value: Any) -> str:
     """Returns a setting for people."""
     if isinstance(value, list):
-        return ", ".join(map(_value, value))
+        return ", ".join(printable(str(one)) if isinstance(one, list) else _value(one) for one in value)
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, float):
@@ -186,15 +198,23 @@ def _differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 
 
 def _pictures(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """Returns the epochs of the slider, and (number of the run, [(epoch, URI)]) of each run with pictures."""
+    """Returns the epochs of the slider, (number of the run, [(epoch, URI)]) of each run with pictures, and a line for
+    each picture that cannot be read.
+    """
     chosen = {number: _evenly([*run.reconstructions.items()]) for number, run in enumerate(runs)}
     count = sum(map(len, chosen.values()))
     shown: list[tuple[int, list[tuple[int, str]]]] = []
+    lost: list[str] = []
     for number, files in chosen.items():
-        uris = [(epoch + 1, uri) for epoch, path in files if (uri := _uri(path, PICTURE_BYTES // count))]
+        uris = []
+        for epoch, path in files:
+            try:
+                uris.append((epoch + 1, _uri(path, PICTURE_BYTES // count)))
+            except ValueError as error:
+                lost.append(printable(error))
         shown += [(number, uris)] if uris else []
     epochs = sorted({epoch for _, uris in shown for epoch, _ in uris})
-    return {"epochs": epochs, "runs": shown}
+    return {"epochs": epochs, "runs": shown, "lost": lost}
 
 
 def _evenly(items: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
@@ -204,13 +224,12 @@ def _evenly(items: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
 
 
 def _uri(path: Path, most: int) -> str:
-    """Returns a picture of at most ``most`` bytes, as it is or shrunk; nothing if it cannot be read."""
-    try:
-        data, kind = path.read_bytes(), "png"
-        with Image.open(io.BytesIO(data)) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return ""
+    """Returns a picture of at most ``most`` bytes, as it is or shrunk.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    (data, picture), kind = read_picture(path), "png"
     if len(data) > most:
         data = _encoded(picture, "PNG", optimize=True)
     scale = 1.0

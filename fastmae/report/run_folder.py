@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar
 
 from fastmae.errors import UserError
 from fastmae.files import open_file, read_json, read_rows
@@ -25,6 +25,8 @@ ROLLBACKS = ("rollbacks.json", "detours.json")
 """The file, and what version 0.1 called it."""
 LARGEST = 1e300
 """What is beyond it is damage, and does not fit every type."""
+MOST = 2**53
+"""So many steps or epochs no run has."""
 _PICTURE = re.compile(r"epoch-([0-9]{4,})\.png")
 _OFFICIAL = re.compile(r"checkpoint-(0|[1-9][0-9]*)\.pth")
 
@@ -84,7 +86,7 @@ class RunRecord:
         """The number of steps of an epoch; None while the log does not tell it."""
         for row, after in pairwise(self.rows):
             epoch = row.get("epoch")
-            if type(epoch) is int and after.get("epoch") == epoch + 1 and after["step"] == row["step"] + 1:
+            if is_count(epoch) and after.get("epoch") == epoch + 1 and after["step"] == row["step"] + 1:
                 return max(1, row["step"] // (epoch + 1))
         if self.rows and self.epochs and self.rows[-1].get("epoch") == self.epochs[-1]["epoch"]:
             return max(1, self.rows[-1]["step"] // (self.epochs[-1]["epoch"] + 1))
@@ -108,9 +110,18 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 
 
+def is_count(value: Any) -> TypeGuard[int]:
+    """Tells whether a value of JSON can be a number of steps or epochs."""
+    return type(value) is int and 0 <= value < MOST
+
+
 def is_run(folder: Path) -> bool:
-    """Tells whether a folder is a run's, of ``pretrain`` or ``finetune``."""
-    return any((folder / name).is_file() for name in ("config.json", "metrics.jsonl", "log.txt"))
+    """Tells whether a folder is a run's, of ``pretrain`` or ``finetune``. Folders of transformers have a config.json,
+    too."""
+    has_config, has_start, *has_log = (
+        (folder / name).is_file() for name in ("config.json", "environment.jsonl", "metrics.jsonl", "log.txt")
+    )
+    return any(has_log) or (has_config and has_start)
 
 
 def read_run(folder: str | Path) -> RunRecord:
@@ -175,8 +186,8 @@ def _rows(problems: list[str], path: Path) -> list[Row]:
 def _numbered(problems: list[str], path: Path, key: str) -> tuple[Row, ...]:
     """Returns the rows of a log by their number; of two with one number the later, which a repeated step wrote."""
     rows = _rows(problems, path)
-    by_number = {row[key]: row for row in rows if type(row.get(key)) is int and row[key] >= 0}
-    strange = sum(type(row.get(key)) is not int or row[key] < 0 for row in rows)
+    by_number = {row[key]: row for row in rows if is_count(row.get(key))}
+    strange = sum(not is_count(row.get(key)) for row in rows)
     if strange:
         problems.append(f"{path.name}: {strange} line{'s' if strange > 1 else ''} without {key}")
     return tuple(by_number[number] for number in sorted(by_number))
@@ -222,13 +233,13 @@ def _events(folder: Path, problems: list[str], rows: Iterable[Row], starts: Iter
     events = [
         Event(str(row.get("event")), row["step"], str(row.get("text", "")), str(row.get("time", "")))
         for row in _rows(problems, folder / EVENTS)
-        if type(row.get("step")) is int
+        if is_count(row.get("step"))
     ]
     if not events:  # a run from before there was such a file
         events = [Event("started" if n == 0 else "resumed", None if n else 0, "") for n, _ in enumerate(starts)]
         steps: Any
         for steps in (_tried(problems, folder / name, read_json, None) for name in ROLLBACKS):
-            found = [step for step in steps if type(step) is int] if isinstance(steps, list) else []
+            found = [step for step in steps if is_count(step)] if isinstance(steps, list) else []
             events += [Event("rolled back", step, "and went on with other data") for step in found]
     first: int | None = None
     last = 0
@@ -251,8 +262,8 @@ def _status(folder: Path, settings: dict[str, Any], epochs: tuple[Row, ...], eve
     total = settings.get("epochs")
     if epochs and type(total) is int and epochs[-1]["epoch"] + 1 >= total:
         return "complete"
-    told = [event for event in events if event.time]
-    return "stopped" if told and max(told, key=lambda event: event.time).kind == "stopped" else "unfinished"
+    told = sorted((event for event in events if event.time), key=lambda event: event.time)
+    return "stopped" if told and told[-1].kind == "stopped" else "unfinished"  # of one second the last counts
 
 
 def is_held(folder: Path) -> bool:

@@ -69,6 +69,30 @@ def test_the_table_and_the_csv_have_the_same_runs(runs, capsys, monkeypatch):
     assert [row["status"] for row in found] == ["complete", "unfinished", "unfinished"]
 
 
+def test_a_folder_of_transformers_is_no_run(runs, capsys):
+    (runs / "hub").mkdir()
+    (runs / "hub" / "config.json").write_text('{"model_type": "vit", "hidden_size": 192}')
+    (runs / "hub" / "model.safetensors").touch()
+    found = rows(runs, capsys)
+    assert len(found) == 3
+    assert "hidden_size" not in found[0]
+
+
+def test_settings_of_any_name_and_type_hide_no_column(tmp_path, capsys):
+    """config.json is anybody's file."""
+    nested = json.loads("[" * 400 + "]" * 400)
+    write_run(tmp_path / "a", epochs=1, steps=1, run=3, status=["x"], model=[1, {}], data=nested)
+    write_run(tmp_path / "b", epochs=1, steps=1)
+    (tmp_path / "a" / "probe.json").write_text('{"after": {"knn": 1, "linear": 2, "train_loss": "<b>"}}')
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "2 runs in" in capsys.readouterr().out
+    found = rows(tmp_path, capsys, "--sort", "model")
+    assert [(row["run"], row["status"]) for row in found] == [
+        (str(tmp_path / "a"), "complete"), (str(tmp_path / "b"), "complete"),
+    ]  # fmt: skip
+    assert (found[0]["linear"], found[0]["train_loss"]) == (2, 1.0)
+
+
 def test_what_cannot_be_compared_is_one_line(runs, refusal, capsys):
     assert refusal(["runs", str(runs / "no")]).endswith(
         "no: is not there; name a run folder, or a folder with run folders"

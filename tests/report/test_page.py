@@ -1,6 +1,8 @@
 """The page of `fastmae report` is one file that needs no network. It shows what the folders hold, and escapes all."""
 
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -104,6 +106,13 @@ def test_overview_differences_events_and_environment_are_told(words):
         assert text in shown
 
 
+def test_the_overview_has_the_accuracies_after_a_training_that_measured_none_in_between(tmp_path):
+    folder = write_run(tmp_path / "one", epochs=1, steps=1, change=lambda row: {"step": row["step"]})
+    (folder / "probe.json").write_text('{"after": {"knn": 33.33, "linear": 44.44}}')
+    write_report(str(tmp_path / "x.html"), [read_run(folder)])
+    assert "44.4 %" in (tmp_path / "x.html").read_text()
+
+
 def test_pictures_are_chosen_by_a_slider(words):
     (slider,) = [attributes for tag, attributes in words.elements if attributes.get("id") == "epoch"]
     assert slider["data-epochs"] == "1,3"
@@ -137,14 +146,39 @@ def test_a_page_stays_small_and_a_damaged_picture_is_left_out(tmp_path, monkeypa
     folder = write_run(tmp_path / "one", epochs=1, steps=1)
     noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
     for epoch in range(40):
-        (folder / "reconstructions" / f"epoch-{epoch:04d}.png").write_bytes(b"no picture")
+        (folder / "reconstructions" / f"epoch-{epoch:04d}.png").write_bytes(b"nothing")
     for epoch in (0, 39):
         Image.fromarray(noise).save(folder / "reconstructions" / f"epoch-{epoch:04d}.png")
     shown = page_module._pictures([read_run(folder)])
     assert shown["epochs"] == [1, 40]
+    assert shown["lost"][0] == f"{folder}/reconstructions/epoch-0003.png: cannot be read (no picture)"
+    assert len(shown["lost"]) == 14
     ((_, uris),) = shown["runs"]
     assert all(uri.startswith("data:image/jpeg") for _, uri in uris)
     assert sum(len(uri) for _, uri in uris) < 120_000 * 4 / 3
+
+
+def broken_png(path):
+    """A picture of several pieces, of which a later one is broken."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)).save(file, "PNG")
+    data = file.getvalue()
+    second = data.index(b"IDAT", data.index(b"IDAT") + 4)
+    path.write_bytes(data[:second] + b"\0\xff\0\1" + data[second + 4 :])
+
+
+def test_what_only_has_a_pictures_name_is_told(tmp_path, caplog):
+    folder = write_run(tmp_path / "one", epochs=1, steps=1)
+    damages = [broken_png, os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")]
+    paths = [folder / "reconstructions" / f"epoch-{epoch:04d}.png" for epoch in range(1, 5)]
+    for damage, path in zip(damages, paths, strict=True):
+        damage(path)
+    write_report(str(tmp_path / "x.html"), [read_run(folder)])
+    text = (tmp_path / "x.html").read_text()
+    for message, path in zip(caplog.messages, paths, strict=True):
+        assert message.startswith(f"{path}: cannot be read (")
+        assert f"{path}: cannot be read (" in text
+    assert 'data-epochs="1"' in text
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path, capsys):

@@ -47,6 +47,18 @@ def test_damage_is_counted_and_the_rest_is_read(tmp_path):
     )
 
 
+def test_numbers_that_no_run_has_are_damage(tmp_path):
+    folder = write_run(tmp_path / "one", epochs=2, steps=2)
+    lines = [{"step": 10**400, "epoch": 0}, {"step": 5, "epoch": -1}, {"step": 6, "epoch": 0}]
+    for name in ("metrics.jsonl", "events.jsonl"):
+        with open(folder / name, "a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    run = read_run(folder)
+    assert run.steps_per_epoch == 2
+    assert max(event.step for event in run.events) == 6
+    assert run.problems == ("metrics.jsonl: 1 line without step",)
+
+
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), True, "0.5", 10**400, [1]])
 def test_what_is_no_number_is_not_in_a_curve(tmp_path, value):
     folder = write_run(tmp_path / "one", epochs=1, steps=2, change=lambda row: row | {"loss": value})
@@ -83,6 +95,9 @@ def test_the_status_says_who_holds_a_run_and_how_it_ended(tmp_path):
     with open(folder / "events.jsonl", "a") as file:
         file.write('{"step": 4, "event": "resumed", "text": "", "time": "2026-11-30 12:00:00"}\n')
     assert read_run(folder).status == "unfinished"
+    with open(folder / "events.jsonl", "a") as file:  # in the same second
+        file.write('{"step": 4, "event": "stopped", "text": "", "time": "2026-11-30 12:00:00"}\n')
+    assert read_run(folder).status == "stopped"
 
 
 @pytest.mark.parametrize("name", ["", "nothing"])

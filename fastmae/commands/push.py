@@ -6,11 +6,11 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from fastmae.checkpoint.load import Opened, open_checkpoint
+from fastmae.checkpoint.manifest import is_step_name, newest_first
 from fastmae.config import PushConfig
 from fastmae.errors import SettingError, UserError, in_one_line, install_hint
 from fastmae.export.atomic import written_aside
@@ -18,16 +18,20 @@ from fastmae.export.card import model_card, training_facts
 from fastmae.export.hf import save_huggingface
 from fastmae.export.official import Part
 from fastmae.export.opened_hf import TOLERANCE, architecture_of, difference
+from fastmae.messages import logger
 from fastmae.report.compare import row_of
+from fastmae.report.pictures import read_picture
 from fastmae.report.run_folder import RunRecord, is_run, read_run
 from fastmae.screen import say
 
 FACTS = "training.json"
 PICTURE = "reconstructions.png"
+OF_AN_EPOCH = re.compile(r"checkpoint-(0|[1-9][0-9]*)(?:-ema)?\.(?:pth|safetensors)", re.ASCII)
+"""The official files of a run."""
 FIGURES = {
-    "linear": "linear probe (%)",
-    "knn": "k-NN (%)",
-    "test_acc1": "test accuracy (%)",
+    "linear": "linear probe of the frozen encoder, on held-out images (%)",
+    "knn": "k-NN by features of the frozen encoder, on held-out images (%)",
+    "test_acc1": "accuracy of the classifier on the test part (%)",
     "held_out_loss": "loss of images that were held out",
     "train_loss": "training loss of the last epoch",
 }
@@ -44,16 +48,18 @@ def run_push(config: PushConfig) -> int:
         raise UserError(f"--repo: needs huggingface_hub; {install_hint('hub')}")
     opened, folder = open_checkpoint(config.checkpoint, config), Path(config.output)
     part, why = _part(config, opened)
-    run = _run_of(Path(config.checkpoint))
-    with written_aside(folder) as aside:
+    run, is_newest = _run_of(Path(config.checkpoint))
+    with written_aside(folder, "DEST") as aside:
         names = opened.settings.get("class_names") or ()
         ratio = float(opened.settings.get("mask_ratio") or 0.75)
         save_huggingface(aside, opened.model, ratio, part, opened.head, names)
         checked = _checked(aside, opened, part)
-        _describe(aside, config, opened, part, run)
+        _describe(aside, config, opened, part, run if is_newest else None)
     what = "classifier" if opened.head else "encoder and decoder" if part == "full" else "encoder"
     say(f"{folder}: the {what} for {architecture_of(opened, part)}{why}, with its card (README.md)")
     say(checked)
+    if run is not None and not is_newest:
+        say(f"figures         none, and no picture: what {run.folder} says of itself is of later weights")
     if config.license is None:
         say("licence         none is named; give --license, or choose one in README.md, before you share it")
     if config.repo is not None:
@@ -76,12 +82,20 @@ def _part(config: PushConfig, opened: Opened) -> tuple[Part, str]:
     return "full", ""
 
 
-def _run_of(checkpoint: Path) -> RunRecord | None:
-    """Returns the run to which a checkpoint belongs; None for a file from elsewhere."""
-    for folder in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
-        if folder.is_dir() and is_run(folder):
-            return read_run(folder)
-    return None
+def _run_of(checkpoint: Path) -> tuple[RunRecord | None, bool]:
+    """Returns the run of which a checkpoint is, None for a file from elsewhere; and whether it is the run's newest, of
+    which the figures of the run are.
+    """
+    if is_run(checkpoint):
+        return read_run(checkpoint), True
+    is_step, official = is_step_name(checkpoint.name), OF_AN_EPOCH.fullmatch(checkpoint.name)
+    folder = checkpoint.parent.parent if is_step else checkpoint.parent
+    if not (is_step or official) or not is_run(folder):
+        return None, False
+    run = read_run(folder)
+    if official:
+        return run, bool(run.epochs) and int(official[1]) == run.epochs[-1]["epoch"]
+    return run, checkpoint.name in [path.name for path in newest_first(folder)[:1]]
 
 
 def _checked(folder: Path, opened: Opened, part: Part) -> str:
@@ -110,12 +124,17 @@ def _describe(folder: Path, config: PushConfig, opened: Opened, part: Part, run:
     facts = training_facts(opened.settings)
     row: dict[str, Any] = {} if run is None else row_of(run)
     figures = {name: row[name] for name in FIGURES if row.get(name) is not None}
-    versions = run.starts[-1].get("versions", {}) if run is not None and run.starts else {}
-    versions = {name: versions[name] for name in VERSIONS if name in versions}
+    said = run.starts[-1].get("versions") if run is not None and run.starts else None
+    versions = {name: str(said[name]) for name in VERSIONS if name in said} if isinstance(said, dict) else {}
     picture = None
     if run is not None and run.reconstructions:
-        shutil.copyfile(run.reconstructions[max(run.reconstructions)], folder / PICTURE)
-        picture = PICTURE
+        try:
+            data, _ = read_picture(run.reconstructions[max(run.reconstructions)])
+        except ValueError as error:
+            logger.warning("%s, and left out", error)
+        else:
+            (folder / PICTURE).write_bytes(data)
+            picture = PICTURE
     told = {"settings": facts, "figures": figures, "versions": versions}
     (folder / FACTS).write_text(json.dumps(told, indent=2) + "\n")
     card = model_card(

@@ -13,17 +13,20 @@ from fastmae.files import fsync_file, fsync_folder
 
 
 @contextmanager
-def written_aside(output: Path) -> Iterator[Path]:
+def written_aside(output: Path, flag: str = "--output") -> Iterator[Path]:
     """Gives a path of the same name in a folder beside ``output``; at the end, what was written there is moved.
 
     That may be a file, a folder, or a file and others that belong to it. Existing files are replaced, folders are not.
+
+    Args:
+        flag: what the command line calls ``output``.
 
     Raises:
         SettingError: the file system refused, or ``output`` is a folder that is not empty.
     """
     if output.is_dir() and any(output.iterdir()):
         problem = "is a folder with files in it; name another path"
-        raise SettingError("path", str(output), problem, flag="--output")
+        raise SettingError("path", str(output), problem, flag=flag)
     partial = output.with_name(f".{output.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # an export that was killed left it
@@ -37,7 +40,7 @@ def written_aside(output: Path) -> Iterator[Path]:
         fsync_folder(output.parent)
     except (OSError, RuntimeError) as error:  # torch's writers report a full disk as a RuntimeError
         problem = f"cannot be written ({_first_line(error)}); name another path"
-        raise SettingError("path", str(output), problem, flag="--output") from error
+        raise SettingError("path", str(output), problem, flag=flag) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

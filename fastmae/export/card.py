@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fastmae.config.load import dump_yaml
 from fastmae.data.statistics import shown_range
 from fastmae.export.official import Part
 from fastmae.facts import UINT8
+from fastmae.screen import printable
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TOLD = (
@@ -76,14 +78,14 @@ def model_card(
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         front=dump_yaml(front).strip(),
-        name=name,
+        name=_plain(name),
         what="classifier" if is_classifier else "encoder and decoder" if part == "full" else "encoder",
         architecture=architecture,
         license=license,
         sizes=sizes,
         facts={key: _shown(value) for key, value in facts.items()},
         figures={key: f"{value:.4g}" for key, value in figures.items()},
-        versions=versions,
+        versions={key: _plain(value) for key, value in versions.items()},
         picture=picture,
     )
 
@@ -91,4 +93,9 @@ def model_card(
 def _shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(_shown, value))
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else _plain(value)
+
+
+def _plain(text: object) -> str:
+    """Returns anybody's text as one line that is neither HTML nor the end of a table's cell."""
+    return html.escape(printable(text), quote=False).replace("|", "\\|")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,8 +14,13 @@ import torch
 import yaml
 from run_folders import write_run
 
+from fastmae.checkpoint.load import Opened
 from fastmae.cli import main
+from fastmae.commands import push as push_module
+from fastmae.config import PushConfig
+from fastmae.export.card import model_card
 from fastmae.model.presets import mae_vit_tiny_patch4
+from fastmae.report.run_folder import read_run
 
 SETTINGS = {"mask_ratio": 0.5, "norm_pix_loss": True, "input_size": 16, "mean": [0.1], "std": [0.7], "seed": 3}
 SETTINGS |= {"data_path": "/secret/photos", "output_dir": "/secret/run", "lr": 1.5e-4, "dataset_length": 1438}
@@ -62,7 +68,7 @@ def test_the_folder_has_the_model_its_card_facts_and_picture(run, tmp_path, caps
         "| images | 16×16 pixels, 1 channel |",
         "| `lr` | 0.00015 |",
         "| `dataset_length` | 1438 |",
-        "| linear probe (%) | 62 |",
+        "| linear probe of the frozen encoder, on held-out images (%) | 62 |",
         "![Reconstructions](reconstructions.png)",
         "The licence of the weights is `mit`",
         "Trained with fastmae 0.1.0, torch 2.13.",
@@ -97,6 +103,43 @@ def test_what_transformers_computes_otherwise_is_not_written(run, tmp_path, refu
         r"ViTMAEForPreTraining computes something else \(by \S+ of the largest\); nothing was written", line
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_figures_are_those_of_the_weights_that_are_shared(run, tmp_path, capsys):
+    folder = run.parent
+    for name in ("step-00000004", "step-00000006"):
+        (folder / "checkpoints" / name).mkdir(parents=True)
+    newest = ["", "checkpoint-2.pth", "checkpoint-2-ema.safetensors", "checkpoints/step-00000006"]
+    earlier = ["checkpoint-0.pth", "checkpoints/step-00000004"]
+    found = [push_module._run_of(folder / name) for name in newest + earlier]
+    assert [is_newest for _, is_newest in found] == [True] * 4 + [False] * 2
+    assert all(run is not None for run, _ in found)
+    assert push_module._run_of(folder / "mine.pth") == push_module._run_of(tmp_path / "x" / "y") == (None, False)
+    shutil.copy(run, folder / "checkpoint-1.pth")
+    assert main(["push", str(folder / "checkpoint-1.pth"), str(tmp_path / "earlier"), "--part", "encoder"]) == 0
+    assert f"figures         none, and no picture: what {folder} says of itself is of later" in capsys.readouterr().out
+    assert "linear probe" not in (tmp_path / "earlier" / "README.md").read_text()
+
+
+def test_a_card_takes_anybodys_text_as_text():
+    opened = Opened(mae_vit_tiny_patch4(img_size=16, in_chans=1), {}, True)
+    evil = "x | <script>\n---\n\x1b[31m"
+    card = model_card(evil, opened, "full", "ViTMAEForPreTraining", None, {"masking": evil}, {}, {"torch": evil}, None)
+    assert card.count("x \\| &lt;script&gt;\\n---\\n\\x1b[31m") == 3
+    assert "<script>" not in card
+    assert len(card.split("---\n")) == 3
+
+
+def test_what_a_run_says_of_itself_may_be_damaged(run, tmp_path, caplog):
+    folder = write_run(tmp_path / "run", epochs=1, steps=1)
+    (folder / "environment.jsonl").write_text('{"versions": ["torch"]}\n')
+    (folder / "reconstructions" / "epoch-0007.png").symlink_to(run)
+    config = PushConfig(checkpoint=str(run), output=str(tmp_path / "out"))
+    opened = Opened(mae_vit_tiny_patch4(img_size=16, in_chans=1), {}, True)
+    (tmp_path / "out").mkdir()
+    push_module._describe(tmp_path / "out", config, opened, "full", read_run(folder))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "training.json"}
+    assert caplog.messages == [f"{folder}/reconstructions/epoch-0007.png: cannot be read (no picture), and left out"]
 
 
 @pytest.mark.parametrize(

@@ -49,16 +49,23 @@ def run_sweep(config: SweepConfig) -> int:
         say(f"trial {trial.number:<9} {_shown(trial.params)}")
 
     def ended(record: Record, trial: FrozenTrial) -> None:
-        trials = record.trials()
-        write_text(folder / TABLE, _csv(sweep, trials))
+        trials = write_table(record)
         say(f"trial {trial.number:<9} {_how(sweep, trial, trials)}")
 
     record, is_done = run_trials(sweep, folder, train_in_a_process(config.launch), began, ended)
     if not is_done:
         say(f"stopped         by a signal; continue with: {_again(config)}")
         return EXIT_INTERRUPTED
-    _show(sweep, folder, record.trials())
+    _show(sweep, folder, write_table(record))
     return 0
+
+
+def write_table(record: Record) -> list[FrozenTrial]:
+    """Writes trials.csv, and returns the trials. Other processes of the sweep wait, as they write it too."""
+    with record.alone():
+        trials = record.trials()
+        write_text(record.folder / TABLE, _csv(record.sweep, trials))
+    return trials
 
 
 def _shown(params: dict[str, Any]) -> str:
@@ -115,7 +122,6 @@ def _show(sweep: Sweep, folder: Path, trials: list[FrozenTrial]) -> None:
         )
         if count
     ]
-    write_text(folder / TABLE, _csv(sweep, trials))
     names = [one.name for one in sweep.search]
     rows = [[trial.number, _number(trial.value), *(_number(trial.params[name]) for name in names)] for trial in best]
     title = f"{len(best)} trials are done{''.join(f', {other}' for other in others)}"

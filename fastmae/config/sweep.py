@@ -37,6 +37,8 @@ CHANGE_THE_LOSS = (
     "value_range", "held_out", "smoothing", "mixup", "cutmix",
 )  # fmt: skip
 """With another value of these, a loss is another quantity: a smaller one does not mean a better model."""
+CHANGE_TRAINING_LOSS = ("mask_ratio_schedule",)
+"""Of these, the loss of the training alone."""
 OF_THE_SWEEP = ("output_dir", "resume")
 KEYS = ("command", "config", "settings", "search", "metric", "direction", "trials", "seed", "startup", "pruner")
 
@@ -174,12 +176,15 @@ def _settings(given: dict[str, Any], command: str, metric: str, pruner: Pruner |
         _need(name not in settings, f"settings.{name}", problem="is the sweep's; leave it out")
     _need(settings.get("epochs") is not None, "settings.epochs", problem="must be given: how long each trial trains")
     epochs: int = settings["epochs"]
+    _need(epochs >= 1, "settings.epochs", epochs, "must be at least 1")
     if metric in PROBES:
-        settings.setdefault("probe_freq", pruner.min_epochs if pruner else epochs)
+        most = min(pruner.min_epochs, epochs) if pruner else epochs
+        settings.setdefault("probe_freq", next(n for n in range(most, 0, -1) if epochs % n == 0))
         settings.setdefault("probe", False)
-        most = pruner.min_epochs if pruner else epochs
-        holds = settings["probe_freq"] is not None and settings["probe_freq"] <= most
-        _need(holds, "settings.probe_freq", settings["probe_freq"], f"must be at most {most} (metric {metric})")
+        freq = settings["probe_freq"]
+        problem = f"must be at most {most}, and divide the {epochs} epochs, so that {metric} is measured after the last"
+        holds = freq is not None and 1 <= freq <= most and epochs % freq == 0
+        _need(holds, "settings.probe_freq", freq, problem)
     if metric == "held_out_loss":
         _need("held_out" in settings, "settings.held_out", problem="must be given for the metric held_out_loss")
     holds = pruner is None or pruner.min_epochs < epochs
@@ -197,7 +202,8 @@ def _search(given: Any, command: str, metric: str) -> tuple[Parameter, ...]:
         if metric.endswith("_loss"):
             others = " or ".join(other for other in METRICS[command] if not other.endswith("_loss"))
             problem = f"changes what {metric} measures, so trials cannot be compared by it; use metric {others}"
-            _need(name not in CHANGE_THE_LOSS, f"search.{name}", problem=problem)
+            refused = CHANGE_THE_LOSS + CHANGE_TRAINING_LOSS * (metric == "train_loss")
+            _need(name not in refused, f"search.{name}", problem=problem)
     try:
         names = {name: next(iter(current_settings({name: None}, config_class))) for name in given}
     except SettingError as error:

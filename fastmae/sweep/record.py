@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from optuna.exceptions import OptunaError
@@ -83,6 +83,10 @@ class Record:
             raise UserError(f"{self.sweep.path}: {problem}: undo it, or name another folder with --output_dir")
         return self._storage.get_study_id_from_name(STUDY)
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Keeps the other processes of the sweep from choosing a trial, or from coming in here, while entered."""
+        return locked(self.folder / LOCK)
+
     def trials(self) -> list[FrozenTrial]:
         """Returns all trials in order of their numbers."""
         return sorted(self._storage.get_all_trials(self._study), key=lambda trial: trial.number)
@@ -94,7 +98,7 @@ class Record:
         That is one whose process was killed or stopped, or else a new one. All of a new trial is one line of the
         record: it exists with its settings, or not at all.
         """
-        with locked(self.folder / LOCK):
+        with self.alone():
             trial, claim = self._claimed()
         try:
             yield trial
@@ -107,8 +111,11 @@ class Record:
         for trial in trials:
             if trial.state == TrialState.RUNNING:
                 claim = self._claim(trial)
-                if claim is not None:
+                if claim is None:
+                    continue
+                if self.trials()[trial.number].state == TrialState.RUNNING:
                     return trial, claim
+                os.close(claim)  # its process ended it meanwhile
         if len(trials) >= self.sweep.trials:
             return None, None
         params = propose(self.sweep, len(trials), trials)

@@ -21,6 +21,7 @@ from helpers import RUN, environment
 from optuna.trial import TrialState
 
 from fastmae.cli import main
+from fastmae.commands.sweep import write_table
 from fastmae.config import PretrainConfig
 from fastmae.config.sweep import load_sweep
 from fastmae.errors import UserError
@@ -82,6 +83,11 @@ def test_a_file_is_read_as_it_says(tmp_path):
     assert "--resume=auto" in words
 
 
+def test_the_last_epoch_is_probed(tmp_path):
+    assert load_sweep(written(tmp_path, pruner={"min_epochs": 4})).settings["probe_freq"] == 3
+    assert load_sweep(written(tmp_path, pruner=None)).settings["probe_freq"] == 9
+
+
 def test_a_run_folder_gives_the_settings_that_trials_share(tmp_path):
     (tmp_path / "config.yaml").write_text("epochs: 30\nblr: 0.01\noutput_dir: elsewhere\nresume: auto\n")
     sweep = load_sweep(written(tmp_path, config=str(tmp_path), settings={"epochs": 4}))
@@ -100,6 +106,7 @@ WRONG = {
     "settings=3: must hold settings": dict(settings=3),
     "settings.epochs: must be given: how long each trial trains": dict(settings={}),
     "settings.epoch=3: no such setting; did you mean epochs?": dict(settings={"epoch": 3}),
+    "settings.epochs=0: must be at least 1": dict(settings={"epochs": 0}),
     "settings.epochs='long': must be a whole number": dict(settings={"epochs": "long"}),
     "settings.resume: is the sweep's; leave it out": dict(settings={"epochs": 9, "resume": "auto"}),
     "settings.batch_size=0: must be at least 1": dict(settings={"epochs": 9, "batch_size": 0}),
@@ -120,6 +127,12 @@ WRONG = {
     "search.epochs: must be left out": dict(search={"epochs": {"values": [1, 2]}}),
     "search.mask_ratio: changes what train_loss measures": dict(
         metric="train_loss", search={"mask_ratio": {"values": [0.5, 0.7]}}
+    ),
+    "search.mask_ratio_schedule: changes what train_loss measures": dict(
+        metric="train_loss", search={"mask_ratio_schedule": {"values": [0.5, 0.9]}}
+    ),
+    "settings.probe_freq=2: must be at most 4, and divide the 9 epochs": dict(
+        settings={"epochs": 9, "probe_freq": 2}, pruner={"min_epochs": 4}
     ),
     "pruner=3: must be {min_epochs": dict(pruner=3),
     "pruner.min_epochs: must be given": dict(pruner={}),
@@ -228,6 +241,36 @@ def test_a_trial_is_recorded_at_once_or_not_at_all_and_a_torn_line_is_ended(tmp_
         with Record(folder, sweep).next_trial() as other:  # another process leaves it alone
             assert other is not None
             assert other.number == 1
+
+
+def test_a_trial_that_another_process_ends_just_now_is_not_trained_again(tmp_path, monkeypatch):
+    sweep = load_sweep(written(tmp_path))
+    record, other = Record(tmp_path / "sweep", sweep), Record(tmp_path / "sweep", sweep)
+    with record.next_trial() as first:
+        assert first is not None
+    claim = record._claim
+
+    def late(trial):
+        if trial.number == 0:
+            other.end(first, TrialState.FAIL, None)
+        return claim(trial)
+
+    monkeypatch.setattr(record, "_claim", late)
+    with record.next_trial() as trial:
+        assert trial is not None
+        assert trial.number == 1
+
+
+def test_the_table_is_written_by_one_process_at_a_time(tmp_path, monkeypatch):
+    record, written_to = Record(tmp_path / "sweep", load_sweep(written(tmp_path))), []
+
+    def write(path, text):
+        assert take_lock(tmp_path / "sweep" / "sweep.lock", wait=False) is None
+        written_to.append(path.name)
+
+    monkeypatch.setattr("fastmae.commands.sweep.write_text", write)
+    assert write_table(record) == []
+    assert written_to == ["trials.csv"]
 
 
 def test_another_sweep_and_a_damaged_record_are_refused(tmp_path):

@@ -130,13 +130,13 @@ def open_run(
         shows=context.is_main,
         unseen=folder / "unseen.txt",
     )
-    sinks = []
-    if context.is_main:
-        programs = {"log_dir": config.log_dir, "wandb": config.wandb, "mlflow": config.mlflow}
-        sinks = open_sinks(folder, **programs, settings=as_json(config), say=screen.say)
     on_main(lambda: _write_beginning(folder, config, context, backends))
     if restored.step < steps.total:
         note_event(folder, context, restored.step, *_beginning(restored))
+    sinks = []
+    if context.is_main:  # after the run's first event, by which it is known
+        programs = {"log_dir": config.log_dir, "wandb": config.wandb, "mlflow": config.mlflow}
+        sinks = open_sinks(folder, **programs, settings=as_json(config), say=screen.say)
     log = StepLog(
         folder,
         device=context.device,

@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image
 
 from fastmae.errors import SettingError, install_hint
+from fastmae.files import json_lines
+from fastmae.report.run_folder import EVENTS
 
 # The names that the official script uses in TensorBoard.
 NAMES = {"loss": "train_loss"}
@@ -111,11 +113,19 @@ def _flat(settings: dict[str, Any]) -> dict[str, bool | int | float | str]:
 
 
 def _identity(run: Path) -> str:
-    """Returns a name for a run folder that is the same however often it is resumed, and another one where it began
-    anew.
+    """Returns a name of a run that is the same however often it goes on, and that no other run has, not even in a
+    folder of the same path: where one began anew, where one was deleted, or in a container.
+
+    It is made of the path and of the lines about how the run began. One from before there were events is known by its
+    path, and by how many runs in it began anew.
     """
     earlier = len(list(run.glob("earlier-[0-9]*")))
-    return hashlib.sha256(os.fsencode(run.resolve()) + b"\0%d" % earlier * bool(earlier)).hexdigest()[:16]
+    known = os.fsencode(run.resolve()) + b"\0%d" % earlier * bool(earlier)
+    line, event = next(json_lines(run / EVENTS), (b"", None))
+    if event is not None and event.get("event") == "started":
+        start, _ = next(json_lines(run / "environment.jsonl"), (b"", None))
+        known += b"\0" + line + start
+    return hashlib.sha256(known).hexdigest()[:16]
 
 
 def _tensorboard(log_dir: str, settings: dict[str, Any]) -> Opened:

@@ -1,9 +1,11 @@
 """The log says what happened, on every rank together, and nothing that only shows a run can stop it."""
 
 import gzip
+import hashlib
 import io
 import json
 import math
+import shutil
 import sys
 import types
 from datetime import timedelta
@@ -15,6 +17,7 @@ import pytest
 import torch
 from helpers import metrics, small_run, step_log
 from PIL import Image
+from run_folders import write_run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +28,7 @@ from fastmae.model.presets import PRESETS
 from fastmae.ops.random_masking import random_masking
 from fastmae.train.metrics import Screen, StepLog
 from fastmae.train.pretrain import pretrain
-from fastmae.train.sinks import Sink
+from fastmae.train.sinks import Sink, _identity
 
 
 def result(loss: float, skipped: bool = False, grad_norm: float = 1.0) -> SimpleNamespace:
@@ -245,6 +248,7 @@ def test_tensorboard_and_wandb_get_the_log_and_a_trace_is_written(blobs, tmp_pat
     assert [event.step for event in events.Scalars("images_per_second")] == [5, 10, 15]
     assert options[0]["project"] == "mae"
     assert options[0]["config"]["global_batch"] == 8
+    assert options[0]["id"] == _identity(tmp_path / "run"), "the run is known by how it began"
     assert [(row["step"], row["train_loss"]) for row in taken[:-1] if "train_loss" in row] == expected
     assert taken[-1] == {}
     pictures = [tmp_path / "run" / "reconstructions" / f"epoch-000{epoch}.png" for epoch in (0, 1)]
@@ -286,6 +290,22 @@ def test_mlflow_gets_numbers_settings_and_pictures_and_a_resumed_run_is_one(blob
     assert sent == ["epoch-0000.png", "epoch-0001.png"]
     settings = json.loads(Path(client.download_artifacts(run, "settings.json", str(tmp_path))).read_text())
     assert settings["epochs"] == 2
+
+
+def test_a_run_is_known_however_often_it_goes_on_and_is_no_other_one_of_the_same_path(tmp_path):
+    folder = write_run(tmp_path / "run", epochs=1, steps=1)
+    known = _identity(folder)
+    for name in ("events.jsonl", "environment.jsonl"):
+        with open(folder / name, "a") as file:
+            file.write('{"step": 1, "event": "resumed", "time": "2026-12-01 10:00:00"}\n')
+    assert _identity(folder) == known
+    shutil.rmtree(folder)
+    write_run(folder, epochs=1, steps=1)
+    began = (folder / "events.jsonl").read_text()
+    (folder / "events.jsonl").write_text(began.replace("10:00:00", "10:00:01"))
+    assert _identity(folder) != known
+    (folder / "events.jsonl").unlink()  # a run of an earlier version
+    assert _identity(folder) == hashlib.sha256(bytes(folder)).hexdigest()[:16]
 
 
 def test_a_tensorboard_folder_that_cannot_be_written_costs_a_line_and_no_more(blobs, tmp_path, capsys):

@@ -68,6 +68,11 @@ class ReadAs:
         by_default = "skip" if self.pixel_type == "auto" else "convert"
         return (self.other_types or by_default) == "convert"
 
+    @property
+    def takes_upper_bits(self) -> bool:
+        """Whether files of 16 bits are read in 8, as version 0.1 did."""
+        return self.pixel_type == "uint8" and self.converts
+
 
 AS_STORED = ReadAs()
 """What is read where nobody asks for anything."""

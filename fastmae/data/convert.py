@@ -97,7 +97,7 @@ def as_type(pixels: np.ndarray, reading: Reading) -> np.ndarray:
             if reading.nodata is not None:
                 raise BadImageError("uint16 pixels with nodata do not become uint8; set pixel_type to uint16")
             return upper_bits(pixels, 16)
-        if stored in ("uint8", "uint16"):
+        if wanted == "float32" and stored in ("uint8", "uint16"):
             note("kept")
         pixels = _exactly(pixels, wanted, may_round=converts and wanted == "float32" and pixels.dtype.kind == "f")
     elif not pixels.dtype.isnative:
@@ -140,7 +140,8 @@ def _exactly(pixels: np.ndarray, wanted: PixelType, may_round: bool) -> np.ndarr
         if wanted == "float32" and pixels.dtype.name in _ALWAYS_EXACT:
             return converted
         if may_round:
-            note("rounded")
+            if ((converted != pixels) & ~np.isnan(pixels)).any():
+                note("rounded")
             differs = np.isinf(converted) & np.isfinite(pixels)
         else:
             # Compared as they were stored, but int64 in float32 is compared in float64: no 2**63 may wrap around.

@@ -68,7 +68,7 @@ def _file_pixels(data: bytes, reading: Reading) -> np.ndarray:
             return pixels
     native = native_pixels(data, reading.read_as)
     if native is not None:
-        if native.dtype == np.uint16 and _takes_upper_bits(reading.read_as):
+        if native.dtype == np.uint16 and reading.read_as.takes_upper_bits:
             native = upper_bits(native, read_header(data).bits)
         return native if reading.read_as.bands else _with_fourth_band(native, reading.in_chans)
     with _opened(data, reading) as (image, stored_bits):
@@ -112,12 +112,7 @@ def _is_native(data: bytes, read_as: ReadAs) -> bool:
     if dicom.is_dicom(start) or jpeg2000.is_jpegxl(start):
         return True
     is_known = png.is_png16(start) or netpbm.is_netpbm16(start) or native_header(data) is not None
-    return is_known and not _takes_upper_bits(read_as)
-
-
-def _takes_upper_bits(read_as: ReadAs) -> bool:
-    """Tells whether files of 16 bits are read as version 0.1 did."""
-    return read_as.pixel_type == "uint8" and read_as.converts
+    return is_known and not read_as.takes_upper_bits
 
 
 def refuse_by_header(data: bytes, reading: Reading) -> None:
@@ -224,11 +219,22 @@ def _opened(data: bytes, reading: Reading) -> Iterator[tuple[Image.Image, int]]:
 
 
 def _note_tags(data: bytes, image: Image.Image) -> None:
-    """Notes that an opened image would be turned, or states a value of missing pixels."""
+    """Notes that an opened image would be turned, states a value of missing pixels, or has bits that Pillow drops."""
+    if not image.mode.startswith("I") and _is_wide(data):
+        note("upper bits")
     if tiff.is_tiff(data):
         wide_tiff.note_tags(tiff.read_tags(data))
-    elif is_turned(image.info.get("exif", b"").removeprefix(EXIF_START)):
+        return
+    if is_turned((image.info.get("exif") or b"").removeprefix(EXIF_START)):  # pillow-heif says None where there is none
         note("turned")
+
+
+def _is_wide(data: bytes) -> bool:
+    """Tells whether a file, of those that Pillow may read in 8 bits, has more."""
+    start = data[:_REACH]
+    if tiff.is_tiff(start):
+        return max(tiff.read_tags(data).bits) > 8
+    return png.is_png16(start) or netpbm.is_netpbm16(start) or (heif.is_heif(start) and heif.bits_of(data) > 8)
 
 
 def _pixels_of(image: Image.Image, stored_bits: int, reading: Reading) -> np.ndarray:
@@ -238,7 +244,7 @@ def _pixels_of(image: Image.Image, stored_bits: int, reading: Reading) -> np.nda
     """
     if image.mode.startswith("I"):  # more than 8 bits per pixel, which Pillow itself would clip at 255
         wide = np.asarray(image).astype(np.int64)[..., None]
-        return upper_bits(wide, stored_bits) if _takes_upper_bits(reading.read_as) else wide.astype(np.uint16)
+        return upper_bits(wide, stored_bits) if reading.read_as.takes_upper_bits else wide.astype(np.uint16)
     if reading.in_chans != 4:
         if image.has_transparency_data:
             note("alpha")

@@ -10,6 +10,8 @@ from PIL import Image
 from fastmae.data.arrays import ArraySource
 from fastmae.data.cache import CachedSource
 from fastmae.data.changes import CHANGES, ChangedImages, note, noting
+from fastmae.data.convert import to_batch
+from fastmae.data.decode import decode
 from fastmae.data.loader import load_batches
 from fastmae.data.reading import Reading
 from fastmae.data.sample import View
@@ -110,24 +112,67 @@ def test_an_image_is_counted_once_and_with_a_cache_too(folder):
 
 
 @pytest.mark.parametrize(
-    ("stored", "reading", "kind"),
+    ("stored", "value", "reading", "kind"),
     [
-        (np.uint16, Reading(1, read_as=ReadAs(pixel_type="uint8")), "upper bits"),
-        (np.float64, Reading(1, dtype="float32", read_as=ReadAs(pixel_type="float32")), "rounded"),
-        (np.uint8, Reading(1, dtype="uint16"), "multiplied"),
-        (np.uint16, Reading(1, dtype="float32"), "kept"),
-        (np.int16, Reading(1, dtype="float32"), None),
-        (np.float32, Reading(1, dtype="float32"), None),
+        (np.uint16, 7, Reading(1, read_as=ReadAs(pixel_type="uint8")), "upper bits"),
+        (np.float64, 0.1, Reading(1, dtype="float32", read_as=ReadAs(pixel_type="float32")), "rounded"),
+        (np.float64, 7, Reading(1, dtype="float32", read_as=ReadAs(pixel_type="float32")), None),
+        (np.float64, np.nan, Reading(1, dtype="float32", read_as=ReadAs(pixel_type="float32")), None),
+        (np.uint8, 7, Reading(1, dtype="uint16"), "multiplied"),
+        (np.uint16, 7, Reading(1, dtype="float32"), "kept"),
+        (np.int16, 7, Reading(1, dtype="float32"), None),
+        (np.float32, 7, Reading(1, dtype="float32"), None),
     ],
 )
-def test_numbers_of_other_types_among_many_are_counted(stored, reading, kind):
+def test_numbers_of_other_types_among_many_are_counted(stored, value, reading, kind):
     """Three strays behind nine images of the type of the batch. Numbers that stay the same say nothing."""
     usual = ArraySource(np.zeros((9, SIDE, SIDE, 1), reading.dtype), None, "usual")
-    strays = ArraySource(np.full((3, SIDE, SIDE, 1), 7, stored), None, "strays")
+    strays = ArraySource(np.full((3, SIDE, SIDE, 1), value, stored), None, "strays")
     _found, lines, counted = changed(Concat((usual, strays)), reading)
     assert counted.counts() == ({kind: 3} if kind else {})
     assert len(lines) == (kind is not None)
     assert all(line.startswith("3 images of ") for line in lines)
+
+
+def wide_files():
+    """Files of colours of more than 8 bits, of which Pillow gives 8, by their suffixes."""
+    imagecodecs, tifffile = pytest.importorskip("imagecodecs"), pytest.importorskip("tifffile")
+    wide = colours().astype(np.uint16) * 257
+    page = io.BytesIO()
+    tifffile.imwrite(page, wide, photometric="rgb")
+    return {
+        "png": imagecodecs.png_encode(wide),
+        "ppm": b"P6 8 8 65535\n" + wide.astype(">u2").tobytes(),
+        "tif": page.getvalue(),
+        "avif": imagecodecs.avif_encode(wide >> 6, level=100, bitspersample=10),
+    }
+
+
+@pytest.mark.parametrize("other_types", ["skip", "convert"])
+def test_files_of_colours_of_16_bits_among_8_are_skipped_or_counted(tmp_path, other_types):
+    for suffix, data in wide_files().items():
+        (tmp_path / f"wide.{suffix}").write_bytes(data)
+    (tmp_path / "plain.png").write_bytes(FILES["plain.png"])
+    reading = Reading(3, read_as=ReadAs(pixel_type="uint8", other_types=other_types))
+    source, indices = open_train(str(tmp_path)), np.arange(5)
+    (batch,) = load_batches(
+        source, [(indices, indices)], View((SIDE, SIDE), reading), device=torch.device("cpu"), num_workers=1
+    )
+    wide = {name for name in map(source.name, range(5)) if "wide" in name}
+    assert {bad.name for bad in batch.skipped} == (wide if other_types == "skip" else set())
+    assert {name for _, name in batch.changed.get("upper bits", ())} == (set() if other_types == "skip" else wide)
+
+
+def test_a_heic_without_exif_is_read():
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    assert decode(saved(Image.new("RGB", (64, 64), (9, 99, 200)), "HEIF"), Reading(3)).shape == (64, 64, 3)
+
+
+def test_truth_values_among_bytes_are_no_change():
+    with noting() as noted:
+        to_batch(np.ones((2, 2, 1), bool), Reading(1))
+    assert noted == []
 
 
 def test_what_is_exact_is_told_of_some_images_and_not_of_all():

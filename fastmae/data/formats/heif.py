@@ -45,7 +45,7 @@ def pixels(data: bytes, read_as: ReadAs) -> np.ndarray | None:
     Raises:
         BadImageError: damaged, too large, or of bands in no order that is known.
     """
-    if bits_of(data) == 8 or read_as.pixel_type == "uint8":
+    if bits_of(data) == 8 or read_as.takes_upper_bits:
         return None
     stored, bits = _heic(data) if _HEIC.match(data[:16]) else _avif(data)
     if bits == 8:

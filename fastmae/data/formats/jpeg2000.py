@@ -43,7 +43,7 @@ def pixels(data: bytes, read_as: ReadAs) -> np.ndarray | None:
     bits, is_signed = depths[0]
     if bits <= 8 and len(depths) <= 4 and not is_signed and read_as.bands is None:
         return None
-    if read_as.pixel_type == "uint8" and len(depths) == 1 and not is_signed and bits <= _MOST_BITS:
+    if read_as.takes_upper_bits and len(depths) == 1 and not is_signed and bits <= _MOST_BITS:
         return None
     if len(set(depths)) > 1 or bits > _MOST_BITS:
         shown = ", ".join(sorted({f"{'signed ' * signed}{bits} bits" for bits, signed in depths}))

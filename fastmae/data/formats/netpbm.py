@@ -27,7 +27,7 @@ def pixels(data: bytes, read_as: ReadAs) -> np.ndarray | None:
     Raises:
         BadImageError: the file is cut, or holds numbers that it does not allow.
     """
-    if read_as.pixel_type == "uint8":
+    if read_as.takes_upper_bits:
         return None
     found = _START.match(data[:_REACH])
     assert found is not None

@@ -27,7 +27,7 @@ def pixels(data: bytes, read_as: ReadAs) -> np.ndarray | None:
     Raises:
         BadImageError: too many pixels, more than the file can hold, or no library that reads them.
     """
-    if read_as.pixel_type == "uint8":
+    if read_as.takes_upper_bits:
         return None
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     bands = _BANDS.get(data[25], 0)

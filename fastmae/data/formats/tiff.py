@@ -95,7 +95,7 @@ def is_for_pillow(data: bytes, read_as: ReadAs) -> bool:
         tags = tiff.read_tags(data)
     except (ValueError, struct.error) as error:
         raise BadImageError(str(error)) from error
-    as_before = read_as.pixel_type == "uint8" and tags.samples == "unsigned" and max(tags.bits) <= 16
+    as_before = read_as.takes_upper_bits and tags.samples == "unsigned" and max(tags.bits) <= 16
     is_first = read_as.pages == "first" or tiff.count_pages(data) == 1
     is_pair = tags.bands == 2 and tags.unspecified == 1  # of which Pillow makes gray with alpha
     is_plain = max(tags.bits) <= 8 and not is_pair

@@ -84,7 +84,7 @@ class RemoteFile:
         self._files, self._inside = _filesystem(url)
         self.stamp = self._asked_stamp()
         """(size in bytes, a number that another version of the object does not have) when it was opened."""
-        self._checked = time.monotonic()
+        self._checked, self._is_changed = time.monotonic(), False
 
     @property
     def size(self) -> int:
@@ -92,11 +92,11 @@ class RemoteFile:
         return self.stamp[0]
 
     def is_unchanged(self) -> bool:
-        """Tells whether the object is that which was opened; its server is asked once a minute."""
-        if time.monotonic() - self._checked < CHECK_SECONDS:
-            return True
-        self._checked = time.monotonic()
-        return self._asked_stamp() == self.stamp
+        """Tells whether the object is that which was opened; its server is asked once a minute until it is another."""
+        if not self._is_changed and time.monotonic() - self._checked >= CHECK_SECONDS:
+            self._checked = time.monotonic()
+            self._is_changed = self._asked_stamp() != self.stamp
+        return not self._is_changed
 
     def read(self, size: int, position: int) -> bytes:
         """Returns up to ``size`` bytes from a position on; fewer where the file ends."""

@@ -527,18 +527,27 @@ def _open(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
         if keys is not None:
             raise SettingError("data_path", data_path, "only HDF5 files and Zarr stores have keys; give the path alone")
         found = open_folder(path, split, read_as) if path.is_dir() else _open_file(path, split, read_as)
-        if read_as.spectrogram and isinstance(found, FolderSource):
-            notes = Stock(notes=sound.conversions(found, read_as.spectrogram))
-            told = replace(found, taken=joined([found.stock, notes]))
-            return ArrayFiles(told, read_as, sound.pixels, "sound")
-        return (
-            by_page(found, read_as)
-            if found is not None and found.kind == "folder" and read_as.pages == "all"
-            else found
-        )
+        return _as_asked(found, read_as)
     except UNREADABLE as error:
         reason = in_one_line(" ".join(str(error).split()), 400)
         raise SettingError("data_path", data_path, f"cannot be read ({reason}); check or replace the file") from error
+
+
+def _as_asked(found: Source | None, read_as: ReadAs) -> Source | None:
+    """Returns files as sounds, or page by page, where that is asked for.
+
+    Raises:
+        SettingError: pages of files behind addresses.
+    """
+    if read_as.spectrogram and isinstance(found, FolderSource):
+        notes = Stock(notes=sound.conversions(found, read_as.spectrogram))
+        told = replace(found, taken=joined([found.stock, notes]))
+        return ArrayFiles(told, read_as, sound.pixels, "sound")
+    if found is None or found.kind != "folder" or read_as.pages != "all":
+        return found
+    if any(map(is_remote, getattr(found, "paths", getattr(found, "files", ())))):
+        raise SettingError("pages", "all", "files behind addresses are not read page by page; copy them to a disk")
+    return by_page(found, read_as)
 
 
 def _without_keys(data_path: str) -> tuple[str, str | None]:
@@ -591,11 +600,11 @@ def _open_remote(pattern: str, split: Split, read_as: ReadAs) -> Source | None:
         refuse_compressed(url)
     try:
         if len(urls) == 1 and kinds <= {*LIST_SUFFIXES}:
-            return open_list(pattern, split, read_as.root)
+            return _as_asked(open_list(pattern, split, read_as.root), read_as)
         if kinds == {".tar"}:
-            return open_shards(urls, read_as.image_key) if split == "train" else None
+            return _as_asked(open_shards(urls, read_as.image_key), read_as) if split == "train" else None
         if kinds == {".parquet"}:
-            return open_parquet(urls, read_as.root) if split == "train" else None
+            return _as_asked(open_parquet(urls, read_as.root), read_as) if split == "train" else None
         problem = "no tars or Parquet files alone, and no list of paths; nothing else is read from an address"
         raise SettingError("data_path", pattern, problem)
     except (OSError, ValueError) as error:

@@ -150,6 +150,9 @@ def test_an_object_that_changes_is_noticed(server, monkeypatch):
     server.files["/a/part-000.tar"] = tar_of(1, 21)
     with pytest.raises(OSError, match="has changed since it was indexed; start again"):
         source.read(1)
+    monkeypatch.setattr(remote, "CHECK_SECONDS", 60.0)
+    with pytest.raises(OSError, match="has changed since it was indexed; start again"):
+        source.read(2)  # within the minute in which its server is not asked again
     assert open_train(path).read(0) == bytes([1]) * 3000
     assert difference(fingerprint(open_train(path)), before) is not None
 
@@ -246,6 +249,22 @@ def test_rows_of_paths_are_files_beside_the_parquet_file(server):
         "/p/x.parquet": buffer.getvalue()
     }
     assert contents(open_train(server.url + "/p/x.parquet")) == [b"\0", b"\1", b"\2"]
+
+
+def test_what_is_asked_of_files_on_a_disk_is_done_behind_addresses_or_refused(server, tmp_path):
+    """Pages would have to be counted in every file, so one line says so; sounds become spectrograms."""
+    server.files |= {"/d/x.parquet": parquet_of(0, 4), "/s/list.txt": b"0.wav\n1.wav\n"}
+    on_disk = tmp_path / "list.txt"
+    on_disk.write_text(f"{server.url}/a.tif\n")
+    for path in (server.url + "/a/part-000.tar", server.url + "/d/x.parquet", str(on_disk)):
+        with pytest.raises(UserError, match=r"pages.*behind addresses are not read page by page; copy them to a disk"):
+            open_train(path, ReadAs(pages="all"))
+    soundfile = pytest.importorskip("soundfile")
+    for number in range(2):
+        sound = io.BytesIO()
+        soundfile.write(sound, np.full(4000, number / 2, np.float32), 16000, format="WAV")
+        server.files[f"/s/{number}.wav"] = sound.getvalue()
+    assert open_train(server.url + "/s/list.txt", ReadAs(spectrogram=16)).read(1).shape == (23, 128, 1)
 
 
 def test_many_images_are_asked_for_at_the_same_time(server):

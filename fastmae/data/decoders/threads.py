@@ -102,7 +102,7 @@ def _by_kind(samples: Iterable[LoadedSample]) -> dict[str, list[tuple[int, str]]
     return changed
 
 
-class ReadAhead:
+class AskedAhead:
     """A source behind addresses, whose images are asked for many at a time, before they are decoded.
 
     An answer takes a while, however small the image is; threads that wait for one take no core.
@@ -159,7 +159,7 @@ class DecodeThreads:
     """
 
     def __init__(self, source: Source, view: View, num_workers: int, pin_memory: bool) -> None:
-        self._ahead = ReadAhead(source) if lies_behind_addresses(source) else None
+        self._ahead = AskedAhead(source) if lies_behind_addresses(source) else None
         self._source: Source = source if self._ahead is None else cast(Source, self._ahead)
         self._view, self._pin_memory = view, pin_memory
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="fastmae-decode")

@@ -138,20 +138,17 @@ def label_values(column: Any, name: str, schema: Any) -> tuple[list[Any] | np.nd
         words = column.cast("string").to_pylist()
         return words, sum(word is None for word in words)
     without = column.null_count
-    numbers = _integers(column.fill_null(-1) if without else column)
+    numbers = _integers(column.cast("int64", safe=False).fill_null(-1))
     if names and len(numbers) and -1 <= numbers.min() <= numbers.max() < len(names):
         return [None if number < 0 else names[number] for number in numbers.tolist()], int((numbers < 0).sum())
     return numbers, without
 
 
 def _integers(column: Any) -> np.ndarray:
-    """Returns a column of integers without nulls as int64. Its own ``to_numpy`` would load pandas for it, of 60 MB."""
-    parts = [np.zeros(0, np.int64)]
-    for chunk in column.chunks:
-        dtype = np.dtype(str(chunk.type))
-        if len(chunk):
-            parts.append(np.frombuffer(chunk.buffers()[1], dtype, len(chunk), chunk.offset * dtype.itemsize))
-    return np.concatenate(parts, dtype=np.int64, casting="unsafe")
+    """Returns a column of int64 without nulls. Its own ``to_numpy`` would load pandas for it, of 60 MB."""
+    chunks = [chunk for chunk in column.chunks if len(chunk)]
+    parts = [np.frombuffer(chunk.buffers()[1], np.int64, len(chunk), chunk.offset * 8) for chunk in chunks]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 def class_names_in(schema: Any, name: str) -> list[str]:

@@ -132,7 +132,7 @@ def listed_paths(
     """
     label = np.zeros(len(paths), np.int64) if labels is None else labels
     names = names_of(pack_names(paths))
-    has_label, state = np.full(len(paths), labels is not None, np.uint8), _find(names, base)[0]
+    has_label, state = np.full(len(paths), labels is not None, np.uint8), _find(names, _base(origin, base))[0]
     rows = Rows(names, label, has_label, classes, np.zeros(len(paths), np.uint8), state)
     source = _source(origin if is_remote(origin) else Path(origin), rows, np.flatnonzero(state == THERE), base, "")
     return replace(source, listed=text)
@@ -385,7 +385,7 @@ class _Table:
         self.others = tuple(others)
 
     def add(self, path: str | None, label: str | None = None, part: str | None = None) -> None:
-        path = (path or "").strip().removeprefix("./").replace("\0", "\ufffd")
+        path = (path or "").removeprefix("./").replace("\0", "\ufffd")
         self.paths += os.fsencode(path) + b"\0"
         if self.labels is not None:
             self.labels.add(label)
@@ -471,7 +471,7 @@ def _from_lines(lines: Callable[[], Iterator[str]]) -> _Table:
         return table
     table = _Table(labels=True)
     for path, label in split():
-        table.add(path, label)
+        table.add(path.strip(), label)
     return table
 
 
@@ -498,7 +498,7 @@ def _from_csv(data: bytes, suffix: str) -> _Table:
     for number, row in enumerate(itertools.chain(() if first is None else (first,), rows), 1):
         if len(row) > len(names):
             raise ValueError(f"row {number} has {len(row)} cells, and there are {len(names)} columns; quote its commas")
-        table.add(*(row[at] if at is not None and at < len(row) else None for at in where))
+        table.add(*(row[at].strip() if at is not None and at < len(row) else None for at in where))
     return table
 
 

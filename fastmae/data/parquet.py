@@ -186,12 +186,7 @@ def open_parquet(
     except ImportError as error:
         raise UserError(f"{paths[0]}: Parquet files need pyarrow; run {install_hint('parquet')}") from error
     with ThreadPoolExecutor(REMOTE_THREADS if any(map(is_remote, paths)) else 1) as pool:
-        files = tuple(pool.map(open_file, paths))
-        metadata = tuple(pool.map(_metadata, files))
-    stamps = tuple(file.stamp for file in files)
-    opened = tuple(file if isinstance(file, RemoteFile) else None for file in files)
-    sizes = [size for size, _ in stamps]
-    del files  # thousands of files on a disk do not stay open
+        stamps, opened, metadata = zip(*pool.map(_looked_at, paths), strict=True)
     column = image_column(paths[0], metadata[0].schema.to_arrow_schema())
     for path, facts in zip(paths, metadata, strict=True):
         schema = facts.schema.to_arrow_schema()
@@ -199,7 +194,7 @@ def open_parquet(
             raise UserError(f"{path}: has no image column {column!r} as {paths[0]} has; leave it out")
     groups_of = [
         functools.partial(_groups, path, size, facts, column)
-        for path, size, facts in zip(paths, sizes, metadata, strict=True)
+        for path, (size, _), facts in zip(paths, stamps, metadata, strict=True)
     ]
     refuse_what_aborts(paths, lambda number: groups_of[number](), "footer")
     inside = [look() for look in groups_of]
@@ -308,11 +303,17 @@ def _readable(path: Path | str, opened: RemoteFile | None) -> Any:
     return path if opened is None else Seekable(opened)
 
 
-def _metadata(file: OpenFile | RemoteFile) -> Any:
+def _looked_at(path: Path | str) -> tuple[tuple[int, int], RemoteFile | None, Any]:
+    """Returns the stamp of a file, the file itself if it lies behind an address, and its footer.
+
+    A file on a disk does not stay open, as there may be thousands.
+    """
     import pyarrow.parquet as pq
 
-    with naming(file.path):
-        return pq.read_metadata(_readable(file.path, file if isinstance(file, RemoteFile) else None))
+    file = open_file(path)
+    opened = file if isinstance(file, RemoteFile) else None
+    with naming(path):
+        return file.stamp, opened, pq.read_metadata(_readable(path, opened))
 
 
 def _labels(

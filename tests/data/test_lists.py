@@ -75,6 +75,11 @@ def test_labels_are_numbers_or_names(folder, case):
     assert source.classes == (("cat", "dog") if right and "cat" in right else ())
 
 
+def test_a_record_names_a_file_to_the_letter(folder):
+    (folder / " a.png ").write_bytes(b"a")
+    assert open_train(write(folder, "x.jsonl", json.dumps({"path": " a.png "}))).read(0) == b"a"
+
+
 def test_labels_with_gaps_are_none_and_told(folder):
     rows = [f"{name},{'' if name == FILES[2] else 1}" for name in FILES]
     source = open_train(write(folder, "x.csv", "path,label,weight", *(f"{row},0.5" for row in rows)))

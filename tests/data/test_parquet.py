@@ -1,5 +1,7 @@
 """Parquet: the image column is found, row groups are read one at a time and kept, and what cannot be is refused."""
 
+import os
+import resource
 import sys
 import threading
 import time
@@ -14,6 +16,7 @@ from fastmae.data.reading import Reading
 from fastmae.data.sources import describe, open_train, train_and_val
 from fastmae.data.statistics import measure
 from fastmae.errors import UserError
+from fastmae.facts import ReadAs
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -57,7 +60,14 @@ def test_files_follow_each_other_and_names_decide_their_part(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "label", [None, pa.array([0.5] * 50), pa.array(["cat"] * 49 + [None]), pa.array([1] * 49 + [None])]
+    "label",
+    [
+        None,
+        pa.array([0.5] * 50),
+        pa.array(["cat"] * 49 + [None]),
+        pa.array([1] * 49 + [None]),
+        pa.array([1] * 49 + [None], pa.uint8()),
+    ],
 )
 def test_labels_only_if_every_row_has_an_integer_or_a_word(tmp_path, label):
     columns = {"image": images()} if label is None else {"image": images(), "label": label}
@@ -69,6 +79,26 @@ def test_a_row_without_bytes_is_an_error_of_that_row(tmp_path):
     assert (source.read(0), source.read(2)) == (b"one", b"three")
     with pytest.raises(OSError, match="no bytes"):
         source.read(1)
+
+
+def test_more_files_than_a_process_may_have_open_are_opened(tmp_path):
+    for number in range(60):
+        write(tmp_path / f"{number:02d}.parquet", {"image": images(DATA[number % 50 : number % 50 + 1])})
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, before[1]))
+    try:
+        source = open_train(str(tmp_path))
+        assert [source.read(number) for number in range(60)] == DATA + DATA[:10]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_paths_in_a_table_are_found_below_a_root_in_the_home_folder(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").write_bytes(b"a")
+    path = write(tmp_path / "x.parquet", {"image": pa.array([{"bytes": None, "path": "a.jpg"}], IMAGE)})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_train(path, ReadAs(root="~/photos")).read(0) == b"a"
 
 
 def test_rows_and_columns_are_used_or_left_out_for_a_reason(tmp_path):

@@ -438,6 +438,19 @@ def test_numbers_of_every_width_and_order_of_filters_are_what_h5py_reads(tmp_pat
             assert stored.read(2, 7).tobytes() == file[key][2:7].tobytes()
 
 
+def test_bytes_that_were_shuffled_once_packed_are_what_h5py_reads(tmp_path):
+    images = np.repeat(RNG.integers(0, 60000, (9, 5, 1), np.uint16), 6, axis=2)
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_chunk((4, 5, 6))
+    plist.set_deflate(6)
+    plist.set_shuffle()
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        space = h5py.h5s.create_simple(images.shape)
+        h5py.h5d.create(file.id, b"x", h5py.h5t.NATIVE_UINT16, space, plist).write(h5py.h5s.ALL, h5py.h5s.ALL, images)
+    source = open_train(str(tmp_path / "x.h5"))
+    assert np.array_equal(np.stack([source.read(number)[..., 0] for number in range(9)]), images)
+
+
 def test_threads_do_not_share_the_memory_that_they_unpack_into(tmp_path):
     """Chunks of different sizes in turns, by several threads: the memory of each is its own, and grows."""
     paths = []

@@ -227,13 +227,14 @@ def _stored(h5py: Any, opened: Any, key: str, file: OpenFile) -> Stored:
 
 
 def _codecs(filters: list[int], itemsize: int) -> list[Codec] | None:
-    """Returns how the filters of chunks are undone; None if h5py has to."""
+    """Returns how the filters of chunks are undone; None if h5py has to, as where bytes were shuffled once packed."""
     codecs = {
         DEFLATE: Codec(inflate),
         SHUFFLE: Codec(functools.partial(unshuffle, itemsize=itemsize)),
         FLETCHER32: Codec(fletcher32, adds=CHECKSUM_BYTES),
     }
-    return [codecs[code] for code in filters] if {*filters} <= {*codecs} and filters.count(DEFLATE) < 2 else None
+    packed = filters[filters.index(DEFLATE) + 1 :] if DEFLATE in filters else []
+    return [codecs[code] for code in filters] if {*filters} <= {*codecs} and {*packed} <= {FLETCHER32} else None
 
 
 @dataclass(frozen=True)

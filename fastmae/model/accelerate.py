@@ -140,8 +140,7 @@ def official_parts(model: nn.Module) -> Parts:
     stacks: dict[str, Any] = {}
     for stack in ("blocks", "decoder_blocks"):
         stacks[stack] = tuple(
-            block_parts(model, f"{stack}.{number}", BLOCK, heads_of(model, f"{stack}.{number}"))
-            for number in range(len(part_of(model, stack)))
+            timm_block_parts(model, f"{stack}.{number}") for number in range(len(part_of(model, stack)))
         )
     return Parts(
         img_size=_size_in_pixels(model, proj),
@@ -154,13 +153,24 @@ def official_parts(model: nn.Module) -> Parts:
     )
 
 
-def heads_of(model: nn.Module, path: str) -> int:
-    """Returns the number of heads that a block in timm's layout, or its attention, says that it has."""
-    block = part_of(model, path)
-    found = getattr(block.attn, "num_heads", getattr(block, "num_heads", None))
-    if not isinstance(found, int):
+def timm_block_parts(model: nn.Module, path: str) -> BlockParts:
+    """Returns the layers of a block in timm's layout, which is also the official one.
+
+    Raises:
+        OtherModelError: it has other layers, or another activation. Near ones, such as GELU by tanh, differ so little
+            that a comparison of tokens could miss them.
+    """
+    block, attention = part_of(model, path), part_of(model, f"{path}.attn")
+    heads = getattr(attention, "num_heads", getattr(block, "num_heads", None))
+    if not isinstance(heads, int):
         raise OtherModelError(f"{path}.attn does not say its num_heads")
-    return found
+    parts = block_parts(model, path, BLOCK, heads)
+    for name, layer in block.mlp.named_children():
+        kind = type(layer).__name__
+        is_gelu = kind == "GELU" and getattr(layer, "approximate", "none") == "none"
+        if layer not in (parts.fc1, parts.fc2) and not (is_gelu or isinstance(layer, nn.Identity) or "Drop" in kind):
+            raise OtherModelError(f"{path}.mlp.{name} is a {layer}, not an exact GELU".replace("\n", " "))
+    return parts
 
 
 def _size_in_pixels(model: Any, proj: Any) -> tuple[int, int]:
@@ -316,8 +326,9 @@ def accelerate(model: nn.Module, *, tune: bool = False, predictions: bool = True
     """Makes the training of somebody else's masked autoencoder faster, in place, with the same results up to rounding.
 
     Parameters (the same objects), names, state dict, configuration, masks for a seed, losses and outputs stay as they
-    are, and so do ``save_pretrained``, ``train`` and ``eval``. Call it before an optimiser, DDP, Accelerate, a Trainer
-    or PEFT gets the model, or after: only ``model.forward`` is replaced, and ``del model.forward`` undoes it.
+    are, and so do ``save_pretrained``, ``train`` and ``eval``. Only ``model.forward`` is replaced, and ``del
+    model.forward`` undoes it. Call it before Accelerate or PEFT gets the model; for an optimiser, DDP and a Trainer it
+    does not matter. ``nn.DataParallel`` cannot copy such a model: several GPUs need a process each (torchrun).
 
     The model's own code computes what this cannot do exactly, and that is said once: hooks inside the model, layers
     that were replaced (LoRA) or sharded (FSDP), dropout while training, another activation than GELU, attentions,
@@ -429,8 +440,8 @@ def _has_another_forward(module: nn.Module) -> bool:
 
 def drops(module: nn.Module) -> bool:
     """Whether a module leaves out something at random while it trains: dropout, or stochastic depth."""
-    share = vars(module).get("p", vars(module).get("drop_prob"))
-    return "Drop" in type(module).__name__ and isinstance(share, int | float) and share > 0
+    shares = [vars(module).get(name) for name in ("p", "drop_prob", "prob")]  # of torch, of timm's paths and patches
+    return "Drop" in type(module).__name__ and any(isinstance(share, int | float) and share > 0 for share in shares)
 
 
 def _name_of(module: nn.Module, model: nn.Module) -> str:
@@ -474,12 +485,20 @@ def _call_of_official(model: Any, given: dict[str, Any]) -> _Call:
 
 
 def _require_images(images: Any, shadow: _Shadow) -> None:
-    """Refuses images for which the model's own code has another answer, or an error."""
+    """Refuses images for which the model's own code has another answer, or an error.
+
+    Raises:
+        OtherModelError: it is to compute them.
+        UserError: they are on another device, as in the copies of DataParallel, whose weights nobody can find here.
+    """
     ours, weight = shadow.model, shadow.parts.patch_embed.weight
     if torch.jit.is_tracing() or is_exporting():
         raise OtherModelError("a program is being exported")
     if not isinstance(images, torch.Tensor) or images.shape[1:] != (ours.in_chans, *ours.img_size) or not len(images):
         raise OtherModelError(f"images are not [N, {ours.in_chans}, {ours.img_size[0]}, {ours.img_size[1]}]")
+    if images.device != weight.device:
+        remedy = "move them; in place of nn.DataParallel use DistributedDataParallel (torchrun)"
+        raise UserError(f"accelerate: images are on {images.device} and weights on {weight.device}; {remedy}")
     if ours.pos_embed.requires_grad or ours.decoder_pos_embed.requires_grad:
         raise OtherModelError("positions are trained")
     if images.requires_grad:
@@ -566,11 +585,16 @@ def _measure(ours: MaskedAutoencoderViT, call: _Call) -> None:
 
 
 def _difference(model: nn.Module, state: _State) -> str | None:
-    """Compares loss and predictions of random images with those of the model's own code: says what differs, or None."""
+    """Compares loss and predictions of random images with those of the model's own code: says what differs, or None.
+
+    Both draw the same masks, as torch's generators are put back after each. No generator is seeded: torch.manual_seed
+    would seed those of all GPUs.
+    """
     shadow = state.shadow_of(model)
     weight = shadow.parts.patch_embed.weight
     modes = [(module, module.training) for module in model.modules()]
-    devices = [weight.device] if weight.device.type == "cuda" else []
+    device = weight.device
+    forked = [] if device.type == "cpu" else [device]  # that of the CPU is forked in any case
     numbers = torch.Generator().manual_seed(0)
     shape = (CHECKED_IMAGES, shadow.model.in_chans, *shadow.model.img_size)
     images = torch.randn(shape, generator=numbers).to(weight)
@@ -578,10 +602,10 @@ def _difference(model: nn.Module, state: _State) -> str | None:
     try:
         model.eval()
         for forward in (partial(type(model).forward, model), partial(_forward, model, state)):
-            with torch.no_grad(), torch.random.fork_rng(devices), torch.autocast(weight.device.type, enabled=False):
-                torch.manual_seed(0)
+            kept = torch.random.fork_rng(forked, device_type=device.type)
+            with torch.no_grad(), kept, torch.autocast(device.type, enabled=False):
                 output = forward(images)
-                found.append((output[0], output[1]))
+            found.append((output[0], output[1]))
     except (TypeError, ValueError, RuntimeError) as error:
         return f"the model cannot be called: {in_one_line(str(error))}"
     finally:

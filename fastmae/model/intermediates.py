@@ -113,10 +113,12 @@ def pool_tokens(model: Any, tokens: torch.Tensor, pool: TokenPool = "mean") -> t
             (``tokens``) [N, L·D].
 
     Raises:
-        ValueError: another word.
+        ValueError: another word, or the class token of an encoder that has none (``fastmae.wrap``).
     """
     if pool not in POOLS:
         raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+    if pool in ("cls", "both") and not getattr(model, "has_class_token", True):
+        raise ValueError(f"pool is {pool!r}, and this encoder has no class token; take mean or tokens")
     if pool == "cls":
         return tokens[:, 0]
     patches = tokens[:, model.prefix_tokens :]

@@ -191,6 +191,6 @@ def sizes_of(model: MaskedAutoencoderViT) -> Sizes:
         decoder_depth=len(model.decoder_blocks),
         decoder_heads=decoder.attn.num_heads,
         decoder_hidden=decoder.mlp.fc1.out_features,
-        registers=model.prefix_tokens - 1,
+        registers=0 if model.reg_token is None else model.reg_token.shape[1],
         crosses=hasattr(model, "decoder_map_weights"),
     )

@@ -13,16 +13,14 @@ from torch import nn
 
 from fastmae.errors import UserError
 from fastmae.model.accelerate import (
-    BLOCK,
     TOLERANCE,
     OtherModelError,
-    block_parts,
     drops,
-    heads_of,
     part_of,
     share,
     shared_block,
     shared_norm,
+    timm_block_parts,
 )
 from fastmae.model.mae import MaskedAutoencoderViT
 
@@ -40,6 +38,7 @@ class WrappedMAE(MaskedAutoencoderViT):
     """
 
     has_class_token = True
+    has_fixed_positions = False  # the encoder's own, which may be learnt
 
     @property
     def prefix_tokens(self) -> int:
@@ -91,7 +90,7 @@ def wrap(
 
     Raises:
         UserError: the encoder has something that is not computed here (rotary positions, LayerScale, SwiGLU, norms of
-            queries and keys, dropout), or computes something else.
+            queries and keys, dropout, another activation than exact GELU), or computes something else.
     """
     try:
         model = _wrapped(encoder, decoder, norm_pix_loss, settings)
@@ -114,10 +113,7 @@ def _wrapped(encoder: Any, decoder: tuple[int, int, int], norm_pix_loss: bool, s
             raise OtherModelError(f"{name} leaves out something at random (dropout)")
     proj = part_of(encoder, "patch_embed.proj", nn.Conv2d)
     size = part_of(encoder, "patch_embed.img_size")
-    blocks = [
-        block_parts(encoder, f"blocks.{number}", BLOCK, heads_of(encoder, f"blocks.{number}"))
-        for number in range(len(part_of(encoder, "blocks")))
-    ]
+    blocks = [timm_block_parts(encoder, f"blocks.{number}") for number in range(len(part_of(encoder, "blocks")))]
     positions = part_of(encoder, "pos_embed", nn.Parameter)
     usual = getattr(encoder, "pretrained_cfg", None) or {}
     settings = {

@@ -138,6 +138,14 @@ def test_parameters_names_and_random_numbers_are_the_models_own(name):
     assert torch.get_rng_state().equal(drawn)
 
 
+def test_no_generator_is_seeded(monkeypatch):
+    """torch.manual_seed would seed those of all GPUs, from which a model that is moved there then draws its masks."""
+    models = [make() for make, _ in MODELS.values()]
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds all GPUs"))
+    for model in models:
+        accelerate(model)
+
+
 def test_saved_weights_move_both_ways(tmp_path):
     ours, theirs = accelerate(vitmae()), vitmae()
     (images,) = batches((3, 24, 24), steps=1)
@@ -293,6 +301,14 @@ def test_gradients_to_images_are_the_models_own():
     assert images.grad.abs().sum() > 0
 
 
+def test_images_on_another_device_as_in_dataparallel_are_refused_in_one_line():
+    model = accelerate(vitmae())
+    replica = model._replicate_for_data_parallel()  # its forward is that of the model, on whose device the weights are
+    with pytest.raises(UserError, match=r"are on meta and weights on cpu; .* use DistributedDataParallel") as line:
+        replica(torch.zeros(1, 3, 24, 24, device="meta"))
+    assert "\n" not in str(line.value)
+
+
 def test_it_is_fast_again_when_nothing_stands_in_the_way(monkeypatch):
     calls = []
     monkeypatch.setattr(module, "_loss", lambda *given, real=module._loss: calls.append(1) or real(*given))
@@ -389,9 +405,21 @@ class Tanh(OfficialMAE):
         return loss, pred.tanh(), mask
 
 
+def with_activation(layer):
+    model = official()
+    model.blocks[1].mlp["act"] = layer
+    return model
+
+
+def test_an_exact_gelu_among_the_layers_is_taken():
+    assert accelerate(with_activation(nn.GELU())).forward.func is module._forward
+
+
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
+        (lambda: with_activation(nn.GELU(approximate="tanh")), "blocks.1.mlp.act is a GELU(approximate='tanh'), not"),
+        (lambda: with_activation(nn.SiLU()), "blocks.1.mlp.act is a SiLU(), not an exact GELU"),
         (Scaled, "blocks.0.gamma is a parameter that a masked autoencoder does not have"),
         (OtherLoss, "its loss for random images differs by 0.01"),
         (Tanh, "its prediction for random images differs"),

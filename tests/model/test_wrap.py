@@ -6,6 +6,7 @@ from torch import nn
 
 import fastmae
 from fastmae.errors import UserError
+from fastmae.model.sizes import sizes_of
 from fastmae.model.wrap import wrap
 
 WIDTH, SIDE, PATCH = 32, 24, 6
@@ -21,14 +22,14 @@ class TimmBlock(nn.Module):
         self.attn.num_heads = 2
         self.attn.qkv, self.attn.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.mlp = nn.Module()
-        self.mlp.fc1, self.mlp.fc2 = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+        self.mlp.fc1, self.mlp.act, self.mlp.fc2 = nn.Linear(WIDTH, 48), nn.GELU(), nn.Linear(48, WIDTH)
 
     def forward(self, x):
         N, S, D = x.shape
         q, k, v = self.attn.qkv(self.norm1(x)).reshape(N, S, 3, 2, D // 2).permute(2, 0, 3, 1, 4)
         mixed = ((q @ k.transpose(2, 3)) / (D // 2) ** 0.5).softmax(dim=3) @ v
         x = x + self.attn.proj(mixed.transpose(1, 2).reshape(N, S, D))
-        return x + self.mlp.fc2(nn.functional.gelu(self.mlp.fc1(self.norm2(x))))
+        return x + self.mlp.fc2(self.mlp.act(self.mlp.fc1(self.norm2(x))))
 
 
 class TimmLike(nn.Module):
@@ -123,7 +124,24 @@ def with_dropout(encoder):
     encoder.pos_drop.p = 0.1
 
 
+def with_patches_dropped(encoder):
+    class PatchDropout(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.prob = 0.5
+
+    encoder.patch_drop = PatchDropout()
+
+
 def with_another_activation(encoder):
+    encoder.blocks[1].mlp.act = nn.GELU(approximate="tanh")
+
+
+def with_parallel_branches(encoder):
+    del encoder.blocks[0].attn
+
+
+def with_another_forward(encoder):
     encoder.blocks[0].forward = lambda x: x
 
 
@@ -135,7 +153,10 @@ def with_another_activation(encoder):
         (with_swiglu, "no blocks.0.mlp.fc1"),
         (with_a_norm_before, "norm_pre (LayerNorm)"),
         (with_dropout, "pos_drop"),
-        (with_another_activation, "computes other tokens"),
+        (with_patches_dropped, "patch_drop"),
+        (with_another_activation, "blocks.1.mlp.act is a GELU(approximate='tanh'), not an exact GELU"),
+        (with_parallel_branches, "no blocks.0.attn"),
+        (with_another_forward, "computes other tokens"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(change, problem):
@@ -145,6 +166,17 @@ def test_what_is_not_computed_is_refused_by_name(change, problem):
         wrap(encoder)
     assert problem in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_features_of_an_encoder_without_class_token_are_of_patches_alone():
+    model = wrap(TimmLike(**FORMS["registers alone"]), decoder=(16, 1, 2))
+    tokens = model.forward_features(torch.randn(2, 3, SIDE, SIDE))
+    assert torch.equal(model.pool_tokens(tokens), tokens[:, 2:].mean(dim=1))
+    for pool in ("cls", "both"):
+        with pytest.raises(ValueError, match="has no class token; take mean or tokens"):
+            model.pool_tokens(tokens, pool)
+    assert sizes_of(model).registers == 2
+    assert sizes_of(wrap(TimmLike(**FORMS["no class token"]), decoder=(16, 1, 2))).registers == 0
 
 
 def test_pixels_are_normalised_as_the_encoder_was_pretrained():

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastmae.data.reading import Reading
+from fastmae.errors import UserError
 from fastmae.facts import AS_STORED, UINT8, PixelFacts, ReadAs, exact_ratio
 from fastmae.model.intermediates import attention_maps, forward_intermediates, pool_tokens
 from fastmae.model.masks import order_of
@@ -251,6 +252,15 @@ class MaskedAutoencoderViT(nn.Module):
             grid, widths = self.grid_of(size), (self.pos_embed.shape[2], self.decoder_pos_embed.shape[2])
             encoder, decoder = (sincos_positions(width, grid, self.grid_size)[None].to(device) for width in widths)
             self._other_sizes[size] = encoder, decoder
+
+    @property
+    def has_fixed_positions(self) -> bool:
+        """Whether its positions are those that ``allow_sizes`` computes for other sizes, and no learnt ones."""
+        for table in (self.pos_embed, self.decoder_pos_embed):
+            fixed = sincos_positions(table.shape[2], self.grid_size)[None].to(table)
+            if not torch.allclose(table, fixed, rtol=0, atol=1e-2):  # a file may have rounded them to bfloat16
+                return False
+        return True
 
     @property
     def has_other_sizes(self) -> bool:
@@ -653,9 +663,11 @@ class MaskedAutoencoderViT(nn.Module):
             batch_size: images per forward pass.
 
         Raises:
-            UserError: one of them is no image, or cannot be used.
+            UserError: there are none, or one of them is no image, or cannot be used.
         """
         images = images if isinstance(images, list | tuple) else [images]
+        if not images:
+            raise UserError("embed: the list of images is empty")
         preprocess, device = self.preprocess, self.cls_token.device
         features = []
         for start in range(0, len(images), batch_size):

@@ -362,6 +362,8 @@ def _sizes(config: ResolvedConfig, model: MaskedAutoencoderViT) -> tuple[Size, .
     unit = (2 * ph, 2 * pw) if config.masking == "grid" else (ph, pw)
     try:
         sizes = growing_sizes(config.start_size, config.input_size, unit)
+        if not model.has_fixed_positions:
+            raise ValueError("must be left out, as the model has positions of its own, which no smaller crop has")
         model.num_predicted(config.mask_ratio, config.predict_ratio, math.prod(model.grid_of(sizes[0])))
     except ValueError as error:
         raise SettingError("start_size", config.start_size, str(error)) from error

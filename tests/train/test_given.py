@@ -420,6 +420,19 @@ def test_an_image_that_cannot_be_used_is_named_by_its_place(of_files, image, wor
         of_files.model.embed([good, image])
 
 
+def test_no_images_are_refused(of_files):
+    with pytest.raises(fastmae.UserError, match="embed: the list of images is empty"):
+        of_files.model.embed([])
+
+
+def test_growing_crops_are_refused_for_a_model_with_positions_of_its_own(pngs, tmp_path):
+    model = fastmae.mae_vit_tiny_patch4(img_size=16)
+    model.pos_embed.data.normal_()
+    settings = {name: value for name, value in SETTINGS.items() if name not in TINY}
+    with pytest.raises(fastmae.UserError, match=r"start_size=\(8, 8\): must be left out, as the model has pos"):
+        fastmae.pretrain(pngs, output_dir=tmp_path, model=model, start_size=8, **settings)
+
+
 def test_bytes_in_a_file_object_are_no_image(of_files):
     with pytest.raises(fastmae.UserError, match="number 0 cannot be used: BytesIO is no image; give a path"):
         of_files.model.embed([io.BytesIO()])

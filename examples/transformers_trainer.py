@@ -1,6 +1,6 @@
 """transformers' Trainer with ViTMAE, made faster by one line.
 
-    python examples/transformers_trainer.py
+    python examples/transformers_trainer.py  # with several GPUs: torchrun --nproc_per_node gpu examples/…
 
 Needs: fastmae, transformers, accelerate, scikit-learn (for its digits).
 """

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastmae.checkpoint.contents import listed
 from fastmae.checkpoint.load import Opened, open_checkpoint
 from fastmae.checkpoint.positions import for_grid, read_table
 from fastmae.config import PretrainConfig
@@ -67,11 +68,11 @@ def begin_with(model: MaskedAutoencoderViT, start: Opened, path: str, *, fixed_p
     if start.model.patch_size != model.patch_size:
         sizes = ["{}×{}".format(*one.patch_size) for one in (start.model, model)]
         raise SettingError("init", path, f"its patches have {sizes[0]} pixels, not {sizes[1]}; leave --patch_size out")
-    positions = for_grid(read_table(its["pos_embed"], "pos_embed", start.model.grid_size), model.grid_size)
+    own_positions = read_table(its["pos_embed"], "pos_embed", start.model.grid_size)
+    positions = for_grid(own_positions, model.grid_size)
     if fixed_positions and not read_table(positions.table, "pos_embed", model.grid_size).is_fixed:
-        raise SettingError(
-            "init", path, "its positions were learnt, which growing crops cannot take; leave start_size out"
-        )
+        why = "are of another size" if own_positions.is_fixed else "were learnt"
+        raise SettingError("init", path, f"its positions {why}, which growing crops cannot take; leave start_size out")
     its["pos_embed"] = positions.table
     notes += positions.notes
     weight = "patch_embed.proj.weight"
@@ -98,7 +99,7 @@ def begin_with(model: MaskedAutoencoderViT, start: Opened, path: str, *, fixed_p
     if lacking:
         notes.append(f"{' and '.join(lacking)} fresh, as the encoder of a classifier has none")
     if other:
-        notes.append(f"not used: {', '.join(other)}")
+        notes.append(f"{len(other)} tensors not used: {listed(other)}")
     decoder = len(model.state_dict()) - len(own)
     taken = f"{len(own) - len(lacking)} tensors of its encoder, and {decoder} of a fresh decoder"
     return [f"start           {path}: {taken}", *(f"start           {note}" for note in notes)]

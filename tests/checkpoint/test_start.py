@@ -80,6 +80,8 @@ def test_learnt_positions_are_refused_for_growing_crops(encoder, saved):
     with pytest.raises(SettingError, match="learnt, which growing crops cannot take"):
         begun(path, fixed_positions=True)
     begun(saved(encoder), fixed_positions=True)
+    with pytest.raises(SettingError, match="its positions are of another size, which growing crops cannot take"):
+        begun(saved(encoder), fixed_positions=True, input_size=(24, 24))
 
 
 @pytest.mark.parametrize(("of", "to"), [(3, 1), (3, 2), (3, 4), (3, 9), (1, 3), (4, 3)])
@@ -114,7 +116,7 @@ def test_the_encoder_of_a_classifier_has_a_fresh_last_norm(encoder, saved):
     said = " ".join(account)
     assert "52 tensors" in said
     assert "norm.bias and norm.weight fresh" in said
-    assert "not used: fc_norm.bias, fc_norm.weight" in said
+    assert "2 tensors not used: fc_norm.bias, fc_norm.weight" in said
 
 
 def test_another_shape_is_refused_by_name(encoder, saved):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from os import PathLike
@@ -132,7 +133,7 @@ def pretrain(
     probed = {**in_file, **settings}.get("probe") or {**in_file, **settings}.get("probe_freq")
     parts, settings = _with_data(data, val, settings, in_file, needs_labels=bool(probed))
     own = None if model is None or isinstance(model, str) else _trainable(model)
-    settings |= {"model": model} if own is None else _settings_of_model(own, settings)
+    settings |= {"model": model} if own is None else _settings_of_model(own, settings, in_file)
     if model is None:
         settings.pop("model")
     configuration = make_config(PretrainConfig, {"output_dir": output_dir, **settings}, config)
@@ -439,8 +440,10 @@ def _trainable(model: Any) -> MaskedAutoencoderViT:
     return model
 
 
-def _settings_of_model(model: MaskedAutoencoderViT, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that a model decides.
+def _settings_of_model(
+    model: MaskedAutoencoderViT, settings: Mapping[str, Any], in_file: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the settings that a model decides. They override those of a file.
 
     Raises:
         SettingError: one of those that were given is another.
@@ -448,13 +451,28 @@ def _settings_of_model(model: MaskedAutoencoderViT, settings: Mapping[str, Any])
     from fastmae.model.build import settings_of
 
     decided = settings_of(model)
-    if settings.get("init"):
-        raise SettingError("init", settings["init"], "is for a preset; the model that is given has weights already")
+    if init := {**in_file, **settings}.get("init"):
+        problem = "is for a preset; the model that is given has weights already: init='' keeps them"
+        raise SettingError("init", init, problem)
     for name, value in decided.items():
         given = settings.get(name)
         if given is None:
             continue
-        as_pair = (given, given) if isinstance(given, int) and isinstance(value, tuple) else given
-        if as_pair != value and list(as_pair if isinstance(as_pair, list | tuple) else [as_pair]) != [value]:
+        if not _is_same(given, value):
             raise SettingError(name, given, f"is {value} of the model that is given; leave it out")
     return decided
+
+
+def _is_same(given: Any, value: Any) -> bool:
+    """Tells whether a setting that was given is what a model decides: one number stands for a pair of it, and a model
+    holds numbers in float32."""
+    given = given.tolist() if hasattr(given, "tolist") else given
+    items, decided = (tuple(one) if isinstance(one, list | tuple) else (one,) for one in (given, value))
+    items = items * len(decided) if len(items) == 1 else items
+    return len(items) == len(decided) and all(map(_is_near, items, decided))
+
+
+def _is_near(one: Any, other: Any) -> bool:
+    if isinstance(one, int | float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return bool(one == other)

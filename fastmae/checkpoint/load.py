@@ -25,13 +25,14 @@ from fastmae.checkpoint.official import (
 )
 from fastmae.checkpoint.positions import for_grid, read_table
 from fastmae.checkpoint.restore import load_checkpoint
-from fastmae.config.images import images_of_model
+from fastmae.config.images import images_of_model, read_as
 from fastmae.config.model import ModelSpec
 from fastmae.config.shared import ReadingConfig
 from fastmae.errors import SettingError, UserError
 from fastmae.model.build import build_model
 from fastmae.model.classifier import Classifier, classifier_of, merge_lora, tune
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.pixels import register_pixels
 from fastmae.model.presets import PRESETS
 from fastmae.model.vit import patch_grid
 
@@ -108,14 +109,30 @@ def load_model(
 def load_weights(checkpoint: str | Path, model: MaskedAutoencoderViT) -> MaskedAutoencoderViT:
     """Loads the weights of a checkpoint, or of the newest intact one of a run folder, into a model, and returns it.
 
+    From then on the model reads and normalises images as that run did, too: these are not among its weights.
+
     Raises:
         UserError: nothing there, not intact, or of another architecture.
     """
     path = Path(checkpoint)
     if not path.exists() or holds_file(path):
         raise UserError(f"{path}: no run folder nor a checkpoint of one, of which a model of your own gets its weights")
-    _of_newest(path, lambda found, _: load_checkpoint(found, model))
+
+    def load(found: Path, manifest: dict[str, Any]) -> None:
+        load_checkpoint(found, model)
+        _read_as_in(manifest["settings"], model)
+
+    _of_newest(path, load)
     return model
+
+
+def _read_as_in(settings: dict[str, Any], model: MaskedAutoencoderViT) -> None:
+    """Lets a model read and normalise images as the settings of a run say."""
+    spec, device = ModelSpec.from_json(settings), model.mean.device
+    mean, std = spec.mean or tuple(model.mean.tolist()), spec.std or tuple(model.std.tolist())
+    register_pixels(model, spec.in_chans, mean, std, spec.pixels)
+    model.to(device)
+    model.read_as = read_as(spec)
 
 
 def lacks_decoder(checkpoint: str | Path, opened: Opened) -> str:

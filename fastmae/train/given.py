@@ -69,7 +69,7 @@ def told(on_step: OnStep, total_steps: int, stop: Callable[[str], None]) -> Call
                 reason = in_one_line(f"{type(error).__name__}: {error}")
                 problem = f"on_step raised {reason} at step {info.step}; mend it, then go on with resume='auto'"
                 raise UserError(problem) from error
-            if answer == STOP:
+            if isinstance(answer, str) and answer == STOP:
                 stop("on_step")
 
     return tell

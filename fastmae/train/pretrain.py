@@ -312,7 +312,6 @@ def _model(
     if config.float8 and model.cls_token.shape[2] % 16:
         problem = f"needs a width that is a multiple of 16, and that of the encoder is {model.cls_token.shape[2]}"
         raise SettingError("float8", problem=f"{problem}; leave it out, or choose another --embed_dim")
-    model.autocast_residual = config.residual == "bf16"
     lines: list[str] = []
     if start is not None:
         lines = begin_with(model, start, config.init, fixed_positions=config.start_size is not None)
@@ -324,11 +323,13 @@ def _model(
 def _fresh(config: ResolvedConfig, given: Given) -> MaskedAutoencoderViT:
     """Returns a model of a run, or a copy of the one that was given, that nothing wraps or shards yet."""
     if given.model is None:
-        return build_model(ModelSpec.of(config))
-    model, pixels = copy.deepcopy(given.model).train(), pixel_facts(config)
-    if model.pixels != pixels:  # as the data have another type or range
-        register_pixels(model, config.in_chans, config.mean, config.std, pixels)
-    model.read_as = read_as(config)
+        model = build_model(ModelSpec.of(config))
+    else:
+        model, pixels = copy.deepcopy(given.model).train(), pixel_facts(config)
+        if model.pixels != pixels:  # as the data have another type or range
+            register_pixels(model, config.in_chans, config.mean, config.std, pixels)
+        model.read_as = read_as(config)
+    model.autocast_residual = config.residual == "bf16"
     return model
 
 

@@ -5,6 +5,7 @@ import json
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from torch.utils.data import Dataset
 import fastmae
 from fastmae.config.model import ModelSpec
 from fastmae.model.build import build_model, settings_of
+from fastmae.train.given import NOTHING, told
+from fastmae.train.pretrain import _fresh
 
 TINY = dict(model="mae_vit_tiny_patch4", input_size=16)
 SETTINGS = dict(**TINY, epochs=2, batch_size=16, warmup_epochs=0, probe=False, num_workers=2, tune="off")
@@ -263,6 +266,29 @@ def test_a_model_that_is_given_is_trained_as_the_preset_is(pngs, of_files, tmp_p
     assert same_weights(opened.state_dict(), model.state_dict())
 
 
+def test_a_model_that_is_given_reads_images_as_it_was_trained(tmp_path):
+    """Wide pixels, their range and the choice of bands are no weights, and follow the data."""
+    rng, model = np.random.default_rng(0), seeded_model(mean=(0.5,) * 3, std=(0.2,) * 3)
+    images = rng.integers(0, 5000, (32, 16, 16, 4), dtype=np.uint16)
+    settings = dict(epochs=1, batch_size=16, warmup_epochs=0, probe=False, num_workers=1, tune="off")
+    choice = dict(bands=(4, 1, 2), value_range=(0, 5000), mean=0.5, input_size=[16, 16])
+    run = fastmae.pretrain(images, model=model, output_dir=tmp_path / "run", **choice, **settings)
+    opened = fastmae.load_model(run.folder)
+    assert (model.pixels, model.read_as) == (opened.pixels, opened.read_as)
+    assert (model.pixels.dtype, model.read_as.bands) == ("uint16", (4, 1, 2))
+    loaded = fastmae.load_model(run.folder, model=seeded_model())
+    expected = opened.embed([*images[:2]])
+    assert torch.equal(run.model.embed([*images[:2]]), expected)
+    assert torch.equal(loaded.embed([*images[:2]]), expected)
+
+
+def test_a_model_that_is_made_of_the_shards_of_ranks_computes_as_they_do():
+    """Losses on images that are held out are those of one rank."""
+    spec = ModelSpec(model="mae_vit_tiny_patch4", input_size=(16,), in_chans=3)
+    config = SimpleNamespace(**vars(spec), residual="bf16")
+    assert _fresh(config, NOTHING).autocast_residual
+
+
 class Weighted(fastmae.MaskedAutoencoderViT):
     """A loss of one's own with a parameter of one's own."""
 
@@ -325,6 +351,7 @@ class DrawsItsOwn(fastmae.MaskedAutoencoderViT):
         ({"model": seeded_model(), "input_size": 32}, r"input_size=32: is \(16, 16\) of the model that is given"),
         ({"model": seeded_model(), "norm_pix_loss": True}, "norm_pix_loss=True: is False of the model"),
         ({"model": seeded_model(), "init": "x.pth"}, "init='x.pth': is for a preset"),
+        ({"model": seeded_model(), "mean": 0.5}, "mean=0.5: is .* of the model that is given"),
         ({"model": DrawsItsOwn(img_size=32)}, "model='DrawsItsOwn': its random_masking draws masks of its own"),
         ({"optimizer": None}, r"optimizer: is not taken.* copy the loop in fastmae/train/pretrain.py"),
         ({"transform": None}, "transform: is not taken.* set crop_scale and flip"),
@@ -339,6 +366,12 @@ def test_what_cannot_be_given_is_refused_in_one_line(pngs, tmp_path, arguments, 
         fastmae.pretrain(pngs, output_dir=tmp_path / "run", **arguments)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_that_a_file_names_does_not_replace_the_weights_of_a_model(tmp_path):
+    (tmp_path / "mine.yaml").write_text("init: encoder.pth")
+    with pytest.raises(fastmae.UserError, match=r"init='encoder\.pth': is for a preset"):
+        fastmae.pretrain("digits", model=seeded_model(), config=tmp_path / "mine.yaml", output_dir=tmp_path / "run")
 
 
 def test_settings_of_files_are_refused_with_objects(pngs, tmp_path):
@@ -367,6 +400,15 @@ def test_on_step_is_told_of_every_step_when_numbers_are_read(pngs, tmp_path):
         )
         assert (info.total_steps, info.skipped) == (6, False)
     assert counts == [1, 2, 3, 5, 5, 6]  # the first steps soon, as on the screen, and the last of an epoch
+
+
+def test_whatever_on_step_returns_but_stop_changes_nothing():
+    row = {"step": 1, "epoch": 0, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0}
+    for answer in (None, True, np.array(["stop", "stop"]), torch.zeros(2)):
+        told(lambda info, answer=answer: answer, 2, pytest.fail)([row])
+    stopped = []
+    told(lambda info: "stop", 2, stopped.append)([row])
+    assert stopped == ["on_step"]
 
 
 def test_an_error_of_on_step_ends_the_run_in_one_line(pngs, tmp_path):

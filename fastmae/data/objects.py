@@ -25,6 +25,7 @@ from torch.utils import data as torch_data
 from fastmae.data.arrays import FEW, array_source, as_native, refuse_no_numbers
 from fastmae.data.columns import IMAGE_COLUMNS, LABEL_COLUMNS, numbered
 from fastmae.data.images import FolderSource
+from fastmae.data.plan import Shards
 from fastmae.data.sources import Parts, Source
 from fastmae.data.stock import Stock, count_of
 from fastmae.data.suffixes import IMAGE_SUFFIXES, suffix_of
@@ -91,9 +92,13 @@ class Objects:
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    has_floats: bool = False
+    """Whether some of those that were looked at are floats."""
     lock: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
     """Is held while an image is got, where threads may not do so at the same time."""
-    shards = None
+    shards: Shards | None = None
+    called: Callable[[int], str] | None = None
+    """Names an image, where the object has names for them."""
 
     @property
     def location(self) -> str:
@@ -122,7 +127,7 @@ class Objects:
             raise OSError(_in_a_line(error)) from error
 
     def name(self, index: int) -> str:
-        return f"{self.what}[{index}]"
+        return f"{self.what}[{index}]" if self.called is None else self.called(index)
 
 
 # --- what is given ----------------------------------------------------------------------------------------------------
@@ -144,15 +149,31 @@ def given_parts(data: Any, val: Any = None, *, layout: LayoutName = "auto", need
         found = {part: next((data[name] for name in names if name in data), None) for part, names in PARTS.items()}
         if found["train"] is None:
             raise SettingError("data", problem=f"is a dict of {', '.join(map(str, data))}; call one of its parts train")
-        data, val = found["train"], found["val"] if val is None else val
+        val = found["val"] if val is None else val
+        unused = [str(name) for name, part in data.items() if part is not found["train"] and part is not val]
+        if unused:
+            logger.warning("data: its parts %s are not used; name them train and test to use them", ", ".join(unused))
+        data = found["train"]
     if is_paths(data):
         if val is not None:
             raise SettingError("val", problem="is for objects in Python; the val part of paths is their own folder val")
         return None
     train = as_source(data, layout=layout, needs_labels=needs_labels)
-    test = None if val is None else as_source(val, layout=layout, needs_labels=needs_labels)
+    try:
+        test = None if val is None else as_source(val, layout=layout, needs_labels=needs_labels)
+    except SettingError as error:
+        raise SettingError("val" if error.name == "data" else error.name, error.value, error.problem) from error
+    _require_same_scale(train, test)
     what = train.what if isinstance(train, Objects) else _type_of(data)
     return Parts(train, test, f"<{what} of {count_of(len(train), 'images')}>")
+
+
+def _require_same_scale(train: Source, test: Source | None) -> None:
+    """Refuses parts of which the floats of one are k/255, and become k, and those of the other stay as they are."""
+    parts = [part for part in (train, test) if isinstance(part, Objects) and part.has_floats]
+    if len({part.form.levels for part in parts}) > 1:
+        problem = "floats of one part are k/255, as ToTensor makes them, and those of the other are not"
+        raise SettingError("val", problem=f"{problem}; make both in the same way, or give both in 8 bits")
 
 
 def is_paths(data: Any) -> bool:
@@ -176,9 +197,10 @@ def as_source(
 
     Args:
         data: a map-style Dataset, a list, a Hugging Face ``Dataset``, or an object with ``__len__`` and ``read``, as
-            ``Source`` describes it. Its samples are images: paths, the bytes of files, images of Pillow, arrays or
-            tensors [H, W], [H, W, C] or [C, H, W]; or (image, label); or dicts with an image and maybe a label. Or an
-            array or a tensor of images [N, …], alone or with labels, as (images, labels).
+            ``Source`` describes it, whose ``labels``, ``classes``, ``name`` and ``shards`` are used if there are some.
+            Its samples are images: paths, the bytes of files, images of Pillow, arrays or tensors [H, W], [H, W, C] or
+            [C, H, W]; or (image, label); or dicts with an image and maybe a label. Or an array or a tensor of images
+            [N, …], alone or with labels, as (images, labels).
         labels: of all images, integers or words. Default: those of the data.
         classes: the names of the classes that integers number. Default: those of the data, if it has some.
         threads: whether several threads may read samples at the same time. Default: they may where that is known to be
@@ -190,7 +212,12 @@ def as_source(
         UserError: it has no length or no images, gives other images when they are read again, or axes in an order that
             is guessed too easily.
     """
-    if type(data).__module__.startswith("fastmae."):
+    if isinstance(data, str | os.PathLike):
+        raise SettingError("data", problem=f"{data} is a path, and this is for objects; paths are given to data alone")
+    if type(data).__module__.startswith("fastmae.") and hasattr(data, "read"):
+        if labels is not None or classes or threads is not None:
+            problem = f"{_type_of(data)} is a source already; say its labels, classes and threads when it is made"
+            raise SettingError("data", problem=problem)
         return data
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(one, np.ndarray | torch.Tensor) for one in data):
         data, labels = data[0], data[1] if labels is None else labels
@@ -209,7 +236,10 @@ def as_source(
         form=form,
         kind="folder" if any(look.is_file for look in seen.values() if isinstance(look, _Look)) else "array",
         shapes=frozenset(_shapes(form, seen)),
-        lock=contextlib.nullcontext() if samples.are_safe or threads else threading.Lock(),
+        has_floats=any(_is_float(look.plain) for look in seen.values() if isinstance(look, _Look)),
+        lock=contextlib.nullcontext() if (samples.are_safe if threads is None else threads) else threading.Lock(),
+        shards=samples.shards,
+        called=samples.called,
     )
     numbers, names, problem = _labels(samples, seen, objects, labels, classes, needs_labels)
     if not samples.are_safe and threads is None:
@@ -292,6 +322,9 @@ class _Samples:
     """Whether several threads may read at the same time, as far as that is known."""
     are_kept: bool = False
     """Whether they lie in a list, so that they are the same whenever they are read."""
+    shards: Shards | None = None
+    called: Callable[[int], str] | None = None
+    """Of a source of somebody's own, what it says beside its images."""
 
     def image(self, index: int) -> Any:
         sample = self.get(index)
@@ -310,9 +343,13 @@ def _samples(data: Any, length: int) -> _Samples:
         return _of_hugging_face(data, length)
     if not hasattr(data, "__getitem__"):  # a source, as Datasets may have anything beside their samples
         classes = tuple(getattr(data, "classes", ()))
-        labels = getattr(data, "labels", None)
+        labels, shards, called = (getattr(data, name, None) for name in ("labels", "shards", "name"))
         samples = _Samples(data.read, length, _type_of(data), labels=labels, classes=classes, are_safe=True)
-        return samples
+        return replace(
+            samples,
+            shards=shards if isinstance(shards, Shards) else None,
+            called=called if callable(called) else None,
+        )
     is_list = isinstance(data, list | tuple)
     samples = _Samples(data.__getitem__, length, "list" if is_list else f"Dataset {_type_of(data)}")
     first = _first(samples)
@@ -480,8 +517,8 @@ def _same(one: _Look | Exception, other: _Look | Exception) -> bool:
     return one.plain.dtype == other.plain.dtype and np.array_equal(one.plain, other.plain, equal_nan=are_floats)
 
 
-def _is_float(array: np.ndarray) -> bool:
-    return array.dtype.kind == "f"
+def _is_float(plain: bytes | np.ndarray) -> bool:
+    return isinstance(plain, np.ndarray) and plain.dtype.kind == "f"
 
 
 # --- what the samples mean --------------------------------------------------------------------------------------------
@@ -575,7 +612,7 @@ def _labels(
         values = _as_list(given)
         if len(values) != samples.length:
             raise SettingError("labels", problem=f"there are {len(values)} for {samples.length} images; give one each")
-        if labels is not None or all(_plain_label(value) == values[index] for index, value in looked.items()):
+        if labels is not None or all(_is_label(value, values[index]) for index, value in looked.items()):
             return _numbered(values, names)
     if not looked:
         return None, (), ()
@@ -600,6 +637,12 @@ def _read_labels(samples: _Samples, objects: Objects) -> list[Any]:
 
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         return [*pool.map(label, range(samples.length))]
+
+
+def _is_label(value: Any, said: Any) -> bool:
+    """Tells whether what a sample has is the label that the data set says; rows of numbers are none."""
+    value = _plain_label(value)
+    return isinstance(value, int | str) and isinstance(said, int | str) and value == said
 
 
 def _plain_label(value: Any) -> Any:
@@ -628,14 +671,24 @@ def _numbered(values: list[Any], classes: Sequence[str]) -> Labelled:
     if classes and numbers.min() == -1:  # as Hugging Face marks a part without labels
         missing = int((numbers < 0).sum())
         return None, (), (f"{missing:,} of {len(values):,} samples have the label -1, so no image has one; label all",)
+    if classes:
+        span = f"labels go from {numbers.min()} to {numbers.max()}, and {len(classes)} classes have names"
+        return numbers, (), (f"{span}, so classes are shown by their numbers; number them from 0 on",)
     return numbers, (), ()
 
 
 # --- one image --------------------------------------------------------------------------------------------------------
 
 
-def one_image(item: Any, layout: LayoutName = "auto") -> tuple[bytes | np.ndarray, Literal["folder", "array"]]:
+def one_image(
+    item: Any, layout: LayoutName = "auto", *, keeps_floats: bool = False
+) -> tuple[bytes | np.ndarray, Literal["folder", "array"]]:
     """Returns an image that stands alone, as a source reads it, and of which kind that source would be.
+
+    Args:
+        item: of a data set.
+        layout: the order of its axes.
+        keeps_floats: whether floats stay floats if they are k/255, as an image of zeros and ones among others is.
 
     Raises:
         ValueError, OSError: it is none, cannot be read, or has axes in an order that is guessed too easily.
@@ -645,7 +698,7 @@ def one_image(item: Any, layout: LayoutName = "auto") -> tuple[bytes | np.ndarra
         form, _ = _form([look], layout)
     except SettingError as error:
         raise ValueError(error.problem) from error
-    return form.pixels(item), "folder" if look.is_file else "array"
+    return replace(form, levels=form.levels and not keeps_floats).pixels(item), "folder" if look.is_file else "array"
 
 
 def plain_image(item: Any) -> bytes | np.ndarray:

@@ -68,7 +68,7 @@ class Preprocessing:
         pixels = np.empty((len(images), *self.size, self.channels), self.dtype)
         for number, image in enumerate(images):
             try:
-                data, kind = one_image(image, self.reading.read_as.layout)
+                data, kind = one_image(image, self.reading.read_as.layout, keeps_floats=self.dtype == "float32")
                 share = central_share(kind, self.size)
                 pixels[number] = prepared(data, View(self.size, self.reading, central_share=share), None)
             except (BadImageError, ValueError, OSError) as error:

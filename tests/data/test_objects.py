@@ -14,9 +14,12 @@ from torch.utils import data as torch_data
 from fastmae.data.decode import decode
 from fastmae.data.fingerprint import difference, fingerprint
 from fastmae.data.objects import as_source, given_parts, is_paths
+from fastmae.data.plan import Shards
 from fastmae.data.reading import Reading
 from fastmae.data.sources import open_train, train_and_val
 from fastmae.errors import UserError
+from fastmae.facts import PixelFacts
+from fastmae.model.presets import mae_vit_tiny_patch4
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (12, 5, 7, 3), dtype=np.uint8)
@@ -338,3 +341,74 @@ def test_the_fingerprint_of_objects_is_of_their_contents():
     assert difference(fingerprint(as_source(changed)), before) == "other contents or sizes of image 7"
     labelled = as_source(pictures(targets=[i % 3 for i in range(12)]))
     assert difference(fingerprint(labelled), before) == "other labels or classes"
+
+
+class Shown(Own):
+    """A source that says more than it must."""
+
+    shards = Shards(np.array([0, 6, 12]), window=8)
+
+    def name(self, index):
+        return f"tile {index}"
+
+
+def test_what_a_source_of_ones_own_says_beside_its_images_is_used():
+    source = as_source(Shown())
+    assert (source.name(3), source.shards) == ("tile 3", Shown.shards)
+
+
+# --- what was lost or wrong in silence --------------------------------------------------------------------------------
+
+
+def test_what_somebody_says_of_threads_holds():
+    held = [as_source(list(COLOUR), threads=False), as_source(Own(), threads=False)]
+    assert not any(isinstance(source.lock, contextlib.nullcontext) for source in held)
+
+
+def test_labels_are_not_dropped_where_a_source_is_made_of_a_source():
+    source = as_source(list(COLOUR))
+    assert as_source(source) is source
+    with pytest.raises(UserError, match="Objects is a source already"):
+        as_source(source, labels=[0, 1] * 6)
+
+
+def test_paths_and_parts_that_are_not_used_are_told(caplog):
+    with pytest.raises(UserError, match="data: photos is a path"):
+        as_source("photos")
+    with pytest.raises(UserError, match="val: photos is a path"):
+        given_parts(list(COLOUR), "photos")
+    with pytest.raises(UserError, match="val: list holds no images"):
+        given_parts(list(COLOUR), [])
+    parts = given_parts({"train": COLOUR, "validation": COLOUR[:2], "test": COLOUR[:3], "more": COLOUR[:4]})
+    assert len(parts.val) == 2
+    assert "its parts test, more are not used" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_rows_of_numbers_are_no_labels(kind):
+    """Several labels an image, as of faces, with what says them for all."""
+    rows = kind([[i % 2, 1] for i in range(12)])
+    source = as_source(Items(12, lambda i: (COLOUR[i], rows[i]), targets=rows))
+    assert source.labels is None
+    assert "no labels" in source.stock.notes[-1]
+
+
+def test_names_that_do_not_fit_the_numbers_of_classes_are_told():
+    source = as_source(list(COLOUR), labels=[1, 2] * 6, classes=["x", "y"])
+    assert (source.labels.tolist(), source.classes) == ([1, 2] * 6, ())
+    assert "labels go from 1 to 2, and 2 classes have names" in source.stock.notes[-1]
+
+
+def test_floats_of_two_scales_are_refused():
+    levels, others = COLOUR.astype(np.float32) / 255, COLOUR.astype(np.float32) / 254
+    with pytest.raises(UserError, match="val: floats of one part are k/255"):
+        given_parts(list(others), list(levels))
+    assert given_parts(list(levels), list(levels)).val.read(0).dtype == np.uint8
+    assert given_parts(list(COLOUR), list(levels)).val.read(0).dtype == np.uint8
+
+
+def test_an_image_of_zeros_and_ones_among_floats_is_not_taken_for_bits():
+    model = mae_vit_tiny_patch4(img_size=8, pixels=PixelFacts(dtype="float32", low=(0.0,) * 3, high=(1.0,) * 3))
+    assert model.preprocess(np.ones((8, 8, 3), np.float32)).max() == 1
+    bits = mae_vit_tiny_patch4(img_size=8)
+    assert bits.preprocess(np.ones((8, 8, 3), np.float32)).max() == 255

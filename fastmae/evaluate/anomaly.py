@@ -161,6 +161,7 @@ def find_anomalies(
     maps = torch.cat([
         patch_errors(model, images, torch.from_numpy(indices), mask_ratio=mask_ratio, rounds=rounds, seed=seed)
         for indices, images, _ in batches
+        if len(indices)
     ])  # fmt: skip
     distance = -closeness.mean(dim=1)
     skipped = normal_features.skipped + test_features.skipped

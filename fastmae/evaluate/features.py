@@ -59,7 +59,9 @@ def usable_batches(
     for indices, batch in zip(chunks, batches, strict=True):
         changed.add(batch.changed, read=len(indices))
         usable = ~np.isin(indices, [skipped.index for skipped in batch.skipped])
-        skipped = tuple(image for image in batch.skipped if indices[0] <= image.index <= indices[-1])
+        # Each once, though several samples in a row may come across the same one in search of another image.
+        bad = {image.index: image for image in batch.skipped if indices[0] <= image.index <= indices[-1]}
+        skipped = tuple(bad.values())
         if usable.all():
             yield indices, batch.images, skipped
         elif usable.any():
@@ -94,13 +96,15 @@ def extract_features(
     skipped: list[Skipped] = []
     batches = usable_batches(model, source, batch_size=batch_size, num_workers=num_workers, share=share)
     for chosen, images, bad in batches:
+        skipped += bad
+        if not len(chosen):
+            continue
         features = model.pool_tokens(model.forward_features(images), pool).float()
         if not indices:
             values = features.new_empty(-(-len(source) // share.ranks) + batch_size, features.shape[1])
         values[count : count + len(chosen)] = features
         count += len(chosen)
         indices.append(chosen)
-        skipped += bad
     own = Features(values[:count], np.concatenate([np.empty(0, np.int64), *indices]), tuple(skipped))
     return own if share.ranks == 1 else _together(own, share)
 

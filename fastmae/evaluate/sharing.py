@@ -32,7 +32,7 @@ WHOLE = Share()
 def gather(
     share: Share, tensors: Mapping[str, torch.Tensor], facts: Any
 ) -> list[tuple[dict[str, torch.Tensor], Any]] | None:
-    """Brings together what every rank has. All ranks call it; the first has every name that another one has.
+    """Brings together what every rank has. All ranks call it.
 
     Args:
         share: this process among the ranks.
@@ -40,7 +40,8 @@ def gather(
         facts: anything that JSON can hold.
 
     Returns:
-        On the first rank (the tensors, on its device; the facts) of each rank, in the order of ranks; None on others.
+        On the first rank (the tensors; the facts) of each rank, in the order of ranks; None on others. Tensors are on
+        the device of that of the same name there, if there is one, else on the CPU.
     """
     if share.ranks == 1:
         return [(dict(tensors), facts)]
@@ -50,7 +51,7 @@ def gather(
         for tensor in (torch.tensor([len(text)]), text, *tensors.values()):
             dist.send(tensor.cpu().contiguous(), 0)
         return None
-    devices = {name: tensor.device for name, tensor in tensors.items()}  # batches are dealt out from the first rank on
+    devices = {name: tensor.device for name, tensor in tensors.items()}
     return [(dict(tensors), facts), *(_received(rank, devices) for rank in range(1, share.ranks))]
 
 
@@ -65,6 +66,7 @@ def _received(rank: int, devices: Mapping[str, torch.device]) -> tuple[dict[str,
     length = int(receive(1, dtype=torch.int64))
     shapes, facts = json.loads(bytes(receive(length, dtype=torch.uint8).tolist()))
     tensors = {
-        name: receive(*shape, dtype=getattr(torch, dtype)).to(devices[name]) for name, (dtype, *shape) in shapes.items()
+        name: receive(*shape, dtype=getattr(torch, dtype)).to(devices.get(name, "cpu"))
+        for name, (dtype, *shape) in shapes.items()
     }
     return tensors, facts

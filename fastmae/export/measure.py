@@ -152,6 +152,8 @@ def _encoded(
     seconds: dict[str, list[float]] = {name: [] for name in encoders}
     differences = dict.fromkeys(encoders, 0.0)
     for indices, pixels, _ in usable_batches(model, source, batch_size=BATCH, num_workers=num_workers, share=share):
+        if not len(indices):  # none of them can be used
+            continue
         images, first = as_taken(model, pixels, raw), None
         numbers.append(indices)
         for name, encode in encoders.items():

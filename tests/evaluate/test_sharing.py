@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ranks import start_ranks
 
 from fastmae.cli import main
-from fastmae.evaluate import features
+from fastmae.evaluate import features, sharing
 from fastmae.evaluate.features import extract_features
-from fastmae.evaluate.sharing import Share
+from fastmae.evaluate.sharing import WHOLE, Share, gather
+from fastmae.export.measure import _encoded
 from fastmae.model.presets import mae_vit_tiny_patch4
 
 
@@ -92,3 +94,34 @@ def _accuracies(table: str) -> list[str]:
     """The cells of the comparison, without those of speed."""
     rows = [line for line in table.splitlines() if line.startswith("│") and "%" in line]
     return [cell.strip() for row in rows for cell in row.strip("│").split("│")[:4]]
+
+
+class FewUsable(Pixels):
+    """Seventy images, of which the first forty cannot be read: more than a batch of them."""
+
+    labels = np.arange(70) % 2
+
+    def __len__(self):
+        return 70
+
+    def read(self, index):
+        return b"no image" if index < 40 else np.full((16, 16, 3), index, np.uint8)
+
+
+def test_a_batch_of_which_no_image_can_be_used_is_passed_over():
+    model = mae_vit_tiny_patch4(img_size=16).eval()
+    found = extract_features(model, FewUsable(), pool="mean", batch_size=32, num_workers=1)
+    assert (found.indices.tolist(), len(found.values), len(found.skipped)) == ([*range(40, 70)], 30, 40)
+    encoded = _encoded(model, {"fastmae": model.forward_features}, FewUsable(), True, 1, WHOLE)
+    assert encoded.features["fastmae"].equal(found.values)
+    assert (encoded.differences, len(encoded.seconds["fastmae"])) == ({"fastmae": 0.0}, 2)
+
+
+def test_the_first_rank_takes_what_it_has_none_of_itself(monkeypatch):
+    values = torch.rand(2, 3)
+    text = torch.frombuffer(bytearray(json.dumps([{"values": ["float32", 2, 3]}, "facts"]).encode()), dtype=torch.uint8)
+    sent = [torch.tensor([len(text)]), text, values]
+    monkeypatch.setattr(sharing.dist, "recv", lambda tensor, rank: tensor.copy_(sent.pop(0)))
+    own, (tensors, facts) = gather(Share(0, 2), {}, None)
+    assert own == ({}, None)
+    assert (tensors["values"].equal(values), facts) == (True, "facts")

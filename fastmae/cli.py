@@ -85,7 +85,10 @@ COMMANDS: dict[str, type] = {
     "bench all": BenchAllConfig,
 }
 # What ranks cannot share: the first one does it, so that no two write one file.
-OF_ONE_RANK = (ReconstructConfig, SearchConfig, AnomalyConfig, VerifyConfig, PackConfig, EstimateConfig)
+OF_ONE_RANK = (
+    ReconstructConfig, SearchConfig, AnomalyConfig, PushConfig, ReportConfig, RunsConfig, VerifyConfig, PackConfig,
+    EstimateConfig,
+)  # fmt: skip
 EXIT_OUTPUT_LOST = 1
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPT = 130

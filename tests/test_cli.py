@@ -502,3 +502,15 @@ def test_texts_of_fields_are_read_from_their_source():
     assert texts["norm_pix_loss"] == field_texts(PretrainConfig)["norm_pix_loss"]
     assert texts["global_batch"] != ""
     assert field_texts(int) == {}
+
+
+@pytest.mark.parametrize(
+    "words", [["runs", "."], ["report", "run", "--output", "page.html"], ["push", "run", "folder"]]
+)
+def test_what_ranks_cannot_share_is_left_to_the_first(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, value in dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    assert main(words) == 0
+    assert capsys.readouterr() == ("", "")
+    assert not [*tmp_path.iterdir()]

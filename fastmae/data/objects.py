@@ -216,8 +216,8 @@ def as_source(
         raise SettingError("data", problem=f"{data} is a path, and this is for objects; paths are given to data alone")
     if type(data).__module__.startswith("fastmae.") and hasattr(data, "read"):
         if labels is not None or classes or threads is not None:
-            problem = f"{_type_of(data)} is a source already; say its labels, classes and threads when it is made"
-            raise SettingError("data", problem=problem)
+            text = f"{_type_of(data)} is a source already; say its labels, classes and threads when it is made"
+            raise SettingError("data", problem=text)
         return data
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(one, np.ndarray | torch.Tensor) for one in data):
         data, labels = data[0], data[1] if labels is None else labels

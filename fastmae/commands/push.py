@@ -52,7 +52,12 @@ def run_push(config: PushConfig) -> int:
     with written_aside(folder, "DEST") as aside:
         names = opened.settings.get("class_names") or ()
         ratio = float(opened.settings.get("mask_ratio") or 0.75)
-        save_huggingface(aside, opened.model, ratio, part, opened.head, names)
+        try:
+            save_huggingface(aside, opened.model, ratio, part, opened.head, names)
+        except SettingError as error:
+            if error.name != "to":
+                raise
+            raise UserError(f"{config.checkpoint}: {error.problem}, a flag of `fastmae export`") from error
         checked = _checked(aside, opened, part)
         _describe(aside, config, opened, part, run if is_newest else None)
     what = "classifier" if opened.head else "encoder and decoder" if part == "full" else "encoder"

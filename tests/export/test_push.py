@@ -18,6 +18,7 @@ from fastmae.checkpoint.load import Opened
 from fastmae.cli import main
 from fastmae.commands import push as push_module
 from fastmae.config import PushConfig
+from fastmae.errors import SettingError
 from fastmae.export.card import model_card
 from fastmae.model.presets import mae_vit_tiny_patch4
 from fastmae.report.run_folder import read_run
@@ -119,6 +120,15 @@ def test_figures_are_those_of_the_weights_that_are_shared(run, tmp_path, capsys)
     assert main(["push", str(folder / "checkpoint-1.pth"), str(tmp_path / "earlier"), "--part", "encoder"]) == 0
     assert f"figures         none, and no picture: what {folder} says of itself is of later" in capsys.readouterr().out
     assert "linear probe" not in (tmp_path / "earlier" / "README.md").read_text()
+
+
+def test_what_transformers_has_no_class_for_is_for_export(run, tmp_path, refusal, monkeypatch):
+    def refuse(*_):
+        raise SettingError("to", "hf", "no registers; use --to=timm")
+
+    monkeypatch.setattr(push_module, "save_huggingface", refuse)
+    line = refusal(["push", str(run), str(tmp_path / "x")])
+    assert line == f"fastmae: {run}: no registers; use --to=timm, a flag of `fastmae export`"
 
 
 def test_a_card_takes_anybodys_text_as_text():

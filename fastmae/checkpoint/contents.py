@@ -329,7 +329,9 @@ def _sorted_out(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[str]]:
     """Returns (weights, with those that nobody knows; the head; the names of what is left out)."""
     weight, bias = tensors.get("head.weight"), tensors.get("head.bias")
+    width = tensors["cls_token"].shape[-1] if "cls_token" in tensors else None
     is_head = weight is not None and bias is not None and weight.ndim == 2 and bias.shape == weight.shape[:1]
+    is_head = is_head and width in (None, weight.shape[1])  # type: ignore[union-attr]  # DINOv2's reads two vectors
     head = {"head.weight": weight, "head.bias": bias} if is_head else {}
     has_decoder = "decoder_pred.weight" in tensors
     left = []

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from fastmae.checkpoint.contents import listed
 from fastmae.checkpoint.load import Opened, open_checkpoint
 from fastmae.checkpoint.positions import for_grid, read_table
 from fastmae.config import PretrainConfig
@@ -85,6 +84,10 @@ def begin_with(model: MaskedAutoencoderViT, start: Opened, path: str, *, fixed_p
     lacking = sorted(own.keys() - its.keys())
     other = sorted(its.keys() - own.keys())
     shapes = sorted(name for name in own.keys() & its.keys() if own[name].shape != its[name].shape)
+    beyond = [name for name in other if not name.startswith("fc_norm.")]  # such as the blocks of a deeper encoder
+    if beyond:
+        problem = f"its {beyond[0]} has no place in the model; leave the model's sizes out"
+        raise SettingError("init", path, problem)
     if shapes or set(lacking) - {"norm.weight", "norm.bias"}:
         first = (shapes or lacking)[0]
         found = list(its[first].shape) if first in its else "missing"
@@ -99,7 +102,7 @@ def begin_with(model: MaskedAutoencoderViT, start: Opened, path: str, *, fixed_p
     if lacking:
         notes.append(f"{' and '.join(lacking)} fresh, as the encoder of a classifier has none")
     if other:
-        notes.append(f"{len(other)} tensors not used: {listed(other)}")
+        notes.append(f"not used: {', '.join(other)}")
     decoder = len(model.state_dict()) - len(own)
     taken = f"{len(own) - len(lacking)} tensors of its encoder, and {decoder} of a fresh decoder"
     return [f"start           {path}: {taken}", *(f"start           {note}" for note in notes)]

@@ -468,6 +468,15 @@ def test_a_classifier_is_opened_as_its_encoder_and_named(model_name, encoder, sa
         load_model(path, needs_decoder=True)
 
 
+def test_a_head_of_two_vectors_is_left_out_with_a_line(encoder, saved):
+    """As DINOv2's linear classifiers, which read the class token and the mean of the patches."""
+    wide = encoder | {"head.weight": torch.zeros(10, 256), "head.bias": torch.zeros(10)}
+    found = understand(wide)
+    assert found.kind == "encoder"
+    assert found.notes == ("2 tensors not used, as no masked autoencoder has them: head.bias, head.weight",)
+    load_model(saved(wide))
+
+
 def test_a_head_of_another_kind_is_left_out_with_a_line(model, encoder, saved, caplog):
     probe = {"head.0.running_mean": torch.zeros(128), "head.0.num_batches_tracked": torch.tensor(3)}
     path = saved(encoder | probe | {"head.1.weight": torch.zeros(5, 128), "pre_logits.fc.bias": torch.zeros(2)})

@@ -116,14 +116,14 @@ def test_the_encoder_of_a_classifier_has_a_fresh_last_norm(encoder, saved):
     said = " ".join(account)
     assert "52 tensors" in said
     assert "norm.bias and norm.weight fresh" in said
-    assert "2 tensors not used: fc_norm.bias, fc_norm.weight" in said
+    assert "not used: fc_norm.bias, fc_norm.weight" in said
 
 
 def test_another_shape_is_refused_by_name(encoder, saved):
     path = saved(encoder)
     with pytest.raises(SettingError, match=r"its patches have 4×4 pixels, not 8×8; leave patch_size out"):
         begun(path, mae_vit_tiny_patch4(img_size=16, patch_size=8))
-    for name, shape in (("depth", {"depth": 5}), ("width", {"embed_dim": 64})):
+    for name, shape in (("deeper", {"depth": 5}), ("less deep", {"depth": 3}), ("width", {"embed_dim": 64})):
         sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4, "decoder_depth": 1}
         with pytest.raises(SettingError, match="leave the model's sizes out"):
             begun(path, MaskedAutoencoderViT(**(sizes | shape))), name

@@ -137,6 +137,22 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def named_cache() -> str | None:
+    """Returns the folder for compiled code that $TORCHINDUCTOR_CACHE_DIR names, if somebody other than torch named it.
+
+    torch 2.11 to 2.13 set the variable to ``default_cache_dir()`` when their compiler is loaded. Without that function
+    any value is taken for one that somebody named.
+    """
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    try:
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        own = os.path.abspath(default_cache_dir())
+    except ImportError:
+        own = ""
+    return named if named and named != own else None
+
+
 def allow_recompilations(count: int) -> None:
     """Lets torch.compile compile one piece of code for up to ``count`` shapes, before which it would give up.
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fastmae import torch_compat
 from fastmae.config import ResolvedConfig, ResolvedFinetuneConfig
 from fastmae.messages import logger
 from fastmae.model.weight_copies import WeightCopies
@@ -73,9 +74,10 @@ def keep_compiled_code() -> None:
 
     That is fastmae/compiled in ``$XDG_CACHE_HOME`` or ``~/.cache``, unless ``$TORCHINDUCTOR_CACHE_DIR`` names another
     folder. torch's own choice is in /tmp, which a job that is queued again may not have. The kernels of Triton are kept
-    below the same folder. A folder that cannot be written is a warning, and torch's own choice stays.
+    below the same folder. What torch itself writes into the variable, as soon as its compiler is loaded, names none. A
+    folder that cannot be written is a warning, and torch's own choice stays.
     """
-    if os.environ.get(CACHE):
+    if torch_compat.named_cache():
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmae" / "compiled"
     try:

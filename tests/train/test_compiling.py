@@ -12,6 +12,7 @@ import torch
 from helpers import metrics, small_run
 from ranks import run_script, start_ranks
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 import fastmae
 from fastmae.config import FinetuneConfig, PretrainConfig, resolve, resolve_finetune, training
@@ -159,6 +160,11 @@ def test_compiled_code_is_kept_where_a_restart_finds_it(monkeypatch, tmp_path, c
     monkeypatch.setenv(CACHE, "/elsewhere")
     keep_compiled_code()
     assert os.environ[CACHE] == "/elsewhere"
+    monkeypatch.delenv(CACHE)
+    cache_dir()  # as torch does when its compiler is loaded: nobody has named the folder that it writes there
+    assert os.environ[CACHE] == default_cache_dir()
+    keep_compiled_code()
+    assert os.environ[CACHE] == str(tmp_path / "fastmae" / "compiled")
 
     monkeypatch.setenv(CACHE, "")
     (tmp_path / "file").touch()

@@ -66,6 +66,15 @@ void random_masking(const py::array& draw_ids, std::uint64_t seed, std::int64_t 
   fastmae::random_masking(in, seed, workers, out);
 }
 
+void bernoulli_masking(const py::array& draw_ids, std::uint64_t seed, std::uint64_t below, std::int64_t threads,
+                       const py::array& masked) {
+  const Array in = view("draw_ids", draw_ids), out = view("masked", masked);
+  const int workers = fastmae::check_threads(threads);
+  fastmae::check_bernoulli_masking(in, out);
+  const py::gil_scoped_release release;
+  fastmae::bernoulli_masking(in, seed, below, workers, out);
+}
+
 using Optional = std::optional<py::array>;
 
 std::optional<Array> view(const char* name, const Optional& array) {
@@ -264,6 +273,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastmae's C++ ops; use them through fastmae.ops. The last arrays of each are written to.";
   m.def("random_masking", &random_masking, arg("draw_ids"), arg("seed"), arg("threads"), arg("ids_shuffle"),
         "draw_ids int64 [N] -> ids_shuffle int32 [N, L]");
+  m.def("bernoulli_masking", &bernoulli_masking, arg("draw_ids"), arg("seed"), arg("below"), arg("threads"),
+        arg("masked"), "draw_ids int64 [N] -> masked uint8 [N, D], 1 where a random word is below");
   m.def("gather_patches", &gather_patches, arg("images"), arg("ids"), arg("patch_size"), arg("mean"),
         arg("std"), arg("value_range"), arg("nodata"), arg("threads"), arg("patches"),
         "images [N, H, W, C], ids [N, K], mean and std [C], value_range [2, C] or None -> patches [N, K, P]");

@@ -15,7 +15,7 @@ namespace {
 
 using Shape = std::initializer_list<std::int64_t>;
 
-constexpr std::int64_t kMaxPatches = 65536, kMaxHead = 128;
+constexpr std::int64_t kMaxPatches = 65536, kMaxFeatures = 1048576, kMaxHead = 128;
 
 std::string text_of(const std::int64_t* sizes, std::size_t count) {
   std::string text = "[";
@@ -275,6 +275,17 @@ Multiply check_products(const std::string& name) {
     known += (known.empty() ? "" : ", ") + one;
   }
   refuse("products must be one of " + known + ", got " + name);
+}
+
+void check_bernoulli_masking(const Array& draw_ids, const Array& masked) {
+  check_dtype(draw_ids, {DType::kInt64});
+  check_axes(draw_ids, 1, "[N]");
+  check_dtype(masked, {DType::kUint8});
+  check_axes(masked, 2, "[N, D]");
+  const std::int64_t D = masked.shape[1];
+  if (D < 2 || D > kMaxFeatures) refuse("features must be in [2, 1048576], got " + std::to_string(D));
+  check_shape(masked, {draw_ids.shape[0], D}, "[N, D]");
+  check_output(masked, {&draw_ids});
 }
 
 void check_random_masking(const Array& draw_ids, const Array& ids_shuffle) {

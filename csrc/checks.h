@@ -28,6 +28,7 @@ struct Checked {
   Grid grid;
 };
 
+void check_bernoulli_masking(const Array& draw_ids, const Array& masked);
 void check_random_masking(const Array& draw_ids, const Array& ids_shuffle);
 Checked check_gather_patches(const Array& images, const Array& ids, Pair patch_size, const PixelScale& by,
                              const Array& patches);

@@ -46,8 +46,9 @@ struct Kernels {
   const char* name;
 
   // Counter-based keys of one row: keys[i] = philox word i << 32 | i, for i < 4 * blocks; `keys` has room for
-  // 4 * blocks, rounded up to a multiple of kLaneBlock.
-  void (*random_keys)(std::uint64_t seed, std::uint64_t id, std::int64_t blocks, std::uint64_t* keys);
+  // 4 * blocks, rounded up to a multiple of kLaneBlock. The stream says what the words are for.
+  void (*random_keys)(std::uint64_t seed, std::uint64_t stream, std::uint64_t id, std::int64_t blocks,
+                      std::uint64_t* keys);
 
   // Turns rows × columns pixels into as many numbers without gaps. Pixels that are NaN or *nodata are missing and become
   // 0, unless nodata is null. Returns whether there was one.

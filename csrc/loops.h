@@ -108,14 +108,13 @@ inline void with_pixel_type(DType dtype, Body body) {
   body(PixelType<Bfloat>{});
 }
 
-constexpr std::uint64_t kStreamMask = 0;
-
 // Philox4x32-10 (Salmon et al. 2011), the same bits as fastmae/philox.py, which says how counters are laid out. Each
 // 64-bit lane has one block. Products read only the low halves of their factors, so the high halves may hold anything.
-void random_keys(std::uint64_t seed, std::uint64_t id, std::int64_t blocks, std::uint64_t* keys) {
+void random_keys(std::uint64_t seed, std::uint64_t stream, std::uint64_t id, std::int64_t blocks,
+                 std::uint64_t* keys) {
   const Word multiplier0 = broadcast(std::uint64_t{0xD2511F53u}), multiplier1 = broadcast(std::uint64_t{0xCD9E8D57u});
   for (std::int64_t first = 0; first < blocks; first += kLanes / 2) {
-    Word c0 = first_numbers() + static_cast<std::uint64_t>(first), c1 = broadcast(kStreamMask);
+    Word c0 = first_numbers() + static_cast<std::uint64_t>(first), c1 = broadcast(stream);
     Word c2 = broadcast(id), c3 = broadcast(id >> 32);
     std::uint32_t key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {

@@ -8,6 +8,8 @@
 namespace fastmae {
 
 // draw_ids int64 [N] → ids_shuffle int32 [N, L].
+void bernoulli_masking(const Array& draw_ids, std::uint64_t seed, std::uint64_t below, int threads,
+                       const Array& masked);
 void random_masking(const Array& draw_ids, std::uint64_t seed, int threads, const Array& ids_shuffle);
 
 // images [N, H, W, C] → patches [N, K, P].

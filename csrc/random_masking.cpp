@@ -11,6 +11,8 @@
 namespace fastmae {
 namespace {
 
+constexpr std::uint64_t kStreamMask = 0;  // STREAM_MASK of fastmae/philox.py
+
 // Keys are evenly distributed, so their first bits nearly determine their position: they go into as many buckets as
 // there are keys, and an insertion sort, in which each key then moves only a little, finishes the order.
 class Sorter {
@@ -61,7 +63,7 @@ void random_masking(const Array& draw_ids, std::uint64_t seed, int threads, cons
     for (std::int64_t n = first; n < last; ++n) {
       std::int64_t draw_id;
       std::memcpy(&draw_id, draw_ids.at(n), sizeof draw_id);
-      loops.random_keys(seed, static_cast<std::uint64_t>(draw_id), blocks, keys.data());
+      loops.random_keys(seed, kStreamMask, static_cast<std::uint64_t>(draw_id), blocks, keys.data());
       const std::uint64_t* sorted = sorter.sort(keys.data());
       std::int32_t* out = reinterpret_cast<std::int32_t*>(ids_shuffle.at(n));
       for (std::int64_t i = 0; i < L; ++i) out[i] = static_cast<std::int32_t>(sorted[i] & 0xFFFFFFFFu);

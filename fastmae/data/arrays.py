@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 
@@ -106,6 +106,18 @@ class FileRows:
             raise changed(self.file.path)
         return pixels.transpose(1, 2, 0) if self.planes else pixels
 
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the pixels of several images, [n, H, W, C]; errors are those of one."""
+        height, width, channels = self.shape[1:]
+        shape = (channels, height, width) if self.planes else (height, width, channels)
+        pixels = np.empty((len(indices), *shape), self.dtype)
+        for image, index in zip(pixels, indices.tolist(), strict=True):
+            if not self.file.read_into(image, self.start + index * self.step):
+                raise changed(self.file.path)
+        if not self.file.is_unchanged():
+            raise changed(self.file.path)
+        return pixels.transpose(0, 2, 3, 1) if self.planes else pixels
+
 
 def changed(path: str) -> UserError:
     """Returns the error for a file that others rewrote or cut while it was open."""
@@ -162,6 +174,11 @@ class ArraySource:
             OSError: it is damaged there.
         """
         return as_native(np.asarray(self.images[index]))
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the pixels of several images, [n, H, W, C] in the dtype of ``read``, of an array that allows it."""
+        images: Any = self.images
+        return as_native(images.rows(indices) if isinstance(images, FileRows) else images[indices])
 
     def name(self, index: int) -> str:
         return f"{self.origin}[{index}]"

@@ -28,6 +28,13 @@ def random_masking(draw_ids: torch.Tensor, seed: int, num_patches: int) -> torch
     return ids_shuffle
 
 
+def bernoulli_masking(draw_ids: torch.Tensor, seed: int, features: int, below: int) -> torch.Tensor:
+    """Returns masks bool [N, D] for draw_ids int64 [N]: True where a random word in [0, 2**32) is below ``below``."""
+    masked = _empty(torch.uint8, draw_ids.numel(), features)
+    _C.bernoulli_masking(_array(draw_ids), seed, below, torch.get_num_threads(), _array(masked))
+    return masked.view(torch.bool)
+
+
 def gather_patches(
     images: torch.Tensor,
     ids: torch.Tensor,

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +20,7 @@ from fastmae.data.plan import crop_draws
 from fastmae.data.remote import is_remote
 from fastmae.data.sample import LoadedSample, Skipped, View, load_sample
 from fastmae.data.sources import Source
+from fastmae.data.together import ReadRows, load_together, reads_together
 
 PREFETCH = 3
 """Batches that the threads work on at the same time: the one that is waited for and those behind it."""
@@ -162,6 +163,7 @@ class DecodeThreads:
         self._ahead = AskedAhead(source) if lies_behind_addresses(source) else None
         self._source: Source = source if self._ahead is None else cast(Source, self._ahead)
         self._view, self._pin_memory = view, pin_memory
+        self._read_rows = reads_together(source, view)
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="fastmae-decode")
 
     def start(self, indices: np.ndarray, draw_ids: np.ndarray, for_dali: bool = False) -> PendingBatch:
@@ -177,6 +179,8 @@ class DecodeThreads:
         dtype = getattr(torch, view.reading.dtype)
         images = torch.empty(len(indices), *view.size, view.in_chans, dtype=dtype, pin_memory=self._pin_memory)
         rows = images.numpy()
+        if self._read_rows is not None and not for_dali:
+            return self._start_together(self._read_rows, indices, draw_ids, images)
         crops = None if view.seed is None else crop_draws(view.seed, draw_ids)
         changes = None if view.augment is None else view.augment.draws(draw_ids)
 
@@ -189,6 +193,23 @@ class DecodeThreads:
 
         samples = [load(row, for_dali) for row in range(len(indices))]
         return PendingBatch(images, torch.from_numpy(draw_ids.copy()), load, samples)
+
+    def _start_together(
+        self, read: ReadRows, indices: np.ndarray, draw_ids: np.ndarray, images: torch.Tensor
+    ) -> PendingBatch:
+        """Starts to load a batch of samples that are read at once, by one thread. No crop is drawn, as none changes
+        anything.
+        """
+        rows, whole = images.numpy(), replace(self._view, seed=None)
+
+        def one(row: int) -> LoadedSample:
+            return load_sample(self._source, int(indices[row]), whole, None, rows[row])
+
+        def load(row: int, for_dali: bool) -> Future[LoadedSample]:
+            return self._pool.submit(one, row)
+
+        together = self._pool.submit(load_together, read, indices, rows, one)
+        return PendingBatch(images, torch.from_numpy(draw_ids.copy()), load, [together])
 
     def close(self) -> None:
         """Ends the threads, once each has finished its image."""

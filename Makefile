@@ -10,9 +10,10 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 DEMO := runs/demo
 SANITIZED := build/sanitize
 TIMM := build/timm
+UMAP := build/umap
 SCHEDULERS := build/schedulers
 
-.PHONY: demo test test-all test-timm test-schedulers test-native soak check docs clean
+.PHONY: demo test test-all test-timm test-umap test-schedulers test-native soak check docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastmae pretrain --data_path digits --output_dir $(DEMO) --resume auto --tune off
@@ -31,6 +32,10 @@ test-all: check
 # that may be a CUDA build of several GB.
 test-timm: $(TIMM)/.installed
 	OMP_NUM_THREADS=1 $(TIMM)/bin/python -m pytest -q -k timm tests/model tests/export
+
+# What needs umap-learn, in an environment of its own: numba wants a numpy of its choice.
+test-umap: $(UMAP)/.installed
+	OMP_NUM_THREADS=1 $(UMAP)/bin/python -m pytest -q tests/evaluate/test_map.py
 
 # What needs SkyPilot and Ray, in an environment of their own: both are large, and bring versions of what others need.
 test-schedulers: $(SCHEDULERS)/.installed
@@ -70,6 +75,11 @@ $(VENV)/.installed: $(SOURCES)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check '$(TORCH)' -e '.[dev]'
+	touch $@
+
+$(UMAP)/.installed: $(SOURCES)
+	test -x $(UMAP)/bin/python || $(PYTHON) -m venv $(UMAP)
+	$(UMAP)/bin/python -m pip install -q --disable-pip-version-check '$(TORCH)' pytest pytest-timeout -e '.[parquet,report,umap]'
 	touch $@
 
 $(TIMM)/.installed: $(SOURCES)

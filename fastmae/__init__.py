@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastmae import ops
-    from fastmae.api import Run, extract_features, finetune, pretrain, probe, tune
+    from fastmae.api import Run, extract_features, feature_map, finetune, pretrain, probe, tune
     from fastmae.checkpoint.load import load_model
     from fastmae.data.objects import as_source
     from fastmae.data.preprocess import Preprocessing
@@ -51,6 +51,7 @@ __all__ = [
     "accelerate",
     "as_source",
     "extract_features",
+    "feature_map",
     "finetune",
     "ids_from_mask",
     "load_model",
@@ -85,6 +86,7 @@ _HOME = {
     "as_source": "fastmae.data.objects",
     "accelerate": "fastmae.model.accelerate",
     "extract_features": "fastmae.api",
+    "feature_map": "fastmae.api",
     "finetune": "fastmae.api",
     "ids_from_mask": "fastmae.model.masks",
     "load_model": "fastmae.checkpoint.load",

@@ -17,8 +17,9 @@ from fastmae.files import read_rows
 from fastmae.messages import logger
 
 if TYPE_CHECKING:
-    from fastmae.data.sources import Parts
+    from fastmae.data.sources import Parts, Source
     from fastmae.evaluate.features import Features
+    from fastmae.evaluate.map import FeatureMap
     from fastmae.model.classifier import Classifier
     from fastmae.model.mae import MaskedAutoencoderViT
     from fastmae.ops.choices import Choices
@@ -276,6 +277,52 @@ def extract_features(
     Raises:
         UserError: a wrong argument, or data or a checkpoint that cannot be opened.
     """
+    return _features_of(model, data, pool, split, batch_size, num_workers)[2]
+
+
+def feature_map(
+    model: MaskedAutoencoderViT | Run | str | PathLike[str],
+    data: Any,
+    *,
+    by: Literal["pca", "umap"] = "pca",
+    picture: str | PathLike[str] | None = None,
+    pool: Literal["mean", "cls", "both", "tokens"] = "mean",
+    split: Literal["train", "val"] = "train",
+    batch_size: int = 256,
+    num_workers: int | None = None,
+) -> FeatureMap:
+    """Computes the features of images and reduces them to two numbers each, as ``fastmae features --reduce`` does.
+
+    Args:
+        model, data, pool, split, batch_size, num_workers: as for ``extract_features``.
+        by: ``pca``, or ``umap``, which needs the extra ``umap``.
+        picture: a .png to draw: points coloured by class, and thumbnails where they lie. Needs the extra ``report``.
+
+    Returns:
+        ``points`` float32 [n, 2], what the ``axes`` are, of PCA the ``explained`` shares of the variance, and the
+        ``features``.
+
+    Raises:
+        UserError: as of ``extract_features``; a package is missing, or the features make no map.
+    """
+    from fastmae.evaluate import map as maps
+
+    if by not in ("pca", "umap"):
+        raise SettingError("by", by, "must be one of pca, umap")
+    maps.check_reduction(by, "by")
+    if picture is not None:
+        maps.check_picture(picture)
+    encoder, source, features = _features_of(model, data, pool, split, batch_size, num_workers)
+    found = maps.feature_map(features, by)
+    if picture is not None:
+        maps.save_map(Path(picture), encoder, source, found, f"{len(found.points)} images ({pool})")
+    return found
+
+
+def _features_of(
+    model: Any, data: Any, pool: Any, split: str, batch_size: int, num_workers: int | None
+) -> tuple[MaskedAutoencoderViT, Source, Features]:
+    """Returns the model, the images and their features."""
     for name, value, allowed in (("pool", pool, POOLS), ("split", split, ("train", "val"))):
         if value not in allowed:
             raise SettingError(name, value, f"must be one of {', '.join(allowed)}")
@@ -290,7 +337,8 @@ def extract_features(
     opened, images = _opened(data, None, encoder), encoder.read_as
     source = open_train(opened, images) if split == "train" else train_and_val(opened, images)[1]
     workers = num_workers or default_workers()
-    return features.extract_features(encoder, source, pool=pool, batch_size=batch_size, num_workers=workers)
+    found = features.extract_features(encoder, source, pool=pool, batch_size=batch_size, num_workers=workers)
+    return encoder, source, found
 
 
 def tune(

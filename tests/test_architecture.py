@@ -32,7 +32,7 @@ ALLOWED = {
     "model": LEAVES | {"config", "ops", "data"},
     "data": LEAVES | {"config", "ops"},
     "checkpoint": LEAVES | {"config", "model"},
-    "evaluate": LEAVES | {"config", "ops", "model", "data", "checkpoint"},
+    "evaluate": LEAVES | {"config", "report", "ops", "model", "data", "checkpoint"},
     "export": LEAVES | {"config", "model", "data", "checkpoint", "evaluate"},
     "train": LEAVES | {"config", "environment", "launch", "ops", "model", "data", "checkpoint", "evaluate", "report"},
     "benchmarks": LEAVES

@@ -135,7 +135,11 @@ NEEDED |= dict(model="mae_vit_tiny_patch4", input_size=(16,), in_chans=1)
 def settings_of(config):
     """What must be given, with values that work."""
     required = [field.name for field in dataclasses.fields(config) if field.default is dataclasses.MISSING]
-    others = {ExportConfig: {"output": "a.pth"}, PackConfig: {"data_path": "digits"}}
+    others = {
+        ExportConfig: {"output": "a.pth"},
+        PackConfig: {"data_path": "digits"},
+        FeaturesConfig: {"output": "a.npz"},
+    }
     return {name: NEEDED[name] for name in required} | others.get(config, {})
 
 

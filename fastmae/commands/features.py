@@ -1,4 +1,4 @@
-"""Writes frozen features to a file and prints how many."""
+"""Writes frozen features to a file, draws a map of them, and prints how many there are."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from fastmae.commands.shared import choose_workers, make_folder, open_model, ran
 from fastmae.config import FeaturesConfig
 from fastmae.data.sources import open_train, shown, train_and_val
 from fastmae.evaluate.features import check_features_file, extract_features, report_skipped, save_features
+from fastmae.evaluate.map import check_picture, check_reduction, feature_map, save_map
 from fastmae.screen import say
 from fastmae.train import parallel
 
 
 def run_features(config: FeaturesConfig) -> int:
-    """Extracts features, writes them to ``config.output`` and prints how many there are."""
-    output = Path(config.output)
-    check_features_file(output)
+    """Extracts features, writes them to ``config.output``, draws ``config.picture``, and prints how many there are."""
+    reduction = config.reduce or ("pca" if config.picture else None)
+    if reduction:
+        check_reduction(reduction)
+    if config.picture:
+        check_picture(config.picture)
+    if config.output:
+        check_features_file(Path(config.output))
     with ranks_that_share(config.device) as (context, share):
         with parallel.agreeing(context):
             model, data_path = open_model(config, device=context.device)
-            make_folder(output.parent)
+            for flag in ("output", "picture"):
+                if name := getattr(config, flag):
+                    make_folder(Path(name).parent, flag)
             if config.split == "val":
                 _, source = train_and_val(data_path, model.read_as)
             else:
@@ -36,7 +44,14 @@ def run_features(config: FeaturesConfig) -> int:
         return 0
     report_stock(source)
     report_skipped(features.skipped)
-    save_features(output, source, features)
     count, width = features.values.shape
-    say(f"{output}: {count} × {width} features of {shown(data_path)}")
+    phrase = f"{count} × {width} features of {shown(data_path)}"
+    found = feature_map(features, reduction) if reduction else None
+    if config.output:
+        save_features(Path(config.output), source, features, found.points if found else None)
+        say(f"{config.output}: {phrase}")
+    if config.picture and found:
+        save_map(Path(config.picture), model, source, found, f"{phrase} ({config.pool})")
+        kept = f", {sum(found.explained):.1%} of their variance" if found.explained else ""
+        say(f"{config.picture}: {phrase} in two dimensions by {found.by.upper()}{kept}")
     return 0

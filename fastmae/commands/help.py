@@ -50,7 +50,10 @@ EXAMPLES = {
     ),
     "probe": ("fastmae probe runs/digits",),
     "reconstruct": ("fastmae reconstruct runs/digits --output digits.png",),
-    "features": ("fastmae features runs/photos photos --output photos.npz",),
+    "features": (
+        "fastmae features runs/photos photos --output photos.npz",
+        "fastmae features runs/photos photos --reduce pca --picture map.png",
+    ),
     "search": ("fastmae search runs/photos photos --queries one.jpg",),
     "anomaly": ("fastmae anomaly runs/photos photos --test_path new_photos",),
     "export": ("fastmae export runs/photos --to timm --output encoder.safetensors",),

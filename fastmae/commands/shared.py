@@ -80,7 +80,7 @@ def report_stock(*sources: Source) -> None:
         logger.warning("%s", line)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, flag: str = "output") -> None:
     """Makes the folder of what a command will write, so that a wrong name is reported before the work, not after it.
 
     Raises:
@@ -89,4 +89,4 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output: {folder} cannot be written ({error}); name another folder") from error
+        raise UserError(f"--{flag}: {folder} cannot be written ({error}); name another folder") from error

@@ -38,6 +38,7 @@ from fastmae.config.evaluate import (
     Pool,
     ProbeConfig,
     ReconstructConfig,
+    Reduction,
     SearchConfig,
     check_evaluation,
 )

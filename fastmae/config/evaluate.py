@@ -24,6 +24,7 @@ from fastmae.errors import SettingError
 Pool = Literal["mean", "cls", "both"]
 AnomalyPool = Literal["tokens", "mean", "cls", "both"]
 LinearProbe = Literal["logistic", "lars"]
+Reduction = Literal["pca", "umap"]
 PROBE_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 PROBE_BATCH = 16_384
 
@@ -101,8 +102,14 @@ class FeaturesConfig(ReadingConfig):
     data_path: Data = None
     """The images: one or several paths, of every kind that --data_path of pretrain takes. Default: the data of the
     run."""
-    output: str
-    """A file that ends in .npz, or in .parquet (needs the extra `parquet`)."""
+    output: str | None = None
+    """A file that ends in .npz, or in .parquet (needs the extra `parquet`). It may be left out with --picture."""
+    reduce: Reduction | None = None
+    """Two numbers of each image as well, `reduced` in the file: its first two principal components (pca), or its place
+    in a map that keeps neighbours together (umap, needs the extra `umap`). Default: pca with --picture, else none."""
+    picture: str | None = None
+    """A map of the images to write, a .png: points coloured by class, and beside them thumbnails where they lie (needs
+    the extra `report`)."""
     split: Literal["train", "val"] = "train"
     """Which part of the data is taken. If the data have no parts, a fifth of them is held out as val."""
     pool: Pool = "mean"
@@ -207,6 +214,8 @@ def check_evaluation(config: ProbeConfig | ReconstructConfig | FeaturesConfig | 
         need(config, 0 < config.mask_ratio < 1, "mask_ratio", "above 0 and below 1")
     if isinstance(config, ReconstructConfig):
         _check_reconstruct(config)
+    if isinstance(config, FeaturesConfig) and config.output is None and config.picture is None:
+        raise SettingError("output", problem="must name a file for the features, or --picture one for a map")
 
 
 def _check_reconstruct(config: ReconstructConfig) -> None:

@@ -150,8 +150,10 @@ def _in_utf8(text: str) -> str:
     return text if text == text.encode(errors="replace").decode() else printable(text)
 
 
-def save_features(path: Path, source: Source, features: Features) -> None:
+def save_features(path: Path, source: Source, features: Features, points: np.ndarray | None = None) -> None:
     """Writes ``features`` float32 [n, D], ``names``, and if there are labels ``labels`` int64 and ``classes``.
+
+    Places ``points`` float32 [n, 2] in a map are written as ``reduced``.
 
     An .npz has one array for each. A .parquet has one column for each; the features are lists of fixed size.
 
@@ -161,18 +163,22 @@ def save_features(path: Path, source: Source, features: Features) -> None:
     columns: dict[str, Any] = {"names": np.array([source.name(int(index)) for index in features.indices], dtype=str)}
     if source.labels is not None:
         columns |= {"labels": source.labels[features.indices], "classes": classes_of(source, features.indices)}
-    values = features.values.cpu().numpy()
+    numbers: dict[str, Any] = {"features": features.values.cpu().numpy()}
+    numbers |= {} if points is None else {"reduced": points}
 
     def write(file: BinaryIO) -> None:
         if path.suffix == ".npz":
-            np.savez(file, features=values, **columns)
+            np.savez(file, **numbers, **columns)
             return
         import pyarrow
         import pyarrow.parquet
 
-        lists = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.reshape(-1)), values.shape[1])
+        lists = {
+            name: pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.reshape(-1)), values.shape[1])
+            for name, values in numbers.items()
+        }
         texts = {name: [*map(_in_utf8, text)] for name, text in columns.items() if text.dtype.kind == "U"}
-        table = pyarrow.table({**columns, **texts, "features": lists})
+        table = pyarrow.table({**columns, **texts, **lists})
         pyarrow.parquet.write_table(table, file)
 
     try:

@@ -26,7 +26,7 @@ class Product:
     n: int
     k: int
     count: int
-    kind: Literal["linear", "attention"] = "linear"
+    kind: Literal["linear", "attention", "convolution"] = "linear"
 
     @property
     def flops(self) -> int:

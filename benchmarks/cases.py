@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from fastmae.benchmarks.harness import Samples, Stopwatch, input_sets_for, interleave, sdpa_kernel
 from fastmae.errors import UserError
-from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD
+from fastmae.model.family import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.model.presets import PRESETS
 from fastmae.ops.assemble_tokens import assemble_tokens, assemble_tokens_reference
 from fastmae.ops.attention import attention, attention_backend, attention_reference

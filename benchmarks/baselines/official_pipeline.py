@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastmae.data.plan import crop_draws, is_flipped, random_box
 from fastmae.errors import UserError
-from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD
+from fastmae.model.family import IMAGENET_MEAN, IMAGENET_STD
 
 PREFETCH_FACTOR = 2  # batches that a worker is ahead, torch's default
 Requests = Sequence[tuple[np.ndarray, np.ndarray]]

@@ -29,7 +29,7 @@ def run_anomaly(config: AnomalyConfig) -> int:
         test,
         pool=config.pool,
         k=config.k,
-        mask_ratio=config.mask_ratio,
+        mask_ratio=model.usual_ratio if config.mask_ratio is None else config.mask_ratio,
         rounds=config.rounds,
         seed=config.seed,
         batch_size=config.batch_size,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastmae.commands.shared import open_model
-from fastmae.config import ReconstructConfig, chosen_masking
+from fastmae.config import ReconstructConfig, chosen_masking, chosen_ratio
 from fastmae.data.masks import choose_masks, open_masks, shuffled_ids
 from fastmae.data.sources import open_train
 from fastmae.errors import UserError
@@ -39,7 +39,8 @@ def run_reconstruct(config: ReconstructConfig) -> int:
     else:
         images = central_crops(model, source, indices)
         flag = "--sweep" if config.sweep else "--mask_ratio"
-        for ratio in config.sweep or (config.mask_ratio if file is None else file.facts.mask_ratio,):
+        asked = chosen_ratio(config, model.usual_ratio) if file is None else file.facts.mask_ratio
+        for ratio in config.sweep or (asked,):
             try:
                 visible = model.num_visible(ratio)
             except ValueError as error:

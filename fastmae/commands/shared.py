@@ -25,7 +25,7 @@ from fastmae.data.stock import RUN_LINES, joined
 from fastmae.errors import UserError
 from fastmae.evaluate.pixels import measure_for
 from fastmae.evaluate.sharing import Share
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
 from fastmae.train import parallel
 from fastmae.train.parallel import choose_device
 
@@ -37,7 +37,7 @@ def open_model(
     *,
     needs_decoder: bool = False,
     device: torch.device | None = None,
-) -> tuple[MaskedAutoencoderViT, str | tuple[str, ...]]:
+) -> tuple[MaskedModel, str | tuple[str, ...]]:
     """Opens the frozen model of a command, on its device, once the settings are checked.
 
     Args:

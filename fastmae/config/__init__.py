@@ -76,6 +76,7 @@ from fastmae.config.masking import (
     MaskingConfig,
     check_masking,
     chosen_masking,
+    chosen_ratio,
 )
 from fastmae.config.model import (
     ModelSpec,

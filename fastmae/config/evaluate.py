@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fastmae.config.masking import PUBLISHED_RATIO, MaskingConfig, check_masking
+from fastmae.config.masking import MaskingConfig, check_masking
 from fastmae.config.shared import (
     Checkpoint,
     Data,
@@ -170,7 +170,7 @@ class AnomalyConfig(ReadingConfig):
     pool: AnomalyPool = "tokens"
     """What is compared: patch tokens at the same position (tokens), for images in which things lie alike; or for other
     images the mean of the patch tokens (mean), the class token (cls), or both side by side (both)."""
-    mask_ratio: float = PUBLISHED_RATIO
+    mask_ratio: float | None = None
     """Share of the patches that is masked at a time."""
     rounds: int = 4
     """How many times each patch is masked, at least, with different other patches."""
@@ -211,7 +211,7 @@ def check_evaluation(config: ProbeConfig | ReconstructConfig | FeaturesConfig | 
             need(config, False, name, "given together with --linear=lars")
         need(config, config.linear_batch != 1, "linear_batch", "at least 2, as BatchNorm needs")
     if isinstance(config, AnomalyConfig):
-        need(config, 0 < config.mask_ratio < 1, "mask_ratio", "above 0 and below 1")
+        need(config, config.mask_ratio is None or 0 < config.mask_ratio < 1, "mask_ratio", "above 0 and below 1")
     if isinstance(config, ReconstructConfig):
         _check_reconstruct(config)
     if isinstance(config, FeaturesConfig) and config.output is None and config.picture is None:
@@ -220,11 +220,11 @@ def check_evaluation(config: ProbeConfig | ReconstructConfig | FeaturesConfig | 
 
 def _check_reconstruct(config: ReconstructConfig) -> None:
     check_masking(config)
-    others = (config.mask_ratio, config.masking, config.masks) != (PUBLISHED_RATIO, None, "")
+    others = (config.mask_ratio, config.masking, config.masks) != (None, None, "")
     if config.mask_image and (others or config.sweep):
         problem = "says which patches; leave --mask_ratio, --masking, --masks and --sweep out"
         raise SettingError("mask_image", problem=problem)
-    if config.sweep and (config.masks or config.masking == "grid" or config.mask_ratio != PUBLISHED_RATIO):
+    if config.sweep and (config.masks or config.masking == "grid" or config.mask_ratio is not None):
         problem = "says how many patches; leave --mask_ratio, --masks and --masking=grid out"
         raise SettingError("sweep", problem=problem)
     for ratio in config.sweep:

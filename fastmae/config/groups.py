@@ -1,5 +1,6 @@
 """In which group of ``--help`` each setting of pretrain and finetune is shown, and which ones come first."""
 
+from fastmae.config.family import FAMILY
 from fastmae.config.shape import SHAPE
 
 MAIN = (
@@ -18,7 +19,7 @@ GROUPS = {
     "model and masks": (
         "finetune", "model", "init", "input_size", "patch_size", "start_size", "grow_epochs", "mask_ratio",
         "mask_ratio_schedule", "masking", "masks", "norm_pix_loss", "decoder_attention", "predict_ratio", *SHAPE,
-        "nb_classes", "global_pool",
+        *FAMILY, "nb_classes", "global_pool",
         "cls_token", "drop_path",
     ),
     "optimisation": (

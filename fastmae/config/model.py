@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fastmae.config.family import FamilySettings
 from fastmae.config.images import ImagesConfig, pixel_facts
 from fastmae.config.shape import Shape, check_shape
 from fastmae.config.values import coerce, need, need_at_least_one, need_size
@@ -14,7 +15,7 @@ from fastmae.facts import PixelFacts, PixelType
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec(ImagesConfig, Shape):
+class ModelSpec(ImagesConfig, Shape, FamilySettings):
     """A masked autoencoder without its weights, and how its images are read. Sizes that are None are the preset's."""
 
     model: str

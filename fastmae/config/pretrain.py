@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from fastmae.config.family import FAMILY, FamilySettings, check_family, usual_ratio
 from fastmae.config.images import IMAGE_SETTINGS, chosen_other_types, pixel_settings
-from fastmae.config.masking import Masking, MaskingConfig, check_masking, chosen_masking
+from fastmae.config.masking import Masking, MaskingConfig, check_masking, chosen_masking, chosen_ratio
 from fastmae.config.shape import SHAPE, Shape
 from fastmae.config.training import TrainingConfig, check_rates, check_training, chosen_compile, default_warmup
 from fastmae.config.values import coerce, given, need, need_at_least_one, need_size, need_statistics
@@ -24,7 +25,7 @@ SOUND_BANDS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainingConfig, MaskingConfig, Shape):
+class PretrainConfig(TrainingConfig, MaskingConfig, Shape, FamilySettings):
     """Pretrain a masked autoencoder on images. The flags of the official script keep their names and meanings."""
 
     # Data.
@@ -154,6 +155,7 @@ class ResolvedConfig(PretrainConfig):
     """None without growth; then grow_epochs is 0."""
     grow_epochs: int
     masking: Masking
+    mask_ratio: float
     compile: Literal["off", "block", "model"]
     epochs: int
     lr: float
@@ -188,15 +190,15 @@ FIXED_IN_A_RUN = (
     "model", "input_size", "in_chans", "norm_pix_loss", "mask_ratio", "mean", "std", "crop_scale", "flip",
     "seed", "global_batch", "dataset_length", "order", "keep_last", "repeated_masks",
     "ema", "masking", "given_masks", "start_size", "grow_epochs", "decoder_attention", *SHAPE, "predict_ratio",
-    "patch_size", "held_out", "mask_ratio_schedule", *IMAGE_SETTINGS,
+    "patch_size", "held_out", "mask_ratio_schedule", *FAMILY, *IMAGE_SETTINGS,
 )  # fmt: skip
 # What those were in a checkpoint from before they could be chosen.
 UNLESS_SAVED = {
     "order": FULL_SHUFFLE, "keep_last": False, "repeated_masks": 1, "ema": None, "masking": "random", "given_masks": "",
     "start_size": None, "grow_epochs": 0, "decoder_attention": "self", "predict_ratio": None, "patch_size": None,
     "held_out": None, "mask_ratio_schedule": None,
-    **dataclasses.asdict(Shape()), **dict.fromkeys(IMAGE_SETTINGS), "pixel_type": "uint8",
-    "other_types": "convert",
+    **dataclasses.asdict(Shape()), **dataclasses.asdict(FamilySettings()), **dict.fromkeys(IMAGE_SETTINGS),
+    "pixel_type": "uint8", "other_types": "convert",
 }  # fmt: skip
 
 
@@ -247,7 +249,7 @@ def resolve(
         patch_size=config.patch_size and (config.patch_size[0], config.patch_size[-1]),
         start_size=start_size and (start_size[0], start_size[-1]),
         grow_epochs=given(config.grow_epochs, max(1, epochs * 4 // 5)) if start_size else 0,
-        mask_ratio=config.mask_ratio if masks is None else masks.mask_ratio,
+        mask_ratio=masks.mask_ratio if masks is not None else chosen_ratio(config, usual_ratio(model)),
         masking=chosen_masking(config),
         epochs=epochs,
         lr=given(config.lr, blr * global_batch / 256),
@@ -279,6 +281,7 @@ def check_pretrain(config: PretrainConfig) -> None:
     Raises:
         SettingError: naming the setting, its value and what it must be.
     """
+    check_family(config)
     check_masking(config)
     check_training(config)
     needed = partial(need, config)
@@ -292,8 +295,9 @@ def check_pretrain(config: PretrainConfig) -> None:
         cross, masking = config.decoder_attention == "cross", chosen_masking(config)
         needed(cross, "predict_ratio", "given together with --decoder_attention=cross")
         needed(masking == "random", "predict_ratio", f"left out with --masking={masking}, which lists patches in order")
-        share = f"above 0 and at most --mask_ratio={config.mask_ratio}"
-        needed(0 < config.predict_ratio <= config.mask_ratio, "predict_ratio", share)
+        ratio = chosen_ratio(config, usual_ratio(config.model))
+        share = f"above 0 and at most --mask_ratio={ratio}"
+        needed(0 < config.predict_ratio <= ratio, "predict_ratio", share)
     last = config.mask_ratio_schedule
     if last is not None:
         needed(0 < last < 1, "mask_ratio_schedule", "above 0 and below 1, the mask ratio of the last epochs")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastmae.config import PUBLISHED_RATIO, Masking
+from fastmae.config import Masking
 from fastmae.data.arrays import StoredArray
 from fastmae.errors import SettingError, in_one_line
 from fastmae.facts import MaskFacts, exact_ratio
@@ -232,11 +232,11 @@ def _first(new: np.ndarray, count: np.ndarray, scan: np.ndarray) -> np.ndarray:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def open_masks(path: str, asked_ratio: float) -> MaskFile | None:
+def open_masks(path: str, asked_ratio: float | None) -> MaskFile | None:
     """Opens a .npy file of masks, bool or uint8 [B, rows, columns] with 1 where masked, and reads it once to check it.
 
     Returns None without a ``path``. The file decides how many patches are masked, so ``asked_ratio`` must agree with
-    it, unless it is the default of ``mask_ratio``, which means that no ratio was asked for.
+    it, unless it is None, as no ratio was asked for.
 
     Raises:
         SettingError: not such a file, its masks mask different numbers of patches, or ``asked_ratio`` differs.
@@ -250,7 +250,7 @@ def open_masks(path: str, asked_ratio: float) -> MaskFile | None:
         problem = f"{reason}; give a .npy file of bool or uint8 [B, rows, columns], 1 where masked"
         raise SettingError("masks", path, problem) from error
     L = masked.shape[1] * masked.shape[2]
-    if asked_ratio != PUBLISHED_RATIO and int(L * (1 - asked_ratio)) != L - count:
+    if asked_ratio is not None and int(L * (1 - asked_ratio)) != L - count:
         problem = f"--masks={path} masks {count} of {L} patches; leave --mask_ratio out"
         raise SettingError("mask_ratio", asked_ratio, problem)
     return MaskFile(path, masked, count, digest)

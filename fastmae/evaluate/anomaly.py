@@ -21,7 +21,7 @@ from fastmae.evaluate.knn import nearest
 from fastmae.evaluate.pictures import coloured, grid_picture, save_png
 from fastmae.evaluate.reconstruct import about_pixels, central_crops, drawn
 from fastmae.files import write_text
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
 from fastmae.model.pixels import pixels_of, without_missing
 from fastmae.ops import gather_patches, random_masking
 from fastmae.ops.masked_mse import patch_statistics
@@ -78,7 +78,7 @@ def are_anomalous(normal: Source, test: Source, indices: np.ndarray) -> np.ndarr
 
 @torch.no_grad()
 def patch_errors(
-    model: MaskedAutoencoderViT,
+    model: MaskedModel,
     images: torch.Tensor,
     draw_ids: torch.Tensor,
     *,
@@ -106,8 +106,7 @@ def patch_errors(
         for group in range(math.ceil(L / M)):
             ids_shuffle = order.roll(K - group * M, dims=1)
             masked = ids_shuffle[:, K:].contiguous()
-            latent, _, ids_restore = model.forward_encoder(images, mask_ratio, ids_shuffle=ids_shuffle)
-            pred = model.forward_decoder(latent, ids_restore).float()
+            pred = model.predict(images, ids_shuffle, mask_ratio).float()
             pred = pred.gather(1, masked.long()[:, :, None].expand(-1, -1, pred.shape[2]))
             target = gather_patches(pixels, masked, model.patch_size, mean, std, torch.float32, value_range, nodata)
             if model.norm_pix_loss:
@@ -121,7 +120,7 @@ def patch_errors(
 
 
 def find_anomalies(
-    model: MaskedAutoencoderViT,
+    model: MaskedModel,
     normal: Source,
     test: Source,
     *,
@@ -145,7 +144,7 @@ def find_anomalies(
         model.num_visible(mask_ratio)
     except ValueError as error:
         raise SettingError("mask_ratio", mask_ratio, f"{error}; choose another ratio") from error
-    width = model.cls_token.shape[2] * (model.num_patches if pool == "tokens" else 1 + (pool == "both"))
+    width = model.feature_dim * (model.num_patches if pool == "tokens" else 1 + (pool == "both"))
     if 4 * width * len(normal) > MAX_FEATURE_BYTES:
         size = f"{4 * width * len(normal) / 2**30:.0f} GiB of features"
         problem = f"{len(normal)} normal images make {size}; use --pool=mean, or fewer images"
@@ -193,7 +192,7 @@ def summarise(anomalies: Anomalies, anomalous: np.ndarray | None) -> dict[str, A
 
 def save_anomalies(
     folder: Path,
-    model: MaskedAutoencoderViT,
+    model: MaskedModel,
     test: Source,
     anomalies: Anomalies,
     anomalous: np.ndarray | None,

@@ -19,7 +19,7 @@ from fastmae.errors import SettingError, UserError, install_hint
 from fastmae.evaluate.sharing import WHOLE, Share, gather
 from fastmae.files import write_whole
 from fastmae.messages import logger
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
 from fastmae.screen import printable
 
 FILE_SUFFIXES = (".npz", ".parquet")
@@ -37,13 +37,13 @@ class Features:
     """The images that could not be used."""
 
 
-def evaluation_view(model: MaskedAutoencoderViT, source: Source) -> View:
+def evaluation_view(model: MaskedModel, source: Source) -> View:
     """Returns the central crop that suits the images of a source."""
     return View(model.img_size, model.reading, central_share=central_share(source.kind, model.img_size))
 
 
 def usable_batches(
-    model: MaskedAutoencoderViT, source: Source, *, batch_size: int, num_workers: int, share: Share = WHOLE
+    model: MaskedModel, source: Source, *, batch_size: int, num_workers: int, share: Share = WHOLE
 ) -> Iterator[tuple[np.ndarray, torch.Tensor, tuple[Skipped, ...]]]:
     """Yields (indices int64 [n], central crops [n, H, W, C] on the model's device, skipped images), in order.
 
@@ -53,7 +53,7 @@ def usable_batches(
     """
     starts = range(0, len(source), batch_size)[share.rank :: share.ranks]
     chunks = [np.arange(start, min(start + batch_size, len(source))) for start in starts]
-    device, view = model.cls_token.device, evaluation_view(model, source)
+    device, view = model.device, evaluation_view(model, source)
     batches = load_batches(source, ((i, i) for i in chunks), view, device=device, num_workers=num_workers)
     changed = ChangedImages(len(source))
     for indices, batch in zip(chunks, batches, strict=True):
@@ -74,7 +74,7 @@ def usable_batches(
 
 @torch.no_grad()
 def extract_features(
-    model: MaskedAutoencoderViT,
+    model: MaskedModel,
     source: Source,
     *,
     pool: AnomalyPool,
@@ -88,7 +88,7 @@ def extract_features(
 
     Args:
         model: the encoder; features are computed on its device, without gradients.
-        pool: as in ``model.pool_tokens``.
+        pool: as in ``model.features``.
         num_workers: threads that read and decode images.
     """
     values, count = torch.empty(0), 0
@@ -99,7 +99,7 @@ def extract_features(
         skipped += bad
         if not len(chosen):
             continue
-        features = model.pool_tokens(model.forward_features(images), pool).float()
+        features = model.features(images, pool).float()
         if not indices:
             values = features.new_empty(-(-len(source) // share.ranks) + batch_size, features.shape[1])
         values[count : count + len(chosen)] = features

@@ -11,12 +11,12 @@ from fastmae.data.masks import Masks, shuffled_ids
 from fastmae.data.sources import Source
 from fastmae.evaluate.features import usable_batches
 from fastmae.evaluate.spread import some_of
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
 
 
 @torch.no_grad()
 def held_out_loss(
-    model: MaskedAutoencoderViT,
+    model: MaskedModel,
     source: Source,
     masks: Masks,
     mask_ratio: float,

@@ -20,7 +20,7 @@ from fastmae.evaluate.knn import knn_predictions
 from fastmae.evaluate.linear_probe import lars_predictions, logistic_predictions
 from fastmae.evaluate.pictures import confusion_picture, save_png
 from fastmae.files import write_text
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
 
 MIN_LARS_IMAGES = 10
 
@@ -60,7 +60,7 @@ class ProbeResult:
 
 
 def probe(
-    model: MaskedAutoencoderViT,
+    model: MaskedModel,
     train: Source,
     test: Source,
     *,
@@ -78,7 +78,7 @@ def probe(
 
 
 def probe_in_detail(
-    model: MaskedAutoencoderViT,
+    model: MaskedModel,
     train: Source,
     test: Source,
     *,
@@ -93,7 +93,7 @@ def probe_in_detail(
     """Fits classifiers on the features of ``train`` and scores them on those of ``test`` of the same classes.
 
     Args:
-        pool: as in ``model.pool_tokens``.
+        pool: as in ``model.features``.
         ks: the numbers of neighbours of k-NN.
         linear: the linear classifier: ``logistic`` regression, or the official probe with ``lars``.
         rates: learning rates of ``lars``, from which a held-out share of ``train`` chooses.

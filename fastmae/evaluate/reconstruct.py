@@ -20,7 +20,7 @@ from fastmae.errors import SettingError, UserError
 from fastmae.evaluate.features import evaluation_view
 from fastmae.evaluate.pictures import coloured, grid_picture, save_gif, save_png
 from fastmae.facts import UINT8, exact_ratio
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
 from fastmae.model.pixels import normalised, pixels_of
 from fastmae.ops import gather_patches, scatter_patches
 from fastmae.ops.masked_mse import patch_statistics
@@ -37,19 +37,19 @@ def fixed_indices(source: Source, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64))
 
 
-def fixed_images(model: MaskedAutoencoderViT, source: Source, count: int) -> torch.Tensor:
+def fixed_images(model: MaskedModel, source: Source, count: int) -> torch.Tensor:
     """Reads evenly spaced images of a source, as central crops: pixels [count, H, W, C] on the model's device."""
     return central_crops(model, source, fixed_indices(source, count))
 
 
-def central_crops(model: MaskedAutoencoderViT, source: Source, indices: np.ndarray) -> torch.Tensor:
+def central_crops(model: MaskedModel, source: Source, indices: np.ndarray) -> torch.Tensor:
     """Reads the central crops of some samples: pixels [N, H, W, C] on the model's device."""
     view = evaluation_view(model, source)
-    batches = load_batches(source, [(indices, indices)], view, device=model.cls_token.device, num_workers=1)
+    batches = load_batches(source, [(indices, indices)], view, device=model.device, num_workers=1)
     return torch.cat([batch.images for batch in batches])
 
 
-def drawn(model: MaskedAutoencoderViT, images: torch.Tensor) -> torch.Tensor:
+def drawn(model: MaskedModel, images: torch.Tensor) -> torch.Tensor:
     """Returns pixels [N, H, W, C] as they are drawn: uint8, 0 at the low end of the value range, 255 at the high end.
 
     What lies beyond is drawn as the end, and missing pixels as the mean. uint8 pixels of the usual range stay.
@@ -62,7 +62,7 @@ def drawn(model: MaskedAutoencoderViT, images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def reconstruct(
-    model: MaskedAutoencoderViT,
+    model: MaskedModel,
     images: torch.Tensor,
     ids_shuffle: torch.Tensor,
     *,
@@ -77,8 +77,7 @@ def reconstruct(
     Wider pixels than 8 bits are drawn as ``drawn`` says.
     """
     K = model.num_visible(mask_ratio)
-    latent, _, ids_restore = model.forward_encoder(images, mask_ratio, ids_shuffle=ids_shuffle)
-    pred = model.forward_decoder(latent, ids_restore).float()
+    pred = model.predict(images, ids_shuffle, mask_ratio).float()
     pred = pred.gather(1, ids_shuffle.long()[:, :, None].expand(-1, -1, pred.shape[2]))
     pixels, mean, std, value_range, nodata = pixels_of(model, images)
     target = gather_patches(pixels, ids_shuffle, model.patch_size, mean, std, torch.float32, value_range, nodata)
@@ -96,7 +95,7 @@ def reconstruct(
 
 
 def reconstruct_each(
-    model: MaskedAutoencoderViT, images: torch.Tensor, masked: np.ndarray, *, paste_visible: bool = True
+    model: MaskedModel, images: torch.Tensor, masked: np.ndarray, *, paste_visible: bool = True
 ) -> Rows:
     """Calls ``reconstruct`` for each image; ``masked`` bool [N, rows, columns] may mask different numbers."""
     parts = []
@@ -108,9 +107,7 @@ def reconstruct_each(
     return original, grayed, reconstructed
 
 
-def masks_of_pictures(
-    paths: Sequence[str], model: MaskedAutoencoderViT, source: Source, indices: np.ndarray
-) -> np.ndarray:
+def masks_of_pictures(paths: Sequence[str], model: MaskedModel, source: Source, indices: np.ndarray) -> np.ndarray:
     """Reads masks from pictures: bool [N, rows, columns], true for the patches that white touches.
 
     Args:
@@ -178,18 +175,18 @@ def error_row(rows: Rows) -> tuple[torch.Tensor, int]:
     return torch.from_numpy(coloured((difference / largest).cpu().numpy())), largest
 
 
-def caption(model: MaskedAutoencoderViT, mask_ratio: float) -> str:
+def caption(model: MaskedModel, mask_ratio: float) -> str:
     """Describes a picture in words."""
     return f"{mask_ratio:.0%} of the patches masked" + about_targets(model)
 
 
-def about_targets(model: MaskedAutoencoderViT) -> str:
+def about_targets(model: MaskedModel) -> str:
     """Describes which part of a reconstruction comes from the target instead of the model, and how pixels are drawn."""
     said = ", norm_pix: mean and contrast of masked patches are the target's" if model.norm_pix_loss else ""
     return said + about_pixels(model)
 
 
-def about_pixels(model: MaskedAutoencoderViT) -> str:
+def about_pixels(model: MaskedModel) -> str:
     """Describes how pixels that are no 8-bit gray or colour are drawn; empty for those that are."""
     C = model.in_chans
     shown = "" if C in (1, 3) else f", channel{'s 1 to 3' if C > 3 else ' 1'} of {C}"

@@ -16,7 +16,7 @@ from fastmae.evaluate.features import Features
 from fastmae.evaluate.knn import nearest
 from fastmae.evaluate.pictures import grid_picture, save_png
 from fastmae.evaluate.reconstruct import about_pixels, central_crops, drawn
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
 
 
 def engine(device: torch.device) -> str:
@@ -80,7 +80,7 @@ def search(
 
 
 def save_search(
-    path: Path, model: MaskedAutoencoderViT, queries: Source, source: Source, results: Sequence[dict[str, Any]]
+    path: Path, model: MaskedModel, queries: Source, source: Source, results: Sequence[dict[str, Any]]
 ) -> None:
     """Draws one row per query: the query, then its nearest images with cosines and classes.
 
@@ -98,5 +98,5 @@ def save_search(
     save_png(path, grid_picture(rows, title, captions=captions))
 
 
-def _pictures(model: MaskedAutoencoderViT, source: Source, indices: list[int]) -> np.ndarray:
+def _pictures(model: MaskedModel, source: Source, indices: list[int]) -> np.ndarray:
     return drawn(model, central_crops(model, source, np.array(indices))).cpu().numpy()

@@ -6,7 +6,7 @@ import torch
 
 from fastmae.data.sources import Source, Subset, evenly_spaced
 from fastmae.evaluate.features import extract_features
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
 
 MOST_IMAGES = 2048
 """Of more images, this many evenly spaced ones are looked at, so that measuring every epoch stays cheap."""
@@ -22,7 +22,7 @@ def some_of(source: Source) -> Source:
 
 
 def feature_spread(
-    model: MaskedAutoencoderViT, source: Source, *, batch_size: int = 64, num_workers: int = 2
+    model: MaskedModel, source: Source, *, batch_size: int = 64, num_workers: int = 2
 ) -> dict[str, float]:
     """Returns ``rankme`` and ``feature_std`` of the mean patch tokens of whole images, as ``fastmae probe`` has them.
 

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fastmae.model.classifier import Classifier
-from fastmae.model.flops import Product, classifier_products, products_of
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.classifier import Classifier, classifier_products
+from fastmae.model.family import MaskedModel
+from fastmae.model.flops import Product
 from fastmae.ops.tuning import Call
 
 # Products that are not ``ops.linear``'s.
@@ -16,7 +16,7 @@ OTHERS = ("decoder maps", "head")
 
 
 def calls_of(
-    model: MaskedAutoencoderViT | Classifier,
+    model: MaskedModel | Classifier,
     batch_size: int,
     mask_ratio: float = 0.75,
     predict_ratio: float | None = None,
@@ -32,7 +32,7 @@ def calls_of(
         return _calls([classifier_products(model)], batch_size)
     grids = {model.grid_of(size) for size in (model.img_size, *model.other_sizes)}
     numbers = sorted({rows * columns for rows, columns in grids})
-    return _calls([products_of(model, mask_ratio, L, predict_ratio) for L in numbers], batch_size)
+    return _calls([model.products(mask_ratio, L, predict_ratio) for L in numbers], batch_size)
 
 
 def _calls(of_sizes: Sequence[Sequence[Product]], batch_size: int) -> tuple[Call, ...]:

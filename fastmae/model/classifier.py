@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmae.facts import UINT8, PixelFacts
+from fastmae.model.flops import Product, block_products
 from fastmae.model.intermediates import TokenPool, attention_maps, forward_intermediates, pool_tokens
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import pixels_of, register_pixels, value_range_of
@@ -311,3 +313,14 @@ def merge_lora(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         update = weights[f"{name}.lora_b"] @ weights[f"{name}.lora_a"]
         plain[f"{name}.weight"] = plain[f"{name}.weight"] + update
     return plain
+
+
+def classifier_products(model: Classifier) -> tuple[Product, ...]:
+    """Returns the matrix products of an image's forward pass through a classifier."""
+    block: Any = model.blocks[0]
+    L, D = model.num_patches, model.cls_token.shape[2]
+    P = model.patch_size[0] * model.patch_size[1] * model.in_chans
+    sizes, tokens = (D, D, block.mlp.fc1.out_features, block.attn.num_heads), model.prefix_tokens + L
+    blocks = block_products("encoder", len(model.blocks), *sizes, tokens, tokens)
+    head = Product("head", 1, model.head.out_features, D, 1)
+    return (Product("patch embedding", L, D, P, 1), *blocks, head)

@@ -54,6 +54,11 @@ class CrossMAE(MaskedAutoencoderViT):
             )
         return M
 
+    def about_decoder(self, mask_ratio: float, predict_ratio: float | None) -> str:
+        """Returns its depth, and how many patches are predicted."""
+        predicted, blocks = self.num_predicted(mask_ratio, predict_ratio), len(self.decoder_blocks)
+        return f"cross-attention, {blocks} blocks, {predicted} of {self.num_patches} patches predicted"
+
     def attention_shapes(self, mask_ratio: float) -> dict[str, tuple[int, int]]:
         """Returns (number of keys S, width Dh of a head) of the encoder's and the decoder's attention in training."""
         visible = self.num_visible(mask_ratio)

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal, Protocol
 
-from fastmae.model.sizes import Sizes, sizes_of
-
-if TYPE_CHECKING:
-    from fastmae.model.classifier import Classifier
-    from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.sizes import Sizes
 
 
 @dataclass(frozen=True)
@@ -34,8 +30,16 @@ class Product:
         return 2 * self.m * self.n * self.k * self.count
 
 
+class HasProducts(Protocol):
+    """A model of any family, which knows its products."""
+
+    def products(
+        self, mask_ratio: float, num_patches: int | None = None, predict_ratio: float | None = None
+    ) -> tuple[Product, ...]: ...
+
+
 def products_of(
-    model: MaskedAutoencoderViT | Sizes,
+    sizes: HasProducts | Sizes,
     mask_ratio: float,
     num_patches: int | None = None,
     predict_ratio: float | None = None,
@@ -46,7 +50,8 @@ def products_of(
     again under activation checkpointing is not counted. ``num_patches``: L, by default of ``img_size``.
     ``predict_ratio``: as in ``training_loss``.
     """
-    sizes = model if isinstance(model, Sizes) else sizes_of(model)
+    if not isinstance(sizes, Sizes):
+        return sizes.products(mask_ratio, num_patches, predict_ratio)
     L = sizes.num_patches if num_patches is None else num_patches
     K = int(L * (1 - mask_ratio))
     M = L - K if predict_ratio is None else int(L * predict_ratio)
@@ -54,30 +59,22 @@ def products_of(
     inside = S + sizes.registers  # tokens of the encoder; the decoder sees no registers
     encoder = (D, D, sizes.hidden, sizes.heads)
     decoder = (E, D if sizes.crosses else E, sizes.decoder_hidden, sizes.decoder_heads)
-    products = [Product("patch embedding", K, D, P, 1), *_blocks("encoder", sizes.depth, *encoder, inside, inside)]
+    products = [
+        Product("patch embedding", K, D, P, 1),
+        *block_products("encoder", sizes.depth, *encoder, inside, inside),
+    ]
     if sizes.crosses:
         products.append(Product("decoder maps", S * D, sizes.decoder_depth, sizes.depth + 1, 1))
-        products += _blocks("decoder", sizes.decoder_depth, *decoder, S, M)
+        products += block_products("decoder", sizes.decoder_depth, *decoder, S, M)
     else:
         products.append(Product("decoder embedding", S, E, D, 1))
-        products += _blocks("decoder", sizes.decoder_depth - 1, *decoder, L + 1, L + 1)
-        products += _blocks("decoder, last", 1, *decoder, L + 1, M)
+        products += block_products("decoder", sizes.decoder_depth - 1, *decoder, L + 1, L + 1)
+        products += block_products("decoder, last", 1, *decoder, L + 1, M)
     products.append(Product("prediction", M, P, E, 1))
     return tuple(product for product in products if product.count)
 
 
-def classifier_products(model: Classifier) -> tuple[Product, ...]:
-    """Returns the matrix products of an image's forward pass through a classifier."""
-    block: Any = model.blocks[0]
-    L, D = model.num_patches, model.cls_token.shape[2]
-    P = model.patch_size[0] * model.patch_size[1] * model.in_chans
-    sizes, tokens = (D, D, block.mlp.fc1.out_features, block.attn.num_heads), model.prefix_tokens + L
-    blocks = _blocks("encoder", len(model.blocks), *sizes, tokens, tokens)
-    head = Product("head", 1, model.head.out_features, D, 1)
-    return (Product("patch embedding", L, D, P, 1), *blocks, head)
-
-
-def _blocks(
+def block_products(
     part: str, count: int, width: int, read_width: int, hidden: int, heads: int, tokens: int, queries: int
 ) -> Iterator[Product]:
     """Products of blocks whose keys and values come from ``tokens`` and whose output is for ``queries``."""
@@ -94,7 +91,7 @@ def _blocks(
 
 
 def flops_per_image(
-    model: MaskedAutoencoderViT | Sizes,
+    model: HasProducts | Sizes,
     mask_ratio: float,
     num_patches: int | None = None,
     predict_ratio: float | None = None,

@@ -9,27 +9,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from fastmae.data.reading import Reading
+from fastmae.config.family import Family
 from fastmae.errors import UserError
-from fastmae.facts import AS_STORED, UINT8, PixelFacts, ReadAs, exact_ratio
-from fastmae.model.intermediates import attention_maps, forward_intermediates, pool_tokens
-from fastmae.model.masks import order_of
-from fastmae.model.pixels import (
-    Pixels,
-    nodata_of,
-    normalised,
-    pixels_of,
-    range_ends,
-    register_pixels,
-    size_of,
-    value_range_of,
-    without_missing,
-)
+from fastmae.facts import UINT8, PixelFacts
+from fastmae.model.family import MaskedModel, Size, drawn
+from fastmae.model.flops import Product, products_of
+from fastmae.model.intermediates import POOLS, TokenPool, attention_maps, forward_intermediates, pool_tokens
+from fastmae.model.pixels import nodata_of, without_missing
+from fastmae.model.sizes import Sizes, sizes_of
 from fastmae.model.vit import (
     Block,
     NormLayer,
@@ -46,32 +38,15 @@ from fastmae.ops.gather_patches import gather_patches
 from fastmae.ops.linear import Linear
 from fastmae.ops.masked_mse import masked_mse
 
-if TYPE_CHECKING:
-    from fastmae.data.preprocess import Preprocessing
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 OFFICIAL_STEPS = ("forward", "forward_encoder", "random_masking", "forward_decoder", "forward_loss", "patchify")
 """The methods of the official model that compute the loss, and that a subclass may override."""
 DRAW_MASKS = ("forward", "forward_encoder", "random_masking")
 """Those that draw the masks, unless they take them as ``ids_shuffle``."""
 
-Size = int | tuple[int, int]
 DecoderAttention = Literal["self", "cross"]
 
 
-def _pair(size: Size) -> tuple[int, int]:
-    """Returns a size as (height, width)."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _usual_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns the mean and std of each channel where none are given."""
-    return (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
-
-
-class MaskedAutoencoderViT(nn.Module):
+class MaskedAutoencoderViT(MaskedModel):
     """A masked autoencoder with a vision transformer as encoder and a lighter one as decoder.
 
     Args:
@@ -119,14 +94,10 @@ class MaskedAutoencoderViT(nn.Module):
     ) -> None:
         super().__init__()
         decoder_mlp_ratio = mlp_ratio if decoder_mlp_ratio is None else decoder_mlp_ratio
-        self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
-        self.grid_size = patch_grid(self.img_size, self.patch_size)
+        self._take_images(img_size, patch_size, in_chans, norm_pix_loss)
         if decoder_depth < 1:
             raise ValueError("the decoder needs at least one block")
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.head_dims = (embed_dim // num_heads, decoder_embed_dim // decoder_num_heads)
-        self.in_chans = in_chans
-        self.norm_pix_loss = norm_pix_loss
 
         # Parameters are registered in the official order: a saved optimiser refers to them by number.
         self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
@@ -147,21 +118,15 @@ class MaskedAutoencoderViT(nn.Module):
 
         # These are not in the state dict, whose keys are the official ones.
         self._other_sizes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        usual_mean, usual_std = _usual_statistics(in_chans)
-        register_pixels(self, in_chans, usual_mean if mean is None else mean, usual_std if std is None else std, pixels)
+        self._take_pixels(mean, std, pixels)
         self._initialise()
         self.find_overrides()
 
+    family: Family = "vit"
+    pools = POOLS
     decoder_attention: DecoderAttention = "self"
-    autocast_residual = False
     overridden: tuple[str, ...] = ()
     """Which of ``OFFICIAL_STEPS`` are not this class's own; ``training_loss`` then goes by the official steps."""
-    mean: torch.Tensor
-    std: torch.Tensor
-    value_range = property(value_range_of)
-    pixels: PixelFacts
-    read_as: ReadAs = AS_STORED
-    """How files become its images, where it is known."""
 
     def _add_decoder_blocks(
         self, width: int, depth: int, num_heads: int, mlp_ratio: float, norm_layer: NormLayer
@@ -204,42 +169,6 @@ class MaskedAutoencoderViT(nn.Module):
         return 1 if self.reg_token is None else 1 + self.reg_token.shape[1]
 
     # --- pixels -----------------------------------------------------------------------------------------------------
-
-    def num_visible(self, mask_ratio: float, num_patches: int | None = None) -> int:
-        """Returns K, how many patches of an image the encoder sees.
-
-        Args:
-            mask_ratio: K = int(L · (1 − mask_ratio)).
-            num_patches: L; by default that of ``img_size``.
-
-        Raises:
-            ValueError: no patch would be visible, or none masked.
-        """
-        L = self.num_patches if num_patches is None else num_patches
-        K = int(L * (1 - mask_ratio))
-        if not 1 <= K < L:
-            raise ValueError(
-                f"mask ratio {mask_ratio} leaves {K} of {L} patches visible; "
-                "at least one must be visible and one masked"
-            )
-        return K
-
-    def num_predicted(self, mask_ratio: float, predict_ratio: float | None, num_patches: int | None = None) -> int:
-        """Returns how many masked patches of an image the loss is computed from: all of them.
-
-        Raises:
-            ValueError: ``predict_ratio`` is not None. Masked patches attend to each other here, so that none can be
-                left out; CrossMAE takes a ratio.
-        """
-        L = self.num_patches if num_patches is None else num_patches
-        masked = L - self.num_visible(mask_ratio, L)
-        if predict_ratio is not None:
-            raise ValueError("a decoder with self-attention predicts all masked patches, so it takes no predict_ratio")
-        return masked
-
-    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Returns the (rows, columns) of patches of an image of a size (height, width) in pixels."""
-        return size[0] // self.patch_size[0], size[1] // self.patch_size[1]
 
     def allow_sizes(self, sizes: Iterable[tuple[int, int]]) -> None:
         """Lets ``training_loss`` and the encoder take images of these (height, width) too, multiples of the patch.
@@ -289,32 +218,11 @@ class MaskedAutoencoderViT(nn.Module):
         """Returns the positions of encoder and decoder, [1, 1+L, width] each, for images of an allowed size."""
         return self._other_sizes.get(self._size_of(images)) or (self.pos_embed, self.decoder_pos_embed)
 
-    def _size_of(self, images: torch.Tensor) -> Any:
-        """Returns the (height, width) of images of either form."""
-        return size_of(self, images)
-
     def attention_shapes(self, mask_ratio: float) -> dict[str, tuple[int, int]]:
         """Returns (number of keys S, width Dh of a head) of the encoder's and the decoder's attention in training."""
         encoder, decoder = self.head_dims
         tokens = self.num_visible(mask_ratio) + self.prefix_tokens
         return {"encoder": (tokens, encoder), "decoder": (self.num_patches + 1, decoder)}
-
-    def _pixels(self, images: torch.Tensor) -> Pixels:
-        """Returns images of either form with what normalises them."""
-        return pixels_of(self, images)
-
-    def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
-        """Cuts images [N, C, H, W] into patches [N, L, P], P in (row, column, channel) order."""
-        N, C, H, W = imgs.shape
-        (gh, gw), (ph, pw) = patch_grid((H, W), self.patch_size), self.patch_size
-        return imgs.reshape(N, C, gh, ph, gw, pw).permute(0, 2, 4, 3, 5, 1).reshape(N, -1, ph * pw * C)
-
-    def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
-        """Joins the patches [N, L, P] of images of ``img_size`` to images [N, C, H, W]."""
-        N = x.shape[0]
-        (gh, gw), (ph, pw) = self.grid_size, self.patch_size
-        images = x.reshape(N, gh, gw, ph, pw, self.in_chans).permute(0, 5, 1, 3, 2, 4)
-        return images.reshape(N, self.in_chans, gh * ph, gw * pw)
 
     # --- encoder and decoder ----------------------------------------------------------------------------------------
 
@@ -411,7 +319,7 @@ class MaskedAutoencoderViT(nn.Module):
         if "random_masking" in self.overridden:
             x, is_masked, ids_restore = self._call_random_masking(imgs, mask_ratio, ids_shuffle)
         else:
-            ids_shuffle = _drawn(N, L, imgs.device) if ids_shuffle is None else ids_shuffle
+            ids_shuffle = drawn(N, L, imgs.device) if ids_shuffle is None else ids_shuffle
             K = self.num_visible(mask_ratio, L)
             ids_restore = ids_shuffle.argsort(dim=1)
             is_masked = (ids_restore >= K).to(self.cls_token.dtype)
@@ -436,7 +344,7 @@ class MaskedAutoencoderViT(nn.Module):
             the visible tokens [N, K, D]; mask [N, L] with 1 at masked patches; ids_restore int64 [N, L].
         """
         N, L, D = x.shape
-        ids_shuffle = _drawn(N, L, x.device) if ids_shuffle is None else ids_shuffle.long()
+        ids_shuffle = drawn(N, L, x.device) if ids_shuffle is None else ids_shuffle.long()
         K = self.num_visible(mask_ratio, L)
         ids_restore = ids_shuffle.argsort(dim=1)
         kept = x.gather(1, ids_shuffle[:, :K, None].expand(-1, -1, D))
@@ -453,26 +361,6 @@ class MaskedAutoencoderViT(nn.Module):
         self._check_takes_order(ids_shuffle)
         given = {} if ids_shuffle is None else {"ids_shuffle": ids_shuffle}
         return self.random_masking(self._patch_tokens(images, self._all_ids(images)), mask_ratio, **given)
-
-    def _given_order(
-        self,
-        images: torch.Tensor,
-        mask_ratio: float,
-        ids_shuffle: torch.Tensor | None,
-        mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | None, float]:
-        """Returns the order of the patches that ``ids_shuffle`` or ``mask`` gives, if one does, and the mask ratio.
-
-        Raises:
-            ValueError: both are given, or the mask does not suit the images.
-        """
-        if mask is None:
-            return ids_shuffle, mask_ratio
-        if ids_shuffle is not None:
-            raise ValueError("ids_shuffle and mask say the same, so only one of them can be given")
-        grid = self.grid_of(self._size_of(images))
-        ids_shuffle, K = order_of(mask, len(images), grid)
-        return ids_shuffle.to(images.device, non_blocking=True), exact_ratio(K, grid[0] * grid[1])
 
     @property
     def draws_masks(self) -> str | None:
@@ -563,10 +451,6 @@ class MaskedAutoencoderViT(nn.Module):
         loss = (pred - target).square().mean(dim=-1)
         return (loss * mask).sum() / mask.sum().clamp(min=1)
 
-    def _normalised(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns images of either form as float [N, C, H, W], normalised."""
-        return normalised(self, images)
-
     def training_loss(
         self,
         images: torch.Tensor,
@@ -597,13 +481,56 @@ class MaskedAutoencoderViT(nn.Module):
         if self.overridden or self._forward_hooks or self._forward_pre_hooks:
             return self._official_loss(images, ids_shuffle, mask_ratio, predict_ratio)
         if ids_shuffle is None:
-            ids_shuffle = _drawn(images.shape[0], self._positions(images)[0].shape[1] - 1, images.device)
+            ids_shuffle = drawn(images.shape[0], self._positions(images)[0].shape[1] - 1, images.device)
+        return self.loss_and_prediction(images, ids_shuffle, mask_ratio, predict_ratio)[0]
+
+    def loss_and_prediction(
+        self,
+        images: torch.Tensor,
+        ids_shuffle: torch.Tensor,
+        mask_ratio: float = 0.75,
+        predict_ratio: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes the loss of ``training_loss``, and the predictions [N, M, P] that it is of, by the same short way.
+
+        Steps of the official model that are overridden have no effect here.
+        """
         L = ids_shuffle.shape[1]
         K = self.num_visible(mask_ratio, L)
         ids_shuffle = ids_shuffle[:, : K + self.num_predicted(mask_ratio, predict_ratio, L)]
         latent = self._latent(self._embed(images, ids_shuffle[:, :K]))
         pred = self._decode(latent, self._positions(images)[1], ids_shuffle, start=K + 1)
-        return self._masked_mse(pred, images, ids_shuffle[:, K:])
+        return self._masked_mse(pred, images, ids_shuffle[:, K:]), pred
+
+    def predict(self, images: torch.Tensor, ids_shuffle: torch.Tensor, mask_ratio: float) -> torch.Tensor:
+        """Returns the predictions [N, L, P] of all patches, in the order of the image."""
+        latent, _, ids_restore = self.forward_encoder(images, mask_ratio, ids_shuffle=ids_shuffle)
+        return self.forward_decoder(latent, ids_restore)
+
+    def features(self, images: torch.Tensor, pool: TokenPool = "mean") -> torch.Tensor:
+        """Returns the tokens of whole images, pooled as ``pool_tokens`` says: [N, D], of "both" [N, 2·D]."""
+        return self.pool_tokens(self.forward_features(images), pool)
+
+    def products(
+        self, mask_ratio: float, num_patches: int | None = None, predict_ratio: float | None = None
+    ) -> tuple[Product, ...]:
+        """Returns the matrix products of an image's forward pass that the loss depends on."""
+        return products_of(sizes_of(self), mask_ratio, num_patches, predict_ratio)
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The layer whose output is the prediction."""
+        return self.decoder_pred
+
+    @property
+    def sizes(self) -> Sizes:
+        """Its sizes."""
+        return sizes_of(self)
+
+    @property
+    def feature_dim(self) -> int:
+        """D, the width of the encoder's tokens."""
+        return self.cls_token.shape[2]
 
     def _masked_mse(self, pred: torch.Tensor, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Computes the loss of the predictions [N, M, P] of the patches ``ids`` [N, M]."""
@@ -633,52 +560,19 @@ class MaskedAutoencoderViT(nn.Module):
         given = {} if ids_shuffle is None else {"ids_shuffle": ids_shuffle}
         return self(images, mask_ratio, **given)[0].reshape(())  # as a loss of one's own may have the shape [1]
 
-    @property
-    def preprocess(self) -> Preprocessing:
-        """Prepares images for this model, as evaluation does: ``model.preprocess("a.jpg")`` is its pixels [H, W, C]."""
-        from fastmae.data.preprocess import Preprocessing
 
-        low, high = (tuple(ends.tolist()) for ends in range_ends(self))
-        mean, std = tuple(self.mean.tolist()), tuple(self.std.tolist())
-        return Preprocessing(self.reading, self.img_size, low, high, mean, std)
+def as_vit(model: MaskedModel, purpose: str) -> MaskedAutoencoderViT:
+    """Returns a model that is a vision transformer.
 
-    @property
-    def reading(self) -> Reading:
-        """How files become the images of this model: as in its training, as far as that is known."""
-        return Reading(self.in_chans, dtype=self.pixels.dtype, nodata=self.pixels.nodata, read_as=self.read_as)
+    Args:
+        purpose: what is for these alone, as the beginning of a sentence.
 
-    @torch.no_grad()
-    def embed(
-        self, images: Any, *, pool: Literal["mean", "cls", "both", "tokens"] = "mean", batch_size: int = 64
-    ) -> torch.Tensor:
-        """Returns the features of images, float32 [n, D], on the model's device, without gradients.
-
-        They are those of ``fastmae.extract_features``, which is for whole data sets. In evaluation mode they are the
-        same each time.
-
-        Args:
-            images: a list of paths, bytes of files, images of Pillow, arrays or tensors, mixed as you like; or a
-                single one.
-            pool: as for ``fastmae.extract_features``.
-            batch_size: images per forward pass.
-
-        Raises:
-            UserError: there are none, or one of them is no image, or cannot be used.
-        """
-        images = images if isinstance(images, list | tuple) else [images]
-        if not images:
-            raise UserError("embed: the list of images is empty")
-        preprocess, device = self.preprocess, self.cls_token.device
-        features = []
-        for start in range(0, len(images), batch_size):
-            tokens = self.forward_features(preprocess.batch(images[start : start + batch_size]).to(device))
-            features.append(self.pool_tokens(tokens, pool).float())
-        return torch.cat(features)
-
-
-def _drawn(N: int, L: int, device: torch.device) -> torch.Tensor:
-    """Draws the order of the patches, int64 [N, L], from torch's generator of the device, as the official one."""
-    return torch.rand(N, L, device=device).argsort(dim=1)
+    Raises:
+        UserError: it is of another family.
+    """
+    if not isinstance(model, MaskedAutoencoderViT):
+        raise UserError(f"{purpose} is for vision transformers (mae_vit_*), and the model is {type(model).__name__}")
+    return model
 
 
 _OWN_STEPS = {name: getattr(MaskedAutoencoderViT, name) for name in OFFICIAL_STEPS}

@@ -375,10 +375,6 @@ class CrossBlock(nn.Module):
         return _branches(self, CrossAttention, x, normed, self.norm_kv(read), apart=apart)
 
 
-# The units of checkpointing, compilation and sharding.
-BLOCKS = (Block, CrossBlock)
-
-
 def _branches(
     block: Any, kind: type[nn.Module], x: torch.Tensor, normed: torch.Tensor, *inputs: Any, apart: bool
 ) -> Sum:

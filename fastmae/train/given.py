@@ -8,7 +8,7 @@ from typing import Any
 
 from fastmae.data.sources import Parts
 from fastmae.errors import UserError, in_one_line
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
 
 STOP = "stop"
 
@@ -41,7 +41,7 @@ class Given:
     """Objects that a training takes in place of what its settings name."""
 
     data: Parts | None = None
-    model: MaskedAutoencoderViT | None = None
+    model: MaskedModel | None = None
     """A masked autoencoder. A training begins with a copy of it."""
     on_step: OnStep | None = None
 

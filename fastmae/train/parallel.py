@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fastmae import launch, torch_compat
 from fastmae.errors import SettingError, UserError
 from fastmae.messages import logger
+from fastmae.model.family import blocks_of
 from fastmae.model.sharding import local_part
-from fastmae.model.vit import BLOCKS
 from fastmae.train.precision import Precision
 from fastmae.train.settings import disagreement, torch_builds
 
@@ -374,7 +374,7 @@ def parallelize(module: nn.Module, context: DistContext, parallelism: Parallelis
         shape, names = (context.size // parallelism.shard_size, parallelism.shard_size), ("replicate", "shard")
     mesh = init_device_mesh(context.device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(reduce_dtype=parallelism.reduce)
-    for block in [part for part in module.modules() if isinstance(part, BLOCKS)]:
+    for block in blocks_of(module):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
     if parallelism.gather == torch.bfloat16:

@@ -23,6 +23,7 @@ from fastmae.checkpoint.restore import Restored
 from fastmae.checkpoint.save import training_tensors
 from fastmae.checkpoint.start import begin_with, normalised_alike, open_start
 from fastmae.config import FIXED_IN_A_RUN, PROBE_LIMIT, PretrainConfig, ResolvedConfig, pixel_facts, read_as
+from fastmae.config.family import FAMILY
 from fastmae.config.model import ModelSpec
 from fastmae.config.shape import SHAPE
 from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
@@ -54,11 +55,11 @@ from fastmae.facts import DataFacts, exact_ratio
 from fastmae.files import write_text
 from fastmae.model.build import build_model
 from fastmae.model.calls import calls_of
+from fastmae.model.family import MaskedModel
 from fastmae.model.flops import flops_per_image
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.mae import as_vit
 from fastmae.model.pixels import DTYPES, nodata_of, register_pixels
 from fastmae.model.sharding import in_one_piece, is_sharded
-from fastmae.model.sizes import sizes_of
 from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops.choices import Choices
 from fastmae.ops.masked_mse import excluded_share
@@ -103,6 +104,8 @@ from fastmae.train.settings import (
 )
 from fastmae.train.step import MicroBatch, PassGraph, TrainingLoss, require_graph, train_step
 
+DECIDED = (*SHAPE, *FAMILY)
+"""The settings that give a model other sizes than its preset's."""
 PICTURE_IMAGES = 8
 PROBE_RUN = 100
 LOOKED_AT = 64
@@ -258,7 +261,7 @@ def _precision(config: ResolvedConfig, context: parallel.DistContext) -> Precisi
 
 
 def _choose(
-    model: MaskedAutoencoderViT,
+    model: MaskedModel,
     config: ResolvedConfig,
     context: parallel.DistContext,
     precision: Precision,
@@ -290,7 +293,7 @@ def _more_backends(
 
 def _model(
     config: ResolvedConfig, given: Given, start: Opened | None, context: parallel.DistContext
-) -> tuple[MaskedAutoencoderViT, list[str]]:
+) -> tuple[MaskedModel, list[str]]:
     """Builds the model on its device. Its first weights follow from the seed, and from the encoder to begin with; or
     they are those of the model that was given.
 
@@ -309,21 +312,21 @@ def _model(
             model.num_predicted(min(config.mask_ratio, config.mask_ratio_schedule or 1), ratio)
     except ValueError as error:
         raise SettingError(name, ratio, f"{error}; choose another ratio or --input_size") from error
-    if config.float8 and model.cls_token.shape[2] % 16:
-        problem = f"needs a width that is a multiple of 16, and that of the encoder is {model.cls_token.shape[2]}"
+    if config.float8 and model.feature_dim % 16:
+        problem = f"needs a width that is a multiple of 16, and that of the encoder is {model.feature_dim}"
         raise SettingError("float8", problem=f"{problem}; leave it out, or choose another --embed_dim")
     lines: list[str] = []
     if start is not None:
-        lines = begin_with(model, start, config.init, fixed_positions=config.start_size is not None)
+        lines = begin_with(as_vit(model, "--init"), start, config.init, fixed_positions=config.start_size is not None)
     elif config.init:
         lines = [f"start           {config.init} is not read again: the run goes on with its own weights"]
     return model.to(context.device), lines
 
 
-def _fresh(config: ResolvedConfig, given: Given) -> MaskedAutoencoderViT:
+def _fresh(config: ResolvedConfig, given: Given) -> MaskedModel:
     """Returns a model of a run, or a copy of the one that was given, that nothing wraps or shards yet."""
     if given.model is None:
-        model = build_model(ModelSpec.of(config))
+        model: MaskedModel = build_model(ModelSpec.of(config))
     else:
         model, pixels = copy.deepcopy(given.model).train(), pixel_facts(config)
         if model.pixels != pixels:  # as the data have another type or range
@@ -355,7 +358,7 @@ def _prepare(
     return prepare_as_chosen(training_loss, flags.compile, config, inputs, precision, context.gather, shapes)
 
 
-def _sizes(config: ResolvedConfig, model: MaskedAutoencoderViT) -> tuple[Size, ...]:
+def _sizes(config: ResolvedConfig, model: MaskedModel) -> tuple[Size, ...]:
     """Returns the sizes of the crops of a run, from the smallest to that of the model."""
     if config.start_size is None:
         return (config.input_size,)
@@ -373,7 +376,7 @@ def _sizes(config: ResolvedConfig, model: MaskedAutoencoderViT) -> tuple[Size, .
     return sizes
 
 
-def _masks(config: ResolvedConfig, model: MaskedAutoencoderViT, size: Size, file: MaskFile | None) -> Masks:
+def _masks(config: ResolvedConfig, model: MaskedModel, size: Size, file: MaskFile | None) -> Masks:
     grid = model.grid_of(size)
     visible = model.num_visible(config.mask_ratio, math.prod(grid))
     return choose_masks(config.masking, file, grid, visible, config.seed)
@@ -389,7 +392,7 @@ def _visible(config: ResolvedConfig, patches: int) -> tuple[int, ...]:
 
 
 def _seconds_at_peak(
-    model: MaskedAutoencoderViT, run: Run[ResolvedConfig], sizes: tuple[Size, ...]
+    model: MaskedModel, run: Run[ResolvedConfig], sizes: tuple[Size, ...]
 ) -> Callable[[int], float | None]:
     """Returns what a step of an epoch would take if all devices computed at their peak; None where it is unknown."""
     config, context = run.config, run.context
@@ -460,7 +463,7 @@ def _picture_path(folder: Path, epoch: int) -> Path:
 
 
 def _summary(
-    config: ResolvedConfig, source: Source, facts: DataFacts, model: MaskedAutoencoderViT, masks_of: dict[Size, Masks]
+    config: ResolvedConfig, source: Source, facts: DataFacts, model: MaskedModel, masks_of: dict[Size, Masks]
 ) -> list[str]:
     """Returns the lines about data, model and batch with which a run begins."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -472,14 +475,10 @@ def _summary(
         *(f"data            {line}" for line in facts.stock),
         *([f"data            {note}"] if note else []),
         f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}",
-        *([f"model           {sizes_of(model)}"] if any(getattr(config, name) for name in SHAPE) else []),
+        *([f"model           {model.sizes}"] if any(getattr(config, name) for name in DECIDED) else []),
     ]
-    if config.decoder_attention == "cross":
-        predicted = model.num_predicted(config.mask_ratio, config.predict_ratio)
-        blocks = len(model.decoder_blocks)
-        lines.append(
-            f"decoder         cross-attention, {blocks} blocks, {predicted} of {model.num_patches} patches predicted"
-        )
+    decoder = model.about_decoder(config.mask_ratio, config.predict_ratio)
+    lines += [f"decoder         {decoder}"] if decoder else []
     if len(masks_of) > 1:
         lines.append(f"sizes           {describe_sizes(list(masks_of), config.grow_epochs, config.epochs)}")
     lines.append(f"masks           {masks_of[config.input_size]}")
@@ -496,7 +495,7 @@ def _summary(
     return lines
 
 
-def _without_targets(model: MaskedAutoencoderViT, source: Source) -> list[str]:
+def _without_targets(model: MaskedModel, source: Source) -> list[str]:
     """Returns a line about the share of patches that are no targets, as pixels are missing, if there are any."""
     nodata = nodata_of(model.pixels)
     if nodata is None:
@@ -508,7 +507,7 @@ def _without_targets(model: MaskedAutoencoderViT, source: Source) -> list[str]:
     return [f"targets         {what}, and are never among them"] if share else []
 
 
-def _cpu_note(config: ResolvedConfig, model: MaskedAutoencoderViT) -> str:
+def _cpu_note(config: ResolvedConfig, model: MaskedModel) -> str:
     """Returns how long a step of a large model takes on this CPU, roughly, and what to do instead."""
     flops = 3 * flops_per_image(model, config.mask_ratio) * config.batch_size * config.accum_iter
     seconds = flops / (CORE_FLOPS * torch.get_num_threads())
@@ -520,7 +519,7 @@ def _cpu_note(config: ResolvedConfig, model: MaskedAutoencoderViT) -> str:
     )
 
 
-def _whole_model(run: Run[ResolvedConfig], model: MaskedAutoencoderViT) -> MaskedAutoencoderViT | None:
+def _whole_model(run: Run[ResolvedConfig], model: MaskedModel) -> MaskedModel | None:
     """Returns the model as one rank can use it alone: not sharded, and without float8, which is for training.
 
     All ranks call it; it is None on all but the main one.
@@ -539,7 +538,7 @@ def _export(
     run: Run[ResolvedConfig],
     step: int,
     masks: Masks,
-    model: MaskedAutoencoderViT,
+    model: MaskedModel,
     optimizer: torch.optim.Optimizer,
     average: Average,
     source: Source,
@@ -567,7 +566,7 @@ def _export(
     return try_to_write(write)
 
 
-def _picture(path: Path, mask_ratio: float, masks: Masks, model: MaskedAutoencoderViT, source: Source) -> None:
+def _picture(path: Path, mask_ratio: float, masks: Masks, model: MaskedModel, source: Source) -> None:
     """Draws fixed images with fixed masks, so that the pictures of a run can be compared."""
     images = fixed_images(model, source, PICTURE_IMAGES)
     ids_shuffle = shuffled_ids(torch.arange(len(images)), masks, images.device)
@@ -647,7 +646,7 @@ def _left_out(reason: str) -> str:
     return f"probe           no accuracy is measured: {reason}"
 
 
-def _probe(run: Run[ResolvedConfig], when: str, model: MaskedAutoencoderViT, probed: Probed) -> dict[str, Any]:
+def _probe(run: Run[ResolvedConfig], when: str, model: MaskedModel, probed: Probed) -> dict[str, Any]:
     """Adds the accuracies "before" or "after" to probe.json, unless they are there, and returns all that it holds.
 
     All ranks call it, and the main one measures; the others return an empty dict, and so does the main one if there is
@@ -676,7 +675,7 @@ def _probe(run: Run[ResolvedConfig], when: str, model: MaskedAutoencoderViT, pro
 def _measure_epoch(
     run: Run[ResolvedConfig],
     step: int,
-    model: MaskedAutoencoderViT,
+    model: MaskedModel,
     probed: Probed,
     masks: Masks,
     autocast: torch.autocast,
@@ -716,9 +715,7 @@ def _measure_epoch(
     return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
-def _of_epoch(
-    run: Run[ResolvedConfig], step: int, model: MaskedAutoencoderViT, measured: dict[str, float]
-) -> dict[str, float]:
+def _of_epoch(run: Run[ResolvedConfig], step: int, model: MaskedModel, measured: dict[str, float]) -> dict[str, float]:
     """Returns what stands in the line of an epoch in log.txt, too: held-out loss, and the mask ratio of a schedule."""
     found = {name: value for name, value in measured.items() if name == "held_out_loss"}
     if run.config.mask_ratio_schedule is not None:
@@ -729,7 +726,7 @@ def _of_epoch(
 
 
 def _probe_after(
-    run: Run[ResolvedConfig], epochs: int, whole: MaskedAutoencoderViT, parts: tuple[Source, Source]
+    run: Run[ResolvedConfig], epochs: int, whole: MaskedModel, parts: tuple[Source, Source]
 ) -> dict[str, float]:
     """Adds the accuracies after ``epochs`` to probe.json, from which those of later ones are dropped; returns them."""
     results, _ = read_probes(run.folder)

@@ -32,7 +32,7 @@ from fastmae.config import FinetuneConfig, PretrainConfig, ResolvedConfig, Resol
 from fastmae.errors import SettingError, UserError
 from fastmae.files import read_json, write_text
 from fastmae.messages import logger
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
 from fastmae.model.sharding import local_part
 from fastmae.ops.allocator import keep_freed_memory
 from fastmae.ops.backends import using
@@ -120,7 +120,7 @@ def restore_attempt(
         UserError: there is nothing intact to resume, or it does not fit.
     """
     folder, settings = Path(config.output_dir), as_json(config)
-    takes_files = isinstance(model, MaskedAutoencoderViT)
+    takes_files = isinstance(model, MaskedModel)
     resume = on_main(lambda: look_back(folder, config.resume, steps, fresh_step, takes_files=takes_files))
     remedy = FROM_WEIGHTS if takes_files else FINETUNE_FROM_WEIGHTS
     resumed = str(folder) if resume == AUTO else resume

@@ -42,7 +42,7 @@ from fastmae.environment import versions
 from fastmae.errors import SettingError, UserError
 from fastmae.facts import UINT8, DataFacts
 from fastmae.messages import logger
-from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD
+from fastmae.model.family import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.ops.attention import attention_backend
 from fastmae.ops.backends import asked_backends, describe_ops
 from fastmae.ops.linear import describe_linear

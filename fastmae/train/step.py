@@ -20,8 +20,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fastmae import torch_compat
 from fastmae.errors import SettingError, install_hint
+from fastmae.model.family import MaskedModel, blocks_of
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.vit import BLOCKS, Checkpointing, GeluAgain, Mlp
+from fastmae.model.vit import Checkpointing, GeluAgain, Mlp
 from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops.backends import asked_backends
 
@@ -33,7 +34,7 @@ SHAPES_PER_SIZE = 4
 class TrainingLoss(nn.Module):
     """Computes ``model.training_loss`` as a forward pass, which is what torch's wrappers expect."""
 
-    def __init__(self, model: MaskedAutoencoderViT, mask_ratio: float, predict_ratio: float | None = None) -> None:
+    def __init__(self, model: MaskedModel, mask_ratio: float, predict_ratio: float | None = None) -> None:
         super().__init__()
         self.model = model
         self.mask_ratio, self.predict_ratio = mask_ratio, predict_ratio
@@ -68,22 +69,23 @@ def prepare(
     if float8:
         assert isinstance(loss_of, TrainingLoss)
         in_float8(loss_of.model)
-    blocks = [part for part in loss_of.modules() if isinstance(part, BLOCKS)]
+    blocks = blocks_of(loss_of)
     for block in blocks:
-        block.checkpointing = checkpointing
+        block.checkpointing = checkpointing  # type: ignore[assignment]
     if checkpointing == "gelu":
         compute_gelu_again(loss_of, "always")
     elif checkpointing == "none" and isinstance(loss_of, TrainingLoss):
         # What the encoder keeps is kept longest. In the decoder a pass of its own would cost 1 % of a step.
         compute_gelu_again(loss_of.model, "in one pass")
-        compute_gelu_again(loss_of.model.blocks, "on a CPU")
+        if isinstance(loss_of.model, MaskedAutoencoderViT):
+            compute_gelu_again(loss_of.model.blocks, "on a CPU")
     # Blocks share code, which is compiled once for the encoder, once for the decoder and once for its last block, for
     # each of the ``sizes`` of images. torch gives up after 8 compilations of the same code unless the limit is raised.
     if compiling != "off":
         torch_compat.allow_recompilations(SHAPES_PER_SIZE * (sizes + 1))
         torch_compat.keep_blocks_whole(compiling == "block")
     if compiling == "block":
-        for block in blocks:
+        for block in blocks or [loss_of]:
             block.compile(fullgraph=True, dynamic=False)
     elif compiling == "model":
         loss_of.compile(fullgraph=True, dynamic=False)
@@ -102,7 +104,7 @@ def without_compiling(loss_of: nn.Module) -> None:
         torch_compat.without_compiling(part)
 
 
-def in_float8(model: MaskedAutoencoderViT, emulate: bool = False) -> None:
+def in_float8(model: nn.Module, emulate: bool = False) -> None:
     """Lets torchao compute the products of the encoder's blocks, forward and backward, in float8, in place.
 
     Weights stay in float32 and keep their names. Every factor is scaled by its largest value just before its product

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmae.model.classifier import classifier_of, tune
+from fastmae.model.classifier import classifier_of, classifier_products, tune
 from fastmae.model.cross import CrossMAE
-from fastmae.model.flops import classifier_products, flops_per_image
+from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.reference import ReferenceMAE
 from fastmae.model.sizes import sizes_of

@@ -1,0 +1,91 @@
+"""The families of masked autoencoders: which one a preset is of, and which settings go with which family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from fastmae.config.shape import SHAPE
+from fastmae.config.values import need, need_at_least_one
+from fastmae.errors import SettingError
+
+Family = Literal["vit", "convnext", "conv", "mlp"]
+PRESET_OF_FAMILY = {"vit": "mae_vit_", "convnext": "mae_convnextv2_", "conv": "mae_conv", "mlp": "mae_mlp"}
+"""How the names of a family's presets begin, or what its one preset is called."""
+USUAL_RATIO: dict[Family, float] = {"vit": 0.75, "convnext": 0.6, "conv": 0.5, "mlp": 0.5}
+"""The mask ratio where none is given: those of He et al. (2021) and of Woo et al. (2023), and ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilySettings:
+    """What decides models of other families than vision transformers. None is the family's own default."""
+
+    widths: tuple[int, ...] | None = None
+    """Of mae_conv the channels of its levels, each of half the resolution of the one before; of mae_mlp the widths of
+    its hidden layers, the last of which is the latent."""
+    latent_dim: int | None = None
+    """Of mae_conv: how many numbers the latent of an image is, which is its feature."""
+    mask_unit: Literal["pixel", "patch"] | None = None
+    """Of mae_conv: what is masked, single pixels or patches (--patch_size)."""
+    fill: Literal["zero", "mean", "noise"] | None = None
+    """Of mae_conv and mae_mlp: what stands in the place of what is masked."""
+    loss: Literal["mse", "bce"] | None = None
+    """Of mae_conv and mae_mlp: the squared error, or the binary cross-entropy of values between the ends of their
+    range."""
+    loss_on: Literal["masked", "all"] | None = None
+    """Of mae_conv and mae_mlp: what the loss is computed from, what is masked or everything."""
+
+
+FAMILY = tuple(field.name for field in fields(FamilySettings))
+"""The names of their settings."""
+TAKEN_BY: dict[str, tuple[Family, ...]] = {
+    "widths": ("conv", "mlp"),
+    "latent_dim": ("conv",),
+    "mask_unit": ("conv",),
+    "fill": ("conv", "mlp"),
+    "loss": ("conv", "mlp"),
+    "loss_on": ("conv", "mlp"),
+    **dict.fromkeys(SHAPE, ("vit",)),
+    "patch_size": ("vit", "conv"),
+    "decoder_attention": ("vit",),
+    "predict_ratio": ("vit",),
+    "start_size": ("vit",),
+    "residual": ("vit",),
+    "float8": ("vit",),
+    "norm_pix_loss": ("vit", "convnext", "conv"),
+    "masking": ("vit", "convnext", "conv"),
+    "masks": ("vit", "convnext", "conv"),
+    "mask_ratio_schedule": ("vit", "convnext", "conv"),
+}
+"""Which families a setting is for; settings that are not here are for all."""
+
+
+def family_of(model: str | None) -> Family:
+    """Returns the family of a preset by its name. Other names, and None, are of vision transformers."""
+    name = model or ""
+    if name.startswith(PRESET_OF_FAMILY["convnext"]):
+        return "convnext"
+    return "conv" if name == PRESET_OF_FAMILY["conv"] else "mlp" if name == PRESET_OF_FAMILY["mlp"] else "vit"
+
+
+def usual_ratio(model: str | None) -> float:
+    """Returns the mask ratio of a preset where none is given."""
+    return USUAL_RATIO[family_of(model)]
+
+
+def check_family(config: Any) -> None:
+    """Refuses settings that are for other families than that of the model.
+
+    Raises:
+        SettingError: naming the setting and the models that it is for.
+    """
+    family = family_of(config.model)
+    defaults = {field.name: field.default for field in fields(config)}
+    for name, families in TAKEN_BY.items():
+        if name in defaults and family not in families and getattr(config, name) != defaults[name]:
+            presets = ", ".join(PRESET_OF_FAMILY[one] + "*" * (one in ("vit", "convnext")) for one in families)
+            problem = f"is for {presets}, not for {config.model or 'vision transformers'}; leave it out"
+            raise SettingError(name, getattr(config, name), problem)
+    need_at_least_one(config, "latent_dim")
+    positive = config.widths is None or (len(config.widths) > 0 and min(config.widths) >= 1)
+    need(config, positive, "widths", "one or more whole numbers of at least 1")

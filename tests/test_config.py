@@ -33,6 +33,7 @@ from fastmae.config import (
     read_as,
     resolve,
 )
+from fastmae.config.family import FAMILY
 from fastmae.config.groups import GROUPS, MAIN
 from fastmae.config.model import ModelSpec
 from fastmae.config.shape import SHAPE
@@ -65,6 +66,17 @@ def test_defaults_suit_the_data(facts, model, input_size, epochs, flip, probe):
     config = resolved(facts)
     assert (config.model, config.input_size, config.epochs) == (model, input_size, epochs)
     assert (config.flip, config.probe, config.in_chans) == (flip, probe, facts.channels)
+    assert config.mask_ratio == 0.75
+
+
+def test_a_family_has_its_own_mask_ratio_and_takes_its_own_settings_alone():
+    assert resolved(FOLDER, model="mae_convnextv2_atto").mask_ratio == 0.6
+    assert resolved(FOLDER, model="mae_convnextv2_atto", masking="grid").mask_ratio == 0.75
+    assert resolved(FOLDER, model="mae_convnextv2_atto", mask_ratio=0.5).mask_ratio == 0.5
+    with pytest.raises(UserError, match=r"^latent_dim=8: is for mae_conv, not for mae_vit_tiny_patch4; leave it out$"):
+        PretrainConfig(model="mae_vit_tiny_patch4", latent_dim=8)
+    with pytest.raises(UserError, match=r"^embed_dim=64: is for mae_vit_\*, not for mae_mlp; leave it out$"):
+        PretrainConfig(model="mae_mlp", embed_dim=64)
 
 
 def test_a_folder_gets_the_published_defaults():
@@ -97,7 +109,7 @@ def test_nothing_is_left_open():
         "start_size", "patch_size", "predict_ratio", "clip_grad", "ema", "device", "shard_size",
         "cache_gb", "checkpoint_freq", "keep_every", "log_dir", "wandb", "profile", "probe_freq", "tune", "root",
         "held_out", "mlflow", "mask_ratio_schedule",
-    } | {*SHAPE} | {*IMAGE_SETTINGS} - {"pixel_type", "other_types"}  # fmt: skip
+    } | {*SHAPE} | {*FAMILY} | {*IMAGE_SETTINGS} - {"pixel_type", "other_types"}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastmae.config.shape import SHAPE, Shape, hidden_width
 from fastmae.errors import SettingError
-
-if TYPE_CHECKING:
-    from fastmae.model.mae import MaskedAutoencoderViT
 
 _OFFICIAL_DECODER = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
 _SMALL_DECODER = dict(decoder_embed_dim=256, decoder_depth=4, decoder_num_heads=8)
@@ -176,8 +173,8 @@ def preset_sizes(
     )
 
 
-def sizes_of(model: MaskedAutoencoderViT) -> Sizes:
-    """Returns the sizes of a model."""
+def sizes_of(model: Any) -> Sizes:
+    """Returns the sizes of a vision transformer, a ``MaskedAutoencoderViT``."""
     encoder: Any = model.blocks[0]
     decoder: Any = model.decoder_blocks[0]
     return Sizes(

@@ -178,7 +178,7 @@ def test_damaged_masks_are_one_line_or_masks(tmp_path):
     for seed in range(MUTATIONS):
         (tmp_path / "masks.npy").write_bytes(damaged(whole, seed))
         try:
-            file = open_masks(str(tmp_path / "masks.npy"), 0.75)
+            file = open_masks(str(tmp_path / "masks.npy"), None)
         except UserError as error:
             lines.append(str(error))
         else:
@@ -190,6 +190,6 @@ def test_damaged_masks_are_one_line_or_masks(tmp_path):
 def test_masks_may_change_during_a_run(tmp_path):
     path = tmp_path / "masks.npy"
     np.save(path, np.arange(320).reshape(20, 4, 4) % 4 > 0)
-    file = open_masks(str(path), 0.75)
+    file = open_masks(str(path), None)
     path.write_bytes(b"")
     assert file.masked.sum() == 240

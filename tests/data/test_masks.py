@@ -161,7 +161,7 @@ def test_a_grid_keeps_the_top_left_of_every_2_by_2():
 
 
 def test_every_draw_takes_one_of_the_masks_of_a_file(tmp_path):
-    file = open_masks(saved(tmp_path, halves()), 0.75)
+    file = open_masks(saved(tmp_path, halves()), None)
     masks = Masks("file", 7, (4, 4), 8, file)
     drawn = masked_patches(np.arange(10_000), masks)
     which = (drawn[:, None] == halves()[None]).all(axis=(2, 3))
@@ -174,7 +174,7 @@ def test_every_draw_takes_one_of_the_masks_of_a_file(tmp_path):
 
 def every_kind(folder, seed=3):
     """Masks of every kind, half of 4×4 patches (of the grid three quarters)."""
-    file = open_masks(saved(folder, halves()), 0.75)
+    file = open_masks(saved(folder, halves()), None)
     visible = dict(random=8, block=8, grid=4, file=8)
     return [
         choose_masks(masking, file if masking == "file" else None, (4, 4), visible[masking], seed)
@@ -313,7 +313,7 @@ def test_a_damaged_file_is_refused_or_whole(tmp_path):
     for data in cut + changed:
         path.write_bytes(data)
         try:
-            file = open_masks(str(path), 0.75)
+            file = open_masks(str(path), None)
         except UserError as error:
             errors.append(str(error))
         else:
@@ -327,14 +327,14 @@ def test_many_masks_are_checked_to_the_last(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHECKED_AT_ONCE", 64)  # four masks at a time
     masks = halves(11)
     path = saved(tmp_path, masks)
-    assert open_masks(path, 0.75).digest == open_masks(saved(tmp_path, np.asfortranarray(masks), "f.npy"), 0.75).digest
+    assert open_masks(path, None).digest == open_masks(saved(tmp_path, np.asfortranarray(masks), "f.npy"), None).digest
     masks[10, 0] = ~masks[10, 0, 0]
     with pytest.raises(UserError, match="mask 10 masks"):
-        open_masks(saved(tmp_path, masks), 0.75)
+        open_masks(saved(tmp_path, masks), None)
 
 
 def test_the_published_masks_stay_the_default():
-    assert (PretrainConfig().masking, PretrainConfig().masks, PretrainConfig().mask_ratio) == (None, "", 0.75)
+    assert (PretrainConfig().masking, PretrainConfig().masks, PretrainConfig().mask_ratio) == (None, "", None)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def test_a_run_uses_its_masks_shows_them_and_goes_on_exactly(masking, blobs, tmp
     assert f"masks           {16 - K} of 16 patches" in capsys.readouterr().out
 
     # Both masks of the 72 images in 2 epochs are drawn with numbers of their own, and are what those give.
-    file = open_masks(config.masks, 0.75)
+    file = open_masks(config.masks, None)
     expected = shuffled_ids(torch.arange(2 * 2 * 72), Masks(masking, 0, (4, 4), K, file), CPU)
     assert sorted(torch.cat(seen).tolist()) == sorted(expected.tolist())
 
@@ -435,7 +435,7 @@ def test_reconstruct_draws_the_masks_that_are_asked_for(finished, blobs, tmp_pat
         assert main([*words, *more]) == 0
     kinds = [("random", 4, 0.75), ("block", 4, 0.75), ("grid", 4, 0.75), ("file", 8, 0.5)]
     for (masking, K, ratio), ((original, grayed, _), title) in zip(kinds, shown, strict=True):
-        file = open_masks(str(tmp_path / "masks.npy"), 0.75) if masking == "file" else None
+        file = open_masks(str(tmp_path / "masks.npy"), None) if masking == "file" else None
         ids = shuffled_ids(torch.arange(8), Masks(masking, 5, (4, 4), K, file), CPU)
         model = fastmae.mae_vit_tiny_patch4(img_size=16, in_chans=1)
         cut = [model.patchify(images.permute(0, 3, 1, 2).float()) for images in (original, grayed)]

@@ -17,7 +17,7 @@ from fastmae.evaluate.features import Features
 from fastmae.evaluate.pictures import as_rgb
 from fastmae.evaluate.reconstruct import central_crops, drawn
 from fastmae.files import write_whole
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
 
 FEWEST = 3
 """Images of a map: two of them lie on a line."""
@@ -115,7 +115,7 @@ def check_picture(path: str | PathLike[str]) -> None:
         raise SettingError("picture", problem=problem) from error
 
 
-def save_map(path: Path, model: MaskedAutoencoderViT, source: Source, found: FeatureMap, title: str) -> None:
+def save_map(path: Path, model: MaskedModel, source: Source, found: FeatureMap, title: str) -> None:
     """Draws a map: all points, coloured by class if there are labels, and beside them images where they lie.
 
     Args:
@@ -142,7 +142,7 @@ def save_map(path: Path, model: MaskedAutoencoderViT, source: Source, found: Fea
         raise UserError(f"{path} cannot be written ({error}); free space or name another file") from error
 
 
-def _thumbnails(model: MaskedAutoencoderViT, source: Source, indices: np.ndarray, side: int) -> list[np.ndarray]:
+def _thumbnails(model: MaskedModel, source: Source, indices: np.ndarray, side: int) -> list[np.ndarray]:
     """Reads some images of a source as small pictures: uint8 [h, w, 3], at most ``side`` pixels high and wide."""
     small = []
     for start in range(0, len(indices), AT_A_TIME):

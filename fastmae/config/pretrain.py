@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from fastmae.config.family import FAMILY, FamilySettings, check_family, usual_ratio
+from fastmae.config.family import FAMILY, FamilySettings, check_family, family_of, usual_ratio
 from fastmae.config.images import IMAGE_SETTINGS, chosen_other_types, pixel_settings
 from fastmae.config.masking import Masking, MaskingConfig, check_masking, chosen_masking, chosen_ratio
 from fastmae.config.shape import SHAPE, Shape
@@ -233,6 +233,8 @@ def resolve(
     elif facts.size is not None and config.patch_size is not None:
         patch = config.patch_size[0], config.patch_size[-1]
         input_size = tuple(side * math.ceil(size / side) for size, side in zip(facts.size, patch, strict=True))
+    elif family_of(model) == "conv" and facts.size is not None:
+        input_size = facts.size
     elif model == SMALL_MODEL and facts.size is not None:
         # Patches of 4×4, at least 16 of them: the images' own size if it is that large, rounded up to whole patches.
         input_size = tuple(4 * math.ceil(max(side, 16) / 4) for side in facts.size)

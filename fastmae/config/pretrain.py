@@ -22,6 +22,8 @@ PROBE_LIMIT = 20_000
 OFFICIAL_WARMUP = 40.0
 SOUND_BANDS = 128
 """Of a spectrogram."""
+ROWS_TO_SEE = 200_000
+"""How many rows mae_mlp sees by default, over all epochs, of which there are 10 to 400."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +228,13 @@ def resolve(
     if model is None:
         small = facts.size is not None and max(facts.size) <= SMALL_SIDE
         model = SMALL_MODEL if small else "mae_vit_large_patch16"
+    is_mlp = family_of(model) == "mlp"
     if config.input_size is not None:
         input_size = config.input_size
+    elif is_mlp:
+        one_size = facts.size is not None
+        need(config, one_size, "input_size", "given for mae_mlp, as the images are of several sizes or of none known")
+        input_size = facts.size or input_size
     elif config.spectrogram is not None:
         input_size = (config.spectrogram, SOUND_BANDS)
     elif facts.size is not None and config.patch_size is not None:
@@ -239,10 +246,12 @@ def resolve(
         # Patches of 4×4, at least 16 of them: the images' own size if it is that large, rounded up to whole patches.
         input_size = tuple(4 * math.ceil(max(side, 16) / 4) for side in facts.size)
     is_series = input_size[0] == 1 or config.spectrogram is not None  # whose rate and direction mean something
-    epochs = given(config.epochs, 60 if digits else 400)
+    usual_epochs = min(400, max(10, round(ROWS_TO_SEE / facts.length))) if is_mlp else 60 if digits else 400
+    epochs = given(config.epochs, usual_epochs)
     need(config, config.start_epoch < epochs, "start_epoch", f"below the {epochs} of --epochs")
+    usual_scale = (1.0, 1.0) if is_series or is_mlp else (0.7, 1.0) if digits else (0.2, 1.0)
     start_size = config.start_size
-    blr = given(config.blr, 3e-3 if digits else 1e-3)
+    blr = given(config.blr, 4e-3 if is_mlp else 3e-3 if digits else 1e-3)
     global_batch = config.batch_size * config.accum_iter * ranks
     steps = epochs * facts.length * config.repeated_masks // global_batch  # or a few less
     chosen = dict(
@@ -256,9 +265,9 @@ def resolve(
         epochs=epochs,
         lr=given(config.lr, blr * global_batch / 256),
         blr=blr,
-        warmup_epochs=given(config.warmup_epochs, default_warmup(0.0 if digits else OFFICIAL_WARMUP, epochs)),
-        crop_scale=given(config.crop_scale, (0.7, 1.0) if digits else (1.0, 1.0) if is_series else (0.2, 1.0)),
-        flip=given(config.flip, in_chans == 3 and not is_series),
+        warmup_epochs=given(config.warmup_epochs, default_warmup(0.0 if digits or is_mlp else OFFICIAL_WARMUP, epochs)),
+        crop_scale=given(config.crop_scale, usual_scale),
+        flip=given(config.flip, in_chans == 3 and not is_series and not is_mlp),
         in_chans=in_chans,
         **pixel_settings(pixels),
         other_types=chosen_other_types(config),

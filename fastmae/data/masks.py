@@ -1,7 +1,8 @@
-"""Which patches are masked: at random, in blocks, by a grid, or as a file says.
+"""Which patches are masked: at random, in blocks, by a grid, or as a file says; and which single features of rows.
 
-A mask is a row of ``ids_shuffle``: a permutation of the L patches of which the first K are visible. K is the same for
-all rows, so that shapes are static. A mask is a pure function of (seed, draw_id), for any batch, rank or restart.
+A mask of patches is a row of ``ids_shuffle``: a permutation of the L patches of which the first K are visible. K is the
+same for all rows, so that shapes are static. A mask of features is a row of truth values. Either is a pure function of
+(seed, draw_id), for any batch, rank or restart.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from fastmae.config import Masking
 from fastmae.data.arrays import StoredArray
 from fastmae.errors import SettingError, in_one_line
 from fastmae.facts import MaskFacts, exact_ratio
+from fastmae.ops.bernoulli_masking import bernoulli_masking
+from fastmae.ops.gather_patches import missing_pixels
+from fastmae.ops.masked_mse import excluded_share
 from fastmae.ops.random_masking import random_masking
 from fastmae.philox import STREAM_BLOCKS, STREAM_MASK_FILE, uniforms_numpy, words_numpy
 
@@ -65,9 +69,13 @@ class Masks:
     visible: int
     """K, the number of visible patches."""
     file: MaskFile | None = None
+    chance: float | None = None
+    """With which each feature of a row is masked, independently of the others; None for patches."""
 
     def __str__(self) -> str:
         L = math.prod(self.grid)
+        if self.chance is not None:
+            return f"each of {L} features with a chance of {self.chance:g}"
         share = f"{L - self.visible} of {L} patches"
         match self.masking:
             case "random":
@@ -104,7 +112,8 @@ def choose_masks(masking: Masking, file: MaskFile | None, grid: Grid, visible: i
 
 
 def shuffled_ids(draw_ids: torch.Tensor, masks: Masks, device: torch.device) -> torch.Tensor:
-    """Returns ids_shuffle int32 [N, L] on ``device``: one permutation per row, whose first K entries are visible.
+    """Returns ids_shuffle int32 [N, L] on ``device``: one permutation per row, whose first K entries are visible. Of
+    features it returns bool [N, L], true where masked.
 
     Random masks are computed on the device and list patches in the order of their keys. The other masks are computed on
     the CPU and list first the visible and then the masked patches, each in rising order. Attention does not depend on
@@ -113,12 +122,31 @@ def shuffled_ids(draw_ids: torch.Tensor, masks: Masks, device: torch.device) -> 
     Args:
         draw_ids: int64 [N] on the CPU; training uses ``epoch · len(dataset) + index``.
     """
+    if masks.chance is not None:
+        ids = draw_ids.to(device, non_blocking=True)
+        return bernoulli_masking(ids, masks.seed, math.prod(masks.grid), masks.chance)
     if masks.masking == "random":
         return random_masking(draw_ids.to(device, non_blocking=True), masks.seed, math.prod(masks.grid))
     ids = torch.from_numpy(visible_first(masked_patches(draw_ids.numpy(), masks)))
     if device.type == "cuda":  # from pageable memory a copy would wait
         ids = ids.pin_memory()
     return ids.to(device, non_blocking=True)
+
+
+def excluded(images: torch.Tensor, order: torch.Tensor, masks: Masks, nodata: float | None) -> torch.Tensor:
+    """Returns which share of what is masked is no target, as pixels are missing; nobody waits for it.
+
+    Args:
+        images: [N, H, W, C].
+        order: of ``shuffled_ids``.
+        nodata: the value of missing pixels, as the ops have it.
+    """
+    if nodata is None:
+        return torch.zeros((), device=images.device)
+    if masks.chance is not None:
+        return (order & missing_pixels(images, nodata).flatten(1)).sum() / order.sum()
+    patch_size = images.shape[1] // masks.grid[0], images.shape[2] // masks.grid[1]
+    return excluded_share(images, order[:, masks.visible :], patch_size, nodata)
 
 
 def masked_patches(draw_ids: np.ndarray, masks: Masks) -> np.ndarray:

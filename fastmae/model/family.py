@@ -78,6 +78,9 @@ class MaskedModel(nn.Module):
     """The ways in which ``features`` pools: of "mean", "cls", "both" and "tokens"."""
     has_pictures = True
     """Whether its images can be looked at."""
+    masks_features = False
+    """Whether single numbers are masked, each with a chance of its own, in place of a number of patches. A mask is then
+    a row of truth values, bool [N, L], true where masked."""
     decoder_attention: Literal["self", "cross"] = "self"
     autocast_residual = False
     overridden: tuple[str, ...] = ()

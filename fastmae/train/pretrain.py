@@ -28,7 +28,7 @@ from fastmae.config.model import ModelSpec
 from fastmae.config.shape import SHAPE
 from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
 from fastmae.data.loader import Batch, View, choose_decoder, describe_decoder
-from fastmae.data.masks import MaskFile, Masks, choose_masks, open_masks, shuffled_ids
+from fastmae.data.masks import MaskFile, Masks, choose_masks, excluded, open_masks, shuffled_ids
 from fastmae.data.plan import describe_order, mask_draws
 from fastmae.data.sample import crops_note
 from fastmae.data.sizes import Size, describe_sizes, growing_sizes, size_in, visible_counts, visible_in
@@ -62,6 +62,7 @@ from fastmae.model.pixels import DTYPES, nodata_of, register_pixels
 from fastmae.model.sharding import in_one_piece, is_sharded
 from fastmae.model.weight_copies import WeightCopies
 from fastmae.ops.choices import Choices
+from fastmae.ops.gather_patches import missing_pixels
 from fastmae.ops.masked_mse import excluded_share
 from fastmae.ops.tuning import measured
 from fastmae.report.run_folder import read_probes
@@ -206,7 +207,8 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
         unsaved = _export(run, steps.total - 1, masks_of[config.input_size], model, optimizer, average, probed.pictured)
     close_run(run, unsaved)
     accuracies = _probe(run, "after", model, probed)
-    say_results(run, _shown(accuracies), {"reconstruction": _picture_path(run.folder, config.epochs - 1)})
+    pictures = {"reconstruction": _picture_path(run.folder, config.epochs - 1)} if model.has_pictures else {}
+    say_results(run, _shown(accuracies), pictures)
     return 0
 
 
@@ -379,7 +381,8 @@ def _sizes(config: ResolvedConfig, model: MaskedModel) -> tuple[Size, ...]:
 def _masks(config: ResolvedConfig, model: MaskedModel, size: Size, file: MaskFile | None) -> Masks:
     grid = model.grid_of(size)
     visible = model.num_visible(config.mask_ratio, math.prod(grid))
-    return choose_masks(config.masking, file, grid, visible, config.seed)
+    masks = choose_masks(config.masking, file, grid, visible, config.seed)
+    return dataclasses.replace(masks, chance=config.mask_ratio) if model.masks_features else masks
 
 
 def _visible(config: ResolvedConfig, patches: int) -> tuple[int, ...]:
@@ -439,8 +442,7 @@ def _stream(run: Run[ResolvedConfig], source: Source, masks_of: dict[Size, Masks
             masks = dataclasses.replace(masks, visible=visible_in(epoch, counts, config.epochs))
         ids_shuffle = shuffled_ids(draw_ids, masks, device)
         if nodata is not None:
-            patch_size = H // masks.grid[0], W // masks.grid[1]
-            run.log.exclude(excluded_share(images, ids_shuffle[:, masks.visible :], patch_size, nodata))
+            run.log.exclude(excluded(images, ids_shuffle, masks, nodata))
         visible = () if config.mask_ratio_schedule is None else (torch.empty(masks.visible, 0, device=device),)
         return images, ids_shuffle, *visible
 
@@ -501,6 +503,10 @@ def _without_targets(model: MaskedModel, source: Source) -> list[str]:
     if nodata is None:
         return []
     images = fixed_images(model, source, LOOKED_AT)
+    if model.masks_features:
+        share = 100 * float(missing_pixels(images, nodata).float().mean())
+        what = f"{share:.2g} % of the numbers of {count_of(len(images), 'rows')} are missing"
+        return [f"targets         {what}, and are never among them"] if share else []
     ids = torch.arange(model.num_patches, device=images.device).expand(len(images), -1)
     share = 100 * float(excluded_share(images, ids, model.patch_size, nodata))
     what = f"{share:.2g} % of the patches of {count_of(len(images), 'images')} have a missing pixel"
@@ -560,8 +566,9 @@ def _export(
         if means:
             path_of_means = path.with_stem(f"{path.stem}-ema")
             write_official(path_of_means, official.weights | means, official.moments, epoch, config)
-        _picture(_picture_path(run.folder, epoch), config.mask_ratio, masks, whole, source)
-        run.log.picture(step + 1, _picture_path(run.folder, epoch))
+        if whole.has_pictures:
+            _picture(_picture_path(run.folder, epoch), config.mask_ratio, masks, whole, source)
+            run.log.picture(step + 1, _picture_path(run.folder, epoch))
 
     return try_to_write(write)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 FULL_SHUFFLE = "a full shuffle"
+BUILT_IN_TABLES = ("breast_cancer", "diabetes", "wine")
+"""Tables of scikit-learn, by the names that ``data_path`` takes for models of vectors."""
 
 
 LayoutName = Literal["auto", "hwc", "chw", "tc", "ct"]
@@ -61,6 +63,11 @@ class ReadAs:
     """Which slices of a volume are images: those of a direction in the body, or along an axis as it is stored."""
     constant_slices: Literal["keep", "drop"] = "keep"
     """Whether slices whose voxels are all alike are images; to leave them out, every volume is read once."""
+    columns: tuple[str, ...] | None = None
+    """The columns of a table that are wanted, by name and in this order; () for all of numbers. None: no table is
+    meant, and its file is opened as one of images."""
+    label_column: str | None = None
+    """The column of a table that holds the labels. None: one of a usual name, if it holds classes."""
 
     @property
     def converts(self) -> bool:
@@ -83,7 +90,7 @@ class DataFacts:
     """What the data of ``--data_path`` are."""
 
     kind: str
-    """`digits`, `array`, or `folder`: image files, whether in a folder or in shards."""
+    """`digits`, `array`, `table`, or `folder`: image files, whether in a folder or in shards."""
     channels: int
     size: tuple[int, int] | None
     """(height, width) of the images in pixels; None where they differ."""
@@ -97,6 +104,13 @@ class DataFacts:
     """The type of the pixels, and what the user said of them."""
     stock: tuple[str, ...] = ()
     """What people should know of what lies there and is not used as they may expect, a line each."""
+    columns: tuple[str, ...] | None = None
+    """The names of the columns of a table, which are its channels; None of images."""
+
+    @property
+    def unit(self) -> str:
+        """What the samples are called."""
+        return "images" if self.columns is None else "rows"
 
 
 @dataclass(frozen=True, kw_only=True)

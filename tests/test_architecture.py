@@ -46,7 +46,19 @@ ALLOWED = {
     "cli": {"environment"}
     | LEAVES - {"facts", "files", "philox", "torch_compat"}
     | {"faults", "launch", "flags", "argv", "config", "commands", "train"},
-    "api": {"errors", "files", "messages", "config", "ops", "model", "data", "checkpoint", "evaluate", "train"},
+    "api": {
+        "errors",
+        "facts",
+        "files",
+        "messages",
+        "config",
+        "ops",
+        "model",
+        "data",
+        "checkpoint",
+        "evaluate",
+        "train",
+    },
     "__init__": {"errors", "ops", "model", "data", "checkpoint", "train", "api"},
     "__main__": {"cli", "signals"},
 }

@@ -29,6 +29,7 @@ from fastmae.config.images import images_of_model, read_as
 from fastmae.config.model import ModelSpec
 from fastmae.config.shared import ReadingConfig
 from fastmae.errors import SettingError, UserError
+from fastmae.facts import BUILT_IN_TABLES
 from fastmae.model.build import build_model
 from fastmae.model.classifier import Classifier, classifier_of, merge_lora, tune
 from fastmae.model.mae import MaskedAutoencoderViT
@@ -183,7 +184,7 @@ def own_data(checkpoint: str | Path, settings: dict[str, Any], name: str = "data
     if not isinstance(paths, list | tuple) or not paths or not all(isinstance(path, str) for path in paths):
         raise SettingError(name, problem=f"must be given, as {checkpoint} does not say its data")
     for path in paths:
-        if path != "digits" and "{" not in path and not Path(path).expanduser().exists():
+        if path not in ("digits", *BUILT_IN_TABLES) and "{" not in path and not Path(path).expanduser().exists():
             raise SettingError(name, problem=f"must be given, as the data of {checkpoint} are not at {path} any more")
     report(Path(checkpoint), [f"no data were given; those of its run are taken: {' '.join(paths)}"])
     return paths[0] if len(paths) == 1 else tuple(paths)

@@ -40,6 +40,8 @@ FAMILY = tuple(field.name for field in fields(FamilySettings))
 """The names of their settings."""
 TAKEN_BY: dict[str, tuple[Family, ...]] = {
     "widths": ("conv", "mlp"),
+    "columns": ("mlp",),
+    "label_column": ("mlp",),
     "latent_dim": ("conv",),
     "mask_unit": ("conv",),
     "fill": ("conv", "mlp"),

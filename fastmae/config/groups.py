@@ -12,7 +12,7 @@ MAIN = (
 GROUPS = {
     "data": (
         "data_path", "root", "image_key", "layout", "axis", "constant_slices", "bands", "pages", "window",
-        "spectrogram", "in_chans",
+        "spectrogram", "columns", "label_column", "in_chans",
         "pixel_type", "other_types", "value_range", "nodata", "mean", "std", "crop_scale", "flip", "aa", "reprob",
         "mixup", "cutmix", "mixup_switch_prob", "repeated_masks", "held_out",
     ),

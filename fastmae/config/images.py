@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+from fastmae.config.family import family_of
 from fastmae.config.values import check_type, field_types, need
 from fastmae.facts import AxisName, LayoutName, PixelFacts, ReadAs
 
@@ -70,6 +71,12 @@ class ImagesConfig:
     image_key: str | None = None
     """Of samples in tars that have several images: the end of the name of the one to use, such as left.jpg, or all for
     each as an image. Default: as in the checkpoint; without one the first with one dot in its name, or else all."""
+    columns: tuple[str, ...] | None = None
+    """Of tables (mae_mlp), the columns that are features, by name. Default: as in the checkpoint; without one all that
+    hold numbers."""
+    label_column: str | None = None
+    """Of tables, the column that holds classes; it is no feature. Default: as in the checkpoint; without one a column
+    called label, target or class, if it holds words or at most 100 integers."""
 
 
 IMAGE_SETTINGS = tuple(field.name for field in dataclasses.fields(ImagesConfig) if field.name != "root")
@@ -98,6 +105,8 @@ def read_as(config: ImagesConfig, before: Mapping[str, Any] = NOTHING) -> ReadAs
     """Returns what is asked of reading, as ``open_train`` takes it. The arguments are those of ``images_given``."""
     known = {field.name for field in dataclasses.fields(ReadAs)}
     given = images_given(config, before)
+    if given["columns"] is None and family_of(getattr(config, "model", None) or before.get("model")) == "mlp":
+        given["columns"] = ()
     return ReadAs(**{name: value for name, value in given.items() if name in known and value is not None})
 
 
@@ -170,6 +179,7 @@ def check_images(config: ImagesConfig) -> None:
         is_pair = len(config.window) == 2 and not any(isinstance(value, str) for value in config.window)
         need(config, is_pair and float(config.window[1]) > 0, "window", "CENTER WIDTH with WIDTH above 0, or file")
     need(config, config.spectrogram is None or config.spectrogram >= 1, "spectrogram", "a number of frames, from 1")
+    need(config, config.columns != (), "columns", "the names of at least one column")
     largest = LARGEST_WHOLE.get(config.pixel_type or "")
     if config.nodata is not None and largest is not None:
         fits = 0 <= config.nodata <= largest and config.nodata.is_integer()

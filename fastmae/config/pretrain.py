@@ -269,6 +269,7 @@ def resolve(
         crop_scale=given(config.crop_scale, usual_scale),
         flip=given(config.flip, in_chans == 3 and not is_series and not is_mlp),
         in_chans=in_chans,
+        columns=facts.columns,
         **pixel_settings(pixels),
         other_types=chosen_other_types(config),
         mean=given(config.mean, mean),

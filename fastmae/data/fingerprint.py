@@ -32,6 +32,7 @@ from fastmae.data.packed import PackedSource
 from fastmae.data.pages import PagedSource
 from fastmae.data.parquet import ParquetSource
 from fastmae.data.sources import Concat, Source, Subset
+from fastmae.data.tables import TableSource
 from fastmae.data.zips import ZipSource
 
 Fingerprint = dict[str, Any]
@@ -145,6 +146,10 @@ def _things(source: Source) -> Things:
             return _relative(source.files), {file: f"{size} {groups[file]}" for file, size in sizes.items()}
         case ArraySource(images=ChunkedImages(contents=contents_of)):
             return [*contents_of], dict(enumerate(contents_of.values()))
+        case TableSource():
+            rows = _evenly(len(source), ROWS)
+            cells = [_hash([source.values[row].data]) for row in rows]
+            return ["the columns", *(f"row {row}" for row in rows)], dict(enumerate([_hash(source.columns), *cells]))
         case ArraySource():
             size = max(1, math.prod(source.images.shape[1:]) * source.images.dtype.itemsize)
             rows = _evenly(len(source), min(ROWS, max(RANGES - 1, ROW_BYTES // size)))

@@ -26,11 +26,12 @@ from fastmae.data.arrays import FEW, array_source, as_native, refuse_no_numbers
 from fastmae.data.columns import IMAGE_COLUMNS, LABEL_COLUMNS, numbered
 from fastmae.data.images import FolderSource
 from fastmae.data.plan import Shards
-from fastmae.data.sources import Parts, Source
+from fastmae.data.sources import Parts, Source, alike
 from fastmae.data.stock import Stock, count_of
 from fastmae.data.suffixes import IMAGE_SUFFIXES, suffix_of
+from fastmae.data.tables import TableSource, raw_table, table_source
 from fastmae.errors import SettingError, UserError, in_one_line
-from fastmae.facts import LayoutName
+from fastmae.facts import LayoutName, ReadAs
 from fastmae.messages import logger
 
 LOOKED_AT = 64
@@ -133,7 +134,14 @@ class Objects:
 # --- what is given ----------------------------------------------------------------------------------------------------
 
 
-def given_parts(data: Any, val: Any = None, *, layout: LayoutName = "auto", needs_labels: bool = False) -> Parts | None:
+def given_parts(
+    data: Any,
+    val: Any = None,
+    *,
+    layout: LayoutName = "auto",
+    needs_labels: bool = False,
+    table: ReadAs | None = None,
+) -> Parts | None:
     """Returns both parts of data that are given as objects; None where ``data`` are paths, as ``data_path`` takes them.
 
     Args:
@@ -141,6 +149,8 @@ def given_parts(data: Any, val: Any = None, *, layout: LayoutName = "auto", need
         val: the images to test on, as for ``as_source``.
         layout: the order of the axes of an array or a tensor.
         needs_labels: whether every sample is read once where nothing else tells the labels.
+        table: how a table is read, for models of vectors: then a DataFrame, a table of pyarrow and an array [N, D] are
+            tables.
 
     Raises:
         UserError: as ``as_source``; or ``val`` is given beside paths.
@@ -158,14 +168,29 @@ def given_parts(data: Any, val: Any = None, *, layout: LayoutName = "auto", need
         if val is not None:
             raise SettingError("val", problem="is for objects in Python; the val part of paths is their own folder val")
         return None
-    train = as_source(data, layout=layout, needs_labels=needs_labels)
+    train = _as_table(data, table) or as_source(data, layout=layout, needs_labels=needs_labels)
     try:
-        test = None if val is None else as_source(val, layout=layout, needs_labels=needs_labels)
+        test = None
+        if val is not None:
+            alike_table = None if table is None else alike(train, table)
+            test = _as_table(val, alike_table) or as_source(val, layout=layout, needs_labels=needs_labels)
     except SettingError as error:
         raise SettingError("val" if error.name == "data" else error.name, error.value, error.problem) from error
     _require_same_scale(train, test)
     what = train.what if isinstance(train, Objects) else _type_of(data)
-    return Parts(train, test, f"<{what} of {count_of(len(train), 'images')}>")
+    unit = "rows" if isinstance(train, TableSource) else "images"
+    return Parts(train, test, f"<{what} of {count_of(len(train), unit)}>")
+
+
+def _as_table(data: Any, table: ReadAs | None) -> TableSource | None:
+    """Returns a table in Python as a source; None for what is none, or where none is meant."""
+    found = None if table is None else raw_table(data)
+    if found is None or table is None:
+        return None
+    source = table_source(found[0], table, found[1])
+    if not len(source):
+        raise SettingError("data", problem="has no rows; give a table that has some")
+    return source
 
 
 def _require_same_scale(train: Source, test: Source | None) -> None:

@@ -33,9 +33,11 @@ from fastmae.data.remote import file_name, is_remote
 from fastmae.data.shards import expand_braces, open_shards, refuse_compressed
 from fastmae.data.stock import EXAMPLES, RUN_LINES, LeftOut, Stock, count_of, joined
 from fastmae.data.suffixes import IMAGE_SUFFIXES, SHARD_SUFFIXES, SOUND_SUFFIXES, remedy_for, suffix_of
+from fastmae.data.table_files import SUFFIXES as TABLE_SUFFIXES
+from fastmae.data.tables import TableSource, is_table, open_table
 from fastmae.data.volumes import is_stack, open_stack
 from fastmae.errors import SettingError, in_one_line
-from fastmae.facts import AS_STORED, DataFacts, PixelFacts, ReadAs
+from fastmae.facts import AS_STORED, BUILT_IN_TABLES, DataFacts, PixelFacts, ReadAs
 
 LOOKED_AT = 64
 """Of how many images the headers are read before a run."""
@@ -48,7 +50,7 @@ class Source(Protocol):
 
     @property
     def kind(self) -> str:
-        """`digits`, `array`, or `folder`: image files, whether in a folder, a tar or a table."""
+        """`digits`, `array`, `table`, or `folder`: image files, whether in a folder, a tar or a table."""
 
     @property
     def location(self) -> str:
@@ -236,6 +238,7 @@ def open_train(data_path: Data, read_as: ReadAs = AS_STORED) -> Source:
         if source is None or len(source) == 0:
             raise SettingError("data_path", path, f"holds no images{_instead(source)}; give data that does")
         parts.append(source)
+        read_as = alike(source, read_as)
     release_after(max(map(len, parts)))
     return parts[0] if len(parts) == 1 else Concat(tuple(parts), tuple(_used_twice(paths)))
 
@@ -269,11 +272,39 @@ def train_and_val(data_path: Data, read_as: ReadAs = AS_STORED) -> tuple[Source,
     Raises:
         UserError: as ``open_train``.
     """
-    train, val = open_train(data_path, read_as), open_val(data_path, read_as)
+    train = open_train(data_path, read_as)
+    val = open_val(data_path, alike(train, read_as))
     if val is not None:
         return train, val
     train_indices, val_indices = _held_out(train)
     return Subset(train, train_indices), Subset(train, val_indices, Stock())
+
+
+def columns_of(source: Source) -> tuple[str, ...] | None:
+    """Returns the names of the columns of a table; None of images."""
+    if isinstance(source, TableSource):
+        return source.columns
+    inside = source.parts[0] if isinstance(source, Concat) else getattr(source, "source", None)
+    return None if inside is None else columns_of(inside)
+
+
+def alike(source: Source, read_as: ReadAs) -> ReadAs:
+    """Returns how further data are read beside a source: of tables the same columns are wanted."""
+    columns = columns_of(source)
+    return read_as if columns is None else replace(read_as, columns=columns)
+
+
+def table_values(source: Source) -> np.ndarray | None:
+    """Returns the numbers of a table, float32 [N, D] with NaN where a cell is missing; None of images."""
+    if isinstance(source, TableSource):
+        return source.values
+    if isinstance(source, Subset):
+        inside = table_values(source.source)
+        return None if inside is None else inside[source.indices]
+    if isinstance(source, Concat):
+        parts = [values for part in source.parts if (values := table_values(part)) is not None]
+        return np.concatenate(parts) if len(parts) == len(source.parts) else None
+    return None
 
 
 def without_held_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
@@ -431,6 +462,7 @@ def describe(source: Source, stock: Stock | None = None, read_as: ReadAs = AS_ST
         location=source.location,
         pixels=PixelFacts(dtype=dtype, nodata=read_as.nodata if dtype == "uint8" else agreed_nodata(stated, read_as)),
         stock=tuple((stock or source.stock).lines(RUN_LINES)),
+        columns=columns_of(source),
     )
 
 
@@ -507,6 +539,11 @@ def _paths(data_path: str | Sequence[str]) -> list[str]:
 
 
 def _open(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
+    if read_as.columns is not None and not is_remote(data_path) and is_table(data_path):
+        return _open_table(data_path, split, read_as)
+    if read_as.columns:
+        problem = f"no table ({', '.join(TABLE_SUFFIXES)}), and the columns {_some(read_as.columns)} are wanted"
+        raise SettingError("data_path", data_path, f"{problem}; give a table that has them")
     if data_path == "digits":
         return _digits(split)
     if is_remote(data_path):
@@ -519,7 +556,8 @@ def _open(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
         if is_phrase(data_path) and not path.exists():
             raise SettingError("data_path", data_path, "was given in Python; call fastmae from Python with the data")
         if not path.exists():
-            raise SettingError("data_path", data_path, "no such file or folder; give an existing one, or `digits`")
+            names = "`digits`" if read_as.columns is None else ", ".join(("digits", *BUILT_IN_TABLES))
+            raise SettingError("data_path", data_path, f"no such file or folder; give an existing one, or {names}")
         if not path.is_dir() and not path.is_file():
             raise SettingError("data_path", data_path, "a pipe or a device; give a file or a folder")
         if is_stack(path):
@@ -531,6 +569,15 @@ def _open(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
     except UNREADABLE as error:
         reason = in_one_line(" ".join(str(error).split()), 400)
         raise SettingError("data_path", data_path, f"cannot be read ({reason}); check or replace the file") from error
+
+
+def _open_table(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
+    try:
+        parts = open_table(data_path, split, read_as)
+    except UNREADABLE as error:
+        reason = in_one_line(" ".join(str(error).split()), 400)
+        raise SettingError("data_path", data_path, f"cannot be read ({reason}); check or replace the file") from error
+    return Concat(tuple(parts)) if len(parts) > 1 else parts[0] if parts else None
 
 
 def _as_asked(found: Source | None, read_as: ReadAs) -> Source | None:

@@ -9,7 +9,8 @@ import numpy as np
 
 from fastmae.data.decode import BadImageError, decode
 from fastmae.data.reading import Reading
-from fastmae.data.sources import Source, evenly_spaced
+from fastmae.data.sources import Source, columns_of, evenly_spaced, table_values
+from fastmae.data.stock import EXAMPLES, count_of
 from fastmae.errors import SettingError
 from fastmae.facts import UINT8, PixelFacts
 
@@ -27,6 +28,10 @@ LARGEST = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
 WORTH_SAYING = 0.01
 """The share of pixels beyond the range from which on it is said."""
 SHOWN = 4
+ROWS = 1 << 16
+"""Of a table, so many rows are added up at a time."""
+CONSTANT = 1e-7
+"""A column whose deviation is no larger than this share of its mean has one value, as float32 tells no other."""
 ValueRange = tuple[str | float, ...] | None
 """The setting ``value_range``."""
 
@@ -67,6 +72,9 @@ def measure(
         SettingError: no image can be decoded, a channel is missing as a whole, or the range does not suit.
     """
     C, dtype = reading.in_chans, reading.dtype
+    values = table_values(source)
+    if values is not None:
+        return _measured_table(values, columns_of(source) or (), reading, value_range, mean, std)
     ends = given_range(value_range, C, dtype)
     if ends is not None and mean is not None and std is not None:
         return Measured(pixels=_facts(reading, ends), mean=mean, std=std, lines=_lines(reading, ends, known))
@@ -102,6 +110,53 @@ def measure(
         mean=tuple(found_mean.round(6).tolist()) if mean is None else mean,
         std=tuple(_rounded(found_std, dtype)) if std is None else std,
         lines=_lines(reading, ends, how, beyond / max(1.0, float(count.sum())), missing),
+    )
+
+
+def _measured_table(
+    values: np.ndarray,
+    columns: tuple[str, ...],
+    reading: Reading,
+    value_range: ValueRange,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+) -> Measured:
+    """Returns the mean and the deviation of each column over all rows [N, D], in float64 and without missing cells.
+
+    Raises:
+        SettingError: a range is given, a mean or deviation for another number of columns, or a column has no number.
+    """
+    if value_range not in (None, ("dtype",), (0.0, 1.0) * len(columns)):
+        raise SettingError("value_range", value_range, "is for images; columns are standardised, so leave it out")
+    for name, given in (("mean", mean), ("std", std), ("in_chans", range(reading.in_chans))):
+        if given is not None and len(given) != len(columns):
+            problem = f"must be one for each of the {len(columns)} columns; leave it out to measure it"
+            raise SettingError(name, given if isinstance(given, tuple) else len(given), problem)
+    count, total, squares = (np.zeros(len(columns)) for _ in range(3))
+    parts = [values[start : start + ROWS] for start in range(0, len(values), ROWS)]
+    for part in parts:
+        count += (~np.isnan(part)).sum(axis=0)
+        total += np.nansum(part, axis=0, dtype=np.float64)
+    empty = np.flatnonzero(count == 0)
+    if len(empty):
+        problem = f"every cell of the column {columns[empty[0]]!r} is missing in the rows that are trained on"
+        raise SettingError("data_path", problem=f"{problem}; leave it out by --columns, or hold fewer rows out")
+    found = total / count
+    for part in parts:
+        squares += np.nansum(np.square(part - found), axis=0)
+    deviation = np.sqrt(squares / count)
+    constant = np.flatnonzero(deviation <= CONSTANT * np.abs(found))
+    deviation[constant] = 1.0
+    lines = []
+    if len(constant):
+        names = ", ".join(columns[at] for at in constant[:EXAMPLES]) + (", …" if len(constant) > EXAMPLES else "")
+        said = f"{count_of(len(constant), 'columns')} of one value get the deviation 1, and their mean is predicted"
+        lines.append(f"columns         {said}: {names}")
+    return Measured(
+        pixels=PixelFacts(dtype=reading.dtype, nodata=reading.nodata),
+        mean=tuple(found.tolist()) if mean is None else mean,
+        std=tuple(deviation.tolist()) if std is None else std,
+        lines=tuple(lines),
     )
 
 

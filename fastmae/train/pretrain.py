@@ -473,7 +473,7 @@ def _summary(
     labels = "labelled" if facts.labelled else "without labels"
     note = crops_note(source, config.input_size)
     lines = [
-        f"data            {shown(config.data_path)}: {count_of(facts.length, 'images')} {facts.location}, {labels}",
+        f"data            {shown(config.data_path)}: {count_of(facts.length, facts.unit)} {facts.location}, {labels}",
         *(f"data            {line}" for line in facts.stock),
         *([f"data            {note}"] if note else []),
         f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}",

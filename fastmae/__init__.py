@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastmae import ops
-    from fastmae.api import Run, extract_features, feature_map, finetune, pretrain, probe, tune
+    from fastmae.api import Run, extract_features, feature_map, finetune, impute, pretrain, probe, tune
     from fastmae.checkpoint.load import load_model
     from fastmae.data.objects import as_source
     from fastmae.data.preprocess import Preprocessing
@@ -54,6 +54,7 @@ __all__ = [
     "feature_map",
     "finetune",
     "ids_from_mask",
+    "impute",
     "load_model",
     "mae_vit_base_patch8",
     "mae_vit_base_patch16",
@@ -89,6 +90,7 @@ _HOME = {
     "feature_map": "fastmae.api",
     "finetune": "fastmae.api",
     "ids_from_mask": "fastmae.model.masks",
+    "impute": "fastmae.api",
     "load_model": "fastmae.checkpoint.load",
     "pretrain": "fastmae.api",
     "probe": "fastmae.api",

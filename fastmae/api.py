@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fastmae.config import FinetuneConfig, PretrainConfig, ProbeConfig
+from fastmae.config.family import family_of
 from fastmae.config.load import load_settings, make_config
 from fastmae.errors import SettingError
+from fastmae.facts import ReadAs
 from fastmae.files import read_rows
 from fastmae.messages import logger
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from fastmae.evaluate.features import Features
     from fastmae.evaluate.map import FeatureMap
     from fastmae.model.classifier import Classifier
+    from fastmae.model.family import MaskedModel
     from fastmae.model.mae import MaskedAutoencoderViT
     from fastmae.ops.choices import Choices
     from fastmae.train.given import OnStep
@@ -110,8 +113,9 @@ def pretrain(
     Args:
         data: a torch Dataset, a list of paths, bytes, arrays or images of Pillow, an array or a tensor, a Hugging Face
             ``Dataset`` or ``DatasetDict``, or a source of your own (``fastmae.Source``): ``fastmae.as_source`` says
-            more. Or a path, or several, as ``--data_path`` takes them: a folder, shards, arrays, ``"digits"``. It may
-            be left out where ``config`` names a path.
+            more. For models of vectors (``mae_mlp``) a DataFrame, a table of pyarrow or an array [N, D]. Or a path, or
+            several, as ``--data_path`` takes them: a folder, shards, arrays, ``"digits"``. It may be left out where
+            ``config`` names a path.
         output_dir: the run folder.
         model: the name of a preset, or a model: a ``fastmae.MaskedAutoencoderViT`` or a subclass. It is trained from
             the weights that it has, has the trained ones when the run ends, and decides the sizes of images.
@@ -132,7 +136,8 @@ def pretrain(
     _refuse_hooks(settings)
     in_file = {} if config is None else load_settings(config, PretrainConfig)
     probed = {**in_file, **settings}.get("probe") or {**in_file, **settings}.get("probe_freq")
-    parts, settings = _with_data(data, val, settings, in_file, needs_labels=bool(probed))
+    table = _table_of(model, {**in_file, **settings})
+    parts, settings = _with_data(data, val, settings, in_file, needs_labels=bool(probed), table=table)
     own = None if model is None or isinstance(model, str) else _trainable(model)
     settings |= {"model": model} if own is None else _settings_of_model(own, settings, in_file)
     if model is None:
@@ -341,6 +346,43 @@ def _features_of(
     return encoder, source, found
 
 
+def impute(
+    model: MaskedModel | Run | str | PathLike[str], data: Any, *, passes: int = 32, batch_size: int = 4096
+) -> Any:
+    """Fills the missing cells of a table with what a model of vectors predicts, as ``fastmae impute`` does with files.
+
+    Args:
+        model: of vectors (``mae_mlp``), whose device is used; a ``Run``; or what ``load_model`` opens.
+        data: a DataFrame, a table of pyarrow, or an array or a tensor [N, D], NaN or null where a cell is missing.
+            Columns are matched by name, those of arrays by their order.
+        passes: a cell gets the mean of so many predictions, each of which sees another four fifths of the known cells;
+            1 for one that sees all of them.
+        batch_size: rows per forward pass.
+
+    Returns:
+        A copy with the missing cells filled, in the units and types of the columns: a DataFrame, a table of pyarrow, or
+        an array. All other cells are as they were.
+
+    Raises:
+        UserError: a wrong argument, a column that is not there, or a checkpoint that cannot be opened.
+    """
+    for name, number in (("passes", passes), ("batch_size", batch_size)):
+        if number < 1:
+            raise SettingError(name, number, "must be at least 1")
+    from fastmae.data.tables import like, raw_table, table_source
+    from fastmae.evaluate.impute import How, missing_filled, require_vectors
+
+    encoder = _encoder(model)
+    require_vectors(encoder)
+    found = None if isinstance(data, str | PathLike) else raw_table(data)
+    if found is None:
+        problem = "must be a DataFrame, a table of pyarrow or an array [N, D]; `fastmae impute` fills files"
+        raise SettingError("data", data, problem)
+    raw, _ = found
+    source = table_source(raw, encoder.read_as)
+    return like(data, raw, missing_filled(encoder, raw, source, How(passes=passes, batch_size=batch_size)))
+
+
 def tune(
     model: MaskedAutoencoderViT | Classifier,
     batch_size: int,
@@ -415,6 +457,7 @@ def _with_data(
     *,
     needs_labels: bool,
     is_needed: bool = True,
+    table: ReadAs | None = None,
 ) -> tuple[Parts | None, dict[str, Any]]:
     """Returns objects as sources, and the settings with what stands for them there, or with the paths that are given.
 
@@ -423,6 +466,7 @@ def _with_data(
         in_file: the settings of the file, which they override.
         needs_labels: whether samples are read for their labels, where nothing else tells these.
         is_needed: whether nothing else tells the data.
+        table: how a table is read; None where none is meant.
     """
     if data is None:
         if val is not None:
@@ -435,24 +479,35 @@ def _with_data(
     from fastmae.data.objects import given_parts
 
     layout: Any = {**in_file, **settings}.get("layout") or "auto"
-    parts = given_parts(data, val, layout=layout, needs_labels=needs_labels)
+    parts = given_parts(data, val, layout=layout, needs_labels=needs_labels, table=table)
     for name in FOR_PATHS if parts is not None else ():
         if settings.get(name) is not None:
             raise SettingError(name, settings[name], "is for files that a path names; leave it out, or give their path")
     return parts, {**settings, "data_path": data if parts is None else parts.phrase}
 
 
+def _table_of(model: Any, settings: Mapping[str, Any]) -> ReadAs | None:
+    """Returns how a table in Python is read for a model of vectors; None for a model of images."""
+    is_name = model is None or isinstance(model, str)
+    family = family_of(model or settings.get("model")) if is_name else getattr(model, "family", "vit")
+    if family != "mlp":
+        return None
+    columns, label, nodata = (settings.get(name) for name in ("columns", "label_column", "nodata"))
+    return ReadAs(columns=tuple(columns or ()), label_column=label, nodata=nodata)
+
+
 def _opened(data: Any, val: Any, encoder: MaskedAutoencoderViT, *, needs_labels: bool = False) -> Any:
     """Returns what ``open_train`` takes."""
     from fastmae.data.objects import given_parts
 
-    parts = given_parts(data, val, layout=encoder.read_as.layout, needs_labels=needs_labels)
+    table = None if encoder.read_as.columns is None else encoder.read_as
+    parts = given_parts(data, val, layout=encoder.read_as.layout, needs_labels=needs_labels, table=table)
     if parts is not None:
         return parts
     return str(data) if isinstance(data, str | PathLike) else [str(path) for path in data]
 
 
-def _encoder(model: MaskedAutoencoderViT | Run | str | PathLike[str]) -> MaskedAutoencoderViT:
+def _encoder(model: Any) -> Any:
     """Returns the masked autoencoder that an argument means; of a fine-tuning, its encoder."""
     from fastmae.checkpoint.load import load_model
     from fastmae.model.mae import MaskedAutoencoderViT

@@ -27,6 +27,7 @@ from fastmae.config import (
     ExportConfig,
     FeaturesConfig,
     FinetuneConfig,
+    ImputeConfig,
     InfoConfig,
     PackConfig,
     PretrainConfig,
@@ -67,6 +68,7 @@ COMMANDS: dict[str, type] = {
     "features": FeaturesConfig,
     "search": SearchConfig,
     "anomaly": AnomalyConfig,
+    "impute": ImputeConfig,
     "export": ExportConfig,
     "push": PushConfig,
     "report": ReportConfig,
@@ -86,8 +88,8 @@ COMMANDS: dict[str, type] = {
 }
 # What ranks cannot share: the first one does it, so that no two write one file.
 OF_ONE_RANK = (
-    ReconstructConfig, SearchConfig, AnomalyConfig, PushConfig, ReportConfig, RunsConfig, VerifyConfig, PackConfig,
-    EstimateConfig,
+    ReconstructConfig, SearchConfig, AnomalyConfig, ImputeConfig, PushConfig, ReportConfig, RunsConfig, VerifyConfig,
+    PackConfig, EstimateConfig,
 )  # fmt: skip
 EXIT_OUTPUT_LOST = 1
 EXIT_WRONG_INPUT = 2
@@ -266,6 +268,10 @@ def call(config: Any, argv: list[str]) -> int:
             from fastmae.commands.anomaly import run_anomaly
 
             return run_anomaly(config)
+        case ImputeConfig():
+            from fastmae.commands.impute import run_impute
+
+            return run_impute(config)
         case ExportConfig():
             from fastmae.commands.export import run_export
 

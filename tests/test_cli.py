@@ -227,7 +227,8 @@ SWITCHES = [
 ]
 NEEDED = {
     "probe": ["RUN"], "reconstruct": ["RUN"], "features": ["RUN", "DATA", "--output", "x.npz"],
-    "search": ["RUN", "one.jpg"], "anomaly": ["RUN"], "runs": ["RUN"], "push": ["RUN", "DEST"],
+    "search": ["RUN", "one.jpg"], "anomaly": ["RUN"], "impute": ["RUN", "x.csv", "--output", "y.csv"],
+    "runs": ["RUN"], "push": ["RUN", "DEST"],
     "push private": ["--repo", "a/b"],
     "export": ["RUN", "--to", "hf", "--output", "x"], "verify": ["--data_path", "x"],
     "bench all": ["--output", "x"], "pretrain float8": ["--precision", "bf16", "--compile", "block"],

@@ -27,7 +27,7 @@ PATHS = ("path", "dir", "output", "folder", "config", "finetune", "resume", "mas
 """How the names of settings end whose values are paths."""
 SECTIONS = {
     "Train": ("pretrain", "finetune", "sweep"),
-    "Use a trained model": ("probe", "reconstruct", "features", "search", "anomaly", "export", "push"),
+    "Use a trained model": ("probe", "reconstruct", "features", "search", "anomaly", "impute", "export", "push"),
     "Look at runs": ("runs", "report"),
     "Check and measure": ("verify", "pack", "info", "estimate", "bench"),
 }
@@ -56,6 +56,7 @@ EXAMPLES = {
     ),
     "search": ("fastmae search runs/photos photos --queries one.jpg",),
     "anomaly": ("fastmae anomaly runs/photos photos --test_path new_photos",),
+    "impute": ("fastmae impute runs/table table.csv --output filled.csv",),
     "export": ("fastmae export runs/photos --to timm --output encoder.safetensors",),
     "push": ("fastmae push runs/photos mae-photos --license cc-by-4.0",),
     "report": ("fastmae report runs/photos runs/photos-2 --output photos.html",),

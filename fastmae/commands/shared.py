@@ -14,6 +14,7 @@ from fastmae.checkpoint.official import report
 from fastmae.config import (
     AnomalyConfig,
     FeaturesConfig,
+    ImputeConfig,
     ProbeConfig,
     ReconstructConfig,
     SearchConfig,
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_model(
-    config: ProbeConfig | ReconstructConfig | FeaturesConfig | SearchConfig | AnomalyConfig,
+    config: ProbeConfig | ReconstructConfig | FeaturesConfig | SearchConfig | AnomalyConfig | ImputeConfig,
     *,
     needs_decoder: bool = False,
     device: torch.device | None = None,

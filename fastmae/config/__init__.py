@@ -67,6 +67,9 @@ from fastmae.config.images import (
     pixel_settings,
     read_as,
 )
+from fastmae.config.impute import (
+    ImputeConfig,
+)
 from fastmae.config.info import (
     InfoConfig,
 )

@@ -30,6 +30,7 @@ from fastmae.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 README, *PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "docs" / "cookbook").glob("*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -129,7 +130,7 @@ def documented() -> list[ModuleType]:
     return [importlib.import_module(name) for name in names if not name.startswith(inner)]
 
 
-@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, *PAGES, *RECIPES], ids=lambda page: page.name)
 def test_every_link_leads_to_a_file_and_a_heading(page):
     for link in links(page):
         name, _, anchor = link.partition("#")
@@ -139,7 +140,8 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
 
 
 def test_the_readme_leads_to_every_page():
-    assert {f"docs/{page.name}" for page in PAGES} <= {link.partition("#")[0] for link in links(README)}
+    led_to = {link.partition("#")[0] for link in links(README)}
+    assert {str(page.relative_to(ROOT)) for page in (*PAGES, *RECIPES)} <= led_to
 
 
 def test_the_readme_is_short():
@@ -154,7 +156,7 @@ def test_every_page_that_a_source_names_exists():
                     assert (ROOT / name).exists(), f"{path} names {name}"
 
 
-@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, *PAGES, *RECIPES], ids=lambda page: page.name)
 def test_every_command_parses(page):
     text = page.read_text()
     for words in shell_commands(blocks(text, "sh")) + inline_commands(text):
@@ -168,14 +170,14 @@ def test_every_command_parses(page):
 def test_every_flag_between_backticks_is_a_setting():
     configs = [one for one in vars(fastmae.config).values() if inspect.isclass(one) and dataclasses.is_dataclass(one)]
     known = {field.name for config in configs for field in dataclasses.fields(config)} | FLAGS_OF_OTHERS
-    for page in (README, *PAGES):
+    for page in (README, *PAGES, *RECIPES):
         for code in INLINE.findall(prose(page.read_text())):
             named = {flag.replace("-", "_") for flag in FLAG.findall(code)}
             assert not {flag for flag in named if flag not in known and flag.removeprefix("no_") not in known}, page
 
 
 def test_every_flag_with_a_value_between_backticks_parses():
-    for page in (README, *PAGES):
+    for page in (README, *PAGES, *RECIPES):
         for words in flags_with_values(page.read_text()):
             assert any(parses([*command, *words]) for command in SHORTEST), f"{page.name}: {' '.join(words)}"
 
@@ -219,6 +221,22 @@ def test_what_each_page_starts_with_runs_and_so_does_the_python(tmp_path, monkey
     assert names["same"] is names["own"].model
     assert names["losses"] == [row["loss"] for row in names["stopped"].metrics]
     assert names["status"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RECIPES, ids=lambda page: page.name)
+def test_each_recipe_of_the_cookbook_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    """Its Python and its commands, with one epoch in place of what it says; it fits a screen."""
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    assert len(text.splitlines()) < 60
+    names: dict[str, Any] = {}
+    for language, code in FENCE.findall(text):
+        if language == "python":
+            exec(code, names)
+        for words in shell_commands([code]) if language == "sh" else ():
+            short = ["--epochs", "1", "--warmup_epochs", "0"] if words[0] in ("pretrain", "finetune") else []
+            assert main([*words, *short]) == 0, words
 
 
 @pytest.mark.timeout(600)

@@ -44,6 +44,13 @@ struct Ids {
   const std::int32_t* row(std::int64_t n) const { return values.data() + n * count; }
 };
 
+// Where each cell of a grid lies among the K visible ones, −1 where it is masked: [N, gh, gw], copied while they were
+// checked. A cell has s×s positions.
+struct Slots {
+  std::vector<std::int32_t> values;
+  std::int64_t N, gh, gw, K, s;
+};
+
 // L = gh·gw patches of ph×pw pixels with C channels, P numbers per patch.
 struct Grid {
   std::int64_t gh, gw, ph, pw, C;

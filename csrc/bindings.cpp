@@ -22,6 +22,7 @@ using fastmae::Ids;
 using fastmae::Pair;
 using fastmae::refuse;
 using fastmae::size_of;
+using fastmae::Slots;
 
 DType dtype_of(const char* name, const py::array& array) {
   const py::dtype dtype = array.dtype();
@@ -243,6 +244,25 @@ void add_layer_norm_backward(const Optional& grad_stream, const py::array& grad_
                                    pointer(narrow), of_affine);
 }
 
+void depthwise_visible(const py::array& x, const py::array& slots, const py::array& weight, const Optional& bias,
+                       bool turned, std::int64_t threads, const py::array& out) {
+  const Array in = view("x", x), weights = view("weight", weight), result = view("out", out);
+  const std::optional<Array> added = view("bias", bias);
+  const int workers = fastmae::check_threads(threads);
+  const Slots checked = fastmae::check_depthwise_visible(in, view("slots", slots), weights, pointer(added), result);
+  const py::gil_scoped_release release;
+  fastmae::depthwise_visible(in, checked, weights, pointer(added), turned, workers, result);
+}
+
+void depthwise_visible_weights(const py::array& x, const py::array& grad, const py::array& slots, std::int64_t threads,
+                               const py::array& sums) {
+  const Array in = view("x", x), of_out = view("grad", grad), total = view("sums", sums);
+  const int workers = fastmae::check_threads(threads);
+  const Slots checked = fastmae::check_depthwise_visible_weights(in, of_out, view("slots", slots), total);
+  const py::gil_scoped_release release;
+  fastmae::depthwise_visible_weights(in, of_out, checked, workers, total);
+}
+
 void attention(const py::array& packed, const Optional& queries, const std::string& products, std::int64_t threads,
                const py::array& out, const py::array& lse) {
   const Array in = view("packed", packed), result = view("out", out), logs = view("lse", lse);
@@ -312,6 +332,11 @@ PYBIND11_MODULE(_C, m) {
         arg("weight"), arg("mean"), arg("rstd"), arg("threads"), arg("grad_x"), arg("grad_branch"), arg("grad_affine"),
         "gradients, stream [..., D], weight [D], mean and rstd [...] -> grad_x, grad_branch [..., D], "
         "grad_affine float32 [2 or 3, D], the third row for branch_bias");
+  m.def("depthwise_visible", &depthwise_visible, arg("x"), arg("slots"), arg("weight"), arg("bias"), arg("turned"),
+        arg("threads"), arg("out"),
+        "x [N, K, s*s, C], slots [N, gh, gw], weight [C, 49], bias [C] or None -> out [N, K, s*s, C]");
+  m.def("depthwise_visible_weights", &depthwise_visible_weights, arg("x"), arg("grad"), arg("slots"), arg("threads"),
+        arg("sums"), "x, grad [N, K, s*s, C], slots [N, gh, gw] -> sums float32 [50, C]: of weights, and of the bias");
   m.def("attention", &attention, arg("packed"), arg("queries"), arg("products"), arg("threads"), arg("out"), arg("lse"),
         "packed [N, S, 3H, D], or [N, S, 2H, D] with queries [N, T, H, D] -> out [N, T, H, D], lse float32 [N, H, T]");
   m.def("attention_backward", &attention_backward, arg("grad"), arg("packed"), arg("queries"), arg("lse"),

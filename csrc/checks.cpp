@@ -172,6 +172,51 @@ void check_distinct(const Array& array, const Ids& ids, std::int64_t limit) {
     }
 }
 
+// Cells x [N, K, s·s, C] and their slots [N, gh, gw]: each of the K once in an image, and −1.
+Slots check_cells(const Array& x, const Array& slots) {
+  check_floating(x);
+  check_axes(x, 4, "[N, K, s·s, C]");
+  check_contiguous(x);
+  const std::int64_t N = x.shape[0], K = x.shape[1], positions = x.shape[2], C = x.shape[3];
+  const std::int64_t s = positions == 64 ? 8 : positions == 16 ? 4 : positions == 4 ? 2 : positions;
+  if (K < 1 || s * s != positions || s < 1 || C < kLeastChannels)
+    refuse("x must have cells of 1, 2, 4 or 8 positions on a side and at least " + std::to_string(kLeastChannels) +
+           " channels, got shape " + shape_of(x));
+  check_axes(slots, 3, "[N, gh, gw]");
+  if (slots.shape[0] != N)
+    refuse("slots must have " + std::to_string(N) + " rows, got shape " + shape_of(slots));
+  Slots checked = {{}, N, slots.shape[1], slots.shape[2], K, s};
+  check_dtype(slots, {DType::kInt32, DType::kInt64});
+  checked.values.reserve(static_cast<std::size_t>(elements_of(slots)));
+  std::vector<std::int64_t> seen_in(static_cast<std::size_t>(std::min(K, elements_of(slots) + 1)), -1);
+  for (std::int64_t n = 0; n < N; ++n) {
+    std::int64_t found = 0;
+    for (std::int64_t y = 0; y < checked.gh; ++y)
+      for (std::int64_t column = 0; column < checked.gw; ++column) {
+        const char* from = slots.at(n, y) + column * slots.strides[2];
+        std::int64_t slot;
+        if (slots.dtype == DType::kInt64) {
+          std::memcpy(&slot, from, sizeof slot);
+        } else {
+          std::int32_t narrow;
+          std::memcpy(&narrow, from, sizeof narrow);
+          slot = narrow;
+        }
+        const bool known = slot >= 0 && slot < K && slot < static_cast<std::int64_t>(seen_in.size());
+        if (slot != -1 && (!known || seen_in[static_cast<std::size_t>(slot)] == n)) found = -elements_of(slots);
+        if (known) {
+          seen_in[static_cast<std::size_t>(slot)] = n;
+          ++found;
+        }
+        checked.values.push_back(static_cast<std::int32_t>(slot));
+      }
+    if (found != K)
+      refuse("slots must hold each of 0 … " + std::to_string(K - 1) + " once for each image, and -1 elsewhere; image " +
+             std::to_string(n) + " does not");
+  }
+  return checked;
+}
+
 void check_positive(const char* name, Pair sizes) {
   if (sizes[0] < 1 || sizes[1] < 1)
     refuse(std::string(name) + " must be two positive numbers, got " + text_of(sizes.data(), 2));
@@ -521,6 +566,33 @@ void check_add_layer_norm_backward(const Array* grad_stream, const Array& grad_n
   check_floating(*grad_branch);
   check_shape_of(*grad_branch, stream);
   check_output(*grad_branch, {grad_stream, &grad_normed, &stream, &weight, &mean, &rstd});
+}
+
+Slots check_depthwise_visible(const Array& x, const Array& slots, const Array& weight, const Array* bias,
+                              const Array& out) {
+  Slots checked = check_cells(x, slots);
+  const std::int64_t C = x.shape[3];
+  check_floating(weight);
+  check_shape(weight, {C, kDepthwiseTaps}, "[C, 49]");
+  if (bias) {
+    check_floating(*bias);
+    check_shape(*bias, {C}, "[C]");
+  }
+  check_dtype(out, {x.dtype});
+  check_shape_of(out, x);
+  check_output(out, {&x, &slots, &weight, bias});
+  return checked;
+}
+
+Slots check_depthwise_visible_weights(const Array& x, const Array& grad, const Array& slots, const Array& sums) {
+  Slots checked = check_cells(x, slots);
+  check_dtype(grad, {x.dtype});
+  check_shape_of(grad, x);
+  check_contiguous(grad);
+  check_dtype(sums, {DType::kFloat32});
+  check_shape(sums, {kDepthwiseTaps + 1, x.shape[3]}, "[50, C]");
+  check_output(sums, {&x, &grad, &slots});
+  return checked;
 }
 
 void check_attention(const Array& packed, const Array* queries, Multiply by, const Array& out, const Array& lse) {

@@ -53,6 +53,9 @@ void check_add_layer_norm(const Array& x, const Array& branch, const Array* bran
 void check_add_layer_norm_backward(const Array* grad_stream, const Array& grad_normed, const Array& stream,
                                    const Array& weight, const Array& mean, const Array& rstd, const Array& grad_x,
                                    const Array* grad_branch, const Array& grad_affine);
+Slots check_depthwise_visible(const Array& x, const Array& slots, const Array& weight, const Array* bias,
+                              const Array& out);
+Slots check_depthwise_visible_weights(const Array& x, const Array& grad, const Array& slots, const Array& sums);
 void check_attention(const Array& packed, const Array* queries, Multiply by, const Array& out, const Array& lse);
 void check_attention_backward(const Array& grad, const Array& packed, const Array* queries, const Array& lse,
                               Multiply by, const Array& grad_packed, const Array* grad_queries);

@@ -37,13 +37,24 @@ struct Affine {
   const float* bias;
 };
 
+// The visible cells of an image, of s×s positions of C channels each, and the places of the cells around each of them:
+// [K, side, side] with itself in the middle, −1 for masked ones and those outside. The side is what weights reach.
+struct DepthwiseCells {
+  const std::int32_t* around;
+  std::int64_t K, s, C;
+};
+
+constexpr std::int64_t kDepthwiseTaps = 49;  // weights of a channel, 7×7
+constexpr std::int64_t kLeastChannels = 16;  // a vector of any instruction set
+
 // Whole vectors of every instruction set fit into it: the target of patch_error is padded to a multiple of it.
 constexpr std::int64_t kLaneBlock = 32;
 
 // All float arithmetic is separate float32 additions and multiplications in a fixed order: an instruction set changes
-// the speed of a result, not its bits. Only GELU is fused multiply-adds, where the processor has them.
+// the speed of a result, not its bits. Only GELU and the convolution are fused multiply-adds, where the processor has them.
 struct Kernels {
   const char* name;
+  std::int64_t lanes;  // float32 numbers of a vector
 
   // Counter-based keys of one row: keys[i] = philox word i << 32 | i, for i < 4 * blocks; `keys` has room for
   // 4 * blocks, rounded up to a multiple of kLaneBlock. The stream says what the words are for.
@@ -94,6 +105,18 @@ struct Kernels {
                                   const void* stream, DType stream_dtype, const float* weight,
                                   RowStatistics statistics, std::int64_t count, void* grad_x, float* weight_sum,
                                   float* bias_sum, float* room);
+
+  // How many channels a call of depthwise takes, of C ≥ lanes.
+  std::int64_t (*depthwise_width)(std::int64_t s, std::int64_t C);
+
+  // Convolves so many channels from x on, which points to the first channel of the first cell, as out does. weights are
+  // [kDepthwiseTaps, depthwise_width]; bias may be null.
+  void (*depthwise)(const DepthwiseCells& cells, DType dtype, const void* x, const float* weights, const float* bias,
+                    void* out);
+
+  // Adds the gradients of the weights of as many channels as a vector has, and of their bias, to sums
+  // [kDepthwiseTaps + 1, lanes].
+  void (*depthwise_weights)(const DepthwiseCells& cells, DType dtype, const void* x, const void* grad, float* sums);
 
   // out = in, rounded to nearest even.
   void (*convert)(const void* in, DType in_dtype, std::int64_t count, void* out, DType out_dtype);

@@ -7,7 +7,7 @@
 // makes the functions known to instruction_set.cpp.
 //
 // Nothing here may have external linkage: a template of the standard library, instantiated for AVX-512, could be the
-// one copy that the linker keeps for all files. So there is no #include, and all functions are in the unnamed
+// one copy that the linker keeps for all files. So there is no #include but that of depthwise_loops.h, which is a part of it, and all functions are in the unnamed
 // namespace.
 
 namespace fastmae {
@@ -486,10 +486,32 @@ void add_layer_norm_backward(const void* grad_stream, const void* grad_normed, D
   });
 }
 
+}  // namespace
+}  // namespace fastmae
+
+#include "depthwise_loops.h"
+
+namespace fastmae {
+namespace {
+
 constexpr Kernels table(const char* name) {
-  return {name,        random_keys, normalise, denormalise,   patch_error,
-          patch_gradient, add,      accumulate, gelu,         gelu_backward,
-          add_layer_norm, add_layer_norm_backward, convert};
+  return {name,
+          kLanes,
+          random_keys,
+          normalise,
+          denormalise,
+          patch_error,
+          patch_gradient,
+          add,
+          accumulate,
+          gelu,
+          gelu_backward,
+          add_layer_norm,
+          add_layer_norm_backward,
+          depthwise_width,
+          depthwise,
+          depthwise_weights,
+          convert};
 }
 
 }  // namespace

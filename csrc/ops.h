@@ -66,6 +66,15 @@ void add_layer_norm_backward(const Array* grad_stream, const Array& grad_normed,
                              const Array& weight, const Array& mean, const Array& rstd, int threads,
                              const Array& grad_x, const Array* grad_branch, const Array& grad_affine);
 
+// x [N, K, s·s, C], weight [C, 49], bias [C] or null → out [N, K, s·s, C] of x's type; turned: with the weights in reverse
+// order, which takes the gradient of out to that of x. C is at least the lanes of a vector. Its bits depend on whether
+// the instruction set has fused multiply-adds.
+void depthwise_visible(const Array& x, const Slots& slots, const Array& weight, const Array* bias, bool turned,
+                       int threads, const Array& out);
+
+// x, and grad, that of out → sums float32 [50, C], the gradients of the 49 weights and of the bias.
+void depthwise_visible_weights(const Array& x, const Array& grad, const Slots& slots, int threads, const Array& sums);
+
 // packed [N, S, 3·H, D], or queries [N, T, H, D] and packed [N, S, 2·H, D] → out [N, T, H, D], lse float32 [N, H, T]. All
 // others are float32, or all are bfloat16; bfloat16 may be multiplied in several ways. The one op whose bits depend on
 // the instruction set.

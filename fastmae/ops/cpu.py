@@ -300,6 +300,36 @@ def add_layer_norm_backward(
     return [grad_x, grad_affine] if grad_branch is None else [grad_x, grad_branch, grad_affine]
 
 
+def depthwise_visible(
+    x: torch.Tensor, slots: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, turned: bool = False
+) -> torch.Tensor:
+    """Returns [N, K, s, s, C] of x's dtype for x [N, K, s, s, C], slots [N, gh, gw], weight [C, 1, 7, 7], bias [C].
+
+    ``turned``: with each channel's weights turned around, which takes the gradient of the output to that of x. C is at
+    least 16. Its bits depend on the instruction set.
+    """
+    x = x.contiguous()
+    out = _empty(x.dtype, *x.shape)
+    _C.depthwise_visible(
+        _array(x.flatten(2, 3)),
+        _array(slots),
+        _array_of_weights(weight.flatten(1)),
+        None if bias is None else _array_of_weights(bias),
+        turned,
+        torch.get_num_threads(),
+        _array(out.view(*x.shape[:2], -1, x.shape[-1])),
+    )
+    return out
+
+
+def depthwise_visible_weights(x: torch.Tensor, grad: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Returns the gradients of the 49 weights of each channel, and of its bias: float32 [50, C]."""
+    sums = _empty(torch.float32, 50, x.shape[-1])
+    cells = [_array(tensor.contiguous().flatten(2, 3)) for tensor in (x, grad)]
+    _C.depthwise_visible_weights(*cells, _array(slots), torch.get_num_threads(), _array(sums))
+    return sums
+
+
 def attention(
     packed: torch.Tensor, queries: torch.Tensor | None, products: str = "float32"
 ) -> tuple[torch.Tensor, torch.Tensor]:

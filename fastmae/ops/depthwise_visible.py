@@ -12,10 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastmae.ops.backends import is_differentiable
+from fastmae.ops import cpu
+from fastmae.ops.backends import is_differentiable, ops_backend
 from fastmae.ops.checks import check_devices, check_floating, check_ids, check_sizes, unless_hidden, values_are_read
 
 KERNEL = 7  # rows and columns of weights
+SIDES = (1, 2, 4, 8)  # of cells, in positions, which the kernels know: those of the four stages
+LEAST_CHANNELS = 16  # that the kernels take
 
 
 def slots_of(ids: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
@@ -48,7 +51,8 @@ def depthwise_visible(
     Returns:
         [N, K, s, s, C] in the dtype of ``x``, computed in float32 (float64 if ``x`` is); the same as the convolution of
         the whole map with padding 3, masked cells zero, at visible cells. Differentiable in x, weight and bias; the
-        gradients of the last two are added up in a fixed order. Equivalent to ``depthwise_visible_reference``.
+        gradients of the last two are added up in a fixed order. Equivalent to ``depthwise_visible_reference``,
+        which computes cells of other sides than 1, 2, 4 and 8, and fewer than 16 channels.
 
     Raises:
         ValueError: a dtype, shape or device is wrong, or the slots of an image are not its K cells (on a GPU slots are
@@ -120,6 +124,11 @@ def _check_slots(slots: torch.Tensor, K: int) -> None:
                 raise ValueError(f"slots must hold each of 0 … {K - 1} once for each image, and −1 elsewhere")
 
 
+def _backend(x: torch.Tensor, *others: torch.Tensor | None) -> str:
+    backend = ops_backend(x.device, x.dtype, *(tensor.dtype for tensor in others if tensor is not None))
+    return backend if x.shape[2] in SIDES and x.shape[4] >= LEAST_CHANNELS else "reference"
+
+
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -128,6 +137,9 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
 def _depthwise_visible(
     x: torch.Tensor, slots: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
+    backend = _backend(x, weight, bias)
+    if backend == "cpu":  # the extension checks the slots
+        return cpu.depthwise_visible(x, slots, weight, bias)
     _check_slots(slots, x.shape[1])
     return depthwise_visible_reference(x, slots, weight, bias).contiguous()
 
@@ -145,6 +157,10 @@ def _depthwise_visible_backward(
 
     These, if the second is wanted, are [50, C] in the dtype of the arithmetic: 49 rows of weights, and the bias.
     """
+    backend = _backend(x, grad, weight)
+    if backend == "cpu":
+        gradients = [cpu.depthwise_visible(grad.to(x.dtype), slots, weight, None, turned=True)] if wanted[0] else []
+        return [*gradients, cpu.depthwise_visible_weights(x, grad.to(x.dtype), slots)] if wanted[1] else gradients
     compute, K, C = _compute_dtype(x), x.shape[1], x.shape[-1]
     whole, of_out = whole_map(x.to(compute), slots), whole_map(grad.to(compute), slots)
     of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
@@ -175,9 +191,9 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     in_x = gradients.pop(0) if of_x else None
     if not gradients:
         return in_x, None, None, None
-    *taps, in_bias = gradients[0].unbind()
-    in_weight = torch.stack(taps, dim=1).view_as(weight).to(weight.dtype) if of_weight else None
-    return in_x, None, in_weight, in_bias.to(ctx.bias_dtype) if of_bias else None
+    (sums,) = gradients
+    in_weight = sums[:-1].T.reshape(weight.shape).to(weight.dtype) if of_weight else None
+    return in_x, None, in_weight, sums[-1].to(ctx.bias_dtype) if of_bias else None
 
 
 _depthwise_visible.register_autograd(_backward, setup_context=_save)

@@ -1,12 +1,14 @@
 """depthwise_visible against the convolution of the whole map with masked cells zero, by every implementation."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmae.ops import differentiable
+from fastmae import _C
+from fastmae.ops import cpu, differentiable
 from fastmae.ops.backends import using
 from fastmae.ops.depthwise_visible import depthwise_visible, slots_of, visible_cells, whole_map
 
@@ -57,6 +59,21 @@ def truth(whole, ids, s, weight, bias):
     return cut(out.permute(0, 2, 3, 1), ids, s)
 
 
+@pytest.fixture
+def loops(request):
+    """Runs a test with the loops of another instruction set."""
+    before = _C.instruction_set()
+    yield _C.set_instruction_set
+    _C.set_instruction_set(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def grid_of(whole, s):
     return whole.shape[1] // s, whole.shape[2] // s
 
@@ -80,7 +97,7 @@ def test_a_map_and_its_visible_cells_are_inverse():
     grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     share=st.floats(0, 1),
     s=st.sampled_from([1, 2, 3, 4, 8]),
-    C=st.integers(1, 70),
+    C=st.one_of(st.integers(1, 70), st.integers(128, 150)),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     biased=st.booleans(),
     ops=st.sampled_from(["auto", "reference"]),
@@ -103,6 +120,32 @@ def test_any_grid_mask_and_width(grid, share, s, C, dtype, biased, ops):
     for one, other in zip((out, *gradients), (right, cut(of_whole, ids, s), *expected), strict=True):
         size = max(1.0, float(other.detach().abs().max()))
         torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance * size)
+
+
+@pytest.mark.parametrize("name", _C.instruction_sets())
+@pytest.mark.parametrize(("s", "C"), [(8, 40), (8, 16), (4, 80), (4, 33), (2, 160), (2, 61), (1, 320), (1, 17)])
+def test_every_instruction_set_and_any_number_of_threads(name, s, C, loops, threads):
+    """Whole blocks of channels and those that overlap; the same bits by one thread as by three."""
+    whole, ids, weight, bias = case(5, (3, 3), 4, s, C)
+    x, slots = cut(whole, ids, s), slots_of(ids, (3, 3))
+    grad = drawn(*x.shape, seed=8)
+
+    def results():
+        gradients = cpu.depthwise_visible(grad, slots, weight, None, turned=True)
+        return cpu.depthwise_visible(x, slots, weight, bias), gradients, cpu.depthwise_visible_weights(x, grad, slots)
+
+    loops(name)
+    threads(1)
+    out, of_x, sums = results()
+    threads(3)
+    assert all(map(torch.equal, results(), (out, of_x, sums)))
+    exact = [tensor.double().requires_grad_() for tensor in (whole, weight, bias)]
+    right = truth(exact[0], ids, s, *exact[1:])
+    of_whole, of_weight, of_bias = torch.autograd.grad(right, exact, grad.double())
+    expected = right, cut(of_whole, ids, s), torch.cat((of_weight.flatten(1).T, of_bias[None]))
+    for one, other in zip((out, of_x, sums), expected, strict=True):
+        size = float(other.detach().abs().max())
+        torch.testing.assert_close(one.double(), other.detach(), rtol=2e-6, atol=2e-6 * size)
 
 
 @pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,), (1, 2), (0, 1)])
@@ -175,3 +218,37 @@ def test_wrong_arguments_are_named(change, message):
     arguments |= {"weight": drawn(4, 1, 7, 7), "bias": drawn(4)}
     with pytest.raises(ValueError, match=message):
         depthwise_visible(**arguments | change)
+
+
+def test_the_extension_names_wrong_arguments():
+    x, weight = np.zeros((2, 3, 4, 16), np.float32), np.zeros((16, 49), np.float32)
+    slots, bias = np.arange(3, dtype=np.int32).reshape(1, 1, 3).repeat(2, 0), np.zeros(16, np.float32)
+
+    def forward(x=x, slots=slots, weight=weight, bias=bias, out=None):
+        return lambda: _C.depthwise_visible(x, slots, weight, bias, False, 1, np.empty_like(x) if out is None else out)
+
+    def backward(x=x, grad=x, slots=slots, sums=None):
+        sums = np.empty((50, 16), np.float32) if sums is None else sums
+        return lambda: _C.depthwise_visible_weights(x, grad, slots, 1, sums)
+
+    wrong = {
+        "x must have cells of 1, 2, 4 or 8 positions": forward(x=np.zeros((2, 3, 9, 16), np.float32)),
+        r"at least 16 channels, got shape \[2, 3, 4, 8\]": forward(x=np.zeros((2, 3, 4, 8), np.float32)),
+        "x must be contiguous": forward(x=np.zeros((2, 3, 4, 32), np.float32)[..., ::2]),
+        "x must be .* got float64": forward(x=x.astype(float)),
+        r"x must have shape \[N, K, s·s, C\]": forward(x=x[0]),
+        "slots must be int32, int64": forward(slots=slots.astype(np.float32)),
+        "slots must have 2 rows": forward(slots=slots[:1]),
+        "slots must hold each of 0 … 2 once .* image 1 does not": backward(slots=np.stack((slots[0], 0 * slots[0]))),
+        "slots must hold each": forward(slots=slots[..., :2]),
+        r"weight must have shape \[C, 49\]": forward(weight=weight[:, :48]),
+        r"bias must have shape \[C\]": forward(bias=bias[1:]),
+        "out must be float32, got float16": forward(out=x.astype(np.float16)),
+        "out must not overlap x": forward(out=x),
+        "grad must have the shape of x": backward(grad=x[:1]),
+        "grad must be float32, got float16": backward(grad=x.astype(np.float16)),
+        r"sums must have shape \[50, C\]": backward(sums=np.empty((49, 16), np.float32)),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            call()

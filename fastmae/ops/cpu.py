@@ -325,8 +325,8 @@ def depthwise_visible(
 def depthwise_visible_weights(x: torch.Tensor, grad: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Returns the gradients of the 49 weights of each channel, and of its bias: float32 [50, C]."""
     sums = _empty(torch.float32, 50, x.shape[-1])
-    cells = [_array(tensor.contiguous().flatten(2, 3)) for tensor in (x, grad)]
-    _C.depthwise_visible_weights(*cells, _array(slots), torch.get_num_threads(), _array(sums))
+    inputs, slopes = (_array(tensor.contiguous().flatten(2, 3)) for tensor in (x, grad))
+    _C.depthwise_visible_weights(inputs, slopes, _array(slots), torch.get_num_threads(), _array(sums))
     return sums
 
 

@@ -141,6 +141,10 @@ def _depthwise_visible(
     if backend == "cpu":  # the extension checks the slots
         return cpu.depthwise_visible(x, slots, weight, bias)
     _check_slots(slots, x.shape[1])
+    if backend == "triton":
+        from fastmae.kernels.depthwise_visible import depthwise_visible_triton
+
+        return depthwise_visible_triton(x, slots, _ids_of(slots, x.shape[1]), weight, bias)
     return depthwise_visible_reference(x, slots, weight, bias).contiguous()
 
 
@@ -161,6 +165,12 @@ def _depthwise_visible_backward(
     if backend == "cpu":
         gradients = [cpu.depthwise_visible(grad.to(x.dtype), slots, weight, None, turned=True)] if wanted[0] else []
         return [*gradients, cpu.depthwise_visible_weights(x, grad.to(x.dtype), slots)] if wanted[1] else gradients
+    if backend == "triton":
+        from fastmae.kernels.depthwise_visible import depthwise_visible_triton, depthwise_visible_weights_triton
+
+        ids, grad = _ids_of(slots, x.shape[1]), grad.to(x.dtype)
+        gradients = [depthwise_visible_triton(grad, slots, ids, weight, None, turned=True)] if wanted[0] else []
+        return [*gradients, depthwise_visible_weights_triton(x, grad, slots, ids)] if wanted[1] else gradients
     compute, K, C = _compute_dtype(x), x.shape[1], x.shape[-1]
     whole, of_out = whole_map(x.to(compute), slots), whole_map(grad.to(compute), slots)
     of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(

@@ -10,7 +10,8 @@ from tools.machine_code import ARCHITECTURES, cases, compile_case
 HERE = Path(__file__).parent
 VALUES = {path.stem.removeprefix("values_"): path for path in sorted(HERE.glob("values_*.py"))}
 # A process takes 4 seconds to start, so those that take no longer share one.
-QUICK = ("norm_gelu", "ops", "tokens")
+QUICK = ("norm_gelu", "ops", "tokens", "depthwise")
+SLOW = ("depthwise_shapes",)
 CASES = {case.name: case for case in cases()}
 # Other widths and dtypes of kernels that are compiled anyway.
 TWINS = [
@@ -21,10 +22,18 @@ TWINS = [
 TWINS += [f"{kernel} fp32" for kernel in ("gelu", "gelu backward", "gelu again, and backward")]
 TWINS += [name for name in CASES if re.match(r"masked_mse backward .*fp32|masked_mse backward 4×4", name)]
 TWINS += [name for name in CASES if re.match(r"(?!masked_mse backward .*uint16|gather_patches .*×1 ).* of ", name)]
+TWINS += [name for name in CASES if "depthwise" in name and "8×8 C=128" not in name]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program can have
 
 
-@pytest.mark.parametrize("names", [QUICK, *([name] for name in VALUES if name not in QUICK)], ids="+".join)
+@pytest.mark.parametrize(
+    "names",
+    [
+        QUICK,
+        *(pytest.param([name], marks=pytest.mark.slow if name in SLOW else ()) for name in VALUES if name not in QUICK),
+    ],
+    ids="+".join,
+)
 def test_values_in_the_interpreter(names):
     run_values(*(VALUES[name] for name in names), TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 

@@ -28,6 +28,7 @@ from fastmae.kernels import (
     add_layer_norm,
     assemble_tokens,
     attention,
+    depthwise_visible,
     gather_patches,
     gelu,
     masked_mse,
@@ -53,6 +54,8 @@ ATTENTION = [
 ]  # fmt: skip
 # (width of a token, dtype between blocks): the smallest and the largest model, and ViT-B with its decoder.
 NORMS = [(192, "bf16"), (512, "fp32"), (768, "fp32"), (1280, "bf16")]
+# (positions on a side of a cell, width): the stages of ConvNeXt V2 base, and the first of atto.
+DEPTHWISE = [(8, 128, "bf16"), (4, 256, "fp32"), (2, 512, "bf16"), (1, 1024, "bf16"), (8, 40, "fp32")]
 START, END = "<!-- table -->", "<!-- /table -->"
 
 
@@ -112,6 +115,8 @@ def cases() -> Iterator[Case]:
         yield from _gelu(4 * 768, dtype)
     for T, S, D in ATTENTION:
         yield from _attention(T, S, D)
+    for side, width, dtype in DEPTHWISE:
+        yield from _depthwise(side, width, dtype)
 
 
 def _masking() -> Iterator[Case]:
@@ -265,6 +270,32 @@ def _gelu(width: int, dtype: str) -> Iterator[Case]:
             least=(2 * tile, 2 * tile if again else tile),
             weights=(bias, bias),
         )
+
+
+def _depthwise(side: int, width: int, dtype: str) -> Iterator[Case]:
+    constants, pointer = depthwise_visible.block_sizes(side, width), TYPES[dtype]
+    numbers = {"K": "i32", "gh": "i32", "gw": "i32"}
+    name = f"{side}×{side} C={width} {dtype}"
+    yield Case(
+        f"depthwise_visible {name}",
+        depthwise_visible.depthwise_visible_kernel,
+        {"p_x": pointer, "p_slots": "*i32", "p_ids": "*i32", "p_weight": "*fp32", "p_bias": "*fp32", "p_out": pointer}
+        | numbers,
+        {**constants, "HAS_BIAS": True, "TURNED": False},
+        depthwise_visible.WARPS[side],
+        wide_loads=True,
+        wide_stores=True,
+    )
+    yield Case(
+        f"depthwise_visible weights {name}",
+        depthwise_visible.depthwise_visible_weights_kernel,
+        {"p_x": pointer, "p_grad": pointer, "p_slots": "*i32", "p_ids": "*i32", "p_sums": "*fp32"}
+        | {"cells": "i32", "run": "i32"}
+        | numbers,
+        constants,
+        depthwise_visible.WARPS[side],
+        wide_loads=True,
+    )
 
 
 def _attention(T: int, S: int, D: int) -> Iterator[Case]:

@@ -36,6 +36,7 @@ from fastmae.config import (
 from fastmae.config.family import FAMILY
 from fastmae.config.groups import GROUPS, MAIN
 from fastmae.config.model import ModelSpec
+from fastmae.config.pretrain import OF_ADVERSARY
 from fastmae.config.shape import SHAPE
 from fastmae.config.values import field_types
 from fastmae.errors import SettingError, UserError
@@ -109,7 +110,7 @@ def test_nothing_is_left_open():
         "start_size", "patch_size", "predict_ratio", "clip_grad", "ema", "device", "shard_size",
         "cache_gb", "checkpoint_freq", "keep_every", "log_dir", "wandb", "profile", "probe_freq", "tune", "root",
         "held_out", "mlflow", "mask_ratio_schedule",
-    } | {*SHAPE} | {*FAMILY} | {*IMAGE_SETTINGS} - {"pixel_type", "other_types"}  # fmt: skip
+    } | {*SHAPE} | {*FAMILY} | {*OF_ADVERSARY} | {*IMAGE_SETTINGS} - {"pixel_type", "other_types"}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ TAKEN_BY: dict[str, tuple[Family, ...]] = {
     "masking": ("vit", "convnext", "conv"),
     "masks": ("vit", "convnext", "conv"),
     "mask_ratio_schedule": ("vit", "convnext", "conv"),
+    "adversarial": ("vit", "convnext", "conv"),
 }
 """Which families a setting is for; settings that are not here are for all."""
 

@@ -24,7 +24,8 @@ GROUPS = {
     ),
     "optimisation": (
         "batch_size", "accum_iter", "epochs", "blr", "lr", "min_lr", "warmup_epochs", "layer_decay", "weight_decay",
-        "clip_grad", "smoothing", "ema", "seed",
+        "clip_grad", "smoothing", "ema", "seed", "adversarial", "adversarial_start", "adversarial_warmup",
+        "adversarial_lr", "adversarial_regulariser", "adversarial_r1",
     ),
     "speed and memory": (
         "device", "precision", "residual", "checkpointing", "compile", "tune", "lora_rank", "autotune", "num_workers",

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from fastmae.config.family import FAMILY, FamilySettings, check_family, family_of, usual_ratio
 from fastmae.config.images import IMAGE_SETTINGS, chosen_other_types, pixel_settings
@@ -112,6 +112,23 @@ class PretrainConfig(TrainingConfig, MaskingConfig, Shape, FamilySettings):
     of the average that each step keeps, such as 0.9999. Default: no average, as in the official script."""
     seed: int = 0
     """The number from which everything random follows: weights, the order of the images, crops, flips and masks."""
+    adversarial: float = 0.0
+    """Weight of an adversarial term, for sharper reconstructions: a discriminator judges images into which the
+    predictions are pasted. 1 lets its gradient at the last layer be as long as that of the loss. Default: 0, no term,
+    as in the paper."""
+    adversarial_start: float | None = None
+    """With --adversarial, the epoch after which it begins; until then the run is the same bits as without. Default:
+    after half of the epochs."""
+    adversarial_warmup: float | None = None
+    """With --adversarial, epochs over which its weight grows from 0, linearly. Default: a tenth of the epochs."""
+    adversarial_lr: float | None = None
+    """With --adversarial, the learning rate of the discriminator at its highest; it follows the schedule of --lr.
+    Default: that of the model."""
+    adversarial_regulariser: Literal["r1", "spectral", "none"] | None = None
+    """With --adversarial, what keeps the discriminator tame: a penalty of its gradient at real images (r1), or weights
+    divided by their largest singular value (spectral). Default: r1."""
+    adversarial_r1: float | None = None
+    """With --adversarial, the factor γ of the penalty γ/2 · R1. Default: 1."""
 
     # Speed and memory.
     tune: Literal["auto", "off"] | None = None
@@ -186,19 +203,25 @@ class ResolvedConfig(PretrainConfig):
         coerce(self)  # the values that the user chose were checked when the PretrainConfig was made
 
 
+OF_ADVERSARY = (
+    "adversarial_start", "adversarial_warmup", "adversarial_lr", "adversarial_regulariser", "adversarial_r1",
+)  # fmt: skip
+"""The settings that go with --adversarial."""
+
 # What the meaning of "step k" depends on: a run cannot be continued with another value of any of these. The split of
 # the global batch into ranks, batches and micro-steps is not among them.
 FIXED_IN_A_RUN = (
     "model", "input_size", "in_chans", "norm_pix_loss", "mask_ratio", "mean", "std", "crop_scale", "flip",
     "seed", "global_batch", "dataset_length", "order", "keep_last", "repeated_masks",
     "ema", "masking", "given_masks", "start_size", "grow_epochs", "decoder_attention", *SHAPE, "predict_ratio",
-    "patch_size", "held_out", "mask_ratio_schedule", *FAMILY, *IMAGE_SETTINGS,
+    "patch_size", "held_out", "mask_ratio_schedule", "adversarial", "adversarial_regulariser", *FAMILY,
+    *IMAGE_SETTINGS,
 )  # fmt: skip
 # What those were in a checkpoint from before they could be chosen.
 UNLESS_SAVED = {
     "order": FULL_SHUFFLE, "keep_last": False, "repeated_masks": 1, "ema": None, "masking": "random", "given_masks": "",
     "start_size": None, "grow_epochs": 0, "decoder_attention": "self", "predict_ratio": None, "patch_size": None,
-    "held_out": None, "mask_ratio_schedule": None,
+    "held_out": None, "mask_ratio_schedule": None, "adversarial": 0.0, "adversarial_regulariser": None,
     **dataclasses.asdict(Shape()), **dataclasses.asdict(FamilySettings()), **dict.fromkeys(IMAGE_SETTINGS),
     "pixel_type": "uint8", "other_types": "convert",
 }  # fmt: skip
@@ -253,6 +276,7 @@ def resolve(
     start_size = config.start_size
     blr = given(config.blr, 4e-3 if is_mlp else 3e-3 if digits else 1e-3)
     global_batch = config.batch_size * config.accum_iter * ranks
+    lr = given(config.lr, blr * global_batch / 256)
     steps = epochs * facts.length * config.repeated_masks // global_batch  # or a few less
     chosen = dict(
         model=model,
@@ -263,7 +287,7 @@ def resolve(
         mask_ratio=masks.mask_ratio if masks is not None else chosen_ratio(config, usual_ratio(model)),
         masking=chosen_masking(config),
         epochs=epochs,
-        lr=given(config.lr, blr * global_batch / 256),
+        lr=lr,
         blr=blr,
         warmup_epochs=given(config.warmup_epochs, default_warmup(0.0 if digits or is_mlp else OFFICIAL_WARMUP, epochs)),
         crop_scale=given(config.crop_scale, usual_scale),
@@ -282,9 +306,49 @@ def resolve(
         order=facts.order,
         given_masks="" if masks is None else masks.description,
     )
+    if config.adversarial:
+        chosen |= _of_adversary(config, epochs, lr)
     resolved = ResolvedConfig(**{**dataclasses.asdict(config), **chosen})
     check_rates(resolved)
     return resolved
+
+
+def _of_adversary(config: PretrainConfig, epochs: int, lr: float) -> dict[str, Any]:
+    """Fills in the settings of --adversarial.
+
+    Raises:
+        SettingError: it would never take part.
+    """
+    start, kind = given(config.adversarial_start, epochs / 2), given(config.adversarial_regulariser, "r1")
+    need(config, start < epochs, "adversarial_start", f"below the {epochs} of --epochs")
+    return {
+        "adversarial_start": start,
+        "adversarial_warmup": given(config.adversarial_warmup, epochs / 10),
+        "adversarial_lr": given(config.adversarial_lr, lr),
+        "adversarial_regulariser": kind,
+        "adversarial_r1": given(config.adversarial_r1, 1.0) if kind == "r1" else None,
+    }
+
+
+def _check_adversary(config: PretrainConfig) -> None:
+    """Refuses settings of --adversarial that cannot work, and those that mean nothing without it."""
+    needed = partial(need, config)
+    needed(config.adversarial >= 0, "adversarial", "0 or more")
+    if not config.adversarial:
+        for name in OF_ADVERSARY:
+            needed(getattr(config, name) is None, name, "given together with --adversarial")
+        return
+    for name in ("adversarial_start", "adversarial_warmup"):
+        value = getattr(config, name)
+        needed(value is None or value >= 0, name, "0 or more epochs")
+    needed(config.adversarial_lr is None or config.adversarial_lr > 0, "adversarial_lr", "a positive number")
+    needed(config.adversarial_r1 is None or config.adversarial_r1 > 0, "adversarial_r1", "a positive number")
+    is_r1 = config.adversarial_r1 is None or config.adversarial_regulariser in (None, "r1")
+    needed(is_r1, "adversarial_r1", "given together with --adversarial_regulariser=r1")
+    needed(config.loss != "bce", "loss", "mse with --adversarial, which judges predictions as pixels")
+    needed(not config.cuda_graph, "cuda_graph", "left out with --adversarial, which does other work from its start on")
+    takes = config.compile != "model"
+    needed(takes, "compile", "off or block with --adversarial, which takes gradients within the forward pass")
 
 
 def check_pretrain(config: PretrainConfig) -> None:
@@ -345,4 +409,5 @@ def check_pretrain(config: PretrainConfig) -> None:
     if config.float8:
         needed(config.compile != "off", "compile", "block or model with --float8, which is slower than bf16 without")
         needed(config.batch_size % 16 == 0, "batch_size", "a multiple of 16 with --float8, as its products need it")
+    _check_adversary(config)
     need_statistics(config)

@@ -14,12 +14,12 @@ from fastmae.errors import SettingError
 # A run that goes on has these from its checkpoint where they are left open, whatever the default is by now.
 LEFT_OPEN = (
     "epochs", "blr", "lr", "warmup_epochs", "layer_decay", "crop_scale", "flip", "grow_epochs", "aa", "reprob", "mixup",
-    "cutmix", "drop_path", "compile",
+    "cutmix", "drop_path", "compile", "adversarial_start", "adversarial_warmup", "adversarial_lr", "adversarial_r1",
 )  # fmt: skip
 # These may change when a run goes on, and then it says so, as they change what it learns.
 TOLD_IF_CHANGED = (
     "epochs", "lr", "min_lr", "warmup_epochs", "layer_decay", "weight_decay", "clip_grad", "precision", "residual",
-    "float8", "reduce",
+    "float8", "reduce", "adversarial_start", "adversarial_warmup", "adversarial_lr", "adversarial_r1",
 )  # fmt: skip
 # These may differ from rank to rank: where its data lie, and how it reads them and computes.
 PER_RANK = (

@@ -89,6 +89,25 @@ FIGURES = (
         bottom=0,
     ),
     Figure(
+        "Adversary",
+        "loss",
+        "Of the discriminator: near 1 it tells nothing apart, near 0 everything; dashed: the loss by which the model "
+        "deceives it.",
+        (
+            Line("metrics", "discriminator_loss", "line", "discriminator"),
+            Line("metrics", "adversarial_loss", "dashed", "adversarial"),
+        ),
+        marked=True,
+    ),
+    Figure(
+        "Adaptive weight λ",
+        "factor",
+        "It makes the adversarial gradient of the last layer as long as that of the loss: where it stays at its upper "
+        "end, 10,000, the discriminator teaches nothing.",
+        (Line("metrics", "adversarial_weight"),),
+        marked=True,
+    ),
+    Figure(
         "Learning rate",
         "learning rate",
         "It grows in the warm-up, then falls along a cosine; a loss that is unstable at its top asks for less --blr.",

@@ -26,12 +26,15 @@ def in_checkpoint(average: Average) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def update_average(average: Average, model: nn.Module, decay: float, skipped: torch.Tensor) -> None:
+def update_average(average: Average, model: nn.Module, decay: float | None, skipped: torch.Tensor) -> None:
     """Computes average ← decay · average + (1 − decay) · weights, unless the step was skipped. No synchronisation.
+    Without a ``decay`` there is no average, and nothing is computed.
 
     torch's own averaging (torch.optim.swa_utils) takes plain numbers only, so the host would have to wait for
     ``skipped``.
     """
+    if decay is None:
+        return
     share = (1 - decay) * (1 - skipped)
     weights = dict(model.named_parameters())
     for name, mean in average.items():

@@ -49,6 +49,9 @@ class StepResult(Protocol):
     @property
     def skipped(self) -> torch.Tensor: ...
 
+    @property
+    def told(self) -> Mapping[str, torch.Tensor]: ...
+
 
 class Sink(Protocol):
     """Something else that takes the lines of metrics.jsonl."""
@@ -101,8 +104,8 @@ class StepLog:
         self._run, self._device, self._log_freq = run, device, log_freq
         self._rank, self._ranks, self._mean_over_ranks, self._writes = rank, ranks, mean_over_ranks, rank == 0
         self._metrics, self._log = JsonLines(run / METRICS), JsonLines(run / LOG)
-        # Loss, gradient norm, whether it was skipped, and the share of masked patches that are no targets.
-        self._waiting = torch.zeros(4, log_freq, device=device)
+        # Loss, gradient norm, whether it was skipped, the share of masked patches that are no targets, what is told.
+        self._waiting, self._told = torch.zeros(4, log_freq, device=device), list[str]()
         self._excluded: list[torch.Tensor] = []
         self._excludes = False
         self._rows: list[dict[str, Any]] = []
@@ -153,7 +156,13 @@ class StepLog:
         """
         for kind, value in enumerate((result.loss, result.grad_norm, result.skipped, *self._take_excluded())):
             self._waiting[kind, len(self._rows)] = value
-        self._rows.append({"step": step, "epoch": epoch, "loss": None, "lr": lr, **(measured or {})})
+        for name, value in result.told.items():
+            if name not in self._told:
+                self._told.append(name)
+                self._waiting = torch.cat([self._waiting, torch.zeros_like(self._waiting[:1])])
+            self._waiting[4 + self._told.index(name), len(self._rows)] = value
+        told = dict.fromkeys(result.told)
+        self._rows.append({"step": step, "epoch": epoch, "loss": None, "lr": lr, **told, **(measured or {})})
         self._images += images
         self._seconds_at_peak += seconds_at_peak or 0.0
         self._steps_added += 1
@@ -180,7 +189,8 @@ class StepLog:
         steps, worst = self._read(len(rows), worst)
         elapsed = time.perf_counter() - self._since  # now that the device has done what was asked of it
         before = self.skipped
-        for row, (loss, grad_norm, skipped, excluded) in zip(rows, steps, strict=True):
+        for row, (loss, grad_norm, skipped, excluded, *told) in zip(rows, steps, strict=True):
+            row |= {name: _finite(value) for name, value in zip(self._told, told, strict=True) if name in row}
             self._count(row, loss, grad_norm, bool(skipped), excluded)
         if self.skipped > before:
             last = max(row["step"] for row in rows if "skipped" in row)
@@ -210,19 +220,21 @@ class StepLog:
             self._tell(rows)
 
     def _read(self, count: int, mine: list[float]) -> tuple[list[list[float]], list[float]]:
-        """Returns (loss, gradient norm, skipped, excluded) of ``count`` steps as means over ranks, and the maxima of
-        ``mine``."""
+        """Returns (loss, gradient norm, skipped, excluded, what is told …) of ``count`` steps as means over ranks, and
+        the maxima of ``mine``.
+        """
+        kinds = len(self._waiting)
         table = torch.zeros(self._ranks, len(mine), device=self._device)
         table[self._rank] = torch.tensor(mine, device=self._device)
         # Where only this rank's row is not zero, the mean holds every rank's: one exchange for all.
         both = self._mean_over_ranks(torch.cat([self._waiting[:, :count].T.flatten(), table.flatten()])).cpu()
-        table = both[4 * count :].view(self._ranks, len(mine)) * self._ranks
-        return both[: 4 * count].view(count, 4).tolist(), table.amax(dim=0).tolist()
+        table = both[kinds * count :].view(self._ranks, len(mine)) * self._ranks
+        return both[: kinds * count].view(count, kinds).tolist(), table.amax(dim=0).tolist()
 
     def _count(self, row: dict[str, Any], loss: float, grad_norm: float, skipped: bool, excluded: float) -> None:
         """Completes the line of a step and adds its numbers to the sums."""
         for key, value in (("loss", loss), ("grad_norm", grad_norm)):
-            row[key] = value if math.isfinite(value) else None  # JSON has no NaN
+            row[key] = _finite(value)
         if self._excludes:
             row["excluded"] = round(excluded, 6)
         if skipped:
@@ -285,6 +297,11 @@ class StepLog:
                 raise UserError(
                     f"{file.path} lacks the last {len(file)} lines, for which there was no room; free space"
                 )
+
+
+def _finite(value: float) -> float | None:
+    """Returns a number as JSON can have it, which knows no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def peak_memory(device: torch.device) -> int:

@@ -379,6 +379,6 @@ def parallelize(module: nn.Module, context: DistContext, parallelism: Parallelis
     fully_shard(module, mesh=mesh, mp_policy=policy)
     if parallelism.gather == torch.bfloat16:
         for part in module.modules():
-            if isinstance(part, nn.Linear | nn.Conv2d):
+            if isinstance(part, nn.Linear | nn.Conv2d) and "weight" in part._parameters:  # not computed from another
                 torch_compat.send_in_bf16(part.weight)
     return module

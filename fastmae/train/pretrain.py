@@ -68,6 +68,7 @@ from fastmae.ops.tuning import measured
 from fastmae.report.run_folder import read_probes
 from fastmae.signals import StopSignals
 from fastmae.train import parallel
+from fastmae.train.adversary import Optimizers, make_adversary, make_optimizers
 from fastmae.train.average import Average, in_checkpoint, start_average, update_average
 from fastmae.train.batches import BatchStream
 from fastmae.train.choosing import choose
@@ -151,7 +152,8 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
     model, lines = _model(config, given, start, context)
     masks_of = {size: _masks(config, model, size, masks) for size in _sizes(config, model)}
     model.allow_sizes(tuple(masks_of))
-    training_loss = TrainingLoss(model, config.mask_ratio, config.predict_ratio)
+    adversary = make_adversary(config, model, min(masks_of), context.mean)
+    training_loss = TrainingLoss(model, config.mask_ratio, config.predict_ratio, adversary)
     config, compiling = _prepare(flags, config, training_loss, masks_of, precision, context)
     parallelism = parallel.choose_parallelism(config.parallel, config.reduce, config.shard_size, context, precision)
     loss_of = parallel.parallelize(training_loss, context, parallelism)
@@ -162,6 +164,7 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
     # Where to begin.
     restored, rollbacks = restore_attempt(config, model, optimizer, steps, same, FIXED_IN_A_RUN, fresh_step)
     average = start_average(model, restored.origin) if config.ema is not None else {}
+    optimizers = make_optimizers(optimizer, adversary, config, steps, restored.origin)
     chosen = _choose(model, config, context, precision, restored)
     decoding = describe_decoder(image_decoder, why_decoder, config.pixel_type)
     backends = describe_backends(context.device, precision, model.attention_shapes(config.mask_ratio), decoding)
@@ -177,13 +180,12 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
     unsaved = None
     with training(run, precision) as profile_step, closing(stream.steps(restored.step, steps.total)) as batches:
         for step, inputs in batches:
-            lr = learning_rate_at(step, config, steps)
+            lr, stepped = learning_rate_at(step, config, steps), optimizers(step)
             autocast = precision.context(context.device)
             result = train_step(
-                loss_of, optimizer, inputs, config.accum_iter, lr, autocast, config.clip_grad, context.mean, graph, bf16
+                loss_of, stepped, inputs, config.accum_iter, lr, autocast, config.clip_grad, context.mean, graph, bf16
             )
-            if config.ema is not None:
-                update_average(average, model, config.ema, result.skipped)
+            update_average(average, model, config.ema, result.skipped)
             measured = _measure_epoch(run, step, model, probed, masks_of[config.input_size], autocast)
             record_step(run, step, result, lr, at_peak(step // steps.per_epoch), measured)
             profile_step()
@@ -197,7 +199,7 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
             if actions.exports:
                 unsaved = _export(run, step, masks_of[config.input_size], model, optimizer, average, probed.pictured)
             if actions.saves:
-                save_run(run, step, model, training_tensors(model, optimizer) | in_checkpoint(average))
+                save_run(run, step, model, _tensors(model, average, optimizers))
             if actions.stops:
                 return stop_run(run, step)
             run.watchdog.beat()
@@ -457,6 +459,11 @@ def _stream(run: Run[ResolvedConfig], source: Source, masks_of: dict[Size, Masks
     )
 
 
+def _tensors(model: MaskedModel, average: Average, optimizers: Optimizers) -> dict[str, torch.Tensor]:
+    """Returns all that a checkpoint of a run holds, by name."""
+    return training_tensors(model, optimizers.optimizer) | in_checkpoint(average) | optimizers.tensors()
+
+
 # --- the run folder ---------------------------------------------------------------------------------------------------
 
 
@@ -491,10 +498,23 @@ def _summary(
             f"masks           ratios {ratios}, one after another for equal parts of the {config.epochs} epochs"
         )
     lines += _without_targets(model, source)
+    if config.adversarial:
+        lines.append(f"adversary       {_about_adversary(config)}")
     lines.append(f"batch           {config.global_batch} images per step, lr {config.lr:.2e}, {config.epochs} epochs")
     if next(model.parameters()).device.type == "cpu" and parameters >= LARGE_MODEL:
         lines.append(f"note            {_cpu_note(config, model)}")
     return lines
+
+
+def _about_adversary(config: ResolvedConfig) -> str:
+    """Describes the discriminator, and when it takes part."""
+    start, warm_up = config.adversarial_start or 0.0, config.adversarial_warmup or 0.0
+    kind = config.adversarial_regulariser
+    kept = {"r1": f"R1 penalty {config.adversarial_r1:g}" if config.adversarial_r1 else "", "spectral": "spectral norm"}
+    return (
+        f"patch discriminator, weight {config.adversarial:g} (adaptive), from epoch {start:g}, whole from epoch "
+        f"{start + warm_up:g}; hinge loss, {kept.get(kind or 'none', 'no regulariser')}, lr {config.adversarial_lr:.2e}"
+    )
 
 
 def _without_targets(model: MaskedModel, source: Source) -> list[str]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -32,11 +32,21 @@ SHAPES_PER_SIZE = 4
 
 
 class TrainingLoss(nn.Module):
-    """Computes ``model.training_loss`` as a forward pass, which is what torch's wrappers expect."""
+    """Computes ``model.training_loss`` as a forward pass, which is what torch's wrappers expect.
 
-    def __init__(self, model: MaskedModel, mask_ratio: float, predict_ratio: float | None = None) -> None:
+    A ``judge`` is a module that is trained with the model. It is called with the loss, the predictions, the images, the
+    patches that are predicted and the model, and returns the loss in whose gradient it has its say.
+    """
+
+    def __init__(
+        self,
+        model: MaskedModel,
+        mask_ratio: float,
+        predict_ratio: float | None = None,
+        judge: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.judge = model, judge
         self.mask_ratio, self.predict_ratio = mask_ratio, predict_ratio
         model.find_overrides()  # methods of the class itself may have been replaced since the model was made
 
@@ -47,7 +57,11 @@ class TrainingLoss(nn.Module):
         compiled for a shape follows. None means as many as the mask ratio says.
         """
         ratio = self.mask_ratio if visible is None else 1 - (visible.shape[0] + 0.5) / ids_shuffle.shape[1]
-        return self.model.training_loss(images, ids_shuffle, ratio, self.predict_ratio)
+        if self.judge is None:
+            return self.model.training_loss(images, ids_shuffle, ratio, self.predict_ratio)
+        loss, pred = self.model.loss_and_prediction(images, ids_shuffle, ratio, self.predict_ratio)
+        K = self.model.num_visible(ratio, ids_shuffle.shape[1])
+        return self.judge(loss, pred, images, ids_shuffle[:, K : K + pred.shape[1]], self.model)
 
 
 def prepare(
@@ -218,6 +232,17 @@ def require_graph(device: torch.device, ranks: int) -> None:
         raise SettingError("cuda_graph", problem=f"is for one rank, and there are {ranks}; use --compile instead")
 
 
+class Sides(NamedTuple):
+    """What a step changes where something is trained beside the model, with gradients of the same backward pass."""
+
+    optimizer: torch.optim.Optimizer
+    """That of the model, fused."""
+    rival: torch.optim.Optimizer
+    """That of the other, fused."""
+    told: Callable[[], dict[str, torch.Tensor]]
+    """Returns numbers of the step for its line in the log: scalars on the device."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """The result of a step: scalars on the device, which may not be computed yet."""
@@ -228,6 +253,8 @@ class StepResult:
     """The norm of the mean gradient of all ranks, before it was clipped."""
     skipped: torch.Tensor
     """1.0 if a loss or gradient of any rank was not finite, so that nothing was changed on any; otherwise 0.0."""
+    told: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Further numbers of this rank by name, such as the loss of a discriminator."""
 
 
 def without_sync(loss_of: nn.Module, is_last: bool) -> AbstractContextManager:
@@ -241,7 +268,7 @@ def without_sync(loss_of: nn.Module, is_last: bool) -> AbstractContextManager:
 
 def train_step(
     loss_of: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sides,
     micro_batches: Iterable[MicroBatch],
     accum_iter: int,
     lr: float,
@@ -256,7 +283,8 @@ def train_step(
     Args:
         loss_of: maps the tensors of a micro-batch to a scalar, such as a ``TrainingLoss``, wrapped or not.
         optimizer: a fused optimiser, which can skip a step by itself. The learning rate of its groups is set to ``lr``,
-            times the ``lr_scale`` of a group that has one.
+            times the ``lr_scale`` of a group that has one. Of ``Sides`` both do, or skip, the step; the gradient of
+            each is measured and clipped by itself.
         micro_batches: ``accum_iter`` tuples of tensors, such as (images, ids_shuffle). They are taken one at a time.
         accum_iter: the number of micro-batches. Ranks exchange gradients with the last one only.
         lr: the learning rate.
@@ -270,10 +298,12 @@ def train_step(
     Raises:
         UserError: torch.compile failed.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
-    optimizer.zero_grad(set_to_none=graph is None)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else [optimizer.optimizer, optimizer.rival]
+    for one in optimizers:
+        for group in one.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        one.zero_grad(set_to_none=graph is None)
+    parameters = [p for group in optimizers[0].param_groups for p in group["params"]]
     if copies is not None:
         copies.write()
 
@@ -291,15 +321,25 @@ def train_step(
             loss = run(*micro_batch) if graph is None else graph(run, parameters, *micro_batch)
         total = loss if total is None else total + loss
     assert total is not None
-    parameters = [p for p in parameters if p.grad is not None]
+    norms = [_clipped(one, clip_grad) for one in optimizers]
+    finite = torch.isfinite(total)
+    for norm in norms:
+        finite = finite & torch.isfinite(norm)
+    skipped = (mean_over_ranks((~finite).float()) > 0).float()
+    for one in optimizers:
+        torch_compat.skip_next_step_if(one, skipped)
+        one.step()
+    told = {} if isinstance(optimizer, torch.optim.Optimizer) else optimizer.told()
+    return StepResult(total, norms[0], skipped, told)
+
+
+def _clipped(optimizer: torch.optim.Optimizer, clip_grad: float | None) -> torch.Tensor:
+    """Returns the norm of the gradient of all that an optimiser changes, and clips it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = gradient_norm([p.grad for p in parameters])
     if clip_grad is not None:
         clip_grads_with_norm_(parameters, clip_grad, norm)
-    finite = torch.isfinite(total) & torch.isfinite(norm)
-    skipped = (mean_over_ranks((~finite).float()) > 0).float()
-    torch_compat.skip_next_step_if(optimizer, skipped)
-    optimizer.step()
-    return StepResult(total, norm, skipped)
+    return norm
 
 
 def gradient_norm(gradients: list[Any]) -> torch.Tensor:

@@ -22,6 +22,7 @@ from fastmae.checkpoint.load import load_model
 from fastmae.cli import main
 from fastmae.config import ImagesConfig
 from fastmae.config.family import FAMILY
+from fastmae.config.pretrain import OF_ADVERSARY
 from fastmae.config.shape import Shape
 from fastmae.errors import UserError
 from fastmae.signals import EXIT_INTERRUPTED
@@ -267,7 +268,7 @@ def test_the_run_folder_says_everything(undisturbed):
         "tune",
     }
     may_stay_open |= {field.name for field in dataclasses.fields(ImagesConfig)} - {"pixel_type"}
-    may_stay_open |= {field.name for field in dataclasses.fields(Shape)} | {*FAMILY}
+    may_stay_open |= {field.name for field in dataclasses.fields(Shape)} | {*FAMILY} | {*OF_ADVERSARY}
     assert {key for key, value in config.items() if value is None} <= may_stay_open
     start = json.loads((undisturbed / "environment.jsonl").read_text().splitlines()[0])
     assert start["versions"]["torch"]

@@ -108,8 +108,10 @@ class Adversary(nn.Module):
         self.told.clear()
         return dict(zip(TOLD, told, strict=True))
 
-    def _factor(self, loss: torch.Tensor, pred: torch.Tensor, upward: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """Returns λ; ``upward`` is the gradient of the adversarial loss by ``pred``."""
+    def _factor(self, loss: torch.Tensor, pred: torch.Tensor, upward: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+        """Returns λ. ``upward`` is the gradient of the adversarial loss by ``pred``, the output of the last layer."""
+        last = layer.weight
+        assert isinstance(last, torch.Tensor)
         (of_loss,) = torch.autograd.grad(loss, last, retain_graph=True)
         (of_adversarial,) = torch.autograd.grad(pred, last, upward, retain_graph=True)
         both = torch.stack([of_loss, of_adversarial])

@@ -33,7 +33,7 @@ from fastmae.train.sinks import Sink, _identity
 
 def result(loss: float, skipped: bool = False, grad_norm: float = 1.0) -> SimpleNamespace:
     values = dict(loss=loss, grad_norm=grad_norm, skipped=float(skipped))
-    return SimpleNamespace(**{name: torch.tensor(value) for name, value in values.items()})
+    return SimpleNamespace(told={}, **{name: torch.tensor(value) for name, value in values.items()})
 
 
 def rows(run: Path) -> list[dict]:

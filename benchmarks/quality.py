@@ -45,7 +45,7 @@ from fastmae.data.sources import Source, describe, open_train, shown, train_and_
 from fastmae.errors import UserError
 from fastmae.evaluate.probe import probe_in_detail
 from fastmae.model.build import build_model
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
 from fastmae.train.parallel import choose_device
 from fastmae.train.precision import choose_precision
 from fastmae.train.pretrain import pretrain
@@ -77,7 +77,7 @@ def bench_quality(config: BenchQualityConfig, command: Sequence[str]) -> int:
     parts = train_and_val(config.data_path)
     figures: dict[str, list[Figures]] = {UNTRAINED: [], OFFICIAL: [], OURS: []}
 
-    def add(trainer: str, seed: int, model: MaskedAutoencoderViT, **loss: float) -> None:
+    def add(trainer: str, seed: int, model: MaskedModel, **loss: float) -> None:
         measured = _accuracy(config, model.to(device), parts) | loss
         figures[trainer].append(measured)
         text = f"k-NN {measured[KNN]:.2f} %, linear probe {measured[LINEAR]:.2f} %"
@@ -138,12 +138,12 @@ def _settings(config: BenchQualityConfig, device: torch.device) -> ResolvedConfi
     return settings
 
 
-def _fresh(settings: ResolvedConfig, seed: int) -> MaskedAutoencoderViT:
+def _fresh(settings: ResolvedConfig, seed: int) -> MaskedModel:
     torch.manual_seed(seed)
     return build_model(ModelSpec.of(settings))
 
 
-def _ours(config: BenchQualityConfig, seed: int) -> tuple[MaskedAutoencoderViT, float] | int:
+def _ours(config: BenchQualityConfig, seed: int) -> tuple[MaskedModel, float] | int:
     """The model after ``fastmae pretrain``, and the loss that it logged for its last epoch; or its exit status."""
     with tempfile.TemporaryDirectory(prefix="fastmae-quality-") as folder:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -154,7 +154,7 @@ def _ours(config: BenchQualityConfig, seed: int) -> tuple[MaskedAutoencoderViT, 
         return load_model(folder), float(last["train_loss"])
 
 
-def _accuracy(config: BenchQualityConfig, model: MaskedAutoencoderViT, parts: tuple[Source, Source]) -> Figures:
+def _accuracy(config: BenchQualityConfig, model: MaskedModel, parts: tuple[Source, Source]) -> Figures:
     summary = probe_in_detail(
         model, *parts, pool=config.pool, ks=(config.k,), linear=config.linear, rates=PROBE_RATES,
         linear_batch=PROBE_BATCH, batch_size=256, num_workers=1,
@@ -165,9 +165,7 @@ def _accuracy(config: BenchQualityConfig, model: MaskedAutoencoderViT, parts: tu
 # --- the official loop -----------------------------------------------------------------------------------------------
 
 
-def _theirs(
-    settings: ResolvedConfig, seed: int, device: torch.device, num_workers: int
-) -> tuple[MaskedAutoencoderViT, float]:
+def _theirs(settings: ResolvedConfig, seed: int, device: torch.device, num_workers: int) -> tuple[MaskedModel, float]:
     """A model of ours with the weights that the official loop ends with, and the mean loss of its last epoch."""
     model = _fresh(settings, seed)
     official = official_like(model)

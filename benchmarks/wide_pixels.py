@@ -26,7 +26,7 @@ from fastmae.config import PretrainConfig
 from fastmae.data.arrays import ArraySource
 from fastmae.evaluate.probe import probe
 from fastmae.evaluate.reconstruct import central_crops
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
 from fastmae.ops import gather_patches, random_masking
 from fastmae.ops.masked_mse import patch_statistics
 from fastmae.train.pretrain import pretrain
@@ -54,14 +54,13 @@ def slices(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def error(model: MaskedAutoencoderViT, test: ArraySource, truth: torch.Tensor) -> float:
+def error(model: MaskedModel, test: ArraySource, truth: torch.Tensor) -> float:
     """Returns the mean squared error of predicted masked patches from those of ``truth`` [N, H, W, 1], normalised."""
     indices = np.arange(len(test))
     images = central_crops(model, test, indices)
     ids_shuffle = random_masking(torch.from_numpy(indices), 0, model.num_patches)
-    latent, _, ids_restore = model.forward_encoder(images, MASK_RATIO, ids_shuffle=ids_shuffle)
     masked = ids_shuffle[:, model.num_visible(MASK_RATIO) :]
-    pred = model.forward_decoder(latent, ids_restore)
+    pred = model.predict(images, ids_shuffle, MASK_RATIO)
     pred = pred.gather(1, masked.long()[:, :, None].expand(-1, -1, pred.shape[2]))
     zero, one = torch.zeros(1), torch.ones(1)
     target = gather_patches(truth.float() / 16, masked, model.patch_size, zero, one, torch.float32)

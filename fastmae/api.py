@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from fastmae.evaluate.map import FeatureMap
     from fastmae.model.classifier import Classifier
     from fastmae.model.family import MaskedModel
-    from fastmae.model.mae import MaskedAutoencoderViT
     from fastmae.ops.choices import Choices
     from fastmae.train.given import OnStep
 
@@ -67,11 +66,11 @@ class Run:
     """0 if the run is done; 75 if a signal or ``on_step`` stopped it, so that ``resume="auto"`` continues it."""
     is_classifier: bool
     """Whether ``finetune`` made it."""
-    given_model: MaskedAutoencoderViT | None = dataclasses.field(default=None, repr=False)
+    given_model: MaskedModel | None = dataclasses.field(default=None, repr=False)
     """The model that the run was given, which has its weights since it ended."""
 
     @cached_property
-    def model(self) -> MaskedAutoencoderViT | Classifier:
+    def model(self) -> MaskedModel | Classifier:
         """The model of the newest intact checkpoint, in evaluation mode: the one that was given, or a new one on the
         CPU. It is read once, when asked for.
 
@@ -102,7 +101,7 @@ def pretrain(
     data: Any = None,
     *,
     output_dir: str | PathLike[str],
-    model: str | MaskedAutoencoderViT | None = None,
+    model: str | MaskedModel | None = None,
     val: Any = None,
     on_step: OnStep | None = None,
     config: str | PathLike[str] | None = None,
@@ -201,7 +200,7 @@ def finetune(
 
 
 def probe(
-    model: MaskedAutoencoderViT | Run | str | PathLike[str], data: Any = None, *, val: Any = None, **settings: Any
+    model: MaskedModel | Run | str | PathLike[str], data: Any = None, *, val: Any = None, **settings: Any
 ) -> dict[str, Any]:
     """Measures frozen features on labelled images with k-NN and a linear classifier, as ``fastmae probe`` does.
 
@@ -253,7 +252,7 @@ def probe(
 
 
 def extract_features(
-    model: MaskedAutoencoderViT | Run | str | PathLike[str],
+    model: MaskedModel | Run | str | PathLike[str],
     data: Any,
     *,
     pool: Literal["mean", "cls", "both", "tokens"] = "mean",
@@ -286,7 +285,7 @@ def extract_features(
 
 
 def feature_map(
-    model: MaskedAutoencoderViT | Run | str | PathLike[str],
+    model: MaskedModel | Run | str | PathLike[str],
     data: Any,
     *,
     by: Literal["pca", "umap"] = "pca",
@@ -326,7 +325,7 @@ def feature_map(
 
 def _features_of(
     model: Any, data: Any, pool: Any, split: str, batch_size: int, num_workers: int | None
-) -> tuple[MaskedAutoencoderViT, Source, Features]:
+) -> tuple[MaskedModel, Source, Features]:
     """Returns the model, the images and their features."""
     for name, value, allowed in (("pool", pool, POOLS), ("split", split, ("train", "val"))):
         if value not in allowed:
@@ -384,7 +383,7 @@ def impute(
 
 
 def tune(
-    model: MaskedAutoencoderViT | Classifier,
+    model: MaskedModel | Classifier,
     batch_size: int,
     *,
     mask_ratio: float = 0.75,
@@ -415,11 +414,11 @@ def tune(
 
     from fastmae.model.calls import calls_of
     from fastmae.model.classifier import Classifier
-    from fastmae.model.mae import MaskedAutoencoderViT
+    from fastmae.model.family import MaskedModel
     from fastmae.ops.backends import asked_backends, set_backends
     from fastmae.ops.tuning import measured
 
-    if not isinstance(model, MaskedAutoencoderViT | Classifier):
+    if not isinstance(model, MaskedModel | Classifier):
         raise SettingError("model", type(model).__name__, "must be a masked autoencoder or a classifier of fastmae")
     device = next(model.parameters()).device
     if device.type != "cpu":
@@ -428,7 +427,7 @@ def tune(
         raise SettingError("batch_size", batch_size, "must be an integer of at least 1")
     if precision not in ("fp32", "bf16"):
         raise SettingError("precision", precision, "must be fp32 or bf16")
-    if isinstance(model, MaskedAutoencoderViT):
+    if isinstance(model, MaskedModel):
         try:
             model.num_visible(mask_ratio)
         except (TypeError, ValueError) as error:
@@ -496,7 +495,7 @@ def _table_of(model: Any, settings: Mapping[str, Any]) -> ReadAs | None:
     return ReadAs(columns=tuple(columns or ()), label_column=label, nodata=nodata)
 
 
-def _opened(data: Any, val: Any, encoder: MaskedAutoencoderViT, *, needs_labels: bool = False) -> Any:
+def _opened(data: Any, val: Any, encoder: MaskedModel, *, needs_labels: bool = False) -> Any:
     """Returns what ``open_train`` takes."""
     from fastmae.data.objects import given_parts
 
@@ -507,31 +506,31 @@ def _opened(data: Any, val: Any, encoder: MaskedAutoencoderViT, *, needs_labels:
     return str(data) if isinstance(data, str | PathLike) else [str(path) for path in data]
 
 
-def _encoder(model: Any) -> Any:
+def _encoder(model: MaskedModel | Run | str | PathLike[str]) -> MaskedModel:
     """Returns the masked autoencoder that an argument means; of a fine-tuning, its encoder."""
     from fastmae.checkpoint.load import load_model
-    from fastmae.model.mae import MaskedAutoencoderViT
+    from fastmae.model.family import MaskedModel
 
     if isinstance(model, Run):
         return load_model(model.folder, model.given_model)
     if isinstance(model, str | PathLike):
         return load_model(Path(model))
-    if not isinstance(model, MaskedAutoencoderViT):
+    if not isinstance(model, MaskedModel):
         problem = "must be a masked autoencoder of fastmae, a run, or the path of a checkpoint"
         raise SettingError("model", type(model).__name__, problem)
     return model
 
 
-def _trainable(model: Any) -> MaskedAutoencoderViT:
+def _trainable(model: Any) -> MaskedModel:
     """Returns a model that a run can train.
 
     Raises:
         SettingError: it is none, or its masks cannot be given.
     """
-    from fastmae.model.mae import MaskedAutoencoderViT
+    from fastmae.model.family import MaskedModel
 
     name = type(model).__name__
-    if not isinstance(model, MaskedAutoencoderViT):
+    if not isinstance(model, MaskedModel):
         problem = (
             "is no preset's name and no fastmae.MaskedAutoencoderViT; give one of these, a subclass of it, or what "
             "fastmae.wrap makes of a timm model; fastmae.accelerate makes transformers' ViTMAE faster in its own loop"
@@ -543,9 +542,7 @@ def _trainable(model: Any) -> MaskedAutoencoderViT:
     return model
 
 
-def _settings_of_model(
-    model: MaskedAutoencoderViT, settings: Mapping[str, Any], in_file: Mapping[str, Any]
-) -> dict[str, Any]:
+def _settings_of_model(model: MaskedModel, settings: Mapping[str, Any], in_file: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that a model decides. They override those of a file.
 
     Raises:

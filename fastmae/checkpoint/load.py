@@ -32,19 +32,21 @@ from fastmae.errors import SettingError, UserError
 from fastmae.facts import BUILT_IN_TABLES
 from fastmae.model.build import build_model
 from fastmae.model.classifier import Classifier, classifier_of, merge_lora, tune
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
+from fastmae.model.mae import MaskedAutoencoderViT, as_vit
 from fastmae.model.pixels import register_pixels
 from fastmae.model.presets import PRESETS
 from fastmae.model.vit import patch_grid
 
 T = TypeVar("T")
+Family = TypeVar("Family", bound=MaskedModel)
 
 
 @dataclass(frozen=True)
 class Opened:
     """A checkpoint as it is used after training."""
 
-    model: MaskedAutoencoderViT
+    model: MaskedModel
     """It is on the CPU and in evaluation mode."""
     settings: dict[str, Any]
     """The settings of the run, as far as they are known; ``model``, ``input_size`` and ``in_chans`` always are."""
@@ -64,7 +66,7 @@ class Opened:
 
 def load_model(
     checkpoint: str | Path,
-    model: str | MaskedAutoencoderViT | None = None,
+    model: str | MaskedModel | None = None,
     *,
     needs_decoder: bool = False,
     input_size: int | Sequence[int] | None = None,
@@ -72,7 +74,7 @@ def load_model(
     norm_pix_loss: bool | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
-) -> MaskedAutoencoderViT:
+) -> MaskedModel:
     """Returns the model of a checkpoint, on the CPU, in evaluation mode.
 
     What a file does not say is taken from its tensors, or by default with a warning. Of a fine-tuned classifier the
@@ -96,7 +98,7 @@ def load_model(
     settings: dict[str, Any] = dict(
         input_size=input_size, num_heads=num_heads, norm_pix_loss=norm_pix_loss, mean=mean, std=std
     )
-    if isinstance(model, MaskedAutoencoderViT):
+    if isinstance(model, MaskedModel):
         for name, value in settings.items():
             if value is not None:
                 raise SettingError(name, value, "is decided by the model that is given; leave it out")
@@ -107,7 +109,7 @@ def load_model(
     return opened.model
 
 
-def load_weights(checkpoint: str | Path, model: MaskedAutoencoderViT) -> MaskedAutoencoderViT:
+def load_weights(checkpoint: str | Path, model: Family) -> Family:
     """Loads the weights of a checkpoint, or of the newest intact one of a run folder, into a model, and returns it.
 
     From then on the model reads and normalises images as that run did, too: these are not among its weights.
@@ -127,7 +129,7 @@ def load_weights(checkpoint: str | Path, model: MaskedAutoencoderViT) -> MaskedA
     return model
 
 
-def _read_as_in(settings: dict[str, Any], model: MaskedAutoencoderViT) -> None:
+def _read_as_in(settings: dict[str, Any], model: MaskedModel) -> None:
     """Lets a model read and normalise images as the settings of a run say."""
     spec, device = ModelSpec.from_json(settings), model.mean.device
     mean, std = spec.mean or tuple(model.mean.tolist()), spec.std or tuple(model.std.tolist())
@@ -221,7 +223,9 @@ def load_classifier(checkpoint: str | Path) -> Classifier:
     if not opened.head:
         raise UserError(f"{path}: is {opened.what}, not a fine-tuned classifier; give another checkpoint")
     has_pooled_norm = opened.model.fc_norm is not None
-    model = classifier_of(opened.model, opened.head["head.weight"].shape[0], global_pool=has_pooled_norm)
+    model = classifier_of(
+        as_vit(opened.model, "fine-tuning"), opened.head["head.weight"].shape[0], global_pool=has_pooled_norm
+    )
     model.load_state_dict(opened.head, strict=False)
     return model.eval()
 
@@ -276,12 +280,13 @@ def _opened_run(path: Path, manifest: dict[str, Any], given: ReadingConfig) -> O
     check_channels(path, settings["in_chans"], given)
     images = images_of_model(given, settings, settings["in_chans"])
     model = _fresh({**settings, **{name: value for name, value in chosen.items() if value is not None}, **images})
-    check_heads(path, model.cls_token.shape[2] // model.head_dims[0], given)
+    if isinstance(model, MaskedAutoencoderViT):
+        check_heads(path, model.cls_token.shape[2] // model.head_dims[0], given)
     load_checkpoint(path, model)
     return Opened(model, settings, True)
 
 
-def _fresh(settings: dict[str, Any]) -> MaskedAutoencoderViT:
+def _fresh(settings: dict[str, Any]) -> MaskedModel:
     try:
         return build_model(ModelSpec.from_json(settings))
     except SettingError as error:
@@ -292,7 +297,9 @@ def _classifier_of_run(path: Path, manifest: dict[str, Any]) -> Classifier:
     settings = manifest["settings"]
     if "nb_classes" not in settings:
         raise BadCheckpointError("is of a masked autoencoder, not of a fine-tuned classifier")
-    model = classifier_of(_fresh(settings), settings["nb_classes"], global_pool=settings["global_pool"])
+    model = classifier_of(
+        as_vit(_fresh(settings), "fine-tuning"), settings["nb_classes"], global_pool=settings["global_pool"]
+    )
     tune(model, settings["tune"], settings["lora_rank"])
     load_checkpoint(path, model)
     return model
@@ -314,7 +321,7 @@ def _opened_file(file: OfficialFile, given: ReadingConfig, weights_alone: bool =
     return Opened(model, {**file.args, **spec.as_json()}, file.has_decoder, file.kind, file.head)
 
 
-def _unsaid(file: OfficialFile, given: ReadingConfig, model: MaskedAutoencoderViT) -> list[str]:
+def _unsaid(file: OfficialFile, given: ReadingConfig, model: MaskedModel) -> list[str]:
     """Says what neither the file nor anybody says about how pixels are prepared and predicted, and what is taken."""
     names = ["mean", "std", *(["norm_pix_loss"] if file.has_decoder else [])]
     unsaid = [name for name in names if getattr(given, name) is None and file.args.get(name) is None]
@@ -338,6 +345,11 @@ def _resize(path: Path, opened: Opened, size: tuple[int, int]) -> None:
         grid = patch_grid(size, model.patch_size)
     except ValueError as error:
         raise SettingError("input_size", size, f"{error}; choose another size") from error
+    if not isinstance(model, MaskedAutoencoderViT):
+        its = "×".join(map(str, model.img_size))
+        raise SettingError(
+            "input_size", size, f"{path} is of images of {its} pixels, and takes no others; leave it out"
+        )
     encoder, decoder = (
         for_grid(read_table(getattr(model, name).detach(), name, model.grid_size), grid)
         for name in ("pos_embed", "decoder_pos_embed")

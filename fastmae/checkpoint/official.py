@@ -26,6 +26,7 @@ from safetensors.torch import save as safetensors_bytes
 from fastmae.checkpoint.contents import Kind, NotMeantError, described, foreign_parts, listed, understand
 from fastmae.checkpoint.huggingface import CONFIG, read_config, weights_file
 from fastmae.checkpoint.positions import Positions, UnknownGridError, made_table, read_table
+from fastmae.config.family import family_of
 from fastmae.config.images import images_of_model, pixel_settings
 from fastmae.config.model import ModelSpec
 from fastmae.config.shape import Shape
@@ -36,7 +37,8 @@ from fastmae.files import write_whole
 from fastmae.messages import logger
 from fastmae.model.build import build_model
 from fastmae.model.classifier import take_pooled_norm
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
+from fastmae.model.mae import MaskedAutoencoderViT, as_vit
 from fastmae.model.presets import PRESETS
 from fastmae.model.sharding import laid_out_like
 from fastmae.model.sizes import HEAD_WIDTH, PRESET_SIZES, beyond_preset, full_shape, sizes_of
@@ -263,7 +265,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
 # --- a model of a file ------------------------------------------------------------------------------------------------
 
 
-def model_of_file(file: OfficialFile, given: ReadingConfig | None = None) -> MaskedAutoencoderViT:
+def model_of_file(file: OfficialFile, given: ReadingConfig | None = None) -> MaskedModel:
     """A model with a file's weights and the size of its positions; what the file does not say is ``given``.
 
     Raises:
@@ -272,18 +274,20 @@ def model_of_file(file: OfficialFile, given: ReadingConfig | None = None) -> Mas
     spec, tables, _ = spec_of_file(file, given)
     model = build_model(spec)
     if "fc_norm.weight" in file.model:
-        take_pooled_norm(model, has_norm="norm.weight" in file.model)
+        take_pooled_norm(as_vit(model, "fc_norm"), has_norm="norm.weight" in file.model)
     load_weights(model, dataclasses.replace(file, model={**file.model, **tables}))
     return model
 
 
-def load_into(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
+def load_into(model: MaskedModel, file: OfficialFile) -> None:
     """Copies a file's weights into the model of a run, which has a size and settings of its own.
 
     Raises:
         UserError: keys or shapes that do not fit, or positions of another grid.
     """
-    size, tables, notes = _placed(file, model.patch_size, ReadingConfig(input_size=model.img_size))
+    size, tables, notes = model.img_size, dict[str, torch.Tensor](), tuple[str, ...]()
+    if isinstance(model, MaskedAutoencoderViT):
+        size, tables, notes = _placed(file, model.patch_size, ReadingConfig(input_size=model.img_size))
     if size != model.img_size:
         its, ours = (f"{height}×{width}" for height, width in (size, model.img_size))
         problem = f"{file.path} is of images of {its} pixels, not {ours}; give --input_size={size[0]} {size[1]}"
@@ -309,22 +313,14 @@ def _alike(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def load_weights(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
+def load_weights(model: MaskedModel, file: OfficialFile) -> None:
     """Copies a file's weights into the model, every key accounted for; the decoder may be missing as a whole.
 
     Raises:
         UserError: keys or shapes that do not fit.
     """
-    sizes = {"decoder_attention": model.decoder_attention, **sizes_of(model).shape}
-    its_decoder = {"decoder_attention": file.decoder_attention} if file.has_decoder else {}
-    for name, its in {**its_decoder, "registers": 0, **file.shape}.items():
-        if its != sizes[name]:
-            flag, whose = f"--{name}", "decoder" if name.startswith("decoder_") else "encoder"
-            problem = f"its {whose} has {flag} {its}, not {sizes[name]}; give its {flag} and --model"
-            raise UserError(f"{file.path}: {problem}")
-    for whose, its, ours in zip(("encoder", "decoder"), file.heads or (), _heads(model), strict=False):
-        if its not in (None, ours):
-            raise UserError(f"{file.path}: its {whose} has {its!r} heads, not {ours}; name its preset with --model")
+    if isinstance(model, MaskedAutoencoderViT):
+        _require_sizes(model, file)
     own = model.state_dict()
     wanted = own.keys() if file.has_decoder else {k for k in own if not k.startswith(("decoder_", "mask_token"))}
     missing, unknown = sorted(wanted - file.model.keys()), sorted(file.model.keys() - own.keys() - file.head.keys())
@@ -343,6 +339,24 @@ def load_weights(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
             own[key].copy_(laid_out_like(own[key], file.model[key]))
 
 
+def _require_sizes(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
+    """Refuses a file whose sizes or heads are not those of the model, by the flags that give them.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    sizes = {"decoder_attention": model.decoder_attention, **sizes_of(model).shape}
+    its_decoder = {"decoder_attention": file.decoder_attention} if file.has_decoder else {}
+    for name, its in {**its_decoder, "registers": 0, **file.shape}.items():
+        if its != sizes[name]:
+            flag, whose = f"--{name}", "decoder" if name.startswith("decoder_") else "encoder"
+            problem = f"its {whose} has {flag} {its}, not {sizes[name]}; give its {flag} and --model"
+            raise UserError(f"{file.path}: {problem}")
+    for whose, its, ours in zip(("encoder", "decoder"), file.heads or (), _heads(model), strict=False):
+        if its not in (None, ours):
+            raise UserError(f"{file.path}: its {whose} has {its!r} heads, not {ours}; name its preset with --model")
+
+
 def _heads(model: MaskedAutoencoderViT) -> tuple[int, int]:
     widths = model.cls_token.shape[-1], model.mask_token.shape[-1]
     return widths[0] // model.head_dims[0], widths[1] // model.head_dims[1]
@@ -359,6 +373,8 @@ def spec_of_file(
         UserError: not a masked autoencoder, its sizes contradict each other, or nothing tells its grid.
     """
     given = given or ReadingConfig()
+    if family_of(file.args.get("model")) != "vit":
+        return _spec_of_settings(file, given), {}, ()
     weight = file.model.get("patch_embed.proj.weight")
     if weight is None or weight.ndim != 4:
         raise UserError(f"{file.path}: has no patch_embed.proj.weight; it is not a checkpoint of a masked autoencoder")
@@ -385,6 +401,21 @@ def spec_of_file(
     except SettingError as error:
         raise UserError(f"{file.path}: its settings make no model ({error}); give an intact file") from error
     return spec, tables, (*notes, *unsaid)
+
+
+def _spec_of_settings(file: OfficialFile, given: ReadingConfig) -> ModelSpec:
+    """Returns the model that the settings in a file name, where it is of another family than vision transformers.
+
+    Raises:
+        UserError: the settings make no model.
+    """
+    said = {name: getattr(given, name) for name in ("norm_pix_loss", "mean", "std")}
+    settings = file.args | {name: value for name, value in said.items() if value is not None}
+    try:
+        check_channels(file.path, settings["in_chans"], given)
+        return ModelSpec.from_json(settings | images_of_model(given, settings, settings["in_chans"]))
+    except (SettingError, KeyError, TypeError) as error:
+        raise UserError(f"{file.path}: its settings make no model ({error}); give an intact file") from error
 
 
 def check_heads(path: Path, said: Any, given: ReadingConfig) -> None:

@@ -28,7 +28,7 @@ from fastmae.checkpoint.save import training_tensors
 from fastmae.config import UNLESS_SAVED
 from fastmae.errors import SettingError, UserError
 from fastmae.messages import logger
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
 from fastmae.model.sharding import laid_out_like
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ def restore(
         return fresh
     path = run if resume == "auto" else Path(resume)
     if holds_file(path):
-        if not isinstance(model, MaskedAutoencoderViT):
+        if not isinstance(model, MaskedModel):
             raise SettingError("resume", str(path), "holds weights alone; give a run folder or one of its checkpoints")
         return _restore_official(path, model, optimizer, fresh, steps_per_epoch)
     if resume != "auto" and not path.exists():
@@ -158,7 +158,7 @@ def _look(resume: str, path: Path) -> NewestCheckpoint:
 
 def _restore_official(
     path: Path,
-    model: MaskedAutoencoderViT,
+    model: MaskedModel,
     optimizer: torch.optim.Optimizer,
     fresh: Restored,
     steps_per_epoch: int,

@@ -18,7 +18,7 @@ from fastmae.config.shape import ENCODER_SHAPE
 from fastmae.config.shared import ReadingConfig
 from fastmae.errors import SettingError
 from fastmae.facts import DataFacts
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.mae import MaskedAutoencoderViT, as_vit
 
 SHAPE = ("model", "input_size", "patch_size", *ENCODER_SHAPE)
 """The settings that an encoder decides, where they are not given."""
@@ -62,7 +62,8 @@ def begin_with(model: MaskedAutoencoderViT, start: Opened, path: str, *, fixed_p
     Raises:
         SettingError: the encoder has another shape than the model.
     """
-    its, own = _encoder(start.model), _encoder(model)
+    begun = as_vit(start.model, "--init")
+    its, own = _encoder(begun), _encoder(model)
     notes: list[str] = []
     if start.model.patch_size != model.patch_size:
         sizes = ["{}×{}".format(*one.patch_size) for one in (start.model, model)]
@@ -93,8 +94,8 @@ def begin_with(model: MaskedAutoencoderViT, start: Opened, path: str, *, fixed_p
         found = list(its[first].shape) if first in its else "missing"
         problem = f"its {first} is {found}, and the model has {list(own[first].shape)}; leave the model's sizes out"
         raise SettingError("init", path, problem)
-    if start.model.head_dims[0] != model.head_dims[0]:
-        heads = [one.cls_token.shape[2] // one.head_dims[0] for one in (start.model, model)]
+    if begun.head_dims[0] != model.head_dims[0]:
+        heads = [one.cls_token.shape[2] // one.head_dims[0] for one in (begun, model)]
         raise SettingError("init", path, f"its encoder has {heads[0]} heads, not {heads[1]}; leave --num_heads out")
     with torch.no_grad():
         for name in own.keys() & its.keys():

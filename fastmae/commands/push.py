@@ -19,6 +19,7 @@ from fastmae.export.hf import save_huggingface
 from fastmae.export.official import Part
 from fastmae.export.opened_hf import TOLERANCE, architecture_of, difference
 from fastmae.messages import logger
+from fastmae.model.mae import as_vit
 from fastmae.report.compare import row_of
 from fastmae.report.pictures import read_picture
 from fastmae.report.run_folder import RunRecord, is_run, read_run
@@ -53,7 +54,7 @@ def run_push(config: PushConfig) -> int:
         names = opened.settings.get("class_names") or ()
         ratio = float(opened.settings.get("mask_ratio") or 0.75)
         try:
-            save_huggingface(aside, opened.model, ratio, part, opened.head, names)
+            save_huggingface(aside, as_vit(opened.model, "the hub of transformers"), ratio, part, opened.head, names)
         except SettingError as error:
             if error.name != "to":
                 raise

@@ -14,6 +14,7 @@ from fastmae.config.load import dump_yaml
 from fastmae.data.statistics import shown_range
 from fastmae.export.official import Part
 from fastmae.facts import UINT8
+from fastmae.model.mae import as_vit
 from fastmae.screen import printable
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -53,7 +54,7 @@ def model_card(
         versions: of the packages that trained it.
         picture: the name of a picture of reconstructions in the folder.
     """
-    model = opened.model
+    model = as_vit(opened.model, "a model card")
     is_classifier = bool(opened.head)
     front = {
         "library_name": "transformers",

@@ -12,6 +12,7 @@ import torch
 from fastmae.checkpoint.load import Opened
 from fastmae.export.encoder import linear_of
 from fastmae.export.official import Part
+from fastmae.model.mae import as_vit
 
 IMAGES = 3
 TOLERANCE = 1e-5
@@ -36,7 +37,7 @@ def difference(folder: Path, opened: Opened, part: Part) -> float:
     """
     import transformers
 
-    model, name = opened.model, architecture_of(opened, part)
+    model, name = as_vit(opened.model, "transformers"), architecture_of(opened, part)
     options: dict[str, Any] = {"add_pooling_layer": False} if name == "ViTModel" else {}
     with _silent(transformers):
         theirs, info = getattr(transformers, name).from_pretrained(

@@ -23,7 +23,7 @@ from fastmae.export.onnx import opened_onnx, save_onnx
 from fastmae.export.program import opened_program, save_program
 from fastmae.export.timm import as_timm, save_timm
 from fastmae.facts import UINT8
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.mae import MaskedAutoencoderViT, as_vit
 from fastmae.model.pixels import nodata_of
 from fastmae.model.sizes import sizes_of
 
@@ -50,7 +50,7 @@ def export(
     Raises:
         UserError: the format cannot hold the model, a package is missing, or the file system refused.
     """
-    path, model = Path(config.output), opened.model
+    path, model = Path(config.output), as_vit(opened.model, f"--to {config.to}")
     head = {} if config.part == "encoder" else opened.head
     if config.part == "full" and not opened.has_decoder and not head:
         raise SettingError("part", "full", f"{config.checkpoint} holds the encoder alone; leave --part out")
@@ -79,7 +79,7 @@ def export(
 
 def _described(opened: Opened, head: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Returns the settings that build the model again. A run's other settings are dropped, as they name folders."""
-    model, settings = opened.model, opened.settings
+    model, settings = as_vit(opened.model, "an official file"), opened.settings
     described = {
         "model": settings["model"],
         "input_size": list(model.img_size),

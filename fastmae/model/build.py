@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from fastmae.config.family import PRESET_OF_FAMILY, TAKEN_BY, Family, family_of
 from fastmae.config.images import pixel_settings, read_as
 from fastmae.config.model import ModelSpec
 from fastmae.errors import SettingError
+from fastmae.model.family import MaskedModel
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.presets import MODELS, PRESETS
 from fastmae.model.sizes import PRESET_SIZES, beyond_preset, full_shape, sizes_of
 
 
-def build_model(spec: ModelSpec) -> MaskedAutoencoderViT:
+def build_model(spec: ModelSpec) -> MaskedModel:
     """Returns a fresh model.
 
     Raises:
@@ -24,22 +27,14 @@ def build_model(spec: ModelSpec) -> MaskedAutoencoderViT:
     if is_phrase(spec.model):
         problem = "was given in Python; make such a model and give it as model, its weights are loaded into it"
         raise SettingError("model", spec.model, problem)
-    if spec.model not in PRESETS:
-        near = difflib.get_close_matches(spec.model, PRESETS, 1)
+    family = family_of(spec.model)
+    if family == "vit" and spec.model not in PRESETS:
+        known = [*PRESETS, *(PRESET_OF_FAMILY[family] for family in _MAKERS)]
+        near = difflib.get_close_matches(spec.model, known, 1)
         hint = f"; did you mean {near[0]}?" if near else ";"
-        raise SettingError("model", spec.model, f"unknown{hint} one of {', '.join(PRESETS)}")
+        raise SettingError("model", spec.model, f"unknown{hint} one of {', '.join(known)}")
     try:
-        model = PRESETS[spec.model](
-            img_size=spec.input_size,
-            in_chans=spec.in_chans,
-            norm_pix_loss=spec.norm_pix_loss,
-            decoder_attention=spec.decoder_attention,
-            mean=spec.mean,
-            std=spec.std,
-            pixels=spec.pixels,
-            **({} if spec.patch_size is None else {"patch_size": spec.patch_size}),
-            **full_shape(spec.model, spec),
-        )
+        model = _make_vit(spec) if family == "vit" else _MAKERS[family](spec)
     except ValueError as error:
         raise SettingError(
             "model", spec.model, f"{error}; choose another --input_size, --patch_size or --model"
@@ -48,12 +43,31 @@ def build_model(spec: ModelSpec) -> MaskedAutoencoderViT:
     return model
 
 
+def _make_vit(spec: ModelSpec) -> MaskedModel:
+    return PRESETS[spec.model](
+        **_images(spec),
+        decoder_attention=spec.decoder_attention,
+        **({} if spec.patch_size is None else {"patch_size": spec.patch_size}),
+        **full_shape(spec.model, spec),
+    )
+
+
+def _images(spec: ModelSpec) -> dict[str, Any]:
+    """Returns the arguments that all families take."""
+    names = ("in_chans", "norm_pix_loss", "mean", "std", "pixels")
+    return {"img_size": spec.input_size, **{name: getattr(spec, name) for name in names}}
+
+
+_MAKERS: dict[Family, Callable[[ModelSpec], MaskedModel]] = {}
+"""What makes the models of the other families, which have a function each."""
+
+
 def is_phrase(name: str) -> bool:
     """Tells whether the name of a preset is the phrase that stands for a model that no preset makes."""
     return name.startswith("<")
 
 
-def settings_of(model: MaskedAutoencoderViT) -> dict[str, Any]:
+def settings_of(model: MaskedModel) -> dict[str, Any]:
     """Returns the settings of a run that trains a model, as far as the model decides them.
 
     Their ``model`` is the preset by which ``build_model`` makes one like it, or a phrase where none does.
@@ -68,7 +82,11 @@ def settings_of(model: MaskedAutoencoderViT) -> dict[str, Any]:
         decoder_attention=model.decoder_attention,
         **{name: value for name, value in pixel_settings(model.pixels).items() if value not in (None, "uint8")},
     )
-    if type(model) in MODELS.values():
+    images = {name: value for name, value in images.items() if model.family in TAKEN_BY.get(name, (model.family,))}
+    own = model.own_settings
+    if own and _makes(images | own, model):
+        return images | own
+    if isinstance(model, MaskedAutoencoderViT) and type(model) in MODELS.values():
         shape = sizes_of(model).shape
         others = [{n: v for n, v in beyond_preset(preset, shape).items() if v is not None} for preset in PRESET_SIZES]
         preset, fewest = min(zip(PRESET_SIZES, others, strict=True), key=lambda pair: len(pair[1]))
@@ -78,7 +96,7 @@ def settings_of(model: MaskedAutoencoderViT) -> dict[str, Any]:
     return images | {"model": f"<{type(model).__name__} of {type(model).__module__}>"}
 
 
-def _makes(settings: dict[str, Any], model: MaskedAutoencoderViT) -> bool:
+def _makes(settings: dict[str, Any], model: MaskedModel) -> bool:
     """Tells whether settings make a model like this one: the same modules, sizes and names of weights."""
     try:
         with torch.device("meta"):
@@ -86,4 +104,4 @@ def _makes(settings: dict[str, Any], model: MaskedAutoencoderViT) -> bool:
     except SettingError:
         return False
     shapes = [{name: tensor.shape for name, tensor in one.state_dict().items()} for one in (model, other)]
-    return shapes[0] == shapes[1] and sizes_of(model) == sizes_of(other) and repr(model) == repr(other)
+    return shapes[0] == shapes[1] and model.sizes == other.sizes and repr(model) == repr(other)

@@ -130,6 +130,11 @@ class MaskedModel(nn.Module):
         """Its sizes, which are printed in a line."""
         raise NotImplementedError
 
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """The preset and the settings by which ``build_model`` makes one like it; empty where that is not known."""
+        return {}
+
     def about_decoder(self, mask_ratio: float, predict_ratio: float | None) -> str:
         """Returns what is to be said of the decoder; empty if it is the usual one."""
         return ""

@@ -62,6 +62,7 @@ from fastmae.model.classifier import (
     stochastic_depth_mask,
     tune,
 )
+from fastmae.model.mae import as_vit
 from fastmae.model.pixels import normalised
 from fastmae.model.sizes import beyond_preset, sizes_of
 from fastmae.model.weight_copies import WeightCopies
@@ -294,13 +295,13 @@ def _resolve(
     Raises:
         UserError: settings that do not go together.
     """
-    own = sizes_of(encoder.model).shape
+    own = sizes_of(as_vit(encoder.model, "fine-tuning")).shape
     shape = beyond_preset(encoder.settings["model"], own)
     config = resolve_finetune(
         flags,
         describe(train, read_as=encoder.model.read_as),
         model=encoder.settings["model"],
-        width=encoder.model.cls_token.shape[2],
+        width=encoder.model.feature_dim,
         img_size=encoder.model.img_size,
         patch_size=encoder.model.patch_size,
         shape={name: value for name, value in shape.items() if name in ENCODER_SHAPE},
@@ -408,7 +409,9 @@ def _prepare(
 def _classifier(encoder: Opened, config: ResolvedFinetuneConfig) -> Classifier:
     size = config.input_size
     try:
-        model = classifier_of(encoder.model, config.nb_classes, img_size=size, global_pool=config.global_pool)
+        model = classifier_of(
+            as_vit(encoder.model, "fine-tuning"), config.nb_classes, img_size=size, global_pool=config.global_pool
+        )
     except ValueError as error:
         raise SettingError("input_size", config.input_size, f"{error}; choose another size or --model") from error
     if encoder.head:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from fastmae.config.family import PRESET_OF_FAMILY, TAKEN_BY, Family, family_of
 from fastmae.config.images import pixel_settings, read_as
 from fastmae.config.model import ModelSpec
 from fastmae.errors import SettingError
+from fastmae.model.conv import ConvMAE
 from fastmae.model.family import MaskedModel
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.mlp import MLPMAE
 from fastmae.model.presets import MODELS, PRESETS
 from fastmae.model.sizes import PRESET_SIZES, beyond_preset, full_shape, sizes_of
 
@@ -52,13 +54,27 @@ def _make_vit(spec: ModelSpec) -> MaskedModel:
     )
 
 
+def _make_conv(spec: ModelSpec) -> MaskedModel:
+    names = ("patch_size", "widths", "latent_dim", "mask_unit", "fill", "loss", "loss_on")
+    return ConvMAE(**_images(spec), **_given(spec, names))
+
+
+def _make_mlp(spec: ModelSpec) -> MaskedModel:
+    return MLPMAE(**_images(spec), **_given(spec, ("widths", "fill", "loss", "loss_on")))
+
+
+def _given(spec: ModelSpec, names: Sequence[str]) -> dict[str, Any]:
+    """Returns the settings that are not left to the model."""
+    return {name: getattr(spec, name) for name in names if getattr(spec, name) is not None}
+
+
 def _images(spec: ModelSpec) -> dict[str, Any]:
     """Returns the arguments that all families take."""
     names = ("in_chans", "norm_pix_loss", "mean", "std", "pixels")
     return {"img_size": spec.input_size, **{name: getattr(spec, name) for name in names}}
 
 
-_MAKERS: dict[Family, Callable[[ModelSpec], MaskedModel]] = {}
+_MAKERS: dict[Family, Callable[[ModelSpec], MaskedModel]] = {"conv": _make_conv, "mlp": _make_mlp}
 """What makes the models of the other families, which have a function each."""
 
 

@@ -244,6 +244,25 @@ void add_layer_norm_backward(const Optional& grad_stream, const py::array& grad_
                                    pointer(narrow), of_affine);
 }
 
+void sums_of_products(const py::array& x, const Optional& other, std::int64_t threads, const py::array& sums) {
+  const Array in = view("x", x), total = view("sums", sums);
+  const std::optional<Array> beside = view("other", other);
+  const int workers = fastmae::check_threads(threads);
+  fastmae::check_sums_of_products(in, pointer(beside), total);
+  const py::gil_scoped_release release;
+  fastmae::sums_of_products(in, pointer(beside), workers, total);
+}
+
+void scale_and_add(const py::array& x, const py::array& scale, const Optional& other, const py::array& added,
+                   std::int64_t threads, const py::array& out) {
+  const Array in = view("x", x), by = view("scale", scale), shift = view("added", added), result = view("out", out);
+  const std::optional<Array> beside = view("other", other);
+  const int workers = fastmae::check_threads(threads);
+  fastmae::check_scale_and_add(in, by, pointer(beside), shift, result);
+  const py::gil_scoped_release release;
+  fastmae::scale_and_add(in, by, pointer(beside), shift, workers, result);
+}
+
 void depthwise_visible(const py::array& x, const py::array& slots, const py::array& weight, const Optional& bias,
                        bool turned, std::int64_t threads, const py::array& out) {
   const Array in = view("x", x), weights = view("weight", weight), result = view("out", out);
@@ -332,6 +351,10 @@ PYBIND11_MODULE(_C, m) {
         arg("weight"), arg("mean"), arg("rstd"), arg("threads"), arg("grad_x"), arg("grad_branch"), arg("grad_affine"),
         "gradients, stream [..., D], weight [D], mean and rstd [...] -> grad_x, grad_branch [..., D], "
         "grad_affine float32 [2 or 3, D], the third row for branch_bias");
+  m.def("sums_of_products", &sums_of_products, arg("x"), arg("other"), arg("threads"), arg("sums"),
+        "x, other [N, P, D] or None -> sums float32 [2, N, D] of x*other and of other, or [1, N, D] of x*x");
+  m.def("scale_and_add", &scale_and_add, arg("x"), arg("scale"), arg("other"), arg("added"), arg("threads"), arg("out"),
+        "x, other [N, P, D] or None, scale [N, D], added [N or 1, D] -> out [N, P, D], x*scale + other*added");
   m.def("depthwise_visible", &depthwise_visible, arg("x"), arg("slots"), arg("weight"), arg("bias"), arg("turned"),
         arg("threads"), arg("out"),
         "x [N, K, s*s, C], slots [N, gh, gw], weight [C, 49], bias [C] or None -> out [N, K, s*s, C]");

@@ -172,6 +172,17 @@ void check_distinct(const Array& array, const Ids& ids, std::int64_t limit) {
     }
 }
 
+// Contiguous rows x [N, P, D], and others like them or null.
+void check_pair(const Array& x, const Array* other) {
+  check_rows(x);
+  check_axes(x, 3, "[N, P, D]");
+  check_contiguous(x);
+  if (!other) return;
+  check_dtype(*other, {x.dtype});
+  check_shape_of(*other, x);
+  check_contiguous(*other);
+}
+
 // Cells x [N, K, s·s, C] and their slots [N, gh, gw]: each of the K once in an image, and −1.
 Slots check_cells(const Array& x, const Array& slots) {
   check_floating(x);
@@ -566,6 +577,28 @@ void check_add_layer_norm_backward(const Array* grad_stream, const Array& grad_n
   check_floating(*grad_branch);
   check_shape_of(*grad_branch, stream);
   check_output(*grad_branch, {grad_stream, &grad_normed, &stream, &weight, &mean, &rstd});
+}
+
+void check_sums_of_products(const Array& x, const Array* other, const Array& sums) {
+  check_pair(x, other);
+  check_dtype(sums, {DType::kFloat32});
+  check_shape(sums, {other ? 2 : 1, x.shape[0], x.shape[2]}, other ? "[2, N, D]" : "[1, N, D]");
+  check_output(sums, {&x, other});
+}
+
+void check_scale_and_add(const Array& x, const Array& scale, const Array* other, const Array& added,
+                         const Array& out) {
+  check_pair(x, other);
+  check_dtype(scale, {DType::kFloat32});
+  check_shape(scale, {x.shape[0], x.shape[2]}, "[N, D]");
+  check_contiguous(scale);
+  check_dtype(added, {DType::kFloat32});
+  const bool is_one = added.ndim == 2 && added.shape[0] == 1;
+  check_shape(added, {is_one ? 1 : x.shape[0], x.shape[2]}, "[N or 1, D]");
+  check_contiguous(added);
+  check_dtype(out, {x.dtype});
+  check_shape_of(out, x);
+  check_output(out, {&x, &scale, other, &added});
 }
 
 Slots check_depthwise_visible(const Array& x, const Array& slots, const Array& weight, const Array* bias,

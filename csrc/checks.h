@@ -53,6 +53,8 @@ void check_add_layer_norm(const Array& x, const Array& branch, const Array* bran
 void check_add_layer_norm_backward(const Array* grad_stream, const Array& grad_normed, const Array& stream,
                                    const Array& weight, const Array& mean, const Array& rstd, const Array& grad_x,
                                    const Array* grad_branch, const Array& grad_affine);
+void check_sums_of_products(const Array& x, const Array* other, const Array& sums);
+void check_scale_and_add(const Array& x, const Array& scale, const Array* other, const Array& added, const Array& out);
 Slots check_depthwise_visible(const Array& x, const Array& slots, const Array& weight, const Array* bias,
                               const Array& out);
 Slots check_depthwise_visible_weights(const Array& x, const Array& grad, const Array& slots, const Array& sums);

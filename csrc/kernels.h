@@ -106,6 +106,13 @@ struct Kernels {
                                   RowStatistics statistics, std::int64_t count, void* grad_x, float* weight_sum,
                                   float* bias_sum, float* room);
 
+  // products += x · other, sums += other; with null for other, products += x².
+  void (*add_products)(const void* x, const void* other, DType dtype, std::int64_t count, float* products, float* sums);
+
+  // out = x · scale + other · added; with null for other, x · scale + added.
+  void (*scale_and_add)(const void* x, const void* other, DType dtype, const float* scale, const float* added,
+                        std::int64_t count, void* out);
+
   // How many channels a call of depthwise takes, of C ≥ lanes.
   std::int64_t (*depthwise_width)(std::int64_t s, std::int64_t C);
 

@@ -486,6 +486,30 @@ void add_layer_norm_backward(const void* grad_stream, const void* grad_normed, D
   });
 }
 
+void add_products(const void* x, const void* other, DType dtype, std::int64_t count, float* products, float* sums) {
+  with_float_pointer(x, dtype, [&](const auto* from) {
+    const auto* beside = static_cast<decltype(from)>(other);
+    for_each_part(count, [&](std::int64_t i, std::int64_t n) {
+      const Float one = load(from + i, n), two = beside ? load(beside + i, n) : one;
+      store(products + i, load(products + i, n) + one * two, n);
+      if (beside) store(sums + i, load(sums + i, n) + two, n);
+    });
+  });
+}
+
+void scale_and_add(const void* x, const void* other, DType dtype, const float* scale, const float* added,
+                   std::int64_t count, void* out) {
+  with_float_pointer(out, dtype, [&](auto* to) {
+    const auto* from = static_cast<decltype(to)>(const_cast<void*>(x));
+    const auto* beside = static_cast<decltype(to)>(const_cast<void*>(other));
+    for_each_vector(count, [&](std::int64_t i, std::int64_t n) {
+      Float sum = load(added + i, n);
+      if (beside) sum = sum * load(beside + i, n);
+      store(to + i, load(from + i, n) * load(scale + i, n) + sum, n);
+    });
+  });
+}
+
 }  // namespace
 }  // namespace fastmae
 
@@ -508,6 +532,8 @@ constexpr Kernels table(const char* name) {
           gelu_backward,
           add_layer_norm,
           add_layer_norm_backward,
+          add_products,
+          scale_and_add,
           depthwise_width,
           depthwise,
           depthwise_weights,

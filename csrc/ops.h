@@ -66,6 +66,15 @@ void add_layer_norm_backward(const Array* grad_stream, const Array& grad_normed,
                              const Array& weight, const Array& mean, const Array& rstd, int threads,
                              const Array& grad_x, const Array* grad_branch, const Array& grad_affine);
 
+// x, other [N, P, D] → sums float32 [2, N, D] over the P rows: of x · other, and of other; or with null for other [1, N, D]
+// of x².
+void sums_of_products(const Array& x, const Array* other, int threads, const Array& sums);
+
+// x, other [N, P, D], scale float32 [N, D], added float32 [N or 1, D] → out [N, P, D] of x's type, x · scale + other · added;
+// or with null for other x · scale + added.
+void scale_and_add(const Array& x, const Array& scale, const Array* other, const Array& added, int threads,
+                   const Array& out);
+
 // x [N, K, s·s, C], weight [C, 49], bias [C] or null → out [N, K, s·s, C] of x's type; turned: with the weights in reverse
 // order, which takes the gradient of out to that of x. C is at least the lanes of a vector. Its bits depend on whether
 // the instruction set has fused multiply-adds.

@@ -300,6 +300,28 @@ def add_layer_norm_backward(
     return [grad_x, grad_affine] if grad_branch is None else [grad_x, grad_branch, grad_affine]
 
 
+def sums_of_products(x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns the sums over P of x·other and of other, float32 [2, N, D], for [N, P, D]; of x² [1, N, D] with None."""
+    sums = _empty(torch.float32, 1 if other is None else 2, x.shape[0], x.shape[2])
+    beside = _array_or_none(None if other is None else other.contiguous())
+    _C.sums_of_products(_array(x.contiguous()), beside, torch.get_num_threads(), _array(sums))
+    return sums
+
+
+def scale_and_add(
+    x: torch.Tensor, scale: torch.Tensor, added: torch.Tensor, other: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns x·scale + other·added in x's dtype, for x and other [N, P, D], scale and added float32 [N, D].
+
+    Without ``other`` it is x·scale + added. ``added`` may be [1, D], the same for all images.
+    """
+    out = _empty(x.dtype, *x.shape)
+    beside = _array_or_none(None if other is None else other.contiguous())
+    factors = _array(scale.contiguous()), beside, _array_of_weights(added.contiguous())
+    _C.scale_and_add(_array(x.contiguous()), *factors, torch.get_num_threads(), _array(out))
+    return out
+
+
 def depthwise_visible(
     x: torch.Tensor, slots: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, turned: bool = False
 ) -> torch.Tensor:

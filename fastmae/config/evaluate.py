@@ -167,13 +167,14 @@ class AnomalyConfig(ReadingConfig):
     """A class of labelled data that is removed from the normal images: the name of its folder, or its number."""
     k: int = 1
     """The distance is the mean of the distances to this many nearest normal images."""
-    pool: AnomalyPool = "tokens"
+    pool: AnomalyPool | None = None
     """What is compared: patch tokens at the same position (tokens), for images in which things lie alike; or for other
-    images the mean of the patch tokens (mean), the class token (cls), or both side by side (both)."""
+    images the mean of the patch tokens (mean), the class token (cls), or both side by side (both). Default: tokens; for
+    models that have none mean, which of rows of a table is their latent."""
     mask_ratio: float | None = None
-    """Share of the patches that is masked at a time."""
+    """Share of the patches, or of the cells of a row, that is masked at a time."""
     rounds: int = 4
-    """How many times each patch is masked, at least, with different other patches."""
+    """How many times each of them is masked, at least, with different others."""
     seed: int = 0
     """The number from which the masks follow."""
     count: int = 8

@@ -311,7 +311,7 @@ def _axes(shape: tuple[int, ...], origin: str, name: LayoutName) -> Layout:
     if len(shape) == 2:
         side = math.isqrt(shape[1])
         rows = f", or if its rows are images save array.reshape(-1, {side}, {side})" if side**2 == shape[1] else ""
-        raise UserError(f"{has}, which is one image; save array[None]{rows}")
+        raise UserError(f"{has}, which is one image; save array[None]{rows}, or train --model mae_mlp on its rows")
     if len(shape) not in (3, 4) or (shape[0] and min(shape[1:]) < 1):
         raise UserError(f"{has}; save it in one of these")
     if len(shape) == 3:

@@ -560,6 +560,7 @@ def _columns(names: list[str], sample: dict[str, Any]) -> tuple[str, str | None,
     images = [name for name, value in sample.items() if isinstance(value, str) and suffix_of(value) in FILE_SUFFIXES]
     path = next((name for name in (*PATH_COLUMNS, *images) if name in names), None)
     if path is None:
-        raise ValueError(f"no column of paths among {', '.join(map(str, names[:8]))}; call it `path`")
+        there = ", ".join(map(str, names[:8]))
+        raise ValueError(f"no column of paths among {there}; call it `path`, or train --model mae_mlp on numbers")
     label = next((name for name in NAME_COLUMNS if name in names and name != path), None)
     return path, label, next((name for name in PART_COLUMNS if name in names), None)

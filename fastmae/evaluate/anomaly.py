@@ -14,7 +14,7 @@ import torch
 
 from fastmae.config import AnomalyPool
 from fastmae.data.loader import Skipped
-from fastmae.data.sources import Source, Subset, class_names, classes_of
+from fastmae.data.sources import Source, Subset, class_names, classes_of, columns_of
 from fastmae.errors import SettingError
 from fastmae.evaluate.features import Features, extract_features, usable_batches
 from fastmae.evaluate.knn import nearest
@@ -22,10 +22,13 @@ from fastmae.evaluate.pictures import coloured, grid_picture, save_png
 from fastmae.evaluate.reconstruct import about_pixels, central_crops, drawn
 from fastmae.files import write_text
 from fastmae.model.family import MaskedModel
+from fastmae.model.mlp import MLPMAE
 from fastmae.model.pixels import pixels_of, without_missing
 from fastmae.ops import gather_patches, random_masking
 from fastmae.ops.masked_mse import patch_statistics
 
+CELLS = 3
+"""Of how many columns with the largest errors scores.json tells."""
 MAX_FEATURE_BYTES = 8 * 2**30
 
 
@@ -119,6 +122,32 @@ def patch_errors(
     return torch.where(is_whole, total / count, math.nan).view(N, *model.grid_size)
 
 
+@torch.no_grad()
+def cell_errors(
+    model: MLPMAE, images: torch.Tensor, draw_ids: torch.Tensor, *, mask_ratio: float, rounds: int, seed: int
+) -> torch.Tensor:
+    """Computes the squared error of each number of a row while it is hidden, standardised: float32 [N, 1, D].
+
+    As ``patch_errors``, with numbers in place of patches: in each round every one is hidden at least once, together
+    with others. A missing number has NaN.
+    """
+    N, D = len(images), model.num_patches
+    M = min(D - 1, max(1, round(mask_ratio * D)))
+    numbers, missing = model.rows(images)
+    total = torch.zeros_like(numbers, dtype=torch.float32)
+    count = torch.zeros_like(total)
+    for number in range(rounds):
+        order = random_masking((draw_ids * rounds + number).to(images.device), seed, D).long()
+        for group in range(math.ceil(D / M)):
+            hidden = torch.zeros_like(total, dtype=torch.bool)
+            hidden.scatter_(1, order.roll(-group * M, dims=1)[:, :M], True)
+            pred = model.predict(images, hidden, mask_ratio)[..., 0].float()
+            total += (pred - numbers).square().masked_fill(~hidden, 0)
+            count += hidden
+    errors = total / count
+    return (errors if missing is None else errors.masked_fill(missing, math.nan)).view(N, *model.grid_size)
+
+
 def find_anomalies(
     model: MaskedModel,
     normal: Source,
@@ -157,8 +186,9 @@ def find_anomalies(
     k = min(k, len(normal_features.values))
     closeness, _ = nearest(normal_features.values, test_features.values, k, lambda a, b: -torch.cdist(a, b))
     batches = usable_batches(model, test, batch_size=batch_size, num_workers=num_workers)
+    errors: Any = cell_errors if isinstance(model, MLPMAE) else patch_errors
     maps = torch.cat([
-        patch_errors(model, images, torch.from_numpy(indices), mask_ratio=mask_ratio, rounds=rounds, seed=seed)
+        errors(model, images, torch.from_numpy(indices), mask_ratio=mask_ratio, rounds=rounds, seed=seed)
         for indices, images, _ in batches
         if len(indices)
     ])  # fmt: skip
@@ -201,10 +231,13 @@ def save_anomalies(
 ) -> None:
     """Writes scores.json, the largest distance first, and anomaly.png: the first ``count`` of them with heat maps.
 
+    Rows of a table have no picture; scores.json names the columns with the largest errors of each.
+
     Raises:
         UserError: the files cannot be written.
     """
     ranked = anomalies.distance.argsort(descending=True, stable=True).tolist()
+    columns = columns_of(test)
     scores = [
         {
             "name": test.name(int(anomalies.indices[row])),
@@ -212,6 +245,7 @@ def save_anomalies(
             "error": round(float(anomalies.error[row]), 6),
         }
         | ({} if anomalous is None else {"anomalous": bool(anomalous[row])})
+        | ({} if columns is None else {"cells": _largest(columns, anomalies.maps[row].flatten())})
         for row in ranked
     ]
     try:
@@ -220,12 +254,20 @@ def save_anomalies(
     except OSError as error:
         problem = f"cannot be written ({error}); name another folder"
         raise SettingError("folder", str(folder), problem, flag="--output") from error
+    if not model.has_pictures:
+        return
     shown = ranked[:count]
     images = list(drawn(model, central_crops(model, test, anomalies.indices[shown])).cpu().numpy())
     captions = [f"{scores[n]['distance']:.2f}{_mark(anomalous, row)}" for n, row in enumerate(shown)]
     heat, hottest = _heat(anomalies.maps, shown, model.patch_size)
     title = f"largest distances; below, errors of reconstruction (white: {hottest:.2g}){about_pixels(model)}"
     save_png(folder / "anomaly.png", grid_picture([images, heat], title, captions=[captions, [""] * len(shown)]))
+
+
+def _largest(columns: Sequence[str], errors: torch.Tensor) -> dict[str, float]:
+    """Returns the columns of a row with the largest errors, and these."""
+    order = errors.nan_to_num(-1.0).argsort(descending=True, stable=True)[:CELLS].tolist()
+    return {columns[at]: round(float(errors[at]), 4) for at in order if not errors[at].isnan()}
 
 
 def _mark(anomalous: np.ndarray | None, row: int) -> str:

@@ -61,7 +61,7 @@ SHORTEST = [
 NOT_RUN = (
     "benchmarks.md", "containers.md", "dicom.md", "finetuning.md", "large-runs.md", "loading.md", "pack.md",
     "photo-formats.md", "photos.md", "quality.md", "ranges.md", "schedulers.md", "sharing.md", "sound.md", "sweeps.md",
-    "tiff.md", "volumes.md",
+    "tables.md", "tiff.md", "volumes.md",
 )  # fmt: skip
 
 

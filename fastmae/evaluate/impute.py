@@ -1,7 +1,7 @@
 """Fills what is missing in a table with what a model of vectors predicts, and measures how well it does so.
 
 A cell gets the mean of several predictions, each of which sees another four fifths of what is there. On tables of
-scikit-learn the error is 0.2 to 7 % lower than that of one prediction that sees everything.
+scikit-learn the error is 0.2 to 5.5 % lower than that of one prediction that sees everything (docs/tables.md).
 """
 
 from __future__ import annotations

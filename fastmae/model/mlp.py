@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +132,12 @@ class MLPMAE(MaskedModel):
     def sizes(self) -> str:
         """The widths of its layers, for people."""
         return "-".join(map(str, [self.num_patches, *self.widths, *self.widths[-2::-1], self.num_patches]))
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """The settings by which ``build_model`` makes one like it."""
+        names = ("widths", "fill", "loss", "loss_on")
+        return {"model": "mae_mlp", **{name: getattr(self, name) for name in names}}
 
     @property
     def feature_dim(self) -> int:

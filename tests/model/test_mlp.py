@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastmae.config.model import ModelSpec
 from fastmae.facts import UINT8, PixelFacts
+from fastmae.model.build import build_model, settings_of
 from fastmae.model.mlp import MLPMAE
 from fastmae.ops.bernoulli_masking import bernoulli_masking, expected_masked
 
@@ -162,6 +164,13 @@ def test_images_are_rows_of_their_pixels_and_both_forms_are_the_same():
     torch.testing.assert_close(model.training_loss(images, masked), model.training_loss(floats, masked))
     torch.testing.assert_close(model.features(images), model.features(floats), rtol=1e-4, atol=1e-5)
     assert model.features(images).shape == (5, model.feature_dim) == (5, 4)
+
+
+def test_its_settings_make_one_like_it():
+    model = MLPMAE((3, 2), 2, widths=(4, 3), fill="zero", loss="bce", loss_on="all")
+    other = build_model(ModelSpec(**settings_of(model)))
+    assert repr(other) == repr(model)
+    assert other.own_settings == model.own_settings
 
 
 def test_its_products_are_those_of_its_layers():

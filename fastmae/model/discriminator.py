@@ -17,11 +17,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 from fastmae.ops.masked_mse import patch_statistics
 
-WIDTH, NARROW = 64, 32
-"""The channels after the first strided convolution, which the second and the third double; and those for small images,
-where the discriminator would be larger than the model that it judges."""
-SMALL_SIDE = 64
-"""Images of up to so many pixels a side are small."""
+WIDTH = 32
+"""The channels after the first strided convolution; the second and the third double them. With twice as many the
+discriminator took longer than the step of a ViT-S that it judged."""
 SLOPE = 0.2
 """Of LeakyReLU below zero."""
 LARGEST_WEIGHT, EPS = 1e4, 1e-4
@@ -47,8 +45,7 @@ class Discriminator(nn.Module):
     def __init__(self, size: tuple[int, int], in_chans: int, spectral: bool = False) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        width = NARROW if max(size) <= SMALL_SIDE else WIDTH
-        widths = (in_chans, width, 2 * width, 4 * width)
+        widths = (in_chans, WIDTH, 2 * WIDTH, 4 * WIDTH)
         for inputs, outputs in pairwise(widths):
             kernel, stride, padding = (tuple(numbers) for numbers in zip(*map(_halving, size), strict=True))
             layers += [nn.Conv2d(inputs, outputs, kernel, stride, padding), nn.LeakyReLU(SLOPE)]

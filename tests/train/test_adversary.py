@@ -334,10 +334,10 @@ def test_two_ranks_train_as_one(parallel, kind, blobs, tmp_path):
     assert pretrain(small_run(blobs, tmp_path / "one", **more)) == 0
     run_ranks(2, small_run(blobs, tmp_path / "two", **more | {"batch_size": 4}))
     np.testing.assert_allclose(metrics(tmp_path / "two"), metrics(tmp_path / "one"), rtol=1e-5)
-    for one, two in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
-        assert one.keys() & {*TOLD} == two.keys() & {*TOLD}
-        for name in one.keys() & {*TOLD}:
-            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5)
+    one, two = rows_of(tmp_path / "one")[9:], rows_of(tmp_path / "two")[9:]
+    for name in TOLD:
+        assert two[0][name] == pytest.approx(one[0][name], rel=2e-5), "before rounding has grown in training"
+        np.testing.assert_allclose([row[name] for row in two], [row[name] for row in one], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

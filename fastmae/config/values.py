@@ -232,6 +232,10 @@ def need_seed(config: object) -> None:
 
 def need_statistics(config: Any) -> None:
     """Refuses a ``mean`` or ``std`` that is no share of the value range, such as 127 of 255."""
+    if config.columns is not None:  # of a table, whose numbers have units of their own
+        need(config, all(map(math.isfinite, config.mean or ())), "mean", "finite numbers, one for each column")
+        need(config, all(0 < value < math.inf for value in config.std or ()), "std", "above 0, one for each column")
+        return
     hint = "a share of the value range: divide numbers from 0 to 255 by 255"
     # Of a range that was chosen, such as a window of a CT, the mean may lie outside; but not a thousand ranges away.
     beyond = 0.0 if config.value_range is None else BEYOND_RANGE

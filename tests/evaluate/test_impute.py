@@ -57,6 +57,22 @@ def test_the_run_keeps_names_means_and_deviations(run):
     assert model.img_size == (1, 1)
 
 
+def test_a_run_goes_on_with_the_same_columns_in_any_order(tmp_path):
+    columns = {name: pa.array(column) for name, column in zip(NAMES, related(40).T, strict=True)}
+    arrow_csv.write_csv(pa.table(columns), tmp_path / "a.csv")
+    arrow_csv.write_csv(pa.table({name: columns[name] for name in NAMES[::-1]}), tmp_path / "b.csv")
+    arrow_csv.write_csv(pa.table({name: columns[name] for name in NAMES[1:]}), tmp_path / "c.csv")
+    settings = dict(
+        model="mae_mlp", output_dir=tmp_path / "run", batch_size=8, probe=False, device="cpu", tune="off", num_workers=1
+    )
+    fastmae.pretrain(tmp_path / "a.csv", epochs=1, **settings)
+    with pytest.raises(UserError, match="has no column 'age'"):
+        fastmae.pretrain(tmp_path / "c.csv", epochs=2, resume="auto", **settings)
+    run = fastmae.pretrain(tmp_path / "b.csv", epochs=2, resume="auto", **settings)
+    assert run.metrics[-1]["step"] == 10
+    assert run.model.read_as.columns == tuple(NAMES)
+
+
 def test_missing_cells_are_filled_better_than_by_means_and_others_stay(run):
     table = related()
     holed = with_holes(table)

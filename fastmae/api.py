@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastmae.data.sources import Parts, Source
     from fastmae.evaluate.features import Features
     from fastmae.evaluate.map import FeatureMap
-    from fastmae.model.classifier import Classifier
+    from fastmae.model.build import AnyClassifier
     from fastmae.model.family import MaskedModel
     from fastmae.ops.choices import Choices
     from fastmae.train.given import OnStep
@@ -70,7 +70,7 @@ class Run:
     """The model that the run was given, which has its weights since it ended."""
 
     @cached_property
-    def model(self) -> MaskedModel | Classifier:
+    def model(self) -> MaskedModel | AnyClassifier:
         """The model of the newest intact checkpoint, in evaluation mode: the one that was given, or a new one on the
         CPU. It is read once, when asked for.
 
@@ -383,7 +383,7 @@ def impute(
 
 
 def tune(
-    model: MaskedModel | Classifier,
+    model: MaskedModel | AnyClassifier,
     batch_size: int,
     *,
     mask_ratio: float = 0.75,
@@ -412,13 +412,13 @@ def tune(
     """
     import torch
 
+    from fastmae.model.build import AnyClassifier
     from fastmae.model.calls import calls_of
-    from fastmae.model.classifier import Classifier
     from fastmae.model.family import MaskedModel
     from fastmae.ops.backends import asked_backends, set_backends
     from fastmae.ops.tuning import measured
 
-    if not isinstance(model, MaskedModel | Classifier):
+    if not isinstance(model, MaskedModel | AnyClassifier):
         raise SettingError("model", type(model).__name__, "must be a masked autoencoder or a classifier of fastmae")
     device = next(model.parameters()).device
     if device.type != "cpu":
@@ -532,7 +532,7 @@ def _trainable(model: Any) -> MaskedModel:
     name = type(model).__name__
     if not isinstance(model, MaskedModel):
         problem = (
-            "is no preset's name and no fastmae.MaskedAutoencoderViT; give one of these, a subclass of it, or what "
+            "is no preset's name and no masked autoencoder of fastmae; give one of these, a subclass of it, or what "
             "fastmae.wrap makes of a timm model; fastmae.accelerate makes transformers' ViTMAE faster in its own loop"
         )
         raise SettingError("model", name, problem)

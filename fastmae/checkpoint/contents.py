@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 import torch
 
+from fastmae.checkpoint.convnext_names import convnext_prefix, to_own_names
 from fastmae.checkpoint.huggingface import from_huggingface
+from fastmae.config.family import family_of
 
 Kind = Literal["autoencoder", "encoder", "classifier"]
 
@@ -81,16 +83,28 @@ class Contents:
     """What was left out or converted, each in a line with a number."""
 
 
-def understand(content: Any) -> Contents:
+def understand(content: Any, args: Mapping[str, Any] | None = None) -> Contents:
     """Finds the encoder in what a file holds, and accounts for everything else.
 
     Containers such as ``{"state_dict": …}`` and prefixes such as ``module.`` are the same to it: all tensors get one
-    dotted name, and the encoder is where the projection of the patches is.
+    dotted name, and the encoder is where the projection of the patches is, or the stem of a ConvNeXt. A file of ours
+    that names a preset of another family has its own names.
+
+    Args:
+        content: the tensors, in containers or not.
+        args: the settings that come with them, if they are not in ``content``.
 
     Raises:
         NotMeantError: no encoder is in it, or several that nothing tells apart.
     """
+    container = content if isinstance(content, Mapping) else {}
+    args = _args(container) if args is None else args
     tensors = _flat(content)
+    if (convnext := convnext_prefix(tensors)) is not None:
+        return _of_convnext(tensors, convnext, container, args)
+    if family_of(args.get("model")) in ("conv", "mlp"):
+        named = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        return Contents("autoencoder", named, {}, *_training(container), dict(args), False, ())
     prefix, is_huggingface, notes = _find_encoder(tensors, content)
     inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     beside = _beside(tensors, prefix, is_huggingface)
@@ -120,29 +134,71 @@ def understand(content: Any) -> Contents:
     ):
         if names:
             notes.append(f"{len(names)} tensors {why}: {listed(names, 3)}")
-    container = content if isinstance(content, Mapping) else {}
     return Contents(
         kind="autoencoder" if "decoder_pred.weight" in weights else "classifier" if head else "encoder",
         weights=weights,
         head=head,
-        optimizer=container.get("optimizer") if isinstance(container.get("optimizer"), dict) else None,
-        epoch=container["epoch"] if isinstance(container.get("epoch"), int) else None,
-        args=_args(container),
+        optimizer=_training(container)[0],
+        epoch=_training(container)[1],
+        args=dict(args),
         is_huggingface=is_huggingface,
         notes=(*notes, *packed, *folded),
     )
 
 
+def _of_convnext(
+    tensors: dict[str, torch.Tensor], prefix: str, container: Mapping[Any, Any], args: Mapping[str, Any]
+) -> Contents:
+    """Accounts for the tensors of a file with a ConvNeXt V2.
+
+    Raises:
+        NotMeantError: it is a ConvNeXt without GRN.
+    """
+    weights, unused = to_own_names(tensors, prefix)
+    if "stages.0.blocks.0.mlp.grn.weight" not in weights:
+        raise NotMeantError("is a ConvNeXt without GRN, and a masked autoencoder of this family has ConvNeXt V2")
+    head: dict[str, torch.Tensor] = {n: weights.pop(n) for n in ("head.weight", "head.bias") if n in weights}
+    has_decoder = "decoder_pred.weight" in weights
+    if not has_decoder:  # such as a lone mask token
+        unused += [name for name in weights if name.startswith(("decoder_", "mask_token"))]
+        weights = {name: t for name, t in weights.items() if not name.startswith(("decoder_", "mask_token"))}
+    head = {} if has_decoder or len(head) < 2 else head
+    count = f"{len(unused)} tensors not used, as no ConvNeXt V2 has them: {listed(sorted(unused), 3)}"
+    return Contents(
+        "autoencoder" if has_decoder else "classifier" if head else "encoder",
+        weights,
+        head,
+        *_training(container),
+        dict(args),
+        any("embeddings.patch_embeddings" in name for name in tensors),
+        (count,) if unused else (),
+    )
+
+
+def _training(container: Mapping[Any, Any]) -> tuple[dict[str, Any] | None, int | None]:
+    """Returns the state of the optimiser and the epoch that are in a training file."""
+    optimizer, epoch = container.get("optimizer"), container.get("epoch")
+    return optimizer if isinstance(optimizer, dict) else None, epoch if isinstance(epoch, int) else None
+
+
 def described(weights: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor]) -> str:
     """Says what a model is: ``a ViT encoder, 12 blocks of 768, without decoder``."""
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    projection = weights.get("patch_embed.proj.weight")
-    size = f"{depth} blocks of {0 if projection is None else projection.shape[0]}"
+    size, architecture = _size_of(weights)
     if "decoder_pred.weight" in weights:
         return f"a masked autoencoder, {size}"
     if head:
         return f"a fine-tuned classifier with {head['head.weight'].shape[0]} classes, {size}, without decoder"
-    return f"a ViT encoder, {size}, without decoder"
+    return f"a {architecture} encoder, {size}, without decoder"
+
+
+def _size_of(weights: Mapping[str, torch.Tensor]) -> tuple[str, str]:
+    """Returns the blocks of an encoder and their width in words, and its architecture."""
+    convolved = [t.shape[0] for name, t in weights.items() if re.fullmatch(r"stages\..*\.conv_dw\.weight", name)]
+    if convolved:
+        return f"{len(convolved)} blocks of {min(convolved)} to {max(convolved)}", "ConvNeXt V2"
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    projection = weights.get("patch_embed.proj.weight")
+    return f"{depth} blocks of {0 if projection is None else projection.shape[0]}", "ViT"
 
 
 def foreign_parts(names: Iterable[str]) -> str:

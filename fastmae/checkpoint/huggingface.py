@@ -21,7 +21,7 @@ PIXELS = "fastmae"
 # The first is what is written.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 EPS = 1e-6
-READ = ("vit_mae", "vit", "dinov2", "dinov2_with_registers")
+READ = ("vit_mae", "vit", "dinov2", "dinov2_with_registers", "convnextv2")
 """The values of model_type whose encoder is one of a masked autoencoder."""
 
 _OUTSIDE = {
@@ -170,12 +170,12 @@ def read_config(folder: Path) -> tuple[dict[str, Any], tuple[int, int | None] | 
             settings[ours] = preprocessor[theirs]
     if isinstance(preprocessor.get(PIXELS), dict):
         settings |= preprocessor[PIXELS]
-    heads = config.get("num_attention_heads", 12)
+    heads = None if kind == "convnextv2" else config.get("num_attention_heads", 12)
     decoder_heads = config.get("decoder_num_attention_heads", 16) if kind == "vit_mae" else None
     # The released folders say 1e-12, though their weights were trained with the published 1e-6.
     eps = config.get("layer_norm_eps", 1e-12)
     remarks = [] if eps == EPS else [f"layer_norm_eps {eps} is taken as {EPS}, as published"]
-    return settings, (heads, decoder_heads), remarks
+    return settings, None if heads is None else (heads, decoder_heads), remarks
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -30,10 +30,10 @@ from fastmae.config.model import ModelSpec
 from fastmae.config.shared import ReadingConfig
 from fastmae.errors import SettingError, UserError
 from fastmae.facts import BUILT_IN_TABLES
-from fastmae.model.build import build_model
-from fastmae.model.classifier import Classifier, classifier_of, merge_lora, tune
+from fastmae.model.build import AnyClassifier, build_model, classifier_of
+from fastmae.model.classifier import merge_lora, tune
 from fastmae.model.family import MaskedModel
-from fastmae.model.mae import MaskedAutoencoderViT, as_vit
+from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import register_pixels
 from fastmae.model.presets import PRESETS
 from fastmae.model.vit import patch_grid
@@ -206,7 +206,7 @@ def read_settings(checkpoint: str | Path) -> dict[str, Any]:
     return _of_newest(path, lambda _, manifest: manifest["settings"])
 
 
-def load_classifier(checkpoint: str | Path) -> Classifier:
+def load_classifier(checkpoint: str | Path) -> AnyClassifier:
     """Returns a fine-tuned classifier, on the CPU, in evaluation mode.
 
     Args:
@@ -223,9 +223,7 @@ def load_classifier(checkpoint: str | Path) -> Classifier:
     if not opened.head:
         raise UserError(f"{path}: is {opened.what}, not a fine-tuned classifier; give another checkpoint")
     has_pooled_norm = opened.model.fc_norm is not None
-    model = classifier_of(
-        as_vit(opened.model, "fine-tuning"), opened.head["head.weight"].shape[0], global_pool=has_pooled_norm
-    )
+    model = classifier_of(opened.model, opened.head["head.weight"].shape[0], global_pool=has_pooled_norm)
     model.load_state_dict(opened.head, strict=False)
     return model.eval()
 
@@ -272,7 +270,8 @@ def _verified(path: Path) -> tuple[Path, dict[str, Any]]:
 def _opened_run(path: Path, manifest: dict[str, Any], given: ReadingConfig) -> Opened:
     """Opens a checkpoint of pretrain or of finetune at its own size; ``given`` overrides how pixels are normalised."""
     settings = manifest["settings"]
-    if given.model is not None and PRESETS.get(given.model) is not PRESETS.get(settings["model"]):
+    named = PRESETS.get(given.model or "", given.model)
+    if given.model is not None and named != PRESETS.get(settings["model"], settings["model"]):
         raise SettingError("model", given.model, f"{path} is of {settings['model']}, as its settings say; leave it out")
     if "nb_classes" in settings:
         return _opened_file(_file_of_classifier(path, manifest), given)
@@ -293,13 +292,11 @@ def _fresh(settings: dict[str, Any]) -> MaskedModel:
         raise BadCheckpointError(str(error)) from error
 
 
-def _classifier_of_run(path: Path, manifest: dict[str, Any]) -> Classifier:
+def _classifier_of_run(path: Path, manifest: dict[str, Any]) -> AnyClassifier:
     settings = manifest["settings"]
     if "nb_classes" not in settings:
         raise BadCheckpointError("is of a masked autoencoder, not of a fine-tuned classifier")
-    model = classifier_of(
-        as_vit(_fresh(settings), "fine-tuning"), settings["nb_classes"], global_pool=settings["global_pool"]
-    )
+    model = classifier_of(_fresh(settings), settings["nb_classes"], global_pool=settings["global_pool"])
     tune(model, settings["tune"], settings["lora_rank"])
     load_checkpoint(path, model)
     return model
@@ -337,23 +334,22 @@ def _unsaid(file: OfficialFile, given: ReadingConfig, model: MaskedModel) -> lis
 
 
 def _resize(path: Path, opened: Opened, size: tuple[int, int]) -> None:
-    """Gives a model positions for images of another size, in place, and says so."""
+    """Makes a model one of images of another size, in place. Says so where its positions are other ones."""
     model = opened.model
     if size == model.img_size:
         return
     try:
         grid = patch_grid(size, model.patch_size)
+        if not isinstance(model, MaskedAutoencoderViT):
+            model.set_size(size)
     except ValueError as error:
         raise SettingError("input_size", size, f"{error}; choose another size") from error
+    opened.settings["input_size"] = list(size)
     if not isinstance(model, MaskedAutoencoderViT):
-        its = "×".join(map(str, model.img_size))
-        raise SettingError(
-            "input_size", size, f"{path} is of images of {its} pixels, and takes no others; leave it out"
-        )
+        return
     encoder, decoder = (
         for_grid(read_table(getattr(model, name).detach(), name, model.grid_size), grid)
         for name in ("pos_embed", "decoder_pos_embed")
     )
     model.set_positions(size, encoder.table, decoder.table)
-    opened.settings["input_size"] = list(size)
     report(path, encoder.notes)

@@ -26,7 +26,7 @@ from safetensors.torch import save as safetensors_bytes
 from fastmae.checkpoint.contents import Kind, NotMeantError, described, foreign_parts, listed, understand
 from fastmae.checkpoint.huggingface import CONFIG, read_config, weights_file
 from fastmae.checkpoint.positions import Positions, UnknownGridError, made_table, read_table
-from fastmae.config.family import family_of
+from fastmae.config.family import Family, family_of
 from fastmae.config.images import images_of_model, pixel_settings
 from fastmae.config.model import ModelSpec
 from fastmae.config.shape import Shape
@@ -37,11 +37,12 @@ from fastmae.files import write_whole
 from fastmae.messages import logger
 from fastmae.model.build import build_model
 from fastmae.model.classifier import take_pooled_norm
+from fastmae.model.convnext import ConvNeXtMAE
 from fastmae.model.family import MaskedModel
-from fastmae.model.mae import MaskedAutoencoderViT, as_vit
+from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.presets import PRESETS
 from fastmae.model.sharding import laid_out_like
-from fastmae.model.sizes import HEAD_WIDTH, PRESET_SIZES, beyond_preset, full_shape, sizes_of
+from fastmae.model.sizes import CONVNEXT_SIZES, HEAD_WIDTH, PRESET_SIZES, beyond_preset, full_shape, sizes_of
 from fastmae.model.vit import patch_grid
 
 # The state of a fresh gradient scaler. bf16 and fp32 need none, but the published loader asks for one.
@@ -70,8 +71,13 @@ class OfficialFile:
         return {name: self.model[name] for name in ("head.weight", "head.bias") if self.kind == "classifier"}
 
     @property
+    def family(self) -> Family:
+        """By the names of its tensors, or the settings beside them."""
+        return "convnext" if "stem.0.weight" in self.model else family_of(self.args.get("model"))
+
+    @property
     def has_decoder(self) -> bool:
-        return "decoder_pred.weight" in self.model
+        return "decoder_pred.weight" in self.model or self.family in ("conv", "mlp")
 
     @property
     def what(self) -> str:
@@ -184,7 +190,7 @@ def read_official(path: Path) -> OfficialFile:
     path = weights_file(path) or path
     content, said = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickled(path), {})
     try:
-        found = understand(content)
+        found = understand(content, said.get("args"))
     except NotMeantError as error:
         raise UserError(f"{path}: {error}") from error
     for name, tensor in {**found.weights, **found.head}.items():
@@ -198,7 +204,7 @@ def read_official(path: Path) -> OfficialFile:
         {**found.weights, **found.head},
         found.optimizer,
         said.get("epoch", found.epoch),
-        {**settings, **found.args, **said.get("args", {})},
+        {**settings, **found.args},
         heads,
         (*remarks, *found.notes),
         found.kind,
@@ -273,8 +279,10 @@ def model_of_file(file: OfficialFile, given: ReadingConfig | None = None) -> Mas
     """
     spec, tables, _ = spec_of_file(file, given)
     model = build_model(spec)
-    if "fc_norm.weight" in file.model:
-        take_pooled_norm(as_vit(model, "fc_norm"), has_norm="norm.weight" in file.model)
+    if "fc_norm.weight" in file.model and isinstance(model, MaskedAutoencoderViT):
+        take_pooled_norm(model, has_norm="norm.weight" in file.model)
+    elif "fc_norm.weight" in file.model and isinstance(model, ConvNeXtMAE):
+        model.take_pooled_norm()
     load_weights(model, dataclasses.replace(file, model={**file.model, **tables}))
     return model
 
@@ -285,8 +293,12 @@ def load_into(model: MaskedModel, file: OfficialFile) -> None:
     Raises:
         UserError: keys or shapes that do not fit, or positions of another grid.
     """
-    size, tables, notes = model.img_size, dict[str, torch.Tensor](), tuple[str, ...]()
-    if isinstance(model, MaskedAutoencoderViT):
+    if file.family != model.family:
+        raise UserError(f"{file.path}: is {file.what}, and the run trains {model.sizes}; name its preset with --model")
+    size = model.img_size
+    tables: dict[str, torch.Tensor] = {}
+    notes: tuple[str, ...] = ()
+    if model.family == "vit":
         size, tables, notes = _placed(file, model.patch_size, ReadingConfig(input_size=model.img_size))
     if size != model.img_size:
         its, ours = (f"{height}×{width}" for height, width in (size, model.img_size))
@@ -320,7 +332,7 @@ def load_weights(model: MaskedModel, file: OfficialFile) -> None:
         UserError: keys or shapes that do not fit.
     """
     if isinstance(model, MaskedAutoencoderViT):
-        _require_sizes(model, file)
+        _check_sizes(model, file)
     own = model.state_dict()
     wanted = own.keys() if file.has_decoder else {k for k in own if not k.startswith(("decoder_", "mask_token"))}
     missing, unknown = sorted(wanted - file.model.keys()), sorted(file.model.keys() - own.keys() - file.head.keys())
@@ -339,11 +351,11 @@ def load_weights(model: MaskedModel, file: OfficialFile) -> None:
             own[key].copy_(laid_out_like(own[key], file.model[key]))
 
 
-def _require_sizes(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
-    """Refuses a file whose sizes or heads are not those of the model, by the flags that give them.
+def _check_sizes(model: MaskedAutoencoderViT, file: OfficialFile) -> None:
+    """Refuses a file of a vision transformer of other sizes, naming the setting that would fit.
 
     Raises:
-        UserError: naming the first of them.
+        UserError: naming it.
     """
     sizes = {"decoder_attention": model.decoder_attention, **sizes_of(model).shape}
     its_decoder = {"decoder_attention": file.decoder_attention} if file.has_decoder else {}
@@ -373,8 +385,8 @@ def spec_of_file(
         UserError: not a masked autoencoder, its sizes contradict each other, or nothing tells its grid.
     """
     given = given or ReadingConfig()
-    if family_of(file.args.get("model")) != "vit":
-        return _spec_of_settings(file, given), {}, ()
+    if file.family != "vit":
+        return _spec_of_other(file, given), {}, ()
     weight = file.model.get("patch_embed.proj.weight")
     if weight is None or weight.ndim != 4:
         raise UserError(f"{file.path}: has no patch_embed.proj.weight; it is not a checkpoint of a masked autoencoder")
@@ -403,19 +415,43 @@ def spec_of_file(
     return spec, tables, (*notes, *unsaid)
 
 
-def _spec_of_settings(file: OfficialFile, given: ReadingConfig) -> ModelSpec:
-    """Returns the model that the settings in a file name, where it is of another family than vision transformers.
+def _spec_of_other(file: OfficialFile, given: ReadingConfig) -> ModelSpec:
+    """The model of a file of another family than vision transformers.
 
     Raises:
-        UserError: the settings make no model.
+        UserError: nothing tells its sizes, or they contradict each other.
     """
-    said = {name: getattr(given, name) for name in ("norm_pix_loss", "mean", "std")}
-    settings = file.args | {name: value for name, value in said.items() if value is not None}
+    settings = dict(file.args)
+    if file.family == "convnext":
+        settings |= {"model": _convnext_preset(file), "in_chans": file.model["stem.0.weight"].shape[1]}
+        settings |= {"input_size": chosen(given.input_size, settings.get("input_size", (224,)))}
+        settings |= {"patch_size": None}
+    if given.model not in (None, settings.get("model")):
+        raise SettingError("model", given.model, f"{file.path} is of {settings.get('model')}; leave it out")
+    channels = settings.get("in_chans")
+    if not isinstance(channels, int):
+        raise UserError(f"{file.path}: does not say the channels of its images; give an intact file")
+    check_channels(file.path, channels, given)
+    known = {name: getattr(given, name) for name in ("norm_pix_loss", "mean", "std")}
+    settings |= {name: value for name, value in known.items() if value is not None}
     try:
-        check_channels(file.path, settings["in_chans"], given)
-        return ModelSpec.from_json(settings | images_of_model(given, settings, settings["in_chans"]))
-    except (SettingError, KeyError, TypeError) as error:
+        return ModelSpec.from_json({**settings, **images_of_model(given, file.args, channels)})
+    except (SettingError, TypeError) as error:
         raise UserError(f"{file.path}: its settings make no model ({error}); give an intact file") from error
+
+
+def _convnext_preset(file: OfficialFile) -> str:
+    """Returns the preset of the blocks and widths that the tensors of a ConvNeXt V2 tell."""
+    stages = range(len({name.split(".")[1] for name in file.model if name.startswith("stages.")}))
+    blocks = [re.compile(rf"stages\.{stage}\.blocks\.\d+\.conv_dw\.weight") for stage in stages]
+    found = [[t.shape[0] for name, t in file.model.items() if pattern.fullmatch(name)] for pattern in blocks]
+    sizes = {"depths": tuple(map(len, found)), "dims": tuple(dims[0] if dims else 0 for dims in found)}
+    name = next((name for name, known in CONVNEXT_SIZES.items() if known == sizes), None)
+    if name is None:
+        raise UserError(
+            f"{file.path}: is {file.what}; no preset has these blocks and widths: {', '.join(CONVNEXT_SIZES)}"
+        )
+    return name
 
 
 def check_heads(path: Path, said: Any, given: ReadingConfig) -> None:

@@ -18,7 +18,8 @@ from fastmae.config.shape import ENCODER_SHAPE
 from fastmae.config.shared import ReadingConfig
 from fastmae.errors import SettingError
 from fastmae.facts import DataFacts
-from fastmae.model.mae import MaskedAutoencoderViT, as_vit
+from fastmae.model.family import MaskedModel
+from fastmae.model.mae import MaskedAutoencoderViT
 
 SHAPE = ("model", "input_size", "patch_size", *ENCODER_SHAPE)
 """The settings that an encoder decides, where they are not given."""
@@ -49,7 +50,7 @@ def normalised_alike(flags: PretrainConfig, start: Opened, facts: DataFacts) -> 
     return dataclasses.replace(flags, **said)
 
 
-def begin_with(model: MaskedAutoencoderViT, start: Opened, path: str, *, fixed_positions: bool) -> list[str]:
+def begin_with(model: MaskedModel, start: Opened, path: str, *, fixed_positions: bool) -> list[str]:
     """Copies the encoder of ``start`` into ``model``, in place. Returns an account of it, for people.
 
     Positions are those of the model's grid: computed if they are fixed ones, otherwise interpolated.
@@ -62,20 +63,25 @@ def begin_with(model: MaskedAutoencoderViT, start: Opened, path: str, *, fixed_p
     Raises:
         SettingError: the encoder has another shape than the model.
     """
-    begun = as_vit(start.model, "--init")
-    its, own = _encoder(begun), _encoder(model)
+    if model.family not in ("vit", "convnext"):
+        raise SettingError("init", path, "is for vision transformers and ConvNeXt V2; leave it out")
+    if start.model.family != model.family:
+        raise SettingError("init", path, f"is {start.what}, and the model has {model.sizes}; leave --model out")
+    its, own = _encoder(start.model), _encoder(model)
     notes: list[str] = []
     if start.model.patch_size != model.patch_size:
         sizes = ["{}×{}".format(*one.patch_size) for one in (start.model, model)]
         raise SettingError("init", path, f"its patches have {sizes[0]} pixels, not {sizes[1]}; leave --patch_size out")
-    own_positions = read_table(its["pos_embed"], "pos_embed", start.model.grid_size)
-    positions = for_grid(own_positions, model.grid_size)
-    if fixed_positions and not read_table(positions.table, "pos_embed", model.grid_size).is_fixed:
-        why = "are of another size" if own_positions.is_fixed else "were learnt"
-        raise SettingError("init", path, f"its positions {why}, which growing crops cannot take; leave start_size out")
-    its["pos_embed"] = positions.table
-    notes += positions.notes
-    weight = "patch_embed.proj.weight"
+    if "pos_embed" in its:
+        own_positions = read_table(its["pos_embed"], "pos_embed", start.model.grid_size)
+        positions = for_grid(own_positions, model.grid_size)
+        if fixed_positions and not read_table(positions.table, "pos_embed", model.grid_size).is_fixed:
+            why = "are of another size" if own_positions.is_fixed else "were learnt"
+            problem = f"its positions {why}, which growing crops cannot take; leave start_size out"
+            raise SettingError("init", path, problem)
+        its["pos_embed"] = positions.table
+        notes += positions.notes
+    weight = "patch_embed.proj.weight" if model.family == "vit" else "stem.0.weight"
     if its[weight].shape[1] != model.in_chans:
         notes.append(f"the patch projection made of {its[weight].shape[1]} channels one of {model.in_chans}")
         its[weight] = for_channels(its[weight], model.in_chans)
@@ -94,8 +100,9 @@ def begin_with(model: MaskedAutoencoderViT, start: Opened, path: str, *, fixed_p
         found = list(its[first].shape) if first in its else "missing"
         problem = f"its {first} is {found}, and the model has {list(own[first].shape)}; leave the model's sizes out"
         raise SettingError("init", path, problem)
-    if begun.head_dims[0] != model.head_dims[0]:
-        heads = [one.cls_token.shape[2] // one.head_dims[0] for one in (begun, model)]
+    vits = [one for one in (start.model, model) if isinstance(one, MaskedAutoencoderViT)]
+    if len({one.head_dims[0] for one in vits}) > 1:
+        heads = [one.cls_token.shape[2] // one.head_dims[0] for one in vits]
         raise SettingError("init", path, f"its encoder has {heads[0]} heads, not {heads[1]}; leave --num_heads out")
     with torch.no_grad():
         for name in own.keys() & its.keys():
@@ -114,7 +121,7 @@ def _alike(said: Any, own: torch.Tensor) -> bool:
     return not said or (len(said) == len(own) and torch.allclose(torch.tensor(said, dtype=own.dtype), own.cpu()))
 
 
-def _encoder(model: MaskedAutoencoderViT) -> dict[str, torch.Tensor]:
+def _encoder(model: MaskedModel) -> dict[str, torch.Tensor]:
     weights = model.state_dict()
     return {name: tensor for name, tensor in weights.items() if not name.startswith(("decoder_", "mask_token"))}
 

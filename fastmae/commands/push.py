@@ -15,11 +15,10 @@ from fastmae.config import PushConfig
 from fastmae.errors import SettingError, UserError, in_one_line, install_hint
 from fastmae.export.atomic import written_aside
 from fastmae.export.card import model_card, training_facts
-from fastmae.export.hf import save_huggingface
 from fastmae.export.official import Part
 from fastmae.export.opened_hf import TOLERANCE, architecture_of, difference
+from fastmae.export.run import save_for_transformers
 from fastmae.messages import logger
-from fastmae.model.mae import as_vit
 from fastmae.report.compare import row_of
 from fastmae.report.pictures import read_picture
 from fastmae.report.run_folder import RunRecord, is_run, read_run
@@ -51,10 +50,8 @@ def run_push(config: PushConfig) -> int:
     part, why = _part(config, opened)
     run, is_newest = _run_of(Path(config.checkpoint))
     with written_aside(folder, "DEST") as aside:
-        names = opened.settings.get("class_names") or ()
-        ratio = float(opened.settings.get("mask_ratio") or 0.75)
         try:
-            save_huggingface(aside, as_vit(opened.model, "the hub of transformers"), ratio, part, opened.head, names)
+            save_for_transformers(aside, opened, part, opened.head)
         except SettingError as error:
             if error.name != "to":
                 raise
@@ -83,7 +80,7 @@ def _part(config: PushConfig, opened: Opened) -> tuple[Part, str]:
     if opened.head or not opened.has_decoder:
         return "encoder", ""
     is_square = model.img_size[0] == model.img_size[1] and model.patch_size[0] == model.patch_size[1]
-    if model.decoder_attention == "cross" or not is_square:
+    if model.decoder_attention == "cross" or model.family != "vit" or not is_square:
         return "encoder", " (transformers has no class for its decoder)"
     return "full", ""
 

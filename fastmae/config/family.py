@@ -51,7 +51,7 @@ TAKEN_BY: dict[str, tuple[Family, ...]] = {
     "patch_size": ("vit", "conv"),
     "decoder_attention": ("vit",),
     "predict_ratio": ("vit",),
-    "start_size": ("vit",),
+    "start_size": ("vit", "convnext"),
     "residual": ("vit",),
     "float8": ("vit",),
     "norm_pix_loss": ("vit", "convnext", "conv"),

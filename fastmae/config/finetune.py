@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from fastmae.config.family import family_of
 from fastmae.config.images import IMAGE_SETTINGS, pixel_settings
 from fastmae.config.shape import ENCODER_SHAPE
 from fastmae.config.training import TrainingConfig, check_rates, check_training, chosen_compile, default_warmup
@@ -86,15 +87,17 @@ class FinetuneConfig(TrainingConfig):
     # Optimisation.
     epochs: int | None = None
     """Passes over the train part. Default: as in the official script, 100 for encoders up to the width of ViT-B,
-    otherwise 50; 20 for the digits."""
+    otherwise 50; of ConvNeXt V2 600 below the width of
+    Tiny, 300 for it, 100 above; 20 for the digits."""
     blr: float | None = None
     """Base learning rate, for a global batch of 256 images; --lr is computed from it. Default: as in the official
-    script, 5e-4 up to ViT-B, otherwise 1e-3; 1e-2 for the digits."""
+    script, 5e-4 up to ViT-B, otherwise 1e-3; of ConvNeXt V2 2e-4 below Tiny, 8e-4 for it, 6.25e-4 above; 1e-2 for
+    the digits."""
     lr: float | None = None
     """Learning rate of the head at the end of the warm-up. Default: blr × global batch / 256."""
     layer_decay: float | None = None
     """The learning rate of a layer, as a share of that of the layer above. Default: as in the official script, 0.65 up
-    to ViT-B, otherwise 0.75."""
+    to ViT-B, otherwise 0.75; of ConvNeXt V2 0.9 up to Tiny, 0.6 above, where three blocks are a layer."""
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine schedule."""
     warmup_epochs: float | None = None
@@ -203,10 +206,12 @@ def resolve_finetune(
     its tokens, ``img_size``, ``patch_size``, the ``shape`` that is not the preset's, ``pixels``, ``other_types``,
     ``mean``, ``std``) and the machine."""
     digits = facts.kind == "digits"
-    # Of ViT-B, ViT-L and ViT-H in the official script.
-    epochs, blr, layer_decay, drop_path = (
-        (100, 5e-4, 0.65, 0.1) if width <= 768 else (50, 1e-3, 0.75, 0.2 if width <= 1024 else 0.3)
-    )
+    if family_of(model) == "convnext":
+        epochs, blr, layer_decay, drop_path = _of_convnext(width)
+    else:  # of ViT-B, ViT-L and ViT-H in the official script
+        epochs, blr, layer_decay, drop_path = (
+            (100, 5e-4, 0.65, 0.1) if width <= 768 else (50, 1e-3, 0.75, 0.2 if width <= 1024 else 0.3)
+        )
     if digits:
         epochs, blr = 20, 1e-2
     epochs = given(config.epochs, epochs)
@@ -251,6 +256,14 @@ def resolve_finetune(
     resolved = ResolvedFinetuneConfig(**{**dataclasses.asdict(config), **chosen})
     check_rates(resolved)
     return resolved
+
+
+def _of_convnext(width: int) -> tuple[int, float, float, float]:
+    """Returns epochs, blr, layer_decay and drop_path of ConvNeXt V2, by the ``width`` of its last stage: those that are
+    published for Atto, for Tiny and for Base (Woo et al. 2023, released commands)."""
+    if width < 768:
+        return 600, 2e-4, 0.9, 0.1
+    return (300, 8e-4, 0.9, 0.2) if width == 768 else (100, 6.25e-4, 0.6, 0.1)
 
 
 def check_finetune(config: FinetuneConfig) -> None:

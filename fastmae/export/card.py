@@ -14,7 +14,6 @@ from fastmae.config.load import dump_yaml
 from fastmae.data.statistics import shown_range
 from fastmae.export.official import Part
 from fastmae.facts import UINT8
-from fastmae.model.mae import as_vit
 from fastmae.screen import printable
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -54,12 +53,12 @@ def model_card(
         versions: of the packages that trained it.
         picture: the name of a picture of reconstructions in the folder.
     """
-    model = as_vit(opened.model, "a model card")
+    model = opened.model
     is_classifier = bool(opened.head)
     front = {
         "library_name": "transformers",
         "pipeline_tag": "image-classification" if is_classifier else "image-feature-extraction",
-        "tags": ["fastmae", "masked-autoencoder", "mae", "vit"],
+        "tags": ["fastmae", "masked-autoencoder", "mae", model.family],
     }
     if license is not None:
         front["license"] = license
@@ -67,11 +66,12 @@ def model_card(
     weights = sum(
         p.numel() for n, p in model.named_parameters() if part == "full" or not n.startswith(("decoder_", "mask"))
     )
+    blocks = sum(hasattr(m, "checkpointing") and not n.startswith("decoder_") for n, m in model.named_modules())
     sizes = {
         "weights": f"{(weights + sum(p.numel() for p in opened.head.values())) / 1e6:.2f} million, float32",
         "images": f"{height}×{width} pixels, {model.in_chans} channel{'s' if model.in_chans > 1 else ''}",
         "patches": f"{ph}×{pw} pixels",
-        "width, blocks": f"{model.pos_embed.shape[-1]}, {len(model.blocks)}",
+        "width, blocks": f"{model.feature_dim}, {blocks}",
     }
     if model.pixels != UINT8:
         sizes["pixels"] = f"{model.pixels.dtype}, range {shown_range(model.pixels)}"

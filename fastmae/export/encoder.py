@@ -8,12 +8,17 @@ import math
 import torch
 from torch import nn
 
+from fastmae.export.convnext_program import ConvNeXtTokens
+from fastmae.model.convnext import ConvNeXtMAE
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import nodata_of, range_ends
 
+AnyEncoder = MaskedAutoencoderViT | ConvNeXtMAE
+"""The models whose encoders are exported."""
+
 
 class Encoder(nn.Module):
-    """Computes ``model.forward_features`` without fastmae's ops: all patches are projected by one convolution.
+    """Computes ``model.forward_features`` in PyTorch's own operations, or the logits of a classifier.
 
     Args:
         model: the model whose weights are copied.
@@ -29,19 +34,11 @@ class Encoder(nn.Module):
     high: torch.Tensor
 
     def __init__(
-        self,
-        model: MaskedAutoencoderViT,
-        dtype: torch.dtype,
-        raw: bool,
-        head: dict[str, torch.Tensor] | None = None,
+        self, model: AnyEncoder, dtype: torch.dtype, raw: bool, head: dict[str, torch.Tensor] | None = None
     ) -> None:
         super().__init__()
-        self.projection = nn.Conv2d(model.in_chans, model.cls_token.shape[-1], model.patch_size, model.patch_size)
-        self.projection.load_state_dict(model.patch_embed.proj.state_dict())
-        prefix = [model.cls_token + model.pos_embed[:, :1], *([] if model.reg_token is None else [model.reg_token])]
-        self.prefix = nn.Parameter(torch.cat(prefix, dim=1).detach())  # the class token and registers
-        self.positions = nn.Parameter(model.pos_embed[:, 1:].detach().clone())
-        self.blocks, self.norm = _with_torchs_linear(copy.deepcopy(model.blocks)), copy.deepcopy(model.norm)
+        self.tokens: nn.Module = ConvNeXtTokens(model) if isinstance(model, ConvNeXtMAE) else VitTokens(model)
+        self.prefix_tokens: int = model.prefix_tokens
         self.fc_norm, self.head = copy.deepcopy(model.fc_norm), linear_of(head) if head else None
         self.dtype, self.raw, self.nodata = dtype, raw, nodata_of(model.pixels)
         self.to(dtype)
@@ -51,16 +48,12 @@ class Encoder(nn.Module):
             self.register_buffer(name, end[:, None, None].clone())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns normalised tokens float32 [N, 1+R+L, D], as the model; of a classifier logits [N, classes]."""
+        """Returns tokens float32, as the model; of a classifier logits [N, classes]."""
         if self.raw:
             images = self._normalised(images.permute(0, 3, 1, 2).float())
-        x = self.projection(images.to(self.dtype)).flatten(2).transpose(1, 2) + self.positions
-        x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)
+        x = self.tokens(images.to(self.dtype))
         if self.head is not None:
-            x = self.head(x[:, 0] if self.fc_norm is None else self.fc_norm(x[:, self.prefix.shape[1] :].mean(dim=1)))
+            x = self.head(x[:, 0] if self.fc_norm is None else self.fc_norm(x[:, self.prefix_tokens :].mean(dim=1)))
         return x.float()
 
     def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -70,6 +63,29 @@ class Encoder(nn.Module):
             return images
         missing = pixels.isnan() if math.isnan(self.nodata) else pixels.isnan() | (pixels == self.nodata)
         return torch.where(missing, 0.0, images)
+
+
+class VitTokens(nn.Module):
+    """Maps normalised images [N, C, H, W] to the tokens [N, 1+R+L, D] of a vision transformer.
+
+    All patches are projected by one convolution.
+    """
+
+    def __init__(self, model: MaskedAutoencoderViT) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(model.in_chans, model.cls_token.shape[-1], model.patch_size, model.patch_size)
+        self.projection.load_state_dict(model.patch_embed.proj.state_dict())
+        prefix = [model.cls_token + model.pos_embed[:, :1], *([] if model.reg_token is None else [model.reg_token])]
+        self.prefix = nn.Parameter(torch.cat(prefix, dim=1).detach())  # the class token and registers
+        self.positions = nn.Parameter(model.pos_embed[:, 1:].detach().clone())
+        self.blocks, self.norm = _with_torchs_linear(copy.deepcopy(model.blocks)), copy.deepcopy(model.norm)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.projection(images).flatten(2).transpose(1, 2) + self.positions
+        x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
 
 
 def linear_of(head: dict[str, torch.Tensor]) -> nn.Linear:

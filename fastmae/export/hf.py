@@ -17,6 +17,7 @@ from fastmae.errors import SettingError
 from fastmae.export.atomic import written_aside
 from fastmae.export.official import Part, numbers, weights_of
 from fastmae.facts import UINT8
+from fastmae.model.family import MaskedModel
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import range_ends
 
@@ -62,15 +63,6 @@ def save_huggingface(
         weights |= {name.replace("head.", "classifier."): tensor.contiguous() for name, tensor in head.items()}
     elif part == "encoder":
         weights = {name.removeprefix("vit."): tensor for name, tensor in weights.items()}
-    processor = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": model.pixels.dtype == "uint8",  # it resizes in 8 bits
-        "size": {"height": height, "width": width},
-        "resample": BICUBIC,
-        "do_rescale": True,
-        "do_normalize": True,
-        **_normalisation(model),
-    }
     config = _config(model, mask_ratio, part)
     if head:
         names = class_names or [str(number) for number in range(head["head.weight"].shape[0])]
@@ -81,10 +73,24 @@ def save_huggingface(
         aside.mkdir()
         (aside / WEIGHTS[0]).write_bytes(safetensors_bytes(weights, {"format": "pt"}))
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (aside / PREPROCESSOR).write_text(json.dumps(processor, indent=2) + "\n")
+        (aside / PREPROCESSOR).write_text(json.dumps(processor_of(model), indent=2) + "\n")
 
 
-def _normalisation(model: MaskedAutoencoderViT) -> dict[str, Any]:
+def processor_of(model: MaskedModel) -> dict[str, Any]:
+    """Returns the content of preprocessor_config.json: a processor that resizes and normalises as in training."""
+    height, width = model.img_size
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": model.pixels.dtype == "uint8",  # it resizes in 8 bits
+        "size": {"height": height, "width": width},
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "do_normalize": True,
+        **_normalisation(model),
+    }
+
+
+def _normalisation(model: MaskedModel) -> dict[str, Any]:
     """Returns what the processor computes as ``(pixels * rescale_factor - image_mean) / image_std``.
 
     A value range is folded into the three. That and what they cannot say are kept under a name of our own.

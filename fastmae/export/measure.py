@@ -16,9 +16,8 @@ from fastmae.evaluate.features import usable_batches
 from fastmae.evaluate.knn import knn_predictions
 from fastmae.evaluate.linear_probe import logistic_predictions
 from fastmae.evaluate.sharing import WHOLE, Share, gather
-from fastmae.export.encoder import linear_of
+from fastmae.export.encoder import AnyEncoder, linear_of
 from fastmae.facts import ReadAs
-from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import DTYPES, normalised, range_ends
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
@@ -42,14 +41,14 @@ class EncoderFigures:
     """The speed at the median batch; all encoders take the same batches in turns."""
 
 
-def as_taken(model: MaskedAutoencoderViT, images: torch.Tensor, raw: bool) -> torch.Tensor:
+def as_taken(model: AnyEncoder, images: torch.Tensor, raw: bool) -> torch.Tensor:
     """Returns pixels [N, H, W, C] in the form that an encoder takes: unchanged, or normalised float32 [N, C, H, W]."""
     return images if raw else normalised(model, images).contiguous()
 
 
 @torch.no_grad()
 def sample_difference(
-    model: MaskedAutoencoderViT, encode: Encode, raw: bool, head: dict[str, torch.Tensor] | None = None
+    model: AnyEncoder, encode: Encode, raw: bool, head: dict[str, torch.Tensor] | None = None
 ) -> tuple[float, float]:
     """Returns (largest difference from the model's tokens, largest of these tokens) for five images of noise.
 
@@ -62,7 +61,7 @@ def sample_difference(
     return float((encode(images) - truth).abs().max()), float(truth.abs().max())
 
 
-def _noise(model: MaskedAutoencoderViT) -> torch.Tensor:
+def _noise(model: AnyEncoder) -> torch.Tensor:
     """Returns five images of noise: pixels [5, H, W, C] from the low to the high end of the value range."""
     shape, generator = (5, *model.img_size, model.in_chans), torch.Generator().manual_seed(0)
     dtype = DTYPES[model.pixels.dtype]
@@ -91,7 +90,7 @@ def open_labelled(data_path: str | tuple[str, ...], read_as: ReadAs) -> tuple[So
 
 
 def measure(
-    model: MaskedAutoencoderViT,
+    model: AnyEncoder,
     encoders: dict[str, Encode],
     train: Source,
     test: Source,
@@ -139,7 +138,7 @@ class _Encoded:
 
 @torch.no_grad()
 def _encoded(
-    model: MaskedAutoencoderViT,
+    model: AnyEncoder,
     encoders: dict[str, Encode],
     source: Source,
     raw: bool,

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from fastmae.export.atomic import written_aside
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.family import MaskedModel
 
 Part = Literal["encoder", "full"]
 
 
 def export_official(
     path: Path,
-    model: MaskedAutoencoderViT,
+    model: MaskedModel,
     settings: dict[str, Any],
     part: Part,
     head: dict[str, torch.Tensor] | None = None,
@@ -43,7 +43,7 @@ def export_official(
             torch.save({"model": weights, "args": settings}, aside)
 
 
-def weights_of(model: MaskedAutoencoderViT, part: Part) -> dict[str, torch.Tensor]:
+def weights_of(model: MaskedModel, part: Part) -> dict[str, torch.Tensor]:
     """Returns weights under their official names, each contiguous."""
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if part == "full":

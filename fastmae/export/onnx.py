@@ -16,15 +16,15 @@ import torch
 from fastmae.config import pixel_settings
 from fastmae.errors import UserError, install_hint
 from fastmae.export.atomic import written_aside
+from fastmae.export.encoder import AnyEncoder
 from fastmae.export.official import numbers
 from fastmae.export.program import Head, encoder_and_images
 from fastmae.facts import UINT8
-from fastmae.model.mae import MaskedAutoencoderViT
 
 VARIANTS = ("fp32", "fp16", "int8")
 
 
-def save_onnx(path: Path, model: MaskedAutoencoderViT, variant: str, raw: bool, head: Head = None) -> None:
+def save_onnx(path: Path, model: AnyEncoder, variant: str, raw: bool, head: Head = None) -> None:
     """Writes a model with the input ``images`` and the output ``tokens``, both with a free first axis.
 
     With the ``head`` of a classifier, the output is ``logits`` [N, classes].
@@ -80,7 +80,7 @@ def opened_onnx(path: Path) -> Any:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
 
 
-def _graph(model: MaskedAutoencoderViT, variant: str, raw: bool, head: Head) -> Any:
+def _graph(model: AnyEncoder, variant: str, raw: bool, head: Head) -> Any:
     """Traces the encoder as an ONNX program with a free batch axis."""
     encoder, images = encoder_and_images(model, variant, raw, head)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits" if head else "tokens"]}

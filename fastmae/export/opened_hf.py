@@ -12,6 +12,7 @@ import torch
 from fastmae.checkpoint.load import Opened
 from fastmae.export.encoder import linear_of
 from fastmae.export.official import Part
+from fastmae.model.convnext import ConvNeXtMAE
 from fastmae.model.mae import as_vit
 
 IMAGES = 3
@@ -20,6 +21,8 @@ TOLERANCE = 1e-5
 
 def architecture_of(opened: Opened, part: Part) -> str:
     """Returns the name of the class of transformers that opens a folder."""
+    if opened.model.family == "convnext":
+        return "ConvNextV2ForImageClassification" if opened.head else "ConvNextV2Model"
     if opened.head:
         return "ViTForImageClassification"
     return "ViTMAEForPreTraining" if part == "full" else "ViTModel"
@@ -37,7 +40,7 @@ def difference(folder: Path, opened: Opened, part: Part) -> float:
     """
     import transformers
 
-    model, name = as_vit(opened.model, "transformers"), architecture_of(opened, part)
+    model, name = opened.model, architecture_of(opened, part)
     options: dict[str, Any] = {"add_pooling_layer": False} if name == "ViTModel" else {}
     with _silent(transformers):
         theirs, info = getattr(transformers, name).from_pretrained(
@@ -49,6 +52,14 @@ def difference(folder: Path, opened: Opened, part: Part) -> float:
     theirs.eval()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(IMAGES, model.in_chans, *model.img_size, generator=generator)
+    if isinstance(model, ConvNeXtMAE):
+        ours, result = model.features(images), theirs(images)
+        if opened.head:
+            ours, result = linear_of(opened.head)(ours), result.logits
+        else:
+            result = result.pooler_output
+        return float((result - ours).abs().max() / ours.abs().max())
+    model = as_vit(model, "a folder of transformers")
     if name == "ViTMAEForPreTraining":
         noise = torch.rand(IMAGES, model.pos_embed.shape[1] - 1, generator=generator)
         ours = model(images, theirs.config.mask_ratio, ids_shuffle=noise.argsort(dim=1).int())[1]

@@ -13,9 +13,12 @@ import torch
 
 from fastmae.checkpoint.load import Opened
 from fastmae.config import ExportConfig, pixel_settings
+from fastmae.config.family import FAMILY
 from fastmae.data.statistics import shown_range
 from fastmae.errors import SettingError
 from fastmae.evaluate.sharing import WHOLE, Share
+from fastmae.export.convnext import as_timm_convnext, save_timm_convnext, save_transformers_convnext
+from fastmae.export.encoder import AnyEncoder
 from fastmae.export.hf import save_huggingface
 from fastmae.export.measure import Encode, EncoderFigures, measure, open_labelled, sample_difference
 from fastmae.export.official import Part, export_official, numbers
@@ -23,6 +26,8 @@ from fastmae.export.onnx import opened_onnx, save_onnx
 from fastmae.export.program import opened_program, save_program
 from fastmae.export.timm import as_timm, save_timm
 from fastmae.facts import UINT8
+from fastmae.model.convnext import ConvNeXtMAE
+from fastmae.model.family import MaskedModel
 from fastmae.model.mae import MaskedAutoencoderViT, as_vit
 from fastmae.model.pixels import nodata_of
 from fastmae.model.sizes import sizes_of
@@ -50,36 +55,67 @@ def export(
     Raises:
         UserError: the format cannot hold the model, a package is missing, or the file system refused.
     """
-    path, model = Path(config.output), as_vit(opened.model, f"--to {config.to}")
+    path, model = Path(config.output), opened.model
+    if config.to != "official" and not isinstance(model, AnyEncoder):
+        problem = f"takes vision transformers and ConvNeXt V2, and the model is {model.sizes}; use --to=official"
+        raise SettingError("to", config.to, problem)
     head = {} if config.part == "encoder" else opened.head
     if config.part == "full" and not opened.has_decoder and not head:
         raise SettingError("part", "full", f"{config.checkpoint} holds the encoder alone; leave --part out")
-    is_full = config.part != "encoder" and opened.has_decoder and config.to in ("official", "hf")
+    formats = ("official", "hf") if isinstance(model, MaskedAutoencoderViT) else ("official",)
+    if config.part == "full" and not head and config.to == "hf" and config.to not in formats:
+        problem = "transformers has the encoder of a ConvNeXt V2 alone, not its decoder; leave --part out"
+        raise SettingError("part", "full", problem)
+    is_full = config.part != "encoder" and opened.has_decoder and config.to in formats
     part: Part = "full" if is_full else "encoder"
     what = "encoder and decoder" if is_full else "the encoder"
     if head:
         what = f"the classifier of {head['head.weight'].shape[0]} classes"
     if config.to in ("onnx", "torch-export"):
+        assert isinstance(model, AnyEncoder)
         return _program(config, model, head, what, num_workers, share, together)
     if not share.is_first:
         return "", {}
     if config.to == "official":
         export_official(path, model, _described(opened, head), part, head)
     elif config.to == "timm":
-        save_timm(path, model, head)
+        return _to_timm(path, model, head, what), {}
     else:
-        names = opened.settings.get("class_names") or ()
-        save_huggingface(path, model, float(opened.settings.get("mask_ratio", 0.75)), part, head, names)
+        save_for_transformers(path, opened, part, head)
     prepared = "" if config.to == "official" else _how_to_prepare(model)
-    if config.to == "timm":
-        classes = head["head.weight"].shape[0] if head else 0
-        prepared = f": timm.models.{as_timm(model, classes)}{prepared}"
     return f"{path}: {what}, as {config.to} has it{prepared}", {}
+
+
+def _to_timm(path: Path, model: MaskedModel, head: dict[str, torch.Tensor], what: str) -> str:
+    """Writes the encoder for timm. Returns the line that says how it is opened."""
+    classes = head["head.weight"].shape[0] if head else 0
+    if isinstance(model, ConvNeXtMAE):
+        save_timm_convnext(path, model, head)
+        call = as_timm_convnext(model, classes)
+    else:
+        vit = as_vit(model, "--to=timm")
+        save_timm(path, vit, head)
+        call = f"timm.models.{as_timm(vit, classes)}"
+    return f"{path}: {what}, as timm has it: {call}{_how_to_prepare(model)}"
+
+
+def save_for_transformers(folder: Path, opened: Opened, part: Part, head: dict[str, torch.Tensor]) -> None:
+    """Writes the folder that transformers opens.
+
+    Raises:
+        UserError: transformers has no class for the model, or the file system refused.
+    """
+    names = opened.settings.get("class_names") or ()
+    if isinstance(opened.model, ConvNeXtMAE):
+        save_transformers_convnext(folder, opened.model, head, names)
+    else:
+        ratio = float(opened.settings.get("mask_ratio") or 0.75)
+        save_huggingface(folder, as_vit(opened.model, "a folder of transformers"), ratio, part, head, names)
 
 
 def _described(opened: Opened, head: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Returns the settings that build the model again. A run's other settings are dropped, as they name folders."""
-    model, settings = as_vit(opened.model, "an official file"), opened.settings
+    model, settings = opened.model, opened.settings
     described = {
         "model": settings["model"],
         "input_size": list(model.img_size),
@@ -88,20 +124,21 @@ def _described(opened: Opened, head: dict[str, torch.Tensor]) -> dict[str, Any]:
         "mean": numbers(model.mean),
         "std": numbers(model.std),
         "decoder_attention": model.decoder_attention,
-        **sizes_of(model).shape,
+        **(sizes_of(model).shape if isinstance(model, MaskedAutoencoderViT) else {}),
+        **{name: settings[name] for name in FAMILY if settings.get(name) is not None},
         **_images(model),
     }
     kept = ("nb_classes", "global_pool", "class_names") if head else ("mask_ratio",)
     return described | {key: settings[key] for key in kept if key in settings}
 
 
-def _images(model: MaskedAutoencoderViT) -> dict[str, Any]:
+def _images(model: MaskedModel) -> dict[str, Any]:
     """Returns the settings of how its images are read, as JSON has them."""
     images = dataclasses.asdict(model.read_as) | pixel_settings(model.pixels)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in images.items()}
 
 
-def _how_to_prepare(model: MaskedAutoencoderViT) -> str:
+def _how_to_prepare(model: MaskedModel) -> str:
     """Says how images are prepared that are no uint8 images, for a file that cannot say it; empty for those."""
     if model.pixels == UINT8:
         return ""
@@ -113,7 +150,7 @@ def _how_to_prepare(model: MaskedAutoencoderViT) -> str:
 
 def _program(
     config: ExportConfig,
-    model: MaskedAutoencoderViT,
+    model: AnyEncoder,
     head: dict[str, torch.Tensor],
     what: str,
     num_workers: int,

@@ -28,6 +28,15 @@ def save_timm(path: Path, model: MaskedAutoencoderViT, head: dict[str, torch.Ten
         table = weights["pos_embed"]
         zeros = table.new_zeros(model.reg_token.shape)
         weights["pos_embed"] = torch.cat([table[:, :1], zeros, table[:, 1:]], dim=1)
+    save_weights(path, weights)
+
+
+def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Writes a bare state dict as a .pth or a .safetensors, by the suffix.
+
+    Raises:
+        UserError: the file system refused.
+    """
     with written_aside(path) as aside:
         if path.suffix == ".safetensors":
             aside.write_bytes(safetensors_bytes(weights, {"format": "pt"}))

@@ -12,11 +12,15 @@ from fastmae.config.family import PRESET_OF_FAMILY, TAKEN_BY, Family, family_of
 from fastmae.config.images import pixel_settings, read_as
 from fastmae.config.model import ModelSpec
 from fastmae.errors import SettingError
+from fastmae.model.classifier import Classifier
+from fastmae.model.classifier import classifier_of as vit_classifier_of
 from fastmae.model.conv import ConvMAE
+from fastmae.model.convnext import ConvNeXtMAE
+from fastmae.model.convnext_classifier import ConvNeXtClassifier, convnext_classifier_of
 from fastmae.model.family import MaskedModel
-from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.mae import MaskedAutoencoderViT, as_vit
 from fastmae.model.mlp import MLPMAE
-from fastmae.model.presets import MODELS, PRESETS
+from fastmae.model.presets import CONVNEXT_PRESETS, MODELS, PRESETS
 from fastmae.model.sizes import PRESET_SIZES, beyond_preset, full_shape, sizes_of
 
 
@@ -30,8 +34,8 @@ def build_model(spec: ModelSpec) -> MaskedModel:
         problem = "was given in Python; make such a model and give it as model, its weights are loaded into it"
         raise SettingError("model", spec.model, problem)
     family = family_of(spec.model)
-    if family == "vit" and spec.model not in PRESETS:
-        known = [*PRESETS, *(PRESET_OF_FAMILY[family] for family in _MAKERS)]
+    known = [*PRESETS, *CONVNEXT_PRESETS, *(PRESET_OF_FAMILY[one] for one in _MAKERS if one != "convnext")]
+    if spec.model not in known:
         near = difflib.get_close_matches(spec.model, known, 1)
         hint = f"; did you mean {near[0]}?" if near else ";"
         raise SettingError("model", spec.model, f"unknown{hint} one of {', '.join(known)}")
@@ -68,14 +72,49 @@ def _given(spec: ModelSpec, names: Sequence[str]) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in names if getattr(spec, name) is not None}
 
 
+def _make_convnext(spec: ModelSpec) -> MaskedModel:
+    return CONVNEXT_PRESETS[spec.model](**_images(spec))
+
+
 def _images(spec: ModelSpec) -> dict[str, Any]:
     """Returns the arguments that all families take."""
     names = ("in_chans", "norm_pix_loss", "mean", "std", "pixels")
     return {"img_size": spec.input_size, **{name: getattr(spec, name) for name in names}}
 
 
-_MAKERS: dict[Family, Callable[[ModelSpec], MaskedModel]] = {"conv": _make_conv, "mlp": _make_mlp}
+_MAKERS: dict[Family, Callable[[ModelSpec], MaskedModel]] = {
+    "convnext": _make_convnext,
+    "conv": _make_conv,
+    "mlp": _make_mlp,
+}
 """What makes the models of the other families, which have a function each."""
+
+
+AnyClassifier = Classifier | ConvNeXtClassifier
+"""What the loop of fine-tuning trains."""
+
+
+def classifier_of(
+    model: MaskedModel, num_classes: int, *, img_size: tuple[int, int] | None = None, global_pool: bool = True
+) -> AnyClassifier:
+    """Makes a classifier with a copy of the encoder of a model; its head is new.
+
+    Args:
+        model: a vision transformer or a ConvNeXt V2.
+        num_classes: the number of logits.
+        img_size: (height, width) of its images; by default the model's.
+        global_pool: classify the mean of all patches, as ConvNeXt V2 always does; otherwise the class token.
+
+    Raises:
+        ValueError: ``img_size`` is not a multiple of the patch.
+        UserError: the model is of another family, or there is no class token.
+    """
+    if isinstance(model, ConvNeXtMAE):
+        if not global_pool:
+            raise SettingError("cls_token", problem="a ConvNeXt V2 has no class token; leave it out")
+        return convnext_classifier_of(model, num_classes, img_size=img_size)
+    vit = as_vit(model, "fine-tuning of other models than ConvNeXt V2")
+    return vit_classifier_of(vit, num_classes, img_size=img_size, global_pool=global_pool)
 
 
 def is_phrase(name: str) -> bool:

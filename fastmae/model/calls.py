@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fastmae.model.classifier import Classifier, classifier_products
+from fastmae.model.classifier import Classifier
+from fastmae.model.convnext_classifier import ConvNeXtClassifier
 from fastmae.model.family import MaskedModel
 from fastmae.model.flops import Product
 from fastmae.ops.tuning import Call
@@ -16,7 +17,7 @@ OTHERS = ("decoder maps", "head")
 
 
 def calls_of(
-    model: MaskedModel | Classifier,
+    model: MaskedModel | Classifier | ConvNeXtClassifier,
     batch_size: int,
     mask_ratio: float = 0.75,
     predict_ratio: float | None = None,
@@ -28,8 +29,8 @@ def calls_of(
         batch_size: images of a forward pass, per rank.
         mask_ratio, predict_ratio: as in ``training_loss``; a classifier has none.
     """
-    if isinstance(model, Classifier):
-        return _calls([classifier_products(model)], batch_size)
+    if isinstance(model, Classifier | ConvNeXtClassifier):
+        return _calls([model.products()], batch_size)
     grids = {model.grid_of(size) for size in (model.img_size, *model.other_sizes)}
     numbers = sorted({rows * columns for rows, columns in grids})
     return _calls([model.products(mask_ratio, L, predict_ratio) for L in numbers], batch_size)

@@ -169,6 +169,25 @@ class Classifier(nn.Module):
     attention_maps = attention_maps
     pool_tokens = pool_tokens
 
+    def products(self) -> tuple[Product, ...]:
+        """Returns the matrix products of an image's forward pass."""
+        return classifier_products(self)
+
+    def attention_shapes(self) -> dict[str, tuple[int, int]]:
+        """Returns (number of keys S, width Dh of a head) of its attention."""
+        return {"encoder": (self.prefix_tokens + self.num_patches, self.head_dim)}
+
+    def layer_of(self, name: str) -> int:
+        """Returns the layer of a parameter: 0 is the embedding, then come the blocks, and ``last_layer``."""
+        if name.startswith(("cls_token", "reg_token", "pos_embed", "patch_embed")):
+            return 0
+        return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else self.last_layer
+
+    @property
+    def last_layer(self) -> int:
+        """The layer of the head."""
+        return len(self.blocks) + 1
+
     @property
     def pool(self) -> TokenPool:
         """What is classified, in the words of ``pool_tokens``."""
@@ -189,7 +208,7 @@ class Classifier(nn.Module):
 class ClassificationLoss(nn.Module):
     """Cross-entropy with soft targets as a module: torch's wrappers (DDP, compile) need a forward pass."""
 
-    def __init__(self, model: Classifier) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
@@ -273,11 +292,11 @@ def stochastic_depth_mask(seed: int, draw_ids: np.ndarray, drop_path: float, dep
 # --- the weights to train ---------------------------------------------------------------------------------------------
 
 
-def tune(model: Classifier, what: str, lora_rank: int = 8) -> None:
+def tune(model: Any, what: str, lora_rank: int = 8) -> None:
     """Chooses in place which weights are trained.
 
     Args:
-        model: the classifier.
+        model: the classifier, with ``blocks``, ``head`` and ``fc_norm``.
         what: ``full``: all weights; ``linear``: the head and its new norm; ``last-K``: these and the last K blocks;
             ``lora``: these and updates of low rank for the attention of every block.
         lora_rank: the rank of the updates.
@@ -301,7 +320,8 @@ def tune(model: Classifier, what: str, lora_rank: int = 8) -> None:
             model.norm.requires_grad_(True)
     elif what == "lora":
         for block in model.blocks:
-            assert isinstance(block, Block)
+            if not isinstance(block, Block):
+                raise ValueError("an encoder of convolutions has no attention that could have updates of low rank")
             block.attn.qkv = LoraLinear(block.attn.qkv, lora_rank)
             block.attn.proj = LoraLinear(block.attn.proj, lora_rank)
 

@@ -247,6 +247,15 @@ class MaskedModel(nn.Module):
         if {*sizes} - {self.img_size}:
             raise ValueError(f"takes images of {self.img_size[0]}×{self.img_size[1]} pixels alone")
 
+    def set_size(self, size: tuple[int, int]) -> None:
+        """Makes this a model of images of another (height, width), which it was not trained on.
+
+        Raises:
+            ValueError: the family takes images of ``img_size`` alone, or they are no whole number of patches.
+        """
+        self.allow_sizes([size])
+        self._take_images(size, self.patch_size, self.in_chans, self.norm_pix_loss)
+
     @property
     def has_fixed_positions(self) -> bool:
         """Whether positions of other sizes can be computed, which growing crops need."""

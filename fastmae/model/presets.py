@@ -1,4 +1,4 @@
-"""The presets: the sizes of the official models, of smaller and of larger ones, with either decoder."""
+"""The presets: the sizes of the official models, of smaller and of larger ones, with either decoder; ConvNeXt V2."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from fastmae.model.convnext import ConvNeXtMAE
 from fastmae.model.cross import CrossMAE
 from fastmae.model.mae import MaskedAutoencoderViT
-from fastmae.model.sizes import PRESET_SIZES
+from fastmae.model.sizes import CONVNEXT_SIZES, PRESET_SIZES
 
 MODELS: dict[str, type[MaskedAutoencoderViT]] = {"self": MaskedAutoencoderViT, "cross": CrossMAE}
 
@@ -93,4 +94,57 @@ PRESETS: dict[str, Callable[..., MaskedAutoencoderViT]] = {
     "mae_vit_huge_patch14": mae_vit_huge_patch14,
     "mae_vit_huge_patch14_dec512d8b": mae_vit_huge_patch14_dec512d8b,
     "mae_vit_giant_patch14": mae_vit_giant_patch14,
+}
+
+
+def mae_convnextv2_atto(**kwargs: Any) -> ConvNeXtMAE:
+    """ConvNeXt V2-Atto with the published decoder."""
+    return ConvNeXtMAE(**{**CONVNEXT_SIZES["mae_convnextv2_atto"], **kwargs})
+
+
+def mae_convnextv2_femto(**kwargs: Any) -> ConvNeXtMAE:
+    """ConvNeXt V2-Femto with the published decoder."""
+    return ConvNeXtMAE(**{**CONVNEXT_SIZES["mae_convnextv2_femto"], **kwargs})
+
+
+def mae_convnextv2_pico(**kwargs: Any) -> ConvNeXtMAE:
+    """ConvNeXt V2-Pico with the published decoder."""
+    return ConvNeXtMAE(**{**CONVNEXT_SIZES["mae_convnextv2_pico"], **kwargs})
+
+
+def mae_convnextv2_nano(**kwargs: Any) -> ConvNeXtMAE:
+    """ConvNeXt V2-Nano with the published decoder."""
+    return ConvNeXtMAE(**{**CONVNEXT_SIZES["mae_convnextv2_nano"], **kwargs})
+
+
+def mae_convnextv2_tiny(**kwargs: Any) -> ConvNeXtMAE:
+    """ConvNeXt V2-Tiny with the published decoder."""
+    return ConvNeXtMAE(**{**CONVNEXT_SIZES["mae_convnextv2_tiny"], **kwargs})
+
+
+def mae_convnextv2_base(**kwargs: Any) -> ConvNeXtMAE:
+    """ConvNeXt V2-Base with the published decoder."""
+    return ConvNeXtMAE(**{**CONVNEXT_SIZES["mae_convnextv2_base"], **kwargs})
+
+
+def mae_convnextv2_large(**kwargs: Any) -> ConvNeXtMAE:
+    """ConvNeXt V2-Large with the published decoder."""
+    return ConvNeXtMAE(**{**CONVNEXT_SIZES["mae_convnextv2_large"], **kwargs})
+
+
+def mae_convnextv2_huge(**kwargs: Any) -> ConvNeXtMAE:
+    """ConvNeXt V2-Huge with the published decoder."""
+    return ConvNeXtMAE(**{**CONVNEXT_SIZES["mae_convnextv2_huge"], **kwargs})
+
+
+# Those of ConvNeXt V2 by name.
+CONVNEXT_PRESETS: dict[str, Callable[..., ConvNeXtMAE]] = {
+    "mae_convnextv2_atto": mae_convnextv2_atto,
+    "mae_convnextv2_femto": mae_convnextv2_femto,
+    "mae_convnextv2_pico": mae_convnextv2_pico,
+    "mae_convnextv2_nano": mae_convnextv2_nano,
+    "mae_convnextv2_tiny": mae_convnextv2_tiny,
+    "mae_convnextv2_base": mae_convnextv2_base,
+    "mae_convnextv2_large": mae_convnextv2_large,
+    "mae_convnextv2_huge": mae_convnextv2_huge,
 }

@@ -39,6 +39,17 @@ PRESET_SIZES: dict[str, dict[str, Any]] = {
         **_OFFICIAL_DECODER,
     ),
 }  # fmt: skip
+# Blocks and widths of the four stages of ConvNeXt V2 (Woo et al. 2023, section 4.1, "model scaling").
+CONVNEXT_SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+    "mae_convnextv2_atto": dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320)),
+    "mae_convnextv2_femto": dict(depths=(2, 2, 6, 2), dims=(48, 96, 192, 384)),
+    "mae_convnextv2_pico": dict(depths=(2, 2, 6, 2), dims=(64, 128, 256, 512)),
+    "mae_convnextv2_nano": dict(depths=(2, 2, 8, 2), dims=(80, 160, 320, 640)),
+    "mae_convnextv2_tiny": dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)),
+    "mae_convnextv2_base": dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
+    "mae_convnextv2_large": dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
+    "mae_convnextv2_huge": dict(depths=(3, 3, 27, 3), dims=(352, 704, 1408, 2816)),
+}
 HEAD_WIDTH = 64
 """Of most vision transformers: what is proposed where a width does not fit its heads."""
 

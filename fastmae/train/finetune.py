@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import closing
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,17 +53,15 @@ from fastmae.data.survey import take_stock
 from fastmae.errors import SettingError
 from fastmae.evaluate.pixels import measure_for
 from fastmae.facts import UINT8
-from fastmae.model.build import build_model
+from fastmae.model.build import AnyClassifier, build_model, classifier_of
 from fastmae.model.calls import calls_of
 from fastmae.model.classifier import (
     ClassificationLoss,
-    Classifier,
-    classifier_of,
     merge_lora,
     stochastic_depth_mask,
     tune,
 )
-from fastmae.model.mae import as_vit
+from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import normalised
 from fastmae.model.sizes import beyond_preset, sizes_of
 from fastmae.model.weight_copies import WeightCopies
@@ -140,10 +139,10 @@ def _finetune(given: Given, flags: FinetuneConfig, context: parallel.DistContext
     # Model, loss and optimiser, the same on every rank.
     model = _classifier(encoder, config).to(context.device)
     classification_loss = ClassificationLoss(model)
-    config, compiling = _prepare(flags, config, classification_loss, precision, context)
+    config, compiling = _prepare(flags, config, classification_loss, model, precision, context)
     parallelism = parallel.choose_parallelism(config.parallel, config.reduce, config.shard_size, context, precision)
     loss_of = parallel.parallelize(classification_loss, context, parallelism)
-    optimizer = make_finetuning_optimizer(model, len(model.blocks), config.lr, config.weight_decay, config.layer_decay)
+    optimizer = make_finetuning_optimizer(model, config.lr, config.weight_decay, config.layer_decay)
     graph = PassGraph() if config.cuda_graph else None
     bf16 = WeightCopies(model) if precision.autocast == torch.bfloat16 else None
 
@@ -295,8 +294,11 @@ def _resolve(
     Raises:
         UserError: settings that do not go together.
     """
-    own = sizes_of(as_vit(encoder.model, "fine-tuning")).shape
-    shape = beyond_preset(encoder.settings["model"], own)
+    own: dict[str, Any] = {}
+    shape: dict[str, Any] = {}
+    if isinstance(encoder.model, MaskedAutoencoderViT):
+        own = sizes_of(encoder.model).shape
+        shape = beyond_preset(encoder.settings["model"], own)
     config = resolve_finetune(
         flags,
         describe(train, read_as=encoder.model.read_as),
@@ -316,8 +318,9 @@ def _resolve(
         on_gpu=context.device.type == "cuda",
     )
     for name in ENCODER_SHAPE:
-        if getattr(flags, name) not in (None, own[name]):
-            raise SettingError(name, getattr(flags, name), f"the encoder has {own[name]:g}; leave it out")
+        if getattr(flags, name) not in (None, own.get(name)):
+            its = f"{own[name]:g}" if name in own else "no such size"
+            raise SettingError(name, getattr(flags, name), f"the encoder has {its}; leave it out")
     if flags.patch_size is not None and (flags.patch_size[0], flags.patch_size[-1]) != config.patch_size:
         pixels = "{}×{}".format(*config.patch_size)
         raise SettingError("patch_size", flags.patch_size, f"the encoder's patches have {pixels} pixels; leave it out")
@@ -352,7 +355,7 @@ def _precision(config: ResolvedFinetuneConfig, context: parallel.DistContext) ->
 
 
 def _choose(
-    model: Classifier,
+    model: AnyClassifier,
     config: ResolvedFinetuneConfig,
     context: parallel.DistContext,
     precision: Precision,
@@ -371,14 +374,13 @@ def _backends(
     context: parallel.DistContext,
     precision: Precision,
     parallelism: parallel.Parallelism,
-    model: Classifier,
+    model: AnyClassifier,
     compiling: str,
     chosen: str,
 ) -> dict[str, str]:
     """Returns which implementation of each part is used."""
-    shapes = {"encoder": (model.prefix_tokens + model.num_patches, model.head_dim)}
     decoding = describe_decoder("threads", "the one that augments", config.pixel_type)
-    backends = describe_backends(context.device, precision, shapes, decoding)
+    backends = describe_backends(context.device, precision, model.attention_shapes(), decoding)
     backends |= {"choice": chosen, "compile": compiling}
     backends["parallel"] = f"{parallelism.kind} ({parallelism.reason})"
     if config.cuda_graph:
@@ -390,13 +392,14 @@ def _prepare(
     flags: FinetuneConfig,
     config: ResolvedFinetuneConfig,
     loss_of: ClassificationLoss,
+    model: AnyClassifier,
     precision: Precision,
     context: parallel.DistContext,
 ) -> tuple[ResolvedFinetuneConfig, str]:
     """Applies --checkpointing and --compile. Returns the settings with the mode that works here, and why."""
 
     def inputs() -> MicroBatch:
-        images, depth = config.batch_size, len(loss_of.model.blocks)
+        images, depth = config.batch_size, len(model.blocks)
         shape = images, config.in_chans, *config.input_size
         targets = torch.full((images, config.nb_classes), 1 / config.nb_classes, device=context.device)
         pixels = torch.zeros(shape, device=context.device)
@@ -406,12 +409,10 @@ def _prepare(
     return prepare_as_chosen(loss_of, flags.compile, config, inputs, precision, context.gather)
 
 
-def _classifier(encoder: Opened, config: ResolvedFinetuneConfig) -> Classifier:
+def _classifier(encoder: Opened, config: ResolvedFinetuneConfig) -> AnyClassifier:
     size = config.input_size
     try:
-        model = classifier_of(
-            as_vit(encoder.model, "fine-tuning"), config.nb_classes, img_size=size, global_pool=config.global_pool
-        )
+        model = classifier_of(encoder.model, config.nb_classes, img_size=size, global_pool=config.global_pool)
     except ValueError as error:
         raise SettingError("input_size", config.input_size, f"{error}; choose another size or --model") from error
     if encoder.head:
@@ -423,7 +424,7 @@ def _classifier(encoder: Opened, config: ResolvedFinetuneConfig) -> Classifier:
     return model
 
 
-def _keep_head(model: Classifier, encoder: Opened, config: ResolvedFinetuneConfig) -> None:
+def _keep_head(model: AnyClassifier, encoder: Opened, config: ResolvedFinetuneConfig) -> None:
     """Goes on with the head of a classifier where its classes are those of the data, and says what was done."""
     its, names = encoder.head["head.weight"].shape[0], tuple(encoder.settings.get("class_names") or ())
     if its != config.nb_classes:
@@ -447,7 +448,7 @@ def _first_other(config: ResolvedFinetuneConfig, names: tuple[str, ...]) -> str:
 
 
 def _stream(
-    run: Run[ResolvedFinetuneConfig], train: Source, randaugment: RandAugment | None, model: Classifier
+    run: Run[ResolvedFinetuneConfig], train: Source, randaugment: RandAugment | None, model: AnyClassifier
 ) -> BatchStream:
     """Returns the run's batches. Each rollback changes the seed of their order and of every augmentation."""
     config = run.config
@@ -535,7 +536,7 @@ def _test(
 
 
 def _export(
-    run: Run[ResolvedFinetuneConfig], step: int, model: Classifier, optimizer: torch.optim.Optimizer
+    run: Run[ResolvedFinetuneConfig], step: int, model: AnyClassifier, optimizer: torch.optim.Optimizer
 ) -> str | None:
     """Writes the official files after an epoch. Returns what could not be written, if anything. All ranks call it."""
     require_finite_weights(run, model, step)
@@ -547,7 +548,7 @@ def _export(
     return try_to_write(lambda: write_official(path, weights, official.moments, epoch, run.config))
 
 
-def _summary(config: ResolvedFinetuneConfig, train: Source, val: Source, model: Classifier) -> list[str]:
+def _summary(config: ResolvedFinetuneConfig, train: Source, val: Source, model: AnyClassifier) -> list[str]:
     """Returns the lines about data, encoder, tuned parameters and batch with which a run begins."""
     parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
     total, tuned = sum(count for count, _ in parameters), sum(count for count, trained in parameters if trained)

@@ -26,15 +26,8 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=BETAS, fused=True)
 
 
-def layer_of(name: str, depth: int) -> int:
-    """Returns the layer of a parameter of a classifier: 0 is the embedding, ``depth`` + 1 the head."""
-    if name.startswith(("cls_token", "reg_token", "pos_embed", "patch_embed")):
-        return 0
-    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
-
-
-def layer_decay_groups(model: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Returns the official groups of fine-tuning: two per layer, of which one has weight decay.
+def layer_decay_groups(model: Any, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Returns the official groups of fine-tuning: two per layer of ``model.layer_of``, of which one has weight decay.
 
     ``lr_scale`` is ``layer_decay`` to the power of the number of layers above (Clark et al. 2020; Bao et al. 2021).
     Biases, other 1-D parameters, the class token, registers and positions have no weight decay. Empty groups are left
@@ -44,20 +37,18 @@ def layer_decay_groups(model: nn.Module, depth: int, weight_decay: float, layer_
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and name not in WITHOUT_DECAY
-            groups.setdefault((layer_of(name, depth), decays), []).append(parameter)
+            groups.setdefault((model.layer_of(name), decays), []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": weight_decay if decays else 0.0,
-            "lr_scale": layer_decay ** (depth + 1 - layer),
+            "lr_scale": layer_decay ** (model.last_layer - layer),
         }
         for (layer, decays), parameters in groups.items()
     ]
 
 
-def make_finetuning_optimizer(
-    model: nn.Module, depth: int, lr: float, weight_decay: float, layer_decay: float
-) -> torch.optim.AdamW:
-    """Returns AdamW for a classifier of ``depth`` blocks. ``train_step`` sets the learning rates of its groups."""
-    groups = layer_decay_groups(model, depth, weight_decay, layer_decay)
+def make_finetuning_optimizer(model: Any, lr: float, weight_decay: float, layer_decay: float) -> torch.optim.AdamW:
+    """Returns AdamW for a classifier. ``train_step`` sets the learning rates of its groups."""
+    groups = layer_decay_groups(model, weight_decay, layer_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=FINETUNING_BETAS, fused=True)

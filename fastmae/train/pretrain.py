@@ -57,7 +57,6 @@ from fastmae.model.build import build_model
 from fastmae.model.calls import calls_of
 from fastmae.model.family import MaskedModel
 from fastmae.model.flops import flops_per_image
-from fastmae.model.mae import as_vit
 from fastmae.model.pixels import DTYPES, nodata_of, register_pixels
 from fastmae.model.sharding import in_one_piece, is_sharded
 from fastmae.model.weight_copies import WeightCopies
@@ -321,7 +320,7 @@ def _model(
         raise SettingError("float8", problem=f"{problem}; leave it out, or choose another --embed_dim")
     lines: list[str] = []
     if start is not None:
-        lines = begin_with(as_vit(model, "--init"), start, config.init, fixed_positions=config.start_size is not None)
+        lines = begin_with(model, start, config.init, fixed_positions=config.start_size is not None)
     elif config.init:
         lines = [f"start           {config.init} is not read again: the run goes on with its own weights"]
     return model.to(context.device), lines

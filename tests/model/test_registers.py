@@ -124,7 +124,7 @@ def test_a_classifier_keeps_them(global_pool):
 
 def test_fine_tuning_treats_them_as_the_class_token():
     model = classifier_of(with_registers(), 5)
-    groups = layer_decay_groups(model, 3, 0.05, 0.5)
+    groups = layer_decay_groups(model, 0.05, 0.5)
     group = next(group for group in groups if any(p is model.reg_token for p in group["params"]))
     assert any(p is model.cls_token for p in group["params"])
     assert group["weight_decay"] == 0.0

@@ -358,7 +358,7 @@ def test_image_files_get_the_published_recipe_of_their_encoder(width, epochs, bl
 def test_every_parameter_has_the_published_rate_and_decay():
     depth, decay = 4, 0.65
     model = Classifier((16, 16), (4, 4), 1, 128, depth, 4, 3, mean=[0.5], std=[0.2])
-    groups = layer_decay_groups(model, depth, weight_decay=0.05, layer_decay=decay)
+    groups = layer_decay_groups(model, weight_decay=0.05, layer_decay=decay)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert found.keys() == set(names.values())

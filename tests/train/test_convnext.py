@@ -1,0 +1,70 @@
+"""Runs of ConvNeXt V2: they go on where they were, do not depend on ranks or kills, and refuse what is not for them."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same_run, metrics, small_run
+from ranks import run_ranks
+
+from fastmae.checkpoint.load import load_model
+from fastmae.cli import main
+from fastmae.config import PretrainConfig
+from fastmae.errors import UserError
+from fastmae.model.convnext import ConvNeXtMAE
+from fastmae.train.pretrain import pretrain
+
+# 3 of 4 cells are masked; 9 steps.
+CONVNEXT = dict(model="mae_convnextv2_atto", input_size=64, epochs=1, checkpoint_freq=5)
+
+
+@pytest.fixture(scope="module")
+def finished(blobs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("convnext") / "run"
+    assert pretrain(small_run(blobs, folder, **CONVNEXT)) == 0
+    return folder
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bits(blobs, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000009")
+    assert pretrain(small_run(blobs, tmp_path / "run", **CONVNEXT, resume="auto")) == 0
+    said = capsys.readouterr().out
+    assert "after step 5" in said
+    assert "3 of 4 patches" in said, "the mask ratio of the family"
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_what_a_run_left_opens_and_is_used(finished, tmp_path):
+    resumable = load_model(str(finished))
+    assert isinstance(resumable, ConvNeXtMAE)
+    opened = load_model(str(finished / "checkpoint-0.pth"), needs_decoder=True)
+    for name, tensor in resumable.state_dict().items():
+        assert torch.equal(tensor, opened.state_dict()[name]), name
+    assert main(["reconstruct", str(finished), "--output", str(tmp_path / "a.png"), "--device", "cpu"]) == 0
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_losses_of_one(blobs, finished, tmp_path):
+    ways = ("ddp", "fsdp")
+    run_ranks(2, *(small_run(blobs, tmp_path / way, **CONVNEXT, batch_size=4, parallel=way) for way in ways))
+    for way in ways:
+        np.testing.assert_allclose(metrics(tmp_path / way), metrics(finished), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(patch_size=16), dict(depth=3), dict(decoder_attention="cross"), dict(latent_dim=8), dict(float8=True)],
+)
+def test_settings_of_other_families_are_refused_in_one_line(change):
+    (name,) = change
+    with pytest.raises(UserError, match=rf"^{name}=\S+: .*mae_convnextv2_atto") as error:
+        PretrainConfig(data_path="digits", model="mae_convnextv2_atto", **change)
+    assert "\n" not in str(error.value)
+
+
+def test_images_that_are_no_cells_are_refused_in_one_line(blobs, tmp_path):
+    with pytest.raises(UserError, match="100") as error:
+        pretrain(small_run(blobs, tmp_path / "run", **{**CONVNEXT, "input_size": 100}))
+    assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""How long a pretraining takes and how much memory it needs, by arithmetic: no run, no torch, no GPU.
+"""How long a pretraining takes and how much memory it needs, by arithmetic: no run, no GPU, and for presets no torch.
 
 A step's work is split by class of kernel, each class is a number of operations or bytes over a rate, and every rate and
 count is a ``Constant`` that says where it comes from. docs/estimate.md explains the formulas and how far off they were.
@@ -11,13 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from fastmae.config import EstimateConfig, check_estimate
-from fastmae.errors import UserError
+from fastmae.config import EstimateConfig, ModelSpec, check_estimate
+from fastmae.config.family import FAMILY, family_of, usual_ratio
+from fastmae.errors import SettingError, UserError
 from fastmae.model.flops import Product, products_of
 from fastmae.model.sizes import PRESET_SIZES, Sizes, preset_sizes
 
 Basis = Literal["measured", "datasheet", "counted", "assumed"]
 WEIGHT = 4  # bytes: weights, gradients and moments are float32
+Blocks = list[tuple[int, int, int, int, int]]
+Seconds = dict[str, float]
 
 
 class Constant(NamedTuple):
@@ -59,6 +62,11 @@ CONSTANTS: dict[str, Constant] = {
     "pointwise_fused_bf16_forward": Constant(32, "counted", "add and LayerNorm twice 8, bias and GELU 16"),
     "pointwise_fused_bf16_backward": Constant(46, "counted", "add and LayerNorm twice 8, GELU 24, a bias gradient 6"),
     "gelu_again": Constant(8, "counted", "more of them under --checkpointing gelu, in the pass of GELU's gradient"),
+    # Of other families, whose layers are counted by their products alone.
+    "convolutions": _assumed(0.35, "convolutions 3×3, share of a large product's rate"),
+    "layers_moved": _assumed(32, "bytes per number that a layer gives: activation, norm and addition after it"),
+    "layers_kept": _assumed(8, "bytes per number that a layer gives: it and its activation, kept for backward"),
+    "launches_layer": _assumed(12, "kernels per layer, forward and backward"),
     "pointwise_reached": _assumed(0.85, "share of a copy's rate that pointwise kernels and the optimiser reach"),
     "patches": Constant(9, "counted", "bytes per number of decoder tokens and of predicted patches; 3 per visible one"),
     "optimiser": Constant(32, "counted", "bytes per weight and step: AdamW 28, norm 4"),
@@ -87,6 +95,7 @@ ON_CPU: dict[str, Constant] = {
     **{name: _assumed(0.85, "share of a 2048³ product's rate") for name in ("linear_1024", "linear_768", "linear_512")},
     "linear_narrow": _assumed(0.7, "narrow layers, share of a 2048³ product's rate"),
     "narrow_weight_gradient": _assumed(0.84, "transposed copies"),
+    "convolutions": _assumed(0.5, "convolutions 3×3, share of a 2048³ product's rate"),
     "attention_cpu": _assumed(0.4, "share of a 2048³ product's rate; backward computes 2.5 times as much"),
     "pointwise_off_forward": Constant(72, "counted", "bytes per token and channel: norms 16, additions 24, GELU 32"),
     "pointwise_off_backward": Constant(132, "counted", "norms 24, additions 24, GELU 48, bias gradients 36"),
@@ -196,36 +205,25 @@ def estimate(config: EstimateConfig, measure_cpu: Callable[[int], Machine]) -> E
     Raises:
         UserError: settings that cannot work.
     """
-    sizes = _checked_sizes(config)
+    check_estimate(config)
+    of = _work_of_vit if family_of(config.model) == "vit" else _work_of_family
+    work_on = of(config)
     machine = measure_cpu(config.gpus) if config.gpu == "cpu" else MACHINES[config.gpu]
     rates = _Rates(config, machine)
-    N, L = config.batch_size, sizes.num_patches
-    K, D, E = int(L * (1 - config.mask_ratio)), sizes.width, sizes.decoder_width
-    # (how many blocks, tokens that they read, tokens that they give, width of a token, of a head)
-    of_decoder = E // sizes.decoder_heads
-    blocks = [
-        (sizes.depth, N * (K + 1 + sizes.registers), N * (K + 1 + sizes.registers), D, D // sizes.heads),
-        (sizes.decoder_depth - 1, N * (L + 1), N * (L + 1), E, of_decoder),
-        (1, N * (L + 1), N * (L - K), E, of_decoder),
-    ]
-    products = products_of(sizes, config.mask_ratio)
-    forward, backward = _passes(config, rates, products, blocks)
+    work = work_on(rates)
+    N, products, forward, backward = config.batch_size, work.products, work.forward, work.backward
     copying = rates.of_machine("copy") * rates["pointwise_reached"]
-    ends = 9 * (L + 1) * E + 9 * (L - K) * sizes.patch_numbers + 3 * K * sizes.patch_numbers
-    forward["pointwise"] += rates["patches"] / 9 * N * ends / copying
     again = {"selective": ("pointwise",), "full": tuple(forward)}.get(config.checkpointing, ())
     classes = {name: config.accum_iter * (forward[name] * (1 + (name in again)) + backward[name]) for name in forward}
     moved = rates["optimiser"]
     if config.gpu != "cpu":
         moved += rates["copies"] if config.fused else config.accum_iter * rates["casts"]
-    classes["optimiser"] = sizes.parameters * moved / copying
-    sent, exposed = _communication(config, rates, sizes, sum(backward.values()))
+    classes["optimiser"] = work.parameters * moved / copying
+    sent, exposed = _communication(config, rates, work.parameters, sum(backward.values()))
     classes["communication"] = exposed
-    count = sizes.depth + sizes.decoder_depth
     host = 0.0
     if config.gpu != "cpu":  # whose launches are part of its products' rate
-        launches = f"launches_{'fused_' if config.fused else ''}{_compiled(config)}"
-        host = config.accum_iter * count * rates[launches] * rates["launch"]
+        host = config.accum_iter * work.launches * rates["launch"]
     host += 2 * (config.gpus - 1) * rates["stop_hop"] if config.gpus > 1 else 0.0
     images = config.gpus * config.accum_iter * N
     nodes = 1 if config.gpu == "cpu" else math.ceil(config.gpus / config.gpus_per_node)
@@ -238,7 +236,13 @@ def estimate(config: EstimateConfig, measure_cpu: Callable[[int], Machine]) -> E
     limit = max(bounds, key=lambda name: bounds[name])
     step = bounds[limit]
     useful = 3 * images / config.gpus * sum(product.flops for product in products)
-    memory = _memory(config, rates, sizes, blocks)
+    weights = (WEIGHT + rates["weight_copies"]) * work.parameters
+    memory = {
+        "weights": weights,
+        "gradients": WEIGHT * work.parameters,
+        "moments": 2 * WEIGHT * work.parameters,
+        "activations": work.kept,
+    }
     return Estimate(
         model=config.model,
         gpu=config.gpu,
@@ -253,7 +257,7 @@ def estimate(config: EstimateConfig, measure_cpu: Callable[[int], Machine]) -> E
         host=host,
         loading=loading,
         useful_share=useful / step / rates.of_machine("products"),
-        parameters=sizes.parameters,
+        parameters=work.parameters,
         gigaflops=3 * sum(product.flops for product in products) / 1e9,
         memory=memory,
         fits=sum(memory.values()) <= rates["usable_memory"] * rates.of_machine("memory"),
@@ -261,8 +265,111 @@ def estimate(config: EstimateConfig, measure_cpu: Callable[[int], Machine]) -> E
     )
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What a micro-step of a model has to do, whatever its family."""
+
+    products: tuple[Product, ...]
+    parameters: int
+    forward: Seconds
+    """By class of kernel."""
+    backward: Seconds
+    launches: float
+    """Kernels."""
+    kept: float
+    """Bytes of activations."""
+
+
+def _work_of_vit(config: EstimateConfig) -> Callable[[_Rates], _Work]:
+    """Checks the settings of a vision transformer; what it has to do follows once the rates are known."""
+    sizes = _checked_sizes(config)
+    ratio = _ratio(config)
+
+    def work(rates: _Rates) -> _Work:
+        N, L = config.batch_size, sizes.num_patches
+        K, D, E = int(L * (1 - ratio)), sizes.width, sizes.decoder_width
+        # (how many blocks, tokens that they read, tokens that they give, width of a token, of a head)
+        of_decoder = E // sizes.decoder_heads
+        blocks = [
+            (sizes.depth, N * (K + 1 + sizes.registers), N * (K + 1 + sizes.registers), D, D // sizes.heads),
+            (sizes.decoder_depth - 1, N * (L + 1), N * (L + 1), E, of_decoder),
+            (1, N * (L + 1), N * (L - K), E, of_decoder),
+        ]
+        products = products_of(sizes, ratio)
+        forward, backward = _passes(config, rates, products, blocks)
+        copying = rates.of_machine("copy") * rates["pointwise_reached"]
+        ends = 9 * (L + 1) * E + 9 * (L - K) * sizes.patch_numbers + 3 * K * sizes.patch_numbers
+        forward["pointwise"] += rates["patches"] / 9 * N * ends / copying
+        launches = 0.0
+        if config.gpu != "cpu":
+            per_block = rates[f"launches_{'fused_' if config.fused else ''}{_compiled(config)}"]
+            launches = (sizes.depth + sizes.decoder_depth) * per_block
+        return _Work(products, sizes.parameters, forward, backward, launches, _activations(config, rates, blocks))
+
+    return work
+
+
+def _work_of_family(config: EstimateConfig) -> Callable[[_Rates], _Work]:
+    """Builds a model of another family without memory for its weights, and counts its layers by their products.
+
+    Raises:
+        UserError: settings that cannot work, or that are counted for vision transformers alone.
+    """
+    for name in ("compile", "attention", "checkpointing", "fused"):
+        if getattr(config, name) != getattr(EstimateConfig(), name):
+            problem = f"is counted for vision transformers alone, not for {config.model}; leave it out"
+            raise SettingError(name, getattr(config, name), problem)
+    _check_numbers(config)
+    import torch
+
+    from fastmae.model.build import build_model
+
+    family = family_of(config.model)
+    usual = {"convnext": (224,), "conv": (32,), "mlp": (28,)}[family]
+    spec = ModelSpec(
+        model=config.model,
+        input_size=config.input_size or usual,
+        in_chans=1 if family == "mlp" else 3,
+        patch_size=config.patch_size,
+        **{name: getattr(config, name) for name in FAMILY},
+    )
+    with torch.device("meta"):
+        model = build_model(spec)
+    try:
+        model.num_visible(_ratio(config))
+    except ValueError as error:
+        raise SettingError("mask_ratio", _ratio(config), str(error)) from error
+    products = model.products(_ratio(config))
+    parameters = sum(weight.numel() for weight in model.parameters())
+    given = sum(product.m * product.n * product.count for product in products)
+
+    def work(rates: _Rates) -> _Work:
+        N, peak = config.batch_size, rates.of_machine("products")
+        forward = {"matrix products": 0.0, "convolutions": 0.0}
+        for product in products:
+            is_convolution = product.kind == "convolution"
+            narrow = min(product.n, product.k)
+            layer = next((f"linear_{side}" for side in (1024, 768, 512) if narrow >= side), "linear_narrow")
+            share = rates["convolutions" if is_convolution else layer]
+            forward["convolutions" if is_convolution else "matrix products"] += N * product.flops / peak / share
+        copying = rates.of_machine("copy") * rates["pointwise_reached"]
+        pointwise = N * given * rates["layers_moved"] / copying
+        backward = {name: 2 * seconds for name, seconds in forward.items()}
+        launches = 0.0
+        if config.gpu != "cpu":
+            launches = rates["launches_layer"] * sum(product.count for product in products)
+        kept = N * given * rates["layers_kept"]
+        both = forward | {"pointwise": pointwise / 3}, backward | {"pointwise": 2 * pointwise / 3}
+        return _Work(products, parameters, *both, launches, kept)
+
+    return work
+
+
+def _ratio(config: EstimateConfig) -> float:
+    return usual_ratio(config.model) if config.mask_ratio is None else config.mask_ratio
+
+
 def _checked_sizes(config: EstimateConfig) -> Sizes:
-    check_estimate(config)
     name = config.model.removesuffix("_dec512d8b")
     if name not in PRESET_SIZES:
         raise UserError(f"--model {config.model}: unknown; one of {', '.join(PRESET_SIZES)}")
@@ -270,8 +377,13 @@ def _checked_sizes(config: EstimateConfig) -> Sizes:
         sizes = preset_sizes(name, config.input_size or (), config.patch_size or (), config)
     except ValueError as error:
         raise UserError(f"{error}; choose another --input_size or --patch_size") from error
-    if int(sizes.num_patches * (1 - config.mask_ratio)) < 1:
-        raise UserError(f"--mask_ratio {config.mask_ratio:g}: leaves none of {sizes.num_patches} patches visible")
+    if int(sizes.num_patches * (1 - _ratio(config))) < 1:
+        raise UserError(f"--mask_ratio {_ratio(config):g}: leaves none of {sizes.num_patches} patches visible")
+    _check_numbers(config)
+    return sizes
+
+
+def _check_numbers(config: EstimateConfig) -> None:
     images = config.batch_size * config.accum_iter * config.gpus
     if config.images < images:
         raise UserError(f"--images {config.images:g}: fewer than the {images} of a step")
@@ -279,7 +391,6 @@ def _checked_sizes(config: EstimateConfig) -> Sizes:
         raise UserError("--gpu cpu: takes none of --compile block, --attention triton, --residual bf16; leave them out")
     if config.residual == "bf16" and not config.fused:
         raise UserError("--residual bf16: is counted for the fused kernels alone; leave out --no-fused")
-    return sizes
 
 
 def _compiled(config: EstimateConfig) -> str:
@@ -303,10 +414,6 @@ def _attention(config: EstimateConfig, tokens: int, head_dim: int) -> str:
     """Returns the name of the share that attention reaches. ``auto`` is as without a table of measurements."""
     triton = tokens <= 320 and head_dim in (32, 64) if config.attention == "auto" else config.attention == "triton"
     return f"attention_triton_{'short' if tokens <= 64 else 'long'}" if triton else "attention_sdpa"
-
-
-Blocks = list[tuple[int, int, int, int, int]]
-Seconds = dict[str, float]
 
 
 def _passes(
@@ -342,9 +449,9 @@ def _passes(
     return forward, backward
 
 
-def _communication(config: EstimateConfig, rates: _Rates, sizes: Sizes, backward: float) -> tuple[float, float]:
+def _communication(config: EstimateConfig, rates: _Rates, parameters: int, backward: float) -> tuple[float, float]:
     """(seconds of the all-reduce of all gradients; those of them that the backward pass does not hide)."""
-    n, size = config.gpus, WEIGHT * sizes.parameters
+    n, size = config.gpus, WEIGHT * parameters
     if n == 1:
         return 0.0, 0.0
     if config.gpu == "cpu":
@@ -363,14 +470,12 @@ def _communication(config: EstimateConfig, rates: _Rates, sizes: Sizes, backward
     return sent, max(last, sent - backward)
 
 
-def _memory(config: EstimateConfig, rates: _Rates, sizes: Sizes, blocks: Blocks) -> dict[str, float]:
-    """Bytes by what they hold; activations are those between blocks and of the block at work."""
+def _activations(config: EstimateConfig, rates: _Rates, blocks: Blocks) -> float:
+    """Bytes of what is kept between blocks, and of the block at work."""
     numbers = [count * read * width for count, read, _, width, _ in blocks]
     kept = rates[f"kept_{config.checkpointing}"] * sum(numbers)
     if _keeps_less_on_cpu(config):
         kept -= (rates["kept_none"] - rates["kept_gelu"]) * numbers[0]
     if config.checkpointing in ("selective", "full"):
         kept += rates["kept_none"] * max(read * width for _, read, _, width, _ in blocks)
-    P = sizes.parameters
-    weights = (WEIGHT + rates["weight_copies"]) * P
-    return {"weights": weights, "gradients": WEIGHT * P, "moments": 2 * WEIGHT * P, "activations": kept}
+    return kept

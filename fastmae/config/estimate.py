@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fastmae.config.family import FamilySettings, check_family
 from fastmae.config.shape import Shape, check_shape
 from fastmae.config.values import coerce, need_at_least_one, need_size
 from fastmae.errors import UserError
@@ -13,7 +14,7 @@ EstimateGpu = Literal["a100-40", "a100-80", "h100", "h200", "b200", "l4", "rtx40
 
 
 @dataclass(frozen=True, kw_only=True)
-class EstimateConfig(Shape):
+class EstimateConfig(Shape, FamilySettings):
     """Estimate speed, hours and memory of a pretraining before it runs. No GPU is needed and none is used."""
 
     model: str = "mae_vit_base_patch16"
@@ -33,11 +34,12 @@ class EstimateConfig(Shape):
     accum_iter: int = 1
     """Micro-steps per step, as for pretrain."""
     input_size: tuple[int, ...] | None = None
-    """Side of the crops in pixels, or their height and width. Default: the model's."""
+    """Side of the crops in pixels, or their height and width. Default: the model's; 32 for mae_conv,
+    28 for mae_mlp, which takes one channel: `1 D` is a table of D columns."""
     patch_size: tuple[int, ...] | None = None
     """As for pretrain."""
-    mask_ratio: float = 0.75
-    """Share of the patches that is masked."""
+    mask_ratio: float | None = None
+    """Share of the patches that is masked. Default: that of the model's family, as for pretrain."""
     compile: Literal["auto", "off", "block"] = "auto"
     """As for pretrain; auto is block on a GPU."""
     attention: Literal["auto", "sdpa", "triton"] = "auto"
@@ -68,11 +70,12 @@ def check_estimate(config: EstimateConfig) -> None:
         config, "gpus", "gpus_per_node", "epochs", "batch_size", "accum_iter", "cores"
     )  # fmt: skip
     check_shape(config)
+    check_family(config)
     need_size(config, "input_size")
     need_size(config, "patch_size")
     if config.images < 1:
         raise UserError(f"--images {config.images:g}: must be at least 1")
-    if not 0 < config.mask_ratio < 1:
+    if config.mask_ratio is not None and not 0 < config.mask_ratio < 1:
         raise UserError(f"--mask_ratio {config.mask_ratio:g}: must be above 0 and below 1")
     if config.gpus > config.gpus_per_node and config.gpus % config.gpus_per_node and config.gpu != "cpu":
         whole = f"up to {config.gpus_per_node} (--gpus_per_node), or a multiple of it"

@@ -90,11 +90,12 @@ def check_family(config: Any) -> None:
             problem = f"is for {presets}, not for {config.model or 'vision transformers'}; leave it out"
             raise SettingError(name, getattr(config, name), problem)
     need_at_least_one(config, "latent_dim")
+    normed = getattr(config, "norm_pix_loss", False)
     if config.mask_unit == "pixel":
         need(config, config.patch_size is None, "patch_size", "left out with --mask_unit=pixel, whose patch is a pixel")
-        need(config, not config.norm_pix_loss, "norm_pix_loss", "left out with --mask_unit=pixel, as it is of patches")
+        need(config, not normed, "norm_pix_loss", "left out with --mask_unit=pixel, as it is of patches")
     if config.loss == "bce":
         problem = "left out with --loss=bce, which compares shares of the value range"
-        need(config, not config.norm_pix_loss, "norm_pix_loss", problem)
+        need(config, not normed, "norm_pix_loss", problem)
     positive = config.widths is None or (len(config.widths) > 0 and min(config.widths) >= 1)
     need(config, positive, "widths", "one or more whole numbers of at least 1")

@@ -28,6 +28,9 @@ def run_reconstruct(config: ReconstructConfig) -> int:
     """Draws reconstructions and prints the path of the picture."""
     file = open_masks(config.masks, config.mask_ratio)
     model, data_path = open_model(config, needs_decoder=True)
+    if not model.has_pictures:
+        problem = "predicts single numbers of rows, so that there is no picture of patches; fastmae impute fills cells"
+        raise UserError(f"{config.checkpoint}: {problem}")
     source = open_train(data_path, model.read_as)
     indices = fixed_indices(source, config.count)
     pictures = []

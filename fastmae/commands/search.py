@@ -31,7 +31,8 @@ def run_search(config: SearchConfig) -> int:
     by = engine(features.values.device)
     results = search(queries, query_features, source, features, k=config.k, by=by)
     report_stock(source, queries)
-    save_search(Path(config.output), model, queries, source, results)
+    if draws := model.img_size != (1, 1):  # rows of a table have no picture
+        save_search(Path(config.output), model, queries, source, results)
     if config.json:
         print(json.dumps({"by": by, "results": results}))
         return 0
@@ -43,5 +44,6 @@ def run_search(config: SearchConfig) -> int:
         rows.append(None)
     title = f"nearest of {len(features.values)} images of {shown(data_path)}, compared by {by}"
     show_table({"query": "left", "nearest": "left", "class": "left", "cosine": "right"}, rows, title)
-    say(config.output)
+    if draws:
+        say(config.output)
     return 0

@@ -118,6 +118,8 @@ def check_picture(path: str | PathLike[str]) -> None:
 def save_map(path: Path, model: MaskedModel, source: Source, found: FeatureMap, title: str) -> None:
     """Draws a map: all points, coloured by class if there are labels, and beside them images where they lie.
 
+    Rows of a table, which are no images, have their names there.
+
     Args:
         source: of the images.
         title: what the points are.
@@ -128,15 +130,17 @@ def save_map(path: Path, model: MaskedModel, source: Source, found: FeatureMap, 
     from fastmae.report import map as drawing
 
     classes = classes_of(source, found.features.indices)
-    shown = drawing.shown_as_pictures(found.points)
+    labels = None if classes is None else classes.tolist()
+    is_table = model.img_size == (1, 1)
+    shown = drawing.shown_as_names(found.points) if is_table else drawing.shown_as_pictures(found.points)
     indices = found.features.indices[shown.points]
-    pictures = _thumbnails(model, source, indices, drawing.THUMBNAIL)
-    names = None if classes is None else classes.tolist()
+    names = [source.name(int(index)) for index in indices] if is_table else []
+    pictures = [] if is_table else _thumbnails(model, source, indices, drawing.THUMBNAIL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(
             path,
-            lambda file: drawing.save_map(file, found.points, found.axes, title, names, shown, pictures=pictures),
+            lambda file: drawing.save_map(file, found.points, found.axes, title, labels, shown, pictures, names),
         )
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}); free space or name another file") from error

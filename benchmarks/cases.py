@@ -14,13 +14,16 @@ import torch
 import torch.nn.functional as F
 
 from fastmae.benchmarks.harness import Samples, Stopwatch, input_sets_for, interleave, sdpa_kernel
+from fastmae.config.family import family_of
 from fastmae.errors import UserError
 from fastmae.model.family import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.model.presets import PRESETS
 from fastmae.ops.assemble_tokens import assemble_tokens, assemble_tokens_reference
 from fastmae.ops.attention import attention, attention_backend, attention_reference
 from fastmae.ops.backends import ops_backend
+from fastmae.ops.depthwise_visible import depthwise_visible, depthwise_visible_reference, slots_of
 from fastmae.ops.gather_patches import gather_patches, gather_patches_reference
+from fastmae.ops.grn import grn, grn_reference
 from fastmae.ops.linear import describe_linear, linear
 from fastmae.ops.masked_mse import masked_mse, masked_mse_reference
 from fastmae.ops.random_masking import random_masking, random_masking_reference
@@ -64,12 +67,26 @@ def known_shapes(names: Sequence[str]) -> list[Shapes]:
     """The sizes of presets.
 
     Raises:
-        UserError: one is not known.
+        UserError: one is not known, or no vision transformer.
     """
     for name in names:
         if name not in PRESETS:
             raise UserError(f"--models {name}: unknown; one of {', '.join(PRESETS)}")
+        if family_of(name) != "vit":
+            raise UserError(f"--models {name}: these shapes are of vision transformers; leave it out")
     return [shapes_of(name) for name in names]
+
+
+def cases_of(name: str, N: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Every op of a preset on N images.
+
+    Raises:
+        UserError: it is not known, or of a family without ops of its own.
+    """
+    if name in PRESETS and family_of(name) == "convnext":
+        return convnext_cases(name, N, dtype, device)
+    (shapes,) = known_shapes([name])
+    return all_cases(shapes, N, dtype, device)
 
 
 def shapes_of(name: str) -> Shapes:
@@ -183,6 +200,69 @@ def all_cases(shapes: Shapes, N: int, dtype: torch.dtype, device: torch.device) 
             for inputs, outputs in ((width, 4 * width), (4 * width, width)):
                 for backward in (False, True):
                     yield linear_case(shapes.model, N * tokens, inputs, outputs, dtype, device, backward)
+
+
+def convnext_cases(name: str, N: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """What the visible cells of a ConvNeXt V2 go through between the products, in each of its stages."""
+    with torch.device("meta"):
+        model: Any = PRESETS[name]()
+    K = model.num_visible(model.usual_ratio)
+    for stage, width in enumerate(model.dims):
+        for backward in (False, True):
+            yield depthwise_case(name, (N, K, 8 >> stage, width), model.grid_size, dtype, device, backward)
+        for backward in (False, True):
+            yield grn_case(name, (N, K * (8 >> stage) ** 2, 4 * width), dtype, device, backward)
+
+
+def depthwise_case(
+    model: str,
+    shape: tuple[int, int, int, int],
+    grid: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    backward: bool,
+) -> Case:
+    """The convolution of K cells of s×s positions of C channels of each image, for (N, K, s, C)."""
+    N, K, s, C = shape
+
+    def draw(generator: torch.Generator) -> Inputs:
+        def numbers(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        x, grad = numbers(N, K, s, s, C).to(dtype), numbers(N, K, s, s, C).to(dtype) if backward else None
+        order = torch.rand(N, grid[0] * grid[1], generator=generator, device=device).argsort(dim=1)
+        weights = [tensor.requires_grad_(backward) for tensor in (numbers(C, 1, 7, 7) / 7, numbers(C))]
+        return Inputs((x.requires_grad_(backward), slots_of(order[:, :K], grid), *weights), grad)
+
+    cells = N * K * s * s * C * dtype.itemsize
+    others = 4 * N * grid[0] * grid[1] + 4 * 50 * C  # int32 slots, float32 weights and biases
+    return Case(
+        op="depthwise_visible", backward=backward, model=model, sizes=f"N {N}, K {K} of {s}×{s}, C {C}",
+        backend=ops_backend(device, dtype), draw=draw, ours=depthwise_visible, eager=depthwise_visible_reference,
+        # cells read and written; backward: their gradients read and written, the cells read again
+        moved=(2 + 3 * backward) * cells + others + backward * 4 * 50 * C,
+    )  # fmt: skip
+
+
+def grn_case(model: str, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, backward: bool) -> Case:
+    """Global response normalisation of P positions of D channels of each image, for (N, P, D)."""
+    N, P, D = shape
+
+    def draw(generator: torch.Generator) -> Inputs:
+        def numbers(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        x, grad = numbers(*shape).to(dtype), numbers(*shape).to(dtype) if backward else None
+        leaves = [tensor.requires_grad_(backward) for tensor in (x, numbers(D), numbers(D))]
+        return Inputs(tuple(leaves), grad)
+
+    rows = N * P * D * dtype.itemsize
+    return Case(
+        op="grn", backward=backward, model=model, sizes=f"N {N}, P {P}, D {D}",
+        backend="cpu" if ops_backend(device, dtype) == "cpu" else "torch", draw=draw, ours=grn, eager=grn_reference,
+        # the rows read twice, as all of an image come before the first result, and written; backward: both read twice
+        moved=(3 + 5 * backward) * rows + (2 + 2 * backward) * 4 * D,
+    )  # fmt: skip
 
 
 def masking_case(shapes: Shapes, N: int, device: torch.device) -> Case:

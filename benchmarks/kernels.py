@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from fastmae.benchmarks.cases import Case, Function, Measured, all_cases, as_json, known_shapes, measure
+from fastmae.benchmarks.cases import Case, Function, Measured, as_json, cases_of, measure
 from fastmae.benchmarks.harness import (
     OURS,
     Ceilings,
@@ -48,23 +48,23 @@ def bench_kernels(config: BenchKernelsConfig, command: Sequence[str]) -> int:
         UserError: settings that cannot work.
     """
     check_bench(config)
-    models = known_shapes(config.models)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     dtype = precision.autocast or torch.float32
     N = config.batch_size or (GPU_BATCH if device.type == "cuda" else CPU_BATCH)
+    models = {name: cases_of(name, N, dtype, device) for name in config.models}
     watch = Stopwatch(device=device, rounds=config.rounds, sample_seconds=config.sample_ms / 1e3, graph=config.graph)
     screen, machine = console(), machine_name(device)
     ceilings = measure_ceilings(device)
     screen.print(f"{machine}: {describe_ceilings(ceilings)}")
 
     measured: list[Measured] = []
-    for shapes in models:
-        cases = [case for case in all_cases(shapes, N, dtype, device) if case.op in config.only]
+    for model, of_all_ops in models.items():
+        cases = [case for case in of_all_ops if case.op in config.only]
         of_model = [
             measure(case, implementations_of(case, config.compile), watch, optional=[COMPILED]) for case in cases
         ]
-        screen.print(speed_table(f"{shapes.model}, {N} images, {precision.name}", of_model, ceilings, EAGER))
+        screen.print(speed_table(f"{model}, {N} images, {precision.name}", of_model, ceilings, EAGER))
         for line in untimed(of_model):
             print(line)
         measured += of_model

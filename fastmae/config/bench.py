@@ -18,7 +18,8 @@ from fastmae.config.values import coerce, need_at_least_one
 from fastmae.errors import UserError
 
 BenchOp = Literal[
-    "random_masking", "gather_patches", "scatter_patches", "assemble_tokens", "masked_mse", "attention", "linear"
+    "random_masking", "gather_patches", "scatter_patches", "assemble_tokens", "masked_mse", "attention", "linear",
+    "depthwise_visible", "grn",
 ]  # fmt: skip
 BENCH_OPS: tuple[BenchOp, ...] = get_args(BenchOp)
 BENCH_SWITCHES = (
@@ -39,7 +40,7 @@ class BenchKernelsConfig:
     """Time the ops and attention beside eager PyTorch and torch.compile; a wrong result gets no time."""
 
     models: tuple[str, ...] = ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")
-    """Presets whose shapes are timed."""
+    """Presets whose shapes are timed: vision transformers, or mae_convnextv2_*."""
     only: tuple[BenchOp, ...] = BENCH_OPS
     """Which of the ops."""
     batch_size: int | None = None

@@ -55,7 +55,7 @@ def test_kernels_writes_every_sample_and_a_picture(tmp_path, capsys):
     assert result.keys() == fields | {"ceilings", "precision", "batch_size", "cases"}
     assert result["command"] == ["fastmae", *KERNELS, "--output", str(tmp_path / "results")]
     assert (result["precision"], result["batch_size"]) == ("float32", 2)
-    assert {case["op"] for case in result["cases"]} == set(BENCH_OPS)
+    assert {case["op"] for case in result["cases"]} == set(BENCH_OPS) - {"depthwise_visible", "grn"}
     for case in result["cases"]:
         assert case["refused"] is None
         assert {name: len(seconds) for name, seconds in case["seconds"].items()} == {"fastmae": 2, "eager": 2}

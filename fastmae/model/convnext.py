@@ -27,6 +27,7 @@ from fastmae.model.vit import Checkpointing, checkpointed
 from fastmae.ops.backends import autocast_dtype, refusing_second_gradient
 from fastmae.ops.depthwise_visible import depthwise_visible, slots_of
 from fastmae.ops.gather_patches import gather_patches
+from fastmae.ops.grn import grn
 from fastmae.ops.linear import Linear, linear
 from fastmae.ops.masked_mse import masked_mse
 
@@ -53,11 +54,7 @@ class GRN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [N, ..., D] to the same shape and dtype; all axes between the first and the last are positions."""
-        compute = torch.promote_types(x.dtype, torch.float32)
-        flat = x.flatten(1, -2)
-        norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True, dtype=compute)  # its gradient at 0 is 0
-        scale = 1 + self.weight * (norm / (norm.mean(dim=-1, keepdim=True) + EPS))
-        return torch.addcmul(self.bias.to(x.dtype), flat, scale.to(x.dtype)).view_as(x)
+        return grn(x, self.weight, self.bias)
 
 
 class ConvNeXtMlp(nn.Module):
@@ -291,10 +288,11 @@ class ConvNeXtMAE(MaskedModel):
         x = self.decoder_embed(latent)
         N, _, E = x.shape
         token = self.mask_token.to(x.dtype).expand(N, grid[0] * grid[1], E)
-        x = token.scatter(1, ids.long()[:, :, None].expand(-1, -1, E), x).unflatten(1, grid)
+        x = token.scatter(1, ids.long()[:, :, None].expand(-1, -1, E), x)[:, :, None, None]
+        every = torch.arange(grid[0] * grid[1], dtype=torch.int32, device=x.device).view(1, *grid).expand(N, *grid)
         for block in self.decoder_blocks:
-            x = block(x)
-        return x.flatten(1, 2)
+            x = block(x, every)  # with gradients, the op is faster than torch's convolution of the map
+        return x.flatten(1, 3)
 
     def loss_and_prediction(
         self,

@@ -51,6 +51,26 @@ def test_loss_and_gradients_are_those_of_the_dense_model_in_float64(norm_pix_los
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-7, atol=1e-12, msg=name)
 
 
+def test_in_float32_it_is_as_near_to_the_truth_as_the_dense_model():
+    """These widths are computed by the kernels, which float64 and narrow models are not."""
+    model = _model(depths=(2, 1, 1, 1), dims=(16, 20, 40, 64), decoder_embed_dim=32)
+    reference = _reference(model)
+    images, ids = _batch()
+
+    def results(of, call, dtype):
+        loss = call(of.to(dtype), images.to(dtype))
+        names, parameters = zip(*of.named_parameters(), strict=True)
+        return loss.detach().double(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+    loss, gradients = results(model, lambda of, images: of.training_loss(images, ids, 0.6), torch.float32)
+    same_loss, same = results(reference, lambda of, images: of(images, ids, 0.6)[0], torch.float32)
+    true_loss, truth = results(reference, lambda of, images: of(images, ids, 0.6)[0], torch.float64)
+    assert abs(loss - true_loss) <= abs(same_loss - true_loss) + 1e-6 * true_loss
+    for name, right in truth.items():
+        ours, theirs = ((one[name].double() - right).norm() / right.norm() for one in (gradients, same))
+        assert ours <= 2 * theirs + 1e-6, name
+
+
 def test_20_steps_of_adamw_are_those_of_a_plain_loop():
     model = _model()
     reference = _reference(model)

@@ -50,6 +50,7 @@ TAKEN_BY: dict[str, tuple[Family, ...]] = {
     **dict.fromkeys(SHAPE, ("vit",)),
     "patch_size": ("vit", "conv"),
     "decoder_attention": ("vit",),
+    "init": ("vit", "convnext"),
     "predict_ratio": ("vit",),
     "start_size": ("vit", "convnext"),
     "residual": ("vit",),

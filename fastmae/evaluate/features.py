@@ -90,7 +90,12 @@ def extract_features(
         model: the encoder; features are computed on its device, without gradients.
         pool: as in ``model.features``.
         num_workers: threads that read and decode images.
+
+    Raises:
+        SettingError: the model does not pool so.
     """
+    if pool not in model.pools:
+        raise SettingError("pool", pool, f"must be {' or '.join(model.pools)} for {type(model).__name__}")
     values, count = torch.empty(0), 0
     indices: list[np.ndarray] = []
     skipped: list[Skipped] = []

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastmae.config.family import FAMILY, PRESET_OF_FAMILY
 from fastmae.facts import UINT8, PixelFacts
 from fastmae.model.family import MaskedModel, Size, pair
 from fastmae.model.fill import normal_noise
@@ -174,6 +175,13 @@ class ConvMAE(MaskedModel):
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """Returns the images of latent vectors [N, latent_dim] of yours: normalised pixels, float [N, C, H, W]."""
         return self.unpatchify(self._prediction(self.patchify(self._decode(latent))))
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """Its preset and the settings that make one like it."""
+        own = {name: getattr(self, name) for name in FAMILY}
+        patch = {"patch_size": None} if self.mask_unit == "pixel" else {}
+        return {"model": PRESET_OF_FAMILY[self.family], **own, **patch}
 
     @property
     def sizes(self) -> str:

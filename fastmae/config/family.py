@@ -12,7 +12,7 @@ from fastmae.errors import SettingError
 Family = Literal["vit", "convnext", "conv", "mlp"]
 PRESET_OF_FAMILY = {"vit": "mae_vit_", "convnext": "mae_convnextv2_", "conv": "mae_conv", "mlp": "mae_mlp"}
 """How the names of a family's presets begin, or what its one preset is called."""
-USUAL_RATIO: dict[Family, float] = {"vit": 0.75, "convnext": 0.6, "conv": 0.5, "mlp": 0.5}
+USUAL_RATIO: dict[Family, float] = {"vit": 0.75, "convnext": 0.6, "conv": 0.25, "mlp": 0.5}
 """The mask ratio where none is given: those of He et al. (2021) and of Woo et al. (2023), and ours."""
 
 

@@ -69,7 +69,7 @@ def test_what_a_run_left_is_read_by_every_command(finished, blobs, tmp_path, cap
         ["reconstruct", folder, "--output", str(tmp_path / "grid.png"), *device],
         ["features", folder, "--output", str(tmp_path / "features.npz"), *device],
         ["anomaly", folder, "--output", str(tmp_path / "anomaly"), *device],
-        ["search", folder, "--picture", str(tmp_path / "search.png"), *device],
+        ["search", folder, "--output", str(tmp_path / "search.png"), *device],
         ["report", folder, "--output", str(tmp_path / "report.html")],
     ]
     for words in commands:

@@ -83,10 +83,15 @@ def opened_onnx(path: Path) -> Any:
 def _graph(model: AnyEncoder, variant: str, raw: bool, head: Head) -> Any:
     """Traces the encoder as an ONNX program with a free batch axis."""
     encoder, images = encoder_and_images(model, variant, raw, head)
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits" if head else "tokens"]}
+    return traced(encoder, images, "logits" if head else "tokens")
+
+
+def traced(module: torch.nn.Module, images: torch.Tensor, output: str) -> Any:
+    """Traces a module of images as an ONNX program with a free batch axis, whose output has a name."""
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": [output]}
     free = {"images": {0: "batch"}}
     with _quiet(), torch.no_grad():
-        return torch.onnx.export(encoder, (images,), **names, dynamic_shapes=free, verbose=False)
+        return torch.onnx.export(module, (images,), **names, dynamic_shapes=free, verbose=False)
 
 
 def _needs(package: str) -> Any:

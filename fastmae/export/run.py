@@ -20,6 +20,7 @@ from fastmae.evaluate.sharing import WHOLE, Share
 from fastmae.export.convnext import as_timm_convnext, save_timm_convnext, save_transformers_convnext
 from fastmae.export.encoder import AnyEncoder
 from fastmae.export.hf import save_huggingface
+from fastmae.export.latents import export_latents
 from fastmae.export.measure import Encode, EncoderFigures, measure, open_labelled, sample_difference
 from fastmae.export.official import Part, export_official, numbers
 from fastmae.export.onnx import opened_onnx, save_onnx
@@ -57,8 +58,7 @@ def export(
     """
     path, model = Path(config.output), opened.model
     if config.to != "official" and not isinstance(model, AnyEncoder):
-        problem = f"takes vision transformers and ConvNeXt V2, and the model is {model.sizes}; use --to=official"
-        raise SettingError("to", config.to, problem)
+        return (export_latents(config, model) if share.is_first else ""), {}
     head = {} if config.part == "encoder" else opened.head
     if config.part == "full" and not opened.has_decoder and not head:
         raise SettingError("part", "full", f"{config.checkpoint} holds the encoder alone; leave --part out")

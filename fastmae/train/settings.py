@@ -30,6 +30,7 @@ from fastmae.config import (
     read_as,
     resolve,
 )
+from fastmae.config.family import family_of
 from fastmae.data.decode import FOLDER_CHANNELS
 from fastmae.data.fingerprint import difference, fingerprint
 from fastmae.data.formats.sound import AUDIOSET_MEAN, AUDIOSET_STD
@@ -182,7 +183,8 @@ def _warm_up(flags: TrainingConfig, config: ResolvedConfig | ResolvedFinetuneCon
         ]
     pretrains = isinstance(config, ResolvedConfig)
     official = OFFICIAL_WARMUP if pretrains else OFFICIAL_FINETUNING_WARMUP
-    is_default = flags.warmup_epochs is None and not (pretrains and flags.data_path in ("digits", ("digits",)))
+    small = flags.data_path in ("digits", ("digits",)) or family_of(config.model) == "mlp"
+    is_default = flags.warmup_epochs is None and not (pretrains and small)
     if is_default and not goes_on and warm_up < official:
         return [
             f"warm-up         shortened to {warm_up:g} of {epochs} epochs, as the official {official:g} are for longer "

@@ -164,6 +164,11 @@ def test_what_a_run_says_and_leaves(rows, finished, tmp_path, capsys):
     assert features.values.isfinite().all()
 
 
+def test_what_has_no_pictures_says_what_to_use_instead(finished, tmp_path, capsys):
+    assert main(["reconstruct", str(finished), "--output", str(tmp_path / "x.png"), "--device", "cpu"]) == 2
+    assert "fastmae impute fills cells" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("changes", [{}, {"widths": (7,), "loss": "bce", "loss_on": "all", "fill": "zero"}])
 def test_a_run_opens_with_its_own_settings(changes, blobs, tmp_path):
     assert pretrain(small_run(blobs, tmp_path, model="mae_mlp", epochs=1, **changes)) == 0

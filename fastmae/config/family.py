@@ -53,8 +53,10 @@ TAKEN_BY: dict[str, tuple[Family, ...]] = {
     "init": ("vit", "convnext"),
     "predict_ratio": ("vit",),
     "start_size": ("vit", "convnext"),
+    "spectrogram": ("vit", "convnext", "conv"),
     "residual": ("vit",),
     "float8": ("vit",),
+    "attention": ("vit",),
     "norm_pix_loss": ("vit", "convnext", "conv"),
     "masking": ("vit", "convnext", "conv"),
     "masks": ("vit", "convnext", "conv"),
@@ -90,6 +92,9 @@ def check_family(config: Any) -> None:
             presets = ", ".join(PRESET_OF_FAMILY[one] + "*" * (one in ("vit", "convnext")) for one in families)
             problem = f"is for {presets}, not for {config.model or 'vision transformers'}; leave it out"
             raise SettingError(name, getattr(config, name), problem)
+    computes_gelu_again = getattr(config, "checkpointing", "none") == "gelu"
+    can = family == "vit" or not computes_gelu_again
+    need(config, can, "checkpointing", f"none, selective or full for {config.model}; gelu is for mae_vit_*")
     need_at_least_one(config, "latent_dim")
     normed = getattr(config, "norm_pix_loss", False)
     if config.mask_unit == "pixel":

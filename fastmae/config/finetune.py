@@ -273,6 +273,8 @@ def check_finetune(config: FinetuneConfig) -> None:
         SettingError: naming the setting, its value and what it must be.
     """
     check_training(config)
+    can = family_of(config.model) in ("vit", "convnext")
+    need(config, can, "model", "a preset mae_vit_* or mae_convnextv2_*; other models have `fastmae probe` alone")
     need_size(config, "patch_size")
     need_statistics(config)
     needed = partial(need, config)

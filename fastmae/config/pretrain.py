@@ -229,6 +229,10 @@ UNLESS_SAVED = {
 }  # fmt: skip
 
 
+OF_IMAGE_FILES = ("bands", "pages", "window", "layout", "axis", "constant_slices", "image_key")
+"""Settings that say how files of images are read."""
+
+
 def resolve(
     config: PretrainConfig,
     facts: DataFacts,
@@ -246,6 +250,8 @@ def resolve(
     Raises:
         SettingError: settings that do not go with the data.
     """
+    if facts.columns is not None:
+        _check_table(config)
     digits = facts.kind == "digits"
     in_chans = config.in_chans or facts.channels
     input_size: tuple[int, ...] = (224, 224)
@@ -313,6 +319,14 @@ def resolve(
     resolved = ResolvedConfig(**{**dataclasses.asdict(config), **chosen})
     check_rates(resolved)
     return resolved
+
+
+def _check_table(config: PretrainConfig) -> None:
+    """Refuses settings of images, which mean nothing where rows of a table are trained on."""
+    one = {"input_size": ((1,), (1, 1)), "crop_scale": ((1.0, 1.0),), "flip": (False,)}
+    for name in (*one, *OF_IMAGE_FILES):
+        is_unset = getattr(config, name) in (None, *one.get(name, ()))
+        need(config, is_unset, name, "left out for a table, whose rows are no images")
 
 
 def _of_adversary(config: PretrainConfig, epochs: int, lr: float) -> dict[str, Any]:

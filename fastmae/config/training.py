@@ -88,8 +88,8 @@ class TrainingConfig(ImagesConfig, EncoderShape):
     GPU (experimental: it has not run on a GPU yet). auto is bf16 on a GPU that supports it, otherwise fp32."""
     checkpointing: Literal["none", "gelu", "selective", "full"] = "none"
     """What the blocks compute a second time in the backward pass to save memory: nothing (on a CPU, GELU where that
-    costs next to no time); GELU; everything but matrix products and attention (selective); everything (full). The
-    results are the same bits."""
+    costs next to no time); GELU; everything but matrix products, convolutions and attention (selective);
+    everything (full). The results are the same bits."""
     compile: Literal["auto", "off", "block", "model"] = "auto"
     """Use torch.compile for each block, or for the whole loss. The first step then takes minutes. A CPU needs a C++
     compiler. auto is block on a GPU if the run has at least 2,000 steps, and off where that fails; on a CPU it is off.

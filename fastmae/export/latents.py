@@ -76,9 +76,12 @@ def export_latents(config: ExportConfig, model: MaskedModel) -> str:
 
 
 def _noise(model: MaskedModel) -> torch.Tensor:
-    """Returns images of noise between the ends of the value range: pixels [N, H, W, C]."""
+    """Returns pixels [N, H, W, C] of noise with the mean and the deviation of each channel; whole numbers between the
+    ends of the value range."""
     low, high = range_ends(model)
     shape, generator = (SAMPLES, *model.img_size, model.in_chans), torch.Generator().manual_seed(0)
-    pixels = low + torch.rand(shape, generator=generator) * (high - low)
+    shares = model.mean.cpu() + model.std.cpu() * torch.randn(shape, generator=generator)
     dtype = DTYPES[model.pixels.dtype]
-    return pixels if dtype == torch.float32 else pixels.round().to(dtype)
+    if dtype == torch.float32:
+        return low + shares * (high - low)
+    return (low + shares.clamp(0, 1) * (high - low)).round().to(dtype)

@@ -11,14 +11,14 @@ import torch
 from fastmae.config.family import PRESET_OF_FAMILY, TAKEN_BY, Family, family_of
 from fastmae.config.images import pixel_settings, read_as
 from fastmae.config.model import ModelSpec
-from fastmae.errors import SettingError
+from fastmae.errors import SettingError, UserError
 from fastmae.model.classifier import Classifier
 from fastmae.model.classifier import classifier_of as vit_classifier_of
 from fastmae.model.conv import ConvMAE
 from fastmae.model.convnext import ConvNeXtMAE
 from fastmae.model.convnext_classifier import ConvNeXtClassifier, convnext_classifier_of
 from fastmae.model.family import MaskedModel
-from fastmae.model.mae import MaskedAutoencoderViT, as_vit
+from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.mlp import MLPMAE
 from fastmae.model.presets import CONVNEXT_PRESETS, MODELS, PRESETS
 from fastmae.model.sizes import PRESET_SIZES, beyond_preset, full_shape, sizes_of
@@ -113,8 +113,23 @@ def classifier_of(
         if not global_pool:
             raise SettingError("cls_token", problem="a ConvNeXt V2 has no class token; leave it out")
         return convnext_classifier_of(model, num_classes, img_size=img_size)
-    vit = as_vit(model, "fine-tuning of other models than ConvNeXt V2")
-    return vit_classifier_of(vit, num_classes, img_size=img_size, global_pool=global_pool)
+    require_classifier(model)
+    assert isinstance(model, MaskedAutoencoderViT)
+    return vit_classifier_of(model, num_classes, img_size=img_size, global_pool=global_pool)
+
+
+def require_classifier(model: MaskedModel) -> None:
+    """Refuses models of which ``classifier_of`` makes no classifier.
+
+    Raises:
+        UserError: the model is no vision transformer and no ConvNeXt V2.
+    """
+    if not isinstance(model, MaskedAutoencoderViT | ConvNeXtMAE):
+        preset = PRESET_OF_FAMILY[model.family]
+        raise UserError(
+            f"{preset} cannot be fine-tuned; classify its frozen features with `fastmae probe`, or export it to "
+            "torch-export or onnx and train a classifier on that"
+        )
 
 
 def is_phrase(name: str) -> bool:

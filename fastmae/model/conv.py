@@ -24,6 +24,7 @@ from fastmae.model.fill import normal_noise
 from fastmae.model.flops import Product
 from fastmae.model.intermediates import TokenPool
 from fastmae.model.pixels import without_missing
+from fastmae.model.vit import Checkpointing, checkpointed
 from fastmae.ops.gather_patches import gather_patches
 from fastmae.ops.linear import Linear
 from fastmae.ops.masked_mse import masked_mse
@@ -35,9 +36,12 @@ Fill = Literal["zero", "mean", "noise"]
 
 
 class Down(nn.Module):
-    """A level of the encoder: convolution 3×3, ReLU, and the largest of every 2×2 positions; odd sides round up."""
+    """A level of the encoder: convolution 3×3, ReLU, and the largest of every 2×2 positions; odd sides round up.
 
-    checkpointing = "none"
+    ``checkpointing`` has the same meaning as in ``vit.Block``.
+    """
+
+    checkpointing: Checkpointing = "none"
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
@@ -45,6 +49,9 @@ class Down(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [N, D, h, w] to [N, D', ⌈h/2⌉, ⌈w/2⌉]."""
+        return checkpointed(self._output, x, keeps=self.checkpointing)
+
+    def _output(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu(F.max_pool2d(self.conv(x), 2, ceil_mode=True))  # ReLU of the largest is the largest ReLU
 
 
@@ -53,9 +60,11 @@ class Up(nn.Module):
 
     Four of the nine weights of an output meet the same repeated position, or two of them. So weights are added up
     first, and one transposed convolution of 4×4 does the rest with 4 products in place of 9.
+
+    ``checkpointing`` has the same meaning as in ``vit.Block``.
     """
 
-    checkpointing = "none"
+    checkpointing: Checkpointing = "none"
 
     def __init__(self, width_in: int, width: int, size: tuple[int, int], is_last: bool) -> None:
         super().__init__()
@@ -64,6 +73,9 @@ class Up(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [N, D, ⌈h/2⌉, ⌈w/2⌉] to [N, D', h, w]; what an odd side has too much is cut off."""
+        return checkpointed(self._output, x, keeps=self.checkpointing)
+
+    def _output(self, x: torch.Tensor) -> torch.Tensor:
         weight, (height, width) = self.conv.weight.flip(2, 3).transpose(0, 1), self.size
         pairs = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
         weight = F.pad(pairs, (0, 0, 0, 1)) + F.pad(pairs, (0, 0, 1, 0))  # [D, D', 4, 4]

@@ -24,7 +24,7 @@ from fastmae.torch_compat import aten_ops
 NormLayer = Callable[[int], nn.Module]
 Checkpointing = Literal["none", "gelu", "selective", "full"]
 
-# Matrix products, and attention however it is computed: what costs most to compute again.
+# Matrix products, convolutions, and attention however it is computed: what costs most to compute again.
 # One that this torch calls otherwise is computed again: the same bits, in more time.
 EXPENSIVE = [
     *aten_ops(
@@ -32,6 +32,7 @@ EXPENSIVE = [
         "addmm",
         "bmm",
         "_scaled_mm",  # float8
+        "convolution",
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_efficient_attention",

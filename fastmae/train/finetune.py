@@ -53,7 +53,7 @@ from fastmae.data.survey import take_stock
 from fastmae.errors import SettingError
 from fastmae.evaluate.pixels import measure_for
 from fastmae.facts import UINT8
-from fastmae.model.build import AnyClassifier, build_model, classifier_of
+from fastmae.model.build import AnyClassifier, build_model, classifier_of, require_classifier
 from fastmae.model.calls import calls_of
 from fastmae.model.classifier import (
     ClassificationLoss,
@@ -251,6 +251,7 @@ def _open(
     known = {"input_size": flags.input_size, "mean": flags.mean, "std": flags.std, **images_given(flags)}
     reading = ReadingConfig(model=preset, **known)
     encoder = open_checkpoint(flags.finetune, reading, resize=False)
+    require_classifier(encoder.model)
     train, val = train_and_val(data, encoder.model.read_as)
     lines = measure_for(encoder, reading, train)
     if not lines and encoder.model.pixels != UINT8:

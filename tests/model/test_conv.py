@@ -13,6 +13,7 @@ from torch import nn
 from fastmae.facts import PixelFacts
 from fastmae.model.conv import ConvMAE
 from fastmae.ops.random_masking import random_masking
+from fastmae.train.step import TrainingLoss, prepare
 
 
 class Plain(nn.Module):
@@ -191,3 +192,34 @@ def test_noise_is_a_function_of_the_image_and_its_mask() -> None:
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         ConvMAE(**{"img_size": 8, "patch_size": 2, "in_chans": 1, **settings})
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("keeps", ["selective", "full"])
+def test_checkpointing_keeps_less_and_changes_no_bit(keeps: Any, bf16: bool) -> None:
+    kept, losses, gradients = [], [], []
+    images = torch.randint(0, 256, (8, 13, 10, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for checkpointing in ("none", keeps):
+        torch.manual_seed(0)
+        model = ConvMAE((13, 10), mask_unit="pixel", widths=(8, 8), latent_dim=4)
+        prepare(TrainingLoss(model, 0.25), checkpointing, "off")
+        saved: dict[int, int] = {}
+
+        def save(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        ids = random_masking(torch.arange(8), 0, model.num_patches)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+            torch.autograd.graph.saved_tensors_hooks(save, lambda x: x),
+        ):
+            loss = model.training_loss(images, ids, 0.25)
+        loss.backward()
+        kept.append(sum(saved.values()))
+        losses.append(loss)
+        gradients.append([p.grad for p in model.parameters()])
+    assert torch.equal(*losses)
+    assert all(map(torch.equal, *gradients))
+    assert kept[1] < kept[0]

@@ -39,6 +39,8 @@ REFUSED = {
         (dict(mask_unit="patch", input_size=18, patch_size=4), "multiple"),
         (dict(fill="black"), "fill='black': must be zero, mean or noise"),
         (dict(init="encoder.pth"), "init='encoder.pth': is for mae_vit_"),
+        (dict(attention="sdpa"), "attention='sdpa': is for mae_vit_"),
+        (dict(checkpointing="gelu"), "checkpointing='gelu': must be none, selective or full for mae_conv"),
     ],
 }
 

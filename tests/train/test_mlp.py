@@ -207,12 +207,24 @@ def test_digits_are_learnt(tmp_path, capsys):
         (dict(mask_ratio_schedule=0.8), "mask_ratio_schedule"),
         (dict(widths=(8, 0)), "widths"),
         (dict(mask_ratio=1.0), "mask_ratio"),
+        (dict(attention="sdpa"), "attention='sdpa': is for mae_vit"),
+        (dict(checkpointing="gelu"), "checkpointing='gelu': must be none, selective or full for mae_mlp"),
+        (dict(spectrogram=32), "spectrogram=32: is for"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused_in_one_line(changes, problem, tmp_path):
     with pytest.raises(UserError, match=problem) as error:
         PretrainConfig(output_dir=str(tmp_path), **{"model": "mae_mlp", **changes})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [{"flip": True}, {"crop_scale": (0.5, 1.0)}, {"input_size": 3}, {"axis": "axial"}])
+def test_settings_of_images_are_refused_for_tables_before_any_work(changes, tmp_path):
+    name = next(iter(changes))
+    with pytest.raises(UserError, match=f"{name}=.*: must be left out for a table, whose rows are no images") as error:
+        pretrain(small_run("wine", tmp_path / "run", model="mae_mlp", **changes))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_width_is_refused_when_a_run_goes_on(rows, finished):

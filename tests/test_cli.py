@@ -17,7 +17,9 @@ from PIL import Image
 from fastmae.cli import COMMANDS, main, parse
 from fastmae.commands.help import EXAMPLES, _default
 from fastmae.config import FinetuneConfig, PretrainConfig, ResolvedConfig
+from fastmae.config.family import usual_ratio
 from fastmae.config.groups import GROUPS, MAIN
+from fastmae.config.masking import chosen_ratio
 from fastmae.flags import field_texts, flags_of
 from fastmae.train.pretrain import pretrain
 
@@ -39,7 +41,8 @@ def finished(blobs, tmp_path_factory):
 def test_official_flags_have_their_names_and_defaults():
     config = parse(["pretrain"])
     assert config == PretrainConfig()
-    defaults = dict(batch_size=64, accum_iter=1, mask_ratio=0.75, norm_pix_loss=False, weight_decay=0.05, lr=None)
+    assert chosen_ratio(config, usual_ratio(config.model)) == 0.75
+    defaults = dict(batch_size=64, accum_iter=1, mask_ratio=None, norm_pix_loss=False, weight_decay=0.05, lr=None)
     defaults |= dict(min_lr=0.0, output_dir="./output_dir", seed=0, resume="", start_epoch=0, pin_mem=True)
     assert {name: getattr(config, name) for name in defaults} == defaults
 

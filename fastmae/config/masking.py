@@ -17,7 +17,7 @@ class MaskingConfig:
 
     mask_ratio: float | None = None
     """Share of the patches that is masked. Default: 0.75, as in the paper; for mae_convnextv2_* 0.6, as in its paper;
-    for mae_conv and mae_mlp 0.5; with --masks the share of the file."""
+    for mae_conv 0.25 and mae_mlp 0.5; with --masks the share of the file."""
     masking: Masking | None = None
     """Which patches are masked: any at random, as in the paper; rectangles (block); all but one of every 2×2 (grid); or
     those of the file that --masks names (file). Default: random, and file with --masks."""

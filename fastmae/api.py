@@ -377,9 +377,13 @@ def impute(
     if found is None:
         problem = "must be a DataFrame, a table of pyarrow or an array [N, D]; `fastmae impute` fills files"
         raise SettingError("data", data, problem)
-    raw, _ = found
+    raw, labels = found
     source = table_source(raw, encoder.read_as)
-    return like(data, raw, missing_filled(encoder, raw, source, How(passes=passes, batch_size=batch_size)))
+    return like(
+        data if labels is None else data[0],
+        raw,
+        missing_filled(encoder, raw, source, How(passes=passes, batch_size=batch_size)),
+    )
 
 
 def tune(

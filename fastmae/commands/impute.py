@@ -9,6 +9,7 @@ from typing import Any
 from fastmae.commands.shared import make_folder, open_model, report_stock
 from fastmae.config import ImputeConfig
 from fastmae.data.arrays import UNREADABLE
+from fastmae.data.stock import count_of
 from fastmae.data.table_files import RawTable, read_table, table_suffix, write_filled
 from fastmae.data.tables import table_source
 from fastmae.errors import SettingError, in_one_line
@@ -47,8 +48,12 @@ def run_impute(config: ImputeConfig) -> int:
         return 0
     if check is not None:
         _show(check)
-    of = f"{source.values.size:,} cells of {raw.length:,} rows"
-    say(f"{output}: {cells:,} of {of} filled, in {len(filled)} columns" if cells else f"{output}: no cell was missing")
+    of = f"{source.values.size:,} cells of {count_of(raw.length, 'rows')}"
+    say(
+        f"{output}: {cells:,} of {of} filled, in {count_of(len(filled), 'columns')}"
+        if cells
+        else f"{output}: no cell was missing"
+    )
     return 0
 
 

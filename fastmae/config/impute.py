@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastmae.config.shared import Data, Device, ForwardBatch, Json, ReadingConfig, WithDecoder, check_reading
 from fastmae.config.values import coerce, need, need_at_least_one, need_seed
@@ -38,4 +39,6 @@ class ImputeConfig(ReadingConfig):
         check_reading(self)
         need_at_least_one(self, "batch_size", "passes")
         need_seed(self)
+        same = self.report is not None and Path(self.report).absolute() == Path(self.output).absolute()
+        need(self, not same, "report", "another file than --output")
         need(self, self.check is None or 0 < self.check < 1, "check", "a share above 0 and below 1")

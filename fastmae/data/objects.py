@@ -187,10 +187,7 @@ def _as_table(data: Any, table: ReadAs | None) -> TableSource | None:
     found = None if table is None else raw_table(data)
     if found is None or table is None:
         return None
-    source = table_source(found[0], table, found[1])
-    if not len(source):
-        raise SettingError("data", problem="has no rows; give a table that has some")
-    return source
+    return table_source(found[0], table, found[1])
 
 
 def _require_same_scale(train: Source, test: Source | None) -> None:

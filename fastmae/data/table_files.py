@@ -360,7 +360,8 @@ def write_filled(
 ) -> None:
     """Writes a table as it was read, with some cells filled.
 
-    Numbers for columns of integers are rounded, and those for truth values are true from 0.5 on.
+    Numbers for columns of integers are rounded; those beyond what the type of a column holds become its ends. Those for
+    truth values are true from 0.5 on.
 
     Args:
         filled: by the name of a column the rows int64 [n], rising, and their numbers float64 [n].
@@ -382,12 +383,23 @@ def filled_array(raw: RawTable, filled: Mapping[str, tuple[np.ndarray, np.ndarra
     assert raw.array is not None
     array = raw.array.copy()
     for name, (rows, numbers) in filled.items():
-        array[rows, raw.names.index(name)] = numbers if array.dtype.kind == "f" else np.rint(numbers)
+        array[rows, raw.names.index(name)] = numbers if array.dtype.kind == "f" else _integers(numbers, array.dtype)
     return array
 
 
+def _integers(numbers: np.ndarray, dtype: Any) -> np.ndarray:
+    """Returns float64 [n] rounded to integers of a type, those beyond its ends as the ends: int64 [n], or bool."""
+    if np.dtype(dtype).kind == "b":
+        return numbers >= 0.5
+    ends = np.iinfo(dtype)
+    return np.clip(np.rint(numbers), max(ends.min, -(2.0**62)), min(ends.max, 2.0**62)).astype(np.int64)
+
+
 def filled_arrow(raw: RawTable, filled: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Any:
-    """Returns the table of pyarrow with cells filled, its columns of the types that they have."""
+    """Returns the table of pyarrow with cells filled, its columns of the types that they have.
+
+    A column of the type null gets numbers of 64 bits.
+    """
     import pyarrow as pa
     import pyarrow.compute as compute
 
@@ -396,10 +408,14 @@ def filled_arrow(raw: RawTable, filled: Mapping[str, tuple[np.ndarray, np.ndarra
         at, column = raw.names.index(name), raw.column(name)
         chosen, values = np.zeros(raw.length, bool), np.zeros(raw.length)
         chosen[rows], values[rows] = True, numbers
+        field = table.field(at)
+        if pa.types.is_null(field.type):  # of no cell that is there, which has no place for numbers
+            field = field.with_type(pa.float64())
+            column = column.cast(pa.float64())
         new = _of_type(values, column.type)
         combined = column.combine_chunks()
         combined = combined if isinstance(combined, pa.Array) else pa.concat_arrays(combined.chunks)
-        table = table.set_column(at, table.field(at), compute.if_else(pa.array(chosen), new, combined))
+        table = table.set_column(at, field, compute.if_else(pa.array(chosen), new, combined))
     return table
 
 
@@ -411,11 +427,11 @@ def _of_type(values: np.ndarray, type_: Any) -> Any:
     if types.is_boolean(type_):
         return pa.array(values >= 0.5)
     if types.is_decimal(type_):
-        return pa.array([Decimal(f"{value:.{max(0, type_.scale)}f}") for value in values.tolist()], type_)
+        most = Decimal(10**type_.precision - 1).scaleb(-type_.scale)
+        rounded = (Decimal(f"{value:.{max(0, type_.scale)}f}") for value in values.tolist())
+        return pa.array([max(-most, min(most, value)) for value in rounded], type_)
     if types.is_integer(type_):
-        ends = np.iinfo(type_.to_pandas_dtype())
-        inside = np.clip(np.rint(values), max(ends.min, -(2.0**62)), min(ends.max, 2.0**62))
-        return pa.array(inside.astype(np.int64)).cast(type_)
+        return pa.array(_integers(values, type_.to_pandas_dtype())).cast(type_)
     return pa.array(values.astype(type_.to_pandas_dtype()), type_)
 
 
@@ -474,10 +490,15 @@ def _with_cells(line: bytes, text: Text, cells: Sequence[tuple[int, str]], where
     pieces = [[*found] for found in re.findall(rb"(" + cell + rb")(" + comma + rb"|[\r\n]+|\Z)", line)]
     for at, word in cells:
         before = pieces[at][0].decode().strip().strip('"').strip()
-        if before not in MISSING and (nodata is None or float(before.replace(text.decimal, ".")) != nodata):
+        if before not in MISSING and not _is_nodata(before.replace(text.decimal, "."), nodata):
             raise UserError(f"{where} cannot be written cell by cell ({in_one_line(before, 40)}); give Parquet")
         pieces[at][0] = word.encode()
     return b"".join(part for piece in pieces for part in piece)
+
+
+def _is_nodata(cell: str, nodata: float | None) -> bool:
+    """Tells whether a cell is the number of missing ones, as float32 has it."""
+    return nodata is not None and np.float32(cell) == np.float32(nodata)
 
 
 def _writer(raw: RawTable, text: Text, name: str) -> Any:

@@ -191,8 +191,10 @@ def table_source(
         is_named: whether columns are matched by name; by default as the table says.
 
     Raises:
-        UserError: a column that is wanted is not there or holds no numbers, or a cell is infinite.
+        UserError: a column that is wanted is not there or holds no numbers, a cell is infinite, or there are no rows.
     """
+    if not raw.length:
+        raise UserError(f"{raw.origin}: has no rows; give a table that has some")
     is_named = raw.is_named if is_named is None else is_named
     wanted, left_out, notes = read_as.columns or (), list[LeftOut](), list[str]()
     stored = _matched(raw, wanted, is_named, notes)
@@ -212,7 +214,7 @@ def table_source(
             emptied.append(name)
     if emptied:
         left_out.append(LeftOut("columns", len(emptied), "missing in every row", tuple(emptied[:EXAMPLES])))
-        values = values[:, [name not in emptied for name in stored]]
+        values = np.ascontiguousarray(values[:, [name not in emptied for name in stored]])
         stored = [name for name in stored if name not in emptied]
     if not stored:
         names = in_one_line(", ".join(raw.names), 200)
@@ -348,10 +350,12 @@ def _checked(raw: RawTable, name: str, nodata: float | None, notes: list[str]) -
         UserError: a cell is infinite, or too large for float32.
     """
     exact = raw.numbers(name)
-    if nodata is not None:
-        exact[exact == nodata] = math.nan
     with np.errstate(over="ignore"):
         numbers = exact.astype(np.float32)
+    if nodata is not None:  # as the model compares, so that numbers stored as float32 are found as well
+        with np.errstate(over="ignore"):
+            is_missing = numbers == np.float32(nodata)
+        exact[is_missing] = numbers[is_missing] = math.nan
     infinite = np.flatnonzero(np.isinf(numbers))
     if len(infinite):
         what = "infinite" if np.isinf(exact[infinite[0]]) else f"{exact[infinite[0]]:g}, too large for float32"

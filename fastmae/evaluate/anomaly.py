@@ -15,7 +15,7 @@ import torch
 from fastmae.config import AnomalyPool
 from fastmae.data.loader import Skipped
 from fastmae.data.sources import Source, Subset, class_names, classes_of, columns_of
-from fastmae.errors import SettingError
+from fastmae.errors import SettingError, UserError
 from fastmae.evaluate.features import Features, extract_features, usable_batches
 from fastmae.evaluate.knn import nearest
 from fastmae.evaluate.pictures import coloured, grid_picture, save_png
@@ -166,6 +166,7 @@ def find_anomalies(
     Raises:
         SettingError: there are fewer normal images than ``k``, their features would not fit into memory, or the mask
             ratio leaves no patch visible or masked.
+        UserError: features are not finite, as numbers are too large.
     """
     if k > len(normal):
         raise SettingError("k", k, f"must be at most the {len(normal)} normal images")
@@ -183,6 +184,11 @@ def find_anomalies(
         return extract_features(model, source, pool=pool, batch_size=batch_size, num_workers=num_workers)
 
     normal_features, test_features = features(normal), features(test)
+    for found, source in ((normal_features, normal), (test_features, test)):
+        wrong = np.flatnonzero(~found.values.isfinite().all(dim=1).cpu().numpy())
+        if len(wrong):
+            name = source.name(int(found.indices[wrong[0]]))
+            raise UserError(f"{name}: the model computes no finite features ({len(wrong)} such in all); leave it out")
     k = min(k, len(normal_features.values))
     closeness, _ = nearest(normal_features.values, test_features.values, k, lambda a, b: -torch.cdist(a, b))
     batches = usable_batches(model, test, batch_size=batch_size, num_workers=num_workers)

@@ -106,14 +106,34 @@ def missing_filled(model: MaskedModel, raw: RawTable, source: TableSource, how: 
         model: of vectors.
         raw: the table.
         source: the same as a source, with the columns of the model.
+
+    Raises:
+        UserError: a prediction is no number.
     """
     missing = np.isnan(source.values)
     some = np.flatnonzero(missing.any(axis=1))
     numbers = np.zeros(source.values.shape)
     numbers[some] = predicted(model, source.values[some], None, how)
+    _require_finite(numbers, missing, source)
     stored = source.columns if set(source.columns) <= set(raw.names) else raw.names
     rows = [np.flatnonzero(column) for column in missing.T]
     return {name: (at, numbers[at, d]) for d, (name, at) in enumerate(zip(stored, rows, strict=True)) if len(at)}
+
+
+def _require_finite(numbers: np.ndarray, wanted: np.ndarray, source: TableSource) -> None:
+    """Raises UserError if a number that is wanted is none, as a row or the weights of the model are too large."""
+    wrong = np.argwhere(wanted & ~np.isfinite(numbers))
+    if not len(wrong):
+        return
+    row, d = wrong[0].tolist()
+    largest = int(np.nan_to_num(np.abs(source.values[row])).argmax())
+    has = f"its largest number is {source.values[row, largest]:g}, in column {source.columns[largest]!r}"
+    problem = (
+        f"row {row + 1} of column {source.columns[d]!r} cannot be predicted, as the model computes no finite number"
+    )
+    raise UserError(
+        f"{source.origin}: {problem} for this row ({has}); correct the row, or train again without such rows"
+    )
 
 
 def check_imputing(model: MaskedModel, source: TableSource, share: float, how: How) -> Check:

@@ -4,6 +4,8 @@ import contextlib
 import gzip
 import math
 import random
+from dataclasses import replace
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +24,7 @@ from fastmae.data.sources import (
     without_held_out,
 )
 from fastmae.data.statistics import measure
-from fastmae.data.table_files import read_table, write_filled
+from fastmae.data.table_files import filled_array, filled_arrow, of_array, of_arrow, read_table, write_filled
 from fastmae.data.tables import TableSource, like, raw_table, table_source
 from fastmae.errors import UserError
 from fastmae.facts import ReadAs
@@ -345,3 +347,33 @@ def test_parquet_and_arrays_keep_types_and_other_values_to_the_bit(tmp_path):
     np.save(tmp_path / "a.npy", array)
     out = np.load(filled_file(tmp_path / "a.npy", {"1": (np.array([0]), np.array([7.0]))}, tmp_path))
     assert out.tolist() == [[1.1, 7.0], [2.2, 3.3]]
+
+
+def test_a_column_without_numbers_leaves_the_others_as_rows_that_can_be_read(tmp_path):
+    table = np.ones((5, 3))
+    table[:, 1] = np.nan
+    np.save(tmp_path / "t.npy", table)
+    source = opened(tmp_path / "t.npy")
+    assert source.columns == ("0", "2")
+    assert source.values.flags.c_contiguous
+    assert len(fingerprint(source)) > 0
+
+
+def test_numbers_stored_as_float32_are_compared_with_nodata_as_float32():
+    source = table_source(of_array(np.array([[-999.9, 1], [2, 3]], np.float32), "x"), replace(ANY, nodata=-999.9))
+    assert np.isnan(source.values).tolist() == [[True, False], [False, False]]
+
+
+def test_numbers_beyond_a_type_become_its_ends():
+    array = of_array(np.array([[255, 2], [3, 4]], np.uint8), "x")
+    assert filled_array(array, {"0": (np.array([0]), np.array([300.0]))}).tolist() == [[255, 2], [3, 4]]
+    columns = {"a": pa.array([None, Decimal("1.25")], pa.decimal128(3, 2)), "b": pa.nulls(2)}
+    at = np.array([0])
+    filled = {"a": (at, np.array([-12.3])), "b": (np.arange(2), np.array([1.5, 2.5]))}
+    found = filled_arrow(of_arrow(pa.table(columns), "x"), filled).to_pydict()
+    assert found == {"a": [Decimal("-9.99"), Decimal("1.25")], "b": [1.5, 2.5]}
+
+
+def test_a_table_without_rows_is_refused():
+    with pytest.raises(UserError, match="has no rows"):
+        table_source(of_array(np.zeros((0, 3)), "x"), ANY)

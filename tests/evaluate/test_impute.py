@@ -11,6 +11,7 @@ import torch
 
 import fastmae
 from fastmae.cli import main
+from fastmae.config import ImputeConfig
 from fastmae.data.tables import raw_table, table_source
 from fastmae.errors import UserError
 from fastmae.evaluate.anomaly import cell_errors
@@ -168,6 +169,32 @@ def test_each_cell_is_scored_while_it_is_hidden(small):
     prediction = [z + sign * before[0, 0].sqrt() for sign in (1, -1)]
     after = errors(other)[0, 0]
     assert any(torch.isclose(after, (p - 2).square(), rtol=1e-3) for p in prediction)
+
+
+def test_rows_of_numbers_that_the_model_cannot_compute_with_are_named(run, tmp_path, capsys):
+    table = related(4, seed=5)
+    table[2] = [3e38, -3e38, 3e38, 3e38, np.nan]
+    with pytest.raises(UserError, match="row 3 of column 'weight' cannot be predicted"):
+        fastmae.impute(run, pa.table([*table.T], names=NAMES))
+    path = tmp_path / "new.csv"
+    arrow_csv.write_csv(pa.table([*table.T], names=NAMES), path)
+    words = ["anomaly", str(run.folder), "--data_path", str(path), "--test_path", str(path), "--device", "cpu"]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 2
+    assert "new.csv[2]: the model computes no finite features" in capsys.readouterr().err
+
+
+def test_labels_beside_a_table_leave_it_a_table(run):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(with_holes(related(4)), columns=NAMES)
+    found = fastmae.impute(run, (frame, np.arange(4)), passes=2)
+    assert list(found.columns) == NAMES
+    assert frame.isna().any(axis=None)
+    assert not found.isna().any(axis=None)
+
+
+def test_the_report_is_no_file_of_the_table(tmp_path):
+    with pytest.raises(UserError, match="another file than"):
+        ImputeConfig(checkpoint="run", output=str(tmp_path / "a.csv"), report=str(tmp_path / "a.csv"))
 
 
 def test_rows_that_break_the_relation_are_unusual(run, tmp_path, capsys):

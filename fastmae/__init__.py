@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from fastmae.data.sources import Source
     from fastmae.errors import UserError
     from fastmae.model.accelerate import accelerate
+    from fastmae.model.conv import ConvMAE
+    from fastmae.model.convnext import ConvNeXtMAE
     from fastmae.model.loss import MAELoss
     from fastmae.model.mae import MaskedAutoencoderViT
     from fastmae.model.masks import ids_from_mask
+    from fastmae.model.mlp import MLPMAE
     from fastmae.model.presets import (
         mae_vit_base_patch8,
         mae_vit_base_patch16,
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "MLPMAE",
+    "ConvMAE",
+    "ConvNeXtMAE",
     "MAELoss",
     "MaskedAutoencoderViT",
     "Preprocessing",
@@ -77,7 +83,10 @@ __all__ = [
 ]
 
 _HOME = {
+    "ConvMAE": "fastmae.model.conv",
+    "ConvNeXtMAE": "fastmae.model.convnext",
     "MAELoss": "fastmae.model.loss",
+    "MLPMAE": "fastmae.model.mlp",
     "MaskedAutoencoderViT": "fastmae.model.mae",
     "Preprocessing": "fastmae.data.preprocess",
     "Run": "fastmae.api",

@@ -174,6 +174,6 @@ def test_the_encoder_reads_pixels_as_the_ops_do():
     pixels = torch.from_numpy(np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1))
     encoder = Encoder(model, torch.float32, True)
     seen = []
-    encoder.projection.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    encoder.tokens.projection.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     encoder(pixels)
     torch.testing.assert_close(seen[0][0, 0], ((pixels[0, :, :, 0] / 255) - 0.3) / 0.2)

@@ -126,7 +126,7 @@ def test_what_transformers_has_no_class_for_is_for_export(run, tmp_path, refusal
     def refuse(*_):
         raise SettingError("to", "hf", "no registers; use --to=timm")
 
-    monkeypatch.setattr(push_module, "save_huggingface", refuse)
+    monkeypatch.setattr(push_module, "save_for_transformers", refuse)
     line = refusal(["push", str(run), str(tmp_path / "x")])
     assert line == f"fastmae: {run}: no registers; use --to=timm, a flag of `fastmae export`"
 

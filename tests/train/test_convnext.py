@@ -68,3 +68,22 @@ def test_images_that_are_no_cells_are_refused_in_one_line(blobs, tmp_path):
     with pytest.raises(UserError, match="100") as error:
         pretrain(small_run(blobs, tmp_path / "run", **{**CONVNEXT, "input_size": 100}))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_activations_that_are_computed_again_give_the_same_bits(blobs, finished, tmp_path):
+    assert pretrain(small_run(blobs, tmp_path / "run", **CONVNEXT, checkpointing="full")) == 0
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_a_run_begins_with_the_encoder_of_another(blobs, finished, tmp_path, capsys):
+    exported = tmp_path / "encoder.safetensors"
+    assert main(["export", str(finished), "--to", "timm", "--output", str(exported)]) == 0
+    # Steps too small to be seen.
+    config = small_run(blobs, tmp_path / "run", **{**CONVNEXT, "model": None, "init": str(exported), "lr": 1e-30})
+    assert pretrain(config) == 0
+    assert f"{exported}: " in capsys.readouterr().out
+    before, after = (load_model(str(folder)).state_dict() for folder in (finished, tmp_path / "run"))
+    for name in before:
+        if name.startswith(("stem.", "stages.")):
+            torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-20, msg=name)

@@ -1,6 +1,7 @@
 """Defaults that suit the data, and settings that are refused before anything loads."""
 
 import dataclasses
+import inspect
 import json
 import pickle
 import re
@@ -33,7 +34,7 @@ from fastmae.config import (
     read_as,
     resolve,
 )
-from fastmae.config.family import FAMILY
+from fastmae.config.family import FAMILY, USUAL_RATIO, family_of
 from fastmae.config.groups import GROUPS, MAIN
 from fastmae.config.model import ModelSpec
 from fastmae.config.pretrain import OF_ADVERSARY
@@ -395,3 +396,9 @@ def test_the_facts_of_pixels_make_a_round_trip_through_settings():
     assert spec.pixels == facts == ModelSpec.from_json(json.loads(json.dumps(spec.as_json()))).pixels
     with pytest.raises(SettingError, match="value_range"):
         ModelSpec(model="mae_vit_tiny_patch4", input_size=(8, 8), in_chans=1, **pixel_settings(facts))
+
+
+def test_the_usual_mask_ratios_are_those_that_the_help_says_and_what_is_no_name_is_no_family():
+    said = inspect.getsource(MaskingConfig)
+    assert all(f" {ratio:g}" in said for ratio in USUAL_RATIO.values())
+    assert [family_of(model) for model in (None, {"a": 1}, 3, "mae_conv")] == ["vit", "vit", "vit", "conv"]

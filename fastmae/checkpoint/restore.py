@@ -75,6 +75,11 @@ class Restored:
     manifest: dict[str, Any] | None = None
     """Of the checkpoint that was read; None if nothing was, or a file of weights."""
 
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder of the checkpoint that was read; None if nothing was, or a file of weights."""
+        return None if self.origin is None or self.manifest is None else Path(self.origin)
+
 
 def restore(
     resume: str,

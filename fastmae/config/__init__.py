@@ -89,6 +89,7 @@ from fastmae.config.pack import (
 )
 from fastmae.config.pretrain import (
     FIXED_IN_A_RUN,
+    OF_ADVERSARY,
     OFFICIAL_WARMUP,
     PROBE_LIMIT,
     SMALL_MODEL,

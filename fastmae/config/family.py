@@ -66,9 +66,9 @@ TAKEN_BY: dict[str, tuple[Family, ...]] = {
 """Which families a setting is for; settings that are not here are for all."""
 
 
-def family_of(model: str | None) -> Family:
-    """Returns the family of a preset by its name. Other names, and None, are of vision transformers."""
-    name = model or ""
+def family_of(model: object) -> Family:
+    """Returns the family of a preset by its name. Other names, and what is none, are of vision transformers."""
+    name = model if isinstance(model, str) else ""
     if name.startswith(PRESET_OF_FAMILY["convnext"]):
         return "convnext"
     return "conv" if name == PRESET_OF_FAMILY["conv"] else "mlp" if name == PRESET_OF_FAMILY["mlp"] else "vit"

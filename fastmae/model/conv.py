@@ -64,16 +64,16 @@ class Up(nn.Module):
     ``checkpointing`` has the same meaning as in ``vit.Block``.
     """
 
-    checkpointing: Checkpointing = "none"
-
     def __init__(self, width_in: int, width: int, size: tuple[int, int], is_last: bool) -> None:
         super().__init__()
         self.size, self.is_last = size, is_last
+        if not is_last:  # the last layer is no block of its own, as --adversarial takes gradients by its weight
+            self.checkpointing: Checkpointing = "none"
         self.conv = nn.Conv2d(width_in, width, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [N, D, ⌈h/2⌉, ⌈w/2⌉] to [N, D', h, w]; what an odd side has too much is cut off."""
-        return checkpointed(self._output, x, keeps=self.checkpointing)
+        return checkpointed(self._output, x, keeps="none" if self.is_last else self.checkpointing)
 
     def _output(self, x: torch.Tensor) -> torch.Tensor:
         weight, (height, width) = self.conv.weight.flip(2, 3).transpose(0, 1), self.size

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from fastmae.checkpoint.restore import Restored
 from fastmae.checkpoint.save import training_tensors
 from fastmae.config import ResolvedConfig
 from fastmae.data.sizes import Size
 from fastmae.errors import SettingError
+from fastmae.messages import logger
 from fastmae.model.discriminator import (
     Discriminator,
     Regulariser,
@@ -137,8 +138,14 @@ def make_adversary(
     """
     if not config.adversarial:
         return None
-    if model.overridden:
-        names = ", ".join(model.overridden)
+    model.find_overrides()
+    own = list(model.overridden)
+    if not type(model).training_loss.__module__.startswith("fastmae."):
+        own.append("training_loss")
+    if model._forward_hooks or model._forward_pre_hooks:
+        own.append("forward hook")
+    if own:
+        names = ", ".join(own)
         problem = f"needs the predictions, which a model with a {names} of its own does not give; leave it out"
         raise SettingError("adversarial", config.adversarial, problem)
     with torch.random.fork_rng([]):  # what the model draws does not depend on it
@@ -177,7 +184,7 @@ class Optimizers:
 
 
 def make_optimizers(
-    optimizer: torch.optim.AdamW, adversary: Adversary | None, config: ResolvedConfig, steps: Steps, origin: str | None
+    optimizer: torch.optim.AdamW, adversary: Adversary | None, config: ResolvedConfig, steps: Steps, restored: Restored
 ) -> Optimizers:
     """Returns the optimisers of a run; that of the adversary is made here, after ranks share its weights.
 
@@ -185,8 +192,8 @@ def make_optimizers(
         optimizer: that of the model.
         adversary: None without --adversarial.
         config, steps: the resolved settings, and the schedule.
-        origin: what the run resumes, if anything. From a checkpoint folder, which is always one of a run with an
-            adversary, come its weights, moments and vectors.
+        restored: what the run resumes, if anything. From a checkpoint, which is always one of a run with an adversary,
+            come its weights, moments and vectors. A file of weights has none of it.
     """
     if adversary is None:
         return Optimizers(optimizer)
@@ -198,6 +205,12 @@ def make_optimizers(
     rival = torch.optim.AdamW([group], lr=config.adversarial_lr, betas=BETAS, weight_decay=0.0, fused=True)
     first, full = round(start * steps.per_epoch), round((start + warm_up) * steps.per_epoch)
     optimizers = Optimizers(optimizer, rival, adversary, config.adversarial, first, full)
-    if origin is not None and Path(origin).is_dir():
-        load_shards(Path(origin), optimizers.tensors())
+    if restored.checkpoint is not None:
+        load_shards(restored.checkpoint, optimizers.tensors())
+    elif restored.step > first:
+        logger.warning(
+            "--adversarial: the discriminator begins anew with step %d, as %s has none; a checkpoint folder has it",
+            restored.step,
+            restored.origin or "a run from --start_epoch",
+        )
     return optimizers

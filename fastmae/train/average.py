@@ -12,11 +12,11 @@ from fastmae.torch_compat import load_shards
 Average = dict[str, torch.Tensor]
 
 
-def start_average(model: nn.Module, origin: str | None) -> Average:
-    """Returns the average of a run that resumes ``origin``: that of a checkpoint folder, otherwise the weights now."""
+def start_average(model: nn.Module, checkpoint: Path | None) -> Average:
+    """Returns the average of a run: that of the ``checkpoint`` that it resumes, otherwise the weights now."""
     average = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    if origin is not None and Path(origin).is_dir():
-        load_shards(Path(origin), in_checkpoint(average))
+    if checkpoint is not None:
+        load_shards(checkpoint, in_checkpoint(average))
     return average
 
 

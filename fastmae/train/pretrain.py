@@ -161,9 +161,9 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
     bf16 = WeightCopies(model) if precision.autocast == torch.bfloat16 else None
 
     # Where to begin.
-    restored, rollbacks = restore_attempt(config, model, optimizer, steps, same, FIXED_IN_A_RUN, fresh_step)
-    average = start_average(model, restored.origin) if config.ema is not None else {}
-    optimizers = make_optimizers(optimizer, adversary, config, steps, restored.origin)
+    restored, rollbacks = restore_attempt(config, model, optimizer, steps, same, FIXED_IN_A_RUN, fresh_step, adversary)
+    average = start_average(model, restored.checkpoint) if config.ema is not None else {}
+    optimizers = make_optimizers(optimizer, adversary, config, steps, restored)
     chosen = _choose(model, config, context, precision, restored)
     decoding = describe_decoder(image_decoder, why_decoder, config.pixel_type)
     backends = describe_backends(context.device, precision, model.attention_shapes(config.mask_ratio), decoding)
@@ -499,7 +499,9 @@ def _summary(
     lines += _without_targets(model, source)
     if config.adversarial:
         lines.append(f"adversary       {_about_adversary(config)}")
-    lines.append(f"batch           {config.global_batch} images per step, lr {config.lr:.2e}, {config.epochs} epochs")
+    lines.append(
+        f"batch           {config.global_batch} {facts.unit} per step, lr {config.lr:.2e}, {config.epochs} epochs"
+    )
     if next(model.parameters()).device.type == "cpu" and parameters >= LARGE_MODEL:
         lines.append(f"note            {_cpu_note(config, model)}")
     return lines

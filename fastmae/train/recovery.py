@@ -102,6 +102,7 @@ def restore_attempt(
     identity: dict[str, Any],
     fixed: Iterable[str],
     fresh_step: int = 0,
+    beside: nn.Module | None = None,
 ) -> tuple[Restored, list[int]]:
     """Restores the weights and the optimiser in place, as --resume says.
 
@@ -112,6 +113,7 @@ def restore_attempt(
         identity: what the run is about, of which the data must be those of the checkpoint.
         fixed: the names of the settings that must be those of the checkpoint.
         fresh_step: the step at which a run begins that resumes nothing.
+        beside: what is trained with the model, if anything, whose checkpoint needs room as well.
 
     Returns:
         The position from which the attempt goes on, and the rollbacks before it.
@@ -142,6 +144,7 @@ def restore_attempt(
     on_main(lambda: take_up_probes(folder, goes_on=goes_on))
     if goes_on:
         size = checkpoint_size(model, with_average=getattr(config, "ema", None) is not None)
+        size += 0 if beside is None else checkpoint_size(beside, with_average=False)
         on_main(lambda: require_room(folder, size))
     manifest = Path(restored.origin) / MANIFEST if restored.origin else None
     # Read once, so that no rank has the data of another number of rollbacks.
@@ -213,7 +216,7 @@ def roll_back(
                 loss = loss_of(*micro_batch)
             yield loss
 
-    origin = find_not_finite(model, losses, run.context.any)
+    origin = find_not_finite(model, losses, run.context.any, loss_of)
     report = describe_not_finite(first + 1, step + 1, origin, stream.names(first, NAMED_SAMPLES))
     run.log.close()
     run.saver.wait()
@@ -236,7 +239,10 @@ def roll_back(
 
 
 def find_not_finite(
-    model: nn.Module, losses: Callable[[], Iterable[torch.Tensor]], any_rank: Callable[[bool], bool]
+    model: nn.Module,
+    losses: Callable[[], Iterable[torch.Tensor]],
+    any_rank: Callable[[bool], bool],
+    loss_of: nn.Module | None = None,
 ) -> str | None:
     """Finds where a loss or gradient first stops being finite, by computing a step again without the optimiser.
 
@@ -246,6 +252,7 @@ def find_not_finite(
         model: the model whose modules and parameters are looked at.
         losses: computes the loss of each micro-batch of this rank. It is called up to twice.
         any_rank: returns whether a flag is true on any rank.
+        loss_of: what has the model and, as its ``judge``, a module that is trained beside it.
 
     Returns:
         A description of the origin; None if everything is finite on this rank and the fault is on another one.
@@ -271,11 +278,14 @@ def find_not_finite(
             handle.remove()
         if any_rank(bool(origins)):
             return origins[0] if origins else None
+        (loss_of or model).zero_grad(set_to_none=True)  # what a skipped step left
         for loss in losses():
             loss.backward()
-    gradients = {name: local_part(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    trained = {name.rpartition("judge.")[2]: p for name, p in (loss_of or model).named_parameters() if "judge." in name}
+    trained |= dict(model.named_parameters())
+    gradients = {name: local_part(p.grad) for name, p in trained.items() if p.grad is not None}
     bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    model.zero_grad(set_to_none=True)
+    (loss_of or model).zero_grad(set_to_none=True)
     if any_rank(bool(bad)):
         return f"the gradient of {bad[-1]}" if bad else None
     return "nothing that could be found: computed again, all is finite"

@@ -17,6 +17,7 @@ from fastmae.checkpoint.manifest import peek
 from fastmae.checkpoint.start import shape_of
 from fastmae.config import (
     LEFT_OPEN,
+    OF_ADVERSARY,
     OFFICIAL_FINETUNING_WARMUP,
     OFFICIAL_WARMUP,
     PER_RANK,
@@ -171,6 +172,8 @@ def _left_open(flags: TrainingConfig, now: Mapping[str, Any], before: Mapping[st
         left_open.discard("lr")  # it follows from what is given
     if getattr(flags, "start_size", None) is None:
         left_open.discard("grow_epochs")
+    # Without the term, or with another regulariser, the run is refused for that, and not for what goes with it.
+    left_open -= {name for name in OF_ADVERSARY if now.get(name) is None}
     return {name: before[name] for name in LEFT_OPEN if name in left_open and before.get(name) is not None}
 
 

@@ -1,6 +1,7 @@
 """The adversarial term: gradients and steps against a plain loop, the same bits before it begins, resuming."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -12,16 +13,23 @@ from ranks import run_ranks, start_ranks
 from torch import nn
 
 import fastmae
+from fastmae.checkpoint.restore import Restored
 from fastmae.config import PretrainConfig, resolve
 from fastmae.errors import UserError
 from fastmae.facts import DataFacts, PixelFacts
+from fastmae.model.conv import ConvMAE
+from fastmae.model.convnext import ConvNeXtMAE
 from fastmae.model.discriminator import Discriminator, adaptive_weight, pasted
+from fastmae.model.family import blocks_of
 from fastmae.model.pixels import register_pixels
 from fastmae.report.figures import drawn_charts
 from fastmae.report.run_folder import read_run
-from fastmae.train.adversary import BETAS, TOLD, Adversary
+from fastmae.train.adversary import BETAS, TOLD, Adversary, make_adversary, make_optimizers
+from fastmae.train.average import start_average
 from fastmae.train.optim import make_optimizer
 from fastmae.train.pretrain import pretrain
+from fastmae.train.recovery import find_not_finite
+from fastmae.train.schedule import Steps
 from fastmae.train.step import Sides, TrainingLoss, train_step
 
 SMALL = dict(img_size=16, in_chans=1, embed_dim=32, depth=2, num_heads=2)
@@ -51,17 +59,19 @@ def off():
 
 
 def pasted_in_loops(real, pred, ids, norm_pix):
-    """Patches of 4×4 put into images [N, 1, 16, 16] one by one."""
-    rows = []
+    """Square patches put into square images [N, 1, H, H] one by one."""
+    rows, side = [], math.isqrt(pred.shape[2])
+    grid = real.shape[2] // side
     for image, patches, numbers in zip(real, pred, ids.tolist(), strict=True):
-        cells = {number: image[:, number // 4 * 4 :, number % 4 * 4 :][:, :4, :4] for number in range(16)}
+        corners = {n: (n // grid * side, n % grid * side) for n in range(grid**2)}
+        cells = {n: image[:, y : y + side, x : x + side] for n, (y, x) in corners.items()}
         for number, patch in zip(numbers, patches, strict=True):
-            new = patch.view(1, 4, 4)
+            new = patch.view(1, side, side)
             if norm_pix:
                 target = cells[number]
                 new = new * (target.var() + 1e-6).sqrt() + target.mean()
             cells[number] = new
-        lines = [torch.cat([cells[4 * row + column] for column in range(4)], dim=2) for row in range(4)]
+        lines = [torch.cat([cells[grid * row + column] for column in range(grid)], dim=2) for row in range(grid)]
         rows.append(torch.cat(lines, dim=1))
     return torch.stack(rows)
 
@@ -69,11 +79,11 @@ def pasted_in_loops(real, pred, ids, norm_pix):
 def plain_losses(model, discriminator, kind, images, ids):
     """Every loss written out, with graphs: (reconstruction, adversarial, λ, discriminator's)."""
     loss, pred = model.loss_and_prediction(images, ids, 0.75)
-    real = images.clone().requires_grad_()
-    fake = pasted_in_loops(real.detach(), pred, ids[:, 4:], model.norm_pix_loss)
+    real = (normalised(images).float() if images.dtype == torch.uint8 else images).clone().requires_grad_()
+    fake = pasted_in_loops(real.detach(), pred, ids[:, ids.shape[1] // 4 :], model.norm_pix_loss)
     discriminator.eval()  # so that spectral norms stay where the adversary left them
     adversarial = -discriminator(fake).mean()
-    last = model.decoder_pred.weight
+    last = model.last_layer.weight
     of_loss = torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
     of_adversarial = torch.autograd.grad(adversarial, last, retain_graph=True)[0].norm()
     factor = min(of_loss / (of_adversarial + 1e-4), torch.tensor(1e4, dtype=pred.dtype))
@@ -107,6 +117,61 @@ def test_gradients_of_both_sides_are_those_of_losses_written_out_in_float64(kind
         weights = [p for p in side.parameters() if p.requires_grad]
         for weight, expected in zip(weights, torch.autograd.grad(total, weights, retain_graph=True), strict=True):
             torch.testing.assert_close(got[id(weight)], expected, rtol=1e-9, atol=1e-12)
+
+
+FAMILIES = {
+    "vit": lambda: fastmae.mae_vit_tiny_patch4(**SMALL),
+    "convnext": lambda: ConvNeXtMAE(64, 1, (1, 1, 1, 1), (8, 8, 16, 16), True, decoder_embed_dim=8),
+    "conv": lambda: ConvMAE(16, 4, 1, widths=(4, 8), latent_dim=6, loss_on="all", fill="noise"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_each_family_in_float32_are_those_of_losses_written_out(family):
+    """By the kernels of float32, whose backward pass at the last layer is called twice."""
+    torch.manual_seed(1)
+    model = FAMILIES[family]()
+    height, width = model.img_size
+    adversary = Adversary(Discriminator(model.img_size, 1), "r1", R1)
+    adversary.weight = WEIGHT
+    images = torch.randint(0, 256, (N, height, width, 1), dtype=torch.uint8)
+    ids = fastmae.ops.random_masking(torch.arange(N), 0, model.num_patches)
+    value = TrainingLoss(model, 0.75, None, adversary)(images, ids)
+    value.backward()
+    got = [p.grad for p in (*model.parameters(), *adversary.parameters()) if p.requires_grad]
+    loss, adversarial, factor, _, others = plain_losses(model, adversary.discriminator, "r1", images, ids)
+    assert value.item() == loss.item()
+    totals = (model, loss + WEIGHT * factor.detach() * adversarial), (adversary, others)
+    weights = [[p for p in side.parameters() if p.requires_grad] for side, _ in totals]
+    expected = [
+        gradient
+        for one, (_, total) in zip(weights, totals, strict=True)
+        for gradient in torch.autograd.grad(total, one, retain_graph=True)
+    ]
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * (1 + other.abs().max().item()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_is_in_no_block_that_is_compiled_or_sharded_by_itself(family):
+    """Gradients by it are taken after the forward pass of all blocks, with the graph kept."""
+    model = FAMILIES[family]()
+    assert blocks_of(model)
+    assert not any(part is model.last_layer for block in blocks_of(model) for part in block.modules())
+
+
+def test_a_gradient_of_the_discriminator_that_is_not_finite_is_found():
+    model, adversary = parts(dtype=torch.float32)
+    adversary.weight = WEIGHT
+    loss_of = TrainingLoss(model, 0.75, None, adversary)
+    adversary.discriminator.layers[2].bias.register_hook(lambda gradient: gradient * float("nan"))
+
+    def losses():
+        yield loss_of(*batch())
+
+    found = find_not_finite(model, losses, lambda flag: flag, loss_of)
+    assert found == "the gradient of discriminator.layers.2.bias"
+    assert all(weight.grad is None for weight in loss_of.parameters())
 
 
 def test_the_adversarial_gradient_of_the_last_layer_is_at_most_as_long_as_that_of_the_loss():
@@ -231,6 +296,7 @@ def test_patches_are_pasted_where_they_belong(norm_pix):
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
+BLOBS = DataFacts(kind="npz", channels=1, size=(16, 16), labelled=True, length=72)
 ADVERSARIAL = dict(adversarial=0.5, adversarial_start=1.0, adversarial_warmup=1.0)
 SHORT = dict(epochs=2, save_freq=2, checkpoint_freq=7)
 
@@ -293,18 +359,80 @@ def test_a_run_that_goes_on_has_the_bits_of_one_that_never_stopped(kind, runs, b
     assert_same_run(tmp_path / "run", whole)
 
 
+OTHERS = {
+    "conv": dict(model="mae_conv", widths=(4, 8), latent_dim=6),
+    "convnext": dict(model="mae_convnextv2_atto", input_size=64),
+}
+
+
+@pytest.mark.parametrize("family", ["conv", pytest.param("convnext", marks=pytest.mark.slow)])
+def test_a_run_of_another_family_goes_on_with_its_adversary(family, blobs, tmp_path):
+    more = OTHERS[family] | dict(adversarial=1.0, adversarial_start=0.5, ema=0.9)
+    config = small_run(blobs, tmp_path / "run", **{**SHORT, **more, "epochs": 1, "checkpoint_freq": 6})
+    assert pretrain(config) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    assert any("adversary" in name for name in final_state(tmp_path / "whole"))
+    shutil.rmtree(max((tmp_path / "run" / "checkpoints").glob("step-*")))
+    assert pretrain(replace(config, resume="auto")) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("own", ["training_loss", "forward_loss", "forward hook"])
+def test_a_model_with_a_loss_of_its_own_takes_no_adversary(own, blobs, tmp_path):
+    class Own(fastmae.MaskedAutoencoderViT):
+        pass
+
+    model = Own(**SMALL, patch_size=4)
+    if own == "forward hook":
+        model.register_forward_hook(lambda module, inputs, output: None)
+    else:
+        setattr(Own, own, lambda self, *arguments, **named: torch.zeros(()))  # after the model was made
+    config = resolve(
+        small_run(blobs, tmp_path, **SHORT | ADVERSARIAL), BLOBS, mean=(0.5,), std=(0.2,), ranks=1, num_workers=1
+    )
+    with pytest.raises(UserError, match=f"which a model with a {own} of its own does not give"):
+        make_adversary(config, model, (16, 16), torch.clone)
+
+
 def test_a_plain_run_goes_on_with_an_adversary_from_its_official_file(runs, blobs, tmp_path):
     config = small_run(blobs, tmp_path / "run", **SHORT, **ADVERSARIAL, resume=str(runs / "plain" / "checkpoint-0.pth"))
     assert pretrain(config) == 0
     assert metrics(tmp_path / "run") == metrics(runs / "adversarial")[9:]
 
 
-def test_a_run_does_not_go_on_with_another_term(runs, blobs):
-    config = small_run(
-        blobs, runs / "adversarial", **SHORT | ADVERSARIAL | {"adversarial": 0.25}, ema=0.9, resume="auto"
-    )
-    with pytest.raises(UserError, match=r"was made with adversarial 0\.5, not 0\.25"):
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"adversarial": 0.25}, r"was made with adversarial 0\.5, not 0\.25"),
+        (
+            dict.fromkeys(("adversarial_start", "adversarial_warmup")) | {"adversarial": 0.0},
+            r"adversarial 0\.5, not 0\.0",
+        ),
+        ({"adversarial_regulariser": "spectral"}, "was made with adversarial_regulariser r1, not spectral"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_term(change, problem, runs, blobs):
+    config = small_run(blobs, runs / "adversarial", **SHORT | ADVERSARIAL | change, ema=0.9, resume="auto")
+    with pytest.raises(UserError, match=problem):
         pretrain(config)
+
+
+def test_a_file_or_folder_of_weights_has_neither_an_adversary_nor_an_average(blobs, tmp_path, caplog):
+    """Such as a folder of transformers, which is no checkpoint. That the discriminator begins anew is said."""
+    model, adversary = parts(dtype=torch.float32)
+    config = resolve(
+        small_run(blobs, tmp_path, **SHORT | ADVERSARIAL), BLOBS, mean=(0.5,), std=(0.2,), ranks=1, num_workers=1
+    )
+    optimizer, steps = make_optimizer(model, 1e-3, 0.05), Steps(9, 18, 9)
+    before = [weight.clone() for weight in adversary.parameters()]
+    for step, said in ((9, False), (10, True)):
+        caplog.clear()
+        restored = Restored(step, None, str(tmp_path))
+        optimizers = make_optimizers(optimizer, adversary, config, steps, restored)
+        assert isinstance(optimizers(step), Sides)
+        assert ("the discriminator begins anew with step 10" in caplog.text) == said
+        assert all(map(torch.equal, before, adversary.parameters()))
+        assert start_average(model, restored.checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -336,11 +464,12 @@ def test_a_discriminator_that_would_never_take_part_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["r1", "spectral"])
+@pytest.mark.parametrize("kind", ["r1", "spectral", "conv"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_train_as_one(parallel, kind, blobs, tmp_path):
     """Also before it begins, where DistributedDataParallel waits for gradients of all weights."""
-    more = ADVERSARIAL | {"clip_grad": 1.0, "parallel": parallel, "adversarial_regulariser": kind}
+    of_kind = OTHERS["conv"] if kind == "conv" else {"adversarial_regulariser": kind}
+    more = ADVERSARIAL | {"clip_grad": 1.0, "parallel": parallel} | of_kind
     assert pretrain(small_run(blobs, tmp_path / "one", **more)) == 0
     run_ranks(2, small_run(blobs, tmp_path / "two", **more | {"batch_size": 4}))
     np.testing.assert_allclose(metrics(tmp_path / "two"), metrics(tmp_path / "one"), rtol=1e-5)

@@ -55,7 +55,14 @@ def test_two_ranks_have_the_losses_of_one(blobs, finished, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [dict(patch_size=16), dict(depth=3), dict(decoder_attention="cross"), dict(latent_dim=8), dict(float8=True)],
+    [
+        dict(patch_size=16),
+        dict(depth=3),
+        dict(decoder_attention="cross"),
+        dict(latent_dim=8),
+        dict(float8=True),
+        dict(checkpointing="gelu"),
+    ],
 )
 def test_settings_of_other_families_are_refused_in_one_line(change):
     (name,) = change

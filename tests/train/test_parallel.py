@@ -131,11 +131,11 @@ def test_a_run_goes_on_with_other_ranks_that_share_weights_in_another_way(runs):
 
 def test_the_average_goes_on_in_pieces_and_is_written_whole(runs):
     undisturbed = load_model(str(runs / "one"))
-    expected = start_average(undisturbed, str(find_checkpoint(runs / "one").path))
+    expected = start_average(undisturbed, find_checkpoint(runs / "one").path)
     weights = undisturbed.state_dict()
     assert max((mean - weights[name]).abs().max() for name, mean in expected.items()) > 5e-5
     for way in ("2-fsdp", "1-fsdp-hsdp-one"):
-        assert_same_weights(start_average(undisturbed, str(find_checkpoint(runs / way).path)), expected)
+        assert_same_weights(start_average(undisturbed, find_checkpoint(runs / way).path), expected)
         written = read_official(runs / way / "checkpoint-0-ema.pth").model
         assert_same_weights({name: written[name] for name in expected}, expected)
 

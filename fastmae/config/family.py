@@ -88,7 +88,8 @@ def check_family(config: Any) -> None:
     family = family_of(config.model)
     defaults = {field.name: field.default for field in fields(config)}
     for name, families in TAKEN_BY.items():
-        if name in defaults and family not in families and getattr(config, name) != defaults[name]:
+        unset = (defaults.get(name), "random" if name == "masking" else None)  # what a run of any family has saved
+        if name in defaults and family not in families and getattr(config, name) not in unset:
             presets = ", ".join(PRESET_OF_FAMILY[one] + "*" * (one in ("vit", "convnext")) for one in families)
             problem = f"is for {presets}, not for {config.model or 'vision transformers'}; leave it out"
             raise SettingError(name, getattr(config, name), problem)

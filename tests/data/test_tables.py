@@ -194,7 +194,8 @@ def test_other_data_where_a_table_is_wanted_are_refused():
     assert open_train("digits", ANY).kind == "digits"  # which a model of vectors takes as well
 
 
-def test_damaged_files_end_in_one_line(tmp_path):
+@pytest.mark.parametrize("rounds", [32, pytest.param(100, marks=pytest.mark.slow)])
+def test_damaged_files_end_in_one_line(rounds, tmp_path):
     pq.write_table(pa.table({"a": np.arange(50.0), "b": np.arange(50)}), tmp_path / "a.parquet")
     np.save(tmp_path / "a.npy", np.zeros((9, 4)))
     whole = {
@@ -204,7 +205,7 @@ def test_damaged_files_end_in_one_line(tmp_path):
     }
     draw = random.Random(0)
     ends = set()
-    for round_ in range(100):
+    for round_ in range(rounds):
         name = sorted(whole)[round_ % 4]
         data = bytearray(whole[name])
         for _ in range(draw.choice((1, 2, 8))):

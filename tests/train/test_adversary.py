@@ -181,7 +181,8 @@ def test_the_adversarial_gradient_of_the_last_layer_is_at_most_as_long_as_that_o
     assert adaptive_weight(torch.zeros(5, 7), gradient) == 0
 
 
-def test_twenty_steps_are_those_of_a_plain_loop_with_two_optimisers():
+@pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_steps_are_those_of_a_plain_loop_with_two_optimisers(steps):
     """Two micro-batches each, clipped; torch's own AdamW, one for each side."""
     model, adversary = parts()
     adversary.weight = WEIGHT
@@ -192,7 +193,7 @@ def test_twenty_steps_are_those_of_a_plain_loop_with_two_optimisers():
     discriminator = its_adversary.discriminator
     one = torch.optim.AdamW(make_optimizer(other, 1e-3, 0.05).param_groups, lr=1e-3, betas=(0.9, 0.95), fused=False)
     two = torch.optim.AdamW(discriminator.parameters(), lr=1e-3, betas=BETAS, weight_decay=0.0, fused=False)
-    for step in range(20):
+    for step in range(steps):
         micro = [(normalised(images), ids) for images, ids in (batch(2 * step), batch(2 * step + 1))]
         result = train_step(loss_of, sides, micro, 2, 1e-3, off(), 0.5)
         one.zero_grad()

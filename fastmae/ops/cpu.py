@@ -339,7 +339,7 @@ def depthwise_visible(
         None if bias is None else _array_of_weights(bias),
         turned,
         torch.get_num_threads(),
-        _array(out.view(*x.shape[:2], -1, x.shape[-1])),
+        _array(out.flatten(2, 3)),
     )
     return out
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -38,7 +39,7 @@ from fastmae.data.formats.sound import AUDIOSET_MEAN, AUDIOSET_STD
 from fastmae.data.loader import default_workers
 from fastmae.data.masks import MaskFile
 from fastmae.data.reading import Reading
-from fastmae.data.sources import Source
+from fastmae.data.sources import Source, table_values
 from fastmae.data.statistics import Measured, measure
 from fastmae.environment import versions
 from fastmae.errors import SettingError, UserError
@@ -104,6 +105,10 @@ def measure_pixels(flags: PretrainConfig, source: Source, facts: DataFacts) -> M
             "in_chans", in_chans, "image files give 1, 3 or 4 channels; choose bands, or use an array for others"
         )
     reading = Reading(in_chans, dtype=facts.pixels.dtype, nodata=facts.pixels.nodata, read_as=read_as(flags))
+    values = table_values(source) if flags.loss == "bce" else None
+    if values is not None and not (np.nanmin(values) >= 0 and np.nanmax(values) <= 1):
+        found = f"those of the table go from {np.nanmin(values):g} to {np.nanmax(values):g}"
+        raise SettingError("loss", "bce", f"is for numbers from 0 to 1, and {found}; use mse, or scale the columns")
     mean, std, value_range = flags.mean, flags.std, flags.value_range
     is_plain = facts.pixels == UINT8 and value_range in (None, ("dtype",))
     if flags.spectrogram is not None and value_range is None:

@@ -192,6 +192,13 @@ def test_labels_beside_a_table_leave_it_a_table(run):
     assert not found.isna().any(axis=None)
 
 
+def test_cross_entropy_is_refused_for_numbers_that_are_no_shares(tmp_path, capsys):
+    arrow_csv.write_csv(pa.table([*related(8).T], names=NAMES), tmp_path / "a.csv")
+    words = ["pretrain", "--model", "mae_mlp", "--loss", "bce", "--data_path", str(tmp_path / "a.csv")]
+    assert main([*words, "--output_dir", str(tmp_path / "run"), "--device", "cpu", "--tune", "off"]) == 2
+    assert "is for numbers from 0 to 1, and those of the table go from" in capsys.readouterr().err
+
+
 def test_the_report_is_no_file_of_the_table(tmp_path):
     with pytest.raises(UserError, match="another file than"):
         ImputeConfig(checkpoint="run", output=str(tmp_path / "a.csv"), report=str(tmp_path / "a.csv"))

@@ -258,3 +258,13 @@ def test_the_extension_names_wrong_arguments():
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_batch_may_be_empty():
+    x = torch.zeros(0, 3, 2, 2, 16, requires_grad=True)
+    weight, bias = (torch.ones(shape, requires_grad=True) for shape in ((16, 1, 7, 7), (16,)))
+    out = depthwise_visible(x, torch.zeros(0, 2, 2, dtype=torch.int32), weight, bias)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert not weight.grad.any()
+    assert not bias.grad.any()

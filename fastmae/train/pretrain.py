@@ -207,9 +207,8 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
     if lacks_official(run):
         unsaved = _export(run, steps.total - 1, masks_of[config.input_size], model, optimizer, average, probed.pictured)
     close_run(run, unsaved)
-    accuracies = _probe(run, "after", model, probed)
     pictures = {"reconstruction": _picture_path(run.folder, config.epochs - 1)} if model.has_pictures else {}
-    say_results(run, _shown(accuracies), pictures)
+    say_results(run, _shown(_probe(run, "after", model, probed)), pictures)
     return 0
 
 

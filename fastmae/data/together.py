@@ -70,7 +70,7 @@ def load_together(
     indices: np.ndarray,
     out: np.ndarray,
     one_by_one: Callable[[int], LoadedSample],
-) -> LoadedSample:
+) -> list[LoadedSample]:
     """Writes samples into ``out`` [n, H, W, C] at once.
 
     Args:
@@ -90,8 +90,6 @@ def load_together(
     except (OSError, ValueError):
         is_usable = False
     if not is_usable:
-        samples = [one_by_one(row) for row in range(len(indices))]
-        skipped = tuple(bad for sample in samples for bad in sample.skipped)
-        return LoadedSample(skipped, None, sum(s.bytes_read for s in samples), time.perf_counter() - started)
+        return [one_by_one(row) for row in range(len(indices))]
     out[:] = rows
-    return LoadedSample((), None, rows.nbytes, time.perf_counter() - started)
+    return [LoadedSample((), None, rows.nbytes, time.perf_counter() - started)]

@@ -347,7 +347,7 @@ class DrawsItsOwn(fastmae.MaskedAutoencoderViT):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"model": torch.nn.Linear(2, 2)}, "model='Linear': is no preset's name and no fastmae.MaskedAutoencoderViT"),
+        ({"model": torch.nn.Linear(2, 2)}, "model='Linear': is no preset's name and no masked autoencoder of fastmae"),
         ({"model": seeded_model(), "input_size": 32}, r"input_size=32: is \(16, 16\) of the model that is given"),
         ({"model": seeded_model(), "norm_pix_loss": True}, "norm_pix_loss=True: is False of the model"),
         ({"model": seeded_model(), "init": "x.pth"}, "init='x.pth': is for a preset"),

@@ -64,10 +64,12 @@ class PendingBatch:
     load: Callable[[int, bool], Future[LoadedSample]]
     """Starts to load the image of a row; with True, to read it for DALI."""
     samples: list[Future[LoadedSample]]
+    together: Future[list[LoadedSample]] | None = None
+    """Samples that are read at once, in place of ``samples``."""
 
     def is_done(self) -> bool:
         """Tells whether ``finish`` would not wait."""
-        return all(sample.done() for sample in self.samples)
+        return all(sample.done() for sample in self.samples) and (self.together is None or self.together.done())
 
     def finish(
         self,
@@ -80,7 +82,7 @@ class PendingBatch:
         Raises:
             UserError: no usable image within reach, as ``load_sample``.
         """
-        samples = [sample.result() for sample in self.samples]
+        samples = [sample.result() for sample in self.samples] if self.together is None else self.together.result()
         return DecodedBatch(
             self.images,
             self.draw_ids,
@@ -209,7 +211,7 @@ class DecodeThreads:
             return self._pool.submit(one, row)
 
         together = self._pool.submit(load_together, read, indices, rows, one)
-        return PendingBatch(images, torch.from_numpy(draw_ids.copy()), load, [together])
+        return PendingBatch(images, torch.from_numpy(draw_ids.copy()), load, [], together)
 
     def close(self) -> None:
         """Ends the threads, once each has finished its image."""

@@ -356,6 +356,8 @@ class DrawsItsOwn(fastmae.MaskedAutoencoderViT):
         ({"optimizer": None}, r"optimizer: is not taken.* copy the loop in fastmae/train/pretrain.py"),
         ({"transform": None}, "transform: is not taken.* set crop_scale and flip"),
         ({"callbacks": []}, "callbacks: is not taken.* on_step is called"),
+        ({"loss": max}, "loss: is not taken.* forward_loss is your own"),
+        ({"loss": "mae"}, "loss='mae': must be mse or bce"),
         ({"collate_fn": None}, "collate_fn: is not taken.*fastmae/train/batches.py"),
         ({"val": "x"}, "val: is for objects in Python"),
         ({"data_path": "x"}, "data_path='x': is another name of data"),

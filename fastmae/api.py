@@ -136,8 +136,12 @@ def pretrain(
     in_file = {} if config is None else load_settings(config, PretrainConfig)
     probed = {**in_file, **settings}.get("probe") or {**in_file, **settings}.get("probe_freq")
     table = _table_of(model, {**in_file, **settings})
+    from fastmae.data.sources import columns_of
+
     parts, settings = _with_data(data, val, settings, in_file, needs_labels=bool(probed), table=table)
     own = None if model is None or isinstance(model, str) else _trainable(model)
+    if own is not None and parts is not None and columns_of(parts.train) is not None:
+        settings.setdefault("columns", columns_of(parts.train))  # so that its mean may be in their units
     settings |= {"model": model} if own is None else _settings_of_model(own, settings, in_file)
     if model is None:
         settings.pop("model")
@@ -542,6 +546,9 @@ def _trainable(model: Any) -> MaskedModel:
         raise SettingError("model", name, problem)
     if model.draws_masks is not None:
         problem = f"its {model.draws_masks} draws masks of its own; let it take ids_shuffle, as a run gives the masks"
+        raise SettingError("model", name, problem)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        problem = "none of its parameters is trained; let some of them have requires_grad"
         raise SettingError("model", name, problem)
     return model
 

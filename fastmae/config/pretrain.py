@@ -105,7 +105,7 @@ class PretrainConfig(TrainingConfig, MaskingConfig, Shape, FamilySettings):
     """The epoch to start at. A resumed checkpoint decides it instead."""
     blr: float | None = None
     """Base learning rate, for a global batch of 256 images; --lr is computed from it. Default: 1e-3, as in the official
-    script; 3e-3 for the digits."""
+    script; 3e-3 for the digits; 4e-3 for mae_conv and mae_mlp."""
     warmup_epochs: float | None = None
     """Epochs over which the learning rate grows from 0, linearly. Default: 40, as in the official script; of up to 40
     epochs, and for the digits, a tenth."""
@@ -282,7 +282,7 @@ def resolve(
     need(config, config.start_epoch < epochs, "start_epoch", f"below the {epochs} of --epochs")
     usual_scale = (1.0, 1.0) if is_series or is_mlp else (0.7, 1.0) if digits else (0.2, 1.0)
     start_size = config.start_size
-    blr = given(config.blr, 4e-3 if is_mlp else 3e-3 if digits else 1e-3)
+    blr = given(config.blr, 4e-3 if family_of(model) in ("conv", "mlp") else 3e-3 if digits else 1e-3)
     global_batch = config.batch_size * config.accum_iter * ranks
     lr = given(config.lr, blr * global_batch / 256)
     steps = epochs * facts.length * config.repeated_masks // global_batch  # or a few less

@@ -30,6 +30,8 @@ WORTH_SAYING = 0.01
 SHOWN = 4
 ROWS = 1 << 16
 """Of a table, so many rows are added up at a time."""
+FAR = 3.0
+"""Deviations by which the mean of a column may lie from the mean that is given for it, until that is said."""
 CONSTANT = 1e-7
 """A column whose deviation is no larger than this share of its mean has one value, as float32 tells no other."""
 ValueRange = tuple[str | float, ...] | None
@@ -72,6 +74,8 @@ def measure(
         SettingError: no image can be decoded, a channel is missing as a whole, or the range does not suit.
     """
     C, dtype = reading.in_chans, reading.dtype
+    if not len(source):
+        raise SettingError("data_path", problem="holds no image; give other data")
     values = table_values(source)
     if values is not None:
         return _measured_table(values, columns_of(source) or (), reading, value_range, mean, std)
@@ -152,6 +156,10 @@ def _measured_table(
         names = ", ".join(columns[at] for at in constant[:EXAMPLES]) + (", …" if len(constant) > EXAMPLES else "")
         said = f"{count_of(len(constant), 'columns')} of one value get the deviation 1, and their mean is predicted"
         lines.append(f"columns         {said}: {names}")
+    far = np.abs(found - (found if mean is None else mean)) / (deviation if std is None else std)
+    if far.max() > FAR:
+        said = f"after the given mean and std the mean of {columns[int(far.argmax())]!r} is {far.max():.3g}, not near 0"
+        lines.append(f"columns         {said}; leave these out, or give a model those of the data")
     return Measured(
         pixels=PixelFacts(dtype=reading.dtype, nodata=reading.nodata),
         mean=tuple(found.tolist()) if mean is None else mean,

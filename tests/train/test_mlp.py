@@ -45,6 +45,18 @@ def rows(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(params=["numbers", "table"])
+def either(request, rows, tmp_path):
+    """The same rows as arrays of one pixel, and as a CSV table with names and empty cells."""
+    if request.param == "numbers":
+        return rows
+    lines = [",".join(f"c{n}" for n in range(D))]
+    for row in np.load(rows).reshape(-1, D).tolist():
+        lines.append(",".join("" if math.isnan(number) else repr(number) for number in row))
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    return str(tmp_path / "rows.csv")
+
+
 @pytest.fixture(scope="module")
 def finished(rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mlp") / "run"
@@ -114,9 +126,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(rows, finished, tmp_path
 
 
 @pytest.mark.slow
-def test_sigkill_at_random_instants_changes_nothing(rows, tmp_path):
+def test_sigkill_at_random_instants_changes_nothing(either, tmp_path):
     changes = {**MLP, "widths": "12 5", "epochs": 60, "checkpoint_freq": 11, "save_freq": 20}
-    words = [word for text in command(rows, tmp_path / "run", **changes, resume="auto") for word in text.split()]
+    words = [word for text in command(either, tmp_path / "run", **changes, resume="auto") for word in text.split()]
     undisturbed = tmp_path / "undisturbed"
     whole = [str(undisturbed) if word == str(tmp_path / "run") else word for word in words]
     assert main(whole[whole.index("pretrain") :]) == 0
@@ -136,11 +148,12 @@ def test_sigkill_at_random_instants_changes_nothing(rows, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_have_the_losses_of_one_though_their_rows_have_other_numbers_of_targets(rows, finished, tmp_path):
-    ways = ("ddp", "fsdp")
-    run_ranks(2, *(small_run(rows, tmp_path / way, **MLP, fill="noise", batch_size=4, parallel=way) for way in ways))
+def test_two_ranks_have_the_losses_of_one_though_their_rows_have_other_numbers_of_targets(either, tmp_path):
+    ways, settings = ("ddp", "fsdp"), {**MLP, "fill": "noise"}
+    assert pretrain(small_run(either, tmp_path / "alone", **settings)) == 0
+    run_ranks(2, *(small_run(either, tmp_path / way, **settings, batch_size=4, parallel=way) for way in ways))
     for way in ways:
-        np.testing.assert_allclose(metrics(tmp_path / way), metrics(finished), rtol=1e-5)
+        np.testing.assert_allclose(metrics(tmp_path / way), metrics(tmp_path / "alone"), rtol=1e-5)
 
 
 def test_micro_batches_are_a_larger_batch(rows, tmp_path):
@@ -185,6 +198,27 @@ def test_a_model_of_ones_own_trains_and_its_latents_are_those_of_the_run(rows, t
     assert (opened.widths, opened.fill) == ((6, 4), "zero")
     images = fixed_images(opened, open_train(rows), 5)
     assert torch.equal(run.model.features(images), opened.features(images))
+
+
+def test_a_model_whose_mean_and_deviation_are_not_those_of_the_columns_is_said(tmp_path, capsys):
+    table = np.random.default_rng(0).normal(size=(32, 3)) + np.array([0, 50, 0])
+    settings = dict(epochs=1, batch_size=8, tune="off", loss="mse", device="cpu")
+    said = []
+    for name, numbers in {"far": {}, "near": {"mean": (0.0, 50.0, 0.0), "std": (1.0,) * 3}}.items():
+        model = MLPMAE((1, 1), 3, widths=(4,), pixels=PixelFacts(dtype="float32"), **numbers)
+        fastmae.pretrain(table, output_dir=tmp_path / name, model=model, **settings)
+        said.append(capsys.readouterr().out)
+    assert ["after the given mean and std" in " ".join(out.split()) for out in said] == [True, False]
+    assert "8 rows per step" in said[0]
+
+
+def test_what_cannot_be_learnt_is_refused_in_one_line(tmp_path):
+    frozen = MLPMAE((1, 1), 3, pixels=PixelFacts(dtype="float32")).requires_grad_(False)
+    rows = np.zeros((8, 3))
+    with pytest.raises(UserError, match="none of its parameters is trained"):
+        fastmae.pretrain(rows, output_dir=tmp_path / "run", model=frozen)
+    with pytest.raises(UserError, match="holds no image"):
+        fastmae.pretrain(np.zeros((0, 8, 8, 3), np.uint8), output_dir=tmp_path / "run", model="mae_conv")
 
 
 def test_digits_are_learnt(tmp_path, capsys):

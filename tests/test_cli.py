@@ -162,6 +162,10 @@ WRONG = {
     "mask ratio 1": (["pretrain", "--mask_ratio", "1"], "--mask_ratio 1.0"),
     "mask ratio that leaves nothing": (["pretrain", "--mask_ratio", "0.99"], "--mask_ratio 0.99"),
     "size of no multiple": (["pretrain", "--input_size", "30"], "not a multiple of a patch"),
+    "size of no whole cells": (
+        ["pretrain", "--model", "mae_convnextv2_atto", "--input_size", "50"],
+        "a patch of 32×32; choose another --input_size or --model",
+    ),
     "three sizes": (["pretrain", "--input_size", "8", "8", "8"], "--input_size 8 8 8"),
     "batch over the data": (["pretrain", "--batch_size", "5000"], "more than the 1438 images"),
     "accumulation over the data": (["pretrain", "--accum_iter", "5000"], "more than the 1438 images"),

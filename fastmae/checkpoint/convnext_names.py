@@ -16,7 +16,6 @@ import torch
 _IN_A_BLOCK = {"dwconv": "conv_dw", "layernorm": "norm", "pwconv1": "mlp.fc1", "grn": "mlp.grn", "pwconv2": "mlp.fc2"}
 _LEAVES = {"gamma": "weight", "beta": "bias", "kernel": "weight"}
 _BLOCK = r"(?P<part>dwconv|conv_dw|norm|layernorm|mlp\.fc1|pwconv1|mlp\.grn|grn|mlp\.fc2|pwconv2)"
-_STAGE = r"(?:encoder\.)?stages\.(?P<a>\d)\."
 _LEAF = r"(?P<leaf>weight|bias|gamma|beta|kernel)"
 _PATTERNS = [
     (re.compile(rf"{pattern}\.{_LEAF}"), ours)
@@ -45,7 +44,6 @@ _FOUND = re.compile(
     r"(?P<prefix>|.+?\.)(?:stem\.0|downsample_layers\.0\.0|embeddings\.patch_embeddings)\.weight"
 )  # of the stem, which every ConvNeXt has
 _FIRST_BLOCK = re.compile(r"stages\.0\.(?:blocks\.|layers\.)?0\.(?:conv_dw|dwconv)\.(?:weight|kernel)$")
-_MATRICES = ("fc1.weight", "fc2.weight", "decoder_embed.weight", "decoder_pred.weight", "head.weight")
 _IN_TRANSFORMERS = {
     "stem.0": "embeddings.patch_embeddings",
     "stem.1": "embeddings.layernorm",

@@ -245,6 +245,8 @@ def as_source(
         data, labels = data[0], data[1] if labels is None else labels
     if isinstance(data, np.ndarray | torch.Tensor):
         return _of_array(data, labels, classes, layout)
+    if type(data).__name__ == "DataFrame":
+        raise SettingError("data", problem='is a table, which holds no images; give model="mae_mlp" with it')
     length = _length(data)
     if labels is None and _are_image_files(data):
         return FolderSource(tuple(os.fspath(path) for path in data), None, (), listed="listed in Python")

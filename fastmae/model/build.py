@@ -42,9 +42,8 @@ def build_model(spec: ModelSpec) -> MaskedModel:
     try:
         model = _make_vit(spec) if family == "vit" else _MAKERS[family](spec)
     except ValueError as error:
-        raise SettingError(
-            "model", spec.model, f"{error}; choose another --input_size, --patch_size or --model"
-        ) from error
+        flags = "--input_size, --patch_size" if family in TAKEN_BY["patch_size"] else "--input_size"
+        raise SettingError("model", spec.model, f"{error}; choose another {flags} or --model") from error
     model.read_as = read_as(spec)
     return model
 

@@ -159,7 +159,6 @@ class ConvNeXtMAE(MaskedModel):
     """
 
     family = "convnext"
-    block_types = (ConvNeXtBlock,)
     pools = ("mean", "tokens")
     prefix_tokens = 0
 

@@ -52,7 +52,6 @@ class ConvNeXtClassifier(nn.Module):
         ValueError: the sizes do not fit each other.
     """
 
-    block_types = (ConvNeXtBlock,)
     global_pool = True
     pool = "mean"
     other_sizes: tuple[tuple[int, int], ...] = ()

@@ -84,7 +84,6 @@ class MLPMAE(MaskedModel):
     family = "mlp"
     has_pictures = False
     masks_features = True
-    block_types = (Layers,)
 
     def __init__(
         self,

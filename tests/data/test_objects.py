@@ -412,3 +412,9 @@ def test_an_image_of_zeros_and_ones_among_floats_is_not_taken_for_bits():
     assert model.preprocess(np.ones((8, 8, 3), np.float32)).max() == 1
     bits = mae_vit_tiny_patch4(img_size=8)
     assert bits.preprocess(np.ones((8, 8, 3), np.float32)).max() == 255
+
+
+def test_a_table_is_no_images():
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(UserError, match=r'^data: is a table, which holds no images; give model="mae_mlp" with it$'):
+        as_source(pandas.DataFrame({"a": [1.0, 2.0]}))

@@ -115,7 +115,7 @@ class PretrainConfig(TrainingConfig, MaskingConfig, Shape, FamilySettings):
     seed: int = 0
     """The number from which everything random follows: weights, the order of the images, crops, flips and masks."""
     adversarial: float = 0.0
-    """Weight of an adversarial term, for sharper reconstructions: a discriminator judges images into which the
+    """Weight of an adversarial term, for more contrast: a discriminator judges images into which the
     predictions are pasted. 1 lets its gradient at the last layer be as long as that of the loss. Default: 0, no term,
     as in the paper."""
     adversarial_start: float | None = None

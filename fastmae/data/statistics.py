@@ -74,8 +74,6 @@ def measure(
         SettingError: no image can be decoded, a channel is missing as a whole, or the range does not suit.
     """
     C, dtype = reading.in_chans, reading.dtype
-    if not len(source):
-        raise SettingError("data_path", problem="holds no image; give other data")
     values = table_values(source)
     if values is not None:
         return _measured_table(values, columns_of(source) or (), reading, value_range, mean, std)

@@ -99,6 +99,8 @@ def measure_pixels(flags: PretrainConfig, source: Source, facts: DataFacts) -> M
     Raises:
         UserError: image files cannot give the channels that were asked for, or the settings do not suit the data.
     """
+    if not facts.length:
+        raise SettingError("data_path", problem="holds no image; give other data")
     in_chans = flags.in_chans or facts.channels
     if facts.kind == "folder" and in_chans not in (*FOLDER_CHANNELS, facts.channels):
         raise SettingError(

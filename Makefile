@@ -49,7 +49,8 @@ test-native: $(VENV)/.installed-dev
 	$(BIN)/cmake --build $(SANITIZED) --parallel $$(nproc)
 	FASTMAE_SANITIZED=$(CURDIR)/$(SANITIZED) PYTHONPATH=tests ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-		$(BIN)/python -m pytest -q --capture=sys -p sanitized tests/ops/test_cpu.py tests/ops/test_wrong_arguments.py
+		$(BIN)/python -m pytest -q --capture=sys -p sanitized tests/ops/test_cpu.py tests/ops/test_wrong_arguments.py \
+		tests/ops/test_depthwise_visible.py tests/ops/test_grn.py tests/ops/test_bernoulli_masking.py tests/data/test_chunks.py
 
 # Long campaigns, of which the tests do a sample: kills, damages, mutations, hostile calls (docs/reliability.md). What is
 # done is kept: `make soak` goes on where it was stopped, and `make soak FRESH=1` begins anew.

@@ -86,6 +86,21 @@ AS_STORED = ReadAs()
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How many images of each of several paths an epoch draws, where it is not all of them once."""
+
+    images: tuple[int, ...]
+    """How many each path has."""
+    draws: tuple[int, ...]
+    """How many of them an epoch draws. Of the first path it is all."""
+
+    @property
+    def order(self) -> str:
+        """What the order of an epoch depends on. Runs compare it when they resume, so its words never change."""
+        return f"a full shuffle of {self.draws} drawn from {self.images}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataFacts:
     """What the data of ``--data_path`` are."""
 
@@ -106,6 +121,13 @@ class DataFacts:
     """What people should know of what lies there and is not used as they may expect, a line each."""
     columns: tuple[str, ...] | None = None
     """The names of the columns of a table, which are its channels; None of images."""
+    shares: Shares | None = None
+    """What an epoch draws of each path; None: every image once."""
+
+    @property
+    def epoch_length(self) -> int:
+        """How many images an epoch has."""
+        return self.length if self.shares is None else sum(self.shares.draws)
 
     @property
     def unit(self) -> str:

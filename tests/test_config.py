@@ -110,7 +110,7 @@ def test_nothing_is_left_open():
     assert left == {
         "start_size", "patch_size", "predict_ratio", "clip_grad", "ema", "device", "shard_size",
         "cache_gb", "checkpoint_freq", "keep_every", "log_dir", "wandb", "profile", "probe_freq", "tune", "root",
-        "held_out", "mlflow", "mask_ratio_schedule",
+        "held_out", "data_weights", "mlflow", "mask_ratio_schedule",
     } | {*SHAPE} | {*FAMILY} | {*OF_ADVERSARY} | {*IMAGE_SETTINGS} - {"pixel_type", "other_types"}  # fmt: skip
 
 

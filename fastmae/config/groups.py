@@ -11,8 +11,8 @@ MAIN = (
 
 GROUPS = {
     "data": (
-        "data_path", "root", "image_key", "layout", "axis", "constant_slices", "bands", "pages", "window",
-        "spectrogram", "columns", "label_column", "in_chans",
+        "data_path", "data_weights", "root", "image_key", "layout", "axis", "constant_slices", "bands", "pages",
+        "window", "spectrogram", "columns", "label_column", "in_chans",
         "pixel_type", "other_types", "value_range", "nodata", "mean", "std", "crop_scale", "flip", "aa", "reprob",
         "mixup", "cutmix", "mixup_switch_prob", "repeated_masks", "held_out",
     ),
@@ -24,7 +24,7 @@ GROUPS = {
     ),
     "optimisation": (
         "batch_size", "accum_iter", "epochs", "blr", "lr", "min_lr", "warmup_epochs", "layer_decay", "weight_decay",
-        "clip_grad", "smoothing", "ema", "seed", "adversarial", "adversarial_start", "adversarial_warmup",
+        "clip_grad", "smoothing", "l2sp", "ema", "seed", "adversarial", "adversarial_start", "adversarial_warmup",
         "adversarial_lr", "adversarial_regulariser", "adversarial_r1",
     ),
     "speed and memory": (

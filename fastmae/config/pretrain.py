@@ -37,6 +37,9 @@ class PretrainConfig(TrainingConfig, MaskingConfig, Shape, FamilySettings):
     """The images: `digits` (built in), a folder of images (DATA_PATH/train/CLASS/*.JPEG, or without subfolders), .tar
     or .parquet shards (a file, a folder, or a pattern such as 'part-{000..146}.tar'), or a file or folder of .npy,
     .npz, IDX or CIFAR arrays. If several are given, they are used one after another."""
+    data_weights: tuple[float, ...] | None = None
+    """With several paths, the share of each in what is trained on, such as 0.9 0.1: an epoch has every image of the
+    first path once and as many of the others as their shares ask for, drawn in turn. Default: every image once."""
     output_dir: str = "./output_dir"
     """The run folder, into which checkpoints, log.txt, metrics.jsonl, config.yaml and reconstructions are written."""
     crop_scale: tuple[float, float] | None = None
@@ -109,6 +112,10 @@ class PretrainConfig(TrainingConfig, MaskingConfig, Shape, FamilySettings):
     warmup_epochs: float | None = None
     """Epochs over which the learning rate grows from 0, linearly. Default: 40, as in the official script; of up to 40
     epochs, and for the digits, a tenth."""
+    l2sp: float = 0.0
+    """With --init, how strongly the encoder is held near its first weights (L2-SP): each step moves the weights
+    towards them by this number times the learning rate. A step of AdamW moves a weight by at most about the learning
+    rate, so 50 keeps weights within about 1/50 of where they began. Default: 0, not at all."""
     ema: float | None = None
     """Keep a moving average of the weights as well, and write it as checkpoint-EPOCH-ema.pth. The number is the share
     of the average that each step keeps, such as 0.9999. Default: no average, as in the official script."""
@@ -157,7 +164,8 @@ class PretrainConfig(TrainingConfig, MaskingConfig, Shape, FamilySettings):
     """Measure the accuracy of k-NN and a linear probe before and after the training. Default: for labelled data of up
     to 20,000 images."""
     probe_freq: int | None = None
-    """Measure these accuracies every this many epochs as well, on up to 20,000 images of each part. Default: never."""
+    """Measure these accuracies every this many epochs as well, on up to 20,000 images of each part. Default: never;
+    with --data_weights after every epoch, and k-NN of each path apart."""
 
     def __post_init__(self) -> None:
         coerce(self)
@@ -196,6 +204,7 @@ class ResolvedConfig(PretrainConfig):
     global_batch: int
     """batch_size · accum_iter · ranks."""
     dataset_length: int
+    """Images of an epoch."""
     order: str
     """What an epoch's order depends on besides the seed."""
     given_masks: str
@@ -214,16 +223,17 @@ OF_ADVERSARY = (
 # the global batch into ranks, batches and micro-steps is not among them.
 FIXED_IN_A_RUN = (
     "model", "input_size", "in_chans", "norm_pix_loss", "mask_ratio", "mean", "std", "crop_scale", "flip",
-    "seed", "global_batch", "dataset_length", "order", "keep_last", "repeated_masks",
+    "seed", "global_batch", "data_weights", "dataset_length", "order", "keep_last", "repeated_masks",
     "ema", "masking", "given_masks", "start_size", "grow_epochs", "decoder_attention", *SHAPE, "predict_ratio",
-    "patch_size", "held_out", "mask_ratio_schedule", "adversarial", "adversarial_regulariser", *FAMILY,
-    *IMAGE_SETTINGS,
+    "patch_size", "held_out", "mask_ratio_schedule", "l2sp", "adversarial",
+    "adversarial_regulariser", *FAMILY, *IMAGE_SETTINGS,
 )  # fmt: skip
 # What those were in a checkpoint from before they could be chosen.
 UNLESS_SAVED = {
     "order": FULL_SHUFFLE, "keep_last": False, "repeated_masks": 1, "ema": None, "masking": "random", "given_masks": "",
     "start_size": None, "grow_epochs": 0, "decoder_attention": "self", "predict_ratio": None, "patch_size": None,
-    "held_out": None, "mask_ratio_schedule": None, "adversarial": 0.0, "adversarial_regulariser": None,
+    "held_out": None, "mask_ratio_schedule": None, "data_weights": None, "l2sp": 0.0,
+    "adversarial": 0.0, "adversarial_regulariser": None,
     **dataclasses.asdict(Shape()), **dataclasses.asdict(FamilySettings()), **dict.fromkeys(IMAGE_SETTINGS),
     "pixel_type": "uint8", "other_types": "convert",
 }  # fmt: skip
@@ -285,7 +295,7 @@ def resolve(
     blr = given(config.blr, 4e-3 if family_of(model) in ("conv", "mlp") else 3e-3 if digits else 1e-3)
     global_batch = config.batch_size * config.accum_iter * ranks
     lr = given(config.lr, blr * global_batch / 256)
-    steps = epochs * facts.length * config.repeated_masks // global_batch  # or a few less
+    steps = epochs * facts.epoch_length * config.repeated_masks // global_batch  # or a few less
     chosen = dict(
         model=model,
         input_size=(input_size[0], input_size[-1]),
@@ -308,9 +318,10 @@ def resolve(
         std=given(config.std, std),
         num_workers=given(config.num_workers, num_workers),
         compile=chosen_compile(config, steps, on_gpu, needs_compiling=config.float8),
+        probe_freq=given(config.probe_freq, 1 if config.data_weights is not None and facts.labelled else None),
         probe=given(config.probe, facts.labelled and facts.length <= PROBE_LIMIT),
         global_batch=global_batch,
-        dataset_length=facts.length,
+        dataset_length=facts.epoch_length,
         order=facts.order,
         given_masks="" if masks is None else masks.description,
     )
@@ -318,7 +329,17 @@ def resolve(
         chosen |= _of_adversary(config, epochs, lr)
     resolved = ResolvedConfig(**{**dataclasses.asdict(config), **chosen})
     check_rates(resolved)
+    _check_l2sp(resolved)
     return resolved
+
+
+def _check_l2sp(config: PretrainConfig) -> None:
+    """Refuses an --l2sp that cannot work, or has nothing to hold on to."""
+    needed = partial(need, config)
+    needed(config.l2sp >= 0, "l2sp", "0 or more")
+    needed(not config.l2sp or bool(config.init), "l2sp", "given together with --init, whose weights it holds on to")
+    is_stable = config.lr is None or config.l2sp * config.lr <= 1
+    needed(is_stable, "l2sp", f"at most 1 / --lr, {1 / (config.lr or 1):.3g}, where a step goes all the way back")
 
 
 def _check_table(config: PretrainConfig) -> None:
@@ -365,6 +386,20 @@ def _check_adversary(config: PretrainConfig) -> None:
     needed(not config.cuda_graph, "cuda_graph", "left out with --adversarial, which does other work from its start on")
     takes = config.compile != "model"
     needed(takes, "compile", "off or block with --adversarial, which takes gradients within the forward pass")
+
+
+def _check_weights(config: PretrainConfig) -> None:
+    """Refuses --data_weights that are not one positive number for each of several paths."""
+    weights = config.data_weights
+    if weights is None:
+        return
+    paths = (config.data_path,) if isinstance(config.data_path, str) else config.data_path
+    counted = len(weights) == len(paths) > 1
+    need(
+        config, counted, "data_weights", f"one number for each of several paths of --data_path, which has {len(paths)}"
+    )
+    positive = all(0 < weight < math.inf for weight in weights)
+    need(config, positive, "data_weights", "positive numbers; leave a path out that is not to be drawn from")
 
 
 def check_pretrain(config: PretrainConfig) -> None:
@@ -425,5 +460,7 @@ def check_pretrain(config: PretrainConfig) -> None:
     if config.float8:
         needed(config.compile != "off", "compile", "block or model with --float8, which is slower than bf16 without")
         needed(config.batch_size % 16 == 0, "batch_size", "a multiple of 16 with --float8, as its products need it")
+    _check_l2sp(config)
+    _check_weights(config)
     _check_adversary(config)
     need_statistics(config)

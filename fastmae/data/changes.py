@@ -85,7 +85,7 @@ class ChangedImages:
     """Counts the images that were changed, each once.
 
     Args:
-        length: how many images the data set has.
+        length: how many images an epoch has.
     """
 
     def __init__(self, length: int) -> None:
@@ -104,8 +104,11 @@ class ChangedImages:
         """
         self._read += read
         for kind, images in changed.items():
-            which = self._which.setdefault(kind, np.zeros(self._length, bool))
-            which[[index for index, _ in images]] = True
+            numbers = [index for index, _ in images]
+            which = self._which.get(kind, np.zeros(self._length, bool))
+            missing = max([len(which), *(number + 1 for number in numbers)]) - len(which)
+            self._which[kind] = which = np.pad(which, (0, missing)) if missing else which  # of an epoch of a share
+            which[numbers] = True
             self._times[kind] = self._times.get(kind, 0) + len(images)
             names = self._examples.setdefault(kind, [])
             for _, name in images[:EXAMPLES]:

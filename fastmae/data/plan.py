@@ -14,11 +14,12 @@ from typing import TypeGuard
 import numpy as np
 
 from fastmae.data.memory import release_after
-from fastmae.facts import FULL_SHUFFLE
+from fastmae.facts import FULL_SHUFFLE, Shares
 from fastmae.philox import (
     STREAM_CROP,
     STREAM_HELD_OUT,
     STREAM_ORDER,
+    STREAM_REPLAY,
     STREAM_SPLIT,
     permutation_numpy,
     uniforms_numpy,
@@ -59,11 +60,13 @@ class EpochPlan:
     """The order of one epoch for one rank: ``batch(i)`` is micro-batch i of that rank."""
 
     order: np.ndarray
-    """int64 [length], a permutation of the data set."""
+    """int64 [length], a permutation of what the epoch draws: the samples of the data set."""
     epoch: int
     batch_size: int
     rank: int
     ranks: int
+    drawn: np.ndarray | None = None
+    """int64 [length]: which sample each draw of the epoch is; None where draw i is sample i."""
 
     def __len__(self) -> int:
         """Returns the micro-batches in the epoch; a last, partial global batch is dropped, as in the official code."""
@@ -72,8 +75,8 @@ class EpochPlan:
     def batch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns (indices, draw_ids) of micro-batch ``index``, int64 [batch_size] each; the end wraps around."""
         start = (index * self.ranks + self.rank) * self.batch_size
-        indices = self.order.take(np.arange(start, start + self.batch_size), mode="wrap")
-        return indices, self.epoch * len(self.order) + indices
+        draws = self.order.take(np.arange(start, start + self.batch_size), mode="wrap")
+        return draws if self.drawn is None else self.drawn[draws], self.epoch * len(self.order) + draws
 
 
 def micro_batches(length: int, batch_size: int, ranks: int, accum_iter: int = 1, keep_last: bool = False) -> int:
@@ -95,8 +98,15 @@ def plan_epoch(
     rank: int = 0,
     ranks: int = 1,
     shards: Shards | None = None,
+    shares: Shares | None = None,
 ) -> EpochPlan:
-    """Plans a full shuffle of ``length`` samples; with ``shards``, a shuffle that has few shards in use at a time."""
+    """Plans a full shuffle of ``length`` samples; with ``shards``, a shuffle that has few shards in use at a time; with
+    ``shares``, a full shuffle of what these draw."""
+    if shares is not None:
+        drawn = drawn_samples(seed, epoch, shares)
+        order = permutation_numpy(seed, STREAM_ORDER, epoch, len(drawn))
+        release_after(length)
+        return EpochPlan(order, epoch, batch_size, rank, ranks, drawn)
     if _is_scattered(shards, length):
         order = scattered_order(seed, epoch, shards)
     else:
@@ -144,6 +154,29 @@ def scattered_order(seed: int, epoch: int, shards: Shards) -> np.ndarray:
     keys = np.repeat(first_place, lengths).astype(np.uint64) << np.uint64(32)
     keys += words[:length].astype(np.uint64) * np.uint64(shards.window)
     return np.argsort(keys % (np.uint64(length) << np.uint64(32)), kind="stable")
+
+
+def shares_of(images: tuple[int, ...], weights: tuple[float, ...]) -> Shares:
+    """Returns what an epoch draws of paths of so many ``images``: all of the first once, and as many of each other as
+    its weight says, beside that of the first. At least one is drawn."""
+    draws = (max(1, round(images[0] * weight / weights[0])) for weight in weights[1:])
+    return Shares(images=images, draws=(images[0], *draws))
+
+
+def drawn_samples(seed: int, epoch: int, shares: Shares) -> np.ndarray:
+    """Returns which samples an epoch draws: int64 [sum of ``shares.draws``], those of the first path first.
+
+    Each path is a deck of cards of its own: an epoch goes on where the one before stopped, and a deck that is used up
+    is shuffled anew. So every image is drawn before one is drawn again, whatever the share.
+    """
+    parts, first = [], 0
+    for path, (images, draws) in enumerate(zip(shares.images, shares.draws, strict=True)):
+        cards = np.arange(epoch * draws, (epoch + 1) * draws)
+        for deck in range(int(cards[0]) // images, int(cards[-1]) // images + 1):
+            shuffled = permutation_numpy(seed, STREAM_REPLAY, deck * len(shares.images) + path, images)
+            parts.append(first + shuffled[cards[cards // images == deck] % images])
+        first += images
+    return np.concatenate(parts)
 
 
 def shuffle_quality(order: np.ndarray, shards: Shards, batch_size: int) -> float:

@@ -321,6 +321,13 @@ def without_held_out(source: Source, share: float, seed: int) -> tuple[Source, S
     return Subset(source, train, shards=shards), Subset(source, held)
 
 
+def images_of_paths(source: Source) -> tuple[int, ...]:
+    """Returns how many images each of the paths has that were joined to a source, or of which samples were taken."""
+    if isinstance(source, Subset) and isinstance(source.source, Concat):
+        return tuple(np.diff(np.searchsorted(source.indices, source.source.starts)).tolist())
+    return tuple(map(len, source.parts)) if isinstance(source, Concat) else (len(source),)
+
+
 def _held_out(
     source: Source, draw: Callable[[int], tuple[np.ndarray, np.ndarray]] = holdout
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -77,6 +77,23 @@ def probe(
     return result.summary()
 
 
+def knn_accuracy(model: MaskedModel, train: Source, test: Source, *, num_workers: int = 2) -> float:
+    """Returns the accuracy of k-NN alone in percent, with the neighbours and the pool of ``probe``.
+
+    Raises:
+        UserError: as ``probe_in_detail``.
+    """
+    k = min(20, len(train))
+    test = scorable(train, test, (k,), "logistic")
+    features = [
+        extract_features(model, part, pool="mean", batch_size=256, num_workers=num_workers) for part in (train, test)
+    ]
+    _, labels = _same_classes(train, test, features)
+    train_labels, truth = (torch.from_numpy(part).to(features[0].values.device) for part in labels)
+    predictions = knn_predictions(features[0].values, train_labels, features[1].values, (k,))[k]
+    return round(100 * float((predictions == truth).double().mean()), 2)
+
+
 def probe_in_detail(
     model: MaskedModel,
     train: Source,

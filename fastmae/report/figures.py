@@ -64,6 +64,16 @@ FIGURES = (
         (Line("probes", "knn", "line", "k-NN"), Line("probes", "linear", "dashed", "linear probe")),
     ),
     Figure(
+        "k-NN accuracy of each path",
+        "% of the images",
+        "Of the paths of --data_weights in their order, the first dashed: a fall of one while another rises is "
+        "forgetting, which a larger share or --l2sp holds up.",
+        tuple(
+            Line("probes", f"knn_path_{number}", "dashed" if number == 1 else "line", f"path {number}")
+            for number in range(1, 5)
+        ),
+    ),
+    Figure(
         "Accuracy on the test part",
         "% of the images",
         "Higher is better; dashed: the class is among the first five.",
@@ -184,10 +194,11 @@ def points_of(run: RunRecord, line: Line, in_epochs: bool) -> Points:
     if line.where == "log":
         found = [(row["epoch"] + 1, row[line.key]) for row in run.epochs if is_number(row.get(line.key))]
     else:
-        by_epoch = {int(number): one[line.key] for number, one in run.probes.get("epochs", {}).items()}
-        by_epoch |= {0: run.probes["before"][line.key]} if "before" in run.probes else {}
+        probes = {int(number): one for number, one in run.probes.get("epochs", {}).items()}
+        probes |= {0: run.probes["before"]} if "before" in run.probes else {}
         if "after" in run.probes and run.epochs:
-            by_epoch[run.epochs[-1]["epoch"] + 1] = run.probes["after"][line.key]
+            probes[run.epochs[-1]["epoch"] + 1] = run.probes["after"]
+        by_epoch = {number: one[line.key] for number, one in probes.items() if line.key in one}
         found = sorted(by_epoch.items())
     per_epoch = 1 if in_epochs else run.steps_per_epoch or 1
     return [(epoch * per_epoch, value * line.times) for epoch, value in found]

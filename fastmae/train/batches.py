@@ -11,6 +11,7 @@ import numpy as np
 from fastmae.data.loader import Batch, View
 from fastmae.data.plan import EpochPlan, plan_epoch
 from fastmae.data.sources import Source
+from fastmae.facts import Shares
 from fastmae.train.run import Run, load, say_changed
 from fastmae.train.step import MicroBatch
 
@@ -29,6 +30,7 @@ class BatchStream:
         view_of: maps an epoch to the view of its images: their size, and how they are cropped and flipped.
         to_inputs: turns a batch into the tensors that the loss takes.
         image_decoder: the decoder of plain JPEGs, as ``choose_decoder`` names it.
+        shares: what an epoch draws of each path that was joined; None: every image once.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class BatchStream:
         view_of: Callable[[int], View],
         to_inputs: Callable[[Batch], MicroBatch],
         image_decoder: str = "threads",
+        shares: Shares | None = None,
     ) -> None:
         self._run, self._source, self._seed, self._crops = run, source, seed, crops
         self._view_of, self._to_inputs, self._image_decoder = view_of, to_inputs, image_decoder
+        self._shares = shares
         self._newest_plan: EpochPlan | None = None
         self._dali_failures = 0
 
@@ -107,6 +111,6 @@ class BatchStream:
         if self._newest_plan is None or self._newest_plan.epoch != epoch:
             context, source = self._run.context, self._source
             self._newest_plan = plan_epoch(
-                self._seed, epoch, len(source), self._crops, context.rank, context.size, source.shards
+                self._seed, epoch, len(source), self._crops, context.rank, context.size, source.shards, self._shares
             )
         return self._newest_plan

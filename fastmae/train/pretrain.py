@@ -29,7 +29,7 @@ from fastmae.config.shape import SHAPE
 from fastmae.data.cache import CachedSource, cached, describe_cache, memory_budget
 from fastmae.data.loader import Batch, View, choose_decoder, describe_decoder
 from fastmae.data.masks import MaskFile, Masks, choose_masks, excluded, open_masks, shuffled_ids
-from fastmae.data.plan import describe_order, mask_draws
+from fastmae.data.plan import describe_order, mask_draws, shares_of
 from fastmae.data.sample import crops_note
 from fastmae.data.sizes import Size, describe_sizes, growing_sizes, size_in, visible_counts, visible_in
 from fastmae.data.sources import (
@@ -37,6 +37,7 @@ from fastmae.data.sources import (
     Subset,
     describe,
     evenly_spaced,
+    images_of_paths,
     open_train,
     scored_parts,
     shown,
@@ -48,7 +49,7 @@ from fastmae.data.survey import take_stock
 from fastmae.environment import peak_flops
 from fastmae.errors import SettingError, UserError
 from fastmae.evaluate.held_out import held_out_loss
-from fastmae.evaluate.probe import probe
+from fastmae.evaluate.probe import knn_accuracy, probe
 from fastmae.evaluate.reconstruct import caption, fixed_images, reconstruct, save_grid
 from fastmae.evaluate.spread import feature_spread, some_of
 from fastmae.facts import DataFacts, exact_ratio
@@ -68,6 +69,8 @@ from fastmae.report.run_folder import read_probes
 from fastmae.signals import StopSignals
 from fastmae.train import parallel
 from fastmae.train.adversary import Optimizers, make_adversary, make_optimizers
+from fastmae.train.anchor import Anchor, pull_back, start_anchor
+from fastmae.train.anchor import in_checkpoint as anchor_in_checkpoint
 from fastmae.train.average import Average, in_checkpoint, start_average, update_average
 from fastmae.train.batches import BatchStream
 from fastmae.train.choosing import choose
@@ -142,9 +145,7 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
         image_decoder, why_decoder = choose_decoder(config.image_decoder, context.device, source, reading_of(config))
         steps = plan_steps(config, context.size, config.batch_size // config.repeated_masks, "images")
         same |= identity(flags, config, {"train": source}, given.model if start is None else start.model)
-        if config.cache == "ram":
-            budget = memory_budget(config.cache_gb, parallel.ranks_here())
-            source = cached(source, reading_of(config), budget, image_decoder)
+        source = _cached(config, source, image_decoder)
     fresh_step = config.start_epoch * steps.per_epoch
 
     # Model, loss and optimiser, the same on every rank.
@@ -163,18 +164,18 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
     # Where to begin.
     restored, rollbacks = restore_attempt(config, model, optimizer, steps, same, FIXED_IN_A_RUN, fresh_step, adversary)
     average = start_average(model, restored.checkpoint) if config.ema is not None else {}
+    anchor = start_anchor(model, config.l2sp, restored.checkpoint)
     optimizers = make_optimizers(optimizer, adversary, config, steps, restored)
     chosen = _choose(model, config, context, precision, restored)
     decoding = describe_decoder(image_decoder, why_decoder, config.pixel_type)
-    backends = describe_backends(context.device, precision, model.attention_shapes(config.mask_ratio), decoding)
-    backends |= _more_backends(config, chosen, compiling, parallelism, source)
+    backends = _backends(config, context, precision, model, decoding, chosen, compiling, parallelism, source)
     summary = [*_summary(config, source, facts, model, masks_of), *lines, *pixels.lines, *probed.lines, *notes]
     run = open_run(config, given, context, stop, steps, restored, rollbacks, same, summary=summary, backends=backends)
     if restored.step == 0:
         _probe(run, "before", model, probed)
 
     # The loop.
-    stream = _stream(run, source, masks_of, image_decoder)
+    stream = _stream(run, source, facts, masks_of, image_decoder)
     at_peak = _seconds_at_peak(model, run, tuple(masks_of))
     unsaved = None
     with training(run, precision) as profile_step, closing(stream.steps(restored.step, steps.total)) as batches:
@@ -184,6 +185,7 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
             result = train_step(
                 loss_of, stepped, inputs, config.accum_iter, lr, autocast, config.clip_grad, context.mean, graph, bf16
             )
+            pull_back(anchor, model, lr * config.l2sp, result.skipped)
             update_average(average, model, config.ema, result.skipped)
             measured = _measure_epoch(run, step, model, probed, masks_of[config.input_size], autocast)
             record_step(run, step, result, lr, at_peak(step // steps.per_epoch), measured)
@@ -198,7 +200,7 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
             if actions.exports:
                 unsaved = _export(run, step, masks_of[config.input_size], model, optimizer, average, probed.pictured)
             if actions.saves:
-                save_run(run, step, model, _tensors(model, average, optimizers))
+                save_run(run, step, model, _tensors(model, average, anchor, optimizers))
             if actions.stops:
                 return stop_run(run, step)
             run.watchdog.beat()
@@ -234,6 +236,9 @@ def _open(
         source, held = without_held_out(source, flags.held_out, flags.seed)
         order = describe_order(len(source), source.shards)
         facts = dataclasses.replace(facts, length=len(source), order=order)
+    if flags.data_weights is not None:
+        shares = shares_of(images_of_paths(source), flags.data_weights)
+        facts = dataclasses.replace(facts, shares=shares, order=shares.order)
     if start is not None:
         flags = normalised_alike(flags, start, facts)
     return flags, source, held, facts, measure_pixels(flags, source, facts), start
@@ -262,6 +267,14 @@ def _precision(config: ResolvedConfig, context: parallel.DistContext) -> Precisi
     return precision
 
 
+def _cached(config: ResolvedConfig, source: Source, image_decoder: str) -> Source:
+    """Returns a source that keeps images in memory, if --cache asks for it."""
+    if config.cache == "none":
+        return source
+    budget = memory_budget(config.cache_gb, parallel.ranks_here())
+    return cached(source, reading_of(config), budget, image_decoder)
+
+
 def _choose(
     model: MaskedModel,
     config: ResolvedConfig,
@@ -278,11 +291,20 @@ def _choose(
     return choose(config.tune, context.device, precision, restored, measure, context.any)
 
 
-def _more_backends(
-    config: ResolvedConfig, chosen: str, compiling: str, parallelism: parallel.Parallelism, source: Source
+def _backends(
+    config: ResolvedConfig,
+    context: parallel.DistContext,
+    precision: Precision,
+    model: MaskedModel,
+    decoding: str,
+    chosen: str,
+    compiling: str,
+    parallelism: parallel.Parallelism,
+    source: Source,
 ) -> dict[str, str]:
-    """Returns the further choices by name: what computes, what is compiled, what ranks share, what was asked for."""
-    backends = {"choice": chosen, "compile": compiling}
+    """Returns which implementation of each part is used: what computes, what is compiled, what ranks share."""
+    backends = describe_backends(context.device, precision, model.attention_shapes(config.mask_ratio), decoding)
+    backends |= {"choice": chosen, "compile": compiling}
     backends |= {"parallel": f"{parallelism.kind} ({parallelism.reason})"}
     if config.float8:
         backends["float8"] = f"products of the encoder's blocks (torchao {version('torchao')})"
@@ -416,7 +438,9 @@ def _seconds_at_peak(
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def _stream(run: Run[ResolvedConfig], source: Source, masks_of: dict[Size, Masks], image_decoder: str) -> BatchStream:
+def _stream(
+    run: Run[ResolvedConfig], source: Source, facts: DataFacts, masks_of: dict[Size, Masks], image_decoder: str
+) -> BatchStream:
     """Returns the run's batches. Each rollback changes the seed of their order, crops, flips and masks."""
     config = run.config
     seed = data_seed(config.seed, len(run.rollbacks))
@@ -438,7 +462,7 @@ def _stream(run: Run[ResolvedConfig], source: Source, masks_of: dict[Size, Masks
         (H, W), device = images.shape[1:3], images.device
         masks = masks_of[H, W]
         if config.mask_ratio_schedule is not None:
-            epoch = int(batch.draw_ids[0]) // len(source)
+            epoch = int(batch.draw_ids[0]) // config.dataset_length
             masks = dataclasses.replace(masks, visible=visible_in(epoch, counts, config.epochs))
         ids_shuffle = shuffled_ids(draw_ids, masks, device)
         if nodata is not None:
@@ -454,12 +478,14 @@ def _stream(run: Run[ResolvedConfig], source: Source, masks_of: dict[Size, Masks
         view_of=view_of,
         to_inputs=to_inputs,
         image_decoder=image_decoder,
+        shares=facts.shares,
     )
 
 
-def _tensors(model: MaskedModel, average: Average, optimizers: Optimizers) -> dict[str, torch.Tensor]:
+def _tensors(model: MaskedModel, average: Average, anchor: Anchor, optimizers: Optimizers) -> dict[str, torch.Tensor]:
     """Returns all that a checkpoint of a run holds, by name."""
-    return training_tensors(model, optimizers.optimizer) | in_checkpoint(average) | optimizers.tensors()
+    means = in_checkpoint(average) | anchor_in_checkpoint(anchor)
+    return training_tensors(model, optimizers.optimizer) | means | optimizers.tensors()
 
 
 # --- the run folder ---------------------------------------------------------------------------------------------------
@@ -481,6 +507,7 @@ def _summary(
         f"data            {shown(config.data_path)}: {count_of(facts.length, facts.unit)} {facts.location}, {labels}",
         *(f"data            {line}" for line in facts.stock),
         *([f"data            {note}"] if note else []),
+        *_about_shares(config, facts),
         f"model           {config.model}: {parameters / 1e6:.1f} M parameters, {height}×{width}×{config.in_chans}",
         *([f"model           {model.sizes}"] if any(getattr(config, name) for name in DECIDED) else []),
     ]
@@ -503,6 +530,21 @@ def _summary(
     )
     if next(model.parameters()).device.type == "cpu" and parameters >= LARGE_MODEL:
         lines.append(f"note            {_cpu_note(config, model)}")
+    return lines
+
+
+def _about_shares(config: ResolvedConfig, facts: DataFacts) -> list[str]:
+    """Returns lines about what an epoch draws of each path, and about the weights that hold the encoder back."""
+    lines: list[str] = []
+    if facts.shares is not None:
+        shares, total = facts.shares, facts.epoch_length
+        each = ", ".join(
+            f"{draws:,} of {images:,} ({draws / total:.3g} of it) from {path}"
+            for path, draws, images in zip(config.data_path, shares.draws, shares.images, strict=True)
+        )
+        lines.append(f"data            an epoch draws {count_of(total, facts.unit)}: {each}")
+    if config.l2sp:
+        lines.append(f"held back       --l2sp {config.l2sp:g}: the encoder stays near the weights of {config.init}")
     return lines
 
 
@@ -617,6 +659,8 @@ class Probed:
     """What is fitted on and what is scored, before and after the training; None to measure nothing."""
     some: tuple[Source, Source] | None = None
     """The same for --probe_freq, of large parts evenly spaced images."""
+    of_paths: tuple[tuple[Source, Source], ...] = ()
+    """The same of each path of --data_weights, for k-NN: what is learnt of one may be forgotten of another."""
     is_asked: bool = False
     """Whether the user asked for it, who is then told what goes wrong by an error."""
     lines: tuple[str, ...] = ()
@@ -635,19 +679,36 @@ def _probed(flags: PretrainConfig, config: ResolvedConfig, given: Given, source:
     nothing = Probed(source if held is None else held, held, lines=lines)
     if not config.probe and config.probe_freq is None:
         return nothing
-    is_asked = bool(flags.probe) or config.probe_freq is not None
+    is_asked = bool(flags.probe) or flags.probe_freq is not None
     try:
         train, val = scored_parts(given.data or config.data_path, read_as(config))
     except UserError as error:
         if is_asked:
-            name = "probe" if config.probe_freq is None else "probe_freq"
+            name = "probe" if flags.probe_freq is None else "probe_freq"
             raise SettingError(name, problem=f"{_reason(error, config)}; leave it out") from error
         reason = _left_out(f"{_reason(error, config)}; --probe False leaves it out")
         return dataclasses.replace(nothing, lines=(*lines, reason))
     parts = train, val
     some = None if config.probe_freq is None else (_some_of(train), _some_of(val))
     lines += tuple(f"probe           {item}" for item in val.stock.left_out)
-    return Probed(nothing.pictured, held, parts if config.probe else None, some, is_asked, lines)
+    of_paths: tuple[tuple[Source, Source], ...] = ()
+    if config.data_weights is not None and some is not None:
+        of_paths, unscored = _of_paths(config)
+        lines += unscored
+    return Probed(nothing.pictured, held, parts if config.probe else None, some, of_paths, is_asked, lines)
+
+
+def _of_paths(config: ResolvedConfig) -> tuple[tuple[tuple[Source, Source], ...], tuple[str, ...]]:
+    """Returns both parts of each path whose accuracy can be measured apart, and lines about those where it cannot; none
+    at all if it is not possible with every path, as their numbers would not tell whose they are."""
+    parts: list[tuple[Source, Source]] = []
+    for path in config.data_path:
+        try:
+            train, val = scored_parts(path, read_as(config))
+        except UserError as error:
+            return (), (_left_out(f"{_reason(error, config)}; so k-NN is not measured for each path"),)
+        parts.append((_some_of(train), _some_of(val)))
+    return tuple(parts), ()
 
 
 def _about_held_out(held: Source) -> str:
@@ -690,6 +751,7 @@ def _probe(run: Run[ResolvedConfig], when: str, model: MaskedModel, probed: Prob
             run.say(f"probe           measuring k-NN and linear-probe accuracy {when} pretraining, on {count} …")
             with torch.compiler.set_stance("force_eager"):  # whole images are another shape: compiling takes longer
                 results[when] = probe(whole, train, val, num_workers=run.config.num_workers)
+                results[when] |= _knn_of_paths(run, whole, probed.of_paths)
             write_text(run.folder / "probe.json", json.dumps(results, indent=1))
     except Exception as error:
         if probed.is_asked:
@@ -732,7 +794,7 @@ def _measure_epoch(
                     first = f"such as {bad[0].name} ({bad[0].reason})"
                     run.say(f"held out        {count_of(len(bad), 'unusable images')} not measured, {first}")
             if probes and probed.some is not None:
-                found |= _probe_after(run, epochs, whole, probed.some)
+                found |= _probe_after(run, epochs, whole, probed.some, probed.of_paths)
             spread_of = held if held is not None else probed.some and probed.some[1]
             assert spread_of is not None
             found |= feature_spread(whole, spread_of, num_workers=workers)
@@ -753,23 +815,42 @@ def _of_epoch(run: Run[ResolvedConfig], step: int, model: MaskedModel, measured:
 
 
 def _probe_after(
-    run: Run[ResolvedConfig], epochs: int, whole: MaskedModel, parts: tuple[Source, Source]
+    run: Run[ResolvedConfig],
+    epochs: int,
+    whole: MaskedModel,
+    parts: tuple[Source, Source],
+    of_paths: tuple[tuple[Source, Source], ...],
 ) -> dict[str, float]:
     """Adds the accuracies after ``epochs`` to probe.json, from which those of later ones are dropped; returns them."""
     results, _ = read_probes(run.folder)
     accuracies = probe(whole, *parts, num_workers=run.config.num_workers)
+    each = _knn_of_paths(run, whole, of_paths)
+    accuracies |= each
     earlier = {number: values for number, values in results.get("epochs", {}).items() if int(number) < epochs}
     results["epochs"] = earlier | {str(epochs): accuracies}
     write_text(run.folder / "probe.json", json.dumps(results, indent=1))
     knn, linear = accuracies["knn"], accuracies["linear"]
-    run.say(f"probe           after epoch {epochs}: k-NN {knn:.1f} %, linear probe {linear:.1f} %")
-    return {"knn": knn, "linear": linear}
+    paths = f" (by path {', '.join(f'{value:.1f}' for value in each.values())})" if each else ""
+    run.say(f"probe           after epoch {epochs}: k-NN {knn:.1f} %{paths}, linear probe {linear:.1f} %")
+    return {"knn": knn, "linear": linear, **each}
+
+
+def _knn_of_paths(
+    run: Run[ResolvedConfig], whole: MaskedModel, of_paths: tuple[tuple[Source, Source], ...]
+) -> dict[str, float]:
+    """Returns the accuracy of k-NN on each path by itself, counted from 1."""
+    workers = run.config.num_workers
+    return {f"knn_path_{n}": knn_accuracy(whole, *parts, num_workers=workers) for n, parts in enumerate(of_paths, 1)}
 
 
 def _shown(accuracies: dict[str, Any]) -> list[str]:
     """Returns lines with the accuracies before and after pretraining."""
     lines = []
-    for key, name in (("knn", "k-NN"), ("linear", "linear probe")) if "after" in accuracies else ():
-        before = f"{accuracies['before'][key]:.1f} % before, " if "before" in accuracies else ""
+    names = {"knn": "k-NN", "linear": "linear probe"}
+    names |= {
+        key: f"k-NN, path {key.removeprefix('knn_path_')}" for key in accuracies.get("after", ()) if "path" in key
+    }
+    for key, name in names.items() if "after" in accuracies else ():
+        before = f"{accuracies['before'][key]:.1f} % before, " if key in accuracies.get("before", ()) else ""
         lines.append(f"{name:15} {before}{accuracies['after'][key]:.1f} % after pretraining")
     return lines

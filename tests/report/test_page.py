@@ -84,7 +84,7 @@ def test_what_comes_from_run_folders_is_escaped(two, words):
 def test_every_chart_has_its_title_axes_and_a_sentence_and_runs_keep_their_colours(two, words):
     shown = "".join(words.text)
     svgs = re.findall(r"<svg.*?</svg>", two, re.DOTALL)
-    others = ("test part", "MFU", "Adversary", "λ")
+    others = ("test part", "MFU", "Adversary", "λ", "each path")
     of_pretraining = [figure for figure in FIGURES if not any(word in figure.title for word in others)]
     assert len(svgs) == len(of_pretraining) == 10
     for svg, figure in zip(svgs, of_pretraining, strict=True):

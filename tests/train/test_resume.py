@@ -264,6 +264,7 @@ def test_the_run_folder_says_everything(undisturbed):
         "mask_ratio_schedule",
         "probe_freq",
         "held_out",
+        "data_weights",
         "mlflow",
         "tune",
     }

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fastmae.data import shapes
 from fastmae.data.arrays import FEW, UNREADABLE, ArraySource, Split, open_array
 from fastmae.data.convert import narrowest
 from fastmae.data.folders import open_files, open_folder, open_zip
@@ -553,6 +554,8 @@ def _open(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
         raise SettingError("data_path", data_path, f"{problem}; give a table that has them")
     if data_path == "digits":
         return _digits(split)
+    if data_path == "shapes" and not Path(data_path).exists():
+        return _shapes(split)
     if is_remote(data_path):
         return _open_remote(data_path, split, read_as)
     place, keys = _without_keys(data_path)
@@ -563,7 +566,7 @@ def _open(data_path: str, split: Split, read_as: ReadAs) -> Source | None:
         if is_phrase(data_path) and not path.exists():
             raise SettingError("data_path", data_path, "was given in Python; call fastmae from Python with the data")
         if not path.exists():
-            names = "`digits`" if read_as.columns is None else ", ".join(("digits", *BUILT_IN_TABLES))
+            names = "`digits` or `shapes`" if read_as.columns is None else ", ".join(("digits", *BUILT_IN_TABLES))
             raise SettingError("data_path", data_path, f"no such file or folder; give an existing one, or {names}")
         if not path.is_dir() and not path.is_file():
             raise SettingError("data_path", data_path, "a pipe or a device; give a file or a folder")
@@ -608,6 +611,12 @@ def _without_keys(data_path: str) -> tuple[str, str | None]:
     """Returns a path and the keys behind `::`, if it has any."""
     place, separator, keys = data_path.rpartition("::")
     return (place, keys) if separator and not os.path.exists(data_path) else (data_path, None)
+
+
+def _shapes(split: Split) -> Source:
+    """Returns the built-in images of shapes, which have no labels: their classes are those of pixels."""
+    images, rows = shapes.built_in().images, slice(shapes.TRAIN) if split == "train" else slice(shapes.TRAIN, None)
+    return ArraySource(images[rows], None, f"shapes/{split}")
 
 
 def _digits(split: Split) -> Source:

@@ -196,7 +196,7 @@ def finetune(
     parts, settings = _with_data(data, val, settings, in_file, needs_labels=True, is_needed=not has_own)
     given = {"output_dir": output_dir, **({"finetune": start} if start else {}), **settings}
     configuration = make_config(FinetuneConfig, given, config)
-    from fastmae.train.finetune import finetune as run_finetuning
+    from fastmae.train.classify import finetune as run_finetuning
     from fastmae.train.given import Given
 
     status = run_finetuning(configuration, Given(data=parts, on_step=on_step))

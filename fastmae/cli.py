@@ -241,7 +241,7 @@ def call(config: Any, argv: list[str]) -> int:
 
             return pretrain(config)
         case FinetuneConfig():
-            from fastmae.train.finetune import finetune
+            from fastmae.train.classify import finetune
 
             return finetune(config)
         case SweepConfig():

@@ -73,7 +73,7 @@ def test_finetune_gives_the_classifier(pretrained, blobs, tmp_path):
 
 def test_settings_from_a_file_are_overridden_by_arguments(pretrained, blobs, tmp_path, monkeypatch):
     monkeypatch.setattr("fastmae.train.pretrain.pretrain", lambda config, given: configs.append(config) or 0)
-    monkeypatch.setattr("fastmae.train.finetune.finetune", lambda config, given: configs.append(config) or 0)
+    monkeypatch.setattr("fastmae.train.classify.finetune", lambda config, given: configs.append(config) or 0)
     (tmp_path / "a.toml").write_text('epochs = 7\nblr = 1\ndata_path = "x"\nattention = "native"\n')
     (tmp_path / "b.yaml").write_text("finetune: runs/x\nepochs: 7\n")
     configs = []

@@ -267,7 +267,7 @@ def numbers_in(annotation):
 def test_every_number_of_every_command_is_finite_and_not_too_large():
     tried = 0
     for config in (value for value in vars(fastmae.config).values() if dataclasses.is_dataclass(value)):
-        shared = fastmae.config.TrainingConfig, fastmae.config.ImagesConfig, MaskingConfig
+        shared = fastmae.config.TrainingConfig, fastmae.config.TuningConfig, fastmae.config.ImagesConfig, MaskingConfig
         if config.__name__.startswith("Resolved") or config in shared:
             continue
         for name, annotation in field_types(config).items():

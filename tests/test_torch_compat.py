@@ -136,7 +136,7 @@ for name in ("_record_memory_history", "_dump_snapshot"):
 del torch._dynamo.exc.TorchDynamoException
 sys.modules["torch.distributed.checkpoint.staging"] = None
 
-import fastmae.train.pretrain, fastmae.train.finetune
+import fastmae.train.pretrain, fastmae.train.classify
 from fastmae import mae_vit_tiny_patch4, ops, torch_compat
 from fastmae.model.vit import EXPENSIVE
 from fastmae.ops.backends import using

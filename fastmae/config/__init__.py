@@ -124,6 +124,17 @@ from fastmae.config.training import (
     TrainingConfig,
     check_training,
 )
+from fastmae.config.trainings import (
+    TRAININGS,
+    AnyResolved,
+    AnyTuned,
+    Resolved,
+    Training,
+    command_of,
+)
+from fastmae.config.tuning import (
+    TuningConfig,
+)
 from fastmae.config.verify import (
     VerifyConfig,
     check_verify,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +11,9 @@ from typing import Any, Literal
 from fastmae.config.family import family_of
 from fastmae.config.images import IMAGE_SETTINGS, pixel_settings
 from fastmae.config.shape import ENCODER_SHAPE
-from fastmae.config.training import TrainingConfig, check_rates, check_training, chosen_compile, default_warmup
-from fastmae.config.values import coerce, given, meant, need, need_at_least_one, need_size, need_statistics
+from fastmae.config.training import check_rates, chosen_compile, default_warmup
+from fastmae.config.tuning import TuningConfig, check_gelu, check_tuning, meant_by_tune
+from fastmae.config.values import coerce, given, need
 from fastmae.facts import UINT8, DataFacts, PixelFacts, PixelType
 
 OFFICIAL_FINETUNING_WARMUP = 5.0
@@ -22,17 +22,15 @@ LARGEST_ALPHA = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainingConfig):
+class FinetuneConfig(TuningConfig):
     """Fine-tune a pretrained encoder on labelled images. The flags of the official script keep their names and
     meanings."""
 
     # Data.
-    data_path: str | tuple[str, ...] | None = None  # type: ignore[assignment]
+    data_path: str | tuple[str, ...] | None = None
     """Labelled images, of every kind that pretrain takes. The model learns from the train part and is tested on the val
     or test part; if there is none, a fifth of the images is held out. Default: the data of the run of --finetune;
     without one the built-in digits."""
-    output_dir: str = "./output_dir"
-    """The run folder, into which checkpoints, log.txt, metrics.jsonl and config.yaml are written."""
     nb_classes: int | None = None
     """Number of classes. Default: as many as the labels have."""
     crop_scale: tuple[float, float] | None = None
@@ -54,27 +52,6 @@ class FinetuneConfig(TrainingConfig):
     """With both mixup and cutmix, the probability with which a pair of images is cut instead of blended."""
 
     # Model.
-    finetune: str = ""
-    """The pretrained encoder: a run folder of pretrain, one of its checkpoints, or a file with an encoder. Default:
-    random weights, for comparison."""
-    model: str | None = None
-    """The name of the encoder's preset, if --finetune does not say it or is not given. The names of the official script
-    are accepted: vit_large_patch16 is mae_vit_large_patch16."""
-    input_size: tuple[int, ...] | None = None
-    """Side of the images in pixels, or their height and width; position embeddings are interpolated to it. Default:
-    that of the pretrained encoder."""
-    patch_size: tuple[int, ...] | None = None
-    """Side of a patch in pixels, or its height and width. Default: the encoder's; without --finetune, the preset's."""
-    mean: tuple[float, ...] | None = None
-    """What pixels are normalised by: one number per channel, as a share of the value range. Default: as the encoder
-    says."""
-    std: tuple[float, ...] | None = None
-    """As mean. Default: as for mean."""
-    tune: str = "full"
-    """What is trained: everything (full); the head and the norm before it (linear); these and the last K blocks
-    (last-K, such as last-2); or these and low-rank updates of the attention of every block (lora)."""
-    lora_rank: int = 8
-    """With --tune lora, the rank of the updates."""
     global_pool: bool = True
     """Classify the mean of the patch tokens, as in the official script. --cls_token turns it off."""
     cls_token: bool = False
@@ -98,38 +75,13 @@ class FinetuneConfig(TrainingConfig):
     layer_decay: float | None = None
     """The learning rate of a layer, as a share of that of the layer above. Default: as in the official script, 0.65 up
     to ViT-B, otherwise 0.75; of ConvNeXt V2 0.9 up to Tiny, 0.6 above, where three blocks are a layer."""
-    min_lr: float = 1e-6
-    """Learning rate at the end of the cosine schedule."""
     warmup_epochs: float | None = None
     """Epochs over which the learning rate grows from 0, linearly. Default: 5, as in the official script; of up to 5
     epochs a tenth."""
-    weight_decay: float = 0.05
-    """Weight decay of AdamW. Parameters of one dimension, the class token and the position embeddings have none."""
-    seed: int = 0
-    """The number from which everything random follows: the head, the order of the images, crops and every
-    augmentation."""
-
-    # Speed and memory.
-    autotune: Literal["auto", "off"] | None = None
-    """Which code computes matrix products and attention on a CPU: what is fastest in a measurement of some seconds,
-    which is kept for the next run (auto), or always PyTorch's own (off). Default: auto; a run that goes on keeps what
-    it has, and with this flag it chooses anew. On a GPU nothing is measured. `--tune auto`
-    and `--tune off` mean this, too."""
-
-    # Saving, resuming, logging.
-    resume: str = ""
-    """`auto` continues from the newest intact checkpoint in output_dir, or starts if no run is there. `anew` starts and
-    moves what an earlier run left there into a folder. Otherwise what to continue from: a run folder of
-    finetune, or one of its checkpoints."""
-    test_freq: int = 1
-    """Epochs between two tests on the val part. The last epoch is always tested."""
 
     def __post_init__(self) -> None:
         coerce(self)
-        if meant("tune", self.tune, ("autotune",)) == "autotune":
-            need(self, self.autotune in (None, self.tune), "tune", f"left out with --autotune={self.autotune}")
-            object.__setattr__(self, "autotune", self.tune)
-            object.__setattr__(self, "tune", "full")
+        meant_by_tune(self)
         check_finetune(self)
 
 
@@ -255,6 +207,7 @@ def resolve_finetune(
     )
     resolved = ResolvedFinetuneConfig(**{**dataclasses.asdict(config), **chosen})
     check_rates(resolved)
+    check_gelu(resolved, model)
     return resolved
 
 
@@ -272,24 +225,15 @@ def check_finetune(config: FinetuneConfig) -> None:
     Raises:
         SettingError: naming the setting, its value and what it must be.
     """
-    check_training(config)
+    check_tuning(config)
     can = family_of(config.model) in ("vit", "convnext")
     need(config, can, "model", "a preset mae_vit_* or mae_convnextv2_*; other models have `fastmae probe` alone")
-    need_size(config, "patch_size")
-    need_statistics(config)
     needed = partial(need, config)
-    tunes = re.fullmatch(r"full|linear|lora|last-[1-9]\d*", config.tune) is not None
-    needed(tunes, "tune", "full, linear, lora or last-K, such as last-2")
-    need_at_least_one(config, "test_freq", "lora_rank")
     needed(config.nb_classes is None or config.nb_classes >= 2, "nb_classes", "at least 2")
     for name in ("mixup", "cutmix"):
         value = getattr(config, name)
         needed(value is None or 0 <= value <= LARGEST_ALPHA, name, f"0 or more, at most {LARGEST_ALPHA:g}")
-    decay = config.layer_decay
-    needed(decay is None or 0 < decay <= 1, "layer_decay", "above 0 and at most 1")
-    for name in ("drop_path", "smoothing"):
-        value = getattr(config, name)
-        needed(value is None or 0 <= value < 1, name, "at least 0 and below 1")
+    needed(0 <= config.smoothing < 1, "smoothing", "at least 0 and below 1")
     for name in ("reprob", "mixup_switch_prob"):
         value = getattr(config, name)
         needed(value is None or 0 <= value <= 1, name, "between 0 and 1")

@@ -21,9 +21,8 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
-from fastmae.config.finetune import FinetuneConfig, ResolvedFinetuneConfig
 from fastmae.config.groups import GROUPS
-from fastmae.config.pretrain import PretrainConfig, ResolvedConfig
+from fastmae.config.trainings import TRAININGS, AnyResolved, command_of
 from fastmae.config.values import OLD_NAMES, check_type, field_types, meant
 from fastmae.errors import SettingError, UserError
 from fastmae.launch import is_first
@@ -121,13 +120,14 @@ def as_given(settings: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def settings_as_yaml(config: ResolvedConfig | ResolvedFinetuneConfig, remarks: Sequence[str] = ()) -> str:
+def settings_as_yaml(config: AnyResolved, remarks: Sequence[str] = ()) -> str:
     """The settings of a run as the text of its config.yaml, in the groups of the help, with remarks for people."""
-    config_class = PretrainConfig if isinstance(config, PretrainConfig) else FinetuneConfig
+    command = command_of(config)
+    config_class = TRAININGS[command]
     settings, known = as_given(dataclasses.asdict(config)), field_types(config_class)
     lines = [
         "# The settings of this run. The same run in another folder:",
-        f"#   fastmae {_command(config_class)} --config config.yaml --output_dir OTHER",
+        f"#   fastmae {command} --config config.yaml --output_dir OTHER",
     ]
     for title, names in GROUPS.items():
         lines += ["", f"# {title}", dump_yaml({name: settings[name] for name in names if name in known}).rstrip()]
@@ -144,10 +144,6 @@ def settings_as_words(settings: Mapping[str, Any], config_class: type) -> list[s
             continue
         words += [f"--{name}", *map(str, value)] if isinstance(value, tuple) else [f"--{name}={value}"]
     return words
-
-
-def _command(config_class: type) -> str:
-    return config_class.__name__.removesuffix("Config").lower()
 
 
 def dump_yaml(settings: dict[str, Any]) -> str:

@@ -10,13 +10,13 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastmae import torch_compat
-from fastmae.config import ResolvedConfig, ResolvedFinetuneConfig
+from fastmae.config import Resolved
 from fastmae.messages import logger
 from fastmae.model.weight_copies import WeightCopies
 from fastmae.train.precision import Precision
@@ -26,8 +26,6 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"
 TRIED_ON = ("cuda",)
 """Where compiling is tried first. On a CPU a run is compiled only as asked for, or as it began, and what is compiled
 depends on measurements that are made later."""
-
-Resolved = TypeVar("Resolved", ResolvedConfig, ResolvedFinetuneConfig)
 
 
 def prepare_as_chosen(

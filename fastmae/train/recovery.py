@@ -20,7 +20,7 @@ import json
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from torch import nn
 from fastmae.checkpoint.manifest import MANIFEST, find_checkpoint, peek
 from fastmae.checkpoint.restore import Restored, on_main, restore
 from fastmae.checkpoint.save import checkpoint_size
-from fastmae.config import FinetuneConfig, PretrainConfig, ResolvedConfig, ResolvedFinetuneConfig
+from fastmae.config import AnyResolved, Training
 from fastmae.errors import SettingError, UserError
 from fastmae.files import read_json, write_text
 from fastmae.messages import logger
@@ -56,14 +56,13 @@ FROM_WEIGHTS = (
 )
 FINETUNE_FROM_WEIGHTS = "begin a new run from its weights (--finetune=RUN with another --output_dir)"
 
-Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
-Attempt = Callable[[Config, parallel.DistContext, StopSignals], int | None]
+Attempt = Callable[[Training, parallel.DistContext, StopSignals], int | None]
 
 
 # --- attempts ---------------------------------------------------------------------------------------------------------
 
 
-def run_attempts(config: Config, attempt: Attempt[Config]) -> int:
+def run_attempts(config: Training, attempt: Attempt[Training]) -> int:
     """Joins the ranks and makes attempts until one returns an exit status; None means that another one is due."""
     check_sinks(config.log_dir, config.wandb, config.mlflow)
     context = parallel.start(config.device, config.hang_timeout)
@@ -95,7 +94,7 @@ def _let_go(error: BaseException | None) -> None:
 
 
 def restore_attempt(
-    config: ResolvedConfig | ResolvedFinetuneConfig,
+    config: AnyResolved,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     steps: Steps,

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from fastmae.checkpoint.manifest import BadCheckpointError, newest_first, set_as
 from fastmae.checkpoint.official import write_training_file, write_weights_file
 from fastmae.checkpoint.restore import Restored, on_main
 from fastmae.checkpoint.save import Saver
-from fastmae.config import ResolvedConfig, ResolvedFinetuneConfig
+from fastmae.config import Resolved
 from fastmae.config.load import settings_as_yaml
 from fastmae.data.changes import ChangedImages
 from fastmae.data.loader import Batch, View, load_batches
@@ -53,8 +53,6 @@ from fastmae.train.step import StepResult
 
 LONGEST_EXCHANGE = timedelta(days=2)
 """How long ranks wait for each other beside the watchdog, which ends a run that hangs and not one that was stopped."""
-
-Resolved = TypeVar("Resolved", ResolvedConfig, ResolvedFinetuneConfig)
 
 
 @dataclass(frozen=True)

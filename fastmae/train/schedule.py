@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastmae.config import ResolvedConfig, ResolvedFinetuneConfig
+from fastmae.config import AnyResolved
 from fastmae.data.plan import micro_batches
 from fastmae.data.sources import shown
 from fastmae.errors import UserError
@@ -33,7 +33,7 @@ class Steps:
         return (step + 1) % self.per_epoch == 0
 
 
-def plan_steps(config: ResolvedConfig | ResolvedFinetuneConfig, ranks: int, crops: int, images: str) -> Steps:
+def plan_steps(config: AnyResolved, ranks: int, crops: int, images: str) -> Steps:
     """Counts the optimiser steps of a run.
 
     Args:
@@ -67,7 +67,7 @@ def learning_rate(epoch: float, *, lr: float, min_lr: float, warmup_epochs: floa
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def learning_rate_at(step: int, config: ResolvedConfig | ResolvedFinetuneConfig, steps: Steps) -> float:
+def learning_rate_at(step: int, config: AnyResolved, steps: Steps) -> float:
     """Returns the learning rate of an optimiser step, by the step's fractional epoch as in the official script."""
     epoch, index = steps.epoch_and_index(step)
     return learning_rate(

@@ -23,10 +23,11 @@ from fastmae.config import (
     OFFICIAL_WARMUP,
     PER_RANK,
     TOLD_IF_CHANGED,
+    AnyResolved,
     ImagesConfig,
     PretrainConfig,
+    Resolved,
     ResolvedConfig,
-    ResolvedFinetuneConfig,
     TrainingConfig,
     images_given,
     read_as,
@@ -57,7 +58,6 @@ NAMED_RANKS = 4
 NUMBERS = 64
 
 Flags = TypeVar("Flags", bound=TrainingConfig)
-Resolved = TypeVar("Resolved", ResolvedConfig, ResolvedFinetuneConfig)
 
 
 def as_begun(flags: Flags) -> Flags:
@@ -144,7 +144,7 @@ def resolve_settings(
     )
 
 
-def reading_of(config: ResolvedConfig | ResolvedFinetuneConfig) -> Reading:
+def reading_of(config: AnyResolved) -> Reading:
     """Returns how a run turns files into the pixels of its batches."""
     return Reading(config.in_chans, dtype=config.pixel_type, nodata=config.nodata, read_as=read_as(config))
 
@@ -184,7 +184,7 @@ def _left_open(flags: TrainingConfig, now: Mapping[str, Any], before: Mapping[st
     return {name: before[name] for name in LEFT_OPEN if name in left_open and before.get(name) is not None}
 
 
-def _warm_up(flags: TrainingConfig, config: ResolvedConfig | ResolvedFinetuneConfig, goes_on: bool) -> list[str]:
+def _warm_up(flags: TrainingConfig, config: AnyResolved, goes_on: bool) -> list[str]:
     """Returns a line if the warm-up is not what the official script has, or if the learning rate never gets up."""
     warm_up, epochs = config.warmup_epochs, config.epochs
     if warm_up >= epochs:
@@ -250,7 +250,7 @@ def describe_backends(
 
 def identity(
     flags: TrainingConfig,
-    config: ResolvedConfig | ResolvedFinetuneConfig,
+    config: AnyResolved,
     data: dict[str, Source],
     start: nn.Module | None = None,
 ) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import fastmae
 from fastmae.config import FinetuneConfig
 from fastmae.ops.random_masking import random_masking
 from fastmae.train.average import start_average, update_average
-from fastmae.train.finetune import finetune
+from fastmae.train.classify import finetune
 from fastmae.train.optim import make_optimizer
 from fastmae.train.precision import choose_precision
 from fastmae.train.pretrain import pretrain

@@ -23,7 +23,7 @@ from fastmae.train import choosing
 from fastmae.train import finetune as finetune_module
 from fastmae.train import pretrain as pretrain_module
 from fastmae.train.choosing import choose
-from fastmae.train.finetune import finetune
+from fastmae.train.classify import finetune
 from fastmae.train.precision import Precision, choose_precision
 from fastmae.train.pretrain import pretrain
 from fastmae.train.recovery import run_attempts

@@ -10,9 +10,10 @@ from ranks import run_ranks
 
 from fastmae.checkpoint.load import load_model
 from fastmae.cli import main
-from fastmae.config import PretrainConfig
+from fastmae.config import FinetuneConfig, PretrainConfig
 from fastmae.errors import UserError
 from fastmae.model.convnext import ConvNeXtMAE
+from fastmae.train.classify import finetune
 from fastmae.train.pretrain import pretrain
 
 # 3 of 4 cells are masked; 3 steps.
@@ -69,6 +70,18 @@ def test_settings_of_other_families_are_refused_in_one_line(change):
     with pytest.raises(UserError, match=rf"^{name}=\S+: .*mae_convnextv2_atto") as error:
         PretrainConfig(data_path="digits", model="mae_convnextv2_atto", **change)
     assert "\n" not in str(error.value)
+
+
+def test_gelu_is_not_computed_again_in_silence(finished, blobs, tmp_path):
+    given = dict(data_path=blobs, output_dir=str(tmp_path / "run"), checkpointing="gelu")
+    with pytest.raises(
+        UserError, match=r"^checkpointing='gelu': must be none, selective or full for mae_convnextv2_atto"
+    ):
+        FinetuneConfig(model="mae_convnextv2_atto", **given)
+    with pytest.raises(
+        UserError, match=r"^checkpointing='gelu': must be none, selective or full for mae_convnextv2_atto"
+    ):
+        finetune(FinetuneConfig(finetune=str(finished), batch_size=8, **given))
 
 
 def test_images_that_are_no_cells_are_refused_in_one_line(blobs, tmp_path):

@@ -30,7 +30,7 @@ from fastmae.model.classifier import ClassificationLoss, Classifier
 from fastmae.signals import EXIT_INTERRUPTED
 from fastmae.train import finetune as module
 from fastmae.train import step as step_part
-from fastmae.train.finetune import finetune, labels_of
+from fastmae.train.classify import finetune, labels_of
 from fastmae.train.optim import layer_decay_groups
 from fastmae.train.pretrain import pretrain
 from fastmae.train.recovery import read_rollbacks

@@ -12,7 +12,7 @@ from fastmae.data.plan import Box, crop_draws, random_box
 from fastmae.data.sources import open_train
 from fastmae.errors import UserError
 from fastmae.facts import ReadAs
-from fastmae.train.finetune import finetune
+from fastmae.train.classify import finetune
 from fastmae.train.pretrain import pretrain
 
 

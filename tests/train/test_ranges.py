@@ -28,7 +28,7 @@ from fastmae.export.run import export
 from fastmae.facts import PixelFacts
 from fastmae.model.build import build_model
 from fastmae.model.pixels import normalised
-from fastmae.train.finetune import finetune
+from fastmae.train.classify import finetune
 from fastmae.train.pretrain import pretrain
 
 SMALL = dict(model="mae_vit_tiny_patch4", input_size=(8, 8), epochs=1, tune="off", save_freq=1)

@@ -19,7 +19,7 @@ from fastmae.export.program import opened_program
 from fastmae.model.classifier import Classifier
 from fastmae.model.pixels import normalised
 from fastmae.model.sizes import sizes_of
-from fastmae.train.finetune import finetune
+from fastmae.train.classify import finetune
 from fastmae.train.pretrain import pretrain
 
 ENCODER = dict(embed_dim=48, depth=2, num_heads=2, mlp_ratio=2.5, registers=3)

@@ -116,8 +116,9 @@ def pretrain(
             several, as ``--data_path`` takes them: a folder, shards, arrays, ``"digits"``. It may be left out where
             ``config`` names a path.
         output_dir: the run folder.
-        model: the name of a preset, or a model: a ``fastmae.MaskedAutoencoderViT`` or a subclass. It is trained from
-            the weights that it has, has the trained ones when the run ends, and decides the sizes of images.
+        model: the name of a preset, or a model: a ``fastmae.MaskedAutoencoderViT``, a model of another family, or a
+            subclass of one, which has the defaults of its family. It is trained from the weights that it has, has the
+            trained ones when the run ends, and decides the sizes of images.
         val: labelled images for the probe, as ``data``, where that is no path. Default: a fifth of ``data``.
         on_step: a function that is called on the first rank with a ``StepInfo`` for every optimiser step, when numbers
             are read (every ``log_freq`` steps, for all steps since), so that no step waits for it. If it returns

@@ -12,6 +12,8 @@ from fastmae.errors import SettingError
 Family = Literal["vit", "convnext", "conv", "mlp"]
 PRESET_OF_FAMILY = {"vit": "mae_vit_", "convnext": "mae_convnextv2_", "conv": "mae_conv", "mlp": "mae_mlp"}
 """How the names of a family's presets begin, or what its one preset is called."""
+LIKE = "a kind of"
+"""What stands before the family in the phrase of a model that no preset makes."""
 USUAL_RATIO: dict[Family, float] = {"vit": 0.75, "convnext": 0.6, "conv": 0.25, "mlp": 0.5}
 """The mask ratio where none is given: those of He et al. (2021) and of Woo et al. (2023), and ours."""
 
@@ -67,11 +69,22 @@ TAKEN_BY: dict[str, tuple[Family, ...]] = {
 
 
 def family_of(model: object) -> Family:
-    """Returns the family of a preset by its name. Other names, and what is none, are of vision transformers."""
-    name = model if isinstance(model, str) else ""
+    """Returns the family of a preset by its name, or of a model given in Python by its phrase (``phrase_of``).
+
+    Other names, and what is none, are of vision transformers.
+    """
+    name = model.rpartition(f"{LIKE} ")[2] if isinstance(model, str) else ""
     if name.startswith(PRESET_OF_FAMILY["convnext"]):
         return "convnext"
+    name = name.removesuffix(">")
     return "conv" if name == PRESET_OF_FAMILY["conv"] else "mlp" if name == PRESET_OF_FAMILY["mlp"] else "vit"
+
+
+def phrase_of(model: Any) -> str:
+    """Returns what stands for a model that no preset makes in settings: its class, and the presets of its family."""
+    family: Family = model.family
+    like = "" if family == "vit" else f", {LIKE} {PRESET_OF_FAMILY[family]}"
+    return f"<{type(model).__name__} of {type(model).__module__}{like}>"
 
 
 def usual_ratio(model: str | None) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastmae.config.family import PRESET_OF_FAMILY, TAKEN_BY, Family, family_of
+from fastmae.config.family import PRESET_OF_FAMILY, TAKEN_BY, Family, family_of, phrase_of
 from fastmae.config.images import pixel_settings, read_as
 from fastmae.config.model import ModelSpec
 from fastmae.errors import SettingError, UserError
@@ -139,7 +139,8 @@ def is_phrase(name: str) -> bool:
 def settings_of(model: MaskedModel) -> dict[str, Any]:
     """Returns the settings of a run that trains a model, as far as the model decides them.
 
-    Their ``model`` is the preset by which ``build_model`` makes one like it, or a phrase where none does.
+    Their ``model`` is the preset by which ``build_model`` makes one like it, or a phrase where none does
+    (``phrase_of``).
     """
     images = dict(
         input_size=model.img_size,
@@ -162,7 +163,7 @@ def settings_of(model: MaskedModel) -> dict[str, Any]:
         settings = images | {"model": preset} | fewest
         if _makes(settings, model):
             return settings
-    return images | {"model": f"<{type(model).__name__} of {type(model).__module__}>"}
+    return images | own | {"model": phrase_of(model)}
 
 
 def _makes(settings: dict[str, Any], model: MaskedModel) -> bool:

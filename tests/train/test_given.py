@@ -317,6 +317,47 @@ def test_a_subclass_is_trained_and_its_weights_are_loaded_into_another_one(pngs,
     assert torch.equal(other.embed([pngs / "ant" / "00.png"]), run.model.embed([pngs / "ant" / "00.png"]))
 
 
+class OwnConv(fastmae.ConvMAE):
+    pass
+
+
+class OwnConvNeXt(fastmae.ConvNeXtMAE):
+    pass
+
+
+class OwnMLP(fastmae.MLPMAE):
+    pass
+
+
+SMALL_CONVNEXT = dict(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), decoder_embed_dim=8)
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "ratio", "blr", "other"),
+    [
+        (partial(OwnConv, 16, widths=(4, 4), latent_dim=4), "images", 0.25, 4e-3, dict(fill="noise")),
+        (partial(OwnConvNeXt, 64, **SMALL_CONVNEXT), "images", 0.6, 1e-3, dict(patch_size=16)),
+        (
+            partial(OwnMLP, (1, 1), 6, mean=[0.0] * 6, std=[1.0] * 6, widths=(8, 4)),
+            "rows",
+            0.5,
+            4e-3,
+            dict(widths=(8, 3)),
+        ),
+    ],
+)
+def test_a_subclass_of_another_family_has_the_defaults_of_that_family(make, data, ratio, blr, other, pngs, tmp_path):
+    of = pngs if data == "images" else np.random.default_rng(0).normal(size=(48, 6)).astype("float32")
+    settings = dict(epochs=1, batch_size=16, warmup_epochs=0, probe=False, tune="off", output_dir=tmp_path / "run")
+    with pytest.raises(fastmae.UserError, match=next(iter(other))):
+        fastmae.pretrain(of, model=make(), **settings, **other)
+    run = fastmae.pretrain(of, model=make(), **settings)
+    saved = json.loads((run.folder / "config.json").read_text())
+    assert (saved["mask_ratio"], saved["blr"]) == (ratio, blr)
+    assert same_weights(fastmae.load_model(run.folder, model=make()).state_dict(), weights(run))
+    assert fastmae.pretrain(of, model=make(), resume="auto", **settings).status == 0
+
+
 @pytest.mark.parametrize(
     "model",
     [

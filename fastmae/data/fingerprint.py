@@ -27,6 +27,7 @@ from fastmae.data.formats.nifti import VolumeSource
 from fastmae.data.formats.npy import ArrayFiles
 from fastmae.data.images import FolderSource
 from fastmae.data.index import Names
+from fastmae.data.label_maps import MappedSource
 from fastmae.data.memory import release_after
 from fastmae.data.packed import PackedSource
 from fastmae.data.pages import PagedSource
@@ -115,6 +116,15 @@ def _things(source: Source) -> Things:
             names, contents = _things(source.source)
             chosen = _hash([np.ascontiguousarray(source.indices, "<i8").data])
             return [*names, "the choice of images"], {**contents, len(names): chosen}
+        case MappedSource():
+            names, contents = _things(source.source)
+            maps = source.maps
+            held: Sequence[str | memoryview] = (
+                [memoryview(maps.tobytes())]
+                if isinstance(maps, np.ndarray)
+                else [*_relative(maps), *_sizes(maps).values()]
+            )
+            return [*names, "the label maps"], {**contents, len(names): _hash(held)}
         case PagedSource():
             names, contents = _things(source.files)
             counts = _hash([np.ascontiguousarray(source.starts, "<i8").data])

@@ -51,6 +51,9 @@ class Batch:
     changed: Mapping[str, list[tuple[int, str]]] = field(default_factory=dict)
     """The numbers and names of images that were changed, by the kind of the change, a key of ``CHANGES``. Of plain
     JPEGs that DALI decodes it is not known."""
+    maps: torch.Tensor | None = None
+    """uint8 [N, H, W] on the device: the label maps, if the view has them, with ``IGNORED`` where a pixel does not
+    count."""
 
 
 @dataclass
@@ -191,6 +194,7 @@ def load_batches(
                 bytes_read=batch.bytes_read,
                 busy=batch.busy,
                 redone=batch.redone,
+                maps=None if batch.maps is None else batch.maps.to(device, non_blocking=pin_memory),
             )
 
 

@@ -268,6 +268,31 @@ def random_box(
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
+def scaled_box(draws: np.ndarray, height: int, width: int, scale: tuple[float, float], size: tuple[int, int]) -> Box:
+    """Returns the box of a crop of ``size`` from the image at a random zoom, from one row of ``crop_draws``.
+
+    At zoom 1 the image is resized so that it just covers ``size``; the log of the zoom is uniform in ``scale``. Where
+    the image is then smaller than the crop it lies at a random place in it, and the box reaches beyond the image.
+
+    Args:
+        draws: float64 [CROP_ATTEMPTS + 1, 4].
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        scale: the smallest and the largest zoom.
+        size: (height, width) of the crop.
+    """
+    zoom_draw, _, top_draw, left_draw = draws[0].tolist()
+    low, high = map(math.log, scale)
+    pixels = min(height / size[0], width / size[1]) / math.exp(low + (high - low) * zoom_draw)
+    h, w = max(1, round(size[0] * pixels)), max(1, round(size[1] * pixels))
+    return Box(_place(top_draw, height, h), _place(left_draw, width, w), h, w)
+
+
+def _place(draw: float, whole: int, part: int) -> int:
+    """Returns where ``part`` pixels begin in ``whole`` ones; before them, if they are more."""
+    return int(draw * (whole - part + 1)) if part <= whole else -int(draw * (part - whole + 1))
+
+
 def random_rows(draws: np.ndarray, height: int, width: int, rows: int) -> Box:
     """Returns a box of ``rows`` whole rows of an image at a random place, from one row of ``crop_draws``.
 

@@ -45,6 +45,33 @@ def crop_and_resize(
     return region
 
 
+def crop_beyond(
+    pixels: np.ndarray, box: Box, flip: bool, size: tuple[int, int], nodata: float | None = None
+) -> np.ndarray:
+    """Returns what ``crop_and_resize`` does, of a box that may reach beyond the image: there it is the mean colour of
+    what is inside, or missing where pixels can be."""
+    height, width, channels = pixels.shape
+    rows, columns = nearest(box.top, box.height, size[0]), nearest(box.left, box.width, size[1])
+    rows, columns = np.flatnonzero((rows >= 0) & (rows < height)), np.flatnonzero((columns >= 0) & (columns < width))
+    if len(rows) == size[0] and len(columns) == size[1]:
+        return crop_and_resize(pixels, box, flip, size, nodata)
+    top, left = max(box.top, 0), max(box.left, 0)
+    bottom, right = min(box.top + box.height, height), min(box.left + box.width, width)
+    inside = crop_and_resize(
+        pixels, Box(top, left, bottom - top, right - left), False, (len(rows), len(columns)), nodata
+    )
+    mean = inside.mean(axis=(0, 1), dtype=np.float64) if nodata is None else nodata
+    whole = np.empty((*size, channels), pixels.dtype)
+    whole[:] = np.round(mean) if pixels.dtype != np.float32 else mean
+    whole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = inside
+    return np.ascontiguousarray(whole[:, ::-1]) if flip else whole
+
+
+def nearest(start: int, length: int, size: int) -> np.ndarray:
+    """Returns which pixel of ``length`` from ``start`` on is in the middle of each of ``size`` places: int64 [size]."""
+    return start + ((2 * np.arange(size) + 1) * length) // (2 * size)
+
+
 def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes by torch in uint8, which is several times as fast as Pillow.
 

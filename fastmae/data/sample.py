@@ -14,9 +14,10 @@ from fastmae.data.augment import RandAugment
 from fastmae.data.changes import noting
 from fastmae.data.decode import BadImageError, decode, plain_jpeg_shape
 from fastmae.data.headers import read_header
-from fastmae.data.plan import Box, central_box, is_flipped, random_box, random_rows, unseen_note
+from fastmae.data.label_maps import MapReading, crop_map
+from fastmae.data.plan import Box, central_box, is_flipped, random_box, random_rows, scaled_box, unseen_note
 from fastmae.data.reading import Reading
-from fastmae.data.resize import crop_and_resize
+from fastmae.data.resize import crop_and_resize, crop_beyond
 from fastmae.data.sources import Source, evenly_spaced
 from fastmae.errors import UserError
 
@@ -39,6 +40,11 @@ class View:
     """Whether a random crop is mirrored with a chance of ½."""
     central_share: float = 1.0
     """The share that a central crop takes of the height and width that it could have."""
+    random_scale: tuple[float, float] | None = None
+    """The smallest and the largest zoom of a random crop of fixed size, as ``plan.scaled_box`` has it, in place of
+    ``scale``."""
+    maps: MapReading | None = None
+    """How label maps are read, of a source that has them. They are cropped with their images."""
     augment: RandAugment | None = None
     """Changes the pixels of a crop. Only the thread decoder can do it."""
 
@@ -89,6 +95,7 @@ def load_sample(
     out: np.ndarray,
     for_dali: bool = False,
     changes: np.ndarray | None = None,
+    out_map: np.ndarray | None = None,
 ) -> LoadedSample:
     """Writes sample ``index`` into ``out``; an image that cannot be used is replaced by the next one that can.
 
@@ -100,6 +107,7 @@ def load_sample(
         out: [H, W, C] of the type of the batch, the place for the pixels.
         for_dali: only read a plain JPEG, and return it as ``encoded``.
         changes: float64, the row of ``view.augment.draws`` that decides the augmentation; None for none.
+        out_map: uint8 [H, W], the place for the label map, if the view has maps.
 
     Raises:
         UserError: none of the next ``MAX_REPLACEMENTS`` images can be used.
@@ -117,6 +125,8 @@ def load_sample(
                     encoded = Encoded(data, *_crop(view, draws, *shape))
                 else:
                     pixels = decode(data, view.reading)
+                if out_map is not None and view.maps is not None:
+                    out_map[:] = _cropped_map(source, candidate, view, view.maps, draws, pixels.shape[:2])
         except (BadImageError, OSError) as error:
             skipped.append(Skipped(candidate, source.name(candidate), str(error)))
             continue
@@ -147,13 +157,32 @@ def prepared(data: bytes | np.ndarray, view: View, draws: np.ndarray | None) -> 
 
 
 def _cropped(pixels: np.ndarray, view: View, draws: np.ndarray | None) -> np.ndarray:
-    return crop_and_resize(pixels, *_crop(view, draws, *pixels.shape[:2]), view.size, view.reading.nodata)
+    box, flip = _crop(view, draws, *pixels.shape[:2])
+    crop = crop_and_resize if view.random_scale is None else crop_beyond
+    return crop(pixels, box, flip, view.size, view.reading.nodata)
+
+
+def _cropped_map(
+    source: Source, index: int, view: View, reading: MapReading, draws: np.ndarray | None, size: tuple[int, int]
+) -> np.ndarray:
+    """Returns the label map of an image of this size, uint8 [h, w], cropped and mirrored as the image is.
+
+    Raises:
+        BadImageError, OSError: it cannot be used, or has another size.
+    """
+    classes = reading.read(source.read_map(index))  # type: ignore[attr-defined]
+    if classes.shape != size:
+        sizes = "{}×{} pixels, and the image {}×{}".format(*classes.shape, *size)
+        raise BadImageError(f"its label map has {sizes}")
+    return crop_map(classes, *_crop(view, draws, *size), view.size)
 
 
 def _crop(view: View, draws: np.ndarray | None, height: int, width: int) -> tuple[Box, bool]:
     """Returns the region of an image of this size, and whether it is mirrored."""
     if draws is None:
         return central_box(height, width, view.size, view.central_share), False
+    if view.random_scale is not None:
+        return scaled_box(draws, height, width, view.random_scale, view.size), view.flip and is_flipped(draws)
     rows, columns = view.size
     if view.reading.read_as.spectrogram and view.scale[0] == 1 and width == columns and height >= rows:
         return random_rows(draws, height, width, rows), False

@@ -52,6 +52,8 @@ class DecodedBatch:
     """The rows that DALI decoded, and their images uint8 [rows, H, W, C] on DALI's device."""
     redone: str = ""
     """Why DALI failed on this batch; empty if it did not."""
+    maps: torch.Tensor | None = None
+    """uint8 [N, H, W]: the label maps, if the view has them."""
 
 
 @dataclass
@@ -66,6 +68,8 @@ class PendingBatch:
     samples: list[Future[LoadedSample]]
     together: Future[list[LoadedSample]] | None = None
     """Samples that are read at once, in place of ``samples``."""
+    maps: torch.Tensor | None = None
+    """uint8 [N, H, W]: the label maps, which the threads write as well."""
 
     def is_done(self) -> bool:
         """Tells whether ``finish`` would not wait."""
@@ -93,6 +97,7 @@ class PendingBatch:
             ready=sum(batch.is_done() for batch in behind),
             by_dali=by_dali,
             redone=redone,
+            maps=self.maps,
         )
 
 
@@ -185,16 +190,21 @@ class DecodeThreads:
             return self._start_together(self._read_rows, indices, draw_ids, images)
         crops = None if view.seed is None else crop_draws(view.seed, draw_ids)
         changes = None if view.augment is None else view.augment.draws(draw_ids)
+        maps = None
+        if view.maps is not None:
+            maps = torch.empty(len(indices), *view.size, dtype=torch.uint8, pin_memory=self._pin_memory)
+        of_maps = None if maps is None else maps.numpy()
 
         def load(row: int, for_dali: bool) -> Future[LoadedSample]:
             crop = None if crops is None else crops[row]
             change = None if changes is None else changes[row]
+            out_map = None if of_maps is None else of_maps[row]
             return self._pool.submit(
-                load_sample, self._source, int(indices[row]), view, crop, rows[row], for_dali, change
+                load_sample, self._source, int(indices[row]), view, crop, rows[row], for_dali, change, out_map
             )
 
         samples = [load(row, for_dali) for row in range(len(indices))]
-        return PendingBatch(images, torch.from_numpy(draw_ids.copy()), load, samples)
+        return PendingBatch(images, torch.from_numpy(draw_ids.copy()), load, samples, maps=maps)
 
     def _start_together(
         self, read: ReadRows, indices: np.ndarray, draw_ids: np.ndarray, images: torch.Tensor

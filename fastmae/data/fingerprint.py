@@ -119,12 +119,11 @@ def _things(source: Source) -> Things:
         case MappedSource():
             names, contents = _things(source.source)
             maps = source.maps
-            held: Sequence[str | memoryview] = (
-                [memoryview(maps.tobytes())]
-                if isinstance(maps, np.ndarray)
-                else [*_relative(maps), *_sizes(maps).values()]
-            )
-            return [*names, "the label maps"], {**contents, len(names): _hash(held)}
+            if isinstance(maps, np.ndarray):
+                of_maps: list[str | memoryview] = [memoryview(maps.tobytes())]
+            else:
+                of_maps = [*_relative(maps), *_sizes(maps).values()]
+            return [*names, "the label maps"], {**contents, len(names): _hash(of_maps)}
         case PagedSource():
             names, contents = _things(source.files)
             counts = _hash([np.ascontiguousarray(source.starts, "<i8").data])

@@ -171,7 +171,7 @@ class Classifier(nn.Module):
 
     def products(self) -> tuple[Product, ...]:
         """Returns the matrix products of an image's forward pass."""
-        return classifier_products(self)
+        return (*encoder_products(self), Product("head", 1, self.head.out_features, self.head.in_features, 1))
 
     def attention_shapes(self) -> dict[str, tuple[int, int]]:
         """Returns (number of keys S, width Dh of a head) of its attention."""
@@ -196,7 +196,7 @@ class Classifier(nn.Module):
     def _embed_all(self, images: torch.Tensor) -> torch.Tensor:
         """Makes tokens [N, 1+R+L, D] with their positions, class token and registers first."""
         pixels, mean, std, value_range, nodata = pixels_of(self, images)
-        dtype = autocast_dtype(images.device) or self.head.weight.dtype
+        dtype = autocast_dtype(images.device) or self.cls_token.dtype
         ids = torch.arange(self.num_patches, device=images.device, dtype=torch.int32).expand(len(images), -1)
         x = self.patch_embed(gather_patches(pixels, ids, self.patch_size, mean, std, dtype, value_range, nodata))
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
@@ -230,30 +230,37 @@ def classifier_of(
     Raises:
         ValueError: ``img_size`` is not a multiple of the patch.
     """
+    model = Classifier(num_classes=num_classes, global_pool=global_pool, **encoder_arguments(mae, img_size))
+    copy_encoder(mae, model)
+    return model
+
+
+def encoder_arguments(mae: MaskedAutoencoderViT, img_size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Returns the arguments by which a ``Classifier`` has an encoder like that of ``mae``, for ``img_size``."""
     block = mae.blocks[0]
     assert isinstance(block, Block)
-    model = Classifier(
-        img_size or mae.img_size,
-        mae.patch_size,
-        mae.in_chans,
-        mae.cls_token.shape[2],
-        len(mae.blocks),
-        block.attn.num_heads,
-        num_classes,
+    return dict(
+        img_size=img_size or mae.img_size,
+        patch_size=mae.patch_size,
+        in_chans=mae.in_chans,
+        embed_dim=mae.cls_token.shape[2],
+        depth=len(mae.blocks),
+        num_heads=block.attn.num_heads,
         mlp_ratio=block.mlp.fc1.out_features / block.mlp.fc1.in_features,
         registers=mae.prefix_tokens - 1,
-        global_pool=global_pool,
         mean=mae.mean.tolist(),
         std=mae.std.tolist(),
         pixels=mae.pixels,
     )
-    weights = mae.state_dict()
-    own = model.state_dict()
-    with torch.no_grad():
-        for name in own.keys() & weights.keys() - {"pos_embed"}:
-            own[name].copy_(weights[name])
-        model.pos_embed.copy_(resized_positions(mae.pos_embed, mae.grid_size, model.grid_size))
-    return model
+
+
+@torch.no_grad()
+def copy_encoder(mae: MaskedAutoencoderViT, model: Classifier) -> None:
+    """Copies the encoder of ``mae`` into ``model``, in place; positions are interpolated to its grid."""
+    weights, own = mae.state_dict(), model.state_dict()
+    for name in own.keys() & weights.keys() - {"pos_embed"}:
+        own[name].copy_(weights[name])
+    model.pos_embed.copy_(resized_positions(mae.pos_embed, mae.grid_size, model.grid_size))
 
 
 def take_pooled_norm(mae: MaskedAutoencoderViT, *, has_norm: bool) -> None:
@@ -335,12 +342,11 @@ def merge_lora(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return plain
 
 
-def classifier_products(model: Classifier) -> tuple[Product, ...]:
-    """Returns the matrix products of an image's forward pass through a classifier."""
+def encoder_products(model: Classifier) -> tuple[Product, ...]:
+    """Returns the matrix products of an image's forward pass through the encoder of a classifier."""
     block: Any = model.blocks[0]
     L, D = model.num_patches, model.cls_token.shape[2]
     P = model.patch_size[0] * model.patch_size[1] * model.in_chans
     sizes, tokens = (D, D, block.mlp.fc1.out_features, block.attn.num_heads), model.prefix_tokens + L
     blocks = block_products("encoder", len(model.blocks), *sizes, tokens, tokens)
-    head = Product("head", 1, model.head.out_features, D, 1)
-    return (Product("patch embedding", L, D, P, 1), *blocks, head)
+    return (Product("patch embedding", L, D, P, 1), *blocks)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmae.model.classifier import classifier_of, classifier_products, tune
+from fastmae.model.classifier import classifier_of, tune
 from fastmae.model.cross import CrossMAE
 from fastmae.model.flops import flops_per_image
 from fastmae.model.mae import MaskedAutoencoderViT
@@ -119,7 +119,7 @@ def test_a_classifier_keeps_them(global_pool):
     torch.testing.assert_close(logits, model.head(features), rtol=1e-6, atol=1e-6)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images)
-    assert N * sum(product.flops for product in classifier_products(model)) == counter.get_total_flops()
+    assert N * sum(product.flops for product in model.products()) == counter.get_total_flops()
 
 
 def test_fine_tuning_treats_them_as_the_class_token():

@@ -1,0 +1,159 @@
+"""Segmenters: an encoder and a head that gives every pixel a class."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastmae.model.classifier import stochastic_depth_mask
+from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.segmenter import HEADS, IGNORED, SHARP, SegmentationLoss, segmenter_of, taps_of
+
+CLASSES = 3
+
+
+@pytest.fixture
+def mae():
+    torch.manual_seed(0)
+    return MaskedAutoencoderViT(
+        (16, 24), (4, 8), 3, 32, 5, 2, 32, 1, 2, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)
+    )
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (2, 16, 24, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+@pytest.fixture
+def maps():
+    maps = torch.randint(0, CLASSES, (2, 16, 24), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    maps[0, :5] = IGNORED
+    return maps
+
+
+def plain_logits(model, tokens):
+    """The heads, written out: ``tokens`` are those after each block, [N, 1+L, D], not normalised."""
+    w, (rows, columns) = dict(model.named_parameters()), model.grid_size
+    D = model.cls_token.shape[2]
+    levels = [tokens[tap][:, 1:] for tap in model.taps]
+    levels[-1] = F.layer_norm(levels[-1], (D,), w["norm.weight"], w["norm.bias"], 1e-6)
+    N = len(levels[0])
+    if model.segmenter_head == "linear":
+        logits = levels[-1] @ w["head.classify.weight"].T + w["head.classify.bias"]
+        logits = logits.reshape(N, rows, columns, CLASSES).permute(0, 3, 1, 2)
+    else:
+        x = 0.0
+        for i, level in enumerate(levels):
+            level = F.layer_norm(level, (D,), w[f"head.norms.{i}.weight"], w[f"head.norms.{i}.bias"], 1e-6)
+            x = x + level @ w[f"head.levels_in.{i}.weight"].T + w[f"head.levels_in.{i}.bias"]
+        x = F.gelu(x.reshape(N, rows, columns, -1).permute(0, 3, 1, 2))
+        x = F.gelu(F.conv2d(x, w["head.around.weight"], w["head.around.bias"], padding=1)).permute(0, 2, 3, 1)
+        x = x @ w["head.refine.weight"].T + w["head.refine.bias"]
+        fh, fw = model.patch_size[0] // 2, model.patch_size[1] // 2
+        fine = x.new_zeros(N, SHARP, rows * fh, columns * fw)
+        for i in range(fh):
+            for j in range(fw):
+                fine[:, :, i::fh, j::fw] = x[..., i * fw + j :: fh * fw].permute(0, 3, 1, 2)
+        logits = F.conv2d(F.gelu(fine), w["head.classify.weight"], w["head.classify.bias"], padding=1)
+    return F.interpolate(logits, size=model.img_size, mode="bilinear", align_corners=False)
+
+
+def plain_loss(model, images, maps):
+    """Cross-entropy over the labelled pixels, divided by the number of all pixels."""
+    x, tokens = model._embed_all(images), []
+    for block in model.blocks:
+        x = block(x)
+        tokens.append(x)
+    logits = plain_logits(model, tokens).permute(0, 2, 3, 1).reshape(-1, CLASSES)
+    labels = maps.reshape(-1).long()
+    known = labels != IGNORED
+    return -logits[known].log_softmax(1)[torch.arange(int(known.sum())), labels[known]].sum() / labels.numel()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_loss_and_its_gradients_are_those_of_a_plain_reference(mae, images, maps, head):
+    model = segmenter_of(mae, CLASSES, head).double()
+    loss = SegmentationLoss(model)(images, maps)
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    expected = plain_loss(model, images, maps)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for (name, _), mine, plain in zip(
+        model.named_parameters(),
+        gradients,
+        torch.autograd.grad(expected, list(model.parameters()), allow_unused=True),
+        strict=True,
+    ):
+        assert mine is not None, f"{name} is not trained"
+        torch.testing.assert_close(mine, plain, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_encoder_is_that_of_the_masked_autoencoder(mae, images, head):
+    model = segmenter_of(mae, CLASSES, head)
+    for name, tensor in mae.state_dict().items():
+        if not name.startswith(("decoder_", "mask_token")):
+            assert torch.equal(model.state_dict()[name], tensor), name
+    _, theirs = mae.forward_intermediates(images, list(model.taps), norm=False, output_fmt="NLC")
+    ours = model.levels(images)
+    for mine, other in zip(ours[:-1], theirs[:-1], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours[-1], mae.norm(theirs[-1]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_twenty_steps_are_those_of_a_plain_loop(mae, images, maps, head):
+    model, plain = (segmenter_of(mae, CLASSES, head).double() for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    loss_of = SegmentationLoss(model)
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-3, weight_decay=0.05) for one in (model, plain)]
+    for _ in range(20):
+        for optimizer, compute in zip(
+            optimizers, (lambda: loss_of(images, maps), lambda: plain_loss(plain, images, maps)), strict=True
+        ):
+            optimizer.zero_grad()
+            compute().backward()
+            optimizer.step()
+    torch.testing.assert_close(loss_of(images, maps), plain_loss(plain, images, maps), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("size", [(16, 24), (32, 16)])
+def test_every_pixel_has_logits_at_any_size_of_whole_patches(mae, head, size):
+    model = segmenter_of(mae, CLASSES, head, img_size=size)
+    assert model(torch.zeros(1, *size, 3, dtype=torch.uint8)).shape == (1, CLASSES, *size)
+    with pytest.raises(ValueError, match="multiple"):
+        segmenter_of(mae, CLASSES, head, img_size=(15, 24))
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_its_parts_whatever_is_ignored(mae, images, maps):
+    loss_of = SegmentationLoss(segmenter_of(mae, CLASSES).double())
+    halves = [loss_of(images[i : i + 1], maps[i : i + 1]) for i in range(2)]
+    torch.testing.assert_close(sum(halves) / 2, loss_of(images, maps))
+    assert loss_of(images, torch.full_like(maps, IGNORED)) == 0
+
+
+def test_branches_are_skipped_as_in_a_classifier(mae, images, maps):
+    model = segmenter_of(mae, CLASSES).double()
+    mask = stochastic_depth_mask(0, torch.arange(2).numpy(), 0.9, len(model.blocks)).double()
+    ones = torch.ones_like(mask)
+    loss_of = SegmentationLoss(model)
+    assert torch.equal(loss_of(images, maps, ones), loss_of(images, maps))
+    assert not torch.equal(loss_of(images, maps, mask), loss_of(images, maps))
+
+
+@pytest.mark.parametrize(
+    ("depth", "levels", "taps"), [(12, 4, (2, 5, 8, 11)), (24, 4, (5, 11, 17, 23)), (4, 1, (3,)), (2, 4, (0, 0, 0, 1))]
+)
+def test_levels_are_evenly_spaced(depth, levels, taps):
+    assert taps_of(depth, levels) == taps
+
+
+def test_layers_and_products_are_named_for_the_optimiser_and_the_count(mae):
+    model = segmenter_of(mae, CLASSES, "pyramid")
+    assert {model.layer_of(name) for name, _ in model.named_parameters()} == set(range(len(model.blocks) + 2))
+    assert model.layer_of("head.refine.weight") == model.last_layer
+    products = model.products()
+    assert sum(one.name.startswith("head") for one in products) == 7
+    assert all(one.flops > 0 for one in products)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from fastmae.model.sizes import Sizes
 
@@ -28,6 +28,12 @@ class Product:
     def flops(self) -> int:
         """Floating-point operations of all ``count``, a multiply-add being two; backward takes twice as many."""
         return 2 * self.m * self.n * self.k * self.count
+
+
+def of_convolution(name: str, layer: Any, places: int) -> Product:
+    """Returns the product of a ``torch.nn.Conv2d`` that is computed at so many places."""
+    numbers = layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
+    return Product(name, places, layer.out_channels, numbers, 1, "convolution")
 
 
 class HasProducts(Protocol):

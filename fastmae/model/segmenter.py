@@ -14,18 +14,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmae.model.classifier import Classifier, ClassifierBlock, copy_encoder, encoder_arguments, encoder_products
-from fastmae.model.flops import Product
+from fastmae.model.flops import Product, of_convolution
 from fastmae.model.mae import MaskedAutoencoderViT
+from fastmae.model.upernet import UperNetHead, upernet_taps
 from fastmae.model.vit import added, as_sum, call_block
 from fastmae.ops.backends import refusing_second_gradient
 from fastmae.ops.linear import TorchLinear
 
 IGNORED = 255
 """The number of pixels in label maps that count nowhere."""
-HeadName = Literal["linear", "pyramid"]
+HeadName = Literal["linear", "pyramid", "upernet"]
 LEVELS = 4
 """How many blocks the heads of several levels look at."""
 HEAD_STD = 0.02
+AUXILIARY_WEIGHT = 0.4
+"""Of the loss of an auxiliary head, in the recipe of MAE on ADE20K."""
 SHARP = 32
 """Channels of a pyramid head where it is finest."""
 
@@ -40,11 +43,11 @@ class LinearHead(nn.Module):
     """
 
     levels = 1
+    takes_norm = True
 
     def __init__(self, width: int, patch_size: tuple[int, int], num_classes: int) -> None:
         super().__init__()
         self.classify = TorchLinear(width, num_classes)
-        _initialise(self)
 
     def forward(self, levels: Sequence[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
         """Maps tokens [N, L, D] of the last block to logits [N, classes, rows, columns] of patches."""
@@ -70,6 +73,7 @@ class PyramidHead(nn.Module):
     """
 
     levels = LEVELS
+    takes_norm = True
 
     def __init__(self, width: int, patch_size: tuple[int, int], num_classes: int) -> None:
         super().__init__()
@@ -80,7 +84,6 @@ class PyramidHead(nn.Module):
         self.around = nn.Conv2d(inner, inner, 3, padding=1)
         self.refine = TorchLinear(inner, SHARP * self.finer[0] * self.finer[1])
         self.classify = nn.Conv2d(SHARP, num_classes, 3, padding=1)
-        _initialise(self)
 
     def forward(self, levels: Sequence[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
         """Maps tokens [N, L, D] of four blocks to logits [N, classes, rows · finer, columns · finer]."""
@@ -95,20 +98,20 @@ class PyramidHead(nn.Module):
         finer = self.finer[0] * self.finer[1]
         return (
             *(_of_linear("head: levels", one, num_patches) for one in self.levels_in),
-            _of_convolution("head: neighbours", self.around, num_patches),
+            of_convolution("head: neighbours", self.around, num_patches),
             _of_linear("head: refining", self.refine, num_patches),
-            _of_convolution("head: classes", self.classify, num_patches * finer),
+            of_convolution("head: classes", self.classify, num_patches * finer),
         )
 
 
-HEADS: dict[HeadName, Any] = {"linear": LinearHead, "pyramid": PyramidHead}
+HEADS: dict[HeadName, Any] = {"linear": LinearHead, "pyramid": PyramidHead, "upernet": UperNetHead}
 
 
 class Segmenter(Classifier):
     """A vision transformer that computes the logits of the classes of every pixel.
 
-    It has what the loop of fine-tuning asks of a ``Classifier``, from which it has the encoder: the tokens of the last
-    block go through its ``norm``, and those of blocks before it are taken as they are.
+    It has what the loop of fine-tuning asks of a ``Classifier``, from which it has the encoder. The tokens of the last
+    block go through the encoder's ``norm`` (not before UPerNet), and those of blocks before it are taken as they are.
 
     Args:
         num_classes: the number of logits of a pixel.
@@ -123,10 +126,16 @@ class Segmenter(Classifier):
 
     def __init__(self, num_classes: int, segmenter_head: HeadName, **encoder: Any) -> None:
         super().__init__(num_classes=num_classes, global_pool=False, **encoder)
+        if segmenter_head == "upernet" and min(self.grid_size) < 2:
+            raise ValueError("UPerNet needs at least 2 rows and 2 columns of patches")
         self.segmenter_head, self.num_classes = segmenter_head, num_classes
         head = HEADS[segmenter_head](self.cls_token.shape[2], self.patch_size, num_classes)
-        self.taps = taps_of(len(self.blocks), head.levels)
+        depth = len(self.blocks)
+        self.taps = upernet_taps(depth) if segmenter_head == "upernet" else taps_of(depth, head.levels)
         self.head = head
+        _initialise(head)
+        if not head.takes_norm:
+            self.norm = nn.Identity()
 
     def forward(self, images: torch.Tensor, depth_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Computes the logits, float32 [N, classes, H, W] (float64 of a float64 model).
@@ -135,19 +144,31 @@ class Segmenter(Classifier):
             images: pixels [N, H, W, C] of the model's dtype, or float [N, C, H, W], normalised.
             depth_mask: [depth, 2, N] from ``stochastic_depth_mask``; None means that no branch is skipped.
         """
-        logits = self.head(self.levels(images, depth_mask), self.grid_size)
+        return self._of_pixels(self.head(self.levels(images, depth_mask), self.grid_size))
+
+    def all_logits(self, images: torch.Tensor, depth_mask: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Computes the logits, and behind them those of the auxiliary head if there is one, each [N, classes, H, W]."""
+        levels = self.levels(images, depth_mask)
+        found = [self.head(levels, self.grid_size)]
+        if hasattr(self.head, "auxiliary"):
+            found.append(self.head.auxiliary(levels, self.grid_size))
+        return [self._of_pixels(logits) for logits in found]
+
+    def _of_pixels(self, logits: torch.Tensor) -> torch.Tensor:
+        """Interpolates logits of a coarser grid to pixels, in float32 at least."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.interpolate(logits, size=self.img_size, mode="bilinear", align_corners=False)
 
     def levels(self, images: torch.Tensor, depth_mask: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Computes the patch tokens [N, L, D] after the blocks ``taps``, normalised after the last block."""
+        """Computes the patch tokens [N, L, D] after the blocks ``taps``; those of the last block are normalised."""
         x = as_sum(refusing_second_gradient(self._embed_all(images)), biased=depth_mask is None)
         kept: list[torch.Tensor] = []
         for number, block in enumerate(self.blocks):
             x = call_block(block, x, None if depth_mask is None else depth_mask[number], kind=ClassifierBlock)
             if number in self.taps:
                 tokens = added(x)
-                kept.append((self.norm(tokens) if number + 1 == len(self.blocks) else tokens)[:, self.prefix_tokens :])
+                tokens = self.norm(tokens) if number + 1 == len(self.blocks) else tokens
+                kept += [tokens[:, self.prefix_tokens :]] * self.taps.count(number)
         return kept
 
     def products(self) -> tuple[Product, ...]:
@@ -172,17 +193,20 @@ class SegmentationLoss(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(
         self, images: torch.Tensor, maps: torch.Tensor | None = None, depth_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Computes the mean loss against ``maps``, integers [N, H, W] with ``IGNORED`` where nothing is known; without
         maps, the logits [N, classes, H, W]."""
-        logits = self.model(images, depth_mask)
         if maps is None:
-            return logits
-        return F.cross_entropy(logits, maps.long(), ignore_index=IGNORED, reduction="sum") / maps.numel()
+            return self.model(images, depth_mask)
+        losses = [
+            F.cross_entropy(logits, maps.long(), ignore_index=IGNORED, reduction="sum") / maps.numel()
+            for logits in self.model.all_logits(images, depth_mask)
+        ]
+        return losses[0] if len(losses) == 1 else losses[0] + AUXILIARY_WEIGHT * losses[1]
 
 
 def segmenter_of(
@@ -207,16 +231,11 @@ def _as_maps(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 def _initialise(head: nn.Module) -> None:
     for module in head.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.trunc_normal_(module.weight, std=HEAD_STD)
-            assert module.bias is not None
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def _of_linear(name: str, linear: Any, rows: int) -> Product:
     return Product(name, rows, linear.out_features, linear.in_features, 1)
-
-
-def _of_convolution(name: str, layer: nn.Conv2d, places: int) -> Product:
-    numbers = layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
-    return Product(name, places, layer.out_channels, numbers, 1, "convolution")

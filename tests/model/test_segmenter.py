@@ -1,14 +1,17 @@
 """Segmenters: an encoder and a head that gives every pixel a class."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run_ranks
 
 from fastmae.model.classifier import stochastic_depth_mask
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.segmenter import HEADS, IGNORED, SHARP, SegmentationLoss, segmenter_of, taps_of
+from fastmae.model.upernet import BatchNorm, upernet_taps
 
 CLASSES = 3
 
@@ -72,7 +75,10 @@ def plain_loss(model, images, maps):
     return -logits[known].log_softmax(1)[torch.arange(int(known.sum())), labels[known]].sum() / labels.numel()
 
 
-@pytest.mark.parametrize("head", HEADS)
+OURS = ("linear", "pyramid")  # UPerNet is compared with that of transformers
+
+
+@pytest.mark.parametrize("head", OURS)
 def test_the_loss_and_its_gradients_are_those_of_a_plain_reference(mae, images, maps, head):
     model = segmenter_of(mae, CLASSES, head).double()
     loss = SegmentationLoss(model)(images, maps)
@@ -93,16 +99,17 @@ def test_the_loss_and_its_gradients_are_those_of_a_plain_reference(mae, images, 
 def test_the_encoder_is_that_of_the_masked_autoencoder(mae, images, head):
     model = segmenter_of(mae, CLASSES, head)
     for name, tensor in mae.state_dict().items():
-        if not name.startswith(("decoder_", "mask_token")):
+        if not name.startswith(("decoder_", "mask_token", *(("norm.",) if head == "upernet" else ()))):
             assert torch.equal(model.state_dict()[name], tensor), name
     _, theirs = mae.forward_intermediates(images, list(model.taps), norm=False, output_fmt="NLC")
     ours = model.levels(images)
     for mine, other in zip(ours[:-1], theirs[:-1], strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours[-1], mae.norm(theirs[-1]), rtol=1e-5, atol=1e-5)
+    last = theirs[-1] if head == "upernet" else mae.norm(theirs[-1])
+    torch.testing.assert_close(ours[-1], last, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", OURS)
 def test_twenty_steps_are_those_of_a_plain_loop(mae, images, maps, head):
     model, plain = (segmenter_of(mae, CLASSES, head).double() for _ in range(2))
     plain.load_state_dict(model.state_dict())
@@ -121,7 +128,7 @@ def test_twenty_steps_are_those_of_a_plain_loop(mae, images, maps, head):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("size", [(16, 24), (32, 16)])
 def test_every_pixel_has_logits_at_any_size_of_whole_patches(mae, head, size):
-    model = segmenter_of(mae, CLASSES, head, img_size=size)
+    model = segmenter_of(mae, CLASSES, head, img_size=size).eval()
     assert model(torch.zeros(1, *size, 3, dtype=torch.uint8)).shape == (1, CLASSES, *size)
     with pytest.raises(ValueError, match="multiple"):
         segmenter_of(mae, CLASSES, head, img_size=(15, 24))
@@ -157,3 +164,65 @@ def test_layers_and_products_are_named_for_the_optimiser_and_the_count(mae):
     products = model.products()
     assert sum(one.name.startswith("head") for one in products) == 7
     assert all(one.flops > 0 for one in products)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_upernet_is_that_of_transformers(mae, training):
+    """Its decoder and auxiliary head, with the statistics of a batch and with those that were kept."""
+    transformers = pytest.importorskip("transformers")
+    stages = [f"stage{number}" for number in range(1, 5)]
+    sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32)
+    backbone = transformers.BeitConfig(**sizes, out_features=stages)
+    config = transformers.UperNetConfig(backbone_config=backbone, num_labels=CLASSES)
+    other = transformers.UperNetForSemanticSegmentation(config).double().train(training)
+    head = segmenter_of(mae, CLASSES, "upernet").double().train(training).head
+    weights = head.state_dict()
+    for part, prefix in ((other.decode_head, ""), (other.auxiliary_head, "auxiliary_head.")):
+        part.load_state_dict({name: weights[prefix + name] for name in part.state_dict()}, strict=True)
+    tokens = [torch.randn(2, 16, 32, dtype=torch.float64) for _ in range(4)]
+    maps = [one.mT.unflatten(2, (4, 4)) for one in tokens]
+    levels = copy.deepcopy(head.fpn)(maps)
+    assert [x.shape[2] for x in levels] == [16, 8, 4, 2]
+    torch.testing.assert_close(head(tokens, (4, 4)), other.decode_head(levels), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(head.auxiliary(tokens, (4, 4)), other.auxiliary_head(maps), rtol=1e-10, atol=1e-12)
+
+
+def test_upernet_needs_a_grid_that_can_be_halved(mae):
+    with pytest.raises(ValueError, match="2 rows and 2 columns"):
+        segmenter_of(mae, CLASSES, "upernet", img_size=(4, 24))
+
+
+def test_upernet_looks_at_the_published_blocks():
+    assert upernet_taps(12) == (3, 5, 7, 11)
+    assert upernet_taps(24) == (7, 11, 15, 23)
+
+
+@pytest.mark.slow
+def test_batch_norm_of_two_ranks_is_that_of_their_images_together(tmp_path):
+    torch.manual_seed(0)
+    x, target = torch.randn(6, 5, 4, 3), torch.randn(6, 5, 4, 3)
+    norm = BatchNorm(5)
+    whole = x.clone().requires_grad_()
+    (norm(whole) * target).sum().backward()
+    torch.save((x, target), tmp_path / "inputs.pt")
+    run_ranks(2, partial(_half, tmp_path))
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close(torch.cat([part["x"] for part in parts]), whole.grad)
+    torch.testing.assert_close(sum(part["weight"] for part in parts), norm.weight.grad)
+    for part in parts:
+        torch.testing.assert_close(part["mean"], norm.running_mean)
+        torch.testing.assert_close(part["var"], norm.running_var)
+
+
+def _half(folder):
+    """Normalises a half of the images as one of two ranks."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    x, target = (tensor[3 * rank : 3 * rank + 3] for tensor in torch.load(folder / "inputs.pt"))
+    x.requires_grad_()
+    norm = BatchNorm(5)
+    (norm(x) * target).sum().backward()
+    kept = {"x": x.grad, "weight": norm.weight.grad, "mean": norm.running_mean, "var": norm.running_var}
+    torch.save(kept, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+    return 0

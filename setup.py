@@ -47,6 +47,7 @@ setup(
             "commands/verify_report.html.jinja",
             "report/page.*",
             "export/card.md.jinja",
+            "serve/page.html",
         ],
         "fastmae.benchmarks": ["report.html.jinja"],
     },

@@ -37,6 +37,7 @@ from fastmae.config import (
     ReportConfig,
     RunsConfig,
     SearchConfig,
+    ServeConfig,
     SweepConfig,
     VerifyConfig,
 )
@@ -71,6 +72,7 @@ COMMANDS: dict[str, type] = {
     "impute": ImputeConfig,
     "export": ExportConfig,
     "push": PushConfig,
+    "serve": ServeConfig,
     "report": ReportConfig,
     "verify": VerifyConfig,
     "pack": PackConfig,
@@ -89,7 +91,7 @@ COMMANDS: dict[str, type] = {
 # What ranks cannot share: the first one does it, so that no two write one file.
 OF_ONE_RANK = (
     ReconstructConfig, SearchConfig, AnomalyConfig, ImputeConfig, PushConfig, ReportConfig, RunsConfig, VerifyConfig,
-    PackConfig, EstimateConfig,
+    PackConfig, EstimateConfig, ServeConfig,
 )  # fmt: skip
 EXIT_OUTPUT_LOST = 1
 EXIT_WRONG_INPUT = 2
@@ -280,6 +282,10 @@ def call(config: Any, argv: list[str]) -> int:
             from fastmae.commands.push import run_push
 
             return run_push(config)
+        case ServeConfig():
+            from fastmae.commands.serve import run_serve
+
+            return run_serve(config)
         case PackConfig():
             from fastmae.commands.pack import run_pack
 

@@ -34,13 +34,14 @@ ALLOWED = {
     "checkpoint": LEAVES | {"config", "model"},
     "evaluate": LEAVES | {"config", "report", "ops", "model", "data", "checkpoint"},
     "export": LEAVES | {"config", "model", "data", "checkpoint", "evaluate"},
+    "serve": LEAVES | {"config", "ops", "model", "data", "checkpoint", "evaluate"},
     "train": LEAVES | {"config", "environment", "launch", "ops", "model", "data", "checkpoint", "evaluate", "report"},
     "benchmarks": LEAVES
     | {"config", "environment", "kernels", "ops", "model", "data", "checkpoint", "evaluate", "train"},
     "estimate": {"errors", "config", "model"},
     "commands": LEAVES
     | {"argv", "flags", "config", "environment", "estimate", "model", "data", "checkpoint"}
-    | {"evaluate", "export", "report", "sweep", "train", "benchmarks"},
+    | {"evaluate", "export", "report", "serve", "sweep", "train", "benchmarks"},
     "flags": set(),
     "argv": {"errors", "flags", "config"},
     "cli": {"environment"}
@@ -116,7 +117,7 @@ LEVELS = (
     {"model"},
     {"checkpoint", "estimate"},
     {"evaluate"},
-    {"export", "train"},
+    {"export", "serve", "train"},
     {"benchmarks", "api"},
     {"commands", "__init__"},
     {"cli"},

@@ -55,7 +55,7 @@ SHORTEST = [
     ["anomaly", "x"], ["pack", "x", "y"],
     ["export", "x", "--to", "hf", "--output", "y"], ["info"], ["bench", "step"], ["bench", "all"],
     ["bench", "loader"], ["bench", "quality"], ["estimate"], ["sweep", "x"], ["runs", "x"],
-    ["report", "x"], ["push", "x", "y"],
+    ["report", "x"], ["push", "x", "y"], ["serve", "x"],
 ]  # fmt: skip
 # Their first commands take long, start ranks of their own, or are another file's to test: they are parsed alone.
 NOT_RUN = (

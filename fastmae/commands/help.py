@@ -27,7 +27,17 @@ PATHS = ("path", "dir", "output", "folder", "config", "finetune", "resume", "mas
 """How the names of settings end whose values are paths."""
 SECTIONS = {
     "Train": ("pretrain", "finetune", "sweep"),
-    "Use a trained model": ("probe", "reconstruct", "features", "search", "anomaly", "impute", "export", "push"),
+    "Use a trained model": (
+        "probe",
+        "reconstruct",
+        "features",
+        "search",
+        "anomaly",
+        "impute",
+        "export",
+        "push",
+        "serve",
+    ),
     "Look at runs": ("runs", "report"),
     "Check and measure": ("verify", "pack", "info", "estimate", "bench"),
 }
@@ -59,6 +69,11 @@ EXAMPLES = {
     "impute": ("fastmae impute runs/table table.csv --output filled.csv",),
     "export": ("fastmae export runs/photos --to timm --output encoder.safetensors",),
     "push": ("fastmae push runs/photos mae-photos --license cc-by-4.0",),
+    "serve": (
+        "fastmae serve runs/photos",
+        "fastmae serve runs/photos --index photos.npz --max_replicas 4",
+        "fastmae serve runs/photos --write serve.yaml",
+    ),
     "report": ("fastmae report runs/photos runs/photos-2 --output photos.html",),
     "verify": ("fastmae verify --data_path photos",),
     "pack": ("fastmae pack volumes shards",),

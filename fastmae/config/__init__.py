@@ -114,6 +114,9 @@ from fastmae.config.report import (
 from fastmae.config.runs import (
     RunsConfig,
 )
+from fastmae.config.serve import (
+    ServeConfig,
+)
 from fastmae.config.sweep import (
     SweepConfig,
 )

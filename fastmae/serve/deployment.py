@@ -1,0 +1,135 @@
+"""The app on Ray Serve: replicas, batches, and what starts and stops them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+
+from fastmae.config.serve import ServeConfig, settings_of
+from fastmae.errors import UserError
+
+NAME = "fastmae"
+FOLDER_VARIABLE = "FASTMAE_SERVE_FOLDER"
+"""A folder of one machine: there lies the mark that the service is stopping, and the figures of all replicas."""
+STOPPING = "stopping"
+NOTICE = 1.0
+"""Seconds between the first answer that the service is stopping and its end, so that who sends requests sees it."""
+
+
+def application(settings: dict[str, Any]) -> serve.Application:
+    """Returns what Ray Serve runs, from the settings of ``fastmae serve`` by their names.
+
+    ``serve deploy`` calls it with the ``args`` of its file.
+    """
+    config = ServeConfig(**settings)
+
+    def build() -> Any:  # in each replica
+        return build_app(config)
+
+    most = config.max_replicas or config.replicas
+    options: dict[str, Any] = {
+        "name": NAME,
+        "max_ongoing_requests": 2 * config.max_requests,  # the app refuses before that, so that nothing waits unseen
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": config.drain,
+        "health_check_period_s": 5,
+        "health_check_timeout_s": max(30.0, config.timeout),
+        "ray_actor_options": {
+            "num_cpus": config.cpus,
+            "num_gpus": 1 if (config.device or "").startswith("cuda") else 0,
+        },
+    }
+    if most > config.replicas:
+        target = max(2, min(config.max_batch, config.max_requests // 2))
+        scaling = {
+            "min_replicas": config.replicas, "max_replicas": most, "target_ongoing_requests": target,
+            "upscale_delay_s": 5, "downscale_delay_s": 120,
+        }  # fmt: skip
+        options["autoscaling_config"] = scaling
+    else:
+        options["num_replicas"] = config.replicas
+    return serve.deployment(**options)(serve.ingress(build)()).bind()
+
+
+def build_app(config: ServeConfig) -> Any:
+    """Opens the model in a replica, and returns its app."""
+    from fastmae.serve.answers import Ask, open_service
+    from fastmae.serve.app import make_app
+    from fastmae.serve.metrics import Metrics
+    from fastmae.serve.uploads import read_token
+
+    token = read_token(config)
+    service = open_service(config)
+    metrics = Metrics()
+
+    @serve.batch(max_batch_size=config.max_batch, batch_wait_timeout_s=config.batch_wait_ms / 1000)
+    async def answer(asks: list[Ask]) -> list[Any]:
+        metrics.batches.observe(len(asks))
+        return await asyncio.to_thread(service.answer, asks)
+
+    folder = os.environ.get(FOLDER_VARIABLE)
+    mark = None if folder is None else Path(folder) / STOPPING
+    return make_app(
+        service, answer, token=token, metrics=metrics, is_stopping=lambda: mark is not None and mark.exists()
+    )
+
+
+@contextlib.contextmanager
+def running(config: ServeConfig) -> Generator[Callable[[], bool]]:
+    """Starts Ray and the service on this machine, and yields whether it still runs; at the end all requests in work
+    are answered before anything stops.
+
+    Nothing listens beyond 127.0.0.1 but the service itself, where ``config.host`` says so.
+
+    Raises:
+        UserError: the port is taken, or the service did not start.
+    """
+    most = config.max_replicas or config.replicas
+    with tempfile.TemporaryDirectory(prefix="fastmae-serve-") as folder:
+        os.environ[FOLDER_VARIABLE] = os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(most * config.cpus)),
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=100_000_000,
+            _node_ip_address="127.0.0.1",
+        )
+        try:
+            options = {"host": config.host, "port": config.port, "request_timeout_s": config.timeout + 5}
+            serve.start(proxy_location="HeadOnly", http_options=options)
+            try:
+                serve.run(application(settings_of(config)), name=NAME, route_prefix="/")
+            except RuntimeError as error:
+                raise UserError(f"the service did not start ({' '.join(str(error).split())[:300]})") from error
+            yield lambda: serve.status().applications[NAME].status in ("RUNNING", "DEPLOYING")
+            (Path(folder) / STOPPING).touch()
+            time.sleep(NOTICE)
+            serve.delete(NAME)  # which waits for the requests in work
+        finally:
+            with contextlib.suppress(Exception):
+                serve.shutdown()
+            ray.shutdown()
+
+
+def deployed(config: ServeConfig) -> dict[str, Any]:
+    """Returns the file for ``serve deploy``: the same service on a cluster of Ray."""
+    args = {name: list(value) if isinstance(value, tuple) else value for name, value in settings_of(config).items()}
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": config.host, "port": config.port, "request_timeout_s": config.timeout + 5},
+        "applications": [
+            {"name": NAME, "route_prefix": "/", "import_path": f"{__name__}:application", "args": args},
+        ],
+    }

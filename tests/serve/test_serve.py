@@ -1,0 +1,403 @@
+"""The service answers what the model computes, and refuses what it must, each with its status and one line."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastmae
+from fastmae.config import ServeConfig
+from fastmae.config.serve import settings_of
+from fastmae.errors import SettingError, UserError
+from fastmae.serve.answers import Ask, Service, open_index
+from fastmae.serve.uploads import is_token, read_token
+
+pytest.importorskip("fastapi")
+from starlette.testclient import TestClient
+
+from fastmae.serve.app import Answer, alone, make_app
+
+TOKEN = "0123456789abcdef-token"
+
+
+def png(height: int = 40, width: int = 30, seed: int = 0, **options: Any) -> bytes:
+    rng = np.random.default_rng(seed)
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(
+        file, options.pop("format", "PNG"), **options
+    )
+    return file.getvalue()
+
+
+def white(height: int, width: int, rows: int) -> bytes:
+    mask = np.zeros((height, width), np.uint8)
+    mask[:rows] = 255
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "PNG")
+    return file.getvalue()
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of few bytes that claims side² pixels, and holds them all, black."""
+    rows = zlib.compress(bytes(side // 8 + 1) * min(side, 4096), 9)
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    return fastmae.mae_vit_tiny_patch4(img_size=16, in_chans=3).eval()
+
+
+def served(model: Any, tmp_path: Path | None = None, has_decoder: bool = True, **settings: Any) -> Service:
+    config = ServeConfig(checkpoint="x", **settings)
+    index = None if config.index is None else open_index(config.index, model.feature_dim)
+    return Service(config, model, has_decoder, None, (), index)
+
+
+def client_of(service: Service, answer: Answer | None = None, **options: Any) -> TestClient:
+    return TestClient(make_app(service, answer or alone(service), **options), raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def client(model: Any) -> TestClient:
+    return client_of(served(model, max_bytes=100_000, max_pixels=10_000))
+
+
+@pytest.fixture
+def index(model: Any, tmp_path: Path) -> str:
+    pixels = model.preprocess.batch([png(seed=seed) for seed in range(6)])
+    with torch.no_grad():
+        features = model.features(pixels).numpy()
+    names = np.array([f"{seed}.png" for seed in range(6)])
+    np.savez(tmp_path / "index.npz", features=features, names=names, classes=np.array(["even", "odd"] * 3))
+    return str(tmp_path / "index.npz")
+
+
+def test_features_are_those_of_the_model_bit_for_bit_by_body_and_by_form(client, model):
+    data = png()
+    with torch.no_grad():
+        right = model.features(model.preprocess(data)[None])[0].tolist()
+    by_body = client.post("/v1/embed", content=data)
+    by_form = client.post("/v1/embed", files={"image": ("../../../etc/pass\nwd\x1b[31m", data, "text/html")})
+    assert by_body.status_code == by_form.status_code == 200
+    assert by_body.json() == by_form.json() == {"pool": "mean", "features": right}
+
+
+def test_a_batch_answers_each_as_if_it_were_alone(model):
+    service = served(model)
+    pixels = [model.preprocess(png(seed=seed)).numpy() for seed in range(5)]
+    asks = [
+        Ask("embed", pixels[0]), Ask("reconstruct", pixels[1], seed=3), Ask("embed", pixels[2]),
+        Ask("reconstruct", pixels[3], seed=4), Ask("reconstruct", pixels[4], seed=3, mask_ratio=0.5),
+    ]  # fmt: skip
+    together, apart = service.answer(asks), [service.answer([ask])[0] for ask in asks]
+    for one, other, ask in zip(together, apart, asks, strict=True):
+        if ask.task == "embed":
+            np.testing.assert_allclose(one["features"], other["features"], rtol=1e-4, atol=1e-5)
+        else:
+            pictures = [np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in (one, other)]
+            assert abs(pictures[0] - pictures[1]).max() <= 1  # a level, where rounding falls the other way
+
+
+def test_search_finds_the_image_itself_first_and_its_class(model, index):
+    client = client_of(served(model, index=index))
+    found = client.post("/v1/search?k=3", content=png(seed=4)).json()["found"]
+    assert [len(found), found[0]["name"], found[0]["class"]] == [3, "4.png", "even"]
+    assert found[0]["cosine"] == pytest.approx(1, abs=1e-3)
+    said = client.post("/v1/classify", content=png(seed=4)).json()
+    assert {one["class"] for one in said["classes"]} == {"even", "odd"}
+    assert sum(one["share"] for one in said["classes"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_reconstruction_keeps_visible_pixels_and_follows_from_its_seed(client, model):
+    ask = "/v1/reconstruct?mask_ratio=0.5&show={}&seed={}"
+    pictures = {
+        name: np.asarray(Image.open(io.BytesIO(client.post(ask.format(name, 1), content=png()).content)))
+        for name in ("original", "masked", "reconstructed")
+    }
+    assert np.array_equal(pictures["original"], model.preprocess(png()).numpy())
+    visible = (pictures["masked"] == pictures["original"]).all(-1)
+    assert 0.4 < visible.mean() < 0.6
+    assert np.array_equal(pictures["reconstructed"][visible], pictures["original"][visible])
+    again, other = (client.post(ask.format("masked", seed), content=png()).content for seed in (1, 2))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(again))), pictures["masked"])
+    assert not np.array_equal(np.asarray(Image.open(io.BytesIO(other))), pictures["masked"])
+
+
+def test_inpainting_changes_only_what_the_mask_touches(client, model):
+    files = {"image": png(32, 32), "mask": white(32, 32, 12)}
+    answer = client.post("/v1/inpaint", files=files)
+    filled, original = np.asarray(Image.open(io.BytesIO(answer.content))), model.preprocess(png(32, 32)).numpy()
+    changed = (filled != original).any(-1)
+    assert changed[:4].any()
+    assert not changed[8:].any()
+
+
+HOSTILE = {
+    "nothing": (b"", 400),
+    "text": (b"hello, this is no image", 400),
+    "a web page": (b"<!doctype html><html></html>", 400),
+    "a truncated PNG": (png()[:1500], 400),
+    "a truncated JPEG": (png(format="JPEG")[:900], 400),
+    "zeros": (bytes(50_000), 400),
+    "a bomb": (bomb(60_000), 413),
+    "a JPEG of a damaged size": (b"\xff\xd8\xff\xc0\x00\x11\x08\xff\xff\xff\xff\x03" + bytes(20), 413),
+    "many pixels": (png(101, 101), 413),
+    "an array": (b"\x93NUMPY" + bytes(100), 400),
+    "a zip": (b"PK\x03\x04" + bytes(100), 400),
+    "an SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>", 400),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 400),
+    "80,000 lines of a header": (b"P6\n" + b"# x\n" * 20_000 + b"4 4\n255\n", 400),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_is_no_usable_image_is_refused_in_one_line(client, name):
+    data, status = HOSTILE[name]
+    answer = client.post("/v1/embed", content=data)
+    assert (answer.status_code, "\n" in answer.json()["error"]) == (status, False), answer.text
+
+
+def test_requests_that_mean_nothing_are_refused(client):
+    post = client.post
+    form = {"image": png(32, 32), "mask": white(32, 32, 12)}
+    refused = {
+        404: [
+            post("/v1/search", content=png()), post("/v1/classify", content=png()), post("/v1/nothing"),
+            client.get("/../x"),
+        ],
+        405: [client.get("/v1/embed"), client.delete("/v1/embed")],
+        413: [post("/v1/embed", content=bytes(100_001)), post("/v1/embed", files={"image": bytes(100_001)})],
+        415: [
+            post("/v1/embed", json={"image": "x"}), post("/v1/embed", data={"image": "x"}),
+            post("/v1/inpaint", content=png()),
+        ],
+        422: [
+            post("/v1/reconstruct?mask_ratio=1", content=png()),
+            post("/v1/reconstruct?mask_ratio=0.999", content=png()),
+            post("/v1/reconstruct?seed=-1", content=png()),
+            post("/v1/reconstruct?show=x", content=png()),
+        ],
+        400: [
+            post("/v1/embed", files={"picture": png()}), post("/v1/inpaint", files={"image": png()}),
+            post("/v1/inpaint", files=form | {"mask": white(32, 30, 12)}),
+            post("/v1/inpaint", files=form | {"mask": white(32, 32, 0)}),
+            post("/v1/inpaint", files=form | {"mask": white(32, 32, 32)}),
+            post("/v1/inpaint", files=form | {"mask": b"no picture"}),
+            post("/v1/embed", files=[("image", png())] * 9),
+            post("/v1/embed", content=b"x", headers={"content-type": "multipart/form-data"}),
+            post("/v1/embed", content=b"x", headers={"content-type": "multipart/form-data; boundary=y"}),
+        ],
+    }  # fmt: skip
+    for status, answers in refused.items():
+        for answer in answers:
+            assert answer.status_code == status, (status, answer.request.url, answer.text)
+            assert answer.json()["error"]
+
+
+def test_a_form_with_thousands_of_headers_is_refused(client):
+    lines = b"".join(b"x-%d: y\r\n" % n for n in range(5_000))
+    body = (
+        b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n'
+        + lines
+        + b"\r\n"
+        + png()
+        + b"\r\n--b--\r\n"
+    )
+    answer = client.post("/v1/embed", content=body, headers={"content-type": "multipart/form-data; boundary=b"})
+    assert answer.status_code == 400
+
+
+def test_a_body_without_a_length_is_cut_at_the_limit(client):
+    sent = []
+
+    def pieces() -> Iterator[bytes]:
+        for number in range(1000):
+            sent.append(number)
+            yield bytes(10_000)
+
+    assert client.post("/v1/embed", content=pieces()).status_code == 413
+
+
+def test_only_the_right_token_is_let_in(model):
+    client = client_of(served(model), token=TOKEN)
+    given = {None: 401, "": 401, TOKEN[:-1]: 401, TOKEN + "x": 401, TOKEN.upper(): 401, TOKEN: 200}
+    for token, status in given.items():
+        headers = {} if token is None else {"authorization": f"Bearer {token}"}
+        assert client.post("/v1/embed", content=png(), headers=headers).status_code == status, token
+        assert client.get("/v1/model", headers=headers).status_code == status
+        assert client.get("/metrics", headers=headers).status_code == status
+    assert client.post("/v1/embed", content=png(), headers={"authorization": f"Basic {TOKEN}"}).status_code == 401
+    for path in ("/health", "/ready", "/", "/openapi.json"):
+        assert client.get(path).status_code == 200
+    assert not is_token("é\udcff", TOKEN)
+
+
+def test_a_wrong_token_is_told_before_the_upload_is_read(model):
+    """Otherwise anybody could make the service hold their bytes."""
+    read = []
+    app = make_app(served(model), alone(served(model)), token=TOKEN)
+
+    async def receive() -> dict[str, Any]:
+        read.append(1)
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    said: list[Any] = []
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/embed", "raw_path": b"/v1/embed", "query_string": b"",
+        "headers": [], "http_version": "1.1", "scheme": "http", "server": ("x", 1), "client": ("y", 2), "root_path": "",
+    }  # fmt: skip
+    asyncio.run(app(scope, receive, send))
+    assert said[0]["status"] == 401
+    assert not read
+
+
+def test_too_many_requests_and_slow_ones_are_told_so(model):
+    begun, go = threading.Event(), threading.Event()
+
+    async def wait(ask: Ask) -> Any:
+        begun.set()
+        await asyncio.to_thread(go.wait, 30)
+        return {}
+
+    answers = []
+    client = client_of(served(model, max_requests=1), wait)
+    with client:
+        first = threading.Thread(target=lambda: answers.append(client.post("/v1/embed", content=png())))
+        first.start()
+        begun.wait(30)
+        busy = client.post("/v1/embed", content=png())
+        assert (busy.status_code, busy.headers["retry-after"]) == (503, "1")
+        assert client.get("/health").status_code == 200
+        go.set()
+        first.join()
+    assert answers[0].status_code == 200
+
+    async def never(ask: Ask) -> Any:
+        await asyncio.sleep(1000)
+
+    slow = client_of(served(model, timeout=0.05), never).post("/v1/embed", content=png())
+    assert slow.status_code == 504
+
+
+def test_a_service_that_stops_is_not_ready_and_takes_nothing_new(model):
+    client = client_of(served(model), is_stopping=lambda: True)
+    assert [client.get("/ready").status_code, client.post("/v1/embed", content=png()).status_code] == [503, 503]
+    assert client.get("/health").status_code == 200
+
+
+def test_an_error_of_the_model_is_one_line_without_its_details(model):
+    async def fail(ask: Ask) -> Any:
+        raise RuntimeError("a secret of the inside")
+
+    answer = client_of(served(model), fail).post("/v1/embed", content=png())
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+
+
+def test_prometheus_reads_what_was_answered_and_refused(model):
+    client = client_of(served(model))
+    client.post("/v1/embed", content=png())
+    client.post("/v1/embed", content=b"x")
+    client.post("/v1/" + "x" * 99, content=b"x")
+    text = client.get("/metrics").text
+    for line in (
+        'fastmae_requests_total{status="200",task="embed"} 1.0',
+        'fastmae_requests_total{status="400",task="embed"} 1.0',
+        'fastmae_requests_total{status="404",task="other"} 1.0', 'fastmae_request_seconds_count{task="embed"} 2.0',
+        "fastmae_requests_in_work 0.0",
+    ):  # fmt: skip
+        assert line in text, text
+
+
+def test_the_interface_is_described_and_the_page_asks_nobody_else(client):
+    described = client.get("/openapi.json").json()
+    assert {"/v1/embed", "/v1/search", "/v1/classify", "/v1/reconstruct", "/v1/inpaint", "/health", "/ready"} <= {
+        *described["paths"]
+    }
+    assert described["components"]["securitySchemes"]
+    page = client.get("/")
+    assert "//" not in page.text.replace("<!doctype", "").replace("http://www.w3", "").split("<script>")[0]
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_else_reaches_a_service_without_a_token(tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTMAE_TOKEN", raising=False)
+    for host in ("127.0.0.1", "localhost", "::1", "127.8.8.8"):
+        assert read_token(ServeConfig(checkpoint="x", host=host)) is None
+    for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "127.0.0.1.example.org"):
+        with pytest.raises(SettingError, match="needs a token"):
+            read_token(ServeConfig(checkpoint="x", host=host))
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    assert read_token(ServeConfig(checkpoint="x", host="::", token_file=str(tmp_path / "token"))) == TOKEN
+    monkeypatch.setenv("FASTMAE_TOKEN", TOKEN + "2")
+    assert read_token(ServeConfig(checkpoint="x", host="::")) == TOKEN + "2"
+    for wrong in ("", "short", "ä" * 20, "with a space in it"):
+        monkeypatch.setenv("FASTMAE_TOKEN", wrong)
+        with pytest.raises(UserError, match="at least 16"):
+            read_token(ServeConfig(checkpoint="x"))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_token(ServeConfig(checkpoint="x", token_file=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"port": 0}, {"port": 65536}, {"replicas": 0}, {"replicas": 3, "max_replicas": 2}, {"max_batch": 0},
+        {"batch_wait_ms": -1}, {"max_bytes": 0}, {"max_pixels": 0}, {"timeout": 0}, {"drain": -1}, {"cpus": 0},
+        {"index": "x.csv"}, {"write": "x.json"}, {"host": ""}, {"pool": "tokens"},
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_refused_by_name(settings):
+    with pytest.raises(SettingError, match=next(reversed(settings))):
+        ServeConfig(checkpoint="x", **settings)
+
+
+def test_a_replica_makes_the_same_settings_from_what_it_is_told():
+    config = ServeConfig(checkpoint="x", port=9000, mean=(0.5,), write="x.yaml", max_replicas=3)
+    told = settings_of(config)
+    assert told == {"checkpoint": "x", "port": 9000, "mean": (0.5,), "max_replicas": 3}
+    assert settings_of(ServeConfig(**told)) == told
+
+
+def test_an_index_of_another_model_is_refused(model, index, tmp_path):
+    with pytest.raises(SettingError, match="holds features of"):
+        open_index(index, model.feature_dim + 1)
+    for content in (b"", b"PK\x03\x04no", os.urandom(300)):
+        (tmp_path / "wrong.npz").write_bytes(content)
+        with pytest.raises(SettingError, match="cannot be read"):
+            open_index(str(tmp_path / "wrong.npz"), 4)
+    np.savez(tmp_path / "wrong.npz", features=np.array([{}], dtype=object), names=np.array(["x"]))
+    with pytest.raises(SettingError, match="cannot be read"):
+        open_index(str(tmp_path / "wrong.npz"), 4)
+
+
+def test_the_command_says_what_it_lacks(refusal, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "pip install 'fastmae[serve]'" in refusal(["serve", "x"])

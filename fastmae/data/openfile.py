@@ -31,7 +31,7 @@ class OpenFile:
         """(size in bytes, modification time in ns) when it was opened."""
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
+        if hasattr(self, "descriptor") and os is not None:  # which it is while Python ends
             os.close(self.descriptor)
 
     @property

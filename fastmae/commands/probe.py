@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from fastmae.commands.shared import choose_workers, make_folder, open_model, ranks_that_share, report_stock
-from fastmae.config import ProbeConfig
-from fastmae.data.sources import scored_parts, shown
-from fastmae.evaluate.features import extract_features, report_skipped
-from fastmae.evaluate.probe import fit_and_score, save_probe, scorable
+from fastmae.checkpoint.load import Opened
+from fastmae.commands.shared import choose_workers, make_folder, open_frozen, ranks_that_share, report_stock
+from fastmae.config import SEEDS, ProbeConfig, amounts_of, seeds_of
+from fastmae.data.few import shown_amount
+from fastmae.data.sources import Source, scored_parts, shown
+from fastmae.errors import SettingError
+from fastmae.evaluate.features import Features, extract_features, report_skipped
+from fastmae.evaluate.few import Draws, FewResult, draw, pixels_of, score_draws, shown_mean, untrained
+from fastmae.evaluate.probe import MIN_LARS_IMAGES, ProbeResult, fit_and_score, save_json, save_probe, scorable
+from fastmae.evaluate.sharing import Share
 from fastmae.screen import say, show_table
 from fastmae.train import parallel
 
@@ -18,39 +25,57 @@ def run_probe(config: ProbeConfig) -> int:
     """Measures the features of a frozen model and prints their accuracy."""
     with ranks_that_share(config.device) as (context, share):
         with parallel.agreeing(context):
-            model, data_path = open_model(config, device=context.device)
+            opened, data_path = open_frozen(config)
+            opened.model.to(context.device)
             if config.output is not None:
                 make_folder(Path(config.output))
-            train, val = scored_parts(data_path, model.read_as)
-            val = scorable(train, val, config.k, config.linear)
-        features = [
-            extract_features(
-                model,
-                source,
-                pool=config.pool,
-                batch_size=config.batch_size,
-                num_workers=choose_workers(config),
-                share=share,
-            )
-            for source in (train, val)
-        ]
+            train, val = scored_parts(data_path, opened.model.read_as)
+            draws = _draw(config, train)
+            val = scorable(train, val, (1,) if draws else config.k, config.linear)
+        if draws:
+            few = _of_few_labels(config, opened, draws, val, share)
+        else:
+            learnt, test = (_features(config, opened, source, share) for source in (train, val))
     if not share.is_first:
         return 0
-    result = fit_and_score(
+    where = f"{config.checkpoint} on {shown(data_path)}"
+    if draws:
+        report_stock(draws.source, val)
+        return _show_few(config, few, len(val), where)
+    result = _score(config, train, val, test, learnt)
+    report_stock(train, val)
+    report_skipped(result.skipped)
+    return _show(config, result, where)
+
+
+def _features(config: ProbeConfig, opened: Opened, source: Source, share: Share, **other: Any) -> Features:
+    return extract_features(
+        opened.model,
+        source,
+        pool=config.pool,
+        batch_size=config.batch_size,
+        num_workers=choose_workers(config),
+        share=share,
+        **other,
+    )
+
+
+def _score(config: ProbeConfig, train: Source, val: Source, test: Features, learnt: Features) -> ProbeResult:
+    return fit_and_score(
         train,
         val,
-        features,
+        [learnt, test],
         pool=config.pool,
-        ks=config.k,
+        ks=[min(k, len(learnt.values)) for k in config.k] if amounts_of(config) else config.k,
         linear=config.linear,
         rates=config.blr,
         linear_batch=config.linear_batch,
     )
+
+
+def _show(config: ProbeConfig, result: ProbeResult, where: str) -> int:
     summary = result.summary()
-    report_stock(train, val)
-    report_skipped(result.skipped)
-    sizes = f"{summary['train']} train, {summary['test']} test"
-    title = f"{config.checkpoint} on {shown(data_path)}: {sizes}"
+    title = f"{where}: {summary['train']} train, {summary['test']} test"
     if config.output is not None:
         save_probe(Path(config.output), result, title)
     if config.json:
@@ -62,4 +87,63 @@ def run_probe(config: ProbeConfig) -> int:
     show_table({"frozen features": "left", "top-1": "right"}, rows, title)
     if config.output is not None:
         say(Path(config.output) / "confusion.png")
+    return 0
+
+
+# --- few labels -------------------------------------------------------------------------------------------------------
+
+
+def _draw(config: ProbeConfig, train: Source) -> Draws | None:
+    """Draws the labelled images of --shots and --label_share; None without them."""
+    amounts = amounts_of(config)
+    if not amounts:
+        return None
+    draws = draw(train, amounts, seeds_of(config.seeds or (SEEDS,)))
+    fewest = min(map(len, draws.rows.values()))
+    if config.linear == "lars" and fewest < MIN_LARS_IMAGES:
+        problem = f"needs at least {MIN_LARS_IMAGES} images to train on, not {fewest}; use --linear=logistic"
+        raise SettingError("linear", "lars", problem)
+    return draws
+
+
+def _of_few_labels(config: ProbeConfig, opened: Opened, draws: Draws, val: Source, share: Share) -> list[FewResult]:
+    """Returns the accuracies of the encoder's features, and of those that --beside names, on the first rank."""
+    own: dict[str, tuple[Opened, dict[str, Any]]] = {"the checkpoint": (opened, {})}
+    if "random" in config.beside:
+        fresh = Opened(untrained(opened).to(opened.model.device), opened.settings, has_decoder=False)
+        own["random weights"] = fresh, {}
+    if "pixels" in config.beside:
+        own["pixels"] = opened, {"of": pixels_of(opened.model)}
+    results = []
+    for name, (model, other) in own.items():
+        train, test = (_features(config, model, source, share, **other) for source in (draws.source, val))
+        if not share.is_first:
+            continue
+        if model is opened and not other:
+            report_skipped(train.skipped + test.skipped)
+        results += score_draws(name, draws, train, partial(_score, config, draws.source, val, test))
+    return results
+
+
+def _show_few(config: ProbeConfig, results: list[FewResult], tested: int, where: str) -> int:
+    seeds = seeds_of(config.seeds or (SEEDS,))
+    how = {"test": tested, "pool": config.pool, "k": config.k[0], "linear_by": config.linear, "seeds": list(seeds)}
+    summary = {**how, "few": [result.summary() for result in results]}
+    if config.output is not None:
+        save_json(Path(config.output) / "few.json", summary)
+    if config.json:
+        print(json.dumps(summary))
+        return 0
+    rows: list[tuple[str, ...] | None] = []
+    for number, result in enumerate(results):
+        if number and result.features != results[number - 1].features:
+            rows.append(None)
+        labelled = f"{shown_amount(result.amount)} ({result.images:,})"
+        rows.append((result.features, labelled, *map(shown_mean, result.accuracies.values())))
+    linear = "LARS" if config.linear == "lars" else "logistic regression"
+    columns = {"features": "left", "labelled": "right", f"k-NN (k ≤ {config.k[0]})": "right", linear: "right"}
+    drawn = f"{len(seeds)} draws, mean ± deviation" if len(seeds) > 1 else f"the draw of seed {seeds[0]}"
+    show_table(columns, rows, f"{where}: {tested} test, {drawn}")
+    if config.output is not None:
+        say(Path(config.output) / "few.json")
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastmae.checkpoint.load import lacks_decoder, open_checkpoint, own_data
+from fastmae.checkpoint.load import Opened, lacks_decoder, open_checkpoint, own_data
 from fastmae.checkpoint.official import report
 from fastmae.config import (
     AnomalyConfig,
@@ -49,6 +49,16 @@ def open_model(
         the model, and the data: those that were given, or those of the model's own run.
     """
     device = device or choose_device(config.device)
+    opened, data = open_frozen(config, needs_decoder=needs_decoder)
+    return opened.model.to(device), data
+
+
+def open_frozen(
+    config: ProbeConfig | ReconstructConfig | FeaturesConfig | SearchConfig | AnomalyConfig | ImputeConfig,
+    *,
+    needs_decoder: bool = False,
+) -> tuple[Opened, str | tuple[str, ...]]:
+    """Does the same, and returns what else the checkpoint says beside its model, which is on the CPU."""
     opened = open_checkpoint(config.checkpoint, config)
     if needs_decoder and not opened.has_decoder:
         raise UserError(lacks_decoder(config.checkpoint, opened))
@@ -57,7 +67,7 @@ def open_model(
     data = own_data(config.checkpoint, opened.settings, name) if data is None else data
     if must_measure(config, opened.settings):
         report(config.checkpoint, measure_for(opened, config, open_train(data, opened.model.read_as)))
-    return opened.model.to(device), data
+    return opened, data
 
 
 @contextmanager

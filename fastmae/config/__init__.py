@@ -33,6 +33,7 @@ from fastmae.config.evaluate import (
     PROBE_RATES,
     AnomalyConfig,
     AnomalyPool,
+    Beside,
     FeaturesConfig,
     LinearProbe,
     Pool,
@@ -46,6 +47,12 @@ from fastmae.config.export import (
     ExportConfig,
     ExportFormat,
     check_export,
+)
+from fastmae.config.few import (
+    SEEDS,
+    amounts_of,
+    check_few,
+    seeds_of,
 )
 from fastmae.config.finetune import (
     FIXED_IN_A_FINETUNING,

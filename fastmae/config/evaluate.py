@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from fastmae.config.few import FewLabelsConfig, amounts_of, check_few
 from fastmae.config.masking import MaskingConfig, check_masking
 from fastmae.config.shared import (
     Checkpoint,
@@ -25,12 +26,13 @@ Pool = Literal["mean", "cls", "both"]
 AnomalyPool = Literal["tokens", "mean", "cls", "both"]
 LinearProbe = Literal["logistic", "lars"]
 Reduction = Literal["pca", "umap"]
+Beside = Literal["random", "pixels"]
 PROBE_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 PROBE_BATCH = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig(ReadingConfig):
+class ProbeConfig(FewLabelsConfig, ReadingConfig):
     """Measure frozen features on labelled data: with weighted k-NN and with a linear classifier."""
 
     checkpoint: Checkpoint
@@ -51,11 +53,15 @@ class ProbeConfig(ReadingConfig):
     linear_batch: int = PROBE_BATCH
     """With --linear lars, features per step, if there are as many. The published number is 16384; a smaller one gives
     small data more steps."""
+    beside: tuple[Beside, ...] = ()
+    """With --shots or --label_share, measure other features as well: those of the same encoder with random weights
+    (random), and the pixels themselves (pixels)."""
     batch_size: ForwardBatch = 256
     device: Device = None
     num_workers: Workers = None
     output: str | None = None
-    """A folder for a table of classes and for confusion matrices: probe.json and confusion.png."""
+    """A folder for a table of classes and for confusion matrices: probe.json and confusion.png. With --shots or
+    --label_share it gets few.json."""
     json: Json = False
 
     def __post_init__(self) -> None:
@@ -211,12 +217,22 @@ def check_evaluation(config: ProbeConfig | ReconstructConfig | FeaturesConfig | 
             name = "blr" if config.blr != PROBE_RATES else "linear_batch"
             need(config, False, name, "given together with --linear=lars")
         need(config, config.linear_batch != 1, "linear_batch", "at least 2, as BatchNorm needs")
+        _check_few_probe(config)
     if isinstance(config, AnomalyConfig):
         need(config, config.mask_ratio is None or 0 < config.mask_ratio < 1, "mask_ratio", "above 0 and below 1")
     if isinstance(config, ReconstructConfig):
         _check_reconstruct(config)
     if isinstance(config, FeaturesConfig) and config.output is None and config.picture is None:
         raise SettingError("output", problem="must name a file for the features, or --picture one for a map")
+
+
+def _check_few_probe(config: ProbeConfig) -> None:
+    check_few(config)
+    if amounts_of(config):
+        need(config, len(config.k) == 1, "k", "one number with --shots or --label_share")
+        return
+    need(config, config.seeds is None, "seeds", "given together with --shots or --label_share")
+    need(config, config.beside == (), "beside", "given together with --shots or --label_share")
 
 
 def _check_reconstruct(config: ReconstructConfig) -> None:

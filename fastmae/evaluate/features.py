@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -81,6 +81,7 @@ def extract_features(
     batch_size: int,
     num_workers: int,
     share: Share = WHOLE,
+    of: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Features:
     """Computes the features of the central crops of all usable images, pooled after the encoder's norm.
 
@@ -90,6 +91,7 @@ def extract_features(
         model: the encoder; features are computed on its device, without gradients.
         pool: as in ``model.features``.
         num_workers: threads that read and decode images.
+        of: other features of images, [n, H, W, C] to [n, D], instead of the model's.
 
     Raises:
         SettingError: the model does not pool so.
@@ -104,7 +106,7 @@ def extract_features(
         skipped += bad
         if not len(chosen):
             continue
-        features = model.features(images, pool).float()
+        features = (model.features(images, pool) if of is None else of(images)).float()
         if not indices:
             values = features.new_empty(-(-len(source) // share.ranks) + batch_size, features.shape[1])
         values[count : count + len(chosen)] = features

@@ -209,13 +209,22 @@ def save_probe(folder: Path, result: ProbeResult, title: str) -> None:
     ]
     confusion = {name: table.tolist() for name, table in tables.items()}
     everything = {**result.summary(), "classes": per_class, "confusion": confusion}
+    save_json(folder / "probe.json", everything)
+    save_png(folder / "confusion.png", confusion_picture(tables, result.classes, title))
+
+
+def save_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a result into a folder, which is made.
+
+    Raises:
+        SettingError: it cannot be written.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "probe.json", json.dumps(everything, indent=1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(content, indent=1))
     except OSError as error:
         problem = f"cannot be written ({error}); name another folder"
-        raise SettingError("folder", str(folder), problem, flag="--output") from error
-    save_png(folder / "confusion.png", confusion_picture(tables, result.classes, title))
+        raise SettingError("folder", str(path.parent), problem, flag="--output") from error
 
 
 def _percent(part: int, whole: int) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastmae.checkpoint.load import Opened
 from fastmae.commands.shared import choose_workers, make_folder, open_frozen, ranks_that_share, report_stock
@@ -141,7 +141,12 @@ def _show_few(config: ProbeConfig, results: list[FewResult], tested: int, where:
         labelled = f"{shown_amount(result.amount)} ({result.images:,})"
         rows.append((result.features, labelled, *map(shown_mean, result.accuracies.values())))
     linear = "LARS" if config.linear == "lars" else "logistic regression"
-    columns = {"features": "left", "labelled": "right", f"k-NN (k ≤ {config.k[0]})": "right", linear: "right"}
+    columns: dict[str, Literal["left", "right"]] = {
+        "features": "left",
+        "labelled": "right",
+        f"k-NN (k ≤ {config.k[0]})": "right",
+        linear: "right",
+    }
     drawn = f"{len(seeds)} draws, mean ± deviation" if len(seeds) > 1 else f"the draw of seed {seeds[0]}"
     show_table(columns, rows, f"{where}: {tested} test, {drawn}")
     if config.output is not None:

@@ -23,6 +23,7 @@ import numpy as np
 
 from fastmae.data.arrays import ArraySource
 from fastmae.data.chunks import ChunkedImages
+from fastmae.data.coco import CocoMaps
 from fastmae.data.formats.nifti import VolumeSource
 from fastmae.data.formats.npy import ArrayFiles
 from fastmae.data.images import FolderSource
@@ -121,6 +122,8 @@ def _things(source: Source) -> Things:
             maps = source.maps
             if isinstance(maps, np.ndarray):
                 of_maps: list[str | memoryview] = [memoryview(maps.tobytes())]
+            elif isinstance(maps, CocoMaps):
+                of_maps = [maps.digest]
             else:
                 of_maps = [*_relative(maps), *_sizes(maps).values()]
             return [*names, "the label maps"], {**contents, len(names): _hash(of_maps)}

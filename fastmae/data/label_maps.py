@@ -1,15 +1,16 @@
 """Images with label maps: for each pixel the number of what it shows. Other tools call them masks.
 
 A ``MappedSource`` is a source like any other, which has the map of each image beside it. Maps are palette or gray PNG
-files, of 8 or 16 bits, or an array. They are resized by nearest pixel, cropped and mirrored with the box of their
-image; sample.py does that.
+files, of 8 or 16 bits, an array, or drawn from COCO's file; map_layouts.py and map_arrays.py find them. They are
+resized by nearest pixel, cropped and mirrored with the box of their image; sample.py does that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,15 @@ from PIL import Image, UnidentifiedImageError
 
 from fastmae.data import shapes
 from fastmae.data.arrays import ArraySource
+from fastmae.data.coco import CocoMaps
 from fastmae.data.images import FolderSource
+from fastmae.data.map_arrays import open_array_pairs
+from fastmae.data.map_layouts import LAYOUT, TRAIN, VAL, class_names, find_pairs
 from fastmae.data.plan import Box, Shards, holdout
 from fastmae.data.reading import BadImageError
 from fastmae.data.resize import nearest
-from fastmae.data.sources import Parts, Source, evenly_spaced, open_train, open_val
-from fastmae.data.stock import EXAMPLES, LeftOut, Stock, count_of
-from fastmae.data.suffixes import IMAGE_SUFFIXES
+from fastmae.data.sources import Parts, Source, Subset, evenly_spaced, open_train, open_val
+from fastmae.data.stock import Stock
 from fastmae.errors import SettingError
 from fastmae.facts import ReadAs
 
@@ -32,11 +35,8 @@ IGNORED = 255
 MOST_CLASSES = 255
 LOOKED_AT = 1000
 """In so many maps, evenly spaced, the classes are counted where nobody says how many there are."""
-MAPS = ("annotations", "maps", "masks", "labels")
-"""How folders of label maps are called."""
-TRAIN, VAL = ("train", "training"), ("val", "validation", "test")
-CLASSES_FILES = ("classes.txt", "objectInfo150.txt")
-LAYOUT = "images/train with annotations/train (and val), or images with annotations, of the same names"
+LEAST_LOOKED_AT = 16
+"""So many maps, at least, tell whether numbers are of classes or tones."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class MapReading:
             BadImageError: it is no map, or has a class that there is not.
         """
         numbers = numbers_of(data)
-        ignored = numbers == self.ignore_index
+        ignored = (numbers == self.ignore_index) | (numbers < 0)
         if self.reduce_zero_label:
             ignored |= numbers == 0
             numbers = numbers - 1
@@ -75,11 +75,13 @@ class MappedSource:
 
     source: Source
     """The images."""
-    maps: Sequence[str] | np.ndarray
-    """The files of the maps, or uint8 [N, H, W]."""
+    maps: Sequence[str] | np.ndarray | CocoMaps
+    """The files of the maps, or whole numbers [N, H, W], or what COCO's file says of each image."""
     classes: tuple[str, ...] = ()
     """The names of the classes, where the data name them."""
     taken: Stock | None = None
+    codes: Mapping[int, int] = field(default_factory=dict)
+    """Which class a number in the maps stands for, −1 where it counts nowhere; empty where numbers are classes."""
     labels = None
 
     @property
@@ -107,30 +109,50 @@ class MappedSource:
     def read_map(self, index: int) -> bytes | np.ndarray:
         """Returns the map of image ``index``: the bytes of its file, or its numbers [H, W].
 
+        Negative numbers count nowhere.
+
         Raises:
             OSError: its file cannot be read.
+            BadImageError: it cannot be used.
         """
-        if isinstance(self.maps, np.ndarray):
+        if not isinstance(self.maps, Sequence):
             return self.maps[index]
-        return Path(self.maps[index]).read_bytes()
+        data = Path(self.maps[index]).read_bytes()
+        return self._decoded(numbers_of(data)) if self.codes else data
+
+    def _decoded(self, numbers: np.ndarray) -> np.ndarray:
+        found = np.unique(numbers).tolist()
+        unknown = next((number for number in found if number not in self.codes), None)
+        if unknown is not None:
+            known = ", ".join(map(str, sorted(self.codes)))
+            raise BadImageError(f"its label map has the number {unknown}, and others have {known} alone")
+        classes = np.zeros(max(found) - found[0] + 1, np.int32)
+        classes[[number - found[0] for number in found]] = [self.codes[number] for number in found]
+        return classes[numbers - found[0]]
 
     def name(self, index: int) -> str:
         return self.source.name(index)
 
 
 def numbers_of(data: bytes | np.ndarray) -> np.ndarray:
-    """Returns the numbers of a label map, int32 [H, W]: of a palette its indices.
+    """Returns the numbers of a label map, int64 [H, W]: of a palette its indices.
 
     Raises:
         BadImageError: it is no image of one channel, or is damaged.
     """
     if not isinstance(data, bytes):
-        return np.asarray(data).astype(np.int32)
+        return np.asarray(data).astype(np.int64)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode not in ("P", "L", "I;16", "I", "1"):
-                raise BadImageError(f"its label map has colours ({image.mode}); a palette or gray tones are needed")
-            return np.array(image, np.int32)
+            if image.format in ("JPEG", "WEBP"):
+                raise BadImageError(f"its label map is {image.format}, whose numbers are not exact; save it as PNG")
+            if image.mode in ("P", "L", "I", "1") or image.mode.startswith("I;16"):
+                return np.array(image, np.int64)
+            pixels = np.array(image)
+            if image.mode == "RGB" and (pixels == pixels[..., :1]).all():
+                return pixels[..., 0].astype(np.int64)
+            problem = f"its label map has colours ({image.mode}) that no palette numbers"
+            raise BadImageError(f"{problem}; save the number of each pixel's class as a gray PNG")
     except BadImageError:
         raise
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -159,7 +181,7 @@ def open_pairs(data: Parts | str | Sequence[str], read_as: ReadAs) -> tuple[Mapp
     """Opens the images of both parts of a data set with their label maps. Without a val part a fifth is held out.
 
     Raises:
-        SettingError: there are no label maps, or they are of no layout that is known.
+        UserError: there are no label maps, or they are of no layout that is known, or not what they must be.
     """
     if isinstance(data, Parts) or (not isinstance(data, str) and len(data) != 1):
         raise SettingError("data_path", problem="must be one path, of images with label maps")
@@ -170,80 +192,63 @@ def open_pairs(data: Parts | str | Sequence[str], read_as: ReadAs) -> tuple[Mapp
         assert val is not None
         cut = shapes.TRAIN
         return MappedSource(train, made.maps[:cut], shapes.CLASSES), MappedSource(val, made.maps[cut:], shapes.CLASSES)
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise SettingError("data_path", path, f"is no folder; give one with {LAYOUT}")
-    parts = [_open_part(folder, names) for names in (TRAIN, VAL)]
-    if parts[0] is None:
-        whole = _open_part(folder, ())
-        if whole is None:
-            raise SettingError("data_path", path, f"holds no label maps where they are looked for; put {LAYOUT}")
-        return _held_out(whole)
-    return _held_out(parts[0]) if parts[1] is None else (parts[0], parts[1])
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise SettingError("data_path", path, f"is not there; give a folder with {LAYOUT}")
+    parts: list[MappedSource | None] = []
+    for names in (TRAIN, VAL, ()):
+        if names or parts[0] is None:
+            parts.append(_open_part(place, names))
+    whole, tested = parts[0] or parts[-1], parts[1]
+    if whole is None:
+        raise SettingError("data_path", path, f"holds no label maps where they are looked for; put {LAYOUT}")
+    return with_codes(*(_held_out(whole) if tested is None else (whole, tested)))
 
 
-def _open_part(folder: Path, names: Sequence[str]) -> MappedSource | None:
-    """Opens a part of a folder by how it may be called; without names the whole. None if it is not there."""
-    places = [(Path("images") / name, kind, name) for name in names for kind in MAPS]
-    places += [(Path(name) / "images", kind, name) for name in names for kind in MAPS]
-    places += [] if names else [(Path("images"), kind, "") for kind in MAPS]
-    for images, kind, name in places:
-        maps = images.parent / kind if images.name == "images" else Path(kind) / name
-        if (folder / images).is_dir() and (folder / maps).is_dir():
-            return _pair(folder, images, maps)
-    if names and (folder / "leftImg8bit").is_dir():
-        return _cityscapes(folder, names[0])
-    return None
-
-
-def _pair(folder: Path, images: Path, maps: Path) -> MappedSource:
-    of_images = _by_stem(folder / images, IMAGE_SUFFIXES)
-    of_maps = _by_stem(folder / maps, {".png"})
-    return _mapped(folder, images, of_images, of_maps)
-
-
-def _cityscapes(folder: Path, name: str) -> MappedSource | None:
-    """Opens a part of Cityscapes, whose label maps with the numbers to train on end in _gtFine_labelTrainIds.png."""
-    images, maps = Path("leftImg8bit") / name, folder / "gtFine" / name
-    if not (folder / images).is_dir() or not maps.is_dir():
+def _open_part(place: Path, names: Sequence[str]) -> MappedSource | None:
+    """Opens a part by how it may be called, of a folder or a file; without names the whole. None if it is not there."""
+    arrays = open_array_pairs(place, names)
+    if arrays is not None:
+        images, maps, notes = arrays
+        stock = Stock(images.stock.used, images.stock.left_out, (*images.stock.notes, *notes))
+        return MappedSource(images, maps, class_names(place if place.is_dir() else place.parent), stock)
+    pairs = find_pairs(place, names) if place.is_dir() else None
+    if pairs is None:
         return None
-    ends = "_leftImg8bit", "_gtFine_labelTrainIds"
-    of_images = {stem.removesuffix(ends[0]): path for stem, path in _by_stem(folder / images, {".png"}).items()}
-    found = _by_stem(maps, {".png"})
-    of_maps = {stem.removesuffix(ends[1]): path for stem, path in found.items() if stem.endswith(ends[1])}
-    return _mapped(folder, images, of_images, of_maps)
+    source = FolderSource(pairs.images, None, (), part=pairs.part)
+    return MappedSource(source, pairs.maps, pairs.classes, pairs.stock, pairs.codes)
 
 
-def _by_stem(folder: Path, suffixes: Sequence[str] | set[str] | frozenset[str]) -> dict[str, str]:
-    """Returns the files below a folder by their names without the suffix, in their order."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in found}
+def with_codes(train: MappedSource, val: MappedSource) -> tuple[MappedSource, MappedSource]:
+    """Returns both parts with what their maps' numbers stand for, where maps of two tones say 0 and 255 for 0 and 1.
 
-
-def _mapped(folder: Path, images: Path, of_images: dict[str, str], of_maps: dict[str, str]) -> MappedSource:
-    both = [stem for stem in of_images if stem in of_maps]
-    left_out = []
-    for what, those, others in (("label map", of_images, of_maps), ("image", of_maps, of_images)):
-        alone = [path for stem, path in those.items() if stem not in others]
-        if alone:
-            names = tuple(Path(path).relative_to(folder).as_posix() for path in alone[:EXAMPLES])
-            left_out.append(LeftOut("files", len(alone), f"there is no {what} of their name", names))
-    if not both:
-        counts = f"{count_of(len(of_images), 'images')} and {count_of(len(of_maps), 'label maps')} of other names"
-        raise SettingError("data_path", str(folder), f"has {counts} in {images}; give both the same names")
-    source = FolderSource([of_images[stem] for stem in both], None, (), part=images.as_posix())
-    stock = Stock({"files": 2 * len(both)}, tuple(left_out))
-    return MappedSource(source, [of_maps[stem] for stem in both], _class_names(folder), stock)
-
-
-def _class_names(folder: Path) -> tuple[str, ...]:
-    """Returns the names of classes that a folder lists, a line each; ADE20K's list has them in its last column."""
-    for name in CLASSES_FILES:
-        file = folder / name
-        if file.is_file():
-            lines = [line.rstrip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
-            return tuple(lines) if name == CLASSES_FILES[0] else tuple(line.split("\t")[-1] for line in lines[1:])
-    return ()
+    Raises:
+        SettingError: the maps were smoothed, so that there are numbers between those of classes.
+    """
+    if train.codes or isinstance(train.maps, CocoMaps):
+        return train, val
+    found: dict[int, int] = {}
+    for seen, index in enumerate(evenly_spaced(train, LOOKED_AT, LOOKED_AT).tolist()):
+        if seen >= LEAST_LOOKED_AT and not found.keys() <= {0, IGNORED}:
+            break
+        with contextlib.suppress(OSError, BadImageError):
+            numbers, counts = np.unique(numbers_of(train.read_map(index)), return_counts=True)
+            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+                found[number] = found.get(number, 0) + count
+    between = [number for number in found if 0 < number < IGNORED]
+    extremes = found.get(0, 0) + found.get(IGNORED, 0)
+    if len(between) >= 8 and max(between) > 200 and extremes > 0.5 * sum(found.values()) and IGNORED in found:
+        problem = f"has label maps with {len(between)} numbers between 0 and 255 at edges, as if they were smoothed"
+        raise SettingError("data_path", problem=f"{problem}; save them without smoothing, resized by nearest, as PNG")
+    stock, notes = train.stock, []
+    if found.keys() == {0, IGNORED}:
+        train, val = (replace(part, codes={0: 0, IGNORED: 1}) for part in (train, val))
+        notes = ["the label maps have the numbers 0 and 255 alone, which are read as two classes, 0 and 1"]
+    elif 1 < len(known := sorted(number for number in found if number != IGNORED)) <= 8 and known[-1] >= 4 * len(known):
+        listed = ", ".join(map(str, known))
+        notes = [f"the label maps looked at have the numbers {listed}; every number up to the largest is a class"]
+    taken = Stock(stock.used, stock.left_out, (*stock.notes, *notes))
+    return replace(train, taken=taken), val
 
 
 def _held_out(whole: MappedSource) -> tuple[MappedSource, MappedSource]:
@@ -253,13 +258,16 @@ def _held_out(whole: MappedSource) -> tuple[MappedSource, MappedSource]:
 
 def subset_of(whole: MappedSource, rows: np.ndarray) -> MappedSource:
     """Returns some images of a source with their maps; of files and arrays, as ``open_pairs`` opens them."""
-    source = whole.source
-    maps = whole.maps[rows] if isinstance(whole.maps, np.ndarray) else [whole.maps[row] for row in rows]
+    source, maps = whole.source, whole.maps
+    chosen: Source = Subset(source, rows)
     if isinstance(source, FolderSource):
-        return replace(whole, source=replace(source, paths=[source.paths[row] for row in rows]), maps=maps)
-    assert isinstance(source, ArraySource)
-    assert isinstance(source.images, np.ndarray)
-    return replace(whole, source=replace(source, images=source.images[rows]), maps=maps)
+        chosen = replace(source, paths=[source.paths[row] for row in rows])
+    elif isinstance(source, ArraySource) and isinstance(source.images, np.ndarray):
+        chosen = replace(source, images=source.images[rows])
+    if isinstance(maps, CocoMaps):
+        return replace(whole, source=chosen, maps=maps.of(rows.tolist()))
+    of_rows = maps[rows] if isinstance(maps, np.ndarray) else [maps[row] for row in rows]
+    return replace(whole, source=chosen, maps=of_rows)
 
 
 def count_classes(source: MappedSource, reading: MapReading) -> int:

@@ -37,6 +37,7 @@ from fastmae.config import (
     ReportConfig,
     RunsConfig,
     SearchConfig,
+    SegmentConfig,
     ServeConfig,
     SweepConfig,
     VerifyConfig,
@@ -63,6 +64,7 @@ from fastmae.signals import remembered
 COMMANDS: dict[str, type] = {
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
+    "segment": SegmentConfig,
     "sweep": SweepConfig,
     "probe": ProbeConfig,
     "reconstruct": ReconstructConfig,
@@ -97,7 +99,7 @@ EXIT_OUTPUT_LOST = 1
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPT = 130
 # The commands whose settings --config reads from a file.
-TRAININGS = ("pretrain", "finetune")
+TRAININGS = ("pretrain", "finetune", "segment")
 # Their results are run folders: they go on without a screen, and stop with 75 at a signal, whenever it comes.
 LONG = (*TRAININGS, "sweep")
 
@@ -246,6 +248,10 @@ def call(config: Any, argv: list[str]) -> int:
             from fastmae.train.classify import finetune
 
             return finetune(config)
+        case SegmentConfig():
+            from fastmae.commands.segment import run_segment
+
+            return run_segment(config)
         case SweepConfig():
             from fastmae.commands.sweep import run_sweep
 

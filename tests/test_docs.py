@@ -50,7 +50,8 @@ LOOKED_UP = (
 )
 # The shortest command of every kind, to which a flag with a value can be added. "x" stands for any file.
 SHORTEST = [
-    ["pretrain"], ["finetune"], ["probe", "x"], ["reconstruct", "x"], ["verify"], ["features", "x"], ["search", "x"],
+    ["pretrain"], ["finetune"], ["segment"], ["probe", "x"], ["reconstruct", "x"], ["verify"], ["features", "x"],
+    ["search", "x"],
     ["impute", "x", "--output", "y"],
     ["anomaly", "x"], ["pack", "x", "y"],
     ["export", "x", "--to", "hf", "--output", "y"], ["info"], ["bench", "step"], ["bench", "all"],

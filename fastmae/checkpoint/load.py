@@ -36,6 +36,7 @@ from fastmae.model.family import MaskedModel
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import register_pixels
 from fastmae.model.presets import PRESETS
+from fastmae.model.segmenter import Segmenter, segmenter_of
 from fastmae.model.vit import patch_grid
 
 T = TypeVar("T")
@@ -273,6 +274,8 @@ def _opened_run(path: Path, manifest: dict[str, Any], given: ReadingConfig) -> O
     named = PRESETS.get(given.model or "", given.model)
     if given.model is not None and named != PRESETS.get(settings["model"], settings["model"]):
         raise SettingError("model", given.model, f"{path} is of {settings['model']}, as its settings say; leave it out")
+    if "segmenter_head" in settings:
+        return _encoder_of_segmenter(path, manifest)
     if "nb_classes" in settings:
         return _opened_file(_file_of_classifier(path, manifest), given)
     chosen = {name: getattr(given, name) for name in ("norm_pix_loss", "mean", "std")}
@@ -306,6 +309,49 @@ def _file_of_classifier(path: Path, manifest: dict[str, Any]) -> OfficialFile:
     """Returns a fine-tuned run's checkpoint as the official file that the run writes, updates of low rank merged."""
     weights = merge_lora(dict(_classifier_of_run(path, manifest).state_dict()))
     return OfficialFile(path, weights, None, None, manifest["settings"], kind="classifier")
+
+
+def load_segmenter(checkpoint: str | Path) -> Segmenter:
+    """Returns a model that gives every pixel a class, on the CPU, in evaluation mode.
+
+    Args:
+        checkpoint: a run folder of segment (its newest intact checkpoint counts), or one of its checkpoints.
+
+    Raises:
+        UserError: nothing there, not intact, or not of segment.
+    """
+    path = Path(checkpoint)
+    if path.exists() and holds_file(path):
+        raise UserError(f"{path}: no run folder of segment nor a checkpoint of one; give such a one")
+    model, settings = _of_newest(
+        path, lambda found, manifest: (_segmenter_of_run(found, manifest), manifest["settings"])
+    )
+    return model.eval(), settings
+
+
+def _segmenter_of_run(path: Path, manifest: dict[str, Any]) -> Segmenter:
+    settings = manifest["settings"]
+    if "segmenter_head" not in settings:
+        what = "a fine-tuned classifier" if "nb_classes" in settings else "a masked autoencoder"
+        raise BadCheckpointError(f"is of {what}, not of fastmae segment")
+    mae = _fresh(settings)
+    assert isinstance(mae, MaskedAutoencoderViT)
+    model = segmenter_of(mae, settings["num_classes"], settings["segmenter_head"])
+    tune(model, settings["tune"], settings["lora_rank"])
+    load_checkpoint(path, model)
+    model.read_as = mae.read_as
+    return model
+
+
+def _encoder_of_segmenter(path: Path, manifest: dict[str, Any]) -> Opened:
+    """Opens the encoder of a segmenter, and says that its head is left out."""
+    weights = merge_lora(dict(_segmenter_of_run(path, manifest).state_dict()))
+    model, settings = _fresh(manifest["settings"]), manifest["settings"]
+    model.load_state_dict(
+        {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}, strict=False
+    )
+    report(path, [f"its head of {settings['num_classes']} classes of pixels is left out"])
+    return Opened(model, settings, False, kind="encoder")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

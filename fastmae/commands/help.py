@@ -17,7 +17,7 @@ from fastmae.flags import REQUIRED, Flag, flags_of
 from fastmae.model.sizes import PRESET_SIZES
 from fastmae.screen import open_console
 
-GROUPED = ("pretrain", "finetune")
+GROUPED = ("pretrain", "finetune", "segment")
 WIDEST = 100
 COLUMN = 26
 """Where texts begin."""
@@ -26,7 +26,7 @@ LONGEST = 44
 PATHS = ("path", "dir", "output", "folder", "config", "finetune", "resume", "masks")
 """How the names of settings end whose values are paths."""
 SECTIONS = {
-    "Train": ("pretrain", "finetune", "sweep"),
+    "Train": ("pretrain", "finetune", "segment", "sweep"),
     "Use a trained model": (
         "probe",
         "reconstruct",
@@ -54,6 +54,10 @@ EXAMPLES = {
         "torchrun --nproc_per_node 8 -m fastmae pretrain --data_path imagenet --batch_size 512",
     ),
     "finetune": ("fastmae finetune --finetune runs/photos --data_path photos --output_dir runs/classifier",),
+    "segment": (
+        "fastmae segment runs/photos --data_path photos --output_dir runs/segmenter",
+        "fastmae segment runs/segmenter --predict holiday.jpg --output_dir maps",
+    ),
     "sweep": (
         "fastmae sweep digits.yaml",
         'fastmae sweep imagenet.yaml --trials 50 --launch "torchrun --nproc_per_node 8"',

@@ -121,6 +121,13 @@ from fastmae.config.report import (
 from fastmae.config.runs import (
     RunsConfig,
 )
+from fastmae.config.segment import (
+    FIXED_IN_A_SEGMENTATION,
+    ResolvedSegmentConfig,
+    SegmentConfig,
+    check_segment,
+    resolve_segment,
+)
 from fastmae.config.serve import (
     ServeConfig,
 )

@@ -4,27 +4,28 @@ from fastmae.config.family import FAMILY
 from fastmae.config.shape import SHAPE
 
 MAIN = (
-    "finetune", "data_path", "output_dir", "model", "input_size", "mask_ratio", "tune", "batch_size", "epochs", "blr",
-    "device", "resume",
+    "finetune", "data_path", "output_dir", "predict", "model", "segmenter_head", "input_size", "mask_ratio", "tune",
+    "batch_size", "epochs", "blr", "device", "resume",
 )  # fmt: skip
 """The settings that matter first. Each is in one of the groups as well."""
 
 GROUPS = {
     "data": (
-        "data_path", "data_weights", "root", "image_key", "layout", "axis", "constant_slices", "bands", "pages",
+        "data_path", "predict", "data_weights", "root", "image_key", "layout", "axis", "constant_slices", "bands", "pages",
         "window", "spectrogram", "columns", "label_column", "in_chans",
-        "pixel_type", "other_types", "value_range", "nodata", "mean", "std", "crop_scale", "flip", "aa", "reprob",
+        "pixel_type", "other_types", "value_range", "nodata", "mean", "std", "classes", "ignore_index",
+        "reduce_zero_label", "crop_scale", "random_scale", "flip", "aa", "reprob",
         "mixup", "cutmix", "mixup_switch_prob", "repeated_masks", "held_out",
     ),
     "model and masks": (
-        "finetune", "model", "init", "input_size", "patch_size", "start_size", "grow_epochs", "mask_ratio",
-        "mask_ratio_schedule", "masking", "masks", "norm_pix_loss", "decoder_attention", "predict_ratio", *SHAPE,
+        "finetune", "model", "segmenter_head", "init", "input_size", "patch_size", "start_size", "grow_epochs",
+        "mask_ratio", "mask_ratio_schedule", "masking", "masks", "norm_pix_loss", "decoder_attention", "predict_ratio", *SHAPE,
         *FAMILY, "nb_classes", "global_pool",
         "cls_token", "drop_path",
     ),
     "optimisation": (
-        "batch_size", "accum_iter", "epochs", "blr", "lr", "min_lr", "warmup_epochs", "layer_decay", "weight_decay",
-        "clip_grad", "smoothing", "l2sp", "ema", "seed", "adversarial", "adversarial_start", "adversarial_warmup",
+        "batch_size", "accum_iter", "epochs", "blr", "lr", "min_lr", "schedule", "warmup_epochs", "layer_decay",
+        "weight_decay", "clip_grad", "smoothing", "l2sp", "ema", "seed", "adversarial", "adversarial_start", "adversarial_warmup",
         "adversarial_lr", "adversarial_regulariser", "adversarial_r1",
     ),
     "speed and memory": (

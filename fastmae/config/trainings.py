@@ -6,12 +6,13 @@ from typing import TypeVar
 
 from fastmae.config.finetune import FinetuneConfig, ResolvedFinetuneConfig
 from fastmae.config.pretrain import PretrainConfig, ResolvedConfig
+from fastmae.config.segment import ResolvedSegmentConfig, SegmentConfig
 from fastmae.config.tuning import TuningConfig
 
-TRAININGS: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+TRAININGS: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "segment": SegmentConfig}
 """The settings of each training by its command."""
 
-AnyTuned = ResolvedFinetuneConfig
+AnyTuned = ResolvedFinetuneConfig | ResolvedSegmentConfig
 """The resolved settings of a training of an encoder with a head."""
 AnyResolved = ResolvedConfig | AnyTuned
 Training = TypeVar("Training", bound=PretrainConfig | TuningConfig)

@@ -59,11 +59,16 @@ def plan_steps(config: AnyResolved, ranks: int, crops: int, images: str) -> Step
     return Steps(per_epoch, config.epochs * per_epoch, between_checkpoints)
 
 
-def learning_rate(epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: int) -> float:
-    """Returns the learning rate at a fractional epoch: linear warm-up, then half a cosine from ``lr`` to ``min_lr``."""
+def learning_rate(
+    epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: int, schedule: str = "cosine"
+) -> float:
+    """Returns the learning rate at a fractional epoch: linear warm-up, then half a cosine from ``lr`` to ``min_lr``,
+    or a straight line between them for the ``schedule`` "polynomial"."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    if schedule == "polynomial":
+        return min_lr + (lr - min_lr) * (1 - progress)
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -76,4 +81,5 @@ def learning_rate_at(step: int, config: AnyResolved, steps: Steps) -> float:
         min_lr=config.min_lr,
         warmup_epochs=config.warmup_epochs,
         epochs=config.epochs,
+        schedule=getattr(config, "schedule", "cosine"),
     )

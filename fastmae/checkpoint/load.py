@@ -323,10 +323,7 @@ def load_segmenter(checkpoint: str | Path) -> Segmenter:
     path = Path(checkpoint)
     if path.exists() and holds_file(path):
         raise UserError(f"{path}: no run folder of segment nor a checkpoint of one; give such a one")
-    model, settings = _of_newest(
-        path, lambda found, manifest: (_segmenter_of_run(found, manifest), manifest["settings"])
-    )
-    return model.eval(), settings
+    return _of_newest(path, _segmenter_of_run).eval()
 
 
 def _segmenter_of_run(path: Path, manifest: dict[str, Any]) -> Segmenter:

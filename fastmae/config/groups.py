@@ -11,7 +11,8 @@ MAIN = (
 
 GROUPS = {
     "data": (
-        "data_path", "predict", "data_weights", "root", "image_key", "layout", "axis", "constant_slices", "bands", "pages",
+        "data_path", "predict", "data_weights", "root", "image_key", "layout", "axis", "constant_slices",
+        "bands", "pages",
         "window", "spectrogram", "columns", "label_column", "in_chans",
         "pixel_type", "other_types", "value_range", "nodata", "mean", "std", "classes", "ignore_index",
         "reduce_zero_label", "crop_scale", "random_scale", "flip", "aa", "reprob",
@@ -19,13 +20,15 @@ GROUPS = {
     ),
     "model and masks": (
         "finetune", "model", "segmenter_head", "init", "input_size", "patch_size", "start_size", "grow_epochs",
-        "mask_ratio", "mask_ratio_schedule", "masking", "masks", "norm_pix_loss", "decoder_attention", "predict_ratio", *SHAPE,
+        "mask_ratio", "mask_ratio_schedule", "masking", "masks", "norm_pix_loss", "decoder_attention",
+        "predict_ratio", *SHAPE,
         *FAMILY, "nb_classes", "global_pool",
         "cls_token", "drop_path",
     ),
     "optimisation": (
         "batch_size", "accum_iter", "epochs", "blr", "lr", "min_lr", "schedule", "warmup_epochs", "layer_decay",
-        "weight_decay", "clip_grad", "smoothing", "l2sp", "ema", "seed", "adversarial", "adversarial_start", "adversarial_warmup",
+        "weight_decay", "clip_grad", "smoothing", "l2sp", "ema", "seed", "adversarial", "adversarial_start",
+        "adversarial_warmup",
         "adversarial_lr", "adversarial_regulariser", "adversarial_r1",
     ),
     "speed and memory": (

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastmae.facts import AS_STORED, ReadAs
 from fastmae.model.classifier import Classifier, ClassifierBlock, copy_encoder, encoder_arguments, encoder_products
 from fastmae.model.flops import Product, of_convolution
 from fastmae.model.mae import MaskedAutoencoderViT
@@ -123,6 +124,8 @@ class Segmenter(Classifier):
     """
 
     head: Any
+    read_as: ReadAs = AS_STORED
+    """How its images are read, beside the type and the range of their pixels."""
 
     def __init__(self, num_classes: int, segmenter_head: HeadName, **encoder: Any) -> None:
         super().__init__(num_classes=num_classes, global_pool=False, **encoder)

@@ -27,6 +27,7 @@ from fastmae.config import (
     ReconstructConfig,
     RunsConfig,
     SearchConfig,
+    SegmentConfig,
     SweepConfig,
     VerifyConfig,
     images_given,
@@ -344,7 +345,7 @@ def test_the_files_of_settings_do_not_import_each_other_in_a_circle():
         imports = {name: others for name, others in imports.items() if name not in free}
 
 
-@pytest.mark.parametrize("config", [PretrainConfig, FinetuneConfig])
+@pytest.mark.parametrize("config", [PretrainConfig, FinetuneConfig, SegmentConfig])
 def test_every_setting_is_in_one_group_of_the_help(config):
     grouped = [name for names in GROUPS.values() for name in names]
     assert len(grouped) == len(set(grouped))
@@ -354,7 +355,9 @@ def test_every_setting_is_in_one_group_of_the_help(config):
 
 
 def test_the_groups_of_the_help_hold_no_other_names():
-    settings = {field.name for config in (PretrainConfig, FinetuneConfig) for field in dataclasses.fields(config)}
+    settings = {
+        field.name for config in (PretrainConfig, FinetuneConfig, SegmentConfig) for field in dataclasses.fields(config)
+    }
     assert settings == {name for names in GROUPS.values() for name in names}
     assert set(MAIN) <= settings
 

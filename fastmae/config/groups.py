@@ -4,8 +4,8 @@ from fastmae.config.family import FAMILY
 from fastmae.config.shape import SHAPE
 
 MAIN = (
-    "finetune", "data_path", "output_dir", "predict", "model", "segmenter_head", "input_size", "mask_ratio", "tune",
-    "batch_size", "epochs", "blr", "device", "resume",
+    "finetune", "data_path", "output_dir", "model", "input_size", "mask_ratio", "tune", "batch_size", "epochs", "blr",
+    "device", "resume",
 )  # fmt: skip
 """The settings that matter first. Each is in one of the groups as well."""
 

@@ -51,20 +51,16 @@ def crop_beyond(
     """Returns what ``crop_and_resize`` does, of a box that may reach beyond the image: there it is the mean colour of
     what is inside, or missing where pixels can be."""
     height, width, channels = pixels.shape
-    rows, columns = nearest(box.top, box.height, size[0]), nearest(box.left, box.width, size[1])
-    rows, columns = np.flatnonzero((rows >= 0) & (rows < height)), np.flatnonzero((columns >= 0) & (columns < width))
-    if len(rows) == size[0] and len(columns) == size[1]:
+    bottom, right = box.top + box.height, box.left + box.width
+    if min(box.top, box.left) >= 0 and bottom <= height and right <= width:
         return crop_and_resize(pixels, box, flip, size, nodata)
-    top, left = max(box.top, 0), max(box.left, 0)
-    bottom, right = min(box.top + box.height, height), min(box.left + box.width, width)
-    inside = crop_and_resize(
-        pixels, Box(top, left, bottom - top, right - left), False, (len(rows), len(columns)), nodata
-    )
+    inside = pixels[max(box.top, 0) : bottom, max(box.left, 0) : right]
     mean = inside.mean(axis=(0, 1), dtype=np.float64) if nodata is None else nodata
-    whole = np.empty((*size, channels), pixels.dtype)
-    whole[:] = np.round(mean) if pixels.dtype != np.float32 else mean
-    whole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = inside
-    return np.ascontiguousarray(whole[:, ::-1]) if flip else whole
+    whole = np.empty((box.height, box.width, channels), pixels.dtype)
+    whole[:] = mean if pixels.dtype == np.float32 else np.round(mean)
+    top, left = max(-box.top, 0), max(-box.left, 0)
+    whole[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+    return crop_and_resize(whole, Box(0, 0, box.height, box.width), flip, size, nodata)
 
 
 def nearest(start: int, length: int, size: int) -> np.ndarray:

@@ -49,7 +49,8 @@ def test_image_and_map_stay_aligned(height, width, rows, columns, draw, how):
     padded = np.pad(found, 2, constant_values=IGNORED - 1)  # beyond the box there may be an edge, too
     near = np.lib.stride_tricks.sliding_window_view(padded, (5, 5))
     inside = (near == found[..., None, None]).all(axis=(2, 3)) & (found != IGNORED)
-    np.testing.assert_allclose(image[inside], TONES[found[inside]], atol=12)
+    nearest_tone = abs(image[..., None] - TONES.astype(int)).argmin(axis=2)  # a bicubic filter overshoots near edges
+    np.testing.assert_array_equal(nearest_tone[inside], found[inside])
     assert inside.mean() > 0.01 or (found == IGNORED).mean() > 0.3 or min(rows, columns) < 20
 
 

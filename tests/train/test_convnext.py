@@ -1,6 +1,8 @@
 """Runs of ConvNeXt V2: they go on where they were, do not depend on ranks or kills, and refuse what is not for them."""
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,9 +29,18 @@ def finished(blobs, tmp_path_factory):
     return folder
 
 
+def _go_on_from(whole: Path, step: int, run: Path) -> None:
+    """Copies a run as it was after a step, from which it goes on."""
+    shutil.copytree(whole, run)
+    later = [path for path in (run / "checkpoints").iterdir() if path.name > f"step-{step:08}"]
+    assert later, "nothing is left to be done"
+    assert (run / "checkpoints" / f"step-{step:08}").exists()
+    for path in later:
+        shutil.rmtree(path)
+
+
 def test_a_run_that_was_stopped_ends_with_the_same_bits(blobs, finished, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000003")
+    _go_on_from(finished, 2, tmp_path / "run")
     assert pretrain(small_run(blobs, tmp_path / "run", **CONVNEXT, resume="auto")) == 0
     said = capsys.readouterr().out
     assert "after step 2" in said
@@ -88,6 +99,44 @@ def test_images_that_are_no_cells_are_refused_in_one_line(blobs, tmp_path):
     with pytest.raises(UserError, match="100") as error:
         pretrain(small_run(blobs, tmp_path / "run", **{**CONVNEXT, "input_size": 100}))
     assert "\n" not in str(error.value)
+
+
+def test_a_fine_tuning_that_was_stopped_ends_with_the_same_bits(blobs, finished, tmp_path):
+    """With drop path, random erasing and mixed images, whose draws go on where they were."""
+    given = dict(data_path=blobs, finetune=str(finished), epochs=2, warmup_epochs=0, batch_size=24, device="cpu")
+    given |= dict(checkpoint_freq=2, log_freq=1, drop_path=0.3, reprob=0.25, mixup=0.8)
+    assert finetune(FinetuneConfig(**given, output_dir=str(tmp_path / "whole"))) == 0
+    _go_on_from(tmp_path / "whole", 4, tmp_path / "run")
+    assert finetune(FinetuneConfig(**given, output_dir=str(tmp_path / "run"), resume="auto")) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_crops_grow_and_a_stopped_run_goes_on_to_the_same_bits(blobs, tmp_path, capsys):
+    grows = {**CONVNEXT, "input_size": 96, "start_size": 64, "epochs": 2, "grow_epochs": 1, "save_freq": 2}
+    assert pretrain(small_run(blobs, tmp_path / "whole", **grows)) == 0
+    assert "64×64" in capsys.readouterr().out
+    _go_on_from(tmp_path / "whole", 4, tmp_path / "run")
+    assert pretrain(small_run(blobs, tmp_path / "run", **grows, resume="auto")) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_in_bf16_has_nearly_the_losses_of_float32_and_goes_on_to_the_same_bits(blobs, finished, tmp_path):
+    assert pretrain(small_run(blobs, tmp_path / "whole", **CONVNEXT, precision="bf16")) == 0
+    losses, expected = ([row[2] for row in metrics(run)] for run in (tmp_path / "whole", finished))
+    np.testing.assert_allclose(losses, expected, rtol=1e-2)
+    assert losses != expected
+    _go_on_from(tmp_path / "whole", 2, tmp_path / "run")
+    assert pretrain(small_run(blobs, tmp_path / "run", **CONVNEXT, precision="bf16", resume="auto")) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_have_the_losses_of_those_that_are_not(blobs, finished, tmp_path):
+    assert pretrain(small_run(blobs, tmp_path / "run", **CONVNEXT, compile="block")) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["compile"] == "block"
+    np.testing.assert_allclose(metrics(tmp_path / "run"), metrics(finished), rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,12 @@ def run_impute(config: ImputeConfig) -> int:
     require_vectors(model)
     output = Path(config.output)
     raw = _table(data, output)
+    if config.report is not None and Path(config.report).resolve() == Path(raw.origin).resolve():
+        raise SettingError("report", config.report, "is the table itself; name another file")
     make_folder(output.parent)
+    _try_to_write("output", output)
+    if config.report is not None:
+        _try_to_write("report", Path(config.report))
     source = table_source(raw, model.read_as)
     report_stock(source)
     how = How(passes=config.passes, batch_size=config.batch_size, seed=config.seed)
@@ -75,6 +81,20 @@ def _table(data: str | tuple[str, ...], output: Path) -> RawTable:
     except UNREADABLE as error:
         reason = in_one_line(" ".join(str(error).split()), 400)
         raise SettingError("data_path", str(path), f"cannot be read ({reason}); check or replace the file") from error
+
+
+def _try_to_write(name: str, path: Path) -> None:
+    """Refuses a file that cannot be written, before anything is predicted.
+
+    Raises:
+        SettingError: it is a folder, or its own folder is not there or takes no file.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise SettingError(name, str(path), f"cannot be written ({error}); name another file") from error
 
 
 def _write_report(path: str, summary: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ CELL_BYTES = 16
 """How much memory a number of another file takes while it is read."""
 BLOCK = 16 << 20
 """A row of a text is no longer than this."""
+NEWLINE = b"\n"
 UNITS_OF_NPY = 2
 """The axes of a table in an .npy file."""
 
@@ -246,6 +247,7 @@ def _read_text(path: Path) -> RawTable:
     names = next(csv.reader(io.StringIO(start[: 1 << 20].decode(errors="ignore"), newline=""), delimiter=delimiter))
     _refuse_no_names(names, path)
     _refuse_twice([name.strip() for name in names], str(path))
+    _refuse_open_quotes(data, delimiter, path)
     table, decimal = _parsed(data, delimiter, ".", path), "."
     if delimiter != "," and _has_commas(table):
         table, decimal = _parsed(data, delimiter, ",", path), ","
@@ -291,6 +293,27 @@ def _refuse_no_text(data: bytes, path: Path) -> None:
         if b"\0" in part:
             raise UserError(f"{path}: holds bytes of zero, so it is no text; save it as CSV in UTF-8")
         row += part.count(b"\n")
+
+
+def _refuse_open_quotes(data: bytes, delimiter: str, path: Path) -> None:
+    """Raises UserError for a cell whose quotes are never closed, or are closed inside a cell of a later line.
+
+    A reader of CSV takes everything between as the text of one cell, rows and all.
+    """
+    if b'"' not in data:
+        return
+    after = delimiter.encode() + b"\r\n"
+    quoted = re.compile(rb"(?:\A|(?<=[" + re.escape(after) + rb']))"(?:[^"]+|"")*("?)')
+    for cell in quoted.finditer(data.removeprefix(codecs.BOM_UTF8)):
+        ends_well = cell[1] and (cell.end() == len(cell.string) or cell.string[cell.end()] in after)
+        if ends_well or (cell[1] and b"\n" not in cell[0]):
+            continue
+        line = cell.string[: cell.start()].count(b"\n") + 1
+        how = "are never closed" if not cell[1] else f"are closed inside a cell of line {line + cell[0].count(NEWLINE)}"
+        problem = (
+            f"the quotes that open in line {line} {how}, so rows would be lost; close them there, or leave them out"
+        )
+        raise UserError(f"{path}: {problem}")
 
 
 def _refuse_no_names(names: Sequence[str], path: Path) -> None:

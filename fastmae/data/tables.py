@@ -9,6 +9,7 @@ table_files.py. This module knows nothing of models.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +41,10 @@ ROW_NAMES = ("", "unnamed: 0", "__index_level_0__", "index", "id")
 """How a column is called, in lower case, that names rows if each has its own."""
 MANY_CLASSES = 100
 """Integers of more different values are no classes."""
+FAR = 20
+"""A number this many ranges of all others away from them is said to spoil the mean."""
+HUGE = 1e30
+"""Marks of missing cells beyond it are usual: 1e38, the largest number of float32."""
 EXACT = 1 << 24
 """float32 holds every integer up to this one."""
 BLURRED = 1e-3
@@ -365,6 +370,10 @@ def _checked(raw: RawTable, name: str, nodata: float | None, notes: list[str]) -
     present = exact[~np.isnan(exact)]
     if not len(present):
         return numbers
+    if (stray := _stray(present)) is not None:
+        count = count_of(int((present == stray).sum()), "cells")
+        text = f"{stray:g} ({count}) is far from all other numbers, and spoils the mean and the deviation"
+        notes.append(f"column {name!r}: {text}; if it stands for missing cells, --nodata {stray:g}")
     off = np.abs(present.astype(np.float32).astype(np.float64) - present)
     if raw.kind(name) == "int" and np.abs(present).max() > EXACT and off.any():
         moved = f"{count_of(int((off > 0).sum()), 'integers')} beyond {EXACT:,} are rounded, by up to {off.max():g}"
@@ -373,6 +382,23 @@ def _checked(raw: RawTable, name: str, nodata: float | None, notes: list[str]) -
         text = f"float32 rounds its numbers by up to {off.max():.2g}, and their deviation is {present.std():.2g}"
         notes.append(f"column {name!r}: {text}; subtract its mean")
     return numbers
+
+
+def _stray(numbers: np.ndarray) -> float | None:
+    """Returns the largest or smallest number of a column if it looks like a mark of missing cells; otherwise None.
+
+    It is further from all others than ``FAR`` times their range; or than their range, if it is beyond ``HUGE`` or
+    written with nines alone.
+    """
+    for end in (numbers.max(), numbers.min()):
+        rest = numbers[numbers != end]
+        if not len(rest):
+            return None
+        gap, spread = np.abs(rest - end).min(), rest.max() - rest.min()
+        is_usual = abs(end) > HUGE or re.fullmatch(r"-?9{3,}(\.0|\.9+)?", str(float(end))) is not None
+        if gap > (spread if is_usual else FAR * spread) and (spread > 0 or is_usual):
+            return float(end)
+    return None
 
 
 def _of_missing(values: np.ndarray, names: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastmae.config.family import PRESET_OF_FAMILY, TAKEN_BY, family_of
 from fastmae.config.load import COMPUTED
 from fastmae.errors import UserError
 from fastmae.report.run_folder import RunRecord, is_run
@@ -61,10 +62,16 @@ def row_of(run: RunRecord) -> dict[str, Any]:
     }
 
 
+def setting(run: RunRecord, name: str) -> Any:
+    """Returns a setting of a run; None where it has none, or where it means nothing to the family of its model."""
+    means_something = family_of(run.settings.get("model")) in TAKEN_BY.get(name, PRESET_OF_FAMILY)
+    return run.settings.get(name) if means_something else None
+
+
 def differing(runs: Sequence[RunRecord]) -> list[str]:
     """Returns the settings that are not the same in all runs, in the order in which config.json has them."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in SAME)
-    found = [name for name in names if len({repr(run.settings.get(name)) for run in runs}) > 1]
+    found = [name for name in names if len({repr(setting(run, name)) for run in runs}) > 1]
     return [name for name in found if name != "lr" or "blr" not in found]  # it follows from blr
 
 

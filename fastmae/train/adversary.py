@@ -149,7 +149,7 @@ def make_adversary(
         problem = f"needs the predictions, which a model with a {names} of its own does not give; leave it out"
         raise SettingError("adversarial", config.adversarial, problem)
     with torch.random.fork_rng([]):  # what the model draws does not depend on it
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # the CPU's alone, as no other is forked
         kind = config.adversarial_regulariser or "none"
         discriminator = Discriminator(smallest, config.in_chans, spectral=kind == "spectral")
     return Adversary(discriminator.to(model.device), kind, config.adversarial_r1 or 0.0, mean_over_ranks)

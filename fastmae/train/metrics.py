@@ -339,7 +339,9 @@ class Screen:
         start_step: int,
         shows: bool,
         unseen: Path | None = None,
+        unit: str = "images",
     ) -> None:
+        self._unit = unit  # what samples are called
         self._unseen, self._warnings = unseen, _UnseenWarnings(self._keep)
         self.console = open_console(quiet=not shows, soft_wrap=True)
         self._epochs, self._total, self._images_per_step = epochs, total_steps, images_per_step
@@ -425,7 +427,7 @@ class Screen:
         rate = self._rate(done, now, latest)
         if rate is None:
             return f"first step in {now - self._started:.1f} s"
-        parts = [f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"]
+        parts = [f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s"]
         if "mfu" in latest:
             parts.append(f"MFU {latest['mfu']:.1%}")
         if "data_wait" in latest:

@@ -143,7 +143,7 @@ def _pretrain(given: Given, flags: PretrainConfig, context: parallel.DistContext
         probed = _probed(flags, config, given, source, held)
         precision = _precision(config, context)
         image_decoder, why_decoder = choose_decoder(config.image_decoder, context.device, source, reading_of(config))
-        steps = plan_steps(config, context.size, config.batch_size // config.repeated_masks, "images")
+        steps = plan_steps(config, context.size, config.batch_size // config.repeated_masks, _unit(config))
         same |= identity(flags, config, {"train": source}, given.model if start is None else start.model)
         source = _cached(config, source, image_decoder)
     fresh_step = config.start_epoch * steps.per_epoch
@@ -559,8 +559,17 @@ def _about_adversary(config: ResolvedConfig) -> str:
     )
 
 
+def _unit(config: ResolvedConfig) -> str:
+    """Returns what a run's samples are called: those of tables are rows."""
+    return "images" if config.columns is None else "rows"
+
+
 def _without_targets(model: MaskedModel, source: Source) -> list[str]:
-    """Returns a line about the share of patches that are no targets, as pixels are missing, if there are any."""
+    """Returns a line about the share of patches that are no targets, as pixels are missing, if there are any.
+
+    Raises:
+        UserError: every patch of the images that are looked at has a missing pixel, so that no loss is of anything.
+    """
     nodata = nodata_of(model.pixels)
     if nodata is None:
         return []
@@ -571,6 +580,9 @@ def _without_targets(model: MaskedModel, source: Source) -> list[str]:
         return [f"targets         {what}, and are never among them"] if share else []
     ids = torch.arange(model.num_patches, device=images.device).expand(len(images), -1)
     share = 100 * float(excluded_share(images, ids, model.patch_size, nodata))
+    if share == 100:
+        problem = f"every patch of the {len(images)} images that were looked at has a missing pixel (NaN, or --nodata)"
+        raise UserError(f"{problem}, so nothing is left to be predicted; fill the gaps, or make patches smaller")
     what = f"{share:.2g} % of the patches of {count_of(len(images), 'images')} have a missing pixel"
     return [f"targets         {what}, and are never among them"] if share else []
 
@@ -675,7 +687,7 @@ def _probed(flags: PretrainConfig, config: ResolvedConfig, given: Given, source:
     """
     lines: tuple[str, ...] = ()
     if held is not None:
-        lines = (f"held out        {_about_held_out(held)}",)
+        lines = (f"held out        {_about_held_out(held, _unit(config))}",)
     nothing = Probed(source if held is None else held, held, lines=lines)
     if not config.probe and config.probe_freq is None:
         return nothing
@@ -711,10 +723,10 @@ def _of_paths(config: ResolvedConfig) -> tuple[tuple[tuple[Source, Source], ...]
     return tuple(parts), ()
 
 
-def _about_held_out(held: Source) -> str:
+def _about_held_out(held: Source, unit: str) -> str:
     some = len(some_of(held))
     measured = "" if some == len(held) else f", of which {some:,} are measured"
-    return f"{count_of(len(held), 'images')}, drawn by the seed and never trained on{measured}"
+    return f"{count_of(len(held), unit)}, drawn by the seed and never trained on{measured}"
 
 
 def _some_of(part: Source) -> Source:

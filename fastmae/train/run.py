@@ -127,6 +127,7 @@ def open_run(
         start_step=restored.step,
         shows=context.is_main,
         unseen=folder / "unseen.txt",
+        unit="images" if getattr(config, "columns", None) is None else "rows",
     )
     on_main(lambda: _write_beginning(folder, config, context, backends))
     if restored.step < steps.total:

@@ -378,3 +378,37 @@ def test_numbers_beyond_a_type_become_its_ends():
 def test_a_table_without_rows_is_refused():
     with pytest.raises(UserError, match="has no rows"):
         table_source(of_array(np.zeros((0, 3)), "x"), ANY)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('a,b\n1,2\n3,"4\n5,6\n7,8\n', "open in line 3 are never closed"),
+        ('a,b,c\n1,2,x\n3,4,"y\n5,6,"z"\n7,8,w\n', "open in line 3 are closed inside a cell of line 4"),
+        ('a,"b\n1,2\n', "open in line 1 are never closed"),
+    ],
+)
+def test_quotes_that_swallow_rows_are_refused_with_their_line(tmp_path, text, said):
+    with pytest.raises(UserError, match=said) as error:
+        read_table(written(tmp_path, "a.csv", text))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ['a,b\n1,"x\ny ""q"", "\n3,"u"\n', 'a,b\n1,5" pipe\n3,u\n', 'a,b\n1,"x"y\n3,"u"'])
+def test_other_quotes_are_read(tmp_path, text):
+    assert read_table(written(tmp_path, "a.csv", text)).length == 2
+
+
+@pytest.mark.parametrize("mark", ["1e38", "-9999", "999999", "1e6"])
+def test_a_number_that_spoils_a_mean_is_said_with_what_to_do(tmp_path, mark):
+    path = written(tmp_path, "a.csv", f"a,b\n1,3.5\n2,{mark}\n3,4.5\n4,{mark}\n5,4\n")
+    (line,) = [line for line in lines(opened(path)).splitlines() if "--nodata" in line]
+    assert f"column 'b': {float(mark):g} (2 cells)" in line
+    assert f"--nodata {float(mark):g}" in line
+    assert "--nodata" not in lines(opened(path, replace(ANY, nodata=float(mark))))
+
+
+@pytest.mark.parametrize("cells", ["0 0 0 1", "0 1 1 0", "5 5 5 5", "990 999 1000 995", "1 2 3 20"])
+def test_usual_numbers_are_no_marks(tmp_path, cells):
+    rows = "".join(f"{number},{cell}\n" for number, cell in enumerate(cells.split()))
+    assert "--nodata" not in lines(opened(written(tmp_path, "a.csv", f"a,b\n{rows}")))

@@ -204,6 +204,21 @@ def test_the_report_is_no_file_of_the_table(tmp_path):
         ImputeConfig(checkpoint="run", output=str(tmp_path / "a.csv"), report=str(tmp_path / "a.csv"))
 
 
+def test_what_cannot_be_written_is_refused_before_anything_is_predicted(run, tmp_path, capsys, monkeypatch):
+    arrow_csv.write_csv(pa.table([*related(8).T], names=NAMES), tmp_path / "a.csv")
+    (tmp_path / "folder.csv").mkdir()
+    monkeypatch.setattr("fastmae.commands.impute.missing_filled", None)  # nothing calls it
+    words = ["impute", str(run.folder), str(tmp_path / "a.csv"), "--device", "cpu", "--output"]
+    for output, problem in (
+        ([str(tmp_path / "folder.csv")], "is a folder"),
+        ([str(tmp_path / "b.csv"), "--report", str(tmp_path / "a.csv")], "is the table itself"),
+        ([str(tmp_path / "b.csv"), "--report", str(tmp_path / "no" / "r.json")], "cannot be written"),
+    ):
+        assert main([*words, *output]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert problem in line
+
+
 def test_rows_that_break_the_relation_are_unusual(run, tmp_path, capsys):
     table = related(40, seed=5)
     table[7, 1] += 60  # three deviations away from what the others say

@@ -69,6 +69,25 @@ def test_the_table_and_the_csv_have_the_same_runs(runs, capsys, monkeypatch):
     assert [row["status"] for row in found] == ["complete", "unfinished", "unfinished"]
 
 
+def test_a_narrow_screen_shows_what_fits_and_names_the_rest(runs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    assert main(["runs", str(runs)]) == 0
+    *table, line = capsys.readouterr().out.strip().splitlines()
+    assert all(len(row) <= 50 for row in table)
+    assert "3/3" in "".join(table)
+    assert line.startswith("too narrow for ")
+    assert "clip_grad" in line
+    assert line.endswith("--json or --csv shows them")
+
+
+def test_settings_that_mean_nothing_to_a_model_are_not_compared(tmp_path, capsys):
+    write_run(tmp_path / "a", epochs=1, steps=1, model="mae_mlp", masking="random", fill="mean")
+    write_run(tmp_path / "b", epochs=1, steps=1, masking="block")
+    a, b = rows(tmp_path, capsys)
+    assert (a["masking"], b["masking"]) == (None, "block")
+    assert (a["fill"], b["fill"]) == ("mean", None)
+
+
 def test_a_folder_of_transformers_is_no_run(runs, capsys):
     (runs / "hub").mkdir()
     (runs / "hub" / "config.json").write_text('{"model_type": "vit", "hidden_size": 192}')

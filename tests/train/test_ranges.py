@@ -17,7 +17,7 @@ from fastmae.config.model import ModelSpec
 from fastmae.config.shared import ReadingConfig
 from fastmae.data import statistics
 from fastmae.data.plan import holdout
-from fastmae.errors import SettingError
+from fastmae.errors import SettingError, UserError
 from fastmae.evaluate.anomaly import patch_errors
 from fastmae.evaluate.reconstruct import drawn
 from fastmae.export.encoder import Encoder
@@ -86,6 +86,16 @@ def test_a_run_that_goes_on_measures_nothing_and_refuses_another_range(wide, mon
     )
     with pytest.raises(SettingError, match=r"made with value_range \[.*\], not \[0.0, 4095.0\]"):
         pretrain(other)
+
+
+def test_images_of_which_no_patch_can_be_predicted_are_refused_in_one_line(tmp_path):
+    images = np.random.default_rng(0).random((16, 8, 8, 1), dtype=np.float32)
+    images[:, ::4, ::4] = np.nan  # a pixel of every patch
+    np.save(tmp_path / "images.npy", images)
+    config = small_run(str(tmp_path / "images.npy"), tmp_path / "run", model="mae_vit_tiny_patch4", input_size=8)
+    with pytest.raises(UserError, match="every patch of the 16 images that were looked at has a missing") as error:
+        pretrain(config)
+    assert "\n" not in str(error.value)
 
 
 def test_the_share_of_masked_patches_without_a_target_is_logged_for_each_step_and_epoch(tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 from fastmae.data.augment import RandAugment
 from fastmae.data.changes import noting
 from fastmae.data.decode import BadImageError, decode, plain_jpeg_shape
+from fastmae.data.distort import Distortion
 from fastmae.data.headers import read_header
 from fastmae.data.label_maps import MapReading, crop_map
 from fastmae.data.plan import Box, central_box, is_flipped, random_box, random_rows, scaled_box, unseen_note
@@ -45,7 +46,7 @@ class View:
     ``scale``."""
     maps: MapReading | None = None
     """How label maps are read, of a source that has them. They are cropped with their images."""
-    augment: RandAugment | None = None
+    augment: RandAugment | Distortion | None = None
     """Changes the pixels of a crop. Only the thread decoder can do it."""
 
     @property

@@ -32,26 +32,34 @@ def batch_of(source, view, draw_ids=(0,)):
     return next(load_batches(source, requests, view, device=torch.device("cpu"), num_workers=1))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     st.integers(24, 90), st.integers(24, 90), st.integers(16, 48), st.integers(16, 48), st.integers(0, 2**40),
     st.sampled_from([dict(random_scale=(0.5, 2.0)), dict(scale=(0.3, 1.0)), dict(seed=None)]),
 )  # fmt: skip
 def test_image_and_map_stay_aligned(height, width, rows, columns, draw, how):
-    """Each pixel of the map has the class whose tone its pixel of the image has, but next to an edge, where tones are
-    blended."""
-    maps = blocks(height, width)[None]
-    source = MappedSource(ArraySource(TONES[maps][..., None], None, "x"), maps)
-    view = View((rows, columns), Reading(1), **{"seed": 3, "flip": True, "maps": MapReading(4), **how})
-    batch = batch_of(source, view, (draw,))
-    assert batch.maps is not None
-    image, found = batch.images.numpy()[0, ..., 0].astype(int), batch.maps.numpy()[0]
-    padded = np.pad(found, 2, constant_values=IGNORED - 1)  # beyond the box there may be an edge, too
-    near = np.lib.stride_tricks.sliding_window_view(padded, (5, 5))
-    inside = (near == found[..., None, None]).all(axis=(2, 3)) & (found != IGNORED)
-    nearest_tone = abs(image[..., None] - TONES.astype(int)).argmin(axis=2)  # a bicubic filter overshoots near edges
-    np.testing.assert_array_equal(nearest_tone[inside], found[inside])
-    assert inside.mean() > 0.01 or (found == IGNORED).mean() > 0.3 or min(rows, columns) < 20
+    """An image of two ramps says where each of its pixels comes from, and its map says it as well: the nearest pixel.
+
+    Resizing keeps a ramp, but where its filter reaches beyond the crop.
+    """
+    y, x = np.mgrid[:height, :width].astype(np.uint8)
+    ramps = np.stack([2 * y, 2 * x], axis=-1)[None]
+    found, images = [], []
+    for places in (y, x):
+        source = MappedSource(ArraySource(ramps, None, "x"), places[None])
+        view = View((rows, columns), Reading(2), **{"seed": 3, "flip": True, "maps": MapReading(), **how})
+        batch = batch_of(source, view, (draw,))
+        assert batch.maps is not None
+        found.append(batch.maps.numpy()[0].astype(int))
+        images.append(batch.images.numpy()[0] / 2)
+    np.testing.assert_array_equal(*images)
+    known = found[0] != IGNORED
+    np.testing.assert_array_equal(known, found[1] != IGNORED)
+    assert known.any()
+    inside = np.zeros_like(known)
+    inside[np.ix_(*(np.flatnonzero(known.any(axis=axis))[3:-3] for axis in (1, 0)))] = True
+    for axis, places in enumerate(found):
+        assert abs(images[0][..., axis] - places)[inside].max(initial=0) <= 0.5 + 0.75  # levels are rounded, twice
 
 
 def test_a_crop_that_reaches_beyond_the_image_counts_nowhere_there():

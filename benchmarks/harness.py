@@ -33,6 +33,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from fastmae.config.family import family_of
 from fastmae.environment import hardware, processor, versions
 from fastmae.errors import UserError
 from fastmae.files import write_text
@@ -430,10 +431,14 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def require_preset(model: str) -> None:
-    """Raises a UserError that names the flag if there is no such preset."""
+def require_preset(model: str, flag: str = "--model") -> None:
+    """Raises a UserError that names the flag if there is no such preset, or if it is of another family."""
+    if family_of(model) != "vit":
+        raise UserError(
+            f"{flag} {model}: only vision transformers (mae_vit_*) are timed here, as what they are beside is"
+        )
     if model not in PRESETS:
-        raise UserError(f"--model {model}: unknown; one of {', '.join(PRESETS)}")
+        raise UserError(f"{flag} {model}: unknown; one of {', '.join(PRESETS)}")
 
 
 def report(

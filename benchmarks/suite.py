@@ -27,7 +27,7 @@ import torch
 
 from fastmae.benchmarks.cases import MASK_RATIO, Shapes, shapes_of
 from fastmae.benchmarks.ceilings import measure_all_ceilings, step_bytes
-from fastmae.benchmarks.harness import Ceilings, describe_ceilings, machine_name, write_result
+from fastmae.benchmarks.harness import Ceilings, describe_ceilings, machine_name, require_preset, write_result
 from fastmae.benchmarks.images import ImagesConfig, make_jpegs
 from fastmae.config import (
     BenchAllConfig,
@@ -41,7 +41,6 @@ from fastmae.config import (
     check_bench,
 )
 from fastmae.data.loader import default_workers
-from fastmae.errors import UserError
 from fastmae.files import write_text
 from fastmae.model.presets import PRESETS
 from fastmae.train.parallel import choose_device
@@ -90,8 +89,7 @@ def bench_all(config: BenchAllConfig, command: Sequence[str]) -> int:
         UserError: settings that cannot work.
     """
     check_bench(config)
-    if config.model not in PRESETS:
-        raise UserError(f"--model {config.model}: unknown; one of {', '.join(PRESETS)}")
+    require_preset(config.model)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     batches = sorted(config.batch_sizes or (GPU_BATCHES if device.type == "cuda" else CPU_BATCHES))

@@ -34,6 +34,8 @@ WRONG = [
     (["attention", "--device", "cpu", "--write"], "--write"),
     (["step", "--batch_size", "0"], "--batch_size 0"),
     (["step", "--model", "vit"], "--model vit: unknown"),
+    (["step", "--model", "mae_conv"], "--model mae_conv: only vision transformers"),
+    (["all", "--output", "x", "--model", "mae_mlp"], "--model mae_mlp: only vision transformers"),
     (["step", "--switches", "faster"], "--switches faster: faster is unknown; one of bf16,"),
     (["step", "--switches", "bf16+faster"], "--switches bf16+faster: faster is unknown"),
     (["step", "--switches", "float8"], "--batch_size 8: must be a multiple of 16 with --switches float8"),

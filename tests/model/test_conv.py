@@ -223,3 +223,28 @@ def test_checkpointing_keeps_less_and_changes_no_bit(keeps: Any, bf16: bool) -> 
     assert torch.equal(*losses)
     assert all(map(torch.equal, *gradients))
     assert kept[1] < kept[0]
+
+
+@pytest.mark.parametrize("fill", ["zero", "noise"])
+def test_five_channels_with_masks_of_pixels_and_cross_entropy(fill):
+    """All channels of a masked pixel are hidden; noise stays the same for the same image and mask."""
+    settings = dict(widths=(4, 8), latent_dim=6, mask_unit="pixel", fill=fill, loss="bce")
+    torch.manual_seed(0)
+    mean, std = [0.1, 0.2, 0.3, 0.4, 0.5], [0.1, 0.2, 0.2, 0.3, 0.3]
+    model = ConvMAE((7, 9), in_chans=5, mean=mean, std=std, **settings).double()
+    images = torch.randint(0, 256, (3, 7, 9, 5), dtype=torch.uint8)
+    ids = torch.stack([torch.randperm(63) for _ in range(3)])
+    K = model.num_visible(0.25)
+    loss, pred = model.loss_and_prediction(images, ids, 0.25)
+    assert pred.shape == (3, 63 - K, 5)
+    mask = mask_of(model, ids, K)
+    shares = images.permute(0, 3, 1, 2).double() / 255
+    if fill == "zero":
+        torch.testing.assert_close(loss, plain_loss(plain_of(model), model, shares, mask), rtol=1e-6, atol=0)
+        changed = torch.where(mask.permute(0, 2, 3, 1), 255 - images, images)
+        assert torch.equal(model.loss_and_prediction(changed, ids, 0.25)[1], pred)
+    else:
+        assert torch.equal(model.loss_and_prediction(images, ids, 0.25)[1], pred)
+        assert not torch.equal(model.loss_and_prediction(images, ids.flip(0), 0.25)[1], pred)
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

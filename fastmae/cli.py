@@ -245,9 +245,9 @@ def call(config: Any, argv: list[str]) -> int:
 
             return pretrain(config)
         case FinetuneConfig():
-            from fastmae.train.classify import finetune
+            from fastmae.commands.finetune import run_finetune
 
-            return finetune(config)
+            return run_finetune(config)
         case SegmentConfig():
             from fastmae.commands.segment import run_segment
 

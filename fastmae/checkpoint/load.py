@@ -223,6 +223,11 @@ def load_classifier(checkpoint: str | Path) -> AnyClassifier:
     opened = open_checkpoint(path)
     if not opened.head:
         raise UserError(f"{path}: is {opened.what}, not a fine-tuned classifier; give another checkpoint")
+    return with_head(opened)
+
+
+def with_head(opened: Opened) -> AnyClassifier:
+    """Returns the classifier that a checkpoint with a head holds, in evaluation mode."""
     has_pooled_norm = opened.model.fc_norm is not None
     model = classifier_of(opened.model, opened.head["head.weight"].shape[0], global_pool=has_pooled_norm)
     model.load_state_dict(opened.head, strict=False)

@@ -62,7 +62,11 @@ EXAMPLES = {
         "fastmae sweep digits.yaml",
         'fastmae sweep imagenet.yaml --trials 50 --launch "torchrun --nproc_per_node 8"',
     ),
-    "probe": ("fastmae probe runs/digits", "fastmae probe runs/digits --shots 1 5 10 --seeds 5"),
+    "probe": (
+        "fastmae probe runs/digits",
+        "fastmae probe runs/digits --shots 1 5 10 --seeds 5",
+        "fastmae probe runs/digits --corruptions --attacks pgd",
+    ),
     "reconstruct": ("fastmae reconstruct runs/digits --output digits.png",),
     "features": (
         "fastmae features runs/photos photos --output photos.npz",

@@ -27,6 +27,7 @@ AnomalyPool = Literal["tokens", "mean", "cls", "both"]
 LinearProbe = Literal["logistic", "lars"]
 Reduction = Literal["pca", "umap"]
 Beside = Literal["random", "pixels"]
+Attack = Literal["fgsm", "pgd"]
 PROBE_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 PROBE_BATCH = 16_384
 
@@ -56,12 +57,22 @@ class ProbeConfig(FewLabelsConfig, ReadingConfig):
     beside: tuple[Beside, ...] = ()
     """With --shots or --label_share, measure other features as well: those of the same encoder with random weights
     (random), and the pixels themselves (pixels)."""
+    corruptions: bool = False
+    """Measure the classifiers on the test part under 14 kinds of corruptions as well: noise, blur, weather and digital
+    ones, of ImageNet-C, or of CIFAR-10-C for images of up to 64 pixels."""
+    severity: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """With --corruptions, how strong they are, 1 to 5."""
+    attacks: tuple[Attack, ...] = ()
+    """Attack the linear classifier, and the head of a fine-tuned one, with small changes of pixels along the gradient:
+    one step (fgsm), or 20 from a random place (pgd). Of more than 1,000 images, as many are taken."""
+    radius: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+    """With --attacks, by how much of 255 a pixel may change."""
     batch_size: ForwardBatch = 256
     device: Device = None
     num_workers: Workers = None
     output: str | None = None
     """A folder for a table of classes and for confusion matrices: probe.json and confusion.png. With --shots or
-    --label_share it gets few.json."""
+    --label_share it gets few.json, with --corruptions or --attacks robustness.json as well."""
     json: Json = False
 
     def __post_init__(self) -> None:
@@ -218,6 +229,7 @@ def check_evaluation(config: ProbeConfig | ReconstructConfig | FeaturesConfig | 
             need(config, False, name, "given together with --linear=lars")
         need(config, config.linear_batch != 1, "linear_batch", "at least 2, as BatchNorm needs")
         _check_few_probe(config)
+        _check_robustness(config)
     if isinstance(config, AnomalyConfig):
         need(config, config.mask_ratio is None or 0 < config.mask_ratio < 1, "mask_ratio", "above 0 and below 1")
     if isinstance(config, ReconstructConfig):
@@ -233,6 +245,28 @@ def _check_few_probe(config: ProbeConfig) -> None:
         return
     need(config, config.seeds is None, "seeds", "given together with --shots or --label_share")
     need(config, config.beside == (), "beside", "given together with --shots or --label_share")
+
+
+def _check_robustness(config: ProbeConfig) -> None:
+    default = {name: ProbeConfig.__dataclass_fields__[name].default for name in ("severity", "radius")}
+    for name, needed in (("severity", "corruptions"), ("radius", "attacks")):
+        values = getattr(config, name)
+        need(config, values != (), name, "one or several numbers")
+        need(config, bool(getattr(config, needed)) or values == default[name], name, f"given together with --{needed}")
+    for severity in config.severity:
+        if not 1 <= severity <= 5:
+            raise SettingError("severity", severity, "must be 1 to 5")
+    for radius in config.radius:
+        if not 0 < radius <= 255:
+            raise SettingError("radius", radius, "must be above 0 and at most 255, in units of 1 / 255 of the range")
+    if config.corruptions or config.attacks:
+        need(config, config.linear == "logistic", "linear", "logistic with --corruptions or --attacks")
+        need(
+            config,
+            not amounts_of(config),
+            "shots" if config.shots else "label_share",
+            "left out with --corruptions or --attacks",
+        )
 
 
 def _check_reconstruct(config: ReconstructConfig) -> None:

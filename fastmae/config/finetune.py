@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 from fastmae.config.family import family_of
+from fastmae.config.few import FewLabelsConfig, amounts_of, check_few
 from fastmae.config.images import IMAGE_SETTINGS, pixel_settings
 from fastmae.config.shape import ENCODER_SHAPE
 from fastmae.config.training import check_rates, chosen_compile, default_warmup
@@ -17,12 +19,14 @@ from fastmae.config.values import coerce, given, need
 from fastmae.facts import UINT8, DataFacts, PixelFacts, PixelType
 
 OFFICIAL_FINETUNING_WARMUP = 5.0
+FEW_STEPS = 300
+"""At least so many steps a fine-tuning with few labels takes by default."""
 LARGEST_ALPHA = 1e6
 """With a larger one mixup blends every pair in halves."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TuningConfig):
+class FinetuneConfig(FewLabelsConfig, TuningConfig):
     """Fine-tune a pretrained encoder on labelled images. The flags of the official script keep their names and
     meanings."""
 
@@ -65,7 +69,7 @@ class FinetuneConfig(TuningConfig):
     epochs: int | None = None
     """Passes over the train part. Default: as in the official script, 100 for encoders up to the width of ViT-B,
     otherwise 50; of ConvNeXt V2 600 below the width of
-    Tiny, 300 for it, 100 above; 20 for the digits."""
+    Tiny, 300 for it, 100 above; 20 for the digits. With few labels as many as 300 steps need, if that is more."""
     blr: float | None = None
     """Base learning rate, for a global batch of 256 images; --lr is computed from it. Default: as in the official
     script, 5e-4 up to ViT-B, otherwise 1e-3; of ConvNeXt V2 2e-4 below Tiny, 8e-4 for it, 6.25e-4 above; 1e-2 for
@@ -131,7 +135,7 @@ class ResolvedFinetuneConfig(FinetuneConfig):
 FIXED_IN_A_FINETUNING = (
     "model", "input_size", "in_chans", "mean", "std", "nb_classes", "global_pool", "tune", "lora_rank", "drop_path",
     "crop_scale", "flip", "aa", "reprob", "smoothing", "mixup", "cutmix", "mixup_switch_prob", "seed", "global_batch",
-    "dataset_length", "order", "keep_last", *ENCODER_SHAPE, *IMAGE_SETTINGS,
+    "dataset_length", "order", "keep_last", "shots", "label_share", *ENCODER_SHAPE, *IMAGE_SETTINGS,
 )  # fmt: skip
 
 
@@ -166,6 +170,10 @@ def resolve_finetune(
         )
     if digits:
         epochs, blr = 20, 1e-2
+    batch_size = config.batch_size
+    if amounts_of(config):  # a batch takes no image twice, and pairs can be mixed
+        batch_size = max(1, min(batch_size, facts.length // (config.accum_iter * ranks) // 2 * 2))
+        epochs = max(epochs, math.ceil(FEW_STEPS / max(1, facts.length // (batch_size * config.accum_iter * ranks))))
     epochs = given(config.epochs, epochs)
     if config.tune != "full":
         drop_path = 0.0
@@ -173,9 +181,10 @@ def resolve_finetune(
     takes_randaugment = facts.kind == "folder" and len(mean) in (1, 3) and pixels == UINT8
     is_series = input_size[0] == 1 or config.spectrogram is not None
     blr = given(config.blr, blr)
-    global_batch = config.batch_size * config.accum_iter * ranks
+    global_batch = batch_size * config.accum_iter * ranks
     chosen = dict(
         model=model,
+        batch_size=batch_size,
         input_size=(input_size[0], input_size[-1]),
         patch_size=patch_size,
         **(shape or {}),
@@ -226,6 +235,7 @@ def check_finetune(config: FinetuneConfig) -> None:
         SettingError: naming the setting, its value and what it must be.
     """
     check_tuning(config)
+    check_few(config)
     can = family_of(config.model) in ("vit", "convnext")
     need(config, can, "model", "a preset mae_vit_* or mae_convnextv2_*; other models have `fastmae probe` alone")
     needed = partial(need, config)

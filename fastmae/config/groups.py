@@ -16,7 +16,7 @@ GROUPS = {
         "window", "spectrogram", "columns", "label_column", "in_chans",
         "pixel_type", "other_types", "value_range", "nodata", "mean", "std", "classes", "ignore_index",
         "reduce_zero_label", "crop_scale", "random_scale", "flip", "aa", "reprob",
-        "mixup", "cutmix", "mixup_switch_prob", "repeated_masks", "held_out",
+        "mixup", "cutmix", "mixup_switch_prob", "repeated_masks", "held_out", "shots", "label_share", "seeds",
     ),
     "model and masks": (
         "finetune", "model", "segmenter_head", "init", "input_size", "patch_size", "start_size", "grow_epochs",

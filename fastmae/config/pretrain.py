@@ -233,7 +233,7 @@ UNLESS_SAVED = {
     "order": FULL_SHUFFLE, "keep_last": False, "repeated_masks": 1, "ema": None, "masking": "random", "given_masks": "",
     "start_size": None, "grow_epochs": 0, "decoder_attention": "self", "predict_ratio": None, "patch_size": None,
     "held_out": None, "mask_ratio_schedule": None, "data_weights": None, "l2sp": 0.0,
-    "adversarial": 0.0, "adversarial_regulariser": None,
+    "adversarial": 0.0, "adversarial_regulariser": None, "shots": None, "label_share": None,
     **dataclasses.asdict(Shape()), **dataclasses.asdict(FamilySettings()), **dict.fromkeys(IMAGE_SETTINGS),
     "pixel_type": "uint8", "other_types": "convert",
 }  # fmt: skip

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +35,16 @@ FIRST_BITS = 4
 DRAWS = 5  # numbers per operation: which, whether, two for its strength, its sign
 
 Operation = Callable[[Image.Image, float, Any], Image.Image]
+
+
+class Augment(Protocol):
+    """What changes the pixels of crops, as a function of their draws."""
+
+    def draws(self, draw_ids: np.ndarray) -> np.ndarray:
+        """Returns [N, ...], a row for each draw."""
+
+    def __call__(self, pixels: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Returns pixels [H, W, C], changed as one row of ``draws`` says."""
 
 
 def _affine(image: Image.Image, coefficients: tuple[float, ...], fill: Any) -> Image.Image:

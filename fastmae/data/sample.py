@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastmae.data.augment import RandAugment
+from fastmae.data.augment import Augment
 from fastmae.data.changes import noting
 from fastmae.data.decode import BadImageError, decode, plain_jpeg_shape
 from fastmae.data.distort import Distortion
@@ -46,7 +46,7 @@ class View:
     ``scale``."""
     maps: MapReading | None = None
     """How label maps are read, of a source that has them. They are cropped with their images."""
-    augment: RandAugment | Distortion | None = None
+    augment: Augment | Distortion | None = None
     """Changes the pixels of a crop. Only the thread decoder can do it."""
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fastmae.config import AnomalyPool
+from fastmae.data.augment import Augment
 from fastmae.data.changes import OF_NUMBERS, ChangedImages
 from fastmae.data.loader import Skipped, View, load_batches
 from fastmae.data.plan import central_share
@@ -43,17 +44,23 @@ def evaluation_view(model: MaskedModel, source: Source) -> View:
 
 
 def usable_batches(
-    model: MaskedModel, source: Source, *, batch_size: int, num_workers: int, share: Share = WHOLE
+    model: MaskedModel,
+    source: Source,
+    *,
+    batch_size: int,
+    num_workers: int,
+    share: Share = WHOLE,
+    augment: Augment | None = None,
 ) -> Iterator[tuple[np.ndarray, torch.Tensor, tuple[Skipped, ...]]]:
     """Yields (indices int64 [n], central crops [n, H, W, C] on the model's device, skipped images), in order.
 
-    They are the batches of this process's ``share``.
+    They are the batches of this process's ``share``; ``augment`` changes their pixels.
     The loader puts another image where one is unusable; it has another name and label, so it is removed here.
     What was done to the numbers of images is told at the end.
     """
     starts = range(0, len(source), batch_size)[share.rank :: share.ranks]
     chunks = [np.arange(start, min(start + batch_size, len(source))) for start in starts]
-    device, view = model.device, evaluation_view(model, source)
+    device, view = model.device, replace(evaluation_view(model, source), augment=augment)
     batches = load_batches(source, ((i, i) for i in chunks), view, device=device, num_workers=num_workers)
     changed = ChangedImages(len(source))
     for indices, batch in zip(chunks, batches, strict=True):
@@ -82,6 +89,7 @@ def extract_features(
     num_workers: int,
     share: Share = WHOLE,
     of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    augment: Augment | None = None,
 ) -> Features:
     """Computes the features of the central crops of all usable images, pooled after the encoder's norm.
 
@@ -92,6 +100,7 @@ def extract_features(
         pool: as in ``model.features``.
         num_workers: threads that read and decode images.
         of: other features of images, [n, H, W, C] to [n, D], instead of the model's.
+        augment: changes the pixels of the crops.
 
     Raises:
         SettingError: the model does not pool so.
@@ -101,7 +110,9 @@ def extract_features(
     values, count = torch.empty(0), 0
     indices: list[np.ndarray] = []
     skipped: list[Skipped] = []
-    batches = usable_batches(model, source, batch_size=batch_size, num_workers=num_workers, share=share)
+    batches = usable_batches(
+        model, source, batch_size=batch_size, num_workers=num_workers, share=share, augment=augment
+    )
     for chosen, images, bad in batches:
         skipped += bad
         if not len(chosen):

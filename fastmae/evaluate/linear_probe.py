@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ EPOCHS, WARMUP_EPOCHS = 90, 10
 MOMENTUM, TRUST = 0.9, 1e-3
 NORM_EPS, INIT_STD = 1e-6, 0.01
 RATE_SHARE = 0.2
+NEVER = -1e4
+"""The logit of a class that cannot be predicted."""
 
 
 def logistic_predictions(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
@@ -31,6 +34,11 @@ def logistic_predictions(train: torch.Tensor, train_labels: torch.Tensor, test: 
         train, test: features [n, D] and [m, D].
         train_labels: int64 [n].
     """
+    probe, average, deviation = _fit_logistic(train, train_labels)
+    return torch.from_numpy(probe.predict(((test - average) / deviation).cpu().numpy())).to(test.device)
+
+
+def _fit_logistic(train: torch.Tensor, train_labels: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor]:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -39,7 +47,35 @@ def logistic_predictions(train: torch.Tensor, train_labels: torch.Tensor, test: 
         warnings.simplefilter("ignore", ConvergenceWarning)  # an early stop only makes the figure a lower bound
         probe = LogisticRegression(max_iter=MAX_ITERATIONS)
         probe.fit(((train - average) / deviation).cpu().numpy(), train_labels.cpu().numpy())
-    return torch.from_numpy(probe.predict(((test - average) / deviation).cpu().numpy())).to(test.device)
+    return probe, average, deviation
+
+
+@dataclass(frozen=True)
+class LinearClassifier:
+    """A linear classifier of C classes behind a standardisation, through which gradients flow."""
+
+    centre: torch.Tensor
+    scale: torch.Tensor
+    weight: torch.Tensor
+    """[C, D]."""
+    bias: torch.Tensor
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """Computes logits [n, C] of features [n, D]."""
+        return (features - self.centre) / self.scale @ self.weight.T + self.bias
+
+
+def logistic_classifier(train: torch.Tensor, train_labels: torch.Tensor, classes: int) -> LinearClassifier:
+    """Fits what ``logistic_predictions`` predicts by. A class without a sample in ``train`` is never predicted."""
+    probe, centre, scale = _fit_logistic(train, train_labels)
+    weight, bias = (torch.from_numpy(part).to(train) for part in (probe.coef_, probe.intercept_))
+    if len(weight) == 1:  # of two classes, one logit
+        weight, bias = (torch.cat([-part / 2, part / 2]) for part in (weight, bias))
+    present = torch.from_numpy(probe.classes_).to(train.device)
+    every = weight.new_zeros(classes, weight.shape[1]), bias.new_full((classes,), NEVER)
+    return LinearClassifier(
+        centre, scale, every[0].index_copy(0, present, weight), every[1].index_copy(0, present, bias)
+    )
 
 
 @dataclass(frozen=True)

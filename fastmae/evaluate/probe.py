@@ -88,7 +88,7 @@ def knn_accuracy(model: MaskedModel, train: Source, test: Source, *, num_workers
     features = [
         extract_features(model, part, pool="mean", batch_size=256, num_workers=num_workers) for part in (train, test)
     ]
-    _, labels = _same_classes(train, test, features)
+    _, labels = same_classes(train, test, features)
     train_labels, truth = (torch.from_numpy(part).to(features[0].values.device) for part in labels)
     predictions = knn_predictions(features[0].values, train_labels, features[1].values, (k,))[k]
     return round(100 * float((predictions == truth).double().mean()), 2)
@@ -142,7 +142,7 @@ def fit_and_score(
     linear_batch: int,
 ) -> ProbeResult:
     """Does the same with the features of both parts, whose images are ``scorable``."""
-    classes, labels = _same_classes(train, test, features)
+    classes, labels = same_classes(train, test, features)
     values, test_values = features[0].values, features[1].values
     train_labels, truth = (torch.from_numpy(part).to(values.device) for part in labels)
     how: dict[str, Any] = {"pool": pool, "train": len(values), "test": len(test_values)}
@@ -176,7 +176,7 @@ def scorable(train: Source, test: Source, ks: Sequence[int], linear: LinearProbe
     return test
 
 
-def _same_classes(
+def same_classes(
     train: Source, test: Source, parts_features: Sequence[Features]
 ) -> tuple[tuple[str, ...], list[np.ndarray]]:
     """Returns the classes of both parts, and the labels of their usable images in one common numbering.

@@ -18,10 +18,12 @@ from fastmae.config import (
     FIXED_IN_A_FINETUNING,
     FinetuneConfig,
     ResolvedFinetuneConfig,
+    amounts_of,
     pixel_facts,
     resolve_finetune,
 )
 from fastmae.data.augment import CHANNELS, BatchAugment, RandAugment, parse_randaugment
+from fastmae.data.few import with_few_labels
 from fastmae.data.loader import Batch, View
 from fastmae.data.plan import central_share
 from fastmae.data.sources import (
@@ -60,7 +62,14 @@ def finetune(config: FinetuneConfig, given: Given = NOTHING) -> int:
 def _open_data(flags: FinetuneConfig, data: Parts | str | tuple[str, ...], reading: ReadAs) -> tuple[Source, Source]:
     train, val = train_and_val(data, reading)
     _classes(flags, train, val)
-    return train, with_known_classes(train, val)
+    val = with_known_classes(train, val)
+    amounts = amounts_of(flags)
+    if len(amounts) > 1 or flags.seeds:
+        name = "seeds" if flags.seeds else "shots" if flags.shots else "label_share"
+        raise SettingError(
+            name, getattr(flags, name), "is for `fastmae finetune`; here a run has one number and one seed"
+        )
+    return (with_few_labels(train, amounts[0], flags.seed) if amounts else train), val
 
 
 def _classes(flags: FinetuneConfig, train: Source, val: Source) -> int:

@@ -40,7 +40,7 @@ ALLOWED = {
     | {"config", "environment", "kernels", "ops", "model", "data", "checkpoint", "evaluate", "train"},
     "estimate": {"errors", "config", "model"},
     "commands": LEAVES
-    | {"argv", "flags", "config", "environment", "estimate", "model", "data", "checkpoint"}
+    | {"argv", "flags", "config", "environment", "estimate", "launch", "model", "data", "checkpoint"}
     | {"evaluate", "export", "report", "serve", "sweep", "train", "benchmarks"},
     "flags": set(),
     "argv": {"errors", "flags", "config"},

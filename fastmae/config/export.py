@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastmae.config.shared import Checkpoint, ReadingConfig, check_reading
-from fastmae.config.values import coerce, need, need_utf8
+from fastmae.config.values import coerce, need, need_size, need_utf8
 from fastmae.errors import SettingError
 
-ExportFormat = Literal["official", "timm", "hf", "onnx", "torch-export"]
+ExportFormat = Literal["official", "timm", "hf", "vitdet", "onnx", "torch-export"]
+
+
+OF_VITDET = ("window_size", "image_size", "relative_positions")
+"""The settings that go with --to vitdet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +24,10 @@ class ExportConfig(ReadingConfig):
     to: ExportFormat
     """official: a .pth or .safetensors file with the names of the official files. timm: a state dict for its models
     vit_*_patch*_224.mae. hf: a folder for ViTMAEForPreTraining of transformers, or for ViTModel with the encoder alone.
-    onnx and torch-export: the encoder as a program (.onnx, .pt2)."""
+    vitdet: a folder for VitDetBackbone of transformers, for detection. onnx and torch-export: the encoder as a program
+    (.onnx, .pt2)."""
     output: str
-    """The file to write, or the folder for hf."""
+    """The file to write, or the folder for hf and vitdet."""
     part: Literal["encoder", "full"] | None = None
     """Write the encoder alone, or the decoder as well. Default: both, where the checkpoint has a decoder and the format
     is official or hf."""
@@ -32,6 +37,15 @@ class ExportConfig(ReadingConfig):
     input: Literal["float", "uint8", "uint16", "float32"] = "float"
     """What a program takes: normalised float32 images [N, C, H, W] (float), or pixels [N, H, W, C] of the type that the
     model was trained with, which it normalises itself (uint8, uint16, float32)."""
+    window_size: int | None = None
+    """With --to vitdet, the side of the windows of patches that most blocks attend to, all but four; 0 lets every block
+    attend to all patches. Default: 14, as published."""
+    image_size: tuple[int, ...] | None = None
+    """With --to vitdet, the side of the images to detect in, or their height and width; 1024 as published. Default:
+    that of the pretrained encoder."""
+    relative_positions: bool | None = None
+    """With --to vitdet, whether attention has relative positions, which start at zero. Default: it has, as
+    published."""
     check: str | tuple[str, ...] | None = None
     """Labelled data, such as `digits`, on which the features and the speed of a program are compared with those of
     fastmae."""
@@ -49,7 +63,9 @@ def check_export(config: ExportConfig) -> None:
     """
     check_reading(config)
     to = f"with --to={config.to}"
-    endings = {"onnx": (".onnx",), "torch-export": (".pt2",), "hf": ()}.get(config.to, (".pth", ".safetensors"))
+    endings = {"onnx": (".onnx",), "torch-export": (".pt2",), "hf": (), "vitdet": ()}.get(
+        config.to, (".pth", ".safetensors")
+    )
     if endings and not config.output.endswith(endings):
         raise SettingError("output", config.output, f"must end in {' or '.join(endings)} {to}")
     need(config, config.part != "full" or config.to in ("official", "hf"), "part", f"encoder, or left out, {to}")
@@ -61,6 +77,10 @@ def check_export(config: ExportConfig) -> None:
     if config.check is not None and not is_program:
         problem = f"must be left out {to}; its numbers are those of the checkpoint, unchanged"
         raise SettingError("check", problem=problem)
+    for name in OF_VITDET:
+        need(config, config.to == "vitdet" or getattr(config, name) is None, name, f"left out {to}")
+    need(config, config.window_size is None or config.window_size >= 0, "window_size", "0 or more patches")
+    need_size(config, "image_size")
     for name in ("pixel_type", "value_range"):
         is_open = getattr(config, name) in ("auto", ("auto",))
         need(config, not is_open, name, "other than auto, as an export looks at no data")

@@ -26,6 +26,7 @@ from fastmae.export.official import Part, export_official, numbers
 from fastmae.export.onnx import opened_onnx, save_onnx
 from fastmae.export.program import opened_program, save_program
 from fastmae.export.timm import as_timm, save_timm
+from fastmae.export.vitdet import save_vitdet
 from fastmae.facts import UINT8
 from fastmae.model.convnext import ConvNeXtMAE
 from fastmae.model.family import MaskedModel
@@ -76,6 +77,8 @@ def export(
         return _program(config, model, head, what, num_workers, share, together)
     if not share.is_first:
         return "", {}
+    if config.to == "vitdet":
+        return _to_vitdet(config, model), {}
     if config.to == "official":
         export_official(path, model, _described(opened, head), part, head)
     elif config.to == "timm":
@@ -84,6 +87,20 @@ def export(
         save_for_transformers(path, opened, part, head)
     prepared = "" if config.to == "official" else _how_to_prepare(model)
     return f"{path}: {what}, as {config.to} has it{prepared}", {}
+
+
+def _to_vitdet(config: ExportConfig, model: MaskedModel) -> str:
+    """Writes the encoder as a ViTDet backbone. Returns the line that says what it is."""
+    vit = as_vit(model, "--to=vitdet")
+    size = config.image_size or vit.img_size
+    attends = save_vitdet(
+        Path(config.output),
+        vit,
+        window=14 if config.window_size is None else config.window_size,
+        image_size=(size[0], size[-1]),
+        relative=config.relative_positions is not False,
+    )
+    return f"{config.output}: the encoder, as VitDetBackbone of transformers has it: {attends}{_how_to_prepare(vit)}"
 
 
 def _to_timm(path: Path, model: MaskedModel, head: dict[str, torch.Tensor], what: str) -> str:

@@ -17,6 +17,7 @@ from fastmae.errors import SettingError
 from fastmae.export.atomic import written_aside
 from fastmae.export.official import Part, numbers, weights_of
 from fastmae.facts import UINT8
+from fastmae.model.classifier import Classifier
 from fastmae.model.family import MaskedModel
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import range_ends
@@ -76,7 +77,7 @@ def save_huggingface(
         (aside / PREPROCESSOR).write_text(json.dumps(processor_of(model), indent=2) + "\n")
 
 
-def processor_of(model: MaskedModel) -> dict[str, Any]:
+def processor_of(model: MaskedModel | Classifier) -> dict[str, Any]:
     """Returns the content of preprocessor_config.json: a processor that resizes and normalises as in training."""
     height, width = model.img_size
     return {
@@ -90,7 +91,7 @@ def processor_of(model: MaskedModel) -> dict[str, Any]:
     }
 
 
-def _normalisation(model: MaskedModel) -> dict[str, Any]:
+def _normalisation(model: MaskedModel | Classifier) -> dict[str, Any]:
     """Returns what the processor computes as ``(pixels * rescale_factor - image_mean) / image_std``.
 
     A value range is folded into the three. That and what they cannot say are kept under a name of our own.

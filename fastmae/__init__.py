@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastmae import ops
-    from fastmae.api import Run, extract_features, feature_map, finetune, impute, pretrain, probe, tune
+    from fastmae.api import Run, extract_features, feature_map, finetune, impute, pretrain, probe, segment, tune
     from fastmae.checkpoint.load import load_model
     from fastmae.data.objects import as_source
     from fastmae.data.preprocess import Preprocessing
@@ -78,6 +78,7 @@ __all__ = [
     "ops",
     "pretrain",
     "probe",
+    "segment",
     "tune",
     "wrap",
 ]
@@ -103,6 +104,7 @@ _HOME = {
     "load_model": "fastmae.checkpoint.load",
     "pretrain": "fastmae.api",
     "probe": "fastmae.api",
+    "segment": "fastmae.api",
     "tune": "fastmae.api",
     "wrap": "fastmae.model.wrap",
 }

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from fastmae.config import FinetuneConfig, PretrainConfig, ProbeConfig
+from fastmae.config import FinetuneConfig, PretrainConfig, ProbeConfig, SegmentConfig
 from fastmae.config.family import family_of
 from fastmae.config.load import load_settings, make_config
 from fastmae.errors import SettingError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastmae.evaluate.map import FeatureMap
     from fastmae.model.build import AnyClassifier
     from fastmae.model.family import MaskedModel
+    from fastmae.model.segmenter import Segmenter
     from fastmae.ops.choices import Choices
     from fastmae.train.given import OnStep
 
@@ -66,22 +67,27 @@ class Run:
     """0 if the run is done; 75 if a signal or ``on_step`` stopped it, so that ``resume="auto"`` continues it."""
     is_classifier: bool
     """Whether ``finetune`` made it."""
+    is_segmenter: bool = False
+    """Whether ``segment`` made it."""
     given_model: MaskedModel | None = dataclasses.field(default=None, repr=False)
     """The model that the run was given, which has its weights since it ended."""
 
     @cached_property
-    def model(self) -> MaskedModel | AnyClassifier:
+    def model(self) -> MaskedModel | AnyClassifier | Segmenter:
         """The model of the newest intact checkpoint, in evaluation mode: the one that was given, or a new one on the
         CPU. It is read once, when asked for.
 
         After ``pretrain`` it is the masked autoencoder; after ``finetune`` the classifier, which turns uint8 images
-        [N, H, W, C] into logits [N, classes].
+        [N, H, W, C] into logits [N, classes]; after ``segment`` the segmenter, which turns them into logits of every
+        pixel [N, classes, H, W].
 
         Raises:
             UserError: the folder holds no intact checkpoint.
         """
-        from fastmae.checkpoint.load import load_classifier, load_model
+        from fastmae.checkpoint.load import load_classifier, load_model, load_segmenter
 
+        if self.is_segmenter:
+            return load_segmenter(self.folder)
         return load_classifier(self.folder) if self.is_classifier else load_model(self.folder, self.given_model)
 
     @property
@@ -202,6 +208,44 @@ def finetune(
 
     status = run_finetuning(configuration, Given(data=parts, on_step=on_step))
     return Run(Path(configuration.output_dir), status, is_classifier=True)
+
+
+def segment(
+    data: str | PathLike[str] | None = None,
+    *,
+    output_dir: str | PathLike[str],
+    finetune: str | PathLike[str] | Run = "",
+    on_step: OnStep | None = None,
+    config: str | PathLike[str] | None = None,
+    **settings: Any,
+) -> Run:
+    """Teaches a pretrained encoder to say what each pixel shows, as ``fastmae segment`` does.
+
+    Args:
+        data: the path of images with label maps, or "shapes". Default: the data of the encoder's run.
+        output_dir: the run folder.
+        finetune: the pretrained encoder, as for ``finetune``. Random weights if it is left out.
+        on_step, config: as for ``finetune``.
+        settings: the flags of ``fastmae segment`` by their names, such as ``epochs=50`` or ``tune="linear"``.
+
+    Returns:
+        The run, once it is done or stopped. Its ``model`` is the segmenter.
+
+    Raises:
+        UserError: a setting, the data or a checkpoint cannot work. The message names the argument.
+    """
+    _refuse_hooks(settings)
+    if settings.get("predict"):
+        raise SettingError("predict", problem="is for the command line; in Python call the model of the run")
+    start = finetune.folder if isinstance(finetune, Run) else finetune
+    given = {"output_dir": output_dir, **({"finetune": start} if start else {}), **settings}
+    given |= {} if data is None else {"data_path": str(data)}
+    configuration = make_config(SegmentConfig, given, config)
+    from fastmae.train.given import Given
+    from fastmae.train.segment import segment as run_segmentation
+
+    status = run_segmentation(configuration, Given(on_step=on_step))
+    return Run(Path(configuration.output_dir), status, is_classifier=False, is_segmenter=True)
 
 
 def probe(

@@ -61,7 +61,8 @@ SHORTEST = [
 # Their first commands take long, start ranks of their own, or are another file's to test: they are parsed alone.
 NOT_RUN = (
     "benchmarks.md", "containers.md", "convnext.md", "dicom.md", "finetuning.md", "large-runs.md", "loading.md",
-    "pack.md", "photo-formats.md", "photos.md", "quality.md", "ranges.md", "schedulers.md", "segmentation.md", "sharing.md", "sound.md",
+    "pack.md", "photo-formats.md", "photos.md", "quality.md", "ranges.md", "schedulers.md", "segmentation.md",
+    "sharing.md", "sound.md",
     "sweeps.md", "tables.md", "tiff.md", "volumes.md",
 )  # fmt: skip
 

@@ -12,8 +12,9 @@ SANITIZED := build/sanitize
 TIMM := build/timm
 UMAP := build/umap
 SCHEDULERS := build/schedulers
+SERVE := build/serve
 
-.PHONY: demo test test-all test-timm test-umap test-schedulers test-native soak check docs clean
+.PHONY: demo test test-all test-timm test-umap test-schedulers test-serve test-native soak check docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastmae pretrain --data_path digits --output_dir $(DEMO) --resume auto --tune off
@@ -40,6 +41,10 @@ test-umap: $(UMAP)/.installed
 # What needs SkyPilot and Ray, in an environment of their own: both are large, and bring versions of what others need.
 test-schedulers: $(SCHEDULERS)/.installed
 	OMP_NUM_THREADS=1 $(SCHEDULERS)/bin/python -m pytest -q tests/test_schedulers.py
+
+# The service on Ray Serve, in an environment of its own, as Ray is large.
+test-serve: $(SERVE)/.installed
+	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -q tests/serve
 
 # The C++ ops once more, built with the address and undefined-behaviour sanitizers.
 test-native: $(VENV)/.installed-dev
@@ -93,6 +98,11 @@ $(SCHEDULERS)/.installed: $(SOURCES)
 	test -x $(SCHEDULERS)/bin/python || $(PYTHON) -m venv $(SCHEDULERS)
 	$(SCHEDULERS)/bin/python -m pip install -q --disable-pip-version-check '$(TORCH)' -e . pytest pytest-timeout \
 		kubeflow-trainer-api submitit skypilot 'ray[train]'
+	touch $@
+
+$(SERVE)/.installed: $(SOURCES)
+	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install -q --disable-pip-version-check '$(TORCH)' -e '.[serve]' httpx pytest pytest-timeout
 	touch $@
 
 clean:

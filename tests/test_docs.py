@@ -62,8 +62,7 @@ SHORTEST = [
 NOT_RUN = (
     "benchmarks.md", "containers.md", "convnext.md", "dicom.md", "finetuning.md", "large-runs.md", "loading.md",
     "pack.md", "photo-formats.md", "photos.md", "quality.md", "ranges.md", "schedulers.md", "segmentation.md",
-    "sharing.md", "sound.md",
-    "sweeps.md", "tables.md", "tiff.md", "volumes.md",
+    "serving.md", "sharing.md", "sound.md", "sweeps.md", "tables.md", "tiff.md", "volumes.md",
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,13 +26,12 @@ LOOK = 5.0
 
 def run_serve(config: ServeConfig) -> int:
     """Answers requests until a signal comes, then ends those in work; or writes the file for ``serve deploy``."""
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import python_multipart  # noqa: F401
-        import ray.serve  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"fastmae serve needs {error.name}; {install_hint('serve')}") from error
+    for package in ("fastapi", "python_multipart", "prometheus_client", "ray"):
+        if find_spec(package) is None:
+            raise UserError(f"fastmae serve needs {package}; {install_hint('serve')}")
+    if config.write is None:
+        # Ray's own ports lie at 127.0.0.1 as well, where a machine is no cluster; it is read when Ray is imported.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     from fastmae.serve.answers import open_service
     from fastmae.serve.deployment import deployed, running
     from fastmae.serve.uploads import read_token
@@ -53,20 +53,21 @@ def run_serve(config: ServeConfig) -> int:
         say(f"{path}: start it on a cluster with `serve deploy {path}`; every node must find the paths in it")
         return 0
     where = f"http://{config.host}:{config.port}"
-    with remembered(), StopSignals() as stop, running(config) as is_running:
+    with remembered(), running(config) as service_here, StopSignals() as stop:  # Ray replaces handlers when it starts
         asked = "a token is asked for" if token else "no token is asked for"
         reach = "only this machine can reach it" if config.is_local else "OTHER MACHINES CAN REACH IT"
         say(f"{where} answers: {tasks}; {asked}; {reach}")
-        seen = time.monotonic()
+        looked = time.monotonic()
         while stop.received is None:
             time.sleep(GLANCE)
-            if time.monotonic() - seen > LOOK:
-                seen = time.monotonic()
-                if not is_running():
+            if time.monotonic() - looked > LOOK:
+                looked = time.monotonic()
+                if not service_here.is_alive():
                     logs = "/tmp/ray/session_latest/logs/serve"
                     complain(f"the service does not run any more; the logs of Ray say why ({logs})")
                     return 1
         say(f"{stop.received}: answering the requests in work")
+        service_here.drain()
     say("stopped")
     return 0
 

@@ -35,6 +35,7 @@ PREFIX = "/v1/"
 DECODERS = 2
 """Uploads that a replica decodes at once."""
 MOST_K = 1000
+MOST_HEADERS = 100
 PARTS = 4
 """Parts of a multipart form, at most."""
 FORM = "multipart/form-data"
@@ -212,7 +213,7 @@ async def uploaded(request: Request, names: Sequence[str]) -> dict[str, bytes]:
     if kind != FORM:
         if len(names) > 1:
             raise RefusedError(415, f"{' and '.join(names)} are sent as a form ({FORM})")
-        if kind.startswith(("text/", "application/json", "application/x-www-form")):
+        if kind.startswith("text/") or kind == "application/json":
             raise RefusedError(415, f"{kind} is no image; send the bytes of an image file, or a form with `image`")
         return {names[0]: await request.body()}
     async with request.form(max_files=PARTS, max_fields=PARTS) as form:
@@ -284,7 +285,9 @@ class Gate:
     async def _bounded(self, scope: Scope, receive: Receive, send: Send, has_begun: Callable[[], bool]) -> None:
         """Answers a request within the limits; what is beyond them gets a status and a line."""
         refusal: tuple[int, str] | None = None
-        if self.is_stopping():
+        if len(scope["headers"]) > MOST_HEADERS:
+            refusal = 431, f"{len(scope['headers'])} headers, over the limit of {MOST_HEADERS}"
+        elif self.is_stopping():
             refusal = 503, "the service is stopping; ask again later"
         elif self.in_work > self.config.max_requests:
             refusal = 503, f"{self.config.max_requests} requests are in work; come again"

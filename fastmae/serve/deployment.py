@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from fastmae.config.serve import ServeConfig, settings_of
 from fastmae.errors import UserError
+from fastmae.messages import logger
 
 NAME = "fastmae"
 FOLDER_VARIABLE = "FASTMAE_SERVE_FOLDER"
@@ -63,6 +68,10 @@ def application(settings: dict[str, Any]) -> serve.Application:
 
 def build_app(config: ServeConfig) -> Any:
     """Opens the model in a replica, and returns its app."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder is not None:  # before prometheus_client is imported, which decides by it where it counts
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        _stay_on_this_machine()
     from fastmae.serve.answers import Ask, open_service
     from fastmae.serve.app import make_app
     from fastmae.serve.metrics import Metrics
@@ -77,48 +86,80 @@ def build_app(config: ServeConfig) -> Any:
         metrics.batches.observe(len(asks))
         return await asyncio.to_thread(service.answer, asks)
 
-    folder = os.environ.get(FOLDER_VARIABLE)
     mark = None if folder is None else Path(folder) / STOPPING
     return make_app(
         service, answer, token=token, metrics=metrics, is_stopping=lambda: mark is not None and mark.exists()
     )
 
 
-@contextlib.contextmanager
-def running(config: ServeConfig) -> Generator[Callable[[], bool]]:
-    """Starts Ray and the service on this machine, and yields whether it still runs; at the end all requests in work
-    are answered before anything stops.
+def _stay_on_this_machine() -> None:
+    """Lets a replica open the port at which Ray's processes call it at 127.0.0.1.
 
-    Nothing listens beyond 127.0.0.1 but the service itself, where ``config.host`` says so.
+    Ray (seen in 2.60) opens it at all addresses and takes pickles there, which nobody else may send. This is a private
+    name of Ray; where it is gone, a line says that a firewall is needed.
+    """
+    from ray.serve._private import replica
+
+    add_port: Callable[[Any, str], int] | None = getattr(replica, "add_port_to_grpc_server", None)
+    if add_port is None:
+        logger.warning(
+            "this version of Ray may open ports of its replicas beyond 127.0.0.1; keep them behind a firewall"
+        )
+        return
+    replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", "127.0.0.1"))
+
+
+@dataclass(frozen=True)
+class Running:
+    """The service on this machine."""
+
+    folder: Path
+
+    def is_alive(self) -> bool:
+        """Whether Ray Serve still runs the service; it starts replicas that died again by itself (UNHEALTHY)."""
+        try:
+            return serve.status().applications[NAME].status in ("RUNNING", "DEPLOYING", "UNHEALTHY")
+        except (KeyError, RayError, RayServeException):
+            return False
+
+    def drain(self) -> None:
+        """Lets the service take no new requests, and waits until those in work are answered."""
+        (self.folder / STOPPING).touch()
+        time.sleep(NOTICE)
+        serve.delete(NAME)
+
+
+@contextlib.contextmanager
+def running(config: ServeConfig) -> Generator[Running]:
+    """Starts Ray and the service on this machine, and stops both at the end.
 
     Raises:
-        UserError: the port is taken, or the service did not start.
+        UserError: the service did not start.
     """
     most = config.max_replicas or config.replicas
     with tempfile.TemporaryDirectory(prefix="fastmae-serve-") as folder:
-        os.environ[FOLDER_VARIABLE] = os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        os.environ[FOLDER_VARIABLE] = folder
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(most * config.cpus)),
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=100_000_000,
-            _node_ip_address="127.0.0.1",
-        )
         try:
-            options = {"host": config.host, "port": config.port, "request_timeout_s": config.timeout + 5}
-            serve.start(proxy_location="HeadOnly", http_options=options)
-            try:
-                serve.run(application(settings_of(config)), name=NAME, route_prefix="/")
-            except RuntimeError as error:
-                raise UserError(f"the service did not start ({' '.join(str(error).split())[:300]})") from error
-            yield lambda: serve.status().applications[NAME].status in ("RUNNING", "DEPLOYING")
-            (Path(folder) / STOPPING).touch()
-            time.sleep(NOTICE)
-            serve.delete(NAME)  # which waits for the requests in work
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(most * config.cpus)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=100_000_000,
+            )
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
+            http = {"host": config.host, "port": config.port, "request_timeout_s": config.timeout + 5}
+            serve.start(proxy_location="HeadOnly", http_options=http)
+            serve.run(application(settings_of(config)), name=NAME, route_prefix="/")
+        except (RuntimeError, RayError, RayServeException) as error:
+            ray.shutdown()
+            raise UserError(f"the service did not start: {' '.join(str(error).split())[:300]}") from error
+        try:
+            yield Running(Path(folder))
         finally:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(RayError, RayServeException):
                 serve.shutdown()
             ray.shutdown()
 

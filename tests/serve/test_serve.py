@@ -184,10 +184,12 @@ def test_requests_that_mean_nothing_are_refused(client):
             post("/v1/search", content=png()), post("/v1/classify", content=png()), post("/v1/nothing"),
             client.get("/../x"),
         ],
+        431: [post("/v1/embed", content=png(), headers={f"x-{n}": "y" for n in range(80_000)})],
         405: [client.get("/v1/embed"), client.delete("/v1/embed")],
         413: [post("/v1/embed", content=bytes(100_001)), post("/v1/embed", files={"image": bytes(100_001)})],
         415: [
-            post("/v1/embed", json={"image": "x"}), post("/v1/embed", data={"image": "x"}),
+            post("/v1/embed", json={"image": "x"}),
+            post("/v1/embed", content=b"x", headers={"content-type": "text/csv"}),
             post("/v1/inpaint", content=png()),
         ],
         422: [
@@ -197,6 +199,7 @@ def test_requests_that_mean_nothing_are_refused(client):
             post("/v1/reconstruct?show=x", content=png()),
         ],
         400: [
+            post("/v1/embed", data={"image": "x"}),
             post("/v1/embed", files={"picture": png()}), post("/v1/inpaint", files={"image": png()}),
             post("/v1/inpaint", files=form | {"mask": white(32, 30, 12)}),
             post("/v1/inpaint", files=form | {"mask": white(32, 32, 0)}),

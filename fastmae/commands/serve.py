@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 
 from fastmae.commands.shared import make_folder
 from fastmae.config import ServeConfig
-from fastmae.errors import UserError, install_hint
+from fastmae.errors import SettingError, UserError, install_hint
 from fastmae.files import write_whole
 from fastmae.screen import complain, say
 from fastmae.signals import StopSignals, remembered
@@ -52,6 +53,7 @@ def run_serve(config: ServeConfig) -> int:
         write_whole(path, write)
         say(f"{path}: start it on a cluster with `serve deploy {path}`; every node must find the paths in it")
         return 0
+    _require_port(config)
     where = f"http://{config.host}:{config.port}"
     with remembered(), running(config) as service_here, StopSignals() as stop:  # Ray replaces handlers when it starts
         asked = "a token is asked for" if token else "no token is asked for"
@@ -70,6 +72,22 @@ def run_serve(config: ServeConfig) -> int:
         service_here.drain()
     say("stopped")
     return 0
+
+
+def _require_port(config: ServeConfig) -> None:
+    """Refuses an address or a port that cannot be listened at, before Ray is started.
+
+    Raises:
+        SettingError: another program has the port, or the address is not this machine's.
+    """
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(kind) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(address)
+    except OSError as error:
+        problem = f"cannot be listened at {config.host} ({error.strerror or error}); choose another port or host"
+        raise SettingError("port", config.port, problem) from error
 
 
 def _for_other_processes(config: ServeConfig) -> ServeConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import socket
 import struct
 import threading
 import zlib
@@ -404,3 +405,15 @@ def test_the_command_says_what_it_lacks(refusal, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "ray", None)
     assert "pip install 'fastmae[serve]'" in refusal(["serve", "x"])
+
+
+def test_a_port_of_another_program_is_refused():
+    from fastmae.commands.serve import _require_port
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(SettingError, match=f"port={port}: cannot be listened at"):
+            _require_port(ServeConfig(checkpoint="x", port=port))
+    _require_port(ServeConfig(checkpoint="x", port=port))
+    with pytest.raises(SettingError, match="port"):
+        _require_port(ServeConfig(checkpoint="x", host="192.0.2.77", port=port))

@@ -57,7 +57,7 @@ def test_image_and_map_stay_aligned(height, width, rows, columns, draw, how):
     np.testing.assert_array_equal(known, found[1] != IGNORED)
     assert known.any()
     inside = np.zeros_like(known)
-    inside[np.ix_(*(np.flatnonzero(known.any(axis=axis))[3:-3] for axis in (1, 0)))] = True
+    inside[np.ix_(*(np.flatnonzero(known.any(axis=axis))[8:-8] for axis in (1, 0)))] = True
     for axis, places in enumerate(found):
         assert abs(images[0][..., axis] - places)[inside].max(initial=0) <= 0.5 + 0.75  # levels are rounded, twice
 

@@ -10,6 +10,7 @@ from fastmae.config import ExportConfig
 from fastmae.data.loader import default_workers
 from fastmae.data.sources import shown
 from fastmae.export.run import export
+from fastmae.export.segmenter import export_segmenter, open_whole_segmenter
 from fastmae.screen import say, show_table
 from fastmae.train import parallel
 
@@ -18,6 +19,10 @@ def run_export(config: ExportConfig) -> int:
     """Writes the model and prints what was written; with ``config.check`` also how a program compares."""
     with ranks_that_share("cpu") as (context, share):
         with parallel.agreeing(context):
+            segmenter = open_whole_segmenter(config)
+            if segmenter is not None:
+                say(export_segmenter(config, *segmenter) if share.is_first else "")
+                return 0
             opened = open_checkpoint(config.checkpoint, config)
         line, comparison = export(config, opened, default_workers(), share, partial(parallel.agreeing, context))
     if not share.is_first:

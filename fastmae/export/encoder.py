@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastmae.export.convnext_program import ConvNeXtTokens
 from fastmae.model.convnext import ConvNeXtMAE
 from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import nodata_of, range_ends
+from fastmae.model.segmenter import Segmenter
 
 AnyEncoder = MaskedAutoencoderViT | ConvNeXtMAE
 """The models whose encoders are exported."""
+Exported = AnyEncoder | Segmenter
+"""The models that become programs: encoders, and segmenters whole."""
 
 
 class Encoder(nn.Module):
-    """Computes ``model.forward_features`` in PyTorch's own operations, or the logits of a classifier.
+    """Computes ``model.forward_features`` in PyTorch's own operations, or the logits of a classifier or a segmenter.
 
     Args:
         model: the model whose weights are copied.
@@ -34,12 +39,17 @@ class Encoder(nn.Module):
     high: torch.Tensor
 
     def __init__(
-        self, model: AnyEncoder, dtype: torch.dtype, raw: bool, head: dict[str, torch.Tensor] | None = None
+        self, model: Exported, dtype: torch.dtype, raw: bool, head: dict[str, torch.Tensor] | None = None
     ) -> None:
         super().__init__()
-        self.tokens: nn.Module = ConvNeXtTokens(model) if isinstance(model, ConvNeXtMAE) else VitTokens(model)
+        self.tokens: nn.Module
+        if isinstance(model, Segmenter):
+            self.tokens = PixelLogits(model)
+        else:
+            self.tokens = ConvNeXtTokens(model) if isinstance(model, ConvNeXtMAE) else VitTokens(model)
         self.prefix_tokens: int = model.prefix_tokens
-        self.fc_norm, self.head = copy.deepcopy(model.fc_norm), linear_of(head) if head else None
+        self.fc_norm = copy.deepcopy(model.fc_norm) if head else None
+        self.head = linear_of(head) if head else None
         self.dtype, self.raw, self.nodata = dtype, raw, nodata_of(model.pixels)
         self.to(dtype)
         self.register_buffer("mean", model.mean[:, None, None].clone())  # pixels are normalised in float32
@@ -48,7 +58,8 @@ class Encoder(nn.Module):
             self.register_buffer(name, end[:, None, None].clone())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns tokens float32, as the model; of a classifier logits [N, classes]."""
+        """Returns float32: tokens, as the model; of a classifier logits [N, classes], of a segmenter
+        [N, classes, H, W]."""
         if self.raw:
             images = self._normalised(images.permute(0, 3, 1, 2).float())
         x = self.tokens(images.to(self.dtype))
@@ -71,7 +82,7 @@ class VitTokens(nn.Module):
     All patches are projected by one convolution.
     """
 
-    def __init__(self, model: MaskedAutoencoderViT) -> None:
+    def __init__(self, model: MaskedAutoencoderViT | Segmenter) -> None:
         super().__init__()
         self.projection = nn.Conv2d(model.in_chans, model.cls_token.shape[-1], model.patch_size, model.patch_size)
         self.projection.load_state_dict(model.patch_embed.proj.state_dict())
@@ -81,11 +92,33 @@ class VitTokens(nn.Module):
         self.blocks, self.norm = _with_torchs_linear(copy.deepcopy(model.blocks)), copy.deepcopy(model.norm)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.projection(images).flatten(2).transpose(1, 2) + self.positions
-        x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
+        x = self.embedded(images)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def embedded(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the tokens that the first block gets."""
+        x = self.projection(images).flatten(2).transpose(1, 2) + self.positions
+        return torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
+
+
+class PixelLogits(VitTokens):
+    """Maps normalised images [N, C, H, W] to the logits [N, classes, H, W] of a segmenter."""
+
+    def __init__(self, model: Segmenter) -> None:
+        super().__init__(model)
+        self.pixel_head = _with_torchs_linear(copy.deepcopy(model.head))
+        self.taps, self.grid, self.size, self.first = model.taps, model.grid_size, model.img_size, model.prefix_tokens
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x, levels = self.embedded(images), list[torch.Tensor]()
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            tokens = self.norm(x) if number + 1 == len(self.blocks) else x
+            levels += [tokens[:, self.first :]] * self.taps.count(number)
+        logits = self.pixel_head(levels, self.grid)
+        return F.interpolate(logits.float(), size=self.size, mode="bilinear", align_corners=False)
 
 
 def linear_of(head: dict[str, torch.Tensor]) -> nn.Linear:
@@ -95,8 +128,8 @@ def linear_of(head: dict[str, torch.Tensor]) -> nn.Linear:
     return layer.requires_grad_(False)
 
 
-def _with_torchs_linear(blocks: nn.ModuleList) -> nn.ModuleList:
-    """Replaces ``ops.linear`` in blocks by torch's: it looks at sizes that an exported program leaves open."""
+def _with_torchs_linear(blocks: Any) -> Any:
+    """Replaces ``ops.linear`` in blocks or a head by torch's: it looks at sizes that programs leave open."""
     for parent in list(blocks.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):

@@ -16,7 +16,7 @@ from fastmae.evaluate.features import usable_batches
 from fastmae.evaluate.knn import knn_predictions
 from fastmae.evaluate.linear_probe import logistic_predictions
 from fastmae.evaluate.sharing import WHOLE, Share, gather
-from fastmae.export.encoder import AnyEncoder, linear_of
+from fastmae.export.encoder import AnyEncoder, Exported, linear_of
 from fastmae.facts import ReadAs
 from fastmae.model.pixels import DTYPES, normalised, range_ends
 
@@ -41,7 +41,7 @@ class EncoderFigures:
     """The speed at the median batch; all encoders take the same batches in turns."""
 
 
-def as_taken(model: AnyEncoder, images: torch.Tensor, raw: bool) -> torch.Tensor:
+def as_taken(model: Exported, images: torch.Tensor, raw: bool) -> torch.Tensor:
     """Returns pixels [N, H, W, C] in the form that an encoder takes: unchanged, or normalised float32 [N, C, H, W]."""
     return images if raw else normalised(model, images).contiguous()
 
@@ -54,14 +54,14 @@ def sample_difference(
 
     With the ``head`` of a classifier, these are its logits.
     """
-    images = as_taken(model, _noise(model), raw)
+    images = as_taken(model, noise_for(model), raw)
     truth = model.forward_features(images)
     if head:
         truth = linear_of(head)(model.pool_tokens(truth, "mean" if model.fc_norm else "cls"))
     return float((encode(images) - truth).abs().max()), float(truth.abs().max())
 
 
-def _noise(model: AnyEncoder) -> torch.Tensor:
+def noise_for(model: Exported) -> torch.Tensor:
     """Returns five images of noise: pixels [5, H, W, C] from the low to the high end of the value range."""
     shape, generator = (5, *model.img_size, model.in_chans), torch.Generator().manual_seed(0)
     dtype = DTYPES[model.pixels.dtype]

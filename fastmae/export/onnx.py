@@ -16,18 +16,19 @@ import torch
 from fastmae.config import pixel_settings
 from fastmae.errors import UserError, install_hint
 from fastmae.export.atomic import written_aside
-from fastmae.export.encoder import AnyEncoder
+from fastmae.export.encoder import Exported
 from fastmae.export.official import numbers
 from fastmae.export.program import Head, encoder_and_images
 from fastmae.facts import UINT8
+from fastmae.model.segmenter import Segmenter
 
 VARIANTS = ("fp32", "fp16", "int8")
 
 
-def save_onnx(path: Path, model: AnyEncoder, variant: str, raw: bool, head: Head = None) -> None:
+def save_onnx(path: Path, model: Exported, variant: str, raw: bool, head: Head = None) -> None:
     """Writes a model with the input ``images`` and the output ``tokens``, both with a free first axis.
 
-    With the ``head`` of a classifier, the output is ``logits`` [N, classes].
+    With the ``head`` of a classifier, the output is ``logits`` [N, classes]; of a segmenter [N, classes, H, W].
 
     The metadata say how images are prepared. Weights of over 2 GB, which an ONNX file cannot hold, are written beside
     it as ``NAME.data``.
@@ -80,10 +81,10 @@ def opened_onnx(path: Path) -> Any:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
 
 
-def _graph(model: AnyEncoder, variant: str, raw: bool, head: Head) -> Any:
+def _graph(model: Exported, variant: str, raw: bool, head: Head) -> Any:
     """Traces the encoder as an ONNX program with a free batch axis."""
     encoder, images = encoder_and_images(model, variant, raw, head)
-    return traced(encoder, images, "logits" if head else "tokens")
+    return traced(encoder, images, "logits" if head or isinstance(model, Segmenter) else "tokens")
 
 
 def traced(module: torch.nn.Module, images: torch.Tensor, output: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastmae.export.atomic import written_aside
-from fastmae.export.encoder import AnyEncoder, Encoder
+from fastmae.export.encoder import Encoder, Exported
 from fastmae.model.pixels import DTYPES as PIXELS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -18,7 +18,7 @@ Head = dict[str, torch.Tensor] | None
 """``head.weight`` and ``head.bias`` of a classifier, whose program gives logits; None for an encoder's tokens."""
 
 
-def encoder_and_images(model: AnyEncoder, variant: str, raw: bool, head: Head = None) -> tuple[Encoder, torch.Tensor]:
+def encoder_and_images(model: Exported, variant: str, raw: bool, head: Head = None) -> tuple[Encoder, torch.Tensor]:
     """Returns the encoder in one of ``DTYPES``, and images of the form that it takes, for tracing.
 
     There are two images, as torch would take a batch of one for a constant.
@@ -29,7 +29,7 @@ def encoder_and_images(model: AnyEncoder, variant: str, raw: bool, head: Head = 
     return Encoder(model, DTYPES[variant], raw, head).eval(), images
 
 
-def save_program(path: Path, model: AnyEncoder, variant: str, raw: bool, head: Head = None) -> None:
+def save_program(path: Path, model: Exported, variant: str, raw: bool, head: Head = None) -> None:
     """Writes a .pt2; ``torch.export.load(path).module()`` takes images and gives tokens, or a classifier's logits.
 
     Raises:

@@ -15,7 +15,7 @@ GROUPS = {
         "bands", "pages",
         "window", "spectrogram", "columns", "label_column", "in_chans",
         "pixel_type", "other_types", "value_range", "nodata", "mean", "std", "classes", "ignore_index",
-        "reduce_zero_label", "crop_scale", "random_scale", "flip", "aa", "reprob",
+        "reduce_zero_label", "crop_scale", "random_scale", "distortion", "flip", "aa", "reprob",
         "mixup", "cutmix", "mixup_switch_prob", "repeated_masks", "held_out", "shots", "label_share", "seeds",
     ),
     "model and masks": (

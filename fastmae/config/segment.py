@@ -15,6 +15,7 @@ from fastmae.config.shared import Rest
 from fastmae.config.training import check_rates, chosen_compile
 from fastmae.config.tuning import TuningConfig, check_gelu, check_tuning, meant_by_tune
 from fastmae.config.values import coerce, given, need
+from fastmae.errors import SettingError
 from fastmae.facts import UINT8, DataFacts, PixelFacts, PixelType
 
 RECIPE_EPOCHS = 127
@@ -50,10 +51,15 @@ class SegmentConfig(TuningConfig):
     """Smallest and largest zoom of training crops; at 1 an image just covers the crop. What a crop has beyond its image
     counts nowhere. Default: 0.5 and 2, as in the published recipe; for the shapes 0.8 and 1.5."""
 
+    distortion: bool | None = None
+    """Change brightness, contrast, saturation and hue of training crops at random, as in the published recipe. Default:
+    for colour images of 8 bits, but not for the shapes."""
+
     # Model.
-    segmenter_head: Literal["linear", "pyramid"] | None = None
-    """What gives each pixel a class: one linear map from each token (linear), or a light decoder of four blocks that is
-    finer than patches (pyramid). Default: pyramid; with --tune linear linear."""
+    segmenter_head: Literal["linear", "pyramid", "upernet"] | None = None
+    """What gives each pixel a class: one linear map from each token (linear), a light decoder of four blocks that is
+    finer than patches (pyramid), or UPerNet with its auxiliary head, as in the published recipe (upernet). Default:
+    pyramid; with --tune linear linear."""
     drop_path: float | None = None
     """Stochastic depth: the probability with which a branch of the last block is skipped for an image. It grows from 0
     with the depth of the block. Default: as in the published recipe, 0.1 up to ViT-B, otherwise 0.2; 0 for the shapes,
@@ -100,8 +106,9 @@ class ResolvedSegmentConfig(SegmentConfig):
     input_size: tuple[int, int]
     patch_size: tuple[int, int]
     classes: tuple[str, ...]
-    segmenter_head: Literal["linear", "pyramid"]
+    segmenter_head: Literal["linear", "pyramid", "upernet"]
     random_scale: tuple[float, float]
+    distortion: bool
     compile: Literal["off", "block", "model"]
     epochs: int
     lr: float
@@ -132,8 +139,8 @@ class ResolvedSegmentConfig(SegmentConfig):
 # As FIXED_IN_A_RUN, for segmentation.
 FIXED_IN_A_SEGMENTATION = (
     "model", "input_size", "in_chans", "mean", "std", "num_classes", "classes", "segmenter_head", "tune", "lora_rank",
-    "drop_path", "random_scale", "flip", "ignore_index", "reduce_zero_label", "schedule", "seed", "global_batch",
-    "dataset_length", "order", "keep_last", *ENCODER_SHAPE, *IMAGE_SETTINGS,
+    "drop_path", "random_scale", "distortion", "flip", "ignore_index", "reduce_zero_label", "schedule", "seed",
+    "global_batch", "dataset_length", "order", "keep_last", *ENCODER_SHAPE, *IMAGE_SETTINGS,
 )  # fmt: skip
 
 
@@ -165,6 +172,10 @@ def resolve_segment(
     if config.tune != "full" or is_built_in:
         drop_path = 0.0
     input_size = config.input_size or img_size
+    takes_distortion = len(mean) == 3 and pixels == UINT8
+    if config.distortion and not takes_distortion:
+        problem = "changes colours of 8 bits alone; leave it out for other pixels"
+        raise SettingError("distortion", config.distortion, problem)
     blr = given(config.blr, blr * (10 if config.tune == "linear" else 1))
     global_batch = config.batch_size * config.accum_iter * ranks
     chosen = dict(
@@ -176,6 +187,7 @@ def resolve_segment(
         classes=class_names,
         segmenter_head=given(config.segmenter_head, "linear" if config.tune == "linear" else "pyramid"),
         random_scale=given(config.random_scale, (0.8, 1.5) if is_built_in else (0.5, 2.0)),
+        distortion=given(config.distortion, takes_distortion and not is_built_in),
         epochs=epochs,
         lr=given(config.lr, blr * global_batch / 256),
         blr=blr,
@@ -213,7 +225,8 @@ def check_segment(config: SegmentConfig) -> None:
     needed(config.crop_scale is None, "crop_scale", "left out; crops of segment have --random_scale")
     needed(0 <= config.ignore_index <= 65535, "ignore_index", "a number of 16 bits, from 0")
     scale = config.random_scale
-    needed(scale is None or 0 < scale[0] <= scale[1] <= 16, "random_scale", "two numbers, 0 < smallest ≤ largest ≤ 16")
+    fits = scale is None or 0.25 <= scale[0] <= scale[1] <= 16
+    needed(fits, "random_scale", "two numbers, 0.25 ≤ smallest ≤ largest ≤ 16")
     names = config.classes
     needed(not names or 2 <= len(names) <= MOST_CLASSES, "classes", f"from 2 to {MOST_CLASSES} names")
     needed(not names or len({*names}) == len(names), "classes", "names that differ from each other")

@@ -15,7 +15,7 @@ from fastmae.errors import SettingError
 LEFT_OPEN = (
     "epochs", "blr", "lr", "warmup_epochs", "layer_decay", "crop_scale", "flip", "grow_epochs", "aa", "reprob", "mixup",
     "cutmix", "drop_path", "compile", "adversarial_start", "adversarial_warmup", "adversarial_lr", "adversarial_r1",
-    "segmenter_head", "random_scale",
+    "segmenter_head", "random_scale", "distortion",
 )  # fmt: skip
 # These may change when a run goes on, and then it says so, as they change what it learns.
 TOLD_IF_CHANGED = (

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from fastmae.checkpoint.load import Opened
 from fastmae.config import FIXED_IN_A_SEGMENTATION, ResolvedSegmentConfig, SegmentConfig, resolve_segment
+from fastmae.data.distort import Distortion
 from fastmae.data.label_maps import MappedSource, MapReading, count_classes, open_pairs
 from fastmae.data.loader import Batch, View
 from fastmae.data.sources import Parts, Source, describe, shown
@@ -97,7 +98,7 @@ def _resolve(
 
 def _notes(config: ResolvedSegmentConfig, train: Source) -> list[str]:
     low, high = config.random_scale
-    chosen = {"flip": config.flip, "drop_path": config.drop_path}
+    chosen = {"flip": config.flip, "distortion": config.distortion, "drop_path": config.drop_path}
     others = "".join(f", {name} {value}" for name, value in chosen.items() if value)
     return [f"head            {config.segmenter_head}", f"crops           zoom {low:g} to {high:g}{others}"]
 
@@ -134,6 +135,7 @@ def _view(config: ResolvedSegmentConfig, seed: int) -> View:
         flip=config.flip,
         random_scale=config.random_scale,
         maps=_map_reading(config),
+        augment=Distortion(seed) if config.distortion else None,
     )
 
 

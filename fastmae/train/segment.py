@@ -171,6 +171,7 @@ def _test(
     confusion = torch.zeros(config.num_classes, config.num_classes, device=context.device, dtype=torch.float64)
     drawn: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     requests = ((piece % len(val), piece % len(val)) for piece in pieces)
+    loss_of.eval()  # a head with BatchNorm learns nothing from what it is tested on
     with closing(load(run, val, requests, view)) as batches, torch.compiler.set_stance("force_eager"):
         for piece, batch in zip(pieces, batches, strict=True):
             assert batch.maps is not None
@@ -181,6 +182,7 @@ def _test(
             if context.is_main and len(drawn) < PICTURES:
                 drawn += zip(batch.images.cpu().numpy(), batch.maps.cpu().numpy(), found.cpu().numpy(), strict=True)
             run.watchdog.beat()
+    loss_of.train()
     if isinstance(loss_of, FSDPModule):
         loss_of.reshard()
     scores = scores_of((context.mean(confusion) * context.size).round().cpu().numpy())

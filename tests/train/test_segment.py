@@ -90,6 +90,19 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(data, whole, tmp_path, m
 
 
 @pytest.mark.slow
+def test_a_run_of_upernet_goes_on_to_the_same_bits(data, tmp_path):
+    """Its BatchNorm has means and variances that are no weights; they are saved, and tests leave them as they are."""
+    own = dict(segmenter_head="upernet", input_size=16, batch_size=4, epochs=1, warmup_epochs=0.2)
+    assert segment(small(data, tmp_path / "whole", **own)) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        if path.name > "step-00000002":
+            shutil.rmtree(path)
+    assert segment(small(data, tmp_path / "run", **own, resume="auto")) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_several_ranks_are_as_one(data, whole, tmp_path):
     ways = dict(ddp=dict(), fsdp=dict(parallel="fsdp"))
     run_ranks(2, *(partial(segment, small(data, tmp_path / way, batch_size=4, **ways[way])) for way in ways))

@@ -237,7 +237,7 @@ NEEDED = {
     "search": ["RUN", "one.jpg"], "anomaly": ["RUN"], "impute": ["RUN", "x.csv", "--output", "y.csv"],
     "runs": ["RUN"], "push": ["RUN", "DEST"], "serve": ["RUN"],
     "push private": ["--repo", "a/b"],
-    "export": ["RUN", "--to", "hf", "--output", "x"], "verify": ["--data_path", "x"],
+    "export": ["RUN", "--to", "vitdet", "--output", "x"], "verify": ["--data_path", "x"],
     "bench all": ["--output", "x"], "pretrain float8": ["--precision", "bf16", "--compile", "block"],
 }  # fmt: skip
 

@@ -127,6 +127,7 @@ def documented() -> list[ModuleType]:
     """The modules of the package that others import: without the command line, its leaves and the kernels."""
     inner = ("fastmae._C", "fastmae.__main__", "fastmae.benchmarks", "fastmae.cli", "fastmae.commands")
     inner += ("fastmae.config.shared", "fastmae.environment", "fastmae.files", "fastmae.kernels", "fastmae.ops.")
+    inner += ("fastmae.serve.deployment",)  # which needs Ray
     names = [module.name for module in pkgutil.walk_packages([str(ROOT / "fastmae")], "fastmae.")]
     return [importlib.import_module(name) for name in names if not name.startswith(inner)]
 

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastmae import ops
-    from fastmae.api import Run, extract_features, feature_map, finetune, impute, pretrain, probe, segment, tune
+    from fastmae.api import (
+        Run,
+        extract_features,
+        feature_map,
+        finetune,
+        impute,
+        inpaint,
+        pretrain,
+        probe,
+        segment,
+        tune,
+    )
     from fastmae.checkpoint.load import load_model
     from fastmae.data.objects import as_source
     from fastmae.data.preprocess import Preprocessing
@@ -61,6 +72,7 @@ __all__ = [
     "finetune",
     "ids_from_mask",
     "impute",
+    "inpaint",
     "load_model",
     "mae_vit_base_patch8",
     "mae_vit_base_patch16",
@@ -101,6 +113,7 @@ _HOME = {
     "finetune": "fastmae.api",
     "ids_from_mask": "fastmae.model.masks",
     "impute": "fastmae.api",
+    "inpaint": "fastmae.api",
     "load_model": "fastmae.checkpoint.load",
     "pretrain": "fastmae.api",
     "probe": "fastmae.api",

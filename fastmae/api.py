@@ -435,6 +435,63 @@ def impute(
     )
 
 
+def inpaint(
+    model: MaskedModel | Run | str | PathLike[str],
+    picture: Any,
+    hole: Any,
+    *,
+    mask_ratio: float | None = None,
+    rounds: int = 8,
+    overlap: float = 0.5,
+    seed: int = 0,
+) -> Any:
+    """Fills the holes of a picture of any size with what a model predicts, as ``fastmae inpaint`` does with files.
+
+    Args:
+        model: a masked autoencoder of images, whose device is used; a ``Run``; or what ``load_model`` opens.
+        picture: an array [H, W, C] of the type and the channels of the model's pixels.
+        hole: an array [H, W], not zero where a pixel is filled.
+        mask_ratio: the share of patches of a tile that the model does not see. Default: the usual one of its family.
+        rounds: a hole gets the mean of so many predictions, each of which sees other patches.
+        overlap: the share of a tile that the next one covers as well, from 0 to below 1.
+        seed: the number from which it follows which other patches are hidden.
+
+    Returns:
+        A copy, NumPy array [H, W, C]; pixels outside of holes have the same bits.
+
+    Raises:
+        UserError: a wrong argument, a checkpoint that cannot be opened, or a hole that hides a whole tile.
+    """
+    import numpy as np
+
+    from fastmae.evaluate.inpaint import Inpainting, inpaint_picture
+
+    found = _encoder(model)
+    if not found.has_pictures:
+        raise SettingError("model", found.family, "predicts rows of tables, not pictures; fastmae.impute fills cells")
+    if rounds < 1:
+        raise SettingError("rounds", rounds, "must be at least 1")
+    if not 0 <= overlap < 1:
+        raise SettingError("overlap", overlap, "must be from 0 to below 1")
+    pixels, where = np.asarray(picture), np.asarray(hole) != 0
+    if pixels.ndim != 3 or pixels.shape[2] != found.in_chans or pixels.dtype != found.pixels.dtype:
+        needed = f"{found.pixels.dtype} [H, W, {found.in_chans}]"
+        raise SettingError("picture", f"{pixels.dtype} {list(pixels.shape)}", f"must be {needed}, as the model reads")
+    if where.shape != pixels.shape[:2] or where.all():
+        problem = f"must be of shape {list(pixels.shape[:2])}, and zero where a pixel is visible"
+        raise SettingError("hole", list(where.shape), problem)
+    ratio = found.usual_ratio if mask_ratio is None else mask_ratio
+    try:
+        found.num_visible(ratio)
+    except ValueError as error:
+        raise SettingError("mask_ratio", ratio, f"{error}; choose another ratio") from error
+    training = found.training
+    try:
+        return inpaint_picture(found.eval(), pixels, where, Inpainting(ratio, rounds, overlap, seed))
+    finally:
+        found.train(training)
+
+
 def tune(
     model: MaskedModel | AnyClassifier,
     batch_size: int,

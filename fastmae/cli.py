@@ -29,6 +29,7 @@ from fastmae.config import (
     FinetuneConfig,
     ImputeConfig,
     InfoConfig,
+    InpaintConfig,
     PackConfig,
     PretrainConfig,
     ProbeConfig,
@@ -71,6 +72,7 @@ COMMANDS: dict[str, type] = {
     "features": FeaturesConfig,
     "search": SearchConfig,
     "anomaly": AnomalyConfig,
+    "inpaint": InpaintConfig,
     "impute": ImputeConfig,
     "export": ExportConfig,
     "push": PushConfig,
@@ -92,8 +94,8 @@ COMMANDS: dict[str, type] = {
 }
 # What ranks cannot share: the first one does it, so that no two write one file.
 OF_ONE_RANK = (
-    ReconstructConfig, SearchConfig, AnomalyConfig, ImputeConfig, PushConfig, ReportConfig, RunsConfig, VerifyConfig,
-    PackConfig, EstimateConfig, ServeConfig,
+    ReconstructConfig, SearchConfig, AnomalyConfig, ImputeConfig, InpaintConfig, PushConfig, ReportConfig,
+    RunsConfig, VerifyConfig, PackConfig, EstimateConfig, ServeConfig,
 )  # fmt: skip
 EXIT_OUTPUT_LOST = 1
 EXIT_WRONG_INPUT = 2
@@ -276,6 +278,10 @@ def call(config: Any, argv: list[str]) -> int:
             from fastmae.commands.anomaly import run_anomaly
 
             return run_anomaly(config)
+        case InpaintConfig():
+            from fastmae.commands.inpaint import run_inpaint
+
+            return run_inpaint(config)
         case ImputeConfig():
             from fastmae.commands.impute import run_impute
 

@@ -235,6 +235,7 @@ SWITCHES = [
 NEEDED = {
     "probe": ["RUN"], "reconstruct": ["RUN"], "features": ["RUN", "DATA", "--output", "x.npz"],
     "search": ["RUN", "one.jpg"], "anomaly": ["RUN"], "impute": ["RUN", "x.csv", "--output", "y.csv"],
+    "inpaint": ["RUN", "x.png", "--mask", "m.png", "--output", "y.png"],
     "runs": ["RUN"], "push": ["RUN", "DEST"], "serve": ["RUN"],
     "push private": ["--repo", "a/b"],
     "export": ["RUN", "--to", "vitdet", "--output", "x"], "verify": ["--data_path", "x"],

@@ -19,6 +19,7 @@ from fastmae.config import (
     FeaturesConfig,
     FinetuneConfig,
     InfoConfig,
+    InpaintConfig,
     MaskingConfig,
     PackConfig,
     PretrainConfig,
@@ -145,6 +146,7 @@ NEEDED = dict(
     to="timm",
 )
 NEEDED |= dict(model="mae_vit_tiny_patch4", input_size=(16,), in_chans=1)
+NEEDED |= dict(image="a.png", mask="b.png")
 
 
 def settings_of(config):
@@ -154,6 +156,7 @@ def settings_of(config):
         ExportConfig: {"output": "a.pth"},
         PackConfig: {"data_path": "digits"},
         FeaturesConfig: {"output": "a.npz"},
+        InpaintConfig: {"output": "a.npy"},
     }
     return {name: NEEDED[name] for name in required} | others.get(config, {})
 

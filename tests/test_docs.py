@@ -52,7 +52,7 @@ LOOKED_UP = (
 SHORTEST = [
     ["pretrain"], ["finetune"], ["segment"], ["probe", "x"], ["reconstruct", "x"], ["verify"], ["features", "x"],
     ["search", "x"],
-    ["impute", "x", "--output", "y"],
+    ["impute", "x", "--output", "y"], ["inpaint", "x", "z", "--mask", "m", "--output", "y.png"],
     ["anomaly", "x"], ["pack", "x", "y"],
     ["export", "x", "--to", "hf", "--output", "y"], ["info"], ["bench", "step"], ["bench", "all"],
     ["bench", "loader"], ["bench", "quality"], ["estimate"], ["sweep", "x"], ["runs", "x"],
@@ -60,6 +60,7 @@ SHORTEST = [
 ]  # fmt: skip
 # Their first commands take long, start ranks of their own, or are another file's to test: they are parsed alone.
 NOT_RUN = (
+    "inpainting.md",
     "benchmarks.md", "containers.md", "convnext.md", "dicom.md", "finetuning.md", "large-runs.md", "loading.md",
     "pack.md", "photo-formats.md", "photos.md", "quality.md", "ranges.md", "schedulers.md", "segmentation.md",
     "serving.md", "sharing.md", "sound.md", "sweeps.md", "tables.md", "tiff.md", "volumes.md",

@@ -80,6 +80,9 @@ from fastmae.config.impute import (
 from fastmae.config.info import (
     InfoConfig,
 )
+from fastmae.config.inpaint import (
+    InpaintConfig,
+)
 from fastmae.config.masking import (
     PUBLISHED_RATIO,
     Masking,

@@ -94,8 +94,8 @@ def segment_picture(model: Segmenter, pixels: np.ndarray, overlap: float = 0.5) 
     resized = torch.from_numpy(crop_and_resize(pixels, Box(0, 0, height, width), False, size)).to(model.mean.device)
     total = torch.zeros(model.num_classes, *size, device=model.mean.device)
     windows = torch.zeros(size, device=model.mean.device)
-    for top in _starts(size[0], rows, overlap):
-        for left in _starts(size[1], columns, overlap):
+    for top in window_starts(size[0], rows, overlap):
+        for left in window_starts(size[1], columns, overlap):
             place = np.s_[top : top + rows, left : left + columns]
             total[:, *place] += model(resized[place][None])[0]
             windows[place] += 1
@@ -110,7 +110,7 @@ def segment_picture(model: Segmenter, pixels: np.ndarray, overlap: float = 0.5) 
     return classes.cpu().numpy()
 
 
-def _starts(whole: int, window: int, overlap: float) -> list[int]:
+def window_starts(whole: int, window: int, overlap: float) -> list[int]:
     """Returns where windows begin, evenly spaced, so that each overlaps the next by at least this share."""
     count = 1 if whole == window else 1 + -(-(whole - window) // max(1, int(window * (1 - overlap))))
     return np.linspace(0, whole - window, count).round().astype(int).tolist()

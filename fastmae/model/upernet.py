@@ -34,22 +34,36 @@ class BatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalises maps [N, C, H, W]."""
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+        """Normalises maps [N, C, H, W]. Statistics that are not finite are not kept: the step with them is skipped."""
+        if not self.training:
             return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        mean, variance, share = self.running_mean.clone(), self.running_var.clone(), self.momentum or 0.1
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            x = F.batch_norm(x, mean, variance, self.weight, self.bias, True, share, self.eps)
+        else:
+            x = self._normalised_by_all(x, mean, variance, share)
+        with torch.no_grad():
+            is_fine = mean.isfinite().all() & variance.isfinite().all()
+            self.num_batches_tracked += is_fine
+            for kept, new in ((self.running_mean, mean), (self.running_var, variance)):
+                kept.copy_(torch.where(is_fine, new, kept))
+        return x
+
+    def _normalised_by_all(
+        self, x: torch.Tensor, mean_so_far: torch.Tensor, variance_so_far: torch.Tensor, share: float
+    ) -> torch.Tensor:
+        """Normalises by the statistics of all ranks, which are taken into the two running ones in place."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = wide.numel() // wide.shape[1] * dist.get_world_size()  # ranks have batches of one size
         mean = all_reduce(wide.sum(dim=(0, 2, 3))) / count
         centred = wide - mean[:, None, None]
         variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
         with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum or 0.1)
-            unbiased = variance * (count / (count - 1))
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum or 0.1)
+            mean_so_far.lerp_(mean.to(mean_so_far.dtype), share)
+            variance_so_far.lerp_((variance * (count / (count - 1))).to(variance_so_far.dtype), share)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 

@@ -192,6 +192,15 @@ def test_upernet_needs_a_grid_that_can_be_halved(mae):
         segmenter_of(mae, CLASSES, "upernet", img_size=(4, 24))
 
 
+def test_statistics_that_are_not_finite_are_not_kept():
+    norm, plain = BatchNorm(3), torch.nn.BatchNorm2d(3)
+    x = torch.randn(2, 3, 4, 5)
+    torch.testing.assert_close(norm(x), plain(x))
+    norm(x.where(x < 1, torch.nan))
+    for name, kept in plain.state_dict().items():
+        torch.testing.assert_close(norm.state_dict()[name], kept, msg=name)
+
+
 def test_upernet_looks_at_the_published_blocks():
     assert upernet_taps(12) == (3, 5, 7, 11)
     assert upernet_taps(24) == (7, 11, 15, 23)

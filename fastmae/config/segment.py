@@ -176,6 +176,9 @@ def resolve_segment(
     if config.distortion and not takes_distortion:
         problem = "changes colours of 8 bits alone; leave it out for other pixels"
         raise SettingError("distortion", config.distortion, problem)
+    if config.segmenter_head == "upernet" and config.batch_size * ranks < 2:
+        problem = "must be at least 2 with --segmenter_head=upernet, whose BatchNorm compares images"
+        raise SettingError("batch_size", config.batch_size, problem)
     blr = given(config.blr, blr * (10 if config.tune == "linear" else 1))
     global_batch = config.batch_size * config.accum_iter * ranks
     chosen = dict(

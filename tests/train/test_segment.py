@@ -187,6 +187,7 @@ def test_a_class_that_is_nowhere_counts_nowhere():
         (dict(tune="last-9"), "tune"),
         (dict(reduce_zero_label=True, classes=("a",)), "classes"),
         (dict(finetune="nowhere"), "nowhere"),
+        (dict(segmenter_head="upernet", batch_size=1), "batch_size"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(data, tmp_path, change, problem):

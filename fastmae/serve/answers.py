@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fastmae.checkpoint.load import load_classifier, open_checkpoint
+from fastmae.checkpoint.load import load_classifier, load_segmenter, open_checkpoint
 from fastmae.config.serve import ServeConfig
 from fastmae.data.masks import choose_masks, shuffled_ids, visible_first
 from fastmae.data.reading import Reading
@@ -23,11 +23,13 @@ from fastmae.errors import SettingError, UserError
 from fastmae.evaluate.knn import TEMPERATURE, nearest
 from fastmae.evaluate.pictures import as_rgb
 from fastmae.evaluate.reconstruct import reconstruct
+from fastmae.evaluate.segment import map_picture, overlay, segment_picture, shown_pixels
 from fastmae.facts import exact_ratio
 from fastmae.model.build import AnyClassifier
 from fastmae.model.family import MaskedModel
+from fastmae.model.segmenter import Segmenter
 
-Task = Literal["embed", "search", "classify", "reconstruct", "inpaint"]
+Task = Literal["embed", "search", "classify", "segment", "reconstruct", "inpaint"]
 NEIGHBOURS = 20
 """How many of the nearest images of an index vote for a class."""
 ROWS = ("original", "masked", "reconstructed")
@@ -39,7 +41,7 @@ class Ask:
 
     task: Task
     pixels: np.ndarray
-    """[H, W, C], as the model takes them."""
+    """[H, W, C], as the model takes them; of ``segment`` of any size."""
     k: int = 5
     """How many images or classes are answered."""
     mask_ratio: float | None = None
@@ -49,7 +51,8 @@ class Ask:
     mask: np.ndarray | None = None
     """bool [rows, columns] of patches, true where they are predicted, for ``inpaint``."""
     show: str = "all"
-    """Which pictures of a reconstruction are answered: one of ``ROWS``, or all side by side."""
+    """Which pictures of a reconstruction are answered: one of ``ROWS``, or all side by side. Of ``segment`` the ``map``
+    of classes, or an ``overlay``."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Service:
     class_names: tuple[str, ...]
     """Of the classifier; empty where its run had numbers alone."""
     index: Index | None
+    segmenter: Segmenter | None = None
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -105,6 +109,7 @@ class Service:
         found: list[Task] = ["embed"]
         found += ["search"] if self.index is not None else []
         found += ["classify"] if self.classifier is not None or self._index_has_classes else []
+        found += ["segment"] if self.segmenter is not None else []
         found += ["reconstruct", "inpaint"] if self.has_decoder else []
         return tuple(found)
 
@@ -129,6 +134,7 @@ class Service:
             "features": self.model.feature_dim * (2 if self.config.pool == "both" else 1),
             "pool": self.config.pool,
             "tasks": list(self.tasks),
+            "classes_of_pixels": [] if self.segmenter is None else list(self.class_names),
             "images_in_index": 0 if self.index is None else len(self.index.names),
         }
 
@@ -138,6 +144,8 @@ class Service:
             return "the checkpoint has no decoder; serve the run of pretraining"
         if task == "search":
             return "no index was given; start fastmae serve with --index FEATURES.npz"
+        if task == "segment":
+            return "the checkpoint is no segmenter; serve a run of fastmae segment"
         return "the checkpoint is no classifier; serve a run of finetune, or give an --index with labels"
 
     def visible(self, ratio: float | None) -> int:
@@ -162,6 +170,10 @@ class Service:
         answers: list[Any] = [None] * len(asks)
         for (kind, *_), numbers in together.items():
             alike = [asks[number] for number in numbers]
+            if kind == "segment":  # pictures of any size, one after another
+                for number, ask in zip(numbers, alike, strict=True):
+                    answers[number] = self._segmented(ask)
+                continue
             images = torch.from_numpy(np.stack([ask.pixels for ask in alike])).to(self.model.device)
             compute = {"features": self._by_features, "classify": self._classes}.get(kind, self._pictures)
             for number, answer in zip(numbers, compute(alike, images), strict=True):
@@ -219,6 +231,14 @@ class Service:
             answers.append({"by": "classifier", "classes": classes})
         return answers
 
+    def _segmented(self, ask: Ask) -> bytes:
+        """Answers the class of each pixel of a picture of any size, as ``fastmae segment --predict`` writes it."""
+        assert self.segmenter is not None
+        classes = segment_picture(self.segmenter, ask.pixels)
+        if ask.show == "map":
+            return _as_png(map_picture(classes, self.segmenter.num_classes))
+        return _as_png(Image.fromarray(overlay(shown_pixels(ask.pixels), classes, self.segmenter.num_classes)))
+
     def _pictures(self, asks: Sequence[Ask], images: torch.Tensor) -> list[bytes]:
         """Answers reconstructions of images that have as many masked patches, each with a mask of its own."""
         orders = []
@@ -236,8 +256,12 @@ class Service:
 
 def _png(ask: Ask, pictures: Sequence[np.ndarray]) -> bytes:
     shown = pictures if ask.show == "all" else [pictures[ROWS.index(ask.show)]]
+    return _as_png(Image.fromarray(np.concatenate([as_rgb(picture) for picture in shown], axis=1)))
+
+
+def _as_png(picture: Image.Image) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(np.concatenate([as_rgb(picture) for picture in shown], axis=1)).save(file, "PNG")
+    picture.save(file, "PNG")
     return file.getvalue()
 
 
@@ -259,4 +283,7 @@ def open_service(config: ServeConfig) -> Service:
     index = None if config.index is None else open_index(config.index, width)
     classifier = load_classifier(config.checkpoint).to(device) if opened.kind == "classifier" else None
     names = tuple(map(str, opened.settings.get("class_names") or ()))
-    return Service(config, model, opened.has_decoder, classifier, names, index)
+    segmenter = None
+    if "segmenter_head" in opened.settings:
+        segmenter, names = load_segmenter(config.checkpoint).to(device), tuple(opened.settings.get("classes") or ())
+    return Service(config, model, opened.has_decoder, classifier, names, index, segmenter)

@@ -28,7 +28,7 @@ from fastmae.evaluate.reconstruct import WHITE, touched
 from fastmae.messages import logger
 from fastmae.serve.answers import Ask, Service, Task
 from fastmae.serve.metrics import CONTENT_TYPE, Metrics
-from fastmae.serve.uploads import RefusedError, is_token, pixels_of_upload, size_of_upload
+from fastmae.serve.uploads import RefusedError, is_token, picture_of_upload, pixels_of_upload, size_of_upload
 
 PAGE = Path(__file__).with_name("page.html")
 PREFIX = "/v1/"
@@ -49,6 +49,7 @@ Show = Annotated[
     Literal["original", "masked", "reconstructed", "all"],
     Query(description="Which pictures are answered; all: side by side."),
 ]
+ShowClasses = Annotated[Literal["map", "overlay"], Query(description="Numbers, or colours over the picture.")]
 
 
 def alone(service: Service) -> Answer:
@@ -110,6 +111,9 @@ def make_app(
         if task == "inpaint":
             options["mask"] = await loop.run_in_executor(pool, _mask_of, service, files["image"], files["mask"])
         size, reading = service.model.img_size, service.reading
+        if task == "segment":
+            whole = await loop.run_in_executor(pool, picture_of_upload, files["image"], reading, config.max_pixels)
+            return await answer(Ask(task, whole, **options))
         pixels = await loop.run_in_executor(pool, pixels_of_upload, files["image"], reading, size, config.max_pixels)
         return await answer(Ask(task, pixels, **options))
 
@@ -127,6 +131,11 @@ def make_app(
     async def classify(request: Request, k: K = 5) -> Any:
         """The classes of an image, the likeliest first: of the classifier, or by the vote of the nearest images."""
         return JSONResponse(await ask_of(request, "classify", k=k))
+
+    @app.post(PREFIX + "segment", openapi_extra=_body("image"), **_PNG, **guarded)
+    async def segment(request: Request, show: ShowClasses = "map") -> Any:
+        """The class of each pixel of a picture of any size: numbers with a palette, or colours over the picture."""
+        return Response(await ask_of(request, "segment", show=show), media_type="image/png")
 
     @app.post(PREFIX + "reconstruct", openapi_extra=_body("image"), **_PNG, **guarded)
     async def reconstruct(request: Request, mask_ratio: Ratio = None, seed: Seed = 0, show: Show = "all") -> Any:
@@ -307,7 +316,7 @@ class Gate:
                 await _refusal(*refusal)(scope, receive, send)
 
 
-KNOWN = ("embed", "search", "classify", "reconstruct", "inpaint", "model")
+KNOWN = ("embed", "search", "classify", "segment", "reconstruct", "inpaint", "model")
 
 
 def _limited(scope: Scope, receive: Receive, max_bytes: int) -> Receive:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from fastmae.config.serve import TOKEN_VARIABLE, ServeConfig
-from fastmae.data.decode import refuse_by_header
+from fastmae.data.decode import decode, refuse_by_header
 from fastmae.data.headers import as_read, read_header
 from fastmae.data.plan import central_share
 from fastmae.data.reading import BadImageError, Reading
@@ -18,6 +18,8 @@ from fastmae.data.sample import View, prepared
 from fastmae.errors import SettingError
 
 SHORTEST_TOKEN = 16
+OBLONG = 8
+"""How many times longer than the other a side of a picture to segment may be."""
 
 
 class RefusedError(Exception):
@@ -60,6 +62,24 @@ def pixels_of_upload(data: bytes, reading: Reading, size: tuple[int, int], max_p
     view = View(size, reading, central_share=central_share("folder", size))
     try:
         return prepared(data, view, None)
+    except (BadImageError, ValueError, OSError) as error:
+        raise RefusedError(400, f"the image cannot be used: {error}") from error
+    except MemoryError as error:
+        raise RefusedError(413, "the image needs more memory than there is; send a smaller one") from error
+
+
+def picture_of_upload(data: bytes, reading: Reading, max_pixels: int) -> np.ndarray:
+    """Returns all pixels [H, W, C] of an upload, neither cropped nor resized.
+
+    Raises:
+        RefusedError: as ``pixels_of_upload`` does, or the picture is so oblong that windows over it would be many.
+    """
+    height, width = size_of_upload(data, reading, max_pixels)
+    if max(height, width) > OBLONG * min(height, width):
+        problem = f"{width}×{height} pixels, of which one side is over {OBLONG} times the other; send a part of it"
+        raise RefusedError(413, problem)
+    try:
+        return decode(data, reading)
     except (BadImageError, ValueError, OSError) as error:
         raise RefusedError(400, f"the image cannot be used: {error}") from error
     except MemoryError as error:

@@ -22,6 +22,8 @@ import fastmae
 from fastmae.config import ServeConfig
 from fastmae.config.serve import settings_of
 from fastmae.errors import SettingError, UserError
+from fastmae.evaluate.segment import segment_picture
+from fastmae.model.segmenter import segmenter_of
 from fastmae.serve.answers import Ask, Service, open_index
 from fastmae.serve.uploads import is_token, read_token
 
@@ -417,3 +419,25 @@ def test_a_port_of_another_program_is_refused():
     _require_port(ServeConfig(checkpoint="x", port=port))
     with pytest.raises(SettingError, match="port"):
         _require_port(ServeConfig(checkpoint="x", host="192.0.2.77", port=port))
+
+
+def test_a_segmenter_tells_the_class_of_each_pixel_of_a_picture_of_any_size(model: Any) -> None:
+    segmenter = segmenter_of(model, 3, "linear").eval()
+    service = Service(ServeConfig(checkpoint="x"), model, False, None, ("ground", "tree", "sky"), None, segmenter)
+    assert service.tasks == ("embed", "segment")
+    client, picture = client_of(service), png(40, 30)
+    pixels = np.asarray(Image.open(io.BytesIO(picture)))
+    answer = client.post("/v1/segment", content=picture)
+    assert answer.status_code == 200
+    found = Image.open(io.BytesIO(answer.content))
+    assert (found.mode, found.size) == ("P", (30, 40))
+    assert np.array_equal(np.asarray(found), segment_picture(segmenter, pixels))
+    over = Image.open(io.BytesIO(client.post("/v1/segment?show=overlay", content=picture).content))
+    assert (over.mode, over.size) == ("RGB", (30, 40))
+    assert client.post("/v1/segment?show=other", content=picture).status_code == 422
+    assert client.post("/v1/segment", content=png(400, 20)).status_code == 413
+    assert client.post("/v1/segment", content=picture[:60]).status_code == 400
+    assert client.get("/v1/model").json()["classes_of_pixels"] == ["ground", "tree", "sky"]
+    refused = client_of(served(model)).post("/v1/segment", content=picture)
+    assert refused.status_code == 404
+    assert "serve a run of fastmae segment" in refused.json()["error"]

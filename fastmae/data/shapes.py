@@ -19,9 +19,9 @@ CLASSES = ("ground", "circle", "square", "triangle", "cross")
 SIDE = 64
 TRAIN, VAL = 800, 200
 """How many images ``--data_path shapes`` has in either part."""
-MOST = 4
+MOST = 3
 """Shapes in an image, at most; at least one."""
-RADIUS = (0.11, 0.24)
+RADIUS = (0.18, 0.34)
 """The smallest and the largest radius of a shape, as a share of the side."""
 LEAST_VISIBLE = 0.6
 """A shape is left out where it would leave less than this share of another one visible."""

@@ -81,7 +81,7 @@ def look_back(folder: Path, resume: str, steps: Steps, fresh_step: int, *, takes
         return resume
     if resume == AUTO and not has_checkpoints:
         _require_beginning(folder, names, steps, fresh_step, takes_files)
-        for path in set_aside_official(folder, 0):  # of a run of 0.1 that was rolled back to where it began
+        for path in set_aside_official(folder, 0):  # of epochs before the first checkpoint, or that were rolled back
             logger.warning("%s: kept from the run that begins again, under this name", path)
     return resume
 
@@ -137,8 +137,9 @@ def _set_aside(folder: Path, names: list[str]) -> None:
 def _require_beginning(folder: Path, names: list[str], steps: Steps, fresh_step: int, takes_files: bool) -> None:
     """Refuses to begin where a run was, of which a checkpoint was saved or must have been.
 
-    A run that was killed before its first checkpoint begins again, and so does one that was rolled back to where it
-    began. The first checkpoint may be unfinished until the second is due, which waits for it.
+    A run that was killed before its first checkpoint begins again, also behind the end of an epoch, and so does one
+    that was rolled back to where it began. The first checkpoint may be unfinished until the second is due, which waits
+    for it.
 
     Raises:
         SettingError: saying what was found, and what can be done.
@@ -146,10 +147,11 @@ def _require_beginning(folder: Path, names: list[str], steps: Steps, fresh_step:
     official = sorted((name for name in names if OFFICIAL.fullmatch(name)), key=_order)
     found = [f"{SAVED} tells of a checkpoint"] if SAVED in names else []
     if "rollbacks.json" not in names and "detours.json" not in names:
-        found += [f"{official[-1]}{f' and {len(official) - 1} more' if official[1:] else ''}"] if official else []
+        overdue = fresh_step + 2 * steps.between_checkpoints
+        if official and (_epoch_of(official[-1]) + 1) * steps.per_epoch > overdue:
+            found.append(f"{official[-1]}{f' and {len(official) - 1} more' if official[1:] else ''}")
         first, last = _first_and_last(folder / "metrics.jsonl", "step")
         _, epoch = _first_and_last(folder / "log.txt", "epoch")
-        overdue = fresh_step + 2 * steps.between_checkpoints
         if last > overdue or first > fresh_step + 1:
             found.append(f"steps {first} to {last} in metrics.jsonl")
         elif (epoch + 1) * steps.per_epoch > overdue:

@@ -225,6 +225,19 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_and_keep
     assert_same_run(run, finished)
 
 
+@pytest.mark.parametrize(("between", "begins"), [(9, True), (4, False)])
+def test_an_official_file_tells_of_a_checkpoint_where_two_were_due_before_it(tmp_path, capsys, between, begins):
+    """A run of epochs of 9 steps; the first checkpoint may still have been written while the second was due."""
+    (tmp_path / "checkpoint-0.pth").write_text("of epoch 0")
+    if begins:
+        assert look_back(tmp_path, "auto", Steps(9, 27, between), 0, takes_files=True) == "auto"
+        assert (tmp_path / "superseded-checkpoint-0.pth").read_text() == "of epoch 0"
+        assert "kept from the run that begins again, under this name" in capsys.readouterr().err
+    else:
+        with pytest.raises(UserError, match=r"holds a run \(checkpoint-0.pth\), but no checkpoint to go on from"):
+            look_back(tmp_path, "auto", Steps(9, 27, between), 0, takes_files=True)
+
+
 def test_official_files_of_a_rolled_back_run_of_0_1_are_kept_where_it_begins_again(run, again, finished, capsys):
     """0.1 had no saved.json, and a run that it rolled back to step 0 has official files without a checkpoint."""
     shutil.rmtree(run / "checkpoints")

@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import shutil
 import signal
+import time
 from functools import partial
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 from helpers import assert_same_run, metrics
 from PIL import Image
-from ranks import run_ranks
+from ranks import run_ranks, start_ranks
 from safetensors.torch import load_file
 
 from fastmae.checkpoint.load import load_model, load_segmenter
@@ -99,6 +101,31 @@ def test_a_run_of_upernet_goes_on_to_the_same_bits(data, tmp_path):
         if path.name > "step-00000002":
             shutil.rmtree(path)
     assert segment(small(data, tmp_path / "run", **own, resume="auto")) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_any_instant_a_run_goes_on_to_the_same_end(data, tmp_path, ranks):
+    """One of the ranks is killed; the others are killed after it, as launchers do."""
+    long = dict(epochs=30, batch_size=8 // ranks, checkpoint_freq=5, test_freq=3, output_dir=str(tmp_path / "whole"))
+    run_ranks(ranks, partial(segment, small(data, **long)))
+    again = small(data, **{**long, "output_dir": str(tmp_path / "run")}, resume="auto")
+    killed, dice = [], random.Random(0)
+    for _ in range(5):
+        started = start_ranks(ranks, partial(segment, again), slow_saves=True)
+        deadline = time.monotonic() + 120
+        while not any(rank.said() for rank in started) and time.monotonic() < deadline:
+            time.sleep(0.01)  # Python starts
+        time.sleep(dice.uniform(0, 3))
+        dice.choice(started).process.kill()
+        for rank in started:
+            rank.process.kill()
+        ended = [rank.finish()[0] for rank in started]
+        logged = tmp_path / "run" / "metrics.jsonl"
+        killed += [logged.read_text().count("\n")] if any(ended) and logged.exists() else []
+    assert any(0 < steps < 90 for steps in killed), f"nothing was tested: the steps done at the kills were {killed}"
+    run_ranks(ranks, partial(segment, again))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 

@@ -23,6 +23,9 @@ MOST = 3
 """Shapes in an image, at most; at least one."""
 RADIUS = (0.18, 0.34)
 """The smallest and the largest radius of a shape, as a share of the side."""
+LEAN = np.pi / 8
+"""How far a shape may lean to either side, in radians. Squares, triangles and crosses of every
+direction take much longer to tell apart: the same training reached a mean IoU of 44 % with them, beside 56 %."""
 LEAST_VISIBLE = 0.6
 """A shape is left out where it would leave less than this share of another one visible."""
 SURFACE = 9
@@ -87,11 +90,11 @@ def _make(
 
 
 def _inside(kind: str, draws: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Returns which pixels lie in a shape, bool [side, side]; the four draws are its place, radius and direction."""
+    """Returns which pixels lie in a shape, bool [side, side]; the four draws are its place, radius and lean."""
     low, high = RADIUS
     radius = low + (high - low) * draws[2]
     top, left = radius + (1 - 2 * radius) * draws[:2]
-    angle = 2 * np.pi * draws[3]
+    angle = LEAN * (2 * draws[3] - 1)
     u = (np.cos(angle) * (x - left) + np.sin(angle) * (y - top)) / radius
     v = (np.cos(angle) * (y - top) - np.sin(angle) * (x - left)) / radius
     if kind == "circle":

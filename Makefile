@@ -44,7 +44,7 @@ test-schedulers: $(SCHEDULERS)/.installed
 
 # The service on Ray Serve, in an environment of its own, as Ray is large.
 test-serve: $(SERVE)/.installed
-	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -q tests/serve
+	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -q --disable-warnings tests/serve
 
 # The C++ ops once more, built with the address and undefined-behaviour sanitizers.
 test-native: $(VENV)/.installed-dev

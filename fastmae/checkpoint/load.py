@@ -146,7 +146,12 @@ def lacks_decoder(checkpoint: str | Path, opened: Opened) -> str:
 
 
 def open_checkpoint(
-    checkpoint: str | Path, given: ReadingConfig | None = None, *, resize: bool = True, weights_alone: bool = False
+    checkpoint: str | Path,
+    given: ReadingConfig | None = None,
+    *,
+    resize: bool = True,
+    weights_alone: bool = False,
+    uses_head: bool = False,
 ) -> Opened:
     """Opens a checkpoint as ``load_model`` does, and returns what else it says.
 
@@ -156,6 +161,8 @@ def open_checkpoint(
             that do not tell it themselves.
         weights_alone: how pixels are normalised and predicted is decided elsewhere, so that it is no matter if a file
             does not say it.
+        uses_head: the head of a segmenter is opened as well, by ``load_segmenter``, so that no line says that it is
+            left out.
     """
     path, given = Path(checkpoint), given or ReadingConfig()
     if not path.exists():
@@ -165,7 +172,7 @@ def open_checkpoint(
         report_remarks(file)
         opened = _opened_file(file, given, weights_alone)
     else:
-        opened = _of_newest(path, lambda found, manifest: _opened_run(found, manifest, given))
+        opened = _of_newest(path, lambda found, manifest: _opened_run(found, manifest, given, uses_head))
     if resize and given.input_size is not None:
         _resize(path, opened, (given.input_size[0], given.input_size[-1]))
     opened.model.eval()
@@ -273,14 +280,14 @@ def _verified(path: Path) -> tuple[Path, dict[str, Any]]:
     return newest.path, newest.manifest
 
 
-def _opened_run(path: Path, manifest: dict[str, Any], given: ReadingConfig) -> Opened:
+def _opened_run(path: Path, manifest: dict[str, Any], given: ReadingConfig, uses_head: bool) -> Opened:
     """Opens a checkpoint of pretrain or of finetune at its own size; ``given`` overrides how pixels are normalised."""
     settings = manifest["settings"]
     named = PRESETS.get(given.model or "", given.model)
     if given.model is not None and named != PRESETS.get(settings["model"], settings["model"]):
         raise SettingError("model", given.model, f"{path} is of {settings['model']}, as its settings say; leave it out")
     if "segmenter_head" in settings:
-        return _encoder_of_segmenter(path, manifest)
+        return _encoder_of_segmenter(path, manifest, uses_head)
     if "nb_classes" in settings:
         return _opened_file(_file_of_classifier(path, manifest), given)
     chosen = {name: getattr(given, name) for name in ("norm_pix_loss", "mean", "std")}
@@ -345,14 +352,14 @@ def _segmenter_of_run(path: Path, manifest: dict[str, Any]) -> Segmenter:
     return model
 
 
-def _encoder_of_segmenter(path: Path, manifest: dict[str, Any]) -> Opened:
-    """Opens the encoder of a segmenter, and says that its head is left out."""
+def _encoder_of_segmenter(path: Path, manifest: dict[str, Any], uses_head: bool) -> Opened:
+    """Opens the encoder of a segmenter, and says that its head is left out, unless that is opened as well."""
     weights = merge_lora(dict(_segmenter_of_run(path, manifest).state_dict()))
     model, settings = _fresh(manifest["settings"]), manifest["settings"]
     model.load_state_dict(
         {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}, strict=False
     )
-    report(path, [f"its head of {settings['num_classes']} classes of pixels is left out"])
+    report(path, [] if uses_head else [f"its head of {settings['num_classes']} classes of pixels is left out"])
     return Opened(model, settings, False, kind="encoder")
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fastmae.checkpoint.load import load_classifier, load_segmenter, open_checkpoint
+from fastmae.checkpoint.load import load_segmenter, open_checkpoint, with_head
 from fastmae.config.serve import ServeConfig
 from fastmae.data.masks import choose_masks, shuffled_ids, visible_first
 from fastmae.data.reading import Reading
@@ -272,7 +272,7 @@ def open_service(config: ServeConfig) -> Service:
         UserError: a checkpoint or an index that cannot be served.
     """
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    opened = open_checkpoint(config.checkpoint, config)
+    opened = open_checkpoint(config.checkpoint, config, uses_head=True)
     model = opened.model.to(device)
     if not model.has_pictures:
         raise UserError(f"{config.checkpoint}: a model of rows of a table; fastmae serve answers about images")
@@ -281,9 +281,21 @@ def open_service(config: ServeConfig) -> Service:
         raise SettingError("pool", config.pool, problem)
     width = model.feature_dim * (2 if config.pool == "both" else 1)
     index = None if config.index is None else open_index(config.index, width)
-    classifier = load_classifier(config.checkpoint).to(device) if opened.kind == "classifier" else None
+    classifier = with_head(opened).to(device) if opened.head else None  # of the size and pixels of the model
     names = tuple(map(str, opened.settings.get("class_names") or ()))
     segmenter = None
     if "segmenter_head" in opened.settings:
+        _need_own_pixels(config)
         segmenter, names = load_segmenter(config.checkpoint).to(device), tuple(opened.settings.get("classes") or ())
     return Service(config, model, opened.has_decoder, classifier, names, index, segmenter)
+
+
+def _need_own_pixels(config: ServeConfig) -> None:
+    """Refuses other pixels than those that a segmenter learnt from.
+
+    Raises:
+        SettingError: naming the setting.
+    """
+    for name in ("input_size", "mean", "std"):
+        if getattr(config, name) is not None:
+            raise SettingError(name, getattr(config, name), "must be left out for a run of segment, which has its own")

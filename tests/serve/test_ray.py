@@ -11,17 +11,22 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 pytest.importorskip("ray")
 
 import fastmae
+from fastmae.checkpoint.load import load_classifier, load_segmenter
 from fastmae.cli import main
+from fastmae.data import shapes
+from fastmae.evaluate.segment import segment_picture
 
 PORT = 8139
 HERE = f"http://127.0.0.1:{PORT}"
@@ -34,6 +39,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
     fastmae.pretrain("digits", output_dir=folder, epochs=1, model="mae_vit_tiny_patch4", probe=False, autotune="off")
     return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier") / "run"
+    fastmae.finetune("digits", output_dir=folder, finetune=run, epochs=1, warmup_epochs=0, autotune="off")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("segmenter")
+    made = shapes.make_shapes(np.arange(10), 32)
+    for number, (image, classes) in enumerate(zip(made.images, made.maps, strict=True)):
+        for kind, pixels in (("images", image), ("annotations", classes)):
+            (folder / kind).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(folder / kind / f"{number:02}.png")
+    words = dict(model="mae_vit_tiny_patch4", input_size=32, patch_size=8, batch_size=4, epochs=1, warmup_epochs=0)
+    fastmae.segment(folder, output_dir=folder / "run", autotune="off", classes=shapes.CLASSES, **words)
+    return folder / "run"
 
 
 def png() -> bytes:
@@ -49,14 +74,23 @@ def reachable() -> set[str]:
     return {line[1] for line in lines if line[3] == LISTENING and not line[1].startswith(here)}
 
 
+class Service(NamedTuple):
+    process: subprocess.Popen[str]
+    first_line: str
+
+
 @pytest.fixture
-def service(run: Path, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
-    words = [sys.executable, "-m", "fastmae", "serve", str(run), "--port", str(PORT), *request.param]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "FASTMAE_TOKEN": TOKEN})
+def service(request: pytest.FixtureRequest) -> Iterator[Service]:
+    """What is started by a tuple: the fixture with the run, and flags."""
+    kind, *flags = request.param
+    words = [sys.executable, "-m", "fastmae", "serve", str(request.getfixturevalue(kind)), "--port", str(PORT), *flags]
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, **pipes, env={**os.environ, "FASTMAE_TOKEN": TOKEN})
     try:
         assert process.stdout is not None
-        assert "a token is asked for; only this machine can reach it" in process.stdout.readline()
-        yield process
+        first = process.stdout.readline()
+        assert "a token is asked for; only this machine can reach it" in first, process.communicate()
+        yield Service(process, first)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -67,7 +101,7 @@ def client() -> httpx.Client:
     return httpx.Client(base_url=HERE, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60)
 
 
-@pytest.mark.parametrize("service", [("--replicas", "2", "--cpus", "0.5")], indirect=True)
+@pytest.mark.parametrize("service", [("run", "--replicas", "2", "--cpus", "0.5")], indirect=True)
 def test_it_answers_alike_from_each_replica_and_outlives_one(run, service):
     assert httpx.post(f"{HERE}/v1/embed", content=png()).status_code == 401
     model = fastmae.load_model(run)
@@ -92,7 +126,7 @@ def test_it_answers_alike_from_each_replica_and_outlives_one(run, service):
         assert answers[-10:] == [200] * 10
 
 
-@pytest.mark.parametrize("service", [()], indirect=True)
+@pytest.mark.parametrize("service", [("run",)], indirect=True)
 def test_a_signal_loses_no_request_and_nobody_else_reaches_a_port(service):
     assert not reachable() - ALREADY
     answers: list[int] = []
@@ -106,15 +140,62 @@ def test_a_signal_loses_no_request_and_nobody_else_reaches_a_port(service):
         thread.start()
     while not answers:  # then some others are in work, and some on their way: none is cut off
         time.sleep(0.01)
-    service.send_signal(signal.SIGTERM)
+    service.process.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join()
     assert set(answers) <= {200, 503}
     assert 200 in answers
-    assert service.wait(60) == 0
+    assert service.process.wait(60) == 0
 
 
 ALREADY = reachable()
+
+
+@pytest.mark.parametrize("service", [("run",)], indirect=True)
+def test_a_run_of_pretraining_reconstructs_and_says_what_else_it_would_need(run, service):
+    assert "answers: embed, reconstruct, inpaint;" in service.first_line
+    model = fastmae.load_model(run)
+    with client() as ask:
+        said = ask.post("/v1/reconstruct?show=original", content=png())
+        assert np.array_equal(
+            np.asarray(Image.open(io.BytesIO(said.content)).convert("L")), model.preprocess(png())[..., 0]
+        )
+        for task, needed in (("search", "--index"), ("classify", "run of finetune"), ("segment", "fastmae segment")):
+            refused = ask.post(f"/v1/{task}", content=png())
+            assert refused.status_code == 404
+            assert needed in refused.json()["error"]
+
+
+@pytest.mark.parametrize("service", [("classifier",)], indirect=True)
+def test_a_finetuned_head_tells_classes(classifier, service):
+    assert "answers: embed, classify;" in service.first_line
+    model = load_classifier(classifier)
+    pixels = fastmae.load_model(classifier).preprocess(png())
+    with torch.inference_mode():
+        right = model(pixels[None]).float().softmax(1)[0]
+    with client() as ask:
+        said = ask.post("/v1/classify?k=10", content=png()).json()
+        assert said["by"] == "classifier"
+        assert [one["class"] for one in said["classes"]] == [str(n) for n in right.argsort(descending=True).tolist()]
+        np.testing.assert_allclose([one["share"] for one in said["classes"]], right.sort(descending=True)[0], atol=2e-4)
+        assert ask.post("/v1/reconstruct", content=png()).status_code == 404
+
+
+@pytest.mark.parametrize("service", [("segmenter",)], indirect=True)
+def test_a_run_of_segment_tells_the_class_of_each_pixel(segmenter, service):
+    assert "answers: embed, segment;" in service.first_line
+    image = shapes.make_shapes(np.arange(40, 41), 48).images[0][:40]
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    right = segment_picture(load_segmenter(segmenter), image)
+    with client() as ask:
+        found = Image.open(io.BytesIO(ask.post("/v1/segment", content=file.getvalue()).content))
+        assert (found.mode, found.size) == ("P", (48, 40))
+        assert (np.asarray(found) == right).mean() > 0.99  # where two classes are alike, rounding decides
+        assert ask.get("/v1/model").json()["classes_of_pixels"] == list(shapes.CLASSES)
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.stderr is not None
+    assert "left out" not in service.process.stderr.read()
 
 
 def test_the_file_for_a_cluster_is_one_of_ray_serve(run, tmp_path, capsys):

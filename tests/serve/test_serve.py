@@ -17,14 +17,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import fastmae
 from fastmae.config import ServeConfig
 from fastmae.config.serve import settings_of
+from fastmae.data import shapes
 from fastmae.errors import SettingError, UserError
 from fastmae.evaluate.segment import segment_picture
+from fastmae.model.build import classifier_of
 from fastmae.model.segmenter import segmenter_of
-from fastmae.serve.answers import Ask, Service, open_index
+from fastmae.serve.answers import Ask, Service, open_index, open_service
 from fastmae.serve.uploads import is_token, read_token
 
 pytest.importorskip("fastapi")
@@ -441,3 +444,31 @@ def test_a_segmenter_tells_the_class_of_each_pixel_of_a_picture_of_any_size(mode
     refused = client_of(served(model)).post("/v1/segment", content=picture)
     assert refused.status_code == 404
     assert "serve a run of fastmae segment" in refused.json()["error"]
+
+
+def test_a_run_of_segment_is_opened_with_its_head_and_its_own_pixels(tmp_path: Path, caplog: Any) -> None:
+    made = shapes.make_shapes(np.arange(5), 16)
+    for number, (image, classes) in enumerate(zip(made.images, made.maps, strict=True)):
+        for kind, pixels in (("images", image), ("maps", classes)):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / kind / f"{number}.png")
+    words: dict[str, Any] = dict(model="mae_vit_tiny_patch4", input_size=16, patch_size=8, batch_size=4, epochs=1)
+    fastmae.segment(tmp_path, output_dir=tmp_path / "run", warmup_epochs=0, autotune="off", device="cpu", **words)
+    caplog.clear()
+    service = open_service(ServeConfig(checkpoint=str(tmp_path / "run"), device="cpu"))
+    assert service.tasks == ("embed", "segment")
+    assert "left out" not in caplog.text
+    with pytest.raises(SettingError, match=r"input_size.*must be left out for a run of segment"):
+        open_service(ServeConfig(checkpoint=str(tmp_path / "run"), device="cpu", input_size=32))
+    fastmae.load_model(tmp_path / "run")
+    assert "its head of 5 classes of pixels is left out" in caplog.text
+
+
+def test_a_classifier_is_of_the_size_that_is_asked_for(model: Any, tmp_path: Path) -> None:
+    save_file(classifier_of(model, 3).state_dict(), tmp_path / "classifier.safetensors")
+    words: dict[str, Any] = dict(checkpoint=str(tmp_path / "classifier.safetensors"), num_heads=4, device="cpu")
+    service = open_service(ServeConfig(**words, input_size=32))
+    assert service.tasks == ("embed", "classify")
+    said = client_of(service).post("/v1/classify", content=png()).json()
+    assert [one["class"] for one in said["classes"]] != []
+    assert sum(one["share"] for one in said["classes"]) == pytest.approx(1, abs=1e-3)

@@ -1,5 +1,6 @@
 """Load on `fastmae serve` over loopback: requests a second, times, batches on and off, a killed replica, SIGTERM, and
-hostile uploads. It needs the extra `serve`, and nothing of fastmae but the command:
+hostile uploads, replicas that follow the load. It needs the extra `serve`, nothing of fastmae but the command, and for
+`--part wrk` the load generator of that name (https://github.com/wg/wrk), whose connections stay open:
 
     python benchmarks/serve.py RUN IMAGE --seconds 15 --clients 16
 """
@@ -13,6 +14,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -20,6 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PORT = 8137
+WAYS = (("--max_batch", "1"), ("--batch_wait_ms", "0"), ("--batch_wait_ms", "5"))
+"""How images are computed: each alone; together with those that waited anyway; together with those of 5 ms."""
+PARTS = ("batch", "wrk", "kill", "stop", "hostile", "scale")
 TRIES = 50
 """How often a client asks again for what a dying replica or a full service did not answer."""
 
@@ -95,6 +100,21 @@ async def under_load(body: bytes, seconds: float, clients: int, event: object = 
     return load, time.perf_counter() - begun
 
 
+async def scaled(body: bytes, seconds: float, clients: int) -> None:
+    """Says when the number of replicas changes, under a load and after it."""
+    begun, last = time.perf_counter(), 0
+    load = Load()
+    until = begun + seconds
+    tasks = [asyncio.create_task(client(body, until, load, retries=True, stopping=[])) for _ in range(clients)]
+    while time.perf_counter() < until or (last > 1 and time.perf_counter() < until + 180):
+        if len(replicas()) != last:
+            last = len(replicas())
+            print(f"  {time.perf_counter() - begun:5.1f} s  {last} replicas, {len(load.seconds)} answers", flush=True)
+        await asyncio.sleep(0.5)
+    await asyncio.gather(*tasks)
+    print(load.line(f"1 to 2 replicas, {clients} clients", seconds))
+
+
 def start(run: str, *flags: str) -> subprocess.Popen[str]:
     """Starts the service, and returns when it answers."""
     words = [sys.executable, "-m", "fastmae", "serve", run, "--port", str(PORT), *flags]
@@ -110,6 +130,20 @@ def stop(service: subprocess.Popen[str]) -> int:
     """Ends the service by SIGTERM, and returns its exit status."""
     service.send_signal(signal.SIGTERM)
     return service.wait(120)
+
+
+def by_wrk(image: str, path: str, clients: int, seconds: float) -> str:
+    """Runs wrk on one thread; returns requests a second and times, as it says them."""
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        script.write(
+            f'local file = io.open("{Path(image).resolve()}", "rb")\nwrk.method = "POST"\nwrk.body = file:read("*a")\n'
+        )
+        script.flush()
+        words = ["wrk", "-t1", f"-c{clients}", f"-d{seconds:g}s", "--latency", "--timeout", "30", "-s", script.name]
+        said = subprocess.run([*words, f"http://127.0.0.1:{PORT}{path}"], capture_output=True, text=True, check=True)
+    found = {line.split()[0]: " ".join(line.split()[1:]) for line in said.stdout.splitlines() if line.split()}
+    wrong = found.get("Non-2xx", "")
+    return f"{found['Requests/sec:']:>8} requests/s  p50 {found['50%']:>9}  p99 {found['99%']:>9}  {wrong}"
 
 
 def replicas() -> list[int]:
@@ -167,17 +201,30 @@ def main() -> None:
     parser.add_argument("image")
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--part", choices=("batch", "kill", "stop", "hostile"), action="append")
+    parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--path", default="/v1/embed", help="what wrk asks for")
     asked = parser.parse_args()
     body, parts = Path(asked.image).read_bytes(), asked.part or ("batch", "kill", "stop", "hostile")
     if "batch" in parts:
-        for batch in (1, 16):
-            service = start(asked.run, "--max_batch", str(batch))
+        for way in WAYS:
+            service = start(asked.run, *way)
             asyncio.run(under_load(body, 2, asked.clients))  # warm
             load, duration = asyncio.run(under_load(body, asked.seconds, asked.clients))
-            print(load.line(f"max_batch {batch}, {asked.clients} clients", duration), flush=True)
+            print(load.line(f"{' '.join(way)}, {asked.clients} clients", duration), flush=True)
             load, duration = asyncio.run(under_load(body, asked.seconds / 3, 1))
-            print(load.line(f"max_batch {batch}, 1 client", duration), "exit", stop(service), flush=True)
+            print(load.line(f"{' '.join(way)}, 1 client", duration), "exit", stop(service), flush=True)
+    if "wrk" in parts:
+        for way in WAYS:
+            service = start(asked.run, *way)
+            by_wrk(asked.image, asked.path, asked.clients, 2)  # warm
+            for clients in (1, asked.clients):
+                said = by_wrk(asked.image, asked.path, clients, asked.seconds)
+                print(f"{' '.join(way):<20} {clients:3} clients {said}", flush=True)
+            stop(service)
+    if "scale" in parts:
+        service = start(asked.run, "--max_replicas", "2", "--cpus", "0.5", "--target_requests", "4")
+        asyncio.run(scaled(body, asked.seconds, asked.clients))
+        print("scale: exit", stop(service), flush=True)
     if "kill" in parts:
         service = start(asked.run, "--replicas", "2", "--cpus", "0.5")
         killed: list[int] = []

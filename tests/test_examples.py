@@ -5,7 +5,10 @@ import runpy
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import forget_accelerate
+
+from fastmae.config.serve import config_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -56,3 +59,10 @@ def test_each_example_is_listed_and_says_what_it_needs():
         assert f'"{path.name}"' in tests, path.name
         assert "Needs: fastmae" in path.read_text() or path.suffix != ".py", path.name
         assert len(path.read_text().splitlines()) <= 80, path.name
+
+
+def test_the_settings_of_a_service_are_those_of_the_command():
+    said = yaml.safe_load((EXAMPLES / "serve.yaml").read_text())
+    config = config_of(said["applications"][0]["args"])
+    assert said["http_options"] == {"host": config.host, "port": config.port, "request_timeout_s": config.timeout + 5}
+    assert (config.replicas, config.max_replicas, config.target_requests, config.cpus) == (1, 8, 8, 2)

@@ -7,7 +7,7 @@ from pathlib import Path
 from fastmae.commands.shared import choose_workers, make_folder, open_model, ranks_that_share, report_stock
 from fastmae.config import FeaturesConfig
 from fastmae.data.sources import open_train, shown, train_and_val
-from fastmae.evaluate.features import check_features_file, extract_features, report_skipped, save_features
+from fastmae.evaluate.features import check_features_file, extract_features, mark_of, report_skipped, save_features
 from fastmae.evaluate.map import check_picture, check_reduction, feature_map, save_map
 from fastmae.screen import say
 from fastmae.train import parallel
@@ -48,7 +48,8 @@ def run_features(config: FeaturesConfig) -> int:
     phrase = f"{count} × {width} features of {shown(data_path)}"
     found = feature_map(features, reduction) if reduction else None
     if config.output:
-        save_features(Path(config.output), source, features, found.points if found else None)
+        mark = mark_of(model, config.pool)
+        save_features(Path(config.output), source, features, found.points if found else None, mark)
         say(f"{config.output}: {phrase}")
     if config.picture and found:
         save_map(Path(config.picture), model, source, found, f"{phrase} ({config.pool})")

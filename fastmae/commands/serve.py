@@ -14,6 +14,7 @@ import yaml
 
 from fastmae.commands.shared import make_folder
 from fastmae.config import ServeConfig
+from fastmae.config.serve import with_whole_paths
 from fastmae.errors import SettingError, UserError, install_hint
 from fastmae.files import write_whole
 from fastmae.screen import complain, say
@@ -92,9 +93,4 @@ def _require_port(config: ServeConfig) -> None:
 
 def _for_other_processes(config: ServeConfig) -> ServeConfig:
     """Returns the settings as replicas need them: whole paths, and the kind of device, of which Ray gives each one."""
-    paths = {
-        name: os.path.abspath(os.path.expanduser(value))
-        for name in ("checkpoint", "index", "token_file")
-        if (value := getattr(config, name)) is not None
-    }
-    return dataclasses.replace(config, **paths, device=choose_device(config.device).type)
+    return dataclasses.replace(with_whole_paths(config), device=choose_device(config.device).type)

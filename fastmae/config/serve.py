@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from fastmae.config.evaluate import Pool
+from fastmae.config.load import current_settings
 from fastmae.config.shared import Checkpoint, Device, ReadingConfig, check_reading
-from fastmae.config.values import coerce, need, need_at_least_one
+from fastmae.config.values import check_type, coerce, field_types, need, need_at_least_one
 from fastmae.errors import SettingError
 
 TOKEN_VARIABLE = "FASTMAE_TOKEN"
@@ -39,12 +44,15 @@ class ServeConfig(ReadingConfig):
     """The smallest number of processes that answer, each with the model."""
     max_replicas: int | None = None
     """The largest number, to which it grows with the load. Default: as --replicas."""
+    target_requests: int = 8
+    """Requests in work in each replica, on average, beyond which one more is started, up to --max_replicas."""
     cpus: float = 1.0
     """Cores of each replica."""
     max_batch: int = 16
     """Images of several requests that are computed together, at most. 1: each alone."""
-    batch_wait_ms: float = 5.0
-    """How long the first image of a batch waits for others, in milliseconds."""
+    batch_wait_ms: float = 0.0
+    """How long the first image of a batch waits for others, in milliseconds. 0: those that came while the batch before
+    was computed are computed together."""
     max_bytes: int = 20_000_000
     """The largest upload, in bytes."""
     max_pixels: int = 50_000_000
@@ -80,9 +88,12 @@ def check_serve(config: ServeConfig) -> None:
     """
     check_reading(config)
     need_at_least_one(config, "replicas", "max_replicas", "max_batch", "max_bytes", "max_pixels", "max_requests")
+    need_at_least_one(config, "target_requests")
     need(config, 1 <= config.port <= 65535, "port", "from 1 to 65535")
     most = config.max_replicas
     need(config, most is None or most >= config.replicas, "max_replicas", "at least as many as --replicas")
+    is_reached = most is None or most == config.replicas or config.target_requests <= config.max_requests
+    need(config, is_reached, "target_requests", f"at most --max_requests={config.max_requests}, or it is never reached")
     need(config, config.batch_wait_ms >= 0, "batch_wait_ms", "0 or more")
     for name in ("cpus", "timeout", "drain"):
         need(config, getattr(config, name) > 0, name, "a positive number")
@@ -98,3 +109,41 @@ def settings_of(config: ServeConfig) -> dict[str, Any]:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "write"}
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+def with_whole_paths(config: ServeConfig) -> ServeConfig:
+    """Returns the settings with whole paths, for processes that run in another folder."""
+    paths = {
+        name: os.path.abspath(os.path.expanduser(value))
+        for name in ("checkpoint", "index", "token_file")
+        if (value := getattr(config, name)) is not None
+    }
+    return dataclasses.replace(config, **paths)
+
+
+def config_of(args: Mapping[str, Any]) -> ServeConfig:
+    """Returns the settings of the ``args`` in a file for ``serve deploy``, or of the words ``NAME=VALUE`` of
+    ``serve run``, whose values are texts.
+
+    Raises:
+        SettingError: naming the setting, its value and what it must be.
+    """
+    known, settings = field_types(ServeConfig), {}
+    for name, value in current_settings(args, ServeConfig, besides=("write",)).items():
+        try:
+            settings[name] = check_type(name, value, known[name])
+        except SettingError:
+            if not isinstance(value, str):
+                raise
+            settings[name] = check_type(name, _number_of(value), known[name])
+    if "checkpoint" not in settings:
+        raise SettingError("checkpoint", problem="must be given: a run folder, one of its checkpoints, or a file")
+    return ServeConfig(**settings)
+
+
+def _number_of(text: str) -> Any:
+    """Returns what a text means as YAML, or the text."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

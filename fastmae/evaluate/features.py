@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fastmae.config import AnomalyPool
+from fastmae.config.evaluate import Pool
 from fastmae.data.augment import Augment
 from fastmae.data.changes import OF_NUMBERS, ChangedImages
 from fastmae.data.loader import Skipped, View, load_batches
@@ -21,9 +22,12 @@ from fastmae.evaluate.sharing import WHOLE, Share, gather
 from fastmae.files import write_whole
 from fastmae.messages import logger
 from fastmae.model.family import MaskedModel
+from fastmae.model.pixels import range_ends
 from fastmae.screen import printable
 
 FILE_SUFFIXES = (".npz", ".parquet")
+SAME = 0.05
+"""How far two marks of a model may lie apart, as a share of their length: bfloat16 and TF32 round differently."""
 
 
 @dataclass(frozen=True)
@@ -163,15 +167,44 @@ def check_features_file(path: Path) -> None:
             raise SettingError("path", str(path), problem, flag="--output") from error
 
 
+@torch.no_grad()
+def mark_of(model: MaskedModel, pool: Pool) -> torch.Tensor | None:
+    """Returns the features float32 [D] of a fixed picture, by which an index is known as that of a model and its pool.
+
+    None for a model of rows of a table.
+    """
+    if not model.has_pictures:
+        return None
+    H, W = model.img_size
+    shares = torch.arange(H * W * model.in_chans, dtype=torch.float64).mul(40_503).remainder(65_536).div(65_535)
+    low, high = range_ends(model, torch.float64)
+    pixels = low.cpu() + (high - low).cpu() * shares.reshape(H, W, model.in_chans)
+    picture = torch.from_numpy(pixels.numpy().astype(model.pixels.dtype))
+    return model.features(picture[None].to(model.device), pool)[0].float().cpu()
+
+
+def has_mark(mark: torch.Tensor, other: np.ndarray) -> bool:
+    """Whether two marks are of the same model, up to the rounding of other machines and backends."""
+    theirs = torch.from_numpy(np.asarray(other)).float()
+    return mark.shape == theirs.shape and float((mark - theirs).norm()) <= SAME * float(mark.norm())
+
+
 def _in_utf8(text: str) -> str:
     """Returns a name as Parquet can hold it: bytes that are no UTF-8 are escaped."""
     return text if text == text.encode(errors="replace").decode() else printable(text)
 
 
-def save_features(path: Path, source: Source, features: Features, points: np.ndarray | None = None) -> None:
+def save_features(
+    path: Path,
+    source: Source,
+    features: Features,
+    points: np.ndarray | None = None,
+    mark: torch.Tensor | None = None,
+) -> None:
     """Writes ``features`` float32 [n, D], ``names``, and if there are labels ``labels`` int64 and ``classes``.
 
-    Places ``points`` float32 [n, 2] in a map are written as ``reduced``.
+    Places ``points`` float32 [n, 2] in a map are written as ``reduced``, and the ``mark`` of the model, as ``mark_of``
+    gives it, to an .npz.
 
     An .npz has one array for each. A .parquet has one column for each; the features are lists of fixed size.
 
@@ -183,10 +216,11 @@ def save_features(path: Path, source: Source, features: Features, points: np.nda
         columns |= {"labels": source.labels[features.indices], "classes": classes_of(source, features.indices)}
     numbers: dict[str, Any] = {"features": features.values.cpu().numpy()}
     numbers |= {} if points is None else {"reduced": points}
+    marks: dict[str, Any] = {} if mark is None else {"mark": mark.numpy()}
 
     def write(file: BinaryIO) -> None:
         if path.suffix == ".npz":
-            np.savez(file, **numbers, **columns)
+            np.savez(file, **numbers, **columns, **marks)
             return
         import pyarrow
         import pyarrow.parquet

@@ -20,11 +20,13 @@ from fastmae.config.serve import ServeConfig
 from fastmae.data.masks import choose_masks, shuffled_ids, visible_first
 from fastmae.data.reading import Reading
 from fastmae.errors import SettingError, UserError
+from fastmae.evaluate.features import has_mark, mark_of
 from fastmae.evaluate.knn import TEMPERATURE, nearest
 from fastmae.evaluate.pictures import as_rgb
 from fastmae.evaluate.reconstruct import reconstruct
 from fastmae.evaluate.segment import map_picture, overlay, segment_picture, shown_pixels
 from fastmae.facts import exact_ratio
+from fastmae.messages import logger
 from fastmae.model.build import AnyClassifier
 from fastmae.model.family import MaskedModel
 from fastmae.model.segmenter import Segmenter
@@ -66,27 +68,34 @@ class Index:
     """The name of each image's class, if the images have labels."""
 
 
-def open_index(path: str, width: int) -> Index:
+def open_index(path: str, mark: torch.Tensor) -> Index:
     """Opens a file of ``fastmae features``.
 
     Args:
-        width: D, the length of the features that the model computes.
+        mark: of the model, float32 [D], as ``mark_of`` gives it. A file of an earlier version has none, and a line says
+            so.
 
     Raises:
-        SettingError: the file cannot be read, or holds features of another length.
+        SettingError: the file cannot be read, or holds features of another length or of another model.
     """
     try:
         with np.load(Path(path).expanduser(), allow_pickle=False) as file:
             values, names = file["features"], file["names"]
             classes = file["classes"].astype(str) if "classes" in file.files else None
+            theirs = file["mark"] if "mark" in file.files else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         problem = f"cannot be read ({' '.join(str(error).split())}); give an .npz that `fastmae features` wrote"
         raise SettingError("index", path, problem) from error
     if values.ndim != 2 or len(values) == 0 or len(values) != len(names):
         raise SettingError("index", path, "holds no features of images; make it by `fastmae features`")
-    if values.shape[1] != width:
-        problem = f"holds features of {values.shape[1]} numbers, the model gives {width}; make it again, by this model"
-        raise SettingError("index", path, f"{problem} and with the same --pool")
+    again = "make it again by `fastmae features`, with this model and the same --pool"
+    if values.shape[1] != len(mark):
+        problem = f"holds features of {values.shape[1]} numbers, the model gives {len(mark)}; {again}"
+        raise SettingError("index", path, problem)
+    if theirs is None:
+        logger.warning("%s: does not say of which model it is, so that nobody can check it; better %s", path, again)
+    elif not has_mark(mark, theirs):
+        raise SettingError("index", path, f"holds features of another model or another --pool; {again}")
     return Index(F.normalize(torch.from_numpy(values).float(), dim=1), names.astype(str), classes)
 
 
@@ -279,8 +288,8 @@ def open_service(config: ServeConfig) -> Service:
     if config.pool not in model.pools:
         problem = f"must be {' or '.join(model.pools)} for {type(model).__name__}"
         raise SettingError("pool", config.pool, problem)
-    width = model.feature_dim * (2 if config.pool == "both" else 1)
-    index = None if config.index is None else open_index(config.index, width)
+    mark = mark_of(model, config.pool) if config.index is not None else None
+    index = None if config.index is None or mark is None else open_index(config.index, mark)
     classifier = with_head(opened).to(device) if opened.head else None  # of the size and pixels of the model
     names = tuple(map(str, opened.settings.get("class_names") or ()))
     segmenter = None

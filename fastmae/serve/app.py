@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import ipaddress
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +96,9 @@ def make_app(
     )
     pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
-    async def allowed(given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
+    async def allowed(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
+        if token is None and not _is_of_this_machine(request):
+            raise RefusedError(403, "the service has no token, so only its own machine may ask; give it one")
         if token is not None and (given is None or not is_token(given.credentials, token)):
             what = "no token was sent" if given is None else "the token is wrong"
             raise RefusedError(401, f"{what}; send the header Authorization: Bearer TOKEN")
@@ -205,6 +208,15 @@ _PAGE_HEADERS = {
     ),
     "x-content-type-options": "nosniff",
 }
+
+
+def _is_of_this_machine(request: Request) -> bool:
+    """Whether a request came from this machine. Files for ``serve deploy`` say by themselves where HTTP listens."""
+    try:
+        address = ipaddress.ip_address(request.client.host if request.client else "")
+    except ValueError:  # no address: a socket of this machine
+        return True
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def _refusal(status: int, reason: str) -> JSONResponse:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import math
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Generator
@@ -19,7 +19,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from fastmae.config.serve import ServeConfig, settings_of
+from fastmae.config.serve import ServeConfig, config_of, settings_of, with_whole_paths
 from fastmae.errors import UserError
 from fastmae.messages import logger
 
@@ -34,9 +34,12 @@ NOTICE = 1.0
 def application(settings: dict[str, Any]) -> serve.Application:
     """Returns what Ray Serve runs, from the settings of ``fastmae serve`` by their names.
 
-    ``serve deploy`` calls it with the ``args`` of its file.
+    ``serve deploy`` calls it with the ``args`` of its file, ``serve run`` with its words ``NAME=VALUE``.
+
+    Raises:
+        SettingError: naming the setting, its value and what it must be.
     """
-    config = ServeConfig(**settings)
+    config = with_whole_paths(config_of(settings))  # replicas have a folder of their own
 
     def build() -> Any:  # in each replica
         return build_app(config)
@@ -55,10 +58,9 @@ def application(settings: dict[str, Any]) -> serve.Application:
         },
     }
     if most > config.replicas:
-        target = max(2, min(config.max_batch, config.max_requests // 2))
         scaling = {
-            "min_replicas": config.replicas, "max_replicas": most, "target_ongoing_requests": target,
-            "upscale_delay_s": 5, "downscale_delay_s": 120,
+            "min_replicas": config.replicas, "max_replicas": most, "target_ongoing_requests": config.target_requests,
+            "upscale_delay_s": 5, "downscale_delay_s": 120, "look_back_period_s": 10,
         }  # fmt: skip
         options["autoscaling_config"] = scaling
     else:
@@ -72,8 +74,9 @@ def build_app(config: ServeConfig) -> Any:
     if folder is not None:  # before prometheus_client is imported, which decides by it where it counts
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         _stay_on_this_machine()
-    from fastmae.serve.answers import Ask, open_service
+    from fastmae.serve.answers import open_service
     from fastmae.serve.app import make_app
+    from fastmae.serve.batches import in_batches
     from fastmae.serve.metrics import Metrics
     from fastmae.serve.uploads import read_token
 
@@ -81,11 +84,7 @@ def build_app(config: ServeConfig) -> Any:
     service = open_service(config)
     metrics = Metrics()
 
-    @serve.batch(max_batch_size=config.max_batch, batch_wait_timeout_s=config.batch_wait_ms / 1000)
-    async def answer(asks: list[Ask]) -> list[Any]:
-        metrics.batches.observe(len(asks))
-        return await asyncio.to_thread(service.answer, asks)
-
+    answer = in_batches(service.answer, config.max_batch, config.batch_wait_ms / 1000, metrics.batches.observe)
     mark = None if folder is None else Path(folder) / STOPPING
     return make_app(
         service, answer, token=token, metrics=metrics, is_stopping=lambda: mark is not None and mark.exists()
@@ -107,6 +106,19 @@ def _stay_on_this_machine() -> None:
         )
         return
     replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", "127.0.0.1"))
+
+
+def _keep_other_users_out(folder: Path) -> None:
+    """Gives Ray's own processes a secret of this start, without which other users of this machine cannot call them.
+
+    Otherwise Ray (seen in 2.60) would write one to the home, and ask for it in every cluster that is started later.
+    Whoever has chosen another way by Ray's variables keeps it.
+    """
+    if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        path = folder / "ray_token"
+        path.touch(0o600)
+        path.write_text(secrets.token_hex(32), encoding="ascii")
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
 
 
 @dataclass(frozen=True)
@@ -140,6 +152,7 @@ def running(config: ServeConfig) -> Generator[Running]:
     with tempfile.TemporaryDirectory(prefix="fastmae-serve-") as folder:
         os.environ[FOLDER_VARIABLE] = folder
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+        _keep_other_users_out(Path(folder))
         try:
             ray.init(
                 address="local",
@@ -159,9 +172,7 @@ def running(config: ServeConfig) -> Generator[Running]:
         try:
             yield Running(Path(folder))
         finally:
-            with contextlib.suppress(RayError, RayServeException):
-                serve.shutdown()
-            ray.shutdown()
+            ray.shutdown()  # this Ray is ours alone, and goes with all that runs on it
 
 
 def deployed(config: ServeConfig) -> dict[str, Any]:

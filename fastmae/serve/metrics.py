@@ -7,9 +7,10 @@ tells the sums of all.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -41,8 +42,13 @@ class Metrics:
 
     def text(self) -> bytes:
         """Returns all figures as Prometheus reads them, of all replicas on this machine where they share a folder."""
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        if folder is None:
             return generate_latest(self._registry)
+        for file in Path(folder).glob("gauge_live*.db"):  # what a killed replica had in work is in work no more
+            pid = file.stem.rpartition("_")[2]
+            if pid.isdigit() and not Path("/proc", pid).exists():
+                mark_process_dead(int(pid), folder)
         registry = CollectorRegistry()
         MultiProcessCollector(registry)
         return generate_latest(registry)

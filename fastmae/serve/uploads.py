@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastmae.data.plan import central_share
 from fastmae.data.reading import BadImageError, Reading
 from fastmae.data.sample import View, prepared
 from fastmae.errors import SettingError
+from fastmae.messages import logger
 
 SHORTEST_TOKEN = 16
 OBLONG = 8
@@ -96,11 +98,14 @@ def read_token(config: ServeConfig) -> str | None:
     if config.token_file is not None:
         name, value = "token_file", config.token_file
         try:
+            mode = Path(value).expanduser().stat().st_mode
             lines = Path(value).expanduser().read_text(encoding="ascii").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             problem = getattr(error, "strerror", None) or "is no text in ASCII"
             raise SettingError(name, value, f"cannot be read ({problem}); name a file with the token") from error
         token = lines[0].strip() if lines else ""
+        if mode & stat.S_IROTH:  # not refused: secrets of Kubernetes are such files
+            logger.warning("%s: every user of this machine can read the token; `chmod 600` it", value)
     elif TOKEN_VARIABLE in os.environ:
         name, value = "token_file", None
         token = os.environ[TOKEN_VARIABLE].strip()

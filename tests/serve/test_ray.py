@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import yaml
 from PIL import Image
 
 pytest.importorskip("ray")
+from prometheus_client.parser import text_string_to_metric_families
 
 import fastmae
 from fastmae.checkpoint.load import load_classifier, load_segmenter
@@ -124,6 +126,10 @@ def test_it_answers_alike_from_each_replica_and_outlives_one(run, service):
             time.sleep(0.05)
         assert set(answers) <= {200, 500, 503}
         assert answers[-10:] == [200] * 10
+        families = {family.name: family for family in text_string_to_metric_families(ask.get("/metrics").text)}
+        counted = {one.labels["status"]: one.value for one in families["fastmae_requests"].samples if one.value}
+        assert counted["200"] == 6 + answers.count(200)  # of both replicas, the killed one too
+        assert families["fastmae_requests_in_work"].samples[0].value == 0
 
 
 @pytest.mark.parametrize("service", [("run",)], indirect=True)
@@ -209,3 +215,123 @@ def test_the_file_for_a_cluster_is_one_of_ray_serve(run, tmp_path, capsys):
     assert schema.http_options.host == "127.0.0.1"
     assert said["applications"][0]["args"]["checkpoint"] == str(run)
     assert TOKEN not in path.read_text()
+
+
+def waited_for(what: Callable[[], bool], seconds: float = 90) -> bool:
+    """Whether something comes true in time."""
+    until = time.monotonic() + seconds
+    while not (found := what()) and time.monotonic() < until:
+        time.sleep(0.5)
+    return found
+
+
+def replicas() -> int:
+    count = 0
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            count += b"ServeReplica:fastmae" in path.read_bytes()
+    return count
+
+
+SCALING = ("run", "--max_replicas", "2", "--target_requests", "2", "--cpus", "0.5")
+
+
+@pytest.mark.parametrize("service", [SCALING], indirect=True)
+def test_a_second_replica_comes_with_the_load(service):
+    assert replicas() == 1
+    statuses: list[int] = []
+    is_over = threading.Event()
+
+    def keep_asking() -> None:
+        with client() as ask:
+            while not is_over.is_set():
+                statuses.append(ask.post("/v1/embed", content=png()).status_code)
+
+    threads = [threading.Thread(target=keep_asking) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    has_come = waited_for(lambda: replicas() == 2)
+    time.sleep(5)  # it opens its model, and answers
+    is_over.set()
+    for thread in threads:
+        thread.join()
+    assert has_come
+    assert set(statuses) == {200}
+
+
+def answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/ready", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_serve_deploy_and_serve_run_start_it_on_a_cluster(run, tmp_path):
+    """A cluster of one machine, with a secret of its own. On it the file of the command, and then ``serve run``."""
+    secret = tmp_path / "secret"
+    secret.touch(0o600)
+    secret.write_text("0123456789abcdef" * 4)
+    own = dict(
+        RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(secret), RAY_USAGE_STATS_ENABLED="0",
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+    )  # fmt: skip
+    ways: dict[str, Any] = dict(env={**os.environ, **own}, text=True)
+    scripts = Path(sys.executable).parent
+    started = ["start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", "6398", "--num-cpus", "2"]
+    started += ["--dashboard-host", "127.0.0.1", "--dashboard-port", "8278", "--object-store-memory", "100000000"]
+    cluster = subprocess.Popen([scripts / "ray", *started], **ways, stdout=subprocess.DEVNULL)
+    at = "127.0.0.1:6398"
+    running = None
+    try:
+        path = tmp_path / "serve.yaml"
+        assert main(["serve", str(run), "--max_replicas", "2", "--port", str(PORT), "--write", str(path)]) == 0
+        deploy = [scripts / "serve", "deploy", "--address", "http://127.0.0.1:8278", path]
+        assert waited_for(lambda: subprocess.run(deploy, **ways).returncode == 0)
+        assert waited_for(lambda: answers(PORT))
+        model = fastmae.load_model(run)
+        right = model.features(model.preprocess(png())[None])[0].tolist()
+        found = httpx.post(f"{HERE}/v1/embed", content=png()).json()["features"]
+        np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-5)
+        down = [scripts / "serve", "shutdown", "-y", "--address", "http://127.0.0.1:8278"]
+        assert subprocess.run(down, **ways).returncode == 0
+        assert waited_for(lambda: not answers(PORT))
+        words = ["run", "--address", at, "fastmae.serve.deployment:application"]
+        refused = subprocess.run(
+            [scripts / "serve", *words, f"checkpoint={run}", "replicas=0"], **ways, capture_output=True
+        )
+        assert refused.returncode != 0
+        assert "replicas=0: must be at least 1" in refused.stderr + refused.stdout
+        running = subprocess.Popen([scripts / "serve", *words, f"checkpoint={run}", "max_replicas=2"], **ways)
+        assert waited_for(lambda: answers(8000))
+        found = httpx.post("http://127.0.0.1:8000/v1/embed", content=png()).json()["features"]
+        np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-5)
+    finally:
+        for process in filter(None, (running, cluster)):
+            process.terminate()
+            process.wait(60)
+
+
+def test_the_example_and_an_app_of_ones_own_are_taken_by_ray_serve(run, tmp_path):
+    from ray.serve.schema import ServeDeploySchema
+
+    from fastmae.serve.deployment import application
+
+    said = yaml.safe_load((Path(__file__).parents[2] / "examples" / "serve.yaml").read_text())
+    ServeDeploySchema.model_validate(said)
+    args = said["applications"][0]["args"]
+    scaling = application(args)._bound_deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 8, 8)
+    (tmp_path / "own.py").write_text(
+        f"from fastmae.serve.deployment import application\napp = application({{'checkpoint': {str(run)!r}}})\n"
+    )
+    words = [
+        Path(sys.executable).parent / "serve",
+        "build",
+        "--app-dir",
+        tmp_path,
+        "own:app",
+        "-o",
+        tmp_path / "x.yaml",
+    ]
+    subprocess.run(words, check=True)
+    ServeDeploySchema.model_validate(yaml.safe_load((tmp_path / "x.yaml").read_text()))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 from collections.abc import Iterator
@@ -16,21 +19,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
 import fastmae
 from fastmae.config import ServeConfig
-from fastmae.config.serve import settings_of
+from fastmae.config.serve import config_of, settings_of
 from fastmae.data import shapes
 from fastmae.errors import SettingError, UserError
+from fastmae.evaluate.features import mark_of
 from fastmae.evaluate.segment import segment_picture
 from fastmae.model.build import classifier_of
 from fastmae.model.segmenter import segmenter_of
 from fastmae.serve.answers import Ask, Service, open_index, open_service
+from fastmae.serve.batches import in_batches
 from fastmae.serve.uploads import is_token, read_token
 
 pytest.importorskip("fastapi")
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from fastmae.serve.app import Answer, alone, make_app
@@ -74,7 +81,7 @@ def model() -> Any:
 
 def served(model: Any, tmp_path: Path | None = None, has_decoder: bool = True, **settings: Any) -> Service:
     config = ServeConfig(checkpoint="x", **settings)
-    index = None if config.index is None else open_index(config.index, model.feature_dim)
+    index = None if config.index is None else open_index(config.index, mark_of(model, config.pool))
     return Service(config, model, has_decoder, None, (), index)
 
 
@@ -93,7 +100,8 @@ def index(model: Any, tmp_path: Path) -> str:
     with torch.no_grad():
         features = model.features(pixels).numpy()
     names = np.array([f"{seed}.png" for seed in range(6)])
-    np.savez(tmp_path / "index.npz", features=features, names=names, classes=np.array(["even", "odd"] * 3))
+    words = dict(features=features, names=names, classes=np.array(["even", "odd"] * 3))
+    np.savez(tmp_path / "index.npz", **words, mark=mark_of(model, "mean").numpy())
     return str(tmp_path / "index.npz")
 
 
@@ -121,6 +129,63 @@ def test_a_batch_answers_each_as_if_it_were_alone(model):
         else:
             pictures = [np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in (one, other)]
             assert abs(pictures[0] - pictures[1]).max() <= 1  # a level, where rounding falls the other way
+
+
+def numbered(count: int) -> list[Ask]:
+    return [Ask("embed", np.zeros((1, 1, 1), np.uint8), seed=number) for number in range(count)]
+
+
+def test_what_waits_is_computed_together_and_each_gets_its_own_answer():
+    sizes: list[int] = []
+    go = threading.Event()
+
+    def compute(asks: Any) -> list[int]:
+        go.wait(30)
+        return [ask.seed for ask in asks]
+
+    async def all_at_once() -> list[int]:
+        answer = in_batches(compute, 4, observe=sizes.append)
+        first = asyncio.create_task(answer(numbered(1)[0]))
+        await asyncio.sleep(0.05)  # it is in work, and waits for nobody
+        others = [asyncio.create_task(answer(ask)) for ask in numbered(10)]
+        await asyncio.sleep(0)
+        others[5].cancel()  # as a request whose time is over
+        go.set()
+        return await asyncio.gather(first, *others[:5], *others[6:])
+
+    assert asyncio.run(all_at_once()) == [0, 0, 1, 2, 3, 4, 6, 7, 8, 9]
+    assert sizes == [1, 4, 3, 2]
+
+
+def test_the_first_of_a_batch_waits_until_it_is_full():
+    sizes: list[int] = []
+
+    async def in_turns() -> list[int]:
+        answer = in_batches(lambda asks: [ask.seed for ask in asks], 3, wait=30, observe=sizes.append)
+        tasks = []
+        for ask in numbered(6):
+            tasks.append(asyncio.create_task(answer(ask)))
+            await asyncio.sleep(0.005)
+        alone = in_batches(lambda asks: [ask.seed for ask in asks], 3, wait=0.01, observe=sizes.append)
+        return [*await asyncio.wait_for(asyncio.gather(*tasks), 20), await alone(numbered(3)[2])]
+
+    assert asyncio.run(in_turns()) == [0, 1, 2, 3, 4, 5, 2]
+    assert sizes == [3, 3, 1]
+
+
+def test_one_that_fails_takes_no_other_of_its_batch_with_it():
+    def compute(asks: Any) -> list[int]:
+        if any(ask.seed == 2 for ask in asks):
+            raise RuntimeError("2 cannot be answered")
+        return [ask.seed for ask in asks]
+
+    async def all_at_once() -> list[Any]:
+        answer = in_batches(compute, 8)
+        return await asyncio.gather(*map(answer, numbered(5)), return_exceptions=True)
+
+    first = asyncio.run(all_at_once())
+    assert [one for one in first if not isinstance(one, RuntimeError)] == [0, 1, 3, 4]
+    assert isinstance(first[2], RuntimeError)
 
 
 def test_search_finds_the_image_itself_first_and_its_class(model, index):
@@ -260,6 +325,17 @@ def test_only_the_right_token_is_let_in(model):
     assert not is_token("é\udcff", TOKEN)
 
 
+def test_without_a_token_only_this_machine_is_answered_wherever_http_listens(model):
+    """As in a file for ``serve deploy`` that somebody wrote by hand."""
+    for address, status in {"127.0.0.1": 200, "::1": 200, "::ffff:127.0.0.1": 200, "10.0.0.7": 403, "::7": 403}.items():
+        client = TestClient(make_app(served(model), alone(served(model))), client=(address, 5000))
+        assert client.get("/v1/model").status_code == client.get("/metrics").status_code == status, address
+        assert client.get("/health").status_code == 200
+    app = make_app(served(model), alone(served(model)), token=TOKEN)
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    assert TestClient(app, client=("10.0.0.7", 5000)).get("/v1/model", headers=headers).status_code == 200
+
+
 def test_a_wrong_token_is_told_before_the_upload_is_read(model):
     """Otherwise anybody could make the service hold their bytes."""
     read = []
@@ -340,6 +416,50 @@ def test_prometheus_reads_what_was_answered_and_refused(model):
         assert line in text, text
 
 
+def test_what_a_killed_replica_had_in_work_is_in_work_no_more(tmp_path):
+    program = (
+        "import os; os.environ['PROMETHEUS_MULTIPROC_DIR'] = os.getcwd();"
+        "from fastmae.serve.metrics import Metrics; metrics = Metrics(); metrics.in_work.inc();"
+        "print(metrics.text().decode())"
+    )
+    for _ in range(2):
+        text = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+        assert "fastmae_requests_in_work 1.0" in text, text
+
+
+def test_alerts_name_figures_that_there_are(model):
+    """Those of the page, and what Prometheus reads, parsed as Prometheus does."""
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    text = next(text for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "alert:" in text)
+    rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
+    client = client_of(served(model))
+    client.post("/v1/embed", content=png())
+    answer = client.get("/metrics")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    families = list(text_string_to_metric_families(answer.text))
+    assert {(family.name, family.type) for family in families} >= {
+        ("fastmae_requests", "counter"), ("fastmae_request_seconds", "histogram"),
+        ("fastmae_requests_in_work", "gauge"), ("fastmae_batch_images", "histogram"),
+    }  # fmt: skip
+    assert all(family.documentation for family in families)
+    labels: dict[str, set[str]] = {}
+    for sample in (sample for family in families for sample in family.samples):
+        labels.setdefault(sample.name, set()).update(sample.labels)
+    assert len(rules) == 4
+    for rule in rules:
+        assert set(rule) == {"alert", "expr", "for", "annotations"}
+        asked = re.findall(r"(fastmae_\w+)(?:\{(\w+)[=!]~?\"[^\"]*\"\})?", rule["expr"])
+        assert asked
+        for name, label in asked:
+            assert name in labels, name
+            assert not label or label in labels[name], (name, label)
+        assert "by (le)" not in rule["expr"] or "le" in labels[asked[0][0]]
+    named = set(re.findall(r"`(fastmae_\w+)(?:\{[\w,]+\})?`", page))
+    assert named <= labels.keys() | {family.name for family in families}
+
+
 def test_the_interface_is_described_and_the_page_asks_nobody_else(client):
     described = client.get("/openapi.json").json()
     assert {"/v1/embed", "/v1/search", "/v1/classify", "/v1/reconstruct", "/v1/inpaint", "/health", "/ready"} <= {
@@ -378,6 +498,7 @@ def test_nobody_else_reaches_a_service_without_a_token(tmp_path, monkeypatch):
     [
         {"port": 0}, {"port": 65536}, {"replicas": 0}, {"replicas": 3, "max_replicas": 2}, {"max_batch": 0},
         {"batch_wait_ms": -1}, {"max_bytes": 0}, {"max_pixels": 0}, {"timeout": 0}, {"drain": -1}, {"cpus": 0},
+        {"max_replicas": 2, "max_requests": 7, "target_requests": 8}, {"target_requests": 0},
         {"index": "x.csv"}, {"write": "x.json"}, {"host": ""}, {"pool": "tokens"},
     ],
 )  # fmt: skip
@@ -393,21 +514,58 @@ def test_a_replica_makes_the_same_settings_from_what_it_is_told():
     assert settings_of(ServeConfig(**told)) == told
 
 
-def test_an_index_of_another_model_is_refused(model, index, tmp_path):
+def test_words_of_serve_run_become_settings():
+    """They are texts, as ``serve run`` knows no types."""
+    told = {"checkpoint": "7", "port": "9000", "mean": "[0.5]", "max_replicas": "3", "batch_wait_ms": "2", "cpus": 0.5}
+    right = ServeConfig(
+        checkpoint="7", port=9000, mean=(0.5,), max_replicas=3, batch_wait_ms=2, cpus=0.5
+    )  # fmt: skip
+    assert config_of(told) == right
+    wrong = {"port": "many", "prt": "1", "replicas": "0", "timeout": "[: ", "token_file": 3}
+    for name, value in wrong.items():
+        with pytest.raises(SettingError, match=name):
+            config_of({"checkpoint": "x", name: value})
+    with pytest.raises(SettingError, match="checkpoint: must be given"):
+        config_of({})
+
+
+def test_an_index_of_another_model_or_pool_is_refused(model, index, tmp_path, caplog):
+    mark = mark_of(model, "mean")
+    assert len(open_index(index, mark).names) == 6
+    open_index(index, mark * 1.01)  # as on a machine that rounds otherwise
+    torch.manual_seed(1)
+    other = fastmae.mae_vit_tiny_patch4(img_size=16, in_chans=3).eval()
+    for wrong in (mark_of(other, "mean"), mark_of(model, "cls")):
+        with pytest.raises(SettingError, match="holds features of another model"):
+            open_index(index, wrong)
     with pytest.raises(SettingError, match="holds features of"):
-        open_index(index, model.feature_dim + 1)
+        open_index(index, mark_of(model, "both"))
     for content in (b"", b"PK\x03\x04no", os.urandom(300)):
         (tmp_path / "wrong.npz").write_bytes(content)
         with pytest.raises(SettingError, match="cannot be read"):
-            open_index(str(tmp_path / "wrong.npz"), 4)
+            open_index(str(tmp_path / "wrong.npz"), mark)
     np.savez(tmp_path / "wrong.npz", features=np.array([{}], dtype=object), names=np.array(["x"]))
     with pytest.raises(SettingError, match="cannot be read"):
-        open_index(str(tmp_path / "wrong.npz"), 4)
+        open_index(str(tmp_path / "wrong.npz"), mark)
+    assert not caplog.records
+    np.savez(tmp_path / "old.npz", features=np.ones((2, len(mark)), np.float32), names=np.array(["x", "y"]))
+    open_index(str(tmp_path / "old.npz"), mark)
+    assert "does not say of which model it is" in caplog.text
+
+
+def test_a_token_that_everybody_can_read_is_told(tmp_path, caplog):
+    file = tmp_path / "token"
+    file.write_text(TOKEN)
+    file.chmod(0o600)
+    config = ServeConfig(checkpoint="x", token_file=str(file))
+    assert read_token(config) == TOKEN
+    assert not caplog.records
+    file.chmod(0o644)
+    assert read_token(config) == TOKEN
+    assert "every user of this machine can read the token" in caplog.text
 
 
 def test_the_command_says_what_it_lacks(refusal, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "ray", None)
     assert "pip install 'fastmae[serve]'" in refusal(["serve", "x"])
 

@@ -60,7 +60,7 @@ def application(settings: dict[str, Any]) -> serve.Application:
     if most > config.replicas:
         scaling = {
             "min_replicas": config.replicas, "max_replicas": most, "target_ongoing_requests": config.target_requests,
-            "upscale_delay_s": 5, "downscale_delay_s": 120, "look_back_period_s": 10,
+            "upscale_delay_s": 5, "downscale_delay_s": 120, "look_back_period_s": 10, "metrics_interval_s": 2,
         }  # fmt: skip
         options["autoscaling_config"] = scaling
     else:

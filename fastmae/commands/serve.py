@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import socket
 import time
@@ -87,6 +88,9 @@ def _require_port(config: ServeConfig) -> None:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             one.bind(address)
     except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            problem = f"is no address of this machine ({error.strerror}); 127.0.0.1 is one, 0.0.0.0 means all of them"
+            raise SettingError("host", config.host, problem) from error
         problem = f"cannot be listened at {config.host} ({error.strerror or error}); choose another port or host"
         raise SettingError("port", config.port, problem) from error
 

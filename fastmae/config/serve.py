@@ -91,7 +91,7 @@ def check_serve(config: ServeConfig) -> None:
     need_at_least_one(config, "target_requests")
     need(config, 1 <= config.port <= 65535, "port", "from 1 to 65535")
     most = config.max_replicas
-    need(config, most is None or most >= config.replicas, "max_replicas", "at least as many as --replicas")
+    need(config, most is None or most >= config.replicas, "max_replicas", f"at least --replicas={config.replicas}")
     is_reached = most is None or most == config.replicas or config.target_requests <= config.max_requests
     need(config, is_reached, "target_requests", f"at most --max_requests={config.max_requests}, or it is never reached")
     need(config, config.batch_wait_ms >= 0, "batch_wait_ms", "0 or more")

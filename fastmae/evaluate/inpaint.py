@@ -80,6 +80,11 @@ def inpaint_picture(model: MaskedModel, pixels: np.ndarray, hole: np.ndarray, ho
     return filled
 
 
+def count_tiles(hole: np.ndarray, size: tuple[int, int], overlap: float = Inpainting.overlap) -> int:
+    """Returns how many tiles of a model's size are computed for holes bool [H, W], in each round."""
+    return sum(1 for _ in _tiles(hole, size, overlap))
+
+
 def _tiles(hole: np.ndarray, size: tuple[int, int], overlap: float) -> Iterator[tuple[int, int]]:
     """Yields the top and the left of the tiles that touch a hole."""
     for top in window_starts(hole.shape[0], size[0], overlap):

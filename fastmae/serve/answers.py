@@ -21,6 +21,7 @@ from fastmae.data.masks import choose_masks, shuffled_ids, visible_first
 from fastmae.data.reading import Reading
 from fastmae.errors import SettingError, UserError
 from fastmae.evaluate.features import has_mark, mark_of
+from fastmae.evaluate.inpaint import Inpainting, inpaint_picture
 from fastmae.evaluate.knn import TEMPERATURE, nearest
 from fastmae.evaluate.pictures import as_rgb
 from fastmae.evaluate.reconstruct import reconstruct
@@ -51,10 +52,13 @@ class Ask:
     seed: int = 0
     """From which the mask follows."""
     mask: np.ndarray | None = None
-    """bool [rows, columns] of patches, true where they are predicted, for ``inpaint``."""
+    """For ``inpaint``: bool [rows, columns] of patches, true where they are predicted; or with ``show="whole"`` bool
+    [H, W] of pixels."""
     show: str = "all"
     """Which pictures of a reconstruction are answered: one of ``ROWS``, or all side by side. Of ``segment`` the ``map``
-    of classes, or an ``overlay``."""
+    of classes, or an ``overlay``. Of ``inpaint`` the ``whole`` picture as well."""
+    rounds: int = Inpainting.rounds
+    """Predictions that are averaged for a whole picture."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ def open_index(path: str, mark: torch.Tensor) -> Index:
             classes = file["classes"].astype(str) if "classes" in file.files else None
             theirs = file["mark"] if "mark" in file.files else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        problem = f"cannot be read ({' '.join(str(error).split())}); give an .npz that `fastmae features` wrote"
+        what = getattr(error, "strerror", None) or "damaged, or of another kind"
+        problem = f"cannot be read ({what}); give an .npz that `fastmae features` wrote"
         raise SettingError("index", path, problem) from error
     if values.ndim != 2 or len(values) == 0 or len(values) != len(names):
         raise SettingError("index", path, "holds no features of images; make it by `fastmae features`")
@@ -173,15 +178,18 @@ class Service:
         """
         together: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for number, ask in enumerate(asks):
+            if ask.show == "whole":
+                together["whole",].append(number)
+                continue
             ratio = ask.mask_ratio if ask.mask is None else exact_ratio(int((~ask.mask).sum()), ask.mask.size)
             by_features = ask.task in ("embed", "search") or (ask.task == "classify" and self.classifier is None)
             together[("features",) if by_features else (ask.task, ratio)].append(number)
         answers: list[Any] = [None] * len(asks)
         for (kind, *_), numbers in together.items():
             alike = [asks[number] for number in numbers]
-            if kind == "segment":  # pictures of any size, one after another
+            if kind in ("segment", "whole"):  # pictures of any size, one after another
                 for number, ask in zip(numbers, alike, strict=True):
-                    answers[number] = self._segmented(ask)
+                    answers[number] = self._segmented(ask) if kind == "segment" else self._filled(ask)
                 continue
             images = torch.from_numpy(np.stack([ask.pixels for ask in alike])).to(self.model.device)
             compute = {"features": self._by_features, "classify": self._classes}.get(kind, self._pictures)
@@ -247,6 +255,18 @@ class Service:
         if ask.show == "map":
             return _as_png(map_picture(classes, self.segmenter.num_classes))
         return _as_png(Image.fromarray(overlay(shown_pixels(ask.pixels), classes, self.segmenter.num_classes)))
+
+    def _filled(self, ask: Ask) -> bytes:
+        """Answers a picture of any size with its holes filled, as ``fastmae inpaint`` does; other pixels keep their
+        bits.
+
+        Raises:
+            UserError: a hole leaves nothing visible around it.
+        """
+        assert ask.mask is not None
+        ratio = self.model.usual_ratio if ask.mask_ratio is None else ask.mask_ratio
+        filled = inpaint_picture(self.model, ask.pixels, ask.mask, Inpainting(ratio, ask.rounds, seed=ask.seed))
+        return _as_png(Image.fromarray(filled[..., 0] if filled.shape[2] == 1 else filled))
 
     def _pictures(self, asks: Sequence[Ask], images: torch.Tensor) -> list[bytes]:
         """Answers reconstructions of images that have as many masked patches, each with a mask of its own."""

@@ -25,6 +25,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fastmae.config.serve import ServeConfig
 from fastmae.data.plan import central_share
 from fastmae.data.sample import View
+from fastmae.errors import UserError
+from fastmae.evaluate.inpaint import Inpainting, count_tiles
 from fastmae.evaluate.reconstruct import WHITE, touched
 from fastmae.messages import logger
 from fastmae.serve.answers import Ask, Service, Task
@@ -37,6 +39,8 @@ DECODERS = 2
 """Uploads that a replica decodes at once."""
 MOST_K = 1000
 MOST_HEADERS = 100
+MOST_ROUNDS, MOST_TILES = 32, 512
+"""Of a whole picture to inpaint: rounds, and tiles of all rounds together."""
 PARTS = 4
 """Parts of a multipart form, at most."""
 FORM = "multipart/form-data"
@@ -50,6 +54,11 @@ Show = Annotated[
     Literal["original", "masked", "reconstructed", "all"],
     Query(description="Which pictures are answered; all: side by side."),
 ]
+ShowFilled = Annotated[
+    Literal["original", "masked", "reconstructed", "all", "whole"],
+    Query(description="Of the crop that the model sees, or the whole picture, filled in tiles."),
+]
+Rounds = Annotated[int, Query(ge=1, le=MOST_ROUNDS, description="Predictions that are averaged for a whole picture.")]
 ShowClasses = Annotated[Literal["map", "overlay"], Query(description="Numbers, or colours over the picture.")]
 
 
@@ -111,6 +120,14 @@ def make_app(
         names = ("image", "mask") if task == "inpaint" else ("image",)
         files = await uploaded(request, names)
         loop = asyncio.get_running_loop()
+        if options.get("show") == "whole":
+            whole, hole = await loop.run_in_executor(
+                pool, _whole_and_hole, service, files["image"], files["mask"], options["rounds"]
+            )
+            try:
+                return await answer(Ask(task, whole, mask=hole, **options))
+            except UserError as error:
+                raise RefusedError(400, str(error)) from error
         if task == "inpaint":
             options["mask"] = await loop.run_in_executor(pool, _mask_of, service, files["image"], files["mask"])
         size, reading = service.model.img_size, service.reading
@@ -152,9 +169,12 @@ def make_app(
         return Response(png, media_type="image/png")
 
     @app.post(PREFIX + "inpaint", openapi_extra=_body("image", "mask"), **_PNG, **guarded)
-    async def inpaint(request: Request, show: Show = "reconstructed") -> Any:
+    async def inpaint(
+        request: Request, show: ShowFilled = "reconstructed", rounds: Rounds = Inpainting.rounds, seed: Seed = 0
+    ) -> Any:
         """What the model puts where the mask is white. The mask has the size of the image."""
-        return Response(await ask_of(request, "inpaint", show=show), media_type="image/png")
+        png = await ask_of(request, "inpaint", show=show, rounds=rounds, seed=seed)
+        return Response(png, media_type="image/png")
 
     @app.get(PREFIX + "model", **guarded)
     async def model() -> Any:
@@ -247,22 +267,48 @@ async def uploaded(request: Request, names: Sequence[str]) -> dict[str, bytes]:
         return files
 
 
+def _white_of(mask: bytes, size: tuple[int, int]) -> np.ndarray:
+    """Returns where a mask is white: bool [H, W].
+
+    Raises:
+        RefusedError: no picture of this size.
+    """
+    try:
+        with Image.open(io.BytesIO(mask)) as picture:
+            if (picture.height, picture.width) != size:
+                held, needed = f"{picture.width}×{picture.height}", f"{size[1]}×{size[0]}"
+                raise RefusedError(400, f"the mask has {held} pixels, the image {needed}; send one of its size")
+            return np.asarray(picture.convert("L")) >= WHITE
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RefusedError(400, f"the mask cannot be used ({error}); send a picture, white where masked") from error
+
+
+def _whole_and_hole(service: Service, image: bytes, mask: bytes, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns all pixels of a picture [H, W, C], and where its holes are: bool [H, W].
+
+    Raises:
+        RefusedError: one of the two cannot be used, or filling it would take too long.
+    """
+    if service.reading.dtype != "uint8" or service.model.in_chans not in (1, 3):
+        raise RefusedError(415, "whole pictures are answered in 8 bits, gray or RGB; this model reads others")
+    picture = picture_of_upload(image, service.reading, service.config.max_pixels)
+    white = _white_of(mask, picture.shape[:2])
+    if white.all() or not white.any():
+        raise RefusedError(400, "the mask is white everywhere or nowhere; some pixels must be, and some not")
+    tiles = rounds * count_tiles(white, service.model.img_size)
+    if tiles > MOST_TILES:
+        problem = f"{tiles} tiles in {rounds} rounds, over the limit of {MOST_TILES}"
+        raise RefusedError(413, f"{problem}; ask for fewer rounds, or send a part of the picture")
+    return picture, white
+
+
 def _mask_of(service: Service, image: bytes, mask: bytes) -> np.ndarray:
     """Returns which patches the white of a mask touches: bool [rows, columns].
 
     Raises:
         RefusedError: no picture of the size of the image, or nothing or everything is white.
     """
-    limit = service.config.max_pixels
-    size = size_of_upload(image, service.reading, limit)
-    try:
-        with Image.open(io.BytesIO(mask)) as picture:
-            if (picture.height, picture.width) != size:
-                held, needed = f"{picture.width}×{picture.height}", f"{size[1]}×{size[0]}"
-                raise RefusedError(400, f"the mask has {held} pixels, the image {needed}; send one of its size")
-            white = np.asarray(picture.convert("L")) >= WHITE
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RefusedError(400, f"the mask cannot be used ({error}); send a picture, white where masked") from error
+    white = _white_of(mask, size_of_upload(image, service.reading, service.config.max_pixels))
     shape = service.model.img_size
     view = View(shape, service.reading, central_share=central_share("folder", shape))
     patches = touched(white, view, service.model.grid_size)

@@ -29,6 +29,7 @@ from fastmae.config.serve import config_of, settings_of
 from fastmae.data import shapes
 from fastmae.errors import SettingError, UserError
 from fastmae.evaluate.features import mark_of
+from fastmae.evaluate.inpaint import Inpainting, inpaint_picture
 from fastmae.evaluate.segment import segment_picture
 from fastmae.model.build import classifier_of
 from fastmae.model.segmenter import segmenter_of
@@ -220,6 +221,34 @@ def test_inpainting_changes_only_what_the_mask_touches(client, model):
     changed = (filled != original).any(-1)
     assert changed[:4].any()
     assert not changed[8:].any()
+
+
+def test_a_whole_picture_is_filled_where_the_mask_is_white_and_nowhere_else(client, model):
+    picture, hole = png(40, 30, seed=3), white(40, 30, 12)
+    pixels = np.asarray(Image.open(io.BytesIO(picture)))
+    files = {"image": picture, "mask": hole}
+    answer = client.post("/v1/inpaint?show=whole&rounds=2&seed=5", files=files)
+    filled = np.asarray(Image.open(io.BytesIO(answer.content)))
+    assert filled.shape == pixels.shape
+    assert np.array_equal(filled[12:], pixels[12:])
+    masked = np.asarray(Image.open(io.BytesIO(hole))) > 0
+    right = inpaint_picture(model, pixels, masked, Inpainting(model.usual_ratio, 2, seed=5))
+    assert np.array_equal(filled, right)
+    refused = {
+        413: [client.post("/v1/inpaint?show=whole&rounds=32", files={"image": png(96, 96), "mask": white(96, 96, 90)})],
+        400: [
+            client.post("/v1/inpaint?show=whole", files={"image": picture, "mask": white(40, 30, 40)}),
+            client.post("/v1/inpaint?show=whole", files={"image": picture, "mask": white(40, 30, 0)}),
+            client.post("/v1/inpaint?show=whole", files={"image": picture, "mask": white(30, 30, 9)}),
+            client.post("/v1/inpaint?show=whole", files={"image": picture, "mask": b"no picture"}),
+            client.post("/v1/inpaint?show=whole", files={"image": png(64, 64), "mask": white(64, 64, 40)}),
+        ],
+        422: [client.post("/v1/inpaint?show=whole&rounds=99", files=files)],
+    }
+    for status, answers in refused.items():
+        for one in answers:
+            assert one.status_code == status, one.text
+            assert "\n" not in one.json()["error"]
 
 
 HOSTILE = {
@@ -578,8 +607,9 @@ def test_a_port_of_another_program_is_refused():
         with pytest.raises(SettingError, match=f"port={port}: cannot be listened at"):
             _require_port(ServeConfig(checkpoint="x", port=port))
     _require_port(ServeConfig(checkpoint="x", port=port))
-    with pytest.raises(SettingError, match="port"):
-        _require_port(ServeConfig(checkpoint="x", host="192.0.2.77", port=port))
+    for host in ("192.0.2.77", "no.such.host.invalid"):
+        with pytest.raises(SettingError, match=f"host='{host}': is no address of this machine"):
+            _require_port(ServeConfig(checkpoint="x", host=host, port=port))
 
 
 def test_a_segmenter_tells_the_class_of_each_pixel_of_a_picture_of_any_size(model: Any) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from fastmae.config.shared import Checkpoint, ReadingConfig, check_reading
-from fastmae.config.values import coerce, need, need_size, need_utf8
+from fastmae.config.values import coerce, need, need_at_least_one, need_size, need_utf8
 from fastmae.errors import SettingError
 
+Prune = Literal["blocks", "heads"]
 ExportFormat = Literal["official", "timm", "hf", "vitdet", "onnx", "torch-export"]
 
 
+LEAST_IMAGES = 20
+"""Of fewer images no accuracy is measured."""
+OF_PRUNING = ("data_path", "prune_count", "prune_images")
+"""The settings that go with --prune."""
 OF_VITDET = ("window_size", "image_size", "relative_positions")
 """The settings that go with --to vitdet."""
 
@@ -49,6 +54,16 @@ class ExportConfig(ReadingConfig):
     check: str | tuple[str, ...] | None = None
     """Labelled data, such as `digits`, on which the features and the speed of a program are compared with those of
     fastmae."""
+    prune: Prune | None = None
+    """Leave out blocks, or attention heads (only for onnx and torch-export), and say what that costs and saves. One
+    after another, that one goes whose absence costs the least accuracy of k-NN. Writes the encoder alone."""
+    prune_count: int = 1
+    """With --prune, how many are left out."""
+    data_path: str | tuple[str, ...] | None = None
+    """With --prune, labelled data: the choice is made within the train part, and the figures are those of the val or
+    test part. Default: the data of the run."""
+    prune_images: int = 2048
+    """With --prune, at most so many images of each part are taken, evenly spaced."""
 
     def __post_init__(self) -> None:
         coerce(self)
@@ -77,6 +92,7 @@ def check_export(config: ExportConfig) -> None:
     if config.check is not None and not is_program:
         problem = f"must be left out {to}; its numbers are those of the checkpoint, unchanged"
         raise SettingError("check", problem=problem)
+    _check_pruning(config, is_program, to)
     for name in OF_VITDET:
         need(config, config.to == "vitdet" or getattr(config, name) is None, name, f"left out {to}")
     need(config, config.window_size is None or config.window_size >= 0, "window_size", "0 or more patches")
@@ -86,3 +102,19 @@ def check_export(config: ExportConfig) -> None:
         need(config, not is_open, name, "other than auto, as an export looks at no data")
     other = {"bf16": "torch-export", "int8": "onnx"}.get(config.variant, config.to)
     need(config, other == config.to, "variant", f"given together with --to={other}")
+
+
+def _check_pruning(config: ExportConfig, is_program: bool, to: str) -> None:
+    """Refuses settings of pruning that do not go together."""
+    if config.prune is None:
+        for field in fields(config):
+            if field.name in OF_PRUNING:
+                need(config, getattr(config, field.name) == field.default, field.name, "left out without --prune")
+        return
+    problem = f"blocks {to}, which has as many heads in every block; --to=onnx and --to=torch-export take heads"
+    need(config, config.prune == "blocks" or is_program, "prune", problem)
+    need(
+        config, config.part != "full", "part", "encoder, or left out, with --prune; the decoder read all of the encoder"
+    )
+    need_at_least_one(config, "prune_count")
+    need(config, config.prune_images >= LEAST_IMAGES, "prune_images", f"{LEAST_IMAGES} or more")

@@ -24,9 +24,7 @@ def written_aside(output: Path, flag: str = "--output") -> Iterator[Path]:
     Raises:
         SettingError: the file system refused, or ``output`` is a folder that is not empty.
     """
-    if output.is_dir() and any(output.iterdir()):
-        problem = "is a folder with files in it; name another path"
-        raise SettingError("path", str(output), problem, flag=flag)
+    refuse_filled_folder(output, flag)
     partial = output.with_name(f".{output.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # an export that was killed left it
@@ -43,6 +41,17 @@ def written_aside(output: Path, flag: str = "--output") -> Iterator[Path]:
         raise SettingError("path", str(output), problem, flag=flag) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_filled_folder(output: Path, flag: str = "--output") -> None:
+    """Refuses to write over a folder with something in it.
+
+    Raises:
+        SettingError: ``output`` is such a folder.
+    """
+    if output.is_dir() and any(output.iterdir()):
+        problem = "is a folder with files in it; name another path"
+        raise SettingError("path", str(output), problem, flag=flag)
 
 
 def _first_line(error: Exception) -> str:

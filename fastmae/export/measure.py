@@ -72,8 +72,11 @@ def noise_for(model: Exported) -> torch.Tensor:
     return pixels if dtype == torch.float32 else pixels.round().clamp(0, torch.iinfo(dtype).max).to(dtype)
 
 
-def open_labelled(data_path: str | tuple[str, ...], read_as: ReadAs) -> tuple[Source, Source]:
+def open_labelled(data_path: str | tuple[str, ...], read_as: ReadAs, flag: str = "--check") -> tuple[Source, Source]:
     """Opens the part that ``measure`` fits on and the part that it scores.
+
+    Args:
+        flag: what the command line calls ``data_path``.
 
     Raises:
         UserError: there are no such data, or they have no labels, or only one class.
@@ -82,10 +85,10 @@ def open_labelled(data_path: str | tuple[str, ...], read_as: ReadAs) -> tuple[So
     for source in (train, test):
         if source.labels is None:
             problem = f"images such as {source.name(0)} have no labels; give data with labels"
-            raise SettingError("data_path", problem=problem, flag="--check")
+            raise SettingError("data_path", problem=problem, flag=flag)
     if len(np.unique(np.asarray(train.labels))) < 2:
         problem = f"images such as {train.name(0)} are all of one class; give data of two or more"
-        raise SettingError("data_path", problem=problem, flag="--check")
+        raise SettingError("data_path", problem=problem, flag=flag)
     return train, with_known_classes(train, test)
 
 

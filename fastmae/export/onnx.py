@@ -43,8 +43,7 @@ def save_onnx(path: Path, model: Exported, variant: str, raw: bool, head: Head =
     Raises:
         UserError: a package is missing, or the file system refused.
     """
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        _needs(package)
+    check_packages()
     graph = _graph(model, "fp32" if variant == "int8" else variant, raw, head)
     shares = "pixels in [0, 1]" if model.value_range is None else "(pixels - low) / (high - low) of value_range"
     normalised = f"float32 [N, C, H, W], normalised with mean and std of {shares}"
@@ -64,6 +63,16 @@ def save_onnx(path: Path, model: Exported, variant: str, raw: bool, head: Head =
             quantization.quantize_dynamic(
                 float32, aside, op_types_to_quantize=["MatMul"], per_channel=True, use_external_data_format=large
             )
+
+
+def check_packages() -> None:
+    """Refuses to go on without the packages that ``save_onnx`` needs.
+
+    Raises:
+        UserError: naming the one that is missing.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        _needs(package)
 
 
 def opened_onnx(path: Path) -> Any:

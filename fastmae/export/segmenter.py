@@ -38,6 +38,9 @@ def export_segmenter(config: ExportConfig, model: Segmenter, class_names: tuple[
     """
     if config.check is not None:
         raise SettingError("check", problem="compares features; give --part=encoder with it, or leave it out")
+    if config.prune is not None:
+        problem = "is for encoders, and the head was trained on this whole one; give --part=encoder with it"
+        raise SettingError("prune", config.prune, problem)
     path, raw = Path(config.output), config.input != "float"
     what = f"a segmenter of {model.num_classes} classes"
     if config.to == "hf":

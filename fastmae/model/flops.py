@@ -81,17 +81,29 @@ def products_of(
 
 
 def block_products(
-    part: str, count: int, width: int, read_width: int, hidden: int, heads: int, tokens: int, queries: int
+    part: str,
+    count: int,
+    width: int,
+    read_width: int,
+    hidden: int,
+    heads: int,
+    tokens: int,
+    queries: int,
+    inner: int | None = None,
 ) -> Iterator[Product]:
-    """Products of blocks whose keys and values come from ``tokens`` and whose output is for ``queries``."""
+    """Products of blocks whose keys and values come from ``tokens`` and whose output is for ``queries``.
+
+    ``inner`` is the width of all heads together: by default that of a token, less where heads were pruned.
+    """
+    inner = width if inner is None else inner
     if tokens == queries and width == read_width:
-        yield Product(f"{part} qkv", tokens, 3 * width, width, count)
+        yield Product(f"{part} qkv", tokens, 3 * inner, width, count)
     else:
-        yield Product(f"{part} q", queries, width, width, count)
-        yield Product(f"{part} kv", tokens, 2 * width, read_width, count)
-    yield Product(f"{part} scores", queries, tokens, width // heads, count * heads, "attention")
-    yield Product(f"{part} mixing", queries, width // heads, tokens, count * heads, "attention")
-    yield Product(f"{part} proj", queries, width, width, count)
+        yield Product(f"{part} q", queries, inner, width, count)
+        yield Product(f"{part} kv", tokens, 2 * inner, read_width, count)
+    yield Product(f"{part} scores", queries, tokens, inner // heads, count * heads, "attention")
+    yield Product(f"{part} mixing", queries, inner // heads, tokens, count * heads, "attention")
+    yield Product(f"{part} proj", queries, width, inner, count)
     yield Product(f"{part} fc1", queries, hidden, width, count)
     yield Product(f"{part} fc2", queries, width, hidden, count)
 

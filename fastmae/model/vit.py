@@ -153,13 +153,14 @@ class Attention(nn.Module):
         return product_and_bias(self.proj, self._mixed(x, start))
 
     def _mixed(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        N, S, D = x.shape
+        N, S, _ = x.shape
         if start == 0 or not is_plain(self.qkv, Linear):
             out = attention(self.qkv(x).view(N, S, 3, self.num_heads, -1))[:, start:]
         else:
-            queries = self.qkv.some(x[:, start:], slice(0, D)).view(N, S - start, self.num_heads, -1)
-            out = attention(self.qkv.some(x, slice(D, 3 * D)).view(N, S, 2, self.num_heads, -1), queries)
-        return out.reshape(N, S - start, D)
+            width = self.qkv.out_features // 3  # of all heads: that of a token, unless heads were pruned
+            queries = self.qkv.some(x[:, start:], slice(0, width)).view(N, S - start, self.num_heads, -1)
+            out = attention(self.qkv.some(x, slice(width, 3 * width)).view(N, S, 2, self.num_heads, -1), queries)
+        return out.flatten(2)
 
 
 class CrossAttention(nn.Module):

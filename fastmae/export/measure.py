@@ -149,22 +149,23 @@ def _encoded(
     share: Share,
 ) -> _Encoded:
     """Returns the results on a part of the data; on the first rank those of all."""
-    numbers: list[np.ndarray] = [np.empty(0, np.int64)]
+    names, numbers = list(encoders), [np.empty(0, np.int64)]
     features: dict[str, list[torch.Tensor]] = {name: [] for name in encoders}
     seconds: dict[str, list[float]] = {name: [] for name in encoders}
     differences = dict.fromkeys(encoders, 0.0)
     for indices, pixels, _ in usable_batches(model, source, batch_size=BATCH, num_workers=num_workers, share=share):
         if not len(indices):  # none of them can be used
             continue
-        images, first = as_taken(model, pixels, raw), None
-        numbers.append(indices)
-        for name, encode in encoders.items():
+        images, tokens = as_taken(model, pixels, raw), {}
+        # Another one begins each time, as the first to read a batch takes longer.
+        for name in (*names[len(numbers) % len(names) :], *names[: len(numbers) % len(names)]):
             start = time.perf_counter()
-            tokens = encode(images)
+            tokens[name] = encoders[name](images)
             seconds[name].append((time.perf_counter() - start) / len(images))
-            first = tokens if first is None else first
-            differences[name] = max(differences[name], float((tokens - first).abs().max()))
-            features[name].append(model.pool_tokens(tokens))
+        numbers.append(indices)
+        for name in names:
+            differences[name] = max(differences[name], float((tokens[name] - tokens[names[0]]).abs().max()))
+            features[name].append(model.pool_tokens(tokens[name]))
     own = {name: torch.cat(parts) for name, parts in features.items() if parts}
     parts = gather(share, own | {INDICES: torch.from_numpy(np.concatenate(numbers))}, [differences, seconds])
     if parts is None:

@@ -50,9 +50,9 @@ class ServeConfig(ReadingConfig):
     """Cores of each replica."""
     max_batch: int = 16
     """Images of several requests that are computed together, at most. 1: each alone."""
-    batch_wait_ms: float = 0.0
-    """How long the first image of a batch waits for others, in milliseconds. 0: those that came while the batch before
-    was computed are computed together."""
+    batch_wait_ms: float = 5.0
+    """How long the first image of a batch waits for others, at most, in milliseconds, where the batch before held
+    several: until there are as many. 0: what came while the batch before was computed is computed together."""
     max_bytes: int = 20_000_000
     """The largest upload, in bytes."""
     max_pixels: int = 50_000_000

@@ -24,34 +24,37 @@ class _Waiting:
 
 
 def in_batches(
-    compute: Compute, most: int, wait: float = 0.0, observe: Callable[[int], None] = lambda count: None
+    compute: Compute, most: int, wait: float, observe: Callable[[int], None] = lambda count: None
 ) -> Callable[[Ask], Awaitable[Any]]:
     """Returns a function of one ask that computes all asks that wait together, in a thread, a batch after the other.
 
-    A batch is gathered when the one before is done, not when its first ask comes, so that it holds whatever waits and
-    nobody waits for others that may never come. (``serve.batch`` of Ray gathers before, so that without a wait it
-    computes each alone.) If a batch fails, each of its asks is computed alone, so that one takes no other with it.
+    A batch is gathered when the one before is done, not when its first ask comes, so that it holds whatever waits.
+    (``serve.batch`` of Ray gathers before, so that without a wait it computes each alone.) Who asks again when a batch
+    is answered takes a moment, so the next batch waits for as many as the last one held: who is alone waits for nobody.
+    If a batch fails, each of its asks is computed alone, so that one takes no other with it.
 
     Args:
         compute: answers a batch, in its order.
         most: asks in a batch.
-        wait: seconds that the first ask of a batch waits for others, counted from when it came.
+        wait: seconds that the first ask of a batch waits for others, at most, counted from when it came.
         observe: is told the size of each batch.
     """
     waiting: deque[_Waiting] = deque()
     full = asyncio.Event()
     worker: asyncio.Task[None] | None = None
+    wanted = 1  # as many as were computed together the last time
 
     async def work() -> None:
-        nonlocal worker
+        nonlocal worker, wanted
         try:
             while waiting:
                 left = waiting[0].since + wait - time.monotonic()
-                if left > 0 and len(waiting) < most:
+                if left > 0 and len(waiting) < wanted:
                     full.clear()
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(full.wait(), left)
                 batch = [waiting.popleft() for _ in range(min(most, len(waiting)))]
+                wanted = len(batch)
                 await compute_batch([one for one in batch if not one.answer.done()])  # the others were given up
         finally:
             worker = None
@@ -77,7 +80,7 @@ def in_batches(
         nonlocal worker
         one = _Waiting(ask, asyncio.get_running_loop().create_future(), time.monotonic())
         waiting.append(one)
-        if len(waiting) >= most:
+        if len(waiting) >= wanted:
             full.set()
         if worker is None:
             worker = asyncio.create_task(work())

@@ -145,7 +145,7 @@ def test_what_waits_is_computed_together_and_each_gets_its_own_answer():
         return [ask.seed for ask in asks]
 
     async def all_at_once() -> list[int]:
-        answer = in_batches(compute, 4, observe=sizes.append)
+        answer = in_batches(compute, 4, 0.0, sizes.append)
         first = asyncio.create_task(answer(numbered(1)[0]))
         await asyncio.sleep(0.05)  # it is in work, and waits for nobody
         others = [asyncio.create_task(answer(ask)) for ask in numbered(10)]
@@ -158,20 +158,30 @@ def test_what_waits_is_computed_together_and_each_gets_its_own_answer():
     assert sizes == [1, 4, 3, 2]
 
 
-def test_the_first_of_a_batch_waits_until_it_is_full():
+def test_a_batch_waits_for_as_many_as_the_last_one_held_and_who_is_alone_does_not():
     sizes: list[int] = []
 
     async def in_turns() -> list[int]:
-        answer = in_batches(lambda asks: [ask.seed for ask in asks], 3, wait=30, observe=sizes.append)
+        answer = in_batches(lambda asks: [ask.seed for ask in asks], 3, 30.0, sizes.append)
+        asks = numbered(9)
+        alone = [await answer(ask) for ask in asks[:2]]  # with a wait of 30 seconds
+        together = await asyncio.gather(*map(answer, asks[2:5]))
         tasks = []
-        for ask in numbered(6):
+        for ask in asks[5:8]:  # each comes a moment later
             tasks.append(asyncio.create_task(answer(ask)))
             await asyncio.sleep(0.005)
-        alone = in_batches(lambda asks: [ask.seed for ask in asks], 3, wait=0.01, observe=sizes.append)
-        return [*await asyncio.wait_for(asyncio.gather(*tasks), 20), await alone(numbered(3)[2])]
+        return [*alone, *together, *await asyncio.gather(*tasks)]
 
-    assert asyncio.run(in_turns()) == [0, 1, 2, 3, 4, 5, 2]
-    assert sizes == [3, 3, 1]
+    assert asyncio.run(asyncio.wait_for(in_turns(), 20)) == list(range(8))
+    assert sizes == [1, 1, 3, 3]
+
+    async def after_many() -> int:
+        answer = in_batches(lambda asks: [ask.seed for ask in asks], 3, 0.01, sizes.append)
+        await asyncio.gather(*map(answer, numbered(3)))
+        return await answer(numbered(3)[2])  # it waits once, not for ever
+
+    assert asyncio.run(asyncio.wait_for(after_many(), 20)) == 2
+    assert sizes[4:] == [3, 1]
 
 
 def test_one_that_fails_takes_no_other_of_its_batch_with_it():
@@ -181,7 +191,7 @@ def test_one_that_fails_takes_no_other_of_its_batch_with_it():
         return [ask.seed for ask in asks]
 
     async def all_at_once() -> list[Any]:
-        answer = in_batches(compute, 8)
+        answer = in_batches(compute, 8, 0.0)
         return await asyncio.gather(*map(answer, numbered(5)), return_exceptions=True)
 
     first = asyncio.run(all_at_once())
@@ -284,7 +294,7 @@ def test_requests_that_mean_nothing_are_refused(client):
             post("/v1/search", content=png()), post("/v1/classify", content=png()), post("/v1/nothing"),
             client.get("/../x"),
         ],
-        431: [post("/v1/embed", content=png(), headers={f"x-{n}": "y" for n in range(80_000)})],
+        431: [post("/v1/embed", content=png(), headers={f"x-{n}": "y" for n in range(200)})],
         405: [client.get("/v1/embed"), client.delete("/v1/embed")],
         413: [post("/v1/embed", content=bytes(100_001)), post("/v1/embed", files={"image": bytes(100_001)})],
         415: [

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PORT = 8137
-WAYS = (("--max_batch", "1"), ("--batch_wait_ms", "0"), ("--batch_wait_ms", "5"))
-"""How images are computed: each alone; together with those that waited anyway; waiting up to 5 ms for as many again."""
+WAYS = (("--max_batch", "1"), ("--max_batch", "4"), ("--max_batch", "16"))
+"""How many images are computed together, at most."""
 PARTS = ("batch", "wrk", "kill", "stop", "hostile", "scale")
 TRIES = 50
 """How often a client asks again for what a dying replica or a full service did not answer."""

@@ -28,7 +28,7 @@ FOLDER_VARIABLE = "FASTMAE_SERVE_FOLDER"
 """A folder of one machine: there lies the mark that the service is stopping, and the figures of all replicas."""
 BATCH_OF = {"cpu": 4, "cuda": 16}
 """Images that are computed together, at most, by the kind of device. On one core of a Xeon an image of a ViT-Ti took
-13.8 ms alone, 8.3 ms in a batch of 4 and 8.0 ms of 16; one of a ViT-S 86 ms, 78 ms, and 94 ms in a batch of 8."""
+13.8 ms alone, 8.3 ms in a batch of 4 and 8.0 ms of 16; one of a ViT-S 86, 78 and 80 ms."""
 STOPPING = "stopping"
 NOTICE = 1.0
 """Seconds between the first answer that the service is stopping and its end, so that who sends requests sees it."""

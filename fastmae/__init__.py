@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         probe,
         segment,
         tune,
+        upscale,
     )
     from fastmae.checkpoint.load import load_model
     from fastmae.data.objects import as_source
@@ -92,6 +93,7 @@ __all__ = [
     "probe",
     "segment",
     "tune",
+    "upscale",
     "wrap",
 ]
 
@@ -118,6 +120,7 @@ _HOME = {
     "pretrain": "fastmae.api",
     "probe": "fastmae.api",
     "segment": "fastmae.api",
+    "upscale": "fastmae.api",
     "tune": "fastmae.api",
     "wrap": "fastmae.model.wrap",
 }

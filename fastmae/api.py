@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from fastmae.config import FinetuneConfig, PretrainConfig, ProbeConfig, SegmentConfig
+from fastmae.config import FinetuneConfig, PretrainConfig, ProbeConfig, SegmentConfig, UpscaleConfig
 from fastmae.config.family import family_of
 from fastmae.config.load import load_settings, make_config
 from fastmae.errors import SettingError
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from fastmae.model.build import AnyClassifier
     from fastmae.model.family import MaskedModel
     from fastmae.model.segmenter import Segmenter
+    from fastmae.model.upscaler import Upscaler
     from fastmae.ops.choices import Choices
     from fastmae.train.given import OnStep
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
+Dense = TypeVar("Dense", SegmentConfig, UpscaleConfig)
 POOLS = ("mean", "cls", "both", "tokens")
 FOR_PATHS = ("pages", "spectrogram", "root", "image_key", "axis", "constant_slices")
 """Settings that say how files of a path are found and taken apart."""
@@ -69,25 +71,30 @@ class Run:
     """Whether ``finetune`` made it."""
     is_segmenter: bool = False
     """Whether ``segment`` made it."""
+    is_upscaler: bool = False
+    """Whether ``upscale`` made it."""
     given_model: MaskedModel | None = dataclasses.field(default=None, repr=False)
     """The model that the run was given, which has its weights since it ended."""
 
     @cached_property
-    def model(self) -> MaskedModel | AnyClassifier | Segmenter:
+    def model(self) -> MaskedModel | AnyClassifier | Segmenter | Upscaler:
         """The model of the newest intact checkpoint, in evaluation mode: the one that was given, or a new one on the
         CPU. It is read once, when asked for.
 
         After ``pretrain`` it is the masked autoencoder; after ``finetune`` the classifier, which turns uint8 images
         [N, H, W, C] into logits [N, classes]; after ``segment`` the segmenter, which turns them into logits of every
-        pixel [N, classes, H, W].
+        pixel [N, classes, H, W]; after ``upscale`` the upscaler, which turns them into normalised images
+        [N, C, H · scale, W · scale].
 
         Raises:
             UserError: the folder holds no intact checkpoint.
         """
-        from fastmae.checkpoint.load import load_classifier, load_model, load_segmenter
+        from fastmae.checkpoint.load import load_classifier, load_model, load_segmenter, load_upscaler
 
         if self.is_segmenter:
             return load_segmenter(self.folder)
+        if self.is_upscaler:
+            return load_upscaler(self.folder)
         return load_classifier(self.folder) if self.is_classifier else load_model(self.folder, self.given_model)
 
     @property
@@ -234,18 +241,62 @@ def segment(
     Raises:
         UserError: a setting, the data or a checkpoint cannot work. The message names the argument.
     """
+    configuration = _with_a_head(SegmentConfig, data, output_dir, finetune, config, settings)
+    from fastmae.train.given import Given
+    from fastmae.train.segment import segment as run_segmentation
+
+    status = run_segmentation(configuration, Given(on_step=on_step))
+    return Run(Path(configuration.output_dir), status, is_classifier=False, is_segmenter=True)
+
+
+def upscale(
+    data: str | PathLike[str] | None = None,
+    *,
+    output_dir: str | PathLike[str],
+    finetune: str | PathLike[str] | Run = "",
+    on_step: OnStep | None = None,
+    config: str | PathLike[str] | None = None,
+    **settings: Any,
+) -> Run:
+    """Teaches a head on a frozen encoder to make images larger, as ``fastmae upscale`` does.
+
+    Args:
+        data: the path of images, as ``pretrain`` takes it. Default: the data of the encoder's run.
+        output_dir: the run folder.
+        finetune: the pretrained encoder, as for ``finetune``. Random weights if it is left out.
+        on_step, config: as for ``finetune``.
+        settings: the flags of ``fastmae upscale`` by their names, such as ``scale=4`` or ``epochs=50``.
+
+    Returns:
+        The run, once it is done or stopped. Its ``model`` is the upscaler.
+
+    Raises:
+        UserError: a setting, the data or a checkpoint cannot work. The message names the argument.
+    """
+    configuration = _with_a_head(UpscaleConfig, data, output_dir, finetune, config, settings)
+    from fastmae.train.given import Given
+    from fastmae.train.upscale import upscale as run_upscaling
+
+    status = run_upscaling(configuration, Given(on_step=on_step))
+    return Run(Path(configuration.output_dir), status, is_classifier=False, is_upscaler=True)
+
+
+def _with_a_head(
+    kind: type[Dense],
+    data: str | PathLike[str] | None,
+    output_dir: str | PathLike[str],
+    finetune: str | PathLike[str] | Run,
+    config: str | PathLike[str] | None,
+    settings: Mapping[str, Any],
+) -> Dense:
+    """Returns the settings of a training whose head answers every pixel."""
     _refuse_hooks(settings)
     if settings.get("predict"):
         raise SettingError("predict", problem="is for the command line; in Python call the model of the run")
     start = finetune.folder if isinstance(finetune, Run) else finetune
     given = {"output_dir": output_dir, **({"finetune": start} if start else {}), **settings}
     given |= {} if data is None else {"data_path": str(data)}
-    configuration = make_config(SegmentConfig, given, config)
-    from fastmae.train.given import Given
-    from fastmae.train.segment import segment as run_segmentation
-
-    status = run_segmentation(configuration, Given(on_step=on_step))
-    return Run(Path(configuration.output_dir), status, is_classifier=False, is_segmenter=True)
+    return make_config(kind, given, config)
 
 
 def probe(

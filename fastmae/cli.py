@@ -41,6 +41,7 @@ from fastmae.config import (
     SegmentConfig,
     ServeConfig,
     SweepConfig,
+    UpscaleConfig,
     VerifyConfig,
 )
 from fastmae.config.load import load_settings, settings_as_words
@@ -66,6 +67,7 @@ COMMANDS: dict[str, type] = {
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
     "segment": SegmentConfig,
+    "upscale": UpscaleConfig,
     "sweep": SweepConfig,
     "probe": ProbeConfig,
     "reconstruct": ReconstructConfig,
@@ -101,7 +103,7 @@ EXIT_OUTPUT_LOST = 1
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPT = 130
 # The commands whose settings --config reads from a file.
-TRAININGS = ("pretrain", "finetune", "segment")
+TRAININGS = ("pretrain", "finetune", "segment", "upscale")
 # Their results are run folders: they go on without a screen, and stop with 75 at a signal, whenever it comes.
 LONG = (*TRAININGS, "sweep")
 
@@ -254,6 +256,10 @@ def call(config: Any, argv: list[str]) -> int:
             from fastmae.commands.segment import run_segment
 
             return run_segment(config)
+        case UpscaleConfig():
+            from fastmae.commands.upscale import run_upscale
+
+            return run_upscale(config)
         case SweepConfig():
             from fastmae.commands.sweep import run_sweep
 

@@ -152,7 +152,7 @@ def test_the_public_names_are_not_for_the_inside(path):
 # Parts of training do not know each other; each of these composes what stands before it, and the loops compose all.
 COMPOSERS = ("run", "batches", "recovery", "pretrain", "finetune")
 # Each has a task of the loop in finetune.py.
-TASKS = {"classify", "segment"}
+TASKS = {"classify", "segment", "upscale"}
 
 
 def test_the_parts_of_training_do_not_know_each_other():

@@ -28,7 +28,6 @@ from fastmae.config import (
     ReconstructConfig,
     RunsConfig,
     SearchConfig,
-    SegmentConfig,
     SweepConfig,
     VerifyConfig,
     images_given,
@@ -41,6 +40,7 @@ from fastmae.config.groups import GROUPS, MAIN
 from fastmae.config.model import ModelSpec
 from fastmae.config.pretrain import OF_ADVERSARY
 from fastmae.config.shape import SHAPE
+from fastmae.config.trainings import TRAININGS
 from fastmae.config.values import field_types
 from fastmae.errors import SettingError, UserError
 from fastmae.facts import DataFacts, PixelFacts, ReadAs
@@ -348,7 +348,7 @@ def test_the_files_of_settings_do_not_import_each_other_in_a_circle():
         imports = {name: others for name, others in imports.items() if name not in free}
 
 
-@pytest.mark.parametrize("config", [PretrainConfig, FinetuneConfig, SegmentConfig])
+@pytest.mark.parametrize("config", TRAININGS.values())
 def test_every_setting_is_in_one_group_of_the_help(config):
     grouped = [name for names in GROUPS.values() for name in names]
     assert len(grouped) == len(set(grouped))
@@ -358,9 +358,7 @@ def test_every_setting_is_in_one_group_of_the_help(config):
 
 
 def test_the_groups_of_the_help_hold_no_other_names():
-    settings = {
-        field.name for config in (PretrainConfig, FinetuneConfig, SegmentConfig) for field in dataclasses.fields(config)
-    }
+    settings = {field.name for config in TRAININGS.values() for field in dataclasses.fields(config)}
     assert settings == {name for names in GROUPS.values() for name in names}
     assert set(MAIN) <= settings
 

@@ -50,7 +50,8 @@ LOOKED_UP = (
 )
 # The shortest command of every kind, to which a flag with a value can be added. "x" stands for any file.
 SHORTEST = [
-    ["pretrain"], ["finetune"], ["segment"], ["probe", "x"], ["reconstruct", "x"], ["verify"], ["features", "x"],
+    ["pretrain"], ["finetune"], ["segment"], ["upscale"], ["probe", "x"], ["reconstruct", "x"], ["verify"],
+    ["features", "x"],
     ["search", "x"],
     ["impute", "x", "--output", "y"], ["inpaint", "x", "z", "--mask", "m", "--output", "y.png"],
     ["anomaly", "x"], ["pack", "x", "y"],

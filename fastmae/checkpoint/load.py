@@ -37,6 +37,7 @@ from fastmae.model.mae import MaskedAutoencoderViT
 from fastmae.model.pixels import register_pixels
 from fastmae.model.presets import PRESETS
 from fastmae.model.segmenter import Segmenter, segmenter_of
+from fastmae.model.upscaler import Upscaler, upscaler_of
 from fastmae.model.vit import patch_grid
 
 T = TypeVar("T")
@@ -161,8 +162,8 @@ def open_checkpoint(
             that do not tell it themselves.
         weights_alone: how pixels are normalised and predicted is decided elsewhere, so that it is no matter if a file
             does not say it.
-        uses_head: the head of a segmenter is opened as well, by ``load_segmenter``, so that no line says that it is
-            left out.
+        uses_head: the head of a segmenter or an upscaler is opened as well, by ``load_segmenter`` or
+            ``load_upscaler``, so that no line says that it is left out.
     """
     path, given = Path(checkpoint), given or ReadingConfig()
     if not path.exists():
@@ -286,8 +287,8 @@ def _opened_run(path: Path, manifest: dict[str, Any], given: ReadingConfig, uses
     named = PRESETS.get(given.model or "", given.model)
     if given.model is not None and named != PRESETS.get(settings["model"], settings["model"]):
         raise SettingError("model", given.model, f"{path} is of {settings['model']}, as its settings say; leave it out")
-    if "segmenter_head" in settings:
-        return _encoder_of_segmenter(path, manifest, uses_head)
+    if "segmenter_head" in settings or "scale" in settings:
+        return _encoder_of_dense(path, settings, uses_head)
     if "nb_classes" in settings:
         return _opened_file(_file_of_classifier(path, manifest), given)
     chosen = {name: getattr(given, name) for name in ("norm_pix_loss", "mean", "std")}
@@ -332,34 +333,75 @@ def load_segmenter(checkpoint: str | Path) -> Segmenter:
     Raises:
         UserError: nothing there, not intact, or not of segment.
     """
+    return _with_dense_head(checkpoint, "segment", "segmenter_head", _segmenter_of)
+
+
+def load_upscaler(checkpoint: str | Path) -> Upscaler:
+    """Returns a model that makes images larger, on the CPU, in evaluation mode.
+
+    Args:
+        checkpoint: a run folder of upscale (its newest intact checkpoint counts), or one of its checkpoints.
+
+    Raises:
+        UserError: nothing there, not intact, or not of upscale.
+    """
+    return _with_dense_head(checkpoint, "upscale", "scale", _upscaler_of)
+
+
+def _segmenter_of(mae: MaskedAutoencoderViT, settings: dict[str, Any]) -> Segmenter:
+    return segmenter_of(mae, settings["num_classes"], settings["segmenter_head"])
+
+
+def _upscaler_of(mae: MaskedAutoencoderViT, settings: dict[str, Any]) -> Upscaler:
+    return upscaler_of(mae, settings["scale"])
+
+
+def _with_dense_head(
+    checkpoint: str | Path, command: str, named_by: str, make: Callable[[MaskedAutoencoderViT, dict[str, Any]], Any]
+) -> Any:
+    """Opens a model with a head for every pixel, which ``make`` makes and of which the setting ``named_by`` tells."""
     path = Path(checkpoint)
     if path.exists() and holds_file(path):
-        raise UserError(f"{path}: no run folder of segment nor a checkpoint of one; give such a one")
-    return _of_newest(path, _segmenter_of_run).eval()
+        raise UserError(f"{path}: no run folder of {command} nor a checkpoint of one; give such a one")
+
+    def opened(found: Path, manifest: dict[str, Any]) -> Any:
+        settings = manifest["settings"]
+        if named_by not in settings:
+            raise BadCheckpointError(f"is of {_kind_of(settings)}, not of fastmae {command}")
+        return _dense_of_run(found, settings, make)
+
+    return _of_newest(path, opened).eval()
 
 
-def _segmenter_of_run(path: Path, manifest: dict[str, Any]) -> Segmenter:
-    settings = manifest["settings"]
-    if "segmenter_head" not in settings:
-        what = "a fine-tuned classifier" if "nb_classes" in settings else "a masked autoencoder"
-        raise BadCheckpointError(f"is of {what}, not of fastmae segment")
+def _kind_of(settings: dict[str, Any]) -> str:
+    kinds = {"segmenter_head": "a segmenter", "scale": "an upscaler", "nb_classes": "a fine-tuned classifier"}
+    return next((kind for name, kind in kinds.items() if name in settings), "a masked autoencoder")
+
+
+def _dense_of_run(
+    path: Path, settings: dict[str, Any], make: Callable[[MaskedAutoencoderViT, dict[str, Any]], Any]
+) -> Any:
     mae = _fresh(settings)
     assert isinstance(mae, MaskedAutoencoderViT)
-    model = segmenter_of(mae, settings["num_classes"], settings["segmenter_head"])
+    model = make(mae, settings)
     tune(model, settings["tune"], settings["lora_rank"])
     load_checkpoint(path, model)
     model.read_as = mae.read_as
     return model
 
 
-def _encoder_of_segmenter(path: Path, manifest: dict[str, Any], uses_head: bool) -> Opened:
-    """Opens the encoder of a segmenter, and says that its head is left out, unless that is opened as well."""
-    weights = merge_lora(dict(_segmenter_of_run(path, manifest).state_dict()))
-    model, settings = _fresh(manifest["settings"]), manifest["settings"]
+def _encoder_of_dense(path: Path, settings: dict[str, Any], uses_head: bool) -> Opened:
+    """Opens the encoder of a segmenter or an upscaler, and says that its head is left out, unless that is opened as
+    well."""
+    enlarges = "scale" in settings
+    make: Callable[[MaskedAutoencoderViT, dict[str, Any]], Any] = _upscaler_of if enlarges else _segmenter_of
+    what = f"images {settings['scale']} times as large" if enlarges else f"{settings['num_classes']} classes of pixels"
+    weights = merge_lora(dict(_dense_of_run(path, settings, make).state_dict()))
+    model = _fresh(settings)
     model.load_state_dict(
         {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}, strict=False
     )
-    report(path, [] if uses_head else [f"its head of {settings['num_classes']} classes of pixels is left out"])
+    report(path, [] if uses_head else [f"its head of {what} is left out"])
     return Opened(model, settings, False, kind="encoder")
 
 

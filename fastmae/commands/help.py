@@ -17,7 +17,7 @@ from fastmae.flags import REQUIRED, Flag, flags_of
 from fastmae.model.sizes import PRESET_SIZES
 from fastmae.screen import open_console
 
-GROUPED = ("pretrain", "finetune", "segment")
+GROUPED = ("pretrain", "finetune", "segment", "upscale")
 WIDEST = 100
 COLUMN = 26
 """Where texts begin."""
@@ -26,7 +26,7 @@ LONGEST = 44
 PATHS = ("path", "dir", "output", "folder", "config", "finetune", "resume", "masks")
 """How the names of settings end whose values are paths."""
 SECTIONS = {
-    "Train": ("pretrain", "finetune", "segment", "sweep"),
+    "Train": ("pretrain", "finetune", "segment", "upscale", "sweep"),
     "Use a trained model": (
         "probe",
         "reconstruct",
@@ -58,6 +58,10 @@ EXAMPLES = {
     "segment": (
         "fastmae segment runs/photos --data_path photos --output_dir runs/segmenter",
         "fastmae segment runs/segmenter --predict holiday.jpg --output_dir maps",
+    ),
+    "upscale": (
+        "fastmae upscale runs/photos --data_path photos --scale 2 --output_dir runs/upscaler",
+        "fastmae upscale runs/upscaler --predict holiday.jpg --output_dir larger",
     ),
     "sweep": (
         "fastmae sweep digits.yaml",

@@ -155,6 +155,13 @@ from fastmae.config.trainings import (
 from fastmae.config.tuning import (
     TuningConfig,
 )
+from fastmae.config.upscale import (
+    FIXED_IN_AN_UPSCALING,
+    ResolvedUpscaleConfig,
+    UpscaleConfig,
+    check_upscale,
+    resolve_upscale,
+)
 from fastmae.config.verify import (
     VerifyConfig,
     check_verify,

@@ -19,7 +19,7 @@ GROUPS = {
         "mixup", "cutmix", "mixup_switch_prob", "repeated_masks", "held_out", "shots", "label_share", "seeds",
     ),
     "model and masks": (
-        "finetune", "model", "segmenter_head", "init", "input_size", "patch_size", "start_size", "grow_epochs",
+        "finetune", "model", "segmenter_head", "scale", "init", "input_size", "patch_size", "start_size", "grow_epochs",
         "mask_ratio", "mask_ratio_schedule", "masking", "masks", "norm_pix_loss", "decoder_attention",
         "predict_ratio", *SHAPE,
         *FAMILY, "nb_classes", "global_pool",

@@ -8,11 +8,17 @@ from fastmae.config.finetune import FinetuneConfig, ResolvedFinetuneConfig
 from fastmae.config.pretrain import PretrainConfig, ResolvedConfig
 from fastmae.config.segment import ResolvedSegmentConfig, SegmentConfig
 from fastmae.config.tuning import TuningConfig
+from fastmae.config.upscale import ResolvedUpscaleConfig, UpscaleConfig
 
-TRAININGS: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "segment": SegmentConfig}
+TRAININGS: dict[str, type] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "segment": SegmentConfig,
+    "upscale": UpscaleConfig,
+}
 """The settings of each training by its command."""
 
-AnyTuned = ResolvedFinetuneConfig | ResolvedSegmentConfig
+AnyTuned = ResolvedFinetuneConfig | ResolvedSegmentConfig | ResolvedUpscaleConfig
 """The resolved settings of a training of an encoder with a head."""
 AnyResolved = ResolvedConfig | AnyTuned
 Training = TypeVar("Training", bound=PretrainConfig | TuningConfig)

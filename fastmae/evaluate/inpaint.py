@@ -63,7 +63,7 @@ def inpaint_picture(model: MaskedModel, pixels: np.ndarray, hole: np.ndarray, ho
     places = np.flatnonzero(hole)  # rising: the pixels of a tile are found by bisection
     total = np.zeros((len(places), pixels.shape[2]), np.float64)
     weights = np.zeros((len(places), 1), np.float64)
-    window = _window(rows, columns)
+    window = window_of(rows, columns)
     for number, (top, left) in enumerate(_tiles(hole, (rows, columns), how.overlap)):
         place = np.s_[top : top + rows, left : left + columns]
         tile = _predicted(model, pixels[place], hole[place], how, number, (top, left))
@@ -93,7 +93,7 @@ def _tiles(hole: np.ndarray, size: tuple[int, int], overlap: float) -> Iterator[
                 yield top, left
 
 
-def _window(rows: int, columns: int) -> np.ndarray:
+def window_of(rows: int, columns: int) -> np.ndarray:
     """Returns the weights of a tile [rows, columns]: 1 in the middle, small but positive at the edges."""
     one, other = (np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2 for side in (rows, columns))
     return one[:, None] * other[None]

@@ -56,7 +56,7 @@ class LinearHead(nn.Module):
 
     def products(self, num_patches: int) -> tuple[Product, ...]:
         """Returns the matrix products of an image's forward pass."""
-        return (_of_linear("head", self.classify, num_patches),)
+        return (product_of("head", self.classify, num_patches),)
 
 
 class PyramidHead(nn.Module):
@@ -98,14 +98,30 @@ class PyramidHead(nn.Module):
         """Returns the matrix products of an image's forward pass."""
         finer = self.finer[0] * self.finer[1]
         return (
-            *(_of_linear("head: levels", one, num_patches) for one in self.levels_in),
+            *(product_of("head: levels", one, num_patches) for one in self.levels_in),
             of_convolution("head: neighbours", self.around, num_patches),
-            _of_linear("head: refining", self.refine, num_patches),
+            product_of("head: refining", self.refine, num_patches),
             of_convolution("head: classes", self.classify, num_patches * finer),
         )
 
 
 HEADS: dict[HeadName, Any] = {"linear": LinearHead, "pyramid": PyramidHead, "upernet": UperNetHead}
+
+
+def levels(self: Any, images: torch.Tensor, depth_mask: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Computes the patch tokens [N, L, D] after the blocks ``self.taps``; those of the last block are normalised.
+
+    It is a method of the classifiers that have heads of several levels.
+    """
+    x = as_sum(refusing_second_gradient(self._embed_all(images)), biased=depth_mask is None)
+    kept: list[torch.Tensor] = []
+    for number, block in enumerate(self.blocks):
+        x = call_block(block, x, None if depth_mask is None else depth_mask[number], kind=ClassifierBlock)
+        if number in self.taps:
+            tokens = added(x)
+            tokens = self.norm(tokens) if number + 1 == len(self.blocks) else tokens
+            kept += [tokens[:, self.prefix_tokens :]] * self.taps.count(number)
+    return kept
 
 
 class Segmenter(Classifier):
@@ -162,17 +178,7 @@ class Segmenter(Classifier):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.interpolate(logits, size=self.img_size, mode="bilinear", align_corners=False)
 
-    def levels(self, images: torch.Tensor, depth_mask: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Computes the patch tokens [N, L, D] after the blocks ``taps``; those of the last block are normalised."""
-        x = as_sum(refusing_second_gradient(self._embed_all(images)), biased=depth_mask is None)
-        kept: list[torch.Tensor] = []
-        for number, block in enumerate(self.blocks):
-            x = call_block(block, x, None if depth_mask is None else depth_mask[number], kind=ClassifierBlock)
-            if number in self.taps:
-                tokens = added(x)
-                tokens = self.norm(tokens) if number + 1 == len(self.blocks) else tokens
-                kept += [tokens[:, self.prefix_tokens :]] * self.taps.count(number)
-        return kept
+    levels = levels
 
     def products(self) -> tuple[Product, ...]:
         """Returns the matrix products of an image's forward pass."""
@@ -240,5 +246,6 @@ def _initialise(head: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def _of_linear(name: str, linear: Any, rows: int) -> Product:
+def product_of(name: str, linear: Any, rows: int) -> Product:
+    """Returns the matrix product of a linear map of so many rows."""
     return Product(name, rows, linear.out_features, linear.in_features, 1)

@@ -29,6 +29,7 @@ from fastmae.config import (
     Resolved,
     ResolvedConfig,
     ResolvedSegmentConfig,
+    ResolvedUpscaleConfig,
     TrainingConfig,
     images_given,
     read_as,
@@ -194,7 +195,7 @@ def _warm_up(flags: TrainingConfig, config: AnyResolved, goes_on: bool) -> list[
         ]
     pretrains = isinstance(config, ResolvedConfig)
     official = OFFICIAL_WARMUP if pretrains else OFFICIAL_FINETUNING_WARMUP
-    official = 0.0 if isinstance(config, ResolvedSegmentConfig) else official
+    official = 0.0 if isinstance(config, ResolvedSegmentConfig | ResolvedUpscaleConfig) else official
     small = flags.data_path in ("digits", ("digits",)) or family_of(config.model) == "mlp"
     is_default = flags.warmup_epochs is None and not (pretrains and small)
     if is_default and not goes_on and warm_up < official:

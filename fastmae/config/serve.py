@@ -48,9 +48,8 @@ class ServeConfig(ReadingConfig):
     """Requests in work in each replica, on average, beyond which one more is started, up to --max_replicas."""
     cpus: float = 1.0
     """Cores of each replica."""
-    max_batch: int | None = None
-    """Images of several requests that are computed together, at most. 1: each alone. Default: 4 on a CPU, where larger
-    batches gain nothing, and 16 on a GPU."""
+    max_batch: int = 16
+    """Images of several requests that are computed together, at most. 1: each alone."""
     batch_wait_ms: float = 5.0
     """How long the first image of a batch waits for others, at most, in milliseconds, where the batch before held
     several: until there are as many. 0: what came while the batch before was computed is computed together."""

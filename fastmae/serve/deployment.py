@@ -26,9 +26,6 @@ from fastmae.messages import logger
 NAME = "fastmae"
 FOLDER_VARIABLE = "FASTMAE_SERVE_FOLDER"
 """A folder of one machine: there lies the mark that the service is stopping, and the figures of all replicas."""
-BATCH_OF = {"cpu": 4, "cuda": 16}
-"""Images that are computed together, at most, by the kind of device. On one core of a Xeon an image of a ViT-Ti took
-13.8 ms alone, 8.3 ms in a batch of 4 and 8.0 ms of 16; one of a ViT-S 86, 78 and 80 ms."""
 STOPPING = "stopping"
 NOTICE = 1.0
 """Seconds between the first answer that the service is stopping and its end, so that who sends requests sees it."""
@@ -87,8 +84,7 @@ def build_app(config: ServeConfig) -> Any:
     service = open_service(config)
     metrics = Metrics()
 
-    most = config.max_batch or BATCH_OF.get(service.model.device.type, BATCH_OF["cuda"])
-    answer = in_batches(service.answer, most, config.batch_wait_ms / 1000, metrics.batches.observe)
+    answer = in_batches(service.answer, config.max_batch, config.batch_wait_ms / 1000, metrics.batches.observe)
     mark = None if folder is None else Path(folder) / STOPPING
     return make_app(
         service, answer, token=token, metrics=metrics, is_stopping=lambda: mark is not None and mark.exists()

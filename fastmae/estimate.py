@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from fastmae.config import EstimateConfig, ModelSpec, check_estimate
 from fastmae.config.family import FAMILY, family_of, usual_ratio
 from fastmae.errors import SettingError, UserError
-from fastmae.model.flops import Product, products_of
+from fastmae.model.flops import Product, of_convolution, products_of
 from fastmae.model.sizes import PRESET_SIZES, Sizes, preset_sizes
 
+USUAL_SIZES: dict[str, tuple[int, ...]] = {"convnext": (224,), "conv": (32,), "mlp": (28,)}
+"""Sides of images, where none is given, of the families whose models do not say it."""
 Basis = Literal["measured", "datasheet", "counted", "assumed"]
 WEIGHT = 4  # bytes: weights, gradients and moments are float32
 Blocks = list[tuple[int, int, int, int, int]]
@@ -67,6 +69,10 @@ CONSTANTS: dict[str, Constant] = {
     "layers_moved": _assumed(32, "bytes per number that a layer gives: activation, norm and addition after it"),
     "layers_kept": _assumed(8, "bytes per number that a layer gives: it and its activation, kept for backward"),
     "launches_layer": _assumed(12, "kernels per layer, forward and backward"),
+    # Of the discriminator of an adversarial term, in forward passes of it: two, a gradient by the reconstructions, and
+    # two each of inputs and of weights; with R1 a gradient by the real images, and two that differentiate it.
+    "discriminator_passes": Constant(7, "counted", "passes of the discriminator in a micro-step, without R1"),
+    "discriminator_r1_passes": Constant(10, "counted", "passes of the discriminator in a micro-step, with R1"),
     "pointwise_reached": _assumed(0.85, "share of a copy's rate that pointwise kernels and the optimiser reach"),
     "patches": Constant(9, "counted", "bytes per number of decoder tokens and of predicted patches; 3 per visible one"),
     "optimiser": Constant(32, "counted", "bytes per weight and step: AdamW 28, norm 4"),
@@ -175,7 +181,8 @@ class Estimate:
     """The rate of products that the loss needs over that of large products."""
     parameters: int
     gigaflops: float
-    """Of an image in training, forward and backward: the matrix products that the loss needs."""
+    """Of an image in training, forward and backward: the matrix products that the loss needs, without those of a
+    discriminator."""
     memory: dict[str, float]
     """Bytes per GPU."""
     fits: bool
@@ -211,6 +218,10 @@ def estimate(config: EstimateConfig, measure_cpu: Callable[[int], Machine]) -> E
     machine = measure_cpu(config.gpus) if config.gpu == "cpu" else MACHINES[config.gpu]
     rates = _Rates(config, machine)
     work = work_on(rates)
+    plain = None
+    if config.adversarial:
+        plain = estimate(_without_adversary(config), lambda ranks: machine)
+        work = _with_discriminator(config, rates, work)
     N, products, forward, backward = config.batch_size, work.products, work.forward, work.backward
     copying = rates.of_machine("copy") * rates["pointwise_reached"]
     again = {"selective": ("pointwise",), "full": tuple(forward)}.get(config.checkpointing, ())
@@ -250,7 +261,7 @@ def estimate(config: EstimateConfig, measure_cpu: Callable[[int], Machine]) -> E
         global_batch=images,
         images_per_second=images / step,
         step=step,
-        hours=config.epochs * (config.images // images) * step / 3600,
+        hours=(config.images // images) * _seconds_of_epochs(config, step, plain) / 3600,
         limit=limit,
         classes=classes,
         communication=sent,
@@ -263,6 +274,18 @@ def estimate(config: EstimateConfig, measure_cpu: Callable[[int], Machine]) -> E
         fits=sum(memory.values()) <= rates["usable_memory"] * rates.of_machine("memory"),
         constants=rates.used,
     )
+
+
+def _without_adversary(config: EstimateConfig) -> EstimateConfig:
+    return replace(config, adversarial=0.0, adversarial_start=None, adversarial_regulariser="r1")
+
+
+def _seconds_of_epochs(config: EstimateConfig, step: float, plain: Estimate | None) -> float:
+    """Returns the seconds that one step of every epoch takes; ``plain`` has one before the adversarial term begins."""
+    if plain is None:
+        return config.epochs * step
+    start = config.epochs / 2 if config.adversarial_start is None else config.adversarial_start
+    return start * plain.step + (config.epochs - start) * step
 
 
 @dataclass(frozen=True)
@@ -325,10 +348,9 @@ def _work_of_family(config: EstimateConfig) -> Callable[[_Rates], _Work]:
     from fastmae.model.build import build_model
 
     family = family_of(config.model)
-    usual = {"convnext": (224,), "conv": (32,), "mlp": (28,)}[family]
     spec = ModelSpec(
         model=config.model,
-        input_size=config.input_size or usual,
+        input_size=config.input_size or USUAL_SIZES[family],
         in_chans=1 if family == "mlp" else 3,
         patch_size=config.patch_size,
         **{name: getattr(config, name) for name in FAMILY},
@@ -363,6 +385,43 @@ def _work_of_family(config: EstimateConfig) -> Callable[[_Rates], _Work]:
         return _Work(products, parameters, *both, launches, kept)
 
     return work
+
+
+def _with_discriminator(config: EstimateConfig, rates: _Rates, work: _Work) -> _Work:
+    """Adds what an adversarial term has to do in a micro-step, and its weights, to the work of a model."""
+    import torch
+
+    from fastmae.model.discriminator import Discriminator
+
+    size = _size(config)
+    with torch.device("meta"):
+        discriminator = Discriminator(size, 3)
+    N, products, (height, width) = config.batch_size, [], size
+    for layer in discriminator.layers:
+        if isinstance(layer, torch.nn.Conv2d):
+            height, width = -(-height // layer.stride[0]), -(-width // layer.stride[1])
+            products.append(of_convolution("discriminator", layer, height * width))
+    passes = f"discriminator_{'r1_' if config.adversarial_regulariser == 'r1' else ''}passes"
+    one_pass = N * sum(product.flops for product in products) / rates.of_machine("products") / rates["convolutions"]
+    numbers = N * (sum(product.m * product.n for product in products) + 3 * size[0] * size[1])
+    moved = rates[passes] * numbers * rates["layers_moved"] / 3  # of a layer forward and backward, which are 3 passes
+    seconds = rates[passes] * one_pass + moved / rates.of_machine("copy") / rates["pointwise_reached"]
+    batches = 3 if config.adversarial_regulariser == "r1" else 2  # real, reconstructed, and the penalty's gradient
+    return replace(
+        work,
+        parameters=work.parameters + sum(weight.numel() for weight in discriminator.parameters()),
+        forward=work.forward | {"discriminator": 0.0},
+        backward=work.backward | {"discriminator": seconds},
+        launches=work.launches + batches * len(products) * rates["launches_layer"],
+        kept=work.kept + batches * numbers * rates["layers_kept"],
+    )
+
+
+def _size(config: EstimateConfig) -> tuple[int, int]:
+    """Returns the (height, width) of the images, in pixels."""
+    own = PRESET_SIZES.get(config.model.removesuffix("_dec512d8b"), {}).get("img_size", 224)
+    size = config.input_size or USUAL_SIZES.get(family_of(config.model), (own,))
+    return size[0], size[-1]
 
 
 def _ratio(config: EstimateConfig) -> float:

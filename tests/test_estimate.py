@@ -6,14 +6,19 @@ from time import perf_counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from fastmae.cli import main
 from fastmae.config import EstimateConfig
 from fastmae.config.shape import Shape
 from fastmae.errors import UserError
 from fastmae.estimate import CONSTANTS, MACHINES, ON_CPU, Constant, Machine, estimate
+from fastmae.model.discriminator import Discriminator
 from fastmae.model.flops import flops_per_image
+from fastmae.model.presets import mae_vit_tiny_patch4
 from fastmae.model.sizes import preset_sizes
+from fastmae.train.adversary import Adversary
 
 RATE = Constant(1e11, "measured", "a test")
 CPU = Machine(RATE, RATE, RATE, RATE, RATE)
@@ -217,3 +222,43 @@ def test_any_shape_is_estimated():
     assert of(registers=8).memory["activations"] > of().memory["activations"]
     with pytest.raises(UserError, match="embed_dim=500: must be a multiple of the heads"):
         of(embed_dim=500)
+
+
+class CountedConvolutions(TorchDispatchMode):
+    """Counts the operations of convolutions and of their gradients; FlopCounterMode cannot be within two gradients."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if "convolution" in func.__name__:
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=found)
+        return found
+
+
+@pytest.mark.parametrize("regulariser", ["r1", "spectral"])
+def test_an_adversarial_term_is_counted_with_its_weights_and_passes(regulariser):
+    settings = dict(model="mae_vit_tiny_patch4", batch_size=32, images=1e4, epochs=10)
+    plain, both = of(**settings), of(**settings, adversarial=1.0, adversarial_regulariser=regulariser)
+    discriminator = Discriminator((32, 32), 3)
+    own = sum(weight.numel() for weight in discriminator.parameters())
+    assert both.parameters - plain.parameters == own
+    assert both.memory["moments"] - plain.memory["moments"] == 8 * own
+    assert both.memory["activations"] > plain.memory["activations"]
+    assert both.classes["discriminator"] > 0
+    assert both.hours == pytest.approx(10 * (1e4 // 32) * (plain.step + both.step) / 2 / 3600)
+    late = of(**settings, adversarial=1.0, adversarial_regulariser=regulariser, adversarial_start=9.0)
+    assert plain.hours < late.hours < both.hours
+
+    images, r1 = torch.randn(4, 3, 32, 32), 0.05 if regulariser == "r1" else 0.0
+    with CountedConvolutions() as forward:
+        discriminator(images)
+    model = mae_vit_tiny_patch4(img_size=(32, 32), patch_size=(4, 4), in_chans=3)
+    ids = torch.arange(64, dtype=torch.int32).expand(4, -1)
+    pred = model.decoder_pred(torch.randn(4, 64, model.decoder_pred.in_features, requires_grad=True))
+    adversary = Adversary(discriminator, "r1" if r1 else "none", r1)
+    adversary.weight = 1.0
+    with CountedConvolutions() as counted:
+        adversary(pred.square().mean(), pred, images, ids, model).backward()
+    passes = CONSTANTS[f"discriminator_{'r1_' if r1 else ''}passes"].value
+    assert counted.flops / forward.flops == pytest.approx(passes, rel=0.1)

@@ -56,7 +56,7 @@ def runs(blobs, tmp_path_factory):
 
 
 def test_the_table_has_every_family():
-    assert len(cells()) == len(MODELS) * 31
+    assert len(cells()) == len(MODELS) * 34
     assert {cell.values[2] for cell in cells()} == {True, False}
 
 
@@ -80,6 +80,8 @@ def test_a_cell_is_true(family, command, works, runs, blobs, tmp_path, monkeypat
     elif name == "finetune":
         words += ["--finetune", str(runs(family)), "--data_path", blobs, *SHORT[:6], "--device", "cpu"]
         words += ["--output_dir", "tuned"]
+    elif name == "upscale":
+        words += [str(runs(family)), "--data_path", blobs, *SHORT[:6], "--device", "cpu", "--output_dir", "larger"]
     elif name == "sweep":
         settings = dict(model=MODELS[family][1], data_path=blobs, batch_size=24, epochs=1, warmup_epochs=0)
         settings |= {"input_size": 64} if "convnext" in family else {}

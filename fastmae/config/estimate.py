@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastmae.config.family import FamilySettings, check_family
+from fastmae.config.family import FamilySettings, check_family, family_of
 from fastmae.config.shape import Shape, check_shape
 from fastmae.config.values import coerce, need_at_least_one, need_size
 from fastmae.errors import UserError
@@ -51,6 +51,12 @@ class EstimateConfig(Shape, FamilySettings):
     without them, as version 0.1."""
     checkpointing: Literal["none", "gelu", "selective", "full"] = "none"
     """As for pretrain."""
+    adversarial: float = 0.0
+    """As for pretrain. The step that is shown has the term; of the hours, the epochs before it begins have none."""
+    adversarial_start: float | None = None
+    """As for pretrain: half of the epochs by default."""
+    adversarial_regulariser: Literal["r1", "spectral", "none"] = "r1"
+    """As for pretrain."""
     cores: int = 112
     """CPU cores per machine that decode images."""
     json: bool = False
@@ -73,6 +79,16 @@ def check_estimate(config: EstimateConfig) -> None:
     check_family(config)
     need_size(config, "input_size")
     need_size(config, "patch_size")
+    if config.adversarial < 0:
+        raise UserError(f"--adversarial {config.adversarial:g}: must be 0 or more")
+    if not config.adversarial and (config.adversarial_start is not None or config.adversarial_regulariser != "r1"):
+        name = "adversarial_regulariser" if config.adversarial_start is None else "adversarial_start"
+        raise UserError(f"--{name} {getattr(config, name)}: must be given together with --adversarial")
+    if config.adversarial and family_of(config.model) == "mlp":
+        raise UserError(f"--adversarial {config.adversarial:g}: is for images, not for {config.model}; leave it out")
+    start = config.adversarial_start
+    if start is not None and not 0 <= start < config.epochs:
+        raise UserError(f"--adversarial_start {start:g}: must be at least 0, and below the {config.epochs} of --epochs")
     if config.images < 1:
         raise UserError(f"--images {config.images:g}: must be at least 1")
     if config.mask_ratio is not None and not 0 < config.mask_ratio < 1:

@@ -255,6 +255,22 @@ def test_what_comes_after_going_back_is_resumed_exactly(blobs, tmp_path, rolled_
     assert metrics(tmp_path / "elsewhere") == metrics(output_dir)[28:]
 
 
+def test_a_run_with_a_discriminator_goes_back_with_both_sides(blobs, tmp_path, undisturbed):
+    """What it does from the checkpoint on is what a run does that is resumed there: weights and moments of both."""
+    own = dict(adversarial=0.5, adversarial_start=1.0, adversarial_warmup=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, undisturbed[1][15:])
+        assert pretrain(small_run(blobs, tmp_path / "run", **SKIPPING, **own)) == 0
+    assert json.loads((tmp_path / "run" / "rollbacks.json").read_text()) == [14]
+    assert all("discriminator_loss" in row for row in rows(tmp_path / "run")[9:])
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for path in (tmp_path / "again" / "checkpoints").iterdir():
+        if int(path.name[-8:]) > 14:
+            shutil.rmtree(path)
+    assert pretrain(small_run(blobs, tmp_path / "again", **SKIPPING, **own, resume="auto")) == 0
+    assert_same_run(tmp_path / "again", tmp_path / "run")
+
+
 def test_going_back_to_a_checkpoint_before_the_detour_leaves_it(blobs, tmp_path, rolled_back, undisturbed):
     output_dir = tmp_path / "run"
     shutil.copytree(rolled_back[0], output_dir)

@@ -49,7 +49,7 @@ class SegmentConfig(TuningConfig):
     """Number 0 in label maps counts nowhere and 1 is the first class, as in ADE20K."""
     random_scale: tuple[float, float] | None = None
     """Smallest and largest zoom of training crops; at 1 an image just covers the crop. What a crop has beyond its image
-    counts nowhere. Default: 0.5 and 2, as in the published recipe; for the shapes 0.8 and 1.5."""
+    counts nowhere. Default: 0.5 and 2, as in the published recipe; for the shapes 0.9 and 1.2."""
 
     distortion: bool | None = None
     """Change brightness, contrast, saturation and hue of training crops at random, as in the published recipe. Default:
@@ -73,10 +73,10 @@ class SegmentConfig(TuningConfig):
     the shapes."""
     blr: float | None = None
     """Base learning rate, for a global batch of 256 images; --lr is computed from it. Default: 1.6e-3, which is the
-    published 1e-4 for 16 images; 8e-3 for the shapes, and ten times as much with --tune linear."""
+    published 1e-4 for 16 images, and ten times as much with --tune linear; for the shapes 1.6e-2 and 8e-2."""
     layer_decay: float | None = None
     """The learning rate of a layer, as a share of that of the layer above. Default: as in the published recipe, 0.65 up
-    to ViT-B, otherwise 0.75."""
+    to ViT-B, otherwise 0.75; 1 for the shapes, which small models learn."""
     schedule: Literal["polynomial", "cosine"] = "polynomial"
     """How the learning rate falls after the warm-up: in a straight line (polynomial, of power 1), as in the published
     recipe, or as half a cosine."""
@@ -166,11 +166,13 @@ def resolve_segment(
 ) -> ResolvedSegmentConfig:
     """Fills in what was left open, from the data (``facts``, ``num_classes``), the encoder and the machine, as
     ``resolve_finetune`` does; ``is_built_in`` says whether the data are the built-in shapes."""
-    epochs, blr = (20, 8e-3) if is_built_in else (RECIPE_EPOCHS, 1.6e-3)
+    epochs, blr = (20, 1.6e-2) if is_built_in else (RECIPE_EPOCHS, 1.6e-3)
     drop_path, layer_decay = (0.1, 0.65) if width <= 768 else (0.2, 0.75)
     epochs = given(config.epochs, epochs)
     if config.tune != "full" or is_built_in:
         drop_path = 0.0
+    if is_built_in:
+        layer_decay = 1.0
     input_size = config.input_size or img_size
     takes_distortion = len(mean) == 3 and pixels == UINT8
     if config.distortion and not takes_distortion:
@@ -179,7 +181,9 @@ def resolve_segment(
     if config.segmenter_head == "upernet" and config.batch_size * ranks < 2:
         problem = "must be at least 2 with --segmenter_head=upernet, whose BatchNorm compares images"
         raise SettingError("batch_size", config.batch_size, problem)
-    blr = given(config.blr, blr * (10 if config.tune == "linear" else 1))
+    if config.tune == "linear":
+        blr *= 5 if is_built_in else 10
+    blr = given(config.blr, blr)
     global_batch = config.batch_size * config.accum_iter * ranks
     chosen = dict(
         model=model,
@@ -189,7 +193,7 @@ def resolve_segment(
         num_classes=num_classes,
         classes=class_names,
         segmenter_head=given(config.segmenter_head, "linear" if config.tune == "linear" else "pyramid"),
-        random_scale=given(config.random_scale, (0.8, 1.5) if is_built_in else (0.5, 2.0)),
+        random_scale=given(config.random_scale, (0.9, 1.2) if is_built_in else (0.5, 2.0)),
         distortion=given(config.distortion, takes_distortion and not is_built_in),
         epochs=epochs,
         lr=given(config.lr, blr * global_batch / 256),

@@ -17,7 +17,7 @@ from fastmae.philox import STREAM_GRAIN, STREAM_SHAPES, uniforms_numpy, words_nu
 CLASSES = ("ground", "circle", "square", "triangle", "cross")
 """The classes of pixels. Boxes are of all but the first."""
 SIDE = 64
-TRAIN, VAL = 800, 200
+TRAIN, VAL = 2400, 200
 """How many images ``--data_path shapes`` has in either part."""
 MOST = 3
 """Shapes in an image, at most; at least one."""

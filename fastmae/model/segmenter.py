@@ -32,6 +32,8 @@ AUXILIARY_WEIGHT = 0.4
 """Of the loss of an auxiliary head, in the recipe of MAE on ADE20K."""
 SHARP = 32
 """Channels of a pyramid head where it is finest."""
+LEAST = -9.0
+"""Below this GELU is 0 to the rounding of float32 (it is -1e-18 here), and so is its derivative."""
 
 
 class LinearHead(nn.Module):
@@ -89,10 +91,10 @@ class PyramidHead(nn.Module):
     def forward(self, levels: Sequence[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
         """Maps tokens [N, L, D] of four blocks to logits [N, classes, rows · finer, columns · finer]."""
         parts = [into(norm(x)) for norm, into, x in zip(self.norms, self.levels_in, levels, strict=True)]
-        x = F.gelu(self.around(F.gelu(_as_maps(sum(parts[1:], parts[0]), grid))))
+        x = _gelu(self.around(_gelu(_as_maps(sum(parts[1:], parts[0]), grid))))
         x = self.refine(x.permute(0, 2, 3, 1))  # [N, rows, columns, SHARP · fh · fw]
         x = x.unflatten(3, (SHARP, *self.finer)).permute(0, 3, 1, 4, 2, 5)  # [N, SHARP, rows, fh, columns, fw]
-        return self.classify(F.gelu(x.flatten(4, 5).flatten(2, 3)))
+        return self.classify(_gelu(x.flatten(4, 5).flatten(2, 3)))
 
     def products(self, num_patches: int) -> tuple[Product, ...]:
         """Returns the matrix products of an image's forward pass."""
@@ -231,6 +233,15 @@ def segmenter_of(
     model = Segmenter(num_classes, head, **encoder_arguments(mae, img_size))
     copy_encoder(mae, model)
     return model
+
+
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU without the smallest numbers there are.
+
+    The sums of a convolution reach -100, where the derivative of GELU is a subnormal number or just 0. Processors
+    compute with subnormal numbers so slowly that the step of a trained model took twice as long as that of a new one.
+    """
+    return F.gelu(x.clamp_min(LEAST))
 
 
 def _as_maps(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

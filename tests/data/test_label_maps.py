@@ -167,7 +167,7 @@ def test_data_without_maps_are_refused_in_one_line(path, tmp_path, monkeypatch):
 
 def test_the_built_in_shapes_have_their_maps():
     train, val = open_pairs("shapes", AS_STORED)
-    assert (len(train), len(val), len(train.classes)) == (800, 200, 5)
+    assert (len(train), len(val), len(train.classes)) == (2400, 200, 5)
     few = subset_of(train, np.array([3, 1]))
     assert len(few) == 2
     np.testing.assert_array_equal(few.read(1), train.read(1))

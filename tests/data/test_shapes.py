@@ -48,9 +48,9 @@ def test_any_side_can_be_made(side):
 
 def test_the_name_is_that_of_a_data_set_with_a_val_part():
     train, val = train_and_val("shapes")
-    assert (len(train), len(val), train.labels) == (800, 200, None)
+    assert (len(train), len(val), train.labels) == (2400, 200, None)
     assert np.array_equal(train.read(3), make_shapes(np.array([3])).images[0])
-    assert np.array_equal(val.read(0), make_shapes(np.array([800])).images[0])
+    assert np.array_equal(val.read(0), make_shapes(np.array([2400])).images[0])
 
 
 def test_a_folder_of_the_same_name_comes_first(tmp_path, monkeypatch):

@@ -61,10 +61,9 @@ SHORTEST = [
 ]  # fmt: skip
 # Their first commands take long, start ranks of their own, or are another file's to test: they are parsed alone.
 NOT_RUN = (
-    "inpainting.md",
-    "benchmarks.md", "containers.md", "convnext.md", "dicom.md", "finetuning.md", "large-runs.md", "loading.md",
-    "pack.md", "photo-formats.md", "photos.md", "quality.md", "ranges.md", "schedulers.md", "segmentation.md",
-    "serving.md", "sharing.md", "sound.md", "sweeps.md", "tables.md", "tiff.md", "volumes.md",
+    "benchmarks.md", "containers.md", "convnext.md", "detection.md", "dicom.md", "finetuning.md", "inpainting.md",
+    "large-runs.md", "loading.md", "pack.md", "photo-formats.md", "photos.md", "quality.md", "ranges.md", "schedulers.md", "segmentation.md",
+    "serving.md", "sharing.md", "sound.md", "sweeps.md", "tables.md", "tiff.md", "upscaling.md", "volumes.md",
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from fastmae.commands.shared import open_model
 from fastmae.config import ReconstructConfig, chosen_masking, chosen_ratio
 from fastmae.data.masks import choose_masks, open_masks, shuffled_ids
 from fastmae.data.sources import open_train
+from fastmae.data.stock import count_of
 from fastmae.errors import UserError
 from fastmae.evaluate.reconstruct import (
     about_targets,
@@ -18,6 +19,7 @@ from fastmae.evaluate.reconstruct import (
     fixed_indices,
     masks_of_pictures,
     reconstruct,
+    reconstruct_complete,
     reconstruct_each,
     save_reconstructions,
 )
@@ -48,6 +50,12 @@ def run_reconstruct(config: ReconstructConfig) -> int:
                 visible = model.num_visible(ratio)
             except ValueError as error:
                 raise UserError(f"{flag} {ratio}: {error}; choose another ratio") from error
+            if config.complete:
+                options = dict(mask_ratio=ratio, rounds=config.complete, seed=config.seed)
+                rows = reconstruct_complete(model, images, torch.arange(len(images)), **options)
+                what = f"all patches predicted, {count_of(config.complete, 'rounds')}, each "
+                pictures.append((what + caption(model, ratio), rows))
+                continue
             masks = choose_masks(chosen_masking(config), file, model.grid_size, visible, config.seed)
             ids_shuffle = shuffled_ids(torch.arange(len(images)), masks, images.device)
             rows = reconstruct(model, images, ids_shuffle, mask_ratio=ratio, paste_visible=config.paste_visible)

@@ -99,6 +99,9 @@ class ReconstructConfig(MaskingConfig, ReadingConfig):
     that."""
     errors: bool = False
     """Draw a row of absolute errors as well."""
+    complete: int = 0
+    """Predict every patch: each is the mean of its predictions in this many rounds of masks that hide all patches one
+    after another. 0: one mask, and visible patches as they are."""
     sweep: tuple[float, ...] = ()
     """Several mask ratios instead of --mask_ratio: two rows for each, or one frame for each if --output ends in
     .gif."""
@@ -275,6 +278,11 @@ def _check_reconstruct(config: ReconstructConfig) -> None:
     if config.mask_image and (others or config.sweep):
         problem = "says which patches; leave --mask_ratio, --masking, --masks and --sweep out"
         raise SettingError("mask_image", problem=problem)
+    need(config, config.complete >= 0, "complete", "0 or more rounds")
+    if config.complete and (config.masks or config.masking or config.mask_image or not config.paste_visible):
+        problem = "has masks that hide every patch in turn, none of which is shown"
+        remedy = "leave --masks, --masking, --mask_image and --no_paste_visible out"
+        raise SettingError("complete", config.complete, f"{problem}; {remedy}")
     if config.sweep and (config.masks or config.masking == "grid" or config.mask_ratio is not None):
         problem = "says how many patches; leave --mask_ratio, --masks and --masking=grid out"
         raise SettingError("sweep", problem=problem)

@@ -19,7 +19,7 @@ from fastmae.errors import SettingError, UserError
 from fastmae.evaluate.features import Features, extract_features, usable_batches
 from fastmae.evaluate.knn import nearest
 from fastmae.evaluate.pictures import coloured, grid_picture, save_png
-from fastmae.evaluate.reconstruct import about_pixels, central_crops, drawn
+from fastmae.evaluate.reconstruct import about_pixels, central_crops, covering_ids, drawn
 from fastmae.files import write_text
 from fastmae.model.family import MaskedModel
 from fastmae.model.mlp import MLPMAE
@@ -104,20 +104,17 @@ def patch_errors(
     pixels, mean, std, value_range, nodata = pixels_of(model, images)
     total = torch.zeros(N, L, device=images.device)
     count = torch.zeros_like(total)
-    for number in range(rounds):
-        order = random_masking((draw_ids * rounds + number).to(images.device), seed, L)
-        for group in range(math.ceil(L / M)):
-            ids_shuffle = order.roll(K - group * M, dims=1)
-            masked = ids_shuffle[:, K:].contiguous()
-            pred = model.predict(images, ids_shuffle, mask_ratio).float()
-            pred = pred.gather(1, masked.long()[:, :, None].expand(-1, -1, pred.shape[2]))
-            target = gather_patches(pixels, masked, model.patch_size, mean, std, torch.float32, value_range, nodata)
-            if model.norm_pix_loss:
-                average, deviation = patch_statistics(target)
-                target = (target - average) / deviation
-            error = (pred - target).square().mean(dim=2)
-            total.scatter_add_(1, masked.long(), error)
-            count.scatter_add_(1, masked.long(), torch.ones_like(error))
+    for ids_shuffle in covering_ids(draw_ids, rounds, seed, L, K, images.device):
+        masked = ids_shuffle[:, K:].contiguous()
+        pred = model.predict(images, ids_shuffle, mask_ratio).float()
+        pred = pred.gather(1, masked.long()[:, :, None].expand(-1, -1, pred.shape[2]))
+        target = gather_patches(pixels, masked, model.patch_size, mean, std, torch.float32, value_range, nodata)
+        if model.norm_pix_loss:
+            average, deviation = patch_statistics(target)
+            target = (target - average) / deviation
+        error = (pred - target).square().mean(dim=2)
+        total.scatter_add_(1, masked.long(), error)
+        count.scatter_add_(1, masked.long(), torch.ones_like(error))
     is_whole = without_missing(model, images, torch.ones_like(total)) > 0
     return torch.where(is_whole, total / count, math.nan).view(N, *model.grid_size)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from fastmae.evaluate.pictures import coloured, grid_picture, save_gif, save_png
 from fastmae.facts import UINT8, exact_ratio
 from fastmae.model.family import MaskedModel
 from fastmae.model.pixels import normalised, pixels_of
-from fastmae.ops import gather_patches, scatter_patches
+from fastmae.ops import gather_patches, random_masking, scatter_patches
 from fastmae.ops.masked_mse import patch_statistics
 
 GRAY = 0.5
@@ -105,6 +105,53 @@ def reconstruct_each(
         parts.append(reconstruct(model, images[n : n + 1], ids_shuffle, mask_ratio=ratio, paste_visible=paste_visible))
     original, grayed, reconstructed = (torch.cat(row) for row in zip(*parts, strict=True))
     return original, grayed, reconstructed
+
+
+def covering_ids(
+    draw_ids: torch.Tensor, rounds: int, seed: int, patches: int, visible: int, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Yields masks, ``ids_shuffle`` int32 [N, L], that in every round hide each patch at least once.
+
+    A round goes through a random order of the patches in groups of the size of a mask.
+    """
+    for number in range(rounds):
+        order = random_masking((draw_ids * rounds + number).to(device), seed, patches)
+        for group in range(math.ceil(patches / (patches - visible))):
+            yield order.roll(visible - group * (patches - visible), dims=1)
+
+
+@torch.no_grad()
+def reconstruct_complete(
+    model: MaskedModel, images: torch.Tensor, draw_ids: torch.Tensor, *, mask_ratio: float, rounds: int, seed: int
+) -> Rows:
+    """Returns (original, masked, reconstructed), each uint8 [N, H, W, C], where every patch is predicted.
+
+    A patch is the mean of its predictions in all masks of ``rounds`` rounds that hide it, so nothing of the result was
+    seen, but for means and contrasts of patches with norm_pix_loss. The second row has the first of the masks.
+
+    Args:
+        images: pixels [N, H, W, C].
+        draw_ids: int64 [N] on the CPU; together with ``seed`` they determine the masks.
+    """
+    L, K, first = model.num_patches, model.num_visible(mask_ratio), None
+    in_order = torch.arange(L, dtype=torch.int32, device=images.device).expand(len(images), -1).contiguous()
+    pixels, mean, std, value_range, nodata = pixels_of(model, images)
+    target = gather_patches(pixels, in_order, model.patch_size, mean, std, torch.float32, value_range, nodata)
+    total, count = torch.zeros_like(target), torch.zeros(*in_order.shape, 1, device=images.device)
+    for ids_shuffle in covering_ids(draw_ids, rounds, seed, L, K, images.device):
+        first = ids_shuffle if first is None else first
+        masked = ids_shuffle[:, K:, None].long()
+        pred = model.predict(images, ids_shuffle, mask_ratio).float()
+        total.scatter_add_(1, masked.expand(-1, -1, total.shape[2]), pred.gather(1, masked.expand_as(pred[:, K:])))
+        count.scatter_add_(1, masked, torch.ones(masked.shape, device=images.device))
+    whole = total / count
+    if model.norm_pix_loss:
+        average, deviation = patch_statistics(target)
+        whole = whole * deviation + average
+    assert first is not None
+    original, grayed, _ = reconstruct(model, images, first, mask_ratio=mask_ratio)
+    shape = model.grid_size, model.patch_size, model.mean, model.std, torch.uint8
+    return original, grayed, scatter_patches(whole, in_order, *shape)
 
 
 def masks_of_pictures(paths: Sequence[str], model: MaskedModel, source: Source, indices: np.ndarray) -> np.ndarray:

@@ -14,10 +14,12 @@ from fastmae.data.sources import open_train
 from fastmae.errors import UserError
 from fastmae.evaluate.reconstruct import (
     caption,
+    covering_ids,
     error_row,
     fixed_images,
     masks_of_pictures,
     reconstruct,
+    reconstruct_complete,
     reconstruct_each,
     save_grid,
     touched,
@@ -81,6 +83,35 @@ def test_without_pasting_visible_patches_are_predictions_too():
     differs = model.patchify((pasted != predicted).permute(0, 3, 1, 2)).any(dim=2)
     assert differs.gather(1, ids[:, :8].long()).all()
     assert not differs.gather(1, ids[:, 8:].long()).any()
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_a_complete_reconstruction_has_each_patch_as_it_is_predicted_while_masked(norm_pix):
+    torch.manual_seed(0)
+    model = fastmae.mae_vit_tiny_patch4(img_size=(8, 16), in_chans=3, norm_pix_loss=norm_pix).eval()
+    images = torch.randint(0, 256, (2, 8, 16, 3), dtype=torch.uint8)
+    original, masked, whole = reconstruct_complete(
+        model, images, torch.arange(2), mask_ratio=0.5, rounds=2, seed=3
+    )
+    total, count = torch.zeros(2, 8, 48), torch.zeros(2, 8, 1)
+    masks = list(covering_ids(torch.arange(2), 2, 3, 8, 4, images.device))
+    assert len(masks) == 2 * 2
+    for ids in masks:
+        _, pred, _ = model(images, 0.5, ids_shuffle=ids)
+        for n in range(2):
+            for patch in ids[n, 4:].tolist():
+                total[n, patch] += pred[n, patch]
+                count[n, patch] += 1
+    assert (count >= 2).all()
+    target = (model.patchify(images.permute(0, 3, 1, 2).float() / 255) - model.mean.repeat(16)) / model.std.repeat(16)
+    mean = total / count
+    if norm_pix:
+        mean = mean * (target.var(dim=2, keepdim=True) + 1e-6).sqrt() + target.mean(dim=2, keepdim=True)
+    expected = 255 * (mean * model.std.repeat(16) + model.mean.repeat(16))
+    got = model.patchify(whole.permute(0, 3, 1, 2))
+    assert (expected.clamp(0, 255) - got).abs().max() <= 0.51
+    assert torch.equal(original, images)
+    assert torch.equal(masked, reconstruct(model, images, masks[0], mask_ratio=0.5)[1])
 
 
 def test_masks_of_different_sizes_are_each_images_own():
@@ -163,6 +194,7 @@ def test_a_users_own_masks_a_sweep_a_film_and_errors_are_drawn(finished, image_f
     row = (plain.height - 26) // 3
     assert drawn("--errors", "--no_paste_visible").height == plain.height + row
     assert drawn("--sweep", "0.5", "0.75").height == plain.height + 2 * row
+    assert drawn("--complete", "2", "--errors").height == plain.height + row
     film = drawn("--sweep", "0.5", "0.75", "0.9", "--errors", name="out.gif")
     assert (film.format, film.n_frames, film.height) == ("GIF", 3, plain.height + row)
 
@@ -178,6 +210,8 @@ WRONG = {
     "sweep and ratio": (["--sweep", "0.5", "--mask_ratio", "0.5"], "--sweep: says how many"),
     "sweep to all": (["--sweep", "0.5", "1.0"], "--sweep 1.0"),
     "sweep that leaves nothing": (["--sweep", "0.99"], "--sweep 0.99"),
+    "complete and a mask": (["--complete", "1", "--mask_image", "{tmp}/black.png"], "--complete 1: has masks"),
+    "complete and less than none": (["--complete", "-1"], "--complete -1: must be 0 or more"),
     "film of one": (["--output", "{tmp}/a.gif"], "a film is for --sweep"),
     "no images": (["--count", "0"], "--count 0"),
     "images that are no pictures": (

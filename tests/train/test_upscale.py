@@ -83,7 +83,7 @@ def test_the_encoder_keeps_its_bits_unless_it_is_tuned(data, whole, tmp_path):
 
 def test_it_learns_more_than_interpolation(tmp_path):
     run = upscale_from_python(
-        "shapes", output_dir=tmp_path / "run", model="mae_vit_tiny_patch4", patch_size=8, input_size=32, epochs=2,
+        "shapes", output_dir=tmp_path / "run", model="mae_vit_tiny_patch4", patch_size=8, input_size=32, epochs=1,
         autotune="off", device="cpu",
         lr=3e-3, test_freq=2,
     )  # fmt: skip

@@ -62,8 +62,9 @@ SHORTEST = [
 # Their first commands take long, start ranks of their own, or are another file's to test: they are parsed alone.
 NOT_RUN = (
     "benchmarks.md", "containers.md", "convnext.md", "detection.md", "dicom.md", "finetuning.md", "inpainting.md",
-    "large-runs.md", "loading.md", "pack.md", "photo-formats.md", "photos.md", "quality.md", "ranges.md", "schedulers.md", "segmentation.md",
-    "serving.md", "sharing.md", "sound.md", "sweeps.md", "tables.md", "tiff.md", "upscaling.md", "volumes.md",
+    "large-runs.md", "loading.md", "pack.md", "photo-formats.md", "photos.md", "quality.md", "ranges.md",
+    "schedulers.md", "segmentation.md", "serving.md", "sharing.md", "sound.md", "sweeps.md", "tables.md", "tiff.md",
+    "upscaling.md", "volumes.md",
 )  # fmt: skip
 
 

@@ -51,8 +51,8 @@ def run_reconstruct(config: ReconstructConfig) -> int:
             except ValueError as error:
                 raise UserError(f"{flag} {ratio}: {error}; choose another ratio") from error
             if config.complete:
-                options = dict(mask_ratio=ratio, rounds=config.complete, seed=config.seed)
-                rows = reconstruct_complete(model, images, torch.arange(len(images)), **options)
+                draws, rounds = torch.arange(len(images)), config.complete
+                rows = reconstruct_complete(model, images, draws, mask_ratio=ratio, rounds=rounds, seed=config.seed)
                 what = f"all patches predicted, {count_of(config.complete, 'rounds')}, each "
                 pictures.append((what + caption(model, ratio), rows))
                 continue

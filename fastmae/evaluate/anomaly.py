@@ -100,7 +100,7 @@ def patch_errors(
         draw_ids: int64 [N] on the CPU; together with ``seed`` they determine the masks.
     """
     L, K = model.num_patches, model.num_visible(mask_ratio)
-    M, N = L - K, len(images)
+    N = len(images)
     pixels, mean, std, value_range, nodata = pixels_of(model, images)
     total = torch.zeros(N, L, device=images.device)
     count = torch.zeros_like(total)

@@ -11,7 +11,7 @@ from PIL import Image
 import fastmae
 from fastmae.cli import main
 from fastmae.data.sources import ArraySource, FolderSource, open_train, train_and_val
-from fastmae.evaluate import anomaly
+from fastmae.evaluate import anomaly, reconstruct
 from fastmae.evaluate.anomaly import are_anomalous, auroc, patch_errors, without_class
 from fastmae.ops import random_masking
 from fastmae.train.pretrain import pretrain
@@ -29,7 +29,7 @@ def test_errors_of_patches_are_those_of_the_loss_and_each_is_masked(ratio, norm_
         asked.append(random_masking(draw_ids, seed, L))
         return asked[-1]
 
-    monkeypatch.setattr(anomaly, "random_masking", noted)
+    monkeypatch.setattr(reconstruct, "random_masking", noted)
     K = model.num_visible(ratio)
     with torch.no_grad():
         errors = patch_errors(model, images, torch.arange(3), mask_ratio=ratio, rounds=2, seed=5)

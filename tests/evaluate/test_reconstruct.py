@@ -90,9 +90,7 @@ def test_a_complete_reconstruction_has_each_patch_as_it_is_predicted_while_maske
     torch.manual_seed(0)
     model = fastmae.mae_vit_tiny_patch4(img_size=(8, 16), in_chans=3, norm_pix_loss=norm_pix).eval()
     images = torch.randint(0, 256, (2, 8, 16, 3), dtype=torch.uint8)
-    original, masked, whole = reconstruct_complete(
-        model, images, torch.arange(2), mask_ratio=0.5, rounds=2, seed=3
-    )
+    original, masked, whole = reconstruct_complete(model, images, torch.arange(2), mask_ratio=0.5, rounds=2, seed=3)
     total, count = torch.zeros(2, 8, 48), torch.zeros(2, 8, 1)
     masks = list(covering_ids(torch.arange(2), 2, 3, 8, 4, images.device))
     assert len(masks) == 2 * 2

@@ -59,6 +59,7 @@ SHORTEST = [
     ["bench", "loader"], ["bench", "quality"], ["estimate"], ["sweep", "x"], ["runs", "x"],
     ["report", "x"], ["push", "x", "y"], ["serve", "x"],
 ]  # fmt: skip
+PARTS = 3
 # Their first commands take long, start ranks of their own, or are another file's to test: they are parsed alone.
 NOT_RUN = (
     "benchmarks.md", "containers.md", "convnext.md", "detection.md", "dicom.md", "finetuning.md", "inpainting.md",
@@ -203,10 +204,12 @@ def photos_of_two_classes() -> Any:
 
 
 @pytest.mark.timeout(900)
-def test_what_each_page_starts_with_runs_and_so_does_the_python(tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", range(PARTS))
+def test_what_each_page_starts_with_runs(part, tmp_path, monkeypatch):
+    """In several parts, which run beside each other. A command that several pages of a part have is run once."""
     monkeypatch.chdir(tmp_path)
     done: list[list[str]] = []
-    for page in PAGES:
+    for page in PAGES[part::PARTS]:
         text = page.read_text()
         first = shell_commands(blocks(text, "sh")[:1])
         assert first or page.name in LOOKED_UP, page
@@ -214,6 +217,13 @@ def test_what_each_page_starts_with_runs_and_so_does_the_python(tmp_path, monkey
             if page.name not in NOT_RUN and words not in done:
                 assert main(words) == 0, words
                 done.append(words)
+
+
+@pytest.mark.timeout(900)
+def test_the_page_about_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in shell_commands(blocks((ROOT / "docs" / "python.md").read_text(), "sh")[:1]):
+        assert main(words) == 0, words
     names: dict[str, Any] = {"dataset": photos_of_two_classes()}
     for code in blocks((ROOT / "docs" / "python.md").read_text(), "python"):
         exec(code, names)

@@ -53,11 +53,11 @@ def test_class_folders_give_names_of_classes_and_unusable_images_no_row(finished
         assert held["features"].shape == (23, 128)
 
 
-def test_data_without_labels_have_features_and_names_alone(finished, tmp_path):
+def test_data_without_labels_have_features_names_and_the_mark_of_their_model_alone(finished, tmp_path):
     np.save(tmp_path / "plain.npy", np.zeros((3, 16, 16), np.uint8))
     assert main(["features", str(finished), str(tmp_path / "plain.npy"), "--output", str(tmp_path / "f.npz")]) == 0
     with np.load(tmp_path / "f.npz") as held:
-        assert sorted(held) == ["features", "names"]
+        assert sorted(held) == ["features", "mark", "names"]
 
 
 WRONG = {
